@@ -1,0 +1,59 @@
+"""Ears for language models: audio enters any Hugging Face LLM as attention keys and values.
+
+`pal.load()` gives a trained model, `pal.attach(...)` an untrained one; both answer to `model.ask`.
+"""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pal.model import PalModel
+
+__version__ = version("pal-audio")
+
+SHIPPED = Path(__file__).parent / "assets" / "tiny"
+"""The small model that comes with the package."""
+
+
+def load(path: str | Path | None = None) -> PalModel:
+    """Load a bundle.
+
+    Args:
+        path: a folder that `save_pretrained` wrote, or a Hub id; None or "tiny" for the shipped model.
+
+    Raises:
+        BundleError: the bundle is missing, damaged or from another version.
+    """
+    from pal import bundle
+
+    return bundle.load(SHIPPED if path in (None, "tiny") else path)  # type: ignore[arg-type]
+
+
+def attach(
+    llm: str | dict[str, Any],
+    encoders: list[str | dict[str, Any]],
+    connector: str | dict[str, Any] = "mlp",
+    integration: str | dict[str, Any] = "pal",
+    **options: Any,
+) -> PalModel:
+    """Attach audio encoders to an LLM: a model whose connector and projectors are untrained.
+
+    Args:
+        llm: Hub id or folder of a causal LM, or the fields of `pal.model_config.LLMConfig`.
+        encoders: names (`"tiny"`), Hub ids (a Whisper), or `{"name": ..., option: value}`.
+        connector: name or `{"name": ..., option: value}`.
+        integration: name or `{"name": ..., option: value}`.
+        options: the other fields of `pal.model_config.ModelConfig`.
+
+    Raises:
+        ConfigError: an unknown part or option; the message names the known ones.
+    """
+    from pal.config import parse
+    from pal.model import PalModel
+    from pal.model_config import ModelConfig
+
+    fields = {"llm": llm, "encoders": encoders, "connector": connector, "integration": integration, **options}
+    return PalModel.from_config(parse(ModelConfig, fields, where="attach"))

@@ -1,0 +1,341 @@
+"""The command `pal`. Torch and transformers are imported by the commands that need them, so `--help` is quick."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+from typer.core import TyperGroup
+
+from pal.errors import ConfigError, PalError
+
+if TYPE_CHECKING:
+    from pal.evaluate.score import Score
+
+INTERRUPTED = 130
+"""Exit status after Ctrl-C, as shells have it."""
+
+
+class _Commands(TyperGroup):
+    """Ends in one line and a status where the user, not the program, has something to mend."""
+
+    def invoke(self, ctx: typer.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except PalError as error:
+            _fail(str(error), 1)
+        except KeyboardInterrupt as stop:
+            _fail(str(stop) or "interrupted", INTERRUPTED)
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            where = f"{error.filename}: " if error.filename else ""
+            _fail(f"{where}{error.strerror or error}", 1)
+
+
+app = typer.Typer(
+    name="pal",
+    cls=_Commands,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Ears for language models: ask questions about audio, train and compare the ways to attach it.",
+)
+data_app = typer.Typer(no_args_is_help=True, help="Make and check manifests.")
+app.add_typer(data_app, name="data")
+
+Model = Annotated[str, typer.Option("--model", "-m", help="Bundle folder or Hub id; 'tiny' ships with the package.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Folds = Annotated[str | None, typer.Option(help="esc50: folds to take, such as 1-3 or 4,5.")]
+Speakers = Annotated[str | None, typer.Option(help="fsdd: speakers to take, by name, with commas.")]
+Exclude = Annotated[str | None, typer.Option(help="Speakers (fsdd) or folds (esc50) to leave out, with commas.")]
+
+
+def main() -> None:
+    """Entry point of the command `pal`."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    app(prog_name="pal")
+
+
+@app.callback(invoke_without_command=True)
+def _root(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        import pal
+
+        typer.echo(pal.__version__)
+        raise typer.Exit
+
+
+@app.command()
+def ask(
+    items: Annotated[list[str], typer.Argument(metavar='AUDIO... "QUESTION"', help="Clips, then one question.")],
+    model: Model = "tiny",
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 64,
+    as_json: AsJson = False,
+) -> None:
+    """Answer a question about audio files, or about a FILE.safetensors that `pal index` wrote."""
+    *clips, question = items
+    if not clips:
+        raise typer.BadParameter("give at least one audio file and then the question")
+    if Path(question).is_file():
+        raise typer.BadParameter(f"the last argument is the question, but '{question}' is a file")
+    started = time.perf_counter()
+    import pal
+
+    loaded = pal.load(model)
+    if loaded.config.notice:
+        _note(loaded.config.notice)
+    audio = [_clip(clip) for clip in clips]
+    if len(audio) > 1 and "<audio>" not in question:
+        question = "<audio>" * len(audio) + question
+    load_seconds = time.perf_counter() - started
+    answer = loaded.ask_detailed(audio, question, max_new_tokens=max_new_tokens)[0]
+    if not as_json:
+        typer.echo(answer.text)
+        return
+    _print_json(
+        {
+            "answer": answer.text,
+            "model": loaded.source,
+            "integration": loaded.config.integration["name"],
+            "audio_seconds": answer.audio_seconds,
+            "audio_seconds_used": answer.audio_seconds_used,
+            "audio_tokens": answer.audio_tokens,
+            "seconds": {"load": load_seconds, **answer.seconds},
+        }
+    )
+
+
+@app.command()
+def index(
+    audio: Annotated[str, typer.Argument(help="An audio file.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The .safetensors file to write.")],
+    model: Model = "tiny",
+    as_json: AsJson = False,
+) -> None:
+    """Make a clip's keys and values once, for many questions (models with LAL)."""
+    if out.suffix != ".safetensors":
+        raise typer.BadParameter(f"'{out}' must end in .safetensors", param_hint="--out")
+    import pal
+
+    clip = pal.load(model).index(audio)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    clip.save(out)
+    facts = {"out": str(out), "audio_seconds": clip.seconds, "audio_tokens": clip.tokens, "bytes": out.stat().st_size}
+    if as_json:
+        _print_json(facts)
+    else:
+        typer.echo(f"{out}: {clip.seconds:.1f} s of audio, {clip.tokens} tokens, {facts['bytes']:,} bytes")
+
+
+@app.command()
+def train(
+    recipe: Annotated[Path, typer.Argument(help="A YAML file; see recipes/.")],
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one value: stages.0.steps=50.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder of the run; else the recipe's.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Train in stages, as a recipe says."""
+    from pal.train import run
+    from pal.train.recipe import load_recipe
+
+    parsed = load_recipe(recipe, settings or [])
+    folder = out or Path(parsed.out or f"runs/{recipe.stem}")
+    model = run(parsed, folder, resume=resume)
+    facts = {"out": str(folder), "model": str(folder), "integration": model.config.integration["name"]}
+    if as_json:
+        _print_json({**facts, "model_digest": model.digest})
+    else:
+        typer.echo(f'trained: {folder}; ask it with: pal ask AUDIO "QUESTION" --model {folder}')
+
+
+@app.command("eval")
+def eval_(
+    model: Annotated[str, typer.Argument(help="Bundle folder or Hub id; 'tiny' ships with the package.")],
+    benchmark: Annotated[str, typer.Argument(help="A manifest file, or esc50 or fsdd with --data.")],
+    data: Annotated[
+        Path | None, typer.Option("--data", help="Root of the manifest's paths, or the benchmark's folder.")
+    ] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Write the score here; '-' prints it.")
+    ] = None,
+    scoring: Annotated[str, typer.Option(help="exact (generate and compare) or rank (likelihood).")] = "exact",
+    no_audio: Annotated[bool, typer.Option("--no-audio/--only-audio", help="The same model without audio too.")] = True,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many questions.")] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Rows in a forward pass.")] = 32,
+    folds: Folds = None,
+    speakers: Speakers = None,
+    exclude: Exclude = None,
+) -> None:
+    """Score a model, with intervals and beside the same model without audio."""
+    if scoring not in ("exact", "rank"):
+        raise typer.BadParameter("choose exact or rank", param_hint="--scoring")
+    from pal.app.benchmarks import manifest_of
+
+    manifest = manifest_of(benchmark, data, folds, speakers, exclude)
+    import pal
+    from pal.evaluate import evaluate
+
+    score = evaluate(
+        pal.load(model),
+        manifest,
+        scoring=scoring,  # type: ignore[arg-type]
+        no_audio=no_audio,
+        limit=limit,
+        batch=batch,
+        progress=_progress(),
+        benchmark=Path(benchmark).stem,
+    )
+    if json_file is not None and str(json_file) == "-":
+        _print_json(score.to_dict())
+        return
+    if json_file is not None:
+        score.save(json_file)
+    _print_score(score)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the results.")] = Path("runs/demo"),
+    quick: Annotated[bool, typer.Option("--quick", help="A short version for checks; do not trust its scores.")] = False,
+    seed: Annotated[int, typer.Option(help="Of scenes, weights and order.")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Train PLITS, LAL and PAL on the same scenes, compare them and write report.html."""
+    from pal.app.demo import run_demo
+
+    results = run_demo(out, quick=quick, seed=seed)
+    if as_json:
+        _print_json(results)
+
+
+@app.command()
+def doctor(as_json: AsJson = False) -> None:
+    """Say what works on this machine, and the remedy for what does not."""
+    from pal.app.doctor import examine, report
+
+    findings = examine()
+    if as_json:
+        _print_json({"ok": all(f.ok or not f.required for f in findings), "checks": [f.to_dict() for f in findings]})
+    else:
+        typer.echo(report(findings))
+    if any(f.required and not f.ok for f in findings):
+        raise typer.Exit(1)
+
+
+@data_app.command("prepare")
+def data_prepare(
+    name: Annotated[str, typer.Argument(help="The data set: esc50 or fsdd.")],
+    root: Annotated[Path, typer.Option("--root", help="Its folder.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The manifest to write, .jsonl.")],
+    folds: Folds = None,
+    speakers: Speakers = None,
+    exclude: Exclude = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write the manifest of a data set that is on this machine."""
+    from pal.app.benchmarks import prepare
+
+    count = prepare(name, root, out, folds, speakers, exclude)
+    if as_json:
+        _print_json({"out": str(out), "records": count})
+    else:
+        typer.echo(f"{out}: {count} records")
+
+
+@data_app.command("synth")
+def data_synth(
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write.")],
+    scenes: Annotated[int, typer.Option(min=1, help="How many.")] = 1000,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same scenes.")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Make scenes of known sounds, with questions and answers."""
+    from pal.data.manifest import Manifest
+    from pal.data.synth import synthesise
+
+    manifest = synthesise(out, scenes=scenes, seed=seed)
+    count = len(Manifest(manifest))
+    if as_json:
+        _print_json({"manifest": str(manifest), "scenes": scenes, "records": count})
+    else:
+        typer.echo(f"{manifest}: {scenes} scenes, {count} records")
+
+
+@data_app.command("check")
+def data_check(
+    file: Annotated[Path, typer.Argument(help="A manifest: .jsonl, or LTU's .json.")],
+    root: Annotated[Path | None, typer.Option("--root", help="Root of its audio paths.")] = None,
+    model: Model = "tiny",
+    as_json: AsJson = False,
+) -> None:
+    """Read every clip of a manifest; list the bad ones and show what a model would be trained on."""
+    from pal.data.check import check, report
+
+    findings = check(file, root=root, model=model, progress=_progress())
+    if as_json:
+        _print_json(findings.to_dict())
+    else:
+        typer.echo(report(findings))
+    if findings.bad:
+        raise typer.Exit(1)
+
+
+def _clip(path: str) -> Any:
+    """What `ask` takes for a path: an indexed clip where it is one."""
+    if not path.endswith(".safetensors"):
+        return path
+    if not Path(path).is_file():
+        raise ConfigError(f"{path}: no such file; make it with: pal index AUDIO --out {path}")
+    from pal.backbone.audio_kv import AudioKV
+
+    return AudioKV.load(path)
+
+
+def _print_score(score: Score) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"{score.benchmark}: {score.metric}, {score.overall.n} questions")
+    table.add_column("task")
+    for heading in ("n", "score", "95 % interval", "no audio"):
+        table.add_column(heading, justify="right")
+    for task, accuracy in [*score.per_task.items(), ("all", score.overall)]:
+        low, high = accuracy.ci95
+        deaf = "" if accuracy.no_audio_score is None else f"{accuracy.no_audio_score:.3f}"
+        table.add_row(task, str(accuracy.n), f"{accuracy.score:.3f}", f"{low:.3f} to {high:.3f}", deaf)
+    Console().print(table)
+    for item in score.errors[:5]:
+        _note(f"wrong because it raised: {item.id}: {item.error}")
+    if len(score.errors) > 5:
+        _note(f"and {len(score.errors) - 5} more that raised")
+
+
+def _progress() -> bool:
+    return sys.stderr.isatty()
+
+
+def _print_json(value: Any) -> None:
+    typer.echo(json.dumps(value, indent=1, ensure_ascii=False))
+
+
+def _note(text: str) -> None:
+    typer.echo(f"note: {_one_line(text)}", err=True)
+
+
+def _fail(text: str, status: int) -> NoReturn:
+    typer.echo(f"error: {_one_line(text)}", err=True)
+    raise typer.Exit(status)
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())

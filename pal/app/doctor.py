@@ -1,0 +1,192 @@
+"""What works on this machine and the remedy for what does not, without importing torch or transformers."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from pal import SHIPPED
+from pal.errors import BundleError
+from pal.files import verify
+
+DISTRIBUTION = "pal-audio"
+_FREE_GB = 2.0
+"""Disk that a demo run with its checkpoints and scenes needs."""
+_MEMORY_GB = 3.0
+"""Memory that training the small models takes."""
+_FORMATS = ("WAV", "FLAC", "OGG", "MP3")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One check."""
+
+    name: str
+    ok: bool
+    detail: str
+    remedy: str = ""
+    """What to type or do; empty where nothing is wrong."""
+    required: bool = True
+    """Whether the main job fails without it."""
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def examine() -> list[Finding]:
+    """All checks, in the order in which a reader would mend them."""
+    findings = [_python(), *_packages(), _codecs(), _gpu(), _machine(), _disk()]
+    findings += [_bundle("shipped model", SHIPPED), _bundle("shipped text-only LLM", SHIPPED.with_name("tiny-lm"))]
+    return findings
+
+
+def report(findings: list[Finding]) -> str:
+    """The findings as lines of text, each fault with its remedy under it."""
+    lines = []
+    for finding in findings:
+        mark = "ok  " if finding.ok else ("FAIL" if finding.required else "no  ")
+        lines.append(f"{mark}  {finding.name}: {finding.detail}")
+        if finding.remedy:
+            lines.append(f"      remedy: {finding.remedy}")
+    faults = sum(f.required and not f.ok for f in findings)
+    lines.append("everything that the main job needs works" if not faults else f"{faults} to mend")
+    return "\n".join(lines)
+
+
+def _python() -> Finding:
+    wanted = metadata.metadata(DISTRIBUTION)["Requires-Python"] or ""
+    version = platform.python_version()
+    if satisfies(version, wanted):
+        return Finding("python", True, version)
+    return Finding("python", False, f"{version}, wanted {wanted}", f"make the environment with python {wanted}")
+
+
+def _packages() -> Iterator[Finding]:
+    """One finding for each requirement in the package's own metadata, so that ranges stand in one place."""
+    for line in metadata.requires(DISTRIBUTION) or []:
+        requirement, _, marker = (part.strip() for part in line.partition(";"))
+        match = re.match(r"([A-Za-z0-9._-]+)\s*(.*)", requirement)
+        assert match is not None, line
+        name, wanted = match.group(1), match.group(2)
+        extra = re.search(r"extra == ['\"]([\w-]+)['\"]", marker)
+        if extra and extra.group(1) in ("test", "dev"):
+            continue
+        remedy = f"pip install '{DISTRIBUTION}[{extra.group(1)}]'" if extra else f"pip install '{name}{wanted}'"
+        try:
+            version = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            yield Finding(name, False, f"not installed (wanted {wanted})", remedy, required=extra is None)
+            continue
+        fits = satisfies(version, wanted)
+        detail = version if fits else f"{version}, wanted {wanted}"
+        yield Finding(name, fits, detail, "" if fits else remedy, required=extra is None)
+
+
+def satisfies(version: str, wanted: str) -> bool:
+    """Whether a version fits a list such as ">=5.17,<6". Local and pre-release marks are not looked at."""
+    have = _numbers(version)
+    for clause in filter(None, (part.strip() for part in wanted.split(","))):
+        match = re.match(r"(>=|<=|==|!=|<|>|~=)\s*(.+)", clause)
+        assert match is not None, clause
+        sign, bound = match.group(1), _numbers(match.group(2))
+        width = max(len(have), len(bound))
+        left, right = (numbers + (0,) * (width - len(numbers)) for numbers in (have, bound))
+        fits = {
+            ">=": left >= right,
+            "<=": left <= right,
+            "==": left == right,
+            "!=": left != right,
+            "<": left < right,
+            ">": left > right,
+            "~=": left >= right and left[: len(bound) - 1] == right[: len(bound) - 1],
+        }
+        if not fits[sign]:
+            return False
+    return True
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    match = re.match(r"\d+(\.\d+)*", version)
+    return tuple(int(part) for part in match.group().split(".")) if match else (0,)
+
+
+def _codecs() -> Finding:
+    remedy = "pip install --upgrade --force-reinstall soundfile"
+    try:
+        import soundfile
+    except (ImportError, OSError) as error:
+        return Finding("audio formats", False, f"soundfile does not load: {error}", remedy)
+    known = soundfile.available_formats()
+    missing = [name for name in _FORMATS if name not in known]
+    if "OPUS" not in soundfile.available_subtypes("OGG"):
+        missing.append("OPUS")
+    if missing:
+        return Finding("audio formats", False, f"libsndfile lacks {', '.join(missing)}", remedy)
+    more = ", m4a, webm" if find_spec("av") else ""
+    detail = f"WAV, FLAC, MP3, OGG, Opus{more} (libsndfile {soundfile.__libsndfile_version__})"
+    return Finding("audio formats", True, detail)
+
+
+def _gpu() -> Finding:
+    if sys.platform == "darwin" and platform.machine() == "arm64":
+        return Finding("gpu", True, "Apple silicon", required=False)
+    driver = Path("/proc/driver/nvidia/version").is_file() or shutil.which("nvidia-smi") is not None
+    build = _torch_cuda()
+    if driver and build is None:
+        remedy = "install a CUDA build of torch: see https://pytorch.org/get-started/locally"
+        return Finding("gpu", False, "an NVIDIA driver is here, but this torch is built for the CPU", remedy, False)
+    if driver:
+        return Finding("gpu", True, f"NVIDIA driver found, torch built for CUDA {build}", required=False)
+    return Finding("gpu", True, "none found; the CPU is used", required=False)
+
+
+def _torch_cuda() -> str | None:
+    """CUDA version that torch was built for, from its version file: importing torch takes seconds."""
+    spec = find_spec("torch")
+    if spec is None or spec.origin is None:
+        return None
+    version = Path(spec.origin).with_name("version.py")
+    if not version.is_file():
+        return None
+    match = re.search(r"^cuda\b[^=]*=\s*['\"]([^'\"]+)['\"]", version.read_text(encoding="utf-8"), re.MULTILINE)
+    return match.group(1) if match else None
+
+
+def _machine() -> Finding:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    detail = f"{platform.system()} {platform.machine()}, {cores} CPU cores"
+    try:
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
+    except (AttributeError, ValueError, OSError):  # not on every system
+        return Finding("machine", True, detail)
+    detail += f", {memory:.1f} GB memory"
+    if memory < _MEMORY_GB:
+        return Finding("machine", False, detail, f"{_MEMORY_GB:.0f} GB of memory are needed to train", required=False)
+    return Finding("machine", True, detail)
+
+
+def _disk() -> Finding:
+    free = shutil.disk_usage(Path.cwd()).free / 1e9
+    detail = f"{free:.1f} GB free in this folder"
+    if free < _FREE_GB:
+        return Finding("disk", False, detail, f"free {_FREE_GB:.0f} GB, or give --out on another disk", required=False)
+    return Finding("disk", True, detail)
+
+
+def _bundle(name: str, folder: Path) -> Finding:
+    remedy = f"pip install --force-reinstall --no-deps {DISTRIBUTION}"
+    try:
+        digests = verify(folder)
+    except BundleError as error:
+        return Finding(name, False, str(error), remedy)
+    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 1e6
+    return Finding(name, True, f"{len(digests)} files, {size:.1f} MB, every SHA-256 as it should be")

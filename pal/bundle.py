@@ -1,0 +1,158 @@
+"""Bundles: a model as a folder of safetensors, configuration and tokenizer, with digests checked on load.
+
+A bundle holds the parts that were trained, or everything (`full`). What it leaves out it names by
+source and SHA-256, so that it cannot be joined to another LLM or encoder by mistake.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from pal.config import parse
+from pal.errors import BundleError
+from pal.files import MANIFEST, atomic_folder, recover, verify
+from pal.model_config import LLMConfig, ModelConfig
+
+if TYPE_CHECKING:
+    from pal.model import PalModel
+
+FORMAT = 1
+_CONFIG = "config.json"
+_WEIGHTS = "model.safetensors"
+
+
+def save(model: PalModel, folder: str | Path, full: bool = False, dtype: torch.dtype | None = None) -> None:
+    """Write `model` as a bundle, atomically.
+
+    Args:
+        model: any model.
+        folder: where; a bundle already there is replaced.
+        full: also write the parts that have a source of their own and were not trained.
+        dtype: of floating-point weights on disk; they come back in the model's own.
+    """
+    kept = {name: tensor for name, tensor in model.state_dict().items() if full or _is_ours(model, name)}
+    description = {
+        "format": FORMAT,
+        "model": model.config.model_dump(mode="json"),
+        "llm": model.llm.config.to_dict(),
+        "lora": model.llm.lora,
+        "left_out": _left_out(model, set(kept)),
+    }
+    with atomic_folder(Path(folder)) as temporary:
+        save_file({name: _for_disk(tensor, dtype) for name, tensor in kept.items()}, temporary / _WEIGHTS)
+        (temporary / _CONFIG).write_text(json.dumps(description, indent=1, default=str) + "\n")
+        model.tokenizer.save_pretrained(temporary)
+
+
+def load(path: str | Path) -> PalModel:
+    """Read a bundle, in evaluation mode on the CPU.
+
+    Args:
+        path: its folder, the folder of the training run that made it, or a Hub id.
+
+    Raises:
+        BundleError: missing, damaged, of another format, or its LLM is not the one it was made with.
+    """
+    from transformers import AutoTokenizer
+
+    from pal.model import PalModel
+
+    folder = _folder(path)
+    verify(folder)
+    description = json.loads((folder / _CONFIG).read_text())
+    if description.get("format") != FORMAT:
+        raise BundleError(f"{folder}: format {description.get('format')}, this version reads {FORMAT}; upgrade pal-audio")
+    config = parse(ModelConfig, description["model"], where=f"bundle {folder}")
+    weights = load_file(folder / _WEIGHTS)
+    llm = config.llm
+    if not any(name.startswith("llm.") for name in description["left_out"]):
+        # Every weight of the LLM is here: only its shape is needed, not its source.
+        llm = LLMConfig(fresh=description["llm"], dtype=llm.dtype)
+    model = PalModel.from_config(
+        config.model_copy(update={"llm": llm}), AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    )
+    model.config = config
+    if description["lora"]:
+        model.llm.add_lora(**description["lora"])
+    _fill(model, weights, description["left_out"], folder)
+    model.source = str(path) if folder.name != "tiny" else "tiny"
+    return model.eval()
+
+
+def _folder(path: str | Path) -> Path:
+    folder = Path(path)
+    for candidate in (folder, folder / "model"):
+        recover(candidate)
+        if (candidate / MANIFEST).is_file():
+            return candidate
+    if folder.exists() or not _is_hub_id(str(path)):
+        raise BundleError(f"{path}: not a bundle (no {MANIFEST}); give a folder that save_pretrained wrote, or a Hub id")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(str(path)))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise BundleError(f"{path}: no such folder, and the Hub did not give it ({reason})") from None
+
+
+def _is_hub_id(path: str) -> bool:
+    parts = path.split("/")
+    return len(parts) == 2 and all(part and part.replace("-", "").replace("_", "").replace(".", "") for part in parts)
+
+
+def _part_of(name: str) -> str:
+    return name.split(".", 1)[0]
+
+
+def _is_ours(model: PalModel, name: str) -> bool:
+    """Whether the tensor exists nowhere else: made or trained here."""
+    if _part_of(name) == "llm":
+        return model.config.llm.path is None or name in model.trained or "lora_" in name
+    if _part_of(name) == "encoder":
+        return "path" not in model.config.encoders[0] or any(n.startswith("encoder.") for n in model.trained)
+    return True
+
+
+def _left_out(model: PalModel, kept: set[str]) -> dict[str, str]:
+    """Name and SHA-256 of each tensor that the bundle does not hold."""
+    return {name: digest(tensor) for name, tensor in model.state_dict().items() if name not in kept}
+
+
+def digest(tensor: Tensor) -> str:
+    """SHA-256 of a tensor's bytes."""
+    return hashlib.sha256(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()).hexdigest()
+
+
+def _for_disk(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    # A copy, because safetensors refuses tensors that share memory, such as tied embeddings.
+    tensor = tensor.detach().cpu()
+    return (tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor).clone().contiguous()
+
+
+def _fill(model: nn.Module, weights: dict[str, Tensor], left_out: dict[str, str], folder: Path) -> None:
+    own: dict[str, Any] = model.state_dict()
+    missing = set(own) - set(weights) - set(left_out)
+    unknown = set(weights) - set(own)
+    if missing or unknown:
+        name = sorted(missing or unknown)[0]
+        raise BundleError(f"{folder}: its weights do not fit its configuration (first: '{name}'); save it again")
+    for name, expected in left_out.items():
+        if digest(own[name]) != expected:
+            raise BundleError(
+                f"{folder}: '{name}' of the LLM or encoder found is not the one this bundle was made with; "
+                "give the same revision"
+            )
+    with torch.no_grad():
+        for name, tensor in weights.items():
+            if own[name].shape != tensor.shape:
+                raise BundleError(f"{folder}: '{name}' has shape {tuple(tensor.shape)}, not {tuple(own[name].shape)}")
+            own[name].copy_(tensor)

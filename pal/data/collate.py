@@ -1,0 +1,127 @@
+"""Records to batches: each distinct clip is read once and shared by the rows that ask about it."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from threading import Lock
+from typing import TYPE_CHECKING
+
+import numpy as np
+from torch import Tensor
+
+import pal.audio
+from pal.data.manifest import Record
+from pal.data.prompts import conversation_of, encode
+from pal.types import Batch, TagSpan
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Tags = list[TagSpan] | None
+Augment = Callable[[Tensor, int, np.random.Generator, Tags], tuple[Tensor, Tags]]
+"""(samples [N], Hz, the random numbers to use, what sounds in the clip or None) -> new samples and tags."""
+
+
+class WaveformCache:
+    """The most recently used waveforms, within a number of bytes. Copies of it (in workers) start empty."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self.max_bytes = max_bytes
+        self.bytes = 0
+        self._held: OrderedDict[str, Tensor] = OrderedDict()
+        self._lock = Lock()
+
+    def __reduce__(self) -> tuple[type[WaveformCache], tuple[int]]:
+        return WaveformCache, (self.max_bytes,)
+
+    def get(self, path: str) -> Tensor | None:
+        """The waveform of a path, or None; it must not be changed in place."""
+        with self._lock:
+            if path in self._held:
+                self._held.move_to_end(path)
+            return self._held.get(path)
+
+    def put(self, path: str, samples_N: Tensor) -> None:
+        """Hold a waveform and let go of the oldest ones beyond the limit."""
+        with self._lock:
+            if samples_N.nbytes > self.max_bytes or path in self._held:
+                return
+            self._held[path] = samples_N
+            self.bytes += samples_N.nbytes
+            while self.bytes > self.max_bytes:
+                self.bytes -= self._held.popitem(last=False)[1].nbytes
+
+
+class Collator:
+    """Makes a `Batch` of records; usable as a DataLoader's `collate_fn`.
+
+    Args:
+        tokenizer: any Hugging Face tokenizer.
+        rate: Hz of the waveforms, the encoder's sampling rate.
+        augment: changes the clips of a training batch; None leaves them as they are.
+        with_audio: False leaves the clips and their placeholders out.
+        train: whether rows carry their answers with labels, or end with the generation prompt.
+        system: a system message for every conversation.
+        cache_bytes: decoded audio to keep, so that a small corpus is decoded once and not every
+            epoch. 0 keeps none.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        rate: int,
+        augment: Augment | None = None,
+        with_audio: bool = True,
+        train: bool = True,
+        system: str | None = None,
+        cache_bytes: int = 1 << 30,
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.rate = rate
+        self.augment = augment
+        self.with_audio = with_audio
+        self.train = train
+        self.system = system
+        self.cache = WaveformCache(cache_bytes)
+
+    def __call__(self, records: Sequence[Record], seeds: Sequence[int] | None = None) -> Batch:
+        """Batch of the records, one row each.
+
+        Args:
+            records: several may ask about the same clip.
+            seeds: one a record, for `augment`, which a shared clip meets once, with the seed of the
+                first record that has it.
+
+        Raises:
+            AudioError, PromptError: from a clip or a conversation that cannot be used.
+        """
+        assert self.augment is None or seeds is not None, "augmentation needs a seed for each record"
+        place: dict[str, int] = {}
+        waveforms: list[Tensor] = []
+        tags: list[Tags] = []
+        rows = []
+        for number, record in enumerate(records):
+            clips = record.clips if self.with_audio else ()
+            for at, path in enumerate(clips):
+                if path in place:
+                    continue
+                place[path] = len(waveforms)
+                samples_N = self._load(path)
+                known = list(record.tags) if at == 0 and record.tags is not None else None
+                if self.augment is not None and seeds is not None:
+                    rng = np.random.default_rng([seeds[number], at])
+                    samples_N, known = self.augment(samples_N.clone(), self.rate, rng, known)
+                waveforms.append(samples_N)
+                tags.append(known)
+            conversation = conversation_of(record, self.with_audio, with_answers=self.train, system=self.system)
+            rows.append(encode(self.tokenizer, conversation, [place[path] for path in clips], train=self.train))
+        known_tags = tags if any(known is not None for known in tags) else None
+        return Batch(waveforms, rows, [record.id for record in records], known_tags)
+
+    def _load(self, path: str) -> Tensor:
+        samples_N = self.cache.get(path)
+        if samples_N is None:
+            samples_N = pal.audio.load(path, self.rate).samples_N
+            self.cache.put(path, samples_N)
+        return samples_N

@@ -1,0 +1,118 @@
+"""`tiny`: log-mel and a small convolutional network, trained from scratch, no download.
+
+Every operation is local in time, so a clip of any length goes at once and the cost is linear in it.
+"""
+
+from functools import cache
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pal.config import StrictConfig
+from pal.encoders.base import Encoder
+from pal.registry import register
+from pal.types import AudioFeatures
+
+_RATE = 16_000
+_HOP = 160
+_FFT = 512
+_WINDOW = 400
+_FLOOR = 1e-8
+"""Power under which a mel bin counts as silence; about the noise of 16-bit samples."""
+
+
+@register("encoder", "tiny")
+class Tiny(Encoder):
+    """About 25 tokens a second: 100 frames a second, halved twice in time, four times in frequency."""
+
+    class Config(StrictConfig):
+        width: int = 192
+        """E, the width of a token."""
+        channels: tuple[int, int, int, int] = (32, 48, 96, 128)
+        """Channels of the four strided convolutions over time and frequency."""
+        blocks: int = 3
+        """Residual blocks over time; each widens what a token hears by 0.28 s to either side."""
+        kernel: int = 15
+        """Tokens that a block's depthwise convolution spans."""
+        mels: int = 64
+        """M, mel bins from 40 Hz to 8 kHz."""
+        dropout: float = 0.1
+        """On the residual branches, in training."""
+
+    sampling_rate = _RATE
+    seconds_per_token = 4 * _HOP / _RATE
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.config = config
+        self.width = config.width
+        channels = (1, *config.channels)
+        strides = [(2, 2), (1, 2), (2, 2), (1, 2)]
+        self.convs = nn.ModuleList(
+            nn.Conv2d(channels[i], channels[i + 1], 3, stride=stride, padding=1, bias=False)
+            for i, stride in enumerate(strides)
+        )
+        self.norms = nn.ModuleList(nn.BatchNorm2d(c) for c in config.channels)
+        self.project = nn.Linear(config.channels[-1] * -(-config.mels // 16), config.width)
+        self.blocks = nn.ModuleList(_Block(config) for _ in range(config.blocks))
+        self.norm = nn.LayerNorm(config.width)
+
+    def frontend(self, samples_N: Tensor) -> Tensor:
+        """Samples [N] at 16 kHz -> log10 mel power [ceil(N / 160), M], scaled so that -40 dB is 0 and 0 dB is 1."""
+        frames = -(-len(samples_N) // _HOP)
+        # Frame f is centred on sample 160 f + 80, so that the last frame is real whatever the length.
+        padded_N = F.pad(samples_N, (_FFT // 2 - _HOP // 2, _FFT // 2 + _HOP))
+        spectrum_XF = torch.stft(
+            padded_N, _FFT, _HOP, _WINDOW, torch.hann_window(_WINDOW), center=False, return_complex=True
+        )[:, :frames]
+        power_FX = spectrum_XF.abs().square().T / (_WINDOW * 0.375)
+        mel_FM = power_FX @ _mel_filters(self.config.mels)
+        return (mel_FM.clamp_min(_FLOOR).log10() + 4) / 4
+
+    def forward(self, frames_WFM: Tensor, lengths_W: Tensor) -> AudioFeatures:
+        """Frames [W, F, M] -> tokens [W, ceil(F / 4), E]."""
+        x_WCFM = frames_WFM[:, None]
+        # Padding is set to zero before every convolution, which is what it finds past a clip's own
+        # end: so a padded batch gives what its clips give alone.
+        for conv, norm, halves in zip(self.convs, self.norms, (True, False, True, False), strict=True):
+            x_WCFM = x_WCFM * _mask(lengths_W, x_WCFM.shape[2])[:, None, :, None]
+            x_WCFM = F.gelu(norm(conv(x_WCFM)))
+            if halves:
+                lengths_W = (lengths_W + 1) // 2
+        mask_WA = _mask(lengths_W, x_WCFM.shape[2])
+        x_WAE = self.project(x_WCFM.permute(0, 2, 1, 3).flatten(2))
+        for block in self.blocks:
+            x_WAE = block(x_WAE, mask_WA)
+        return AudioFeatures(self.norm(x_WAE) * mask_WA[..., None], mask_WA, self.seconds_per_token)
+
+
+class _Block(nn.Module):
+    """Depthwise convolution over time and a feed-forward network, one residual branch each (ConvNeXt's order)."""
+
+    def __init__(self, config: Tiny.Config) -> None:
+        super().__init__()
+        width = config.width
+        self.conv = nn.Conv1d(width, width, config.kernel, padding=config.kernel // 2, groups=width)
+        self.norm = nn.LayerNorm(width)
+        self.expand = nn.Linear(width, 4 * width)
+        self.contract = nn.Linear(4 * width, width)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x_WAE: Tensor, mask_WA: Tensor) -> Tensor:
+        y_WAE = self.conv((x_WAE * mask_WA[..., None]).mT).mT
+        return x_WAE + self.dropout(self.contract(F.gelu(self.expand(self.norm(y_WAE)))))
+
+
+def _mask(lengths_W: Tensor, size: int) -> Tensor:
+    return torch.arange(size, device=lengths_W.device) < lengths_W[:, None]
+
+
+@cache
+def _mel_filters(mels: int) -> Tensor:
+    """[FFT bins, M] triangular filters on Slaney's mel scale."""
+    # Imported here: transformers takes a second to import, which reading a configuration should not cost.
+    from transformers.audio_utils import mel_filter_bank
+
+    filters = mel_filter_bank(_FFT // 2 + 1, mels, 40.0, _RATE / 2, _RATE, norm=None, mel_scale="slaney")
+    return torch.from_numpy(filters).float()

@@ -1,0 +1,135 @@
+"""What an evaluation says: one record an item, and the numbers made from them."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pal.evaluate.scorers import bootstrap_ci
+
+
+@dataclass
+class ItemResult:
+    """One question and what became of it. `prediction` is the raw answer, never a normalised one."""
+
+    id: str
+    question: str
+    reference: str
+    prediction: str = ""
+    correct: bool = False
+    task: str = ""
+    group: str = ""
+    """The clips the question is about; the bootstrap draws them whole."""
+    no_audio_prediction: str | None = None
+    """The same model's answer without the audio; None where that was not asked for."""
+    no_audio_correct: bool | None = None
+    error: str | None = None
+    """Why there is no answer; such an item counts as wrong."""
+
+
+@dataclass
+class Accuracy:
+    """Accuracy over some items, with the baseline without audio beside it."""
+
+    n: int
+    score: float
+    ci95: tuple[float, float]
+    no_audio_score: float | None
+    no_audio_ci95: tuple[float, float] | None
+    gain: float | None
+    """score - no_audio_score"""
+    gain_ci95: tuple[float, float] | None
+    """Paired: both answers of an item are drawn together."""
+
+    @classmethod
+    def of(cls, items: Sequence[ItemResult], seed: int = 0) -> Accuracy:
+        """Accuracy of at least one item; the interval is `bootstrap_ci` over the items' clips."""
+        groups = [item.group for item in items]
+        right = [float(item.correct) for item in items]
+        score = sum(right) / len(right)
+        ci95 = bootstrap_ci(right, groups, seed=seed)
+        if any(item.no_audio_correct is None for item in items):
+            return cls(len(items), score, ci95, None, None, None, None)
+        deaf = [float(bool(item.no_audio_correct)) for item in items]
+        gains = [heard - guessed for heard, guessed in zip(right, deaf, strict=True)]
+        return cls(
+            n=len(items),
+            score=score,
+            ci95=ci95,
+            no_audio_score=sum(deaf) / len(deaf),
+            no_audio_ci95=bootstrap_ci(deaf, groups, seed=seed),
+            gain=sum(gains) / len(gains),
+            gain_ci95=bootstrap_ci(gains, groups, seed=seed),
+        )
+
+
+@dataclass
+class Score:
+    """The result of `evaluate`; `to_dict` is the JSON that `pal eval` writes."""
+
+    benchmark: str
+    metric: str
+    overall: Accuracy
+    per_task: dict[str, Accuracy]
+    settings: dict[str, Any]
+    items: list[ItemResult] = field(default_factory=list)
+    seconds: float = 0.0
+
+    @property
+    def score(self) -> float:
+        return self.overall.score
+
+    @property
+    def errors(self) -> list[ItemResult]:
+        """The items that raised."""
+        return [item for item in self.items if item.error is not None]
+
+    def to_dict(self) -> dict[str, Any]:
+        overall = asdict(self.overall)
+        return jsonable(
+            {
+                "benchmark": self.benchmark,
+                "n": overall["n"],
+                "metric": self.metric,
+                "score": overall["score"],
+                "ci95": overall["ci95"],
+                "no_audio_score": overall["no_audio_score"],
+                "per_task": {task: asdict(accuracy) for task, accuracy in self.per_task.items()},
+                "settings": self.settings,
+                "items": [asdict(item) for item in self.items],
+                "no_audio_ci95": overall["no_audio_ci95"],
+                "gain": overall["gain"],
+                "gain_ci95": overall["gain_ci95"],
+                "errors": [{"id": item.id, "error": item.error} for item in self.errors],
+                "seconds": self.seconds,
+            }
+        )
+
+    def save(self, path: str | Path) -> None:
+        """Write the JSON in one step, so that a reader never sees half of it."""
+        write_json(path, self.to_dict())
+
+
+def jsonable(value: Any) -> Any:
+    """`value` with tuples as lists and NaN or infinity as null, which JSON has no words for."""
+    if isinstance(value, dict):
+        return {str(key): jsonable(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [jsonable(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Write `value` beside `path` and rename it there."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(path.name + ".part")
+    draft.write_text(json.dumps(jsonable(value), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(draft, path)

@@ -1,0 +1,315 @@
+"""The model, as in the paper's figure: encoder -> connector -> integration -> LLM."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from pal import audio as audio_io
+from pal.backbone.audio_kv import AudioKV
+from pal.backbone.llm import Backbone
+from pal.data.prompts import Conversation, encode, user_turn
+from pal.errors import PromptError
+from pal.model_config import ModelConfig
+from pal.registry import build
+from pal.types import AudioFeatures, Batch, LLMInputs, Tokens
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from pal.audio import Source
+    from pal.integrations.base import Integration
+
+
+class Loss(NamedTuple):
+    """Cross-entropy of a batch, kept apart so that means can be taken over several processes."""
+
+    sum: Tensor
+    tokens: int
+    """Trained tokens the sum is over."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One answer, what it is based on, and what it cost."""
+
+    text: str
+    audio_seconds: float
+    """Length of the clips given."""
+    audio_seconds_used: float
+    """Length that the encoder's tokens cover; equal to the seconds given, since nothing is cut."""
+    audio_tokens: int
+    """Audio tokens that the integration was given."""
+    seconds: dict[str, float] = field(default_factory=dict)
+    """Time of each step: encode, prefill, generate."""
+
+
+class PalModel(nn.Module):
+    """A language model with ears.
+
+    Build one with `pal.attach` (untrained) or `pal.load` (a bundle).
+    """
+
+    def __init__(self, config: ModelConfig, llm: Backbone, tokenizer: PreTrainedTokenizerBase) -> None:
+        super().__init__()
+        self.config = config
+        self.tokenizer = tokenizer
+        self.llm = llm
+        self.encoder = build("encoder", config.encoders[0])
+        self.connector = build("connector", config.connector, in_width=self.encoder.width)
+        self.integration: Integration = build(
+            "integration", config.integration, in_width=self.connector.width, llm=llm
+        )
+        self.source = "untrained"
+        """What the model is called in answers and scores."""
+        self.trained: set[str] = set()
+        """Names of the parameters that training has changed since they came from their source."""
+
+    @classmethod
+    def from_config(cls, config: ModelConfig, tokenizer: PreTrainedTokenizerBase | None = None) -> PalModel:
+        """A model with the LLM and encoder weights that `config` names and everything else untrained."""
+        return cls(config, *Backbone.from_config(config.llm, tokenizer))
+
+    # Parts
+
+    @property
+    def device(self) -> torch.device:
+        """Where the LLM is."""
+        return next(self.llm.parameters()).device
+
+    @property
+    def sampling_rate(self) -> int:
+        """Hz of the waveforms that the model takes."""
+        return self.encoder.sampling_rate
+
+    def parts(self) -> dict[str, nn.Module]:
+        """The parts that a training stage can name."""
+        return {
+            "encoder": self.encoder,
+            "connector": self.connector,
+            "projectors": self.integration,
+            "llm": self.llm,
+        }
+
+    def train(self, mode: bool = True) -> PalModel:
+        """Training mode for the parts that train; frozen ones stay in evaluation mode.
+
+        Otherwise the dropout of a frozen part would stay on and its batch statistics would move.
+        """
+        super().train(mode)
+        for part in self.parts().values():
+            if not any(p.requires_grad for p in part.parameters()):
+                part.eval()
+        return self
+
+    # Audio to LLM inputs
+
+    def features(self, waveforms: list[Tensor]) -> AudioFeatures:
+        """Waveforms [N] at `sampling_rate`, one a clip -> the connector's features [B, A, E]."""
+        return self.connector(self.encoder.encode(waveforms))
+
+    def inputs(
+        self, clips: Sequence[Tensor] | Sequence[AudioKV], rows: list[Tokens], padding_side: str = "right"
+    ) -> LLMInputs:
+        """Everything the LLM needs for a batch of conversations.
+
+        Args:
+            clips: waveforms [N], or what `index` made of them.
+            rows: conversations; `Tokens.clips` are indices into `clips`.
+            padding_side: "right" for training and scoring, "left" for generation.
+        """
+        audio: Any = list(clips)
+        if audio and not isinstance(audio[0], AudioKV):
+            audio = self.features(audio)
+        return self.integration(audio or None, rows, self.llm, padding_side)
+
+    def forward(self, batch: Batch) -> Loss:
+        """Cross-entropy over the trained tokens of a batch (answers only)."""
+        total, tokens = self.llm.loss(self.inputs(batch.waveforms, batch.rows))
+        return Loss(total, tokens)
+
+    loss = forward
+
+    @torch.inference_mode()
+    def answer_scores(self, clips: Sequence[Tensor] | Sequence[AudioKV], rows: list[Tokens]) -> Tensor:
+        """Log-likelihood of each row's labelled tokens, summed -> [B]."""
+        return self.llm.label_scores(self.inputs(clips, rows))
+
+    # Answers
+
+    @torch.inference_mode()
+    def generate(
+        self,
+        clips: Sequence[Tensor] | Sequence[AudioKV],
+        rows: list[Tokens],
+        max_new_tokens: int = 64,
+        **options: Any,
+    ) -> list[str]:
+        """One answer a conversation. `options` are transformers' generation options; greedy without any."""
+        if not rows:
+            return []
+        inputs = self.inputs(clips, rows, padding_side="left")
+        ids_BT = self.llm.generate(inputs, max_new_tokens=max_new_tokens, **self._generation(options))
+        return [text.strip() for text in self.tokenizer.batch_decode(ids_BT, skip_special_tokens=True)]
+
+    def stream(
+        self, clips: Sequence[Tensor] | Sequence[AudioKV], row: Tokens, max_new_tokens: int = 64, **options: Any
+    ) -> Iterator[str]:
+        """The answer to one conversation, in pieces as they are made."""
+        with torch.inference_mode():
+            inputs = self.inputs(clips, [row], padding_side="left")
+        yield from self.llm.stream(
+            inputs, self.tokenizer, max_new_tokens=max_new_tokens, **self._generation(options)
+        )
+
+    def _generation(self, options: dict[str, Any]) -> dict[str, Any]:
+        return {"do_sample": False, "pad_token_id": self.tokenizer.pad_token_id or 0, **options}
+
+    @torch.inference_mode()
+    def index(self, audio: Source | AudioKV) -> AudioKV:
+        """A clip's audio as the keys and values of all injected layers, made once for many questions."""
+        if isinstance(audio, AudioKV):
+            audio.check(self.digest)
+            return audio
+        samples_N = audio_io.load(audio, self.sampling_rate).samples_N
+        return self.integration.index(self.features([samples_N]), self.llm, self.digest)
+
+    def ask(self, audio: Any, question: Any, stream: bool = False, **options: Any) -> Any:
+        """Answer questions about audio.
+
+        Args:
+            audio: a clip (path, bytes, file object, `(array, rate)` or an `AudioKV`), or a list of clips.
+            question: a string, a list of strings, or chat turns (`[{"role", "content"}, ...]`) with
+                `<audio>` where each clip stands.
+            stream: yield the text of a single answer piece by piece.
+            options: transformers' generation options, such as `max_new_tokens` or `do_sample`.
+
+        Returns:
+            A string for one clip and one question. A list of strings for a list of questions about
+            one clip (its audio is encoded once), or for one question about each clip of a list.
+            Several clips go into one conversation where the question says so by as many `<audio>`.
+
+        Raises:
+            AudioError: a clip cannot be used.
+            PromptError: clips and placeholders do not match.
+        """
+        single, clips, rows = self._conversations(audio, question)
+        loaded, _ = self._load(clips)
+        if stream:
+            if len(rows) != 1:
+                raise PromptError("stream=True takes one conversation; ask the others one by one")
+            return self.stream(loaded, rows[0], **options)
+        answers = self.generate(loaded, rows, **options)
+        return answers[0] if single else answers
+
+    @torch.inference_mode()
+    def ask_detailed(self, audio: Any, question: Any, max_new_tokens: int = 64, **options: Any) -> list[Answer]:
+        """As `ask`, with seconds used, audio tokens and the time of each step; always a list."""
+        _, clips, rows = self._conversations(audio, question)
+        loaded, seconds = self._load(clips)
+        start = time.perf_counter()
+        features = self.features(loaded) if loaded and isinstance(loaded[0], Tensor) else None
+        encoded = time.perf_counter()
+        inputs = self.integration(features or loaded or None, rows, self.llm, "left")
+        first = _FirstToken()
+        ids_BT = self.llm.generate(
+            inputs, max_new_tokens=max_new_tokens, logits_processor=[first], **self._generation(options)
+        )
+        texts = self.tokenizer.batch_decode(ids_BT, skip_special_tokens=True)
+        done = time.perf_counter()
+        timings = {"encode": encoded - start, "prefill": first.at - encoded, "generate": done - first.at}
+        if features is not None:
+            tokens, scale = features.lengths, features.seconds_per_token
+        else:
+            tokens = [kv.tokens for kv in loaded]  # type: ignore[union-attr]
+            scale = loaded[0].seconds_per_token if loaded else 0.0  # type: ignore[union-attr]
+        return [
+            Answer(
+                text=text.strip(),
+                audio_seconds=sum(seconds[clip] for clip in row.clips),
+                audio_seconds_used=sum(min(seconds[clip], tokens[clip] * scale) for clip in row.clips),
+                audio_tokens=sum(tokens[clip] for clip in row.clips),
+                seconds=timings,
+            )
+            for text, row in zip(texts, rows, strict=True)
+        ]
+
+    def _load(self, clips: list[Any]) -> tuple[list[Tensor] | list[AudioKV], list[float]]:
+        """Waveforms (or indexed clips, if all are) and the seconds of each."""
+        if clips and all(isinstance(clip, AudioKV) for clip in clips):
+            for clip in clips:
+                clip.check(self.digest)
+            return clips, [clip.seconds for clip in clips]
+        if any(isinstance(clip, AudioKV) for clip in clips):
+            indexed = [self.index(clip) for clip in clips]
+            return indexed, [clip.seconds for clip in indexed]
+        waves = [audio_io.load(clip, self.sampling_rate) for clip in clips]
+        return [wave.samples_N for wave in waves], [wave.seconds_given for wave in waves]
+
+    def _conversations(self, audio: Any, question: Any) -> tuple[bool, list[Any], list[Tokens]]:
+        """Whether one plain answer is wanted, the clips, and the conversations about them."""
+        clips = list(audio) if isinstance(audio, list) else [audio]
+        turns = isinstance(question, list) and bool(question) and isinstance(question[0], dict)
+        questions = question if isinstance(question, list) and not turns else [question]
+        if turns:
+            return True, clips, [self._encode(question, list(range(len(clips))))]
+        joint = len(clips) != 1 and isinstance(question, str) and ("<audio>" in question or not clips)
+        if joint or len(clips) == 1:
+            all_clips = list(range(len(clips)))
+            rows = [self._encode([user_turn(text, len(clips))], all_clips) for text in questions]
+            return isinstance(question, str), clips, rows
+        if isinstance(question, str):
+            questions = [question] * len(clips)
+        if len(questions) != len(clips):
+            raise PromptError(
+                f"{len(clips)} clips and {len(questions)} questions; give one question, or as many as clips"
+            )
+        rows = [self._encode([user_turn(text, 1)], [i]) for i, text in enumerate(questions)]
+        return False, clips, rows
+
+    def _encode(self, conversation: Conversation, clips: list[int]) -> Tokens:
+        if self.config.system and not any(turn["role"] == "system" for turn in conversation):
+            conversation = [{"role": "system", "content": self.config.system}, *conversation]
+        return encode(self.tokenizer, conversation, clips)
+
+    # Identity
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of all weights; equal for equal models, whatever file they came from."""
+        sha = hashlib.sha256()
+        for name, tensor in sorted(self.state_dict().items()):
+            sha.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+            sha.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        return sha.hexdigest()
+
+    def save_pretrained(self, folder: str | Path, full: bool = False, dtype: torch.dtype | None = None) -> None:
+        """Write a bundle; see `pal.bundle.save`."""
+        from pal import bundle
+
+        bundle.save(self, folder, full=full, dtype=dtype)
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path) -> PalModel:
+        """Read a bundle from a folder or the Hub; see `pal.bundle.load`."""
+        from pal import bundle
+
+        return bundle.load(path)
+
+
+class _FirstToken:
+    """A logits processor that changes nothing and notes when the first logits came: the end of prefill."""
+
+    at = 0.0
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if not self.at:
+            self.at = time.perf_counter()
+        return scores

@@ -1,0 +1,74 @@
+"""What a model is made of, as a recipe or a bundle writes it."""
+
+from typing import Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from pal.config import StrictConfig
+
+
+class LLMConfig(StrictConfig):
+    """The language model: an existing one (`path`), or a new one with random weights (`fresh`)."""
+
+    path: str | None = None
+    """Hub id or local folder of a decoder-only LLM with its tokenizer."""
+    revision: str | None = None
+    """Branch, tag or commit of `path` on the Hub."""
+    fresh: dict[str, Any] | None = None
+    """A transformers configuration: `model_type` and whatever differs from that type's defaults."""
+    tokenizer: str | None = None
+    """Hub id or local folder of the tokenizer; without it, that of `path`."""
+    vocabulary: int | None = None
+    """With `fresh` and no `tokenizer`: entries of a byte-level BPE trained on the recipe's own text."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Of the LLM's weights in memory."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> "LLMConfig":
+        if (self.path is None) == (self.fresh is None):
+            raise ValueError("give either 'path' or 'fresh'")
+        return self
+
+
+Part = dict[str, Any]
+"""`{"name": ..., option: value}`; the options are checked by the class that the name stands for."""
+
+
+class ModelConfig(StrictConfig):
+    """Encoder -> connector -> integration -> LLM."""
+
+    llm: LLMConfig
+    """A string is short for `{path: ...}`."""
+    encoders: list[Part] = Field(min_length=1, max_length=1)
+    """The audio encoder, by name and options; a Hub id alone is short for a Whisper."""
+    connector: Part = {"name": "mlp"}
+    """What stands between encoder and integration."""
+    integration: Part = {"name": "pal"}
+    """How the audio enters the LLM."""
+    system: str | None = None
+    """System prompt put before conversations that bring none."""
+    notice: str | None = None
+    """What a user must know before trusting an answer; shown by `pal ask`."""
+
+    @field_validator("llm", mode="before")
+    @classmethod
+    def _llm_path(cls, value: Any) -> Any:
+        return {"path": value} if isinstance(value, str) else value
+
+    @field_validator("connector", "integration", mode="before")
+    @classmethod
+    def _part_name(cls, value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) else value
+
+    @field_validator("encoders", mode="before")
+    @classmethod
+    def _encoder_names(cls, value: Any) -> Any:
+        if isinstance(value, list):
+            return [_encoder(item) if isinstance(item, str) else item for item in value]
+        return value
+
+
+def _encoder(text: str) -> Part:
+    if "/" in text:
+        return {"name": "whisper", "path": text}
+    return {"name": text}

@@ -1,0 +1,62 @@
+"""Names for the exchangeable parts: encoders, connectors, integrations.
+
+A part is one class in one file with one decorator line. Its options stand beside it as a nested
+`Config`, so that a recipe's `{name: lal, layers: all}` is checked against the class it builds.
+"""
+
+import importlib
+import pkgutil
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+from pal.config import StrictConfig, parse
+from pal.errors import ConfigError
+
+T = TypeVar("T", bound=type)
+
+_PACKAGES = {"encoder": "pal.encoders", "connector": "pal.connectors", "integration": "pal.integrations"}
+_CLASSES: dict[str, dict[str, type]] = {kind: {} for kind in _PACKAGES}
+
+
+def register(kind: str, name: str) -> Callable[[T], T]:
+    """Class decorator: make the class buildable as `name` among the parts of its kind."""
+
+    def add(cls: T) -> T:
+        config = getattr(cls, "Config", None)
+        assert isinstance(config, type) and issubclass(config, StrictConfig), f"{cls} needs a nested Config"
+        assert name not in _CLASSES[kind], f"{kind} '{name}' is registered twice"
+        _CLASSES[kind][name] = cls
+        return cls
+
+    return add
+
+
+def names(kind: str) -> list[str]:
+    """The known names of one kind of part, sorted."""
+    package = importlib.import_module(_PACKAGES[kind])
+    for module in pkgutil.iter_modules(package.__path__):
+        importlib.import_module(f"{package.__name__}.{module.name}")
+    return sorted(_CLASSES[kind])
+
+
+def lookup(kind: str, name: str) -> type:
+    """The class registered as `name`. Raises ConfigError that lists the known names."""
+    known = names(kind)
+    if name not in known:
+        raise ConfigError(f"unknown {kind} '{name}'; known: {', '.join(known)}")
+    return _CLASSES[kind][name]
+
+
+def build(kind: str, options: Mapping[str, Any] | str, **context: Any) -> Any:
+    """Build the part that `options` describes: a name, or `{"name": ..., option: value}`.
+
+    `context` is what the surrounding model knows and a recipe should not repeat, such as widths; it
+    is passed to the class beside the checked `config`.
+    """
+    fields = {"name": options} if isinstance(options, str) else dict(options)
+    if "name" not in fields:
+        raise ConfigError(f"{kind} needs a 'name'; known: {', '.join(names(kind))}")
+    name = fields.pop("name")
+    cls = lookup(kind, name)
+    config = parse(cls.Config, fields, where=f"{kind} '{name}'")  # type: ignore[attr-defined]
+    return cls(config, **context)

@@ -1,0 +1,314 @@
+"""A recipe: everything a run depends on, in one strict YAML file."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BeforeValidator, Field, model_validator
+
+from pal.config import StrictConfig, parse
+from pal.errors import ConfigError
+from pal.model_config import ModelConfig
+
+PARTS = ("encoder", "connector", "projectors", "llm")
+"""The parts a stage can train, as `PalModel.parts` names them."""
+
+_Switch = Annotated[bool, BeforeValidator(lambda value: {"full": True, "none": False}.get(value, value))]
+_LLM = Annotated[
+    Literal["none", "full", "lora", "attention"],
+    BeforeValidator(lambda value: {True: "full", False: "none"}.get(value, value)),
+]
+
+
+class SynthSource(StrictConfig):
+    """Scenes made into the run's folder before training, the same for the same seed."""
+
+    scenes: int = Field(gt=0)
+    seed: int = 0
+    questions_per_scene: int | None = None
+    """Default of `pal.data.synth` when not given."""
+    options: dict[str, Any] = {}
+    """Further options of `pal.data.synth.make`, such as the range of lengths."""
+
+
+class PrepareSource(StrictConfig):
+    """A public data set turned into a manifest in the run's folder, as `pal data prepare` does."""
+
+    name: str
+    root: Path
+    """Folder of the data set."""
+    options: dict[str, Any] = {}
+    """Such as `folds` or `speakers`."""
+
+
+class Source(StrictConfig):
+    """One named source of records: a manifest, or how to make one."""
+
+    manifest: Path | None = None
+    synth: SynthSource | None = None
+    prepare: PrepareSource | None = None
+    root: Path | None = None
+    """Folder that relative audio paths start from; that of the manifest when not given."""
+    weight: float | None = Field(default=None, gt=0)
+    """Share in the clips drawn from all sources of a stage; all of them have one or none."""
+    repeat: float = Field(default=1.0, gt=0)
+    """Times an epoch goes through the source; 0.5 is every second clip. Without weights only."""
+    tasks: list[str] | None = None
+    """Only records of these tasks."""
+    datasets: list[str] | None = None
+    """Only records of these datasets."""
+    augment: dict[str, Any] | None = None
+    """Options of `pal.data.augment.Augment`."""
+    optional: bool = False
+    """Leave the source out, with a line in the log, where its files are missing."""
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> Source:
+        if sum(origin is not None for origin in (self.manifest, self.synth, self.prepare)) != 1:
+            raise ValueError("give one of 'manifest', 'synth' and 'prepare'")
+        return self
+
+
+class LoRA(StrictConfig):
+    """Low-rank adapters of the LLM (defaults: LTU's)."""
+
+    r: int = Field(default=8, gt=0)
+    alpha: float = 16.0
+    dropout: float = Field(default=0.05, ge=0, lt=1)
+    targets: list[str] = ["q_proj", "v_proj"]
+    """Names of the linear layers that get one."""
+
+
+class Trained(StrictConfig):
+    """What a stage trains; the rest is frozen."""
+
+    encoder: _Switch = False
+    connector: _Switch = False
+    projectors: _Switch = False
+    """The integration's own weights."""
+    llm: _LLM = "none"
+    """"attention" trains the attention layers and leaves the feed-forward networks frozen."""
+    lora: LoRA = LoRA()
+
+    def part(self, name: str) -> bool:
+        """Whether anything of the part is trained."""
+        return self.llm != "none" if name == "llm" else bool(getattr(self, name))
+
+
+class BatchSize(StrictConfig):
+    """A batch takes clips, each with some of its rows, until one of the limits that are given is reached."""
+
+    rows: int | None = Field(default=None, gt=0)
+    """Conversations, over all processes."""
+    clips: int | None = Field(default=None, gt=0)
+    """Distinct clips."""
+    seconds: float | None = Field(default=None, gt=0)
+    """Seconds of distinct audio."""
+    rows_per_clip: int | None = Field(default=None, gt=0)
+    """Questions of one clip that share its audio; without it every row is drawn on its own."""
+    accumulate: int = Field(default=1, gt=0)
+    """Parts that a batch is cut into, one forward and backward each, to save memory."""
+
+    @model_validator(mode="after")
+    def _some_limit(self) -> BatchSize:
+        if self.rows is None and self.clips is None and self.seconds is None:
+            raise ValueError("give at least one of 'rows', 'clips' and 'seconds'")
+        return self
+
+    @property
+    def grouped(self) -> bool:
+        """Whether a clip's rows are drawn together."""
+        return self.rows_per_clip is not None or self.clips is not None
+
+
+class Stage(StrictConfig):
+    """One stretch of training."""
+
+    name: str = "stage"
+    objective: Literal["answers", "text", "tags"] = "answers"
+    options: dict[str, Any] = {}
+    """Of the objective; see `pal.train.objectives`."""
+    train: Trained
+    lr: float | dict[str, float]
+    """Highest learning rate, or one for each part (and "head", that of the objective's own weights)."""
+    weight_decay: float = Field(default=0.01, ge=0)
+    """Not on norms, biases and other vectors."""
+    betas: tuple[float, float] = (0.9, 0.98)
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup: int = Field(default=0, ge=0)
+    """Steps in which the learning rate rises from 0."""
+    steps: int | None = Field(default=None, gt=0)
+    epochs: float | None = Field(default=None, gt=0)
+    """Passes over the stage's data, instead of `steps`."""
+    batch: BatchSize
+    data: list[str] | dict[str, float] | None = None
+    """Names of the sources, or name to weight; all of them when not given."""
+    clip_grad: float | None = Field(default=1.0, gt=0)
+    """Largest norm of the gradient."""
+    gradient_checkpointing: bool = False
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Of the computation; weights and optimizer stay as they are stored."""
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Stage:
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError("give either 'steps' or 'epochs'")
+        if not any(self.train.part(part) for part in PARTS):
+            raise ValueError(f"'train' names no part; set one of {', '.join(PARTS)}")
+        if isinstance(self.lr, dict):
+            unknown = sorted(set(self.lr) - {*PARTS, "head"})
+            if unknown:
+                raise ValueError(f"lr for unknown part '{unknown[0]}'; known: {', '.join((*PARTS, 'head'))}")
+            missing = [part for part in PARTS if self.train.part(part) and part not in self.lr]
+            if missing:
+                raise ValueError(f"'lr' has no entry for '{missing[0]}', which the stage trains")
+        return self
+
+
+class Keeping(StrictConfig):
+    """What is written while a run goes on. Nothing here changes the result."""
+
+    checkpoint_every: int = Field(default=200, gt=0)
+    """Steps between two checkpoints; also the most that a kill can lose."""
+    checkpoint_seconds: float | None = Field(default=None, gt=0)
+    """Write one at the latest after this long, too."""
+    checkpoints: int = Field(default=2, gt=0)
+    """Newest checkpoints that are kept."""
+    log_every: int = Field(default=10, gt=0)
+    """Steps that one line of the log sums up."""
+    workers: int = Field(default=1, ge=0)
+    """Threads that load the next batches; 0 loads each when it is due."""
+    prefetch: int = Field(default=3, gt=0)
+    """Batches loaded ahead."""
+
+
+class Recipe(StrictConfig):
+    """What a run is made of."""
+
+    seed: int = 0
+    model: ModelConfig | None = None
+    """The parts to attach to each other."""
+    bundle: Path | None = None
+    """A saved model to go on from, instead of `model`."""
+    start: dict[Literal["encoder", "connector", "projectors", "llm"], Path] = {}
+    """Bundles that single parts of `model` take their weights from."""
+    data: dict[str, Source] = Field(min_length=1)
+    stages: list[Stage] = Field(min_length=1)
+    keep: Keeping = Keeping()
+    notes: str | None = None
+    """Free text that goes into `train.json`."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Recipe:
+        if (self.model is None) == (self.bundle is None):
+            raise ValueError("give either 'model' or 'bundle'")
+        for i, stage in enumerate(self.stages):
+            for name in stage.data or ():
+                if name not in self.data:
+                    raise ValueError(f"stages.{i}: no data source '{name}'; known: {', '.join(self.data)}")
+        return self
+
+    def stage_sources(self, stage: Stage) -> dict[str, Source]:
+        """The sources a stage draws from, with the weights it gives them."""
+        if isinstance(stage.data, dict):
+            return {name: self.data[name].model_copy(update={"weight": w}) for name, w in stage.data.items()}
+        names = stage.data if stage.data is not None else list(self.data)
+        return {name: self.data[name] for name in names}
+
+    def settings(self) -> dict[str, Any]:
+        """What decides the result, as plain JSON; `keep` and `notes` do not."""
+        return self.model_dump(mode="json", exclude={"keep", "notes"})
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of `settings`."""
+        return hashlib.sha256(json.dumps(self.settings(), sort_keys=True).encode()).hexdigest()
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe.
+
+    Args:
+        path: YAML file.
+        overrides: `key=value` with a dotted path, such as `stages.0.lr=5e-4`; the value is YAML.
+
+    Raises:
+        ConfigError: one line with the fault and the known keys.
+    """
+    path = Path(path)
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"recipe {path}: {error.strerror}; give the path of a YAML file") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"recipe {path}: not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(data, dict):
+        raise ConfigError(f"recipe {path}: has no keys; known: {', '.join(sorted(Recipe.model_fields))}")
+    for override in overrides:
+        _override(data, override)
+    return parse(Recipe, data, where=f"recipe {path}")
+
+
+def differences(a: Any, b: Any, path: str = "") -> list[str]:
+    """Dotted keys at which two settings differ."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        keys = [key for key in [*a, *(key for key in b if key not in a)]]
+        missing = object()
+        return [
+            key
+            for name in keys
+            for key in differences(a.get(name, missing), b.get(name, missing), f"{path}.{name}" if path else str(name))
+        ]
+    if isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
+        return [
+            key
+            for i, (x, y) in enumerate(zip(a, b, strict=True))
+            for key in differences(x, y, f"{path}.{i}" if path else str(i))
+        ]
+    return [] if a == b else [path]
+
+
+def _override(data: dict[str, Any], override: str) -> None:
+    """Set one dotted key of the data that YAML gave; the strict parser checks the outcome."""
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"override '{override}' is not of the form key=value, such as stages.0.lr=5e-4")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ConfigError(f"override '{override}': '{text}' is not YAML") from None
+    if isinstance(value, str):
+        # YAML 1.1 takes 5e-4 for a string.
+        try:
+            value = float(value)
+        except ValueError:
+            pass
+    at: Any = data
+    *parents, last = key.split(".")
+    for name in parents:
+        at = at[_index(at, name, override)] if isinstance(at, list) else _child(at, name, override)
+    if isinstance(at, list):
+        at[_index(at, last, override)] = value
+    elif isinstance(at, dict):
+        at[last] = value
+    else:
+        raise ConfigError(f"override '{override}': '{'.'.join(parents)}' has no keys below it")
+
+
+def _child(at: Any, name: str, override: str) -> Any:
+    if not isinstance(at, dict):
+        raise ConfigError(f"override '{override}': nothing to set below '{name}'")
+    if at.get(name) is None:
+        at[name] = {}
+    return at[name]
+
+
+def _index(at: list[Any], name: str, override: str) -> int:
+    if not name.isdigit() or int(name) >= len(at):
+        raise ConfigError(f"override '{override}': '{name}' is not an index; the list has 0 to {len(at) - 1}")
+    return int(name)

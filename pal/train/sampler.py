@@ -1,0 +1,188 @@
+"""Which records are in the batch of a step: a pure function of seed, stage and step.
+
+Nothing is remembered between steps, so that a run can be taken up anywhere, and neither threads nor
+processes can change what is drawn.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+
+from pal.errors import ConfigError
+from pal.train.recipe import BatchSize
+
+
+@dataclass(frozen=True)
+class Group:
+    """Rows of a batch that share their clips."""
+
+    source: int
+    rows: tuple[int, ...]
+    """Indices into the source's records."""
+    seed: int
+    """For everything random about these rows: augmentation."""
+
+
+@dataclass(frozen=True)
+class Pool:
+    """What can be drawn from one source."""
+
+    groups: Sequence[Sequence[int]]
+    """Records of each clip; one record each where rows are drawn on their own."""
+    weight: float | None = None
+    repeat: float = 1.0
+    seconds: Callable[[int], float] | None = None
+    """Length of a group's audio; needed for batches measured in seconds."""
+
+
+class Sampler:
+    """The batches of one stage.
+
+    An epoch draws a fixed number of groups from each source, mixes them and cuts the row of groups
+    into batches. Each source goes through all its groups before it repeats one, across epochs too.
+    """
+
+    def __init__(self, pools: Sequence[Pool], batch: BatchSize, seed: int, stage: int) -> None:
+        self.pools = pools
+        self.batch = batch
+        self.key = (seed, stage)
+        self.counts = _draws_per_epoch(pools)
+        self._epoch = lru_cache(maxsize=2)(self._plan)
+        self._starts = [0]
+        """First step of each epoch that was planned."""
+
+    def __getitem__(self, step: int) -> list[Group]:
+        """The batch of a step, for all processes together."""
+        epoch = 0
+        while True:
+            if epoch + 1 == len(self._starts):
+                self._starts.append(self._starts[epoch] + self._length(epoch))
+            if step < self._starts[epoch + 1]:
+                return self._epoch(epoch)[step - self._starts[epoch]]
+            epoch += 1
+
+    def steps(self, epochs: float) -> int:
+        """Steps that a number of epochs takes, at least 1."""
+        whole = int(epochs)
+        steps = sum(self._length(epoch) for epoch in range(whole))
+        if epochs > whole:
+            steps += round((epochs - whole) * self._length(whole))
+        return max(1, steps)
+
+    def _length(self, epoch: int) -> int:
+        return len(self._epoch(epoch))
+
+    def _plan(self, epoch: int) -> list[list[Group]]:
+        drawn = []
+        for source, (pool, count) in enumerate(zip(self.pools, self.counts, strict=True)):
+            for position in range(epoch * count, (epoch + 1) * count):
+                turn, index = self._group_at(source, position)
+                drawn.append((source, index, turn))
+        order = _permutation(len(drawn), *self.key, "order", epoch)
+        batches: list[list[Group]] = []
+        filling = _Filling(self.batch)
+        for place, i in enumerate(order):
+            source, index, turn = drawn[i]
+            group = Group(source, self._rows(source, index, turn), _hash(*self.key, epoch, place))
+            seconds = self._seconds(source, index)
+            if filling.groups and not filling.fits(group, seconds):
+                batches.append(filling.groups)
+                filling = _Filling(self.batch)
+            filling.add(group, seconds)
+        if filling.groups:
+            batches.append(filling.groups)
+        return batches
+
+    def _group_at(self, source: int, position: int) -> tuple[int, int]:
+        """(pass, group) at a position of the source's endless row of permutations."""
+        size = len(self.pools[source].groups)
+        turn, place = divmod(position, size)
+        return turn, int(self._turn(source, turn)[place])
+
+    @lru_cache(maxsize=64)  # noqa: B019  a sampler lives as long as its stage
+    def _turn(self, source: int, turn: int) -> np.ndarray:
+        return _permutation(len(self.pools[source].groups), *self.key, "source", source, turn)
+
+    def _rows(self, source: int, index: int, turn: int) -> tuple[int, ...]:
+        """The rows of a clip for its `turn`-th visit: all, or the next few of a shuffled round."""
+        rows = self.pools[source].groups[index]
+        take = self.batch.rows_per_clip if self.batch.grouped else None
+        if take is None or len(rows) <= take:
+            return tuple(rows)
+        chosen: dict[int, None] = {}
+        for position in range(turn * take, (turn + 1) * take):
+            lap, place = divmod(position, len(rows))
+            chosen[rows[int(_permutation(len(rows), *self.key, "rows", source, index, lap)[place])]] = None
+        return tuple(chosen)
+
+    def _seconds(self, source: int, index: int) -> float:
+        if self.batch.seconds is None:
+            return 0.0
+        seconds = self.pools[source].seconds
+        assert seconds is not None, "batches in seconds need the lengths of clips"
+        return seconds(index)
+
+
+class _Filling:
+    """A batch that is being filled."""
+
+    def __init__(self, size: BatchSize) -> None:
+        self.size = size
+        self.groups: list[Group] = []
+        self.rows = 0
+        self.seconds = 0.0
+
+    def fits(self, group: Group, seconds: float) -> bool:
+        size = self.size
+        return not (
+            (size.rows is not None and self.rows + len(group.rows) > size.rows)
+            or (size.clips is not None and len(self.groups) + 1 > size.clips)
+            or (size.seconds is not None and self.seconds + seconds > size.seconds)
+        )
+
+    def add(self, group: Group, seconds: float) -> None:
+        self.groups.append(group)
+        self.rows += len(group.rows)
+        self.seconds += seconds
+
+
+def share(groups: list[Group], part: int, parts: int) -> tuple[list[Group], bool]:
+    """The groups that one of several processes (or accumulation steps) works on.
+
+    Returns:
+        The groups, and whether they count: where there are fewer groups than parts, a part without
+        any repeats the first one and its loss is multiplied by 0, so that all processes stay in step.
+    """
+    mine = groups[part::parts]
+    return (mine, True) if mine else (groups[:1], False)
+
+
+def _draws_per_epoch(pools: Sequence[Pool]) -> list[int]:
+    """Groups that an epoch takes from each source: by weights, or each source's size times `repeat`."""
+    weights = [pool.weight for pool in pools]
+    given = [weight for weight in weights if weight is not None]
+    if given and len(given) != len(weights):
+        raise ConfigError("some data sources of a stage have a weight and others none; give all or none a weight")
+    if not given:
+        return [max(1, round(pool.repeat * len(pool.groups))) for pool in pools]
+    total = sum(len(pool.groups) for pool in pools)
+    return [max(1, round(total * weight / sum(given))) for weight in given]
+
+
+def _hash(*key: object) -> int:
+    return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=7).digest())
+
+
+def _permutation(size: int, *key: object) -> np.ndarray:
+    if size < 32:
+        # numpy's generators take longer to set up than a short list to shuffle.
+        order = list(range(size))
+        random.Random(_hash(*key)).shuffle(order)
+        return np.array(order, dtype=np.int64)
+    return np.random.Generator(np.random.PCG64(_hash(*key))).permutation(size)

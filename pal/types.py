@@ -1,0 +1,99 @@
+"""The values that travel between the parts, and the legend of the shape suffixes.
+
+Every tensor name ends in its axes:
+
+    B  batch rows (conversations), or clips where a tensor is about clips alone
+    T  rows of the LLM's sequence: text, and audio rows where an integration has them
+    A  audio tokens of a clip          S  summary tokens of a clip
+    L  layers with audio               D  width of the LLM
+    E  width of encoder or connector   H  query heads
+    G  key/value heads                 C  width of a head
+    Q  query rows of one call          K  key rows of one call
+    F  frames of a front-end           M  mel bins
+    N  samples of a waveform           W  windows of an encoder
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from pal.backbone.audio_kv import AudioContext
+
+AUDIO = -1
+"""Stands in a list of token ids where a clip goes. No vocabulary has it, so none needs a new token."""
+
+IGNORE = -100
+"""Label of a row without loss (transformers' convention)."""
+
+
+@dataclass(frozen=True)
+class AudioFeatures:
+    """What an encoder or a connector says of some clips: tokens, which are real, and their time scale."""
+
+    x_BAE: Tensor
+    mask_BA: Tensor
+    """True where a token is real; the real ones come first."""
+    seconds_per_token: float
+
+    def __post_init__(self) -> None:
+        assert self.x_BAE.shape[:2] == self.mask_BA.shape, (self.x_BAE.shape, self.mask_BA.shape)
+        assert self.mask_BA.dtype == torch.bool
+
+    @property
+    def lengths(self) -> list[int]:
+        """Real tokens of each clip."""
+        return [int(n) for n in self.mask_BA.sum(1).tolist()]
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """One conversation as token ids, with `AUDIO` where each clip goes."""
+
+    ids: list[int]
+    clips: list[int]
+    """For each `AUDIO` in order, which clip of the batch stands there; rows may share a clip."""
+    labels: list[int] | None = None
+    """The id itself where it is trained, `IGNORE` elsewhere; as long as `ids`."""
+
+    def __post_init__(self) -> None:
+        assert self.ids.count(AUDIO) == len(self.clips)
+        assert self.labels is None or len(self.labels) == len(self.ids)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What the trainer and the evaluator hand to the model."""
+
+    waveforms: list[Tensor]
+    """Each clip once, mono float32 [N] at the encoder's sampling rate."""
+    rows: list[Tokens]
+    records: list[str] = field(default_factory=list)
+    """The ids of the records the rows were made from."""
+    tags: list[list[TagSpan]] | None = None
+    """Per clip, what is known to sound in it; None where the data says nothing."""
+
+
+@dataclass(frozen=True)
+class TagSpan:
+    """A label that holds in a clip; without times it holds somewhere in it."""
+
+    label: str
+    start: float | None = None
+    """Seconds from the start of the clip."""
+    end: float | None = None
+
+
+@dataclass(frozen=True)
+class LLMInputs:
+    """The one thing an integration makes; nothing after it knows which integration that was."""
+
+    inputs_embeds_BTD: Tensor
+    position_ids_BT: Tensor
+    attention_mask_BT: Tensor
+    audio: AudioContext | None
+    labels_BT: Tensor | None
