@@ -41,8 +41,8 @@ def save(model: PalModel, folder: str | Path, full: bool = False, dtype: torch.d
     description = {
         "format": FORMAT,
         "model": model.config.model_dump(mode="json"),
-        "llm": model.llm.config.to_dict(),
-        "lora": model.llm.lora,
+        "llm": model.llm.lm.config.to_dict(),
+        "lora": None if model.llm.lora is None else model.llm.lora.model_dump(),
         "left_out": _left_out(model, set(kept)),
     }
     with atomic_folder(Path(folder)) as temporary:
@@ -62,6 +62,7 @@ def load(path: str | Path) -> PalModel:
     """
     from transformers import AutoTokenizer
 
+    from pal.backbone.llm import LoRA
     from pal.model import PalModel
 
     folder = _folder(path)
@@ -80,7 +81,7 @@ def load(path: str | Path) -> PalModel:
     )
     model.config = config
     if description["lora"]:
-        model.llm.add_lora(**description["lora"])
+        model.llm.add_lora(parse(LoRA, description["lora"], where=f"bundle {folder}"))
     _fill(model, weights, description["left_out"], folder)
     model.source = str(path) if folder.name != "tiny" else "tiny"
     return model.eval()

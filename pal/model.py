@@ -16,7 +16,7 @@ from pal import audio as audio_io
 from pal.backbone.audio_kv import AudioKV
 from pal.backbone.llm import Backbone
 from pal.data.prompts import Conversation, encode, user_turn
-from pal.errors import PromptError
+from pal.errors import ConfigError, PromptError
 from pal.model_config import ModelConfig
 from pal.registry import build
 from pal.types import AudioFeatures, Batch, LLMInputs, Tokens
@@ -75,7 +75,20 @@ class PalModel(nn.Module):
     @classmethod
     def from_config(cls, config: ModelConfig, tokenizer: PreTrainedTokenizerBase | None = None) -> PalModel:
         """A model with the LLM and encoder weights that `config` names and everything else untrained."""
-        return cls(config, *Backbone.from_config(config.llm, tokenizer))
+        from transformers import AutoTokenizer
+
+        llm = config.llm
+        source = llm.path if llm.path is not None else llm.fresh
+        assert source is not None
+        backbone = Backbone.load(source, revision=llm.revision, dtype=getattr(torch, llm.dtype))
+        if tokenizer is None:
+            name = llm.tokenizer or llm.path
+            if name is None:
+                raise ConfigError("a fresh LLM needs a tokenizer; give 'llm.tokenizer' or 'llm.vocabulary'")
+            tokenizer = AutoTokenizer.from_pretrained(name, revision=None if llm.tokenizer else llm.revision)
+        if len(tokenizer) > backbone.vocab:
+            raise ConfigError(f"the tokenizer has {len(tokenizer)} entries, the LLM's vocabulary {backbone.vocab}")
+        return cls(config, backbone, tokenizer)
 
     # Parts
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from pal.backbone.audio_kv import AudioContext
+    from pal.backbone.context import AudioContext
 
 AUDIO = -1
 """Stands in a list of token ids where a clip goes. No vocabulary has it, so none needs a new token."""
@@ -74,7 +74,7 @@ class Batch:
     rows: list[Tokens]
     records: list[str] = field(default_factory=list)
     """The ids of the records the rows were made from."""
-    tags: list[list[TagSpan]] | None = None
+    tags: list[list[TagSpan] | None] | None = None
     """Per clip, what is known to sound in it; None where the data says nothing."""
 
 

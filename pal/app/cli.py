@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 from typer.core import TyperGroup
 
-from pal.errors import ConfigError, PalError
+from pal.errors import ConfigError, PalError, PromptError
 
 if TYPE_CHECKING:
     from pal.evaluate.score import Score
@@ -24,7 +24,7 @@ INTERRUPTED = 130
 class _Commands(TyperGroup):
     """Ends in one line and a status where the user, not the program, has something to mend."""
 
-    def invoke(self, ctx: typer.Context) -> Any:
+    def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
         except PalError as error:
@@ -51,9 +51,12 @@ app.add_typer(data_app, name="data")
 
 Model = Annotated[str, typer.Option("--model", "-m", help="Bundle folder or Hub id; 'tiny' ships with the package.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-Folds = Annotated[str | None, typer.Option(help="esc50: folds to take, such as 1-3 or 4,5.")]
-Speakers = Annotated[str | None, typer.Option(help="fsdd: speakers to take, by name, with commas.")]
-Exclude = Annotated[str | None, typer.Option(help="Speakers (fsdd) or folds (esc50) to leave out, with commas.")]
+Folds = Annotated[str | None, typer.Option(help="esc50: folds to take, with commas.")]
+Speakers = Annotated[str | None, typer.Option(help="fsdd: speakers to take, with commas.")]
+Exclude = Annotated[str | None, typer.Option(help="fsdd: speakers to leave out, with commas.")]
+Settings = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Another option of the data set.")
+]
 
 
 def main() -> None:
@@ -82,9 +85,9 @@ def ask(
     """Answer a question about audio files, or about a FILE.safetensors that `pal index` wrote."""
     *clips, question = items
     if not clips:
-        raise typer.BadParameter("give at least one audio file and then the question")
+        raise PromptError(f"no clip for the question '{question}'; write: pal ask AUDIO... \"QUESTION\"")
     if Path(question).is_file():
-        raise typer.BadParameter(f"the last argument is the question, but '{question}' is a file")
+        raise PromptError(f"the last argument is the question, but '{question}' is a file")
     started = time.perf_counter()
     import pal
 
@@ -127,11 +130,11 @@ def index(
     clip = pal.load(model).index(audio)
     out.parent.mkdir(parents=True, exist_ok=True)
     clip.save(out)
-    facts = {"out": str(out), "audio_seconds": clip.seconds, "audio_tokens": clip.tokens, "bytes": out.stat().st_size}
+    seconds, tokens, size = sum(clip.seconds), sum(clip.tokens), out.stat().st_size
     if as_json:
-        _print_json(facts)
+        _print_json({"out": str(out), "audio_seconds": seconds, "audio_tokens": tokens, "bytes": size})
     else:
-        typer.echo(f"{out}: {clip.seconds:.1f} s of audio, {clip.tokens} tokens, {facts['bytes']:,} bytes")
+        typer.echo(f"{out}: {seconds:.1f} s of audio, {tokens} tokens, {size:,} bytes")
 
 
 @app.command()
@@ -140,7 +143,7 @@ def train(
     settings: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one value: stages.0.steps=50.")
     ] = None,
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder of the run; else the recipe's.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder of the run; default: runs/NAME.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -149,7 +152,7 @@ def train(
     from pal.train.recipe import load_recipe
 
     parsed = load_recipe(recipe, settings or [])
-    folder = out or Path(parsed.out or f"runs/{recipe.stem}")
+    folder = out or Path("runs") / recipe.stem
     model = run(parsed, folder, resume=resume)
     facts = {"out": str(folder), "model": str(folder), "integration": model.config.integration["name"]}
     if as_json:
@@ -175,26 +178,29 @@ def eval_(
     folds: Folds = None,
     speakers: Speakers = None,
     exclude: Exclude = None,
+    settings: Settings = None,
 ) -> None:
     """Score a model, with intervals and beside the same model without audio."""
     if scoring not in ("exact", "rank"):
         raise typer.BadParameter("choose exact or rank", param_hint="--scoring")
-    from pal.app.benchmarks import manifest_of
+    from pal.app.benchmarks import open_benchmark, options_of
 
-    manifest = manifest_of(benchmark, data, folds, speakers, exclude)
-    import pal
-    from pal.evaluate import evaluate
+    options = options_of(settings or [], folds=folds, speakers=speakers, exclude=exclude)
+    with open_benchmark(benchmark, data, options) as manifest:
+        import pal
+        from pal.evaluate import evaluate
 
-    score = evaluate(
-        pal.load(model),
-        manifest,
-        scoring=scoring,  # type: ignore[arg-type]
-        no_audio=no_audio,
-        limit=limit,
-        batch=batch,
-        progress=_progress(),
-        benchmark=Path(benchmark).stem,
-    )
+        score = evaluate(
+            pal.load(model),
+            manifest,
+            scoring=scoring,  # type: ignore[arg-type]
+            no_audio=no_audio,
+            limit=limit,
+            batch=batch,
+            progress=_progress(),
+            benchmark=Path(benchmark).stem,
+            options=options,
+        )
     if json_file is not None and str(json_file) == "-":
         _print_json(score.to_dict())
         return
@@ -206,7 +212,9 @@ def eval_(
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the results.")] = Path("runs/demo"),
-    quick: Annotated[bool, typer.Option("--quick", help="A short version for checks; do not trust its scores.")] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Minutes instead of a quarter of an hour; no scores to trust.")
+    ] = False,
     seed: Annotated[int, typer.Option(help="Of scenes, weights and order.")] = 0,
     as_json: AsJson = False,
 ) -> None:
@@ -240,12 +248,14 @@ def data_prepare(
     folds: Folds = None,
     speakers: Speakers = None,
     exclude: Exclude = None,
+    settings: Settings = None,
     as_json: AsJson = False,
 ) -> None:
     """Write the manifest of a data set that is on this machine."""
-    from pal.app.benchmarks import prepare
+    from pal.app.benchmarks import options_of
+    from pal.data.prepare import prepare
 
-    count = prepare(name, root, out, folds, speakers, exclude)
+    count = prepare(name, root, out, **options_of(settings or [], folds=folds, speakers=speakers, exclude=exclude))
     if as_json:
         _print_json({"out": str(out), "records": count})
     else:
@@ -275,18 +285,21 @@ def data_synth(
 def data_check(
     file: Annotated[Path, typer.Argument(help="A manifest: .jsonl, or LTU's .json.")],
     root: Annotated[Path | None, typer.Option("--root", help="Root of its audio paths.")] = None,
-    model: Model = "tiny",
+    tokenizer: Annotated[
+        str, typer.Option(help="Whose tokens to show: a bundle, a folder or a Hub id; 'tiny' ships with the package.")
+    ] = "tiny",
     as_json: AsJson = False,
 ) -> None:
     """Read every clip of a manifest; list the bad ones and show what a model would be trained on."""
-    from pal.data.check import check, report
+    from transformers import AutoTokenizer
 
-    findings = check(file, root=root, model=model, progress=_progress())
-    if as_json:
-        _print_json(findings.to_dict())
-    else:
-        typer.echo(report(findings))
-    if findings.bad:
+    import pal
+    from pal.data.check import check
+
+    source = str(pal.SHIPPED) if tokenizer == "tiny" else tokenizer
+    report = check(file, AutoTokenizer.from_pretrained(source), root=root, progress=_progress())
+    typer.echo(report.to_json() if as_json else report.to_text())
+    if not report.ok:
         raise typer.Exit(1)
 
 
@@ -315,7 +328,7 @@ def _print_score(score: Score) -> None:
         table.add_row(task, str(accuracy.n), f"{accuracy.score:.3f}", f"{low:.3f} to {high:.3f}", deaf)
     Console().print(table)
     for item in score.errors[:5]:
-        _note(f"wrong because it raised: {item.id}: {item.error}")
+        _note(f"wrong because it raised: {item.id}: {item.error or item.no_audio_error}")
     if len(score.errors) > 5:
         _note(f"and {len(score.errors) - 5} more that raised")
 

@@ -39,6 +39,7 @@ class Finding:
     """Whether the main job fails without it."""
 
     def to_dict(self) -> dict[str, Any]:
+        """As JSON."""
         return asdict(self)
 
 

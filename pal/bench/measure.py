@@ -3,14 +3,26 @@
 from __future__ import annotations
 
 import json
+import os
 import statistics
+import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
+
+from pal.types import AUDIO, Batch, Tokens
+
+if TYPE_CHECKING:
+    from pal.model import PalModel
+    from pal.train.recipe import Stage
 
 
 def saved_bytes(forward: Callable[[], object], weights: Iterable[Tensor] = ()) -> int:
@@ -52,10 +64,10 @@ def peak_bytes(step: Callable[[], object], device: torch.device | str = "cpu") -
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
     activities = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
-        step()
     with tempfile.TemporaryDirectory() as folder:
         trace = Path(folder) / "trace.json"
+        with _quiet(), torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+            step()
         profile.export_chrome_trace(str(trace))
         events = json.loads(trace.read_text(encoding="utf-8"))["traceEvents"]
     changes = [(event["ts"], event["args"]["Bytes"]) for event in events if event.get("name") == "[memory]"]
@@ -64,6 +76,21 @@ def peak_bytes(step: Callable[[], object], device: torch.device | str = "cpu") -
         now += change
         peak = max(peak, now)
     return peak
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """The profiler's C++ part writes to the standard error of the process, past Python; let it not."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def step_seconds(
@@ -84,3 +111,98 @@ def step_seconds(
             if number:
                 times[name].append(time.perf_counter() - started)
     return {name: statistics.median(values) for name, values in times.items()}
+
+
+@dataclass(frozen=True)
+class TrainingCost:
+    """What one training step of a model takes."""
+
+    saved_bytes: int
+    """Activations held for the backward pass."""
+    peak_bytes: int
+    """Most memory above weights and optimizer state, gradients included."""
+    step_seconds: float
+    """Median of one forward, backward and update."""
+    trained_parameters: int
+
+
+def training_costs(
+    models: Mapping[str, PalModel], batch: Batch, stage: Stage, rounds: int = 7
+) -> dict[str, TrainingCost]:
+    """Costs of the same step for each model, measured in turns. The models' weights stay what they are.
+
+    Args:
+        models: by name; all on one device.
+        batch: what the step trains on.
+        stage: which parts it trains, in which precision.
+        rounds: timed steps of each.
+    """
+    from pal.train.stages import freeze, set_modes
+
+    steps: dict[str, Callable[[], None]] = {}
+    saved, peaks, trained = {}, {}, {}
+    was_training = {name: model.training for name, model in models.items()}
+    needed_grad = {name: [p.requires_grad for p in model.parameters()] for name, model in models.items()}
+    try:
+        for name, model in models.items():
+            parameters = [p for part in freeze(model, stage.train).values() for p in part.values()]
+            model.llm.checkpoint_gradients(stage.gradient_checkpointing)
+            set_modes(model, stage)
+            trained[name] = sum(p.numel() for p in parameters)
+            forward, step = _training_step(model, batch, parameters, stage.precision)
+            # The first step makes the optimizer's state, which stays and is not the step's own.
+            step()
+            weights = [*model.parameters(), *model.buffers()]
+            saved[name] = saved_bytes(forward, weights)
+            peaks[name] = peak_bytes(step, model.device)
+            steps[name] = step
+        seconds = step_seconds(steps, rounds, next(iter(models.values())).device)
+    finally:
+        for name, model in models.items():
+            model.llm.checkpoint_gradients(False)
+            for parameter, needs in zip(model.parameters(), needed_grad[name], strict=True):
+                parameter.requires_grad_(needs)
+                parameter.grad = None
+            model.train(was_training[name])
+    return {name: TrainingCost(saved[name], peaks[name], seconds[name], trained[name]) for name in models}
+
+
+def _training_step(
+    model: PalModel, batch: Batch, parameters: list[Parameter], precision: str
+) -> tuple[Callable[[], Tensor], Callable[[], None]]:
+    # A rate of 0 does all the work of an update and leaves the weights alone.
+    optimizer = torch.optim.AdamW(parameters, lr=0.0, fused=model.device.type in ("cpu", "cuda"))
+
+    def forward() -> Tensor:
+        with torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
+            total, tokens = model.loss(batch)
+        return total / tokens
+
+    def step() -> None:
+        forward().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return forward, step
+
+
+def audio_cache_bytes(model: PalModel, samples_N: Tensor, row: Tokens) -> int:
+    """Bytes of keys and values that a clip adds to decoding, whatever the integration.
+
+    Audio K/V at their full resolution, plus the LLM's own cache for audio rows of the sequence.
+
+    Args:
+        model: any model.
+        samples_N: the clip.
+        row: a conversation about it.
+    """
+    with torch.inference_mode():
+        inputs = model.inputs([samples_N], [row])
+        stored = 0
+        if inputs.audio is not None:
+            built = inputs.audio.prebuilt().built or {}
+            stored = sum(tensor.nbytes for pair in built.values() for tensor in pair)
+    llm = model.llm
+    audio_rows = int(inputs.attention_mask_BT.sum()) - sum(token != AUDIO for token in row.ids)
+    per_row = 2 * llm.n_layers * llm.kv_heads * llm.head_width * inputs.inputs_embeds_BTD.itemsize
+    return stored + audio_rows * per_row

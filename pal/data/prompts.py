@@ -107,9 +107,7 @@ def encode(
                 # What stands after the end-of-turn token (ChatML's line break) is never generated.
                 end = ends[-1] + 1
             elif tokenizer.eos_token_id is None:
-                raise PromptError(
-                    "neither the chat template nor the tokenizer ends an answer; set tokenizer.eos_token"
-                )
+                raise PromptError("neither the chat template nor the tokenizer ends an answer; set tokenizer.eos_token")
             else:
                 piece.append(tokenizer.eos_token_id)
                 end += 1
@@ -179,7 +177,8 @@ def _render(tokenizer: PreTrainedTokenizerBase, conversation: Conversation, prom
             conversation, tokenize=False, add_generation_prompt=prompt, **_TEMPLATE_OPTIONS
         )
     except TemplateError as error:
-        raise PromptError(f"the chat template refuses this conversation: {error}") from error
+        fault = " ".join(str(error).split())
+        raise PromptError(f"the chat template refuses this conversation: {fault}") from error
     assert isinstance(text, str)
     return text
 

@@ -48,7 +48,7 @@ class Tiny(Encoder):
         self.config = config
         self.width = config.width
         channels = (1, *config.channels)
-        strides = [(2, 2), (1, 2), (2, 2), (1, 2)]
+        strides = [(2, 2), (2, 2), (1, 2), (1, 2)]
         self.convs = nn.ModuleList(
             nn.Conv2d(channels[i], channels[i + 1], 3, stride=stride, padding=1, bias=False)
             for i, stride in enumerate(strides)
@@ -72,10 +72,11 @@ class Tiny(Encoder):
 
     def forward(self, frames_WFM: Tensor, lengths_W: Tensor) -> AudioFeatures:
         """Frames [W, F, M] -> tokens [W, ceil(F / 4), E]."""
-        x_WCFM = frames_WFM[:, None]
+        # Channels last: the memory order in which CPU convolutions are fastest, up to 10 times here.
+        x_WCFM = frames_WFM[:, None].to(memory_format=torch.channels_last)
         # Padding is set to zero before every convolution, which is what it finds past a clip's own
         # end: so a padded batch gives what its clips give alone.
-        for conv, norm, halves in zip(self.convs, self.norms, (True, False, True, False), strict=True):
+        for conv, norm, halves in zip(self.convs, self.norms, (True, True, False, False), strict=True):
             x_WCFM = x_WCFM * _mask(lengths_W, x_WCFM.shape[2])[:, None, :, None]
             x_WCFM = F.gelu(norm(conv(x_WCFM)))
             if halves:

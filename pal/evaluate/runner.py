@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from pal.audio import load
 from pal.data import prompts
+from pal.data.manifest import PLACEHOLDER
 from pal.errors import ManifestError, PalError
 from pal.evaluate.score import Accuracy, ItemResult, Score
 from pal.evaluate.scorers import NORMALISATION, best_choice, exact_match
@@ -54,6 +55,7 @@ def evaluate(
     max_new_tokens: int = 32,
     benchmark: str | None = None,
     seed: int = 0,
+    options: dict[str, Any] | None = None,
 ) -> Score:
     """Answer every question of `manifest` and score the answers.
 
@@ -61,7 +63,8 @@ def evaluate(
         model: the model; it is put in evaluation mode for the while.
         manifest: records; each turn is one item, with the earlier turns' reference answers before it.
         scoring: "exact" generates greedily and compares after `scorers.normalise`; "rank" takes the
-            choice with the highest summed log-likelihood (including the end of the turn).
+            choice with the highest summed log-likelihood (including the end of the turn); of several
+            turns the last, which the choices belong to. Records without choices are left out.
         no_audio: also ask the same model every question without its audio.
         limit: only the first so many questions.
         batch: rows in a forward pass. Questions about one clip share the clip's encoding.
@@ -69,16 +72,17 @@ def evaluate(
         max_new_tokens: of an answer.
         benchmark: the name in the score; the manifest's file name without it.
         seed: of the bootstrap.
+        options: how the benchmark was made, for the record.
 
     Returns:
         The score, with every raw answer. An item that raised counts as wrong and says why.
 
     Raises:
-        ManifestError: no questions; or scoring by rank without choices that contain the answer.
+        ManifestError: no questions; or scoring by rank where the answer is not among the choices.
         PalError: every single item raised.
     """
     started = time.perf_counter()
-    questions = _questions(manifest, limit)
+    questions = _questions(manifest, scoring, limit, model.config.system)
     if scoring == "rank":
         _check_choices(questions)
     answer = _Answerer(model, scoring, batch, max_new_tokens)
@@ -91,7 +95,7 @@ def evaluate(
             raise PalError(f"none of {len(items)} questions could be answered; the first: {items[0].error}")
         if no_audio:
             for index, text, error in answer.without_audio(questions, progress):
-                items[index].no_audio_prediction = text
+                items[index].no_audio_prediction, items[index].no_audio_error = text, error
                 items[index].no_audio_correct = error is None and exact_match(text, questions[index].reference)
     tasks = sorted({question.task for question in questions})
     return Score(
@@ -108,6 +112,7 @@ def evaluate(
             "data_digest": getattr(manifest, "digest", None),
             "model_digest": model.digest,
             "intervals": f"percentile bootstrap, 2000 resamples of whole clips, seed {seed}",
+            "options": options or {},
             "limit": limit,
             "batch": batch,
         },
@@ -139,7 +144,7 @@ class _Answerer:
         )
 
     def without_audio(self, questions: Sequence[Question], progress: bool) -> Iterator[tuple[int, str, str | None]]:
-        """As `with_audio`. A question that comes again about another clip is the same without it, so it is asked once."""
+        """As `with_audio`; a question that comes again about another clip is asked once."""
         same: dict[str, list[int]] = {}
         for index, question in enumerate(questions):
             same.setdefault(repr((question.unheard, self._choices(question))), []).append(index)
@@ -174,8 +179,7 @@ class _Answerer:
     ) -> Iterator[tuple[int, str, str | None]]:
         with tqdm(total=sum(map(len, batches)), desc=what, unit="question", disable=not progress, leave=False) as bar:
             for part in batches:
-                for result in _one_by_one_on_error(part, answer):
-                    yield result
+                yield from _one_by_one_on_error(part, answer)
                 bar.update(len(part))
 
     def _answer(self, questions: Sequence[Question], deaf: bool = False) -> list[str]:
@@ -218,37 +222,43 @@ def _one_by_one_on_error(
     return [result for index in part for result in _one_by_one_on_error([index], answer)]
 
 
-def _questions(manifest: Manifest | Sequence[Record], limit: int | None) -> list[Question]:
+def _questions(
+    manifest: Manifest | Sequence[Record], scoring: Scoring, limit: int | None, system: str | None
+) -> list[Question]:
     questions: list[Question] = []
     for record in manifest:
-        heard = prompts.conversation_of(record, with_audio=True)
-        unheard = prompts.conversation_of(record, with_audio=False)
+        heard = prompts.conversation_of(record, with_audio=True, system=system)
+        unheard = prompts.conversation_of(record, with_audio=False, system=system)
         asked = [place for place, message in enumerate(heard) if message["role"] == "user"]
+        last = len(record.turns) - 1
         for number, (turn, place) in enumerate(zip(record.turns, asked, strict=True)):
+            if scoring == "rank" and (number != last or not record.choices):
+                continue
             if limit is not None and len(questions) >= limit:
                 return questions
+            placed = sum(message["content"].count(PLACEHOLDER) for message in heard[: place + 1])
             questions.append(
                 Question(
-                    id=record.id if len(record.turns) == 1 else f"{record.id}#{number}",
-                    clips=tuple(record.clips),
+                    id=record.id if last == 0 else f"{record.id}#{number}",
+                    clips=record.clips[:placed],
                     question=turn.question,
                     reference=turn.answer,
                     task=record.task or "all",
-                    choices=record.choices,
+                    choices=record.choices if number == last else None,
                     heard=heard[: place + 1],
                     unheard=unheard[: place + 1],
                 )
             )
     if not questions:
-        raise ManifestError(f"{getattr(manifest, 'path', 'the manifest')} has no questions to evaluate")
+        where = getattr(manifest, "path", "the manifest")
+        remedy = "; none has 'choices', use scoring 'exact'" if scoring == "rank" and len(manifest) else ""
+        raise ManifestError(f"{where} has no questions to evaluate{remedy}")
     return questions
 
 
 def _check_choices(questions: Sequence[Question]) -> None:
     for question in questions:
-        if not question.choices:
-            raise ManifestError(f"record '{question.id}' has no 'choices' to rank; use scoring 'exact'")
-        if not any(exact_match(choice, question.reference) for choice in question.choices):
+        if not any(exact_match(choice, question.reference) for choice in question.choices or ()):
             raise ManifestError(f"record '{question.id}': its answer '{question.reference}' is not among its choices")
 
 
@@ -272,7 +282,7 @@ def _shown_prompt(model: PalModel, question: Question) -> str:
     run: list[int] = []
     for token in tokens.ids:
         if token < 0:
-            text += _decode(model, run) + "<audio>"
+            text += _decode(model, run) + PLACEHOLDER
             run = []
         else:
             run.append(token)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from pal.evaluate.scorers import bootstrap_ci
+from pal.files import write_text
 
 
 @dataclass
@@ -30,6 +30,8 @@ class ItemResult:
     no_audio_correct: bool | None = None
     error: str | None = None
     """Why there is no answer; such an item counts as wrong."""
+    no_audio_error: str | None = None
+    """The same for the question without its audio."""
 
 
 @dataclass
@@ -82,14 +84,16 @@ class Score:
 
     @property
     def score(self) -> float:
+        """Accuracy over all items."""
         return self.overall.score
 
     @property
     def errors(self) -> list[ItemResult]:
         """The items that raised."""
-        return [item for item in self.items if item.error is not None]
+        return [item for item in self.items if item.error is not None or item.no_audio_error is not None]
 
     def to_dict(self) -> dict[str, Any]:
+        """What `pal eval` writes."""
         overall = asdict(self.overall)
         return jsonable(
             {
@@ -105,7 +109,7 @@ class Score:
                 "no_audio_ci95": overall["no_audio_ci95"],
                 "gain": overall["gain"],
                 "gain_ci95": overall["gain_ci95"],
-                "errors": [{"id": item.id, "error": item.error} for item in self.errors],
+                "errors": [{"id": item.id, "error": item.error or item.no_audio_error} for item in self.errors],
                 "seconds": self.seconds,
             }
         )
@@ -113,6 +117,26 @@ class Score:
     def save(self, path: str | Path) -> None:
         """Write the JSON in one step, so that a reader never sees half of it."""
         write_json(path, self.to_dict())
+
+    @classmethod
+    def load(cls, path: str | Path) -> Score:
+        """Read what `save` wrote. The accuracies are those of the file."""
+        data = json.loads(Path(path).read_text(encoding="utf-8"))
+
+        def accuracy(values: dict[str, Any]) -> Accuracy:
+            pairs: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
+            return Accuracy(**pairs)
+
+        names = [one.name for one in fields(Accuracy)]
+        return cls(
+            benchmark=data["benchmark"],
+            metric=data["metric"],
+            overall=accuracy({name: data[name] for name in names}),
+            per_task={task: accuracy(one) for task, one in data["per_task"].items()},
+            settings=data["settings"],
+            items=[ItemResult(**item) for item in data["items"]],
+            seconds=data["seconds"],
+        )
 
 
 def jsonable(value: Any) -> Any:
@@ -127,9 +151,5 @@ def jsonable(value: Any) -> Any:
 
 
 def write_json(path: str | Path, value: Any) -> None:
-    """Write `value` beside `path` and rename it there."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(path.name + ".part")
-    draft.write_text(json.dumps(jsonable(value), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(draft, path)
+    """Write `value` as JSON, whole or not at all."""
+    write_text(Path(path), json.dumps(jsonable(value), indent=1, ensure_ascii=False) + "\n")

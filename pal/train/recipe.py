@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -30,10 +31,9 @@ class SynthSource(StrictConfig):
 
     scenes: int = Field(gt=0)
     seed: int = 0
-    questions_per_scene: int | None = None
-    """Default of `pal.data.synth` when not given."""
-    options: dict[str, Any] = {}
-    """Further options of `pal.data.synth.make`, such as the range of lengths."""
+    seconds: float = 4.0
+    """Length of a scene."""
+    questions_per_scene: int = Field(default=6, gt=0)
 
 
 class PrepareSource(StrictConfig):
@@ -42,7 +42,7 @@ class PrepareSource(StrictConfig):
     name: str
     root: Path
     """Folder of the data set."""
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = Field(default_factory=dict)
     """Such as `folds` or `speakers`."""
 
 
@@ -80,7 +80,7 @@ class LoRA(StrictConfig):
     r: int = Field(default=8, gt=0)
     alpha: float = 16.0
     dropout: float = Field(default=0.05, ge=0, lt=1)
-    targets: list[str] = ["q_proj", "v_proj"]
+    targets: tuple[str, ...] = ("q_proj", "v_proj")
     """Names of the linear layers that get one."""
 
 
@@ -131,7 +131,7 @@ class Stage(StrictConfig):
 
     name: str = "stage"
     objective: Literal["answers", "text", "tags"] = "answers"
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = Field(default_factory=dict)
     """Of the objective; see `pal.train.objectives`."""
     train: Trained
     lr: float | dict[str, float]
@@ -195,7 +195,7 @@ class Recipe(StrictConfig):
     """The parts to attach to each other."""
     bundle: Path | None = None
     """A saved model to go on from, instead of `model`."""
-    start: dict[Literal["encoder", "connector", "projectors", "llm"], Path] = {}
+    start: dict[Literal["encoder", "connector", "projectors", "llm"], Path] = Field(default_factory=dict)
     """Bundles that single parts of `model` take their weights from."""
     data: dict[str, Source] = Field(min_length=1)
     stages: list[Stage] = Field(min_length=1)
@@ -215,10 +215,11 @@ class Recipe(StrictConfig):
 
     def stage_sources(self, stage: Stage) -> dict[str, Source]:
         """The sources a stage draws from, with the weights it gives them."""
+        # Sorted: the order in which a recipe names its sources must not change what is drawn.
         if isinstance(stage.data, dict):
-            return {name: self.data[name].model_copy(update={"weight": w}) for name, w in stage.data.items()}
-        names = stage.data if stage.data is not None else list(self.data)
-        return {name: self.data[name] for name in names}
+            return {name: self.data[name].model_copy(update={"weight": w}) for name, w in sorted(stage.data.items())}
+        names = stage.data if stage.data is not None else self.data
+        return {name: self.data[name] for name in sorted(names)}
 
     def settings(self) -> dict[str, Any]:
         """What decides the result, as plain JSON; `keep` and `notes` do not."""
@@ -257,7 +258,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 def differences(a: Any, b: Any, path: str = "") -> list[str]:
     """Dotted keys at which two settings differ."""
     if isinstance(a, dict) and isinstance(b, dict):
-        keys = [key for key in [*a, *(key for key in b if key not in a)]]
+        keys = [*a, *(key for key in b if key not in a)]
         missing = object()
         return [
             key
@@ -284,10 +285,8 @@ def _override(data: dict[str, Any], override: str) -> None:
         raise ConfigError(f"override '{override}': '{text}' is not YAML") from None
     if isinstance(value, str):
         # YAML 1.1 takes 5e-4 for a string.
-        try:
+        with suppress(ValueError):
             value = float(value)
-        except ValueError:
-            pass
     at: Any = data
     *parents, last = key.split(".")
     for name in parents:

@@ -11,11 +11,15 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from threading import Lock
 
 import numpy as np
 
 from pal.errors import ConfigError
 from pal.train.recipe import BatchSize
+
+_ROUND = 1 << 16
+"""Groups that are mixed and cut into batches at once, so that millions need little memory."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +49,8 @@ class Sampler:
     """The batches of one stage.
 
     An epoch draws a fixed number of groups from each source, mixes them and cuts the row of groups
-    into batches. Each source goes through all its groups before it repeats one, across epochs too.
+    into batches; large epochs are mixed and cut in rounds. Each source goes through all its groups
+    before it repeats one, across rounds and epochs too.
     """
 
     def __init__(self, pools: Sequence[Pool], batch: BatchSize, seed: int, stage: int) -> None:
@@ -53,43 +58,48 @@ class Sampler:
         self.batch = batch
         self.key = (seed, stage)
         self.counts = _draws_per_epoch(pools)
-        self._epoch = lru_cache(maxsize=2)(self._plan)
+        self.rounds = -(-sum(self.counts) // _ROUND)
+        """Of an epoch."""
+        self._round = lru_cache(maxsize=2)(self._plan)
+        self._turn = lru_cache(maxsize=2 * len(pools))(self._order)
         self._starts = [0]
-        """First step of each epoch that was planned."""
+        """First step of each round that was planned."""
+        self._lock = Lock()
 
     def __getitem__(self, step: int) -> list[Group]:
         """The batch of a step, for all processes together."""
-        epoch = 0
-        while True:
-            if epoch + 1 == len(self._starts):
-                self._starts.append(self._starts[epoch] + self._length(epoch))
-            if step < self._starts[epoch + 1]:
-                return self._epoch(epoch)[step - self._starts[epoch]]
-            epoch += 1
+        with self._lock:
+            number = 0
+            while step >= self._start(number + 1):
+                number += 1
+            return self._round(number)[step - self._starts[number]]
 
     def steps(self, epochs: float) -> int:
         """Steps that a number of epochs takes, at least 1."""
-        whole = int(epochs)
-        steps = sum(self._length(epoch) for epoch in range(whole))
-        if epochs > whole:
-            steps += round((epochs - whole) * self._length(whole))
+        rounds = epochs * self.rounds
+        whole = int(rounds)
+        steps = self._start(whole)
+        if rounds > whole:
+            steps += round((rounds - whole) * len(self._round(whole)))
         return max(1, steps)
 
-    def _length(self, epoch: int) -> int:
-        return len(self._epoch(epoch))
+    def _start(self, number: int) -> int:
+        while len(self._starts) <= number:
+            self._starts.append(self._starts[-1] + len(self._round(len(self._starts) - 1)))
+        return self._starts[number]
 
-    def _plan(self, epoch: int) -> list[list[Group]]:
+    def _plan(self, number: int) -> list[list[Group]]:
         drawn = []
-        for source, (pool, count) in enumerate(zip(self.pools, self.counts, strict=True)):
-            for position in range(epoch * count, (epoch + 1) * count):
+        for source, count in enumerate(self.counts):
+            for position in range(number * count // self.rounds, (number + 1) * count // self.rounds):
                 turn, index = self._group_at(source, position)
                 drawn.append((source, index, turn))
-        order = _permutation(len(drawn), *self.key, "order", epoch)
+        order = _permutation(len(drawn), *self.key, "order", number)
         batches: list[list[Group]] = []
         filling = _Filling(self.batch)
         for place, i in enumerate(order):
             source, index, turn = drawn[i]
-            group = Group(source, self._rows(source, index, turn), _hash(*self.key, epoch, place))
+            group = Group(source, self._rows(source, index, turn), _hash(*self.key, number, place))
             seconds = self._seconds(source, index)
             if filling.groups and not filling.fits(group, seconds):
                 batches.append(filling.groups)
@@ -105,8 +115,7 @@ class Sampler:
         turn, place = divmod(position, size)
         return turn, int(self._turn(source, turn)[place])
 
-    @lru_cache(maxsize=64)  # noqa: B019  a sampler lives as long as its stage
-    def _turn(self, source: int, turn: int) -> np.ndarray:
+    def _order(self, source: int, turn: int) -> np.ndarray:
         return _permutation(len(self.pools[source].groups), *self.key, "source", source, turn)
 
     def _rows(self, source: int, index: int, turn: int) -> tuple[int, ...]:

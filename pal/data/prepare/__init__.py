@@ -1,0 +1,85 @@
+"""Manifests of public data sets, from the folders they are distributed as: one file a data set.
+
+A data set is a function that yields records, with one decorator line that gives its name and options.
+"""
+
+import hashlib
+import importlib
+import pkgutil
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from pal.config import StrictConfig, parse
+from pal.data.manifest import Record, write_manifest
+from pal.errors import ConfigError, ManifestError
+
+Reader = Callable[[Path, Any], Iterable[Record]]
+"""(the data set's folder, its options) -> records."""
+
+_READERS: dict[str, tuple[Reader, type[StrictConfig]]] = {}
+
+
+def dataset(name: str, options: type[StrictConfig]) -> Callable[[Reader], Reader]:
+    """Function decorator: make a reader known to `prepare` as `name`."""
+
+    def add(reader: Reader) -> Reader:
+        assert name not in _READERS, f"data set '{name}' is registered twice"
+        _READERS[name] = (reader, options)
+        return reader
+
+    return add
+
+
+def names() -> list[str]:
+    """The known data sets, sorted."""
+    for module in pkgutil.iter_modules(__path__):
+        importlib.import_module(f"{__name__}.{module.name}")
+    return sorted(_READERS)
+
+
+def prepare(name: str, root: str | Path, out: str | Path, **options: Any) -> Path:
+    """Write the manifest of a data set and return its path.
+
+    Args:
+        name: one of `names()`.
+        root: the data set's folder.
+        out: the JSON Lines file; audio below its folder is written relative to it.
+        options: the data set's own; strings are understood, as they come from a command line.
+
+    Raises:
+        ConfigError: unknown data set or option, with the known ones.
+        ManifestError: the folder is not laid out as expected; names the file and the fault.
+    """
+    known = names()
+    if name not in known:
+        raise ConfigError(f"unknown data set '{name}'; known: {', '.join(known)}")
+    reader, options_class = _READERS[name]
+    checked = parse(options_class, options, where=f"data set '{name}'")
+    root = Path(root).expanduser()
+    if not root.is_dir():
+        raise ManifestError(f"{root}: no such folder; give the folder of {name} as it was unpacked")
+    records = list(reader(root, checked))
+    if not records:
+        raise ManifestError(f"{root}: no clip is left by the options {checked.model_dump(exclude_none=True)}")
+    write_manifest(out, records)
+    return Path(out)
+
+
+def question_for(record_id: str, questions: Sequence[str], paraphrase: bool) -> str:
+    """The first of the questions, or with `paraphrase` the one that the id's digest picks."""
+    if not paraphrase:
+        return questions[0]
+    digest = hashlib.sha256(record_id.encode()).digest()
+    return questions[int.from_bytes(digest[:8], "big") % len(questions)]
+
+
+def choose(option: str | None, known: Sequence[str], what: str) -> list[str]:
+    """A comma-separated option as a list, all of it among the known values; None means all of them."""
+    if option is None:
+        return list(known)
+    chosen = [value.strip() for value in option.split(",") if value.strip()]
+    for value in chosen:
+        if value not in known:
+            raise ConfigError(f"unknown {what} '{value}'; known: {', '.join(known)}")
+    return chosen

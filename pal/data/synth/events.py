@@ -1,8 +1,7 @@
 """How each kind of event sounds: one function per kind, every parameter drawn anew, numpy alone.
 
 Each function takes a generator, a length in samples and a fundamental in Hz (musical kinds) and returns
-[N] float64 at no particular level; `render` sets the level. Noise is shaped in the frequency domain,
-so nothing here loops over samples.
+[N] float64 at no particular level; `render` sets the level.
 """
 
 from __future__ import annotations
@@ -11,76 +10,24 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
-RATE = 16_000
-"""Samples per second of everything in this package."""
-
-Signal = NDArray[np.float64]
-Rng = np.random.Generator
-
-
-def seconds_of(n: int) -> Signal:
-    """Time of each of `n` samples, in seconds [N]."""
-    return np.arange(n) / RATE
-
-
-def shaped_noise(rng: Rng, n: int, response: Callable[[Signal], Signal]) -> Signal:
-    """Gaussian noise [N] with the magnitude spectrum `response(frequencies in Hz)`, at unit rms."""
-    length = -(-n // 256) * 256
-    bins = length // 2 + 1
-    spectrum = np.empty(bins, np.complex128)
-    spectrum.real, spectrum.imag = rng.standard_normal((2, bins))
-    spectrum *= response(np.fft.rfftfreq(length, 1 / RATE))
-    x_N = np.fft.irfft(spectrum, length)[:n]
-    return x_N / (np.sqrt(np.mean(x_N**2)) + 1e-12)
-
-
-def band(low: float, high: float, order: int = 4) -> Callable[[Signal], Signal]:
-    """A smooth band-pass response from `low` to `high` Hz."""
-    return lambda f: 1 / np.sqrt((1 + (low / np.maximum(f, 1)) ** (2 * order)) * (1 + (f / high) ** (2 * order)))
-
-
-def harmonics(phase_N: Signal, weights: Signal | list[float]) -> Signal:
-    """Sum of sines at whole multiples of a phase in cycles; `weights` are [K] or [K, N]."""
-    turns_N = (phase_N % 1.0).astype(np.float32) * np.float32(2 * np.pi)
-    out_N = np.zeros(len(phase_N))
-    for k, weight in enumerate(weights, start=1):
-        if np.ndim(weight) or weight:
-            out_N += weight * np.sin(np.float32(k) * turns_N)
-    return out_N
-
-
-def phase_of(hz: float | Signal, n: int) -> Signal:
-    """Phase in cycles [N] of a tone whose frequency is constant or changes with time."""
-    return np.cumsum(np.broadcast_to(hz, (n,))) / RATE
-
-
-def swell(n: int, attack: float, release: float) -> Signal:
-    """Envelope [N] that rises in `attack` seconds and falls in `release` seconds."""
-    t = seconds_of(n)
-    return np.clip(t / attack, 0, 1) * np.clip((t[-1] - t) / release, 0, 1) if n > 1 else np.ones(n)
-
-
-def wander(rng: Rng, n: int, per_second: float) -> Signal:
-    """A slow random curve [N] in 0..1 with about `per_second` turns a second."""
-    knots = max(3, round(n / RATE * per_second) + 2)
-    return np.interp(np.linspace(0, knots - 1, n), np.arange(knots), rng.random(knots))
-
-
-def hits(rng: Rng, n: int, per_second: float, jitter: float, tail: float) -> list[int]:
-    """Starts of a rhythm at `per_second`, each late by up to `jitter` of a beat, the last `tail` s before the end."""
-    step = RATE / per_second
-    count = max(1, int((n - tail * RATE) / step) + 1)
-    return [int((i + (rng.random() * jitter if i else 0)) * step) for i in range(count)]
-
-
-def add(out_N: Signal, x_N: Signal, start: int) -> None:
-    """Add `x_N` into `out_N` from sample `start`, dropping what would pass the end."""
-    end = min(len(out_N), start + len(x_N))
-    if end > start:
-        out_N[start:end] += x_N[: end - start]
-
+from pal.data.synth.waves import (
+    RATE,
+    Rng,
+    Signal,
+    add,
+    angle,
+    band,
+    decay,
+    harmonics,
+    hits,
+    peak,
+    phase_of,
+    seconds_of,
+    shaped_noise,
+    swell,
+    wander,
+)
 
 # Musical kinds -----------------------------------------------------------------------------------------------
 
@@ -93,34 +40,29 @@ def partials_below(hz: float, most: int, limit: float = 7600.0) -> int:
 def piano(rng: Rng, n: int, hz: float) -> Signal:
     """Dark, slowly decaying strings after a soft hammer."""
     t, count = seconds_of(n), partials_below(hz, 9)
-    stretch, decay = rng.uniform(1e-4, 4e-4), rng.uniform(1.2, 2.2)
-    k = np.arange(1, count + 1)
-    f_K = hz * k * np.sqrt(1 + stretch * k**2)
-    turns_KN = ((f_K[:, None] * t) % 1.0).astype(np.float32)
-    weight_K = k ** -rng.uniform(1.6, 2.1)
+    stretch, fall, slope = rng.uniform(1e-4, 4e-4), rng.uniform(1.2, 2.2), rng.uniform(1.6, 2.1)
     x = np.zeros(n)
-    for turns_N, weight, order in zip(turns_KN, weight_K, k, strict=True):
-        x += weight * np.exp(-decay * (1 + 0.35 * order) * t) * np.sin(np.float32(2 * np.pi) * turns_N)
-    knock = shaped_noise(rng, n, band(80, 500)) * np.exp(-t * 60) * 0.15
+    for k in range(1, count + 1):
+        string_N = np.sin(angle(hz * k * np.sqrt(1 + stretch * k**2) * t + rng.random()))
+        x += k**-slope * decay(t, fall * (1 + 0.35 * k)) * string_N
+    knock = shaped_noise(rng, n, band(80, 500)) * decay(t, 60) * 0.15
     return (x + knock) * swell(n, rng.uniform(0.004, 0.01), 0.08)
 
 
 def guitar(rng: Rng, n: int, hz: float) -> Signal:
     """A bright pluck whose high partials die first, with the gaps that the plucking point leaves."""
     t, count = seconds_of(n), partials_below(hz, 24)
-    place, decay = rng.uniform(0.13, 0.28), rng.uniform(2.0, 3.5)
+    place = rng.uniform(0.13, 0.28)
     k = np.arange(1, count + 1)
     weight_K = np.abs(np.sin(np.pi * k * place)) * k ** -rng.uniform(0.35, 0.6)
-    bend_N = 1 + rng.uniform(0.004, 0.012) * np.exp(-t * 12)
-    decay_N = np.exp(-decay * t)
+    bend_N = 1 + rng.uniform(0.004, 0.012) * decay(t, 12)
     # each partial decays a little faster than the one below it: powers of one curve
-    faster_N, envelope_N = np.exp(-rng.uniform(0.5, 0.9) * t), decay_N
-    turns_N = (phase_of(hz * bend_N, n) % 1.0).astype(np.float32) * np.float32(2 * np.pi)
-    x = np.zeros(n)
+    envelope_N, faster_N = decay(t, rng.uniform(2.0, 3.5)), decay(t, rng.uniform(0.5, 0.9))
+    angle_N, x = angle(phase_of(hz * bend_N, n)), np.zeros(n)
     for order, weight in zip(k, weight_K, strict=True):
         envelope_N = envelope_N * faster_N
-        x += weight * envelope_N * np.sin(np.float32(order) * turns_N)
-    pick = shaped_noise(rng, n, band(2500, 7000)) * np.exp(-t * 180) * 0.5
+        x += float(weight) * envelope_N * np.sin(np.float32(order) * angle_N)
+    pick = shaped_noise(rng, n, band(2500, 7000)) * decay(t, 180) * 0.5
     return (x + pick) * swell(n, 0.002, 0.05)
 
 
@@ -156,10 +98,12 @@ def bell(rng: Rng, n: int, hz: float) -> Signal:
     slow = rng.uniform(0.8, 1.4)
     for ratio, weight in zip(ratios * rng.uniform(0.995, 1.005, 12), weights, strict=True):
         if ratio * hz < 7600:
-            beat = 1 + 0.25 * np.sin(2 * np.pi * (rng.uniform(3, 8) * t + rng.random()))
-            turns = ((ratio * hz * t + rng.random()) % 1.0).astype(np.float32)
-            x += weight * beat * np.exp(-slow * ratio**0.6 * t) * np.sin(np.float32(2 * np.pi) * turns)
-    clang = shaped_noise(rng, n, band(3000, 7500)) * np.exp(-t * 90) * 0.6
+            # a bell is never quite round: a partial is two that beat
+            tone_N = np.sin(angle(ratio * hz * t + rng.random()))
+            if ratio < 2.6:
+                tone_N += 0.3 * np.sin(angle((ratio * hz + rng.uniform(3, 8)) * t))
+            x += float(weight) * decay(t, slow * ratio**0.6) * tone_N
+    clang = shaped_noise(rng, n, band(3000, 7500)) * decay(t, 90) * 0.6
     return (x + clang) * swell(n, 0.002, 0.1)
 
 
@@ -236,13 +180,14 @@ def footsteps(rng: Rng, n: int, hz: float) -> Signal:
 
 
 def clapping(rng: Rng, n: int, hz: float) -> Signal:
-    """Several people's hands: sharp broad bursts around 1 to 4 kHz."""
+    """Two people's hands: sharp broad bursts around 1 to 4 kHz."""
     x, length = np.zeros(n), int(0.06 * RATE)
     t = seconds_of(length)
-    for _ in range(int(rng.integers(2, 4))):
-        response = band(rng.uniform(800, 1200), rng.uniform(2500, 4500), 2)
+    rate = rng.uniform(3.6, 4.8)
+    for _ in range(2):
+        response = band(rng.uniform(800, 1200), rng.uniform(2500, 4000), 3)
         lag = int(rng.uniform(0, 0.05) * RATE)
-        for start in hits(rng, n, rng.uniform(7.0, 9.0), 0.35, 0.06):
+        for start in hits(rng, n, rate, 0.15, 0.1):
             add(x, shaped_noise(rng, length, response) * np.exp(-t * rng.uniform(70, 110)), start + lag)
     return x
 
@@ -279,13 +224,14 @@ def dog(rng: Rng, n: int, hz: float) -> Signal:
 def cat(rng: Rng, n: int, hz: float) -> Signal:
     """One meow: a voice that rises and falls while the mouth opens and closes."""
     u = np.linspace(0, 1, n)
-    base, peak = rng.uniform(420, 520), rng.uniform(1.35, 1.7)
+    base, rise = rng.uniform(420, 520), rng.uniform(1.35, 1.7)
     arch = np.sin(np.pi * u ** rng.uniform(0.6, 0.9))
     tremble = 1 + 0.01 * np.sin(2 * np.pi * rng.uniform(7, 11) * seconds_of(n))
-    pitch_N = base * peak**arch * tremble
+    pitch_N = base * rise**arch * tremble
     mouth_N = 900 + rng.uniform(1200, 1800) * np.sin(np.pi * u**0.7) ** 2
-    count = partials_below(base * peak, 9)
-    weights_KN = np.exp(-(((np.arange(1, count + 1)[:, None] * pitch_N - mouth_N) / 900) ** 2)) + 0.08
+    count = partials_below(base * rise, 9)
+    off_KN = (np.arange(1, count + 1)[:, None] * pitch_N - mouth_N) / 900
+    weights_KN = np.exp((-(off_KN**2)).astype(np.float32)) + 0.08
     return harmonics(phase_of(pitch_N, n), weights_KN) * np.sin(np.pi * u**0.7) ** 0.7
 
 
@@ -342,9 +288,9 @@ def speech(rng: Rng, n: int, hz: float) -> Signal:
 def wind(rng: Rng, n: int, hz: float) -> Signal:
     """Howling: narrow noise whose centre wanders between 250 and 1000 Hz."""
     x, centre_N = np.zeros(n), 0.5 + 4.0 * wander(rng, n, 3)
-    for i, centre in enumerate(np.geomspace(250, 1000, 6)):
-        gust_N = np.exp(-((centre_N - i) ** 2) / 1.2)
-        x += shaped_noise(rng, n, lambda f, c=centre: np.exp(-(((f - c) / (0.12 * c)) ** 2))) * gust_N
+    for i, centre in enumerate(np.geomspace(250, 1000, 6).tolist()):
+        gust_N = np.exp(((centre_N - i) ** 2 / -1.2).astype(np.float32))
+        x += shaped_noise(rng, n, peak(centre, 0.12 * centre)) * gust_N
     return x * swell(n, 0.15, 0.15)
 
 
@@ -395,7 +341,9 @@ class Kind:
     musical: bool = False
     """Has a pitch that questions are asked about."""
     plural: bool = False
+    """As in "When do the footsteps start?"."""
     countable: bool = True
+    """Takes an article in captions."""
 
 
 KINDS: dict[str, Kind] = {
@@ -438,7 +386,7 @@ def active_rms(x_N: Signal) -> float:
 def render(kind: str, rng: Rng, seconds: float, level_db: float, hz: float = 0.0) -> Signal:
     """One event [N] of `seconds` at `level_db` dBFS (active rms); `hz` is the pitch of musical kinds."""
     n = round(seconds * RATE)
-    x_N = KINDS[kind].make(rng, n, hz)
+    x_N = KINDS[kind].make(rng, n, hz * rng.uniform(0.996, 1.004))  # never quite in tune
     edge = 48  # 3 ms, against clicks
     x_N[:edge] *= np.linspace(0, 1, edge)
     x_N[-edge:] *= np.linspace(1, 0, edge)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pal.data.synth.events import KINDS, RATE, Rng, Signal, render, shaped_noise
+from pal.data.synth.events import KINDS, render
+from pal.data.synth.waves import RATE, Rng, Signal, shaped_noise
 
 MOST_EVENTS = 4
 ONSET_GAP = 0.3
@@ -18,11 +20,12 @@ NOTE_WEIGHT = 2.0
 """How much likelier a musical kind is drawn than another, so that most scenes have a pitch to ask about."""
 REGISTERS = {"low": (40, 48), "middle": (58, 66), "high": (76, 84)}
 """MIDI notes of each register, both ends included; the gaps between them keep the answer clear."""
-LOUD_DB, QUIET_DB, JITTER_DB = -13.0, -27.0, 2.0
+LOUD_DB, QUIET_DB, JITTER_DB = -14.0, -28.0, 2.0
+"""Levels in dBFS (active rms): the centres, and how far an event strays from its own."""
 BACKGROUNDS = ("floor", "pink", "brown", "white", "hum")
 
 # Streams of random numbers of one scene. None is 0, which a seed sequence would not tell from nothing.
-PLAN, SOUND, COUNT = 1, 2, 3
+PLAN, SOUND, COUNT, ASK = 1, 2, 3, 4
 
 _NAMES = list(KINDS)
 _WEIGHTS = np.array([NOTE_WEIGHT if kind.musical else 1.0 for kind in KINDS.values()])
@@ -66,10 +69,15 @@ class Scene:
     background_db: float
 
 
+def most_events(seconds: float) -> int:
+    """How many events a scene of this length may have: one a second, at most four."""
+    return min(MOST_EVENTS, max(1, int(seconds)))
+
+
 def plan(seed: int, index: int, seconds: float) -> Scene:
     """Decide what sounds in scene `index` of `seed`; depends on nothing else."""
     # blocks of four scenes have one to four events in random order: exactly balanced
-    most = min(MOST_EVENTS, max(1, int(seconds)))
+    most = most_events(seconds)
     block = np.random.default_rng((seed, index // most, COUNT)).permutation(most)
     count = int(block[index % most]) + 1
     rng = np.random.default_rng((seed, index, PLAN))
@@ -82,7 +90,7 @@ def plan(seed: int, index: int, seconds: float) -> Scene:
         if KINDS[kind].musical:
             low, high = list(REGISTERS.values())[rng.integers(len(REGISTERS))]
             note = int(rng.integers(low, high + 1))
-        events.append(Event(kind, round(start, 3), round(start + length, 3), loud, float(level), note))
+        events.append(Event(kind, round(float(start), 3), round(float(start + length), 3), loud, float(level), note))
     background = BACKGROUNDS[rng.integers(len(BACKGROUNDS))]
     background_db = rng.uniform(-80, -70) if background == "floor" else rng.uniform(-70, -42)
     return Scene(seed, index, seconds, tuple(events), background, float(background_db))
@@ -94,7 +102,7 @@ def _places(rng: Rng, kinds: list[str], seconds: float) -> list[tuple[float, flo
         lengths = [rng.uniform(KINDS[kind].shortest, KINDS[kind].longest) for kind in kinds]
         lengths = [min(length, seconds * 0.9) for length in lengths]
         overlaps = []
-        for one, two in zip(lengths, lengths[1:], strict=False):
+        for one, two in pairwise(lengths):
             most = min(OVERLAP * min(one, two), one - ONSET_GAP)
             overlaps.append(rng.uniform(0, most) if rng.random() < 0.5 else 0.0)
         slack = seconds - sum(lengths) + sum(overlaps)
@@ -109,13 +117,7 @@ def _places(rng: Rng, kinds: list[str], seconds: float) -> list[tuple[float, flo
             at -= overlaps[i - 1]
         places.append((at, length))
         at += length
-    return _apart(places)
-
-
-def _apart(places: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Our own invariant: onsets are apart."""
-    starts = [start for start, _ in places]
-    assert all(b - a >= ONSET_GAP - 1e-6 for a, b in zip(starts, starts[1:], strict=False))
+    assert all(two[0] - one[0] >= ONSET_GAP - 1e-6 for one, two in pairwise(places))
     return places
 
 

@@ -1,0 +1,305 @@
+"""`pal demo`: trains PLITS, LAL and PAL alike on made-up scenes, compares them and shows what came of it."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import platform
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from rich.console import Console
+
+import pal
+from pal import SHIPPED, train
+from pal.app.report import table, write_page
+from pal.bench.measure import audio_cache_bytes, training_costs
+from pal.config import parse
+from pal.data.collate import Collator
+from pal.data.manifest import Manifest, Record
+from pal.data.synth import synthesise
+from pal.errors import BundleError
+from pal.evaluate import Score, evaluate
+from pal.evaluate.score import write_json
+from pal.evaluate.scorers import bootstrap_ci, exact_match
+from pal.train.curves import read_log
+from pal.train.recipe import Recipe, Stage, load_recipe
+
+if TYPE_CHECKING:
+    from pal.model import PalModel
+
+METHODS = ("plits", "lal", "pal")
+RECIPE = SHIPPED.with_name("demo.yaml")
+TEXT_LLM = SHIPPED.with_name("tiny-lm")
+
+_HELD_OUT_SEED, _FRESH_SEED = 900_001, 950_001
+"""Far from the seeds that recipes train on; the demo's own seed is added."""
+_HELD_OUT = {"scenes": 600, "questions_per_scene": 4}
+_QUICK = {"scenes": 24, "questions_per_scene": 4}
+_QUICK_SHARE = 0.04
+"""Part of the recipe's steps and scenes that `--quick` takes."""
+_MEASURED_CLIPS = 16
+"""Clips in the batch on which costs are measured."""
+
+
+def run_demo(out: Path, quick: bool = False, seed: int = 0, recipe_path: Path = RECIPE) -> dict[str, Any]:
+    """The whole demo; what is finished in `out` is not done again.
+
+    Args:
+        out: folder of the runs, `results.json` and `report.html`.
+        quick: a fraction of the training, for checks.
+        seed: of scenes, weights and order.
+        recipe_path: the curriculum that all integrations share.
+
+    Returns:
+        What `results.json` holds.
+
+    Raises:
+        PalError: `out` holds a demo with other options, or the shipped model is damaged.
+    """
+    console = Console(stderr=True)
+    started = time.perf_counter()
+    logging.getLogger("pal").setLevel(logging.WARNING)
+    for folder in (SHIPPED, TEXT_LLM):
+        if not (folder / "config.json").is_file():
+            raise BundleError(f"{folder}: missing; `pal doctor` says what to do")
+    console.rule("1/5 scenes")
+    recipe = _with_scenes(_scaled(load_recipe(recipe_path), quick), out / "scenes", seed)
+    asked = _QUICK if quick else _HELD_OUT
+    held_out = Manifest(_scenes(out / "held-out", seed=_HELD_OUT_SEED + seed, **asked))
+
+    models: dict[str, PalModel] = {}
+    for name in METHODS:
+        console.rule(f"2/5 training {name.upper()}")
+        models[name] = _train(recipe, name, out / name)
+    console.rule("3/5 evaluating on held-out scenes")
+    scores = {name: _evaluate(model, held_out, out / name / "score.json") for name, model in models.items()}
+    console.rule("4/5 measuring costs")
+    stage = [stage for stage in recipe.stages if stage.objective == "answers"][-1]
+    batch_records = _of_clips(held_out, _MEASURED_CLIPS)
+    measured = _costs(models, batch_records, stage)
+    console.rule("5/5 a fresh scene")
+    fresh_manifest = Manifest(_scenes(out / "fresh", scenes=12, seed=_FRESH_SEED + seed, questions_per_scene=8))
+    fresh = _fresh_scene(models, fresh_manifest)
+
+    results = {
+        "pal_version": pal.__version__,
+        "quick": quick,
+        "seed": seed,
+        "machine": _machine(),
+        "seconds": round(time.perf_counter() - started, 1),
+        "data": {
+            "held_out_scenes": asked["scenes"],
+            "held_out_questions": len(held_out),
+            "held_out_digest": held_out.digest,
+            "measured_batch": {"clips": _MEASURED_CLIPS, "questions": len(batch_records)},
+        },
+        "integrations": {
+            name: {
+                **_accuracy(scores[name], scores["plits"]),
+                "cost": measured[name],
+                "training": _training(out / name),
+                "model": name,
+                "model_digest": scores[name].settings["model_digest"],
+            }
+            for name in METHODS
+        },
+        "fresh_scene": fresh,
+    }
+    write_json(out / "results.json", results)
+    write_page(out / "report.html", results, Path(fresh_manifest.folder) / "audio" / fresh["file"])
+    Console().print(table(results))
+    _print_answers(console, fresh)
+    console.print(f"results: {out / 'results.json'}   page: {out / 'report.html'}", highlight=False)
+    return results
+
+
+# The recipe
+
+
+def _scaled(recipe: Recipe, quick: bool) -> Recipe:
+    if not quick:
+        return recipe
+    fields = recipe.model_dump(mode="json", exclude_unset=True)
+    for stage in fields["stages"]:
+        for length in ("steps", "epochs"):
+            if stage.get(length):
+                share = stage[length] * _QUICK_SHARE
+                stage[length] = max(1, round(share)) if length == "steps" else share
+        stage["warmup"] = round(stage.get("warmup", 0) * _QUICK_SHARE)
+    for source in fields["data"].values():
+        if source.get("synth"):
+            source["synth"]["scenes"] = max(16, round(source["synth"]["scenes"] * _QUICK_SHARE))
+    return parse(Recipe, fields, where="the quick demo")
+
+
+def _with_scenes(recipe: Recipe, folder: Path, seed: int) -> Recipe:
+    """The recipe with its scenes made, once for all integrations."""
+    fields = recipe.model_dump(mode="json", exclude_unset=True)
+    for name, source in fields["data"].items():
+        synth = recipe.data[name].synth
+        if synth is None:
+            continue
+        options = {**synth.model_dump(), "seed": synth.seed + seed}
+        del source["synth"]
+        source["manifest"] = str(_scenes(folder / name, **options))
+    fields["seed"] = recipe.seed + seed
+    return parse(Recipe, fields, where="the demo")
+
+
+def _recipe_of(recipe: Recipe, integration: str) -> Recipe:
+    """The same for one integration, from the shipped encoder and text-only LLM and from nothing else."""
+    fields = recipe.model_dump(mode="json", exclude_unset=True)
+    shipped = json.loads((SHIPPED / "config.json").read_text(encoding="utf-8"))["model"]
+    fields["model"] = {
+        **fields.get("model", {}),
+        "llm": {"path": str(TEXT_LLM)},
+        "encoders": shipped["encoders"],
+        "integration": {"name": integration},
+    }
+    fields["start"] = {"encoder": str(SHIPPED)}
+    return parse(Recipe, fields, where=f"the demo's {integration}")
+
+
+def _scenes(folder: Path, **options: Any) -> Path:
+    """The manifest of some scenes; made unless a run before this one has made the same."""
+    manifest, made = folder / "manifest.jsonl", folder / "made.json"
+    if manifest.is_file() and made.is_file() and json.loads(made.read_text(encoding="utf-8")) == options:
+        return manifest
+    path = synthesise(folder, **options)
+    write_json(made, options)
+    return path
+
+
+def _train(recipe: Recipe, name: str, folder: Path) -> PalModel:
+    try:
+        return train.run(_recipe_of(recipe, name), folder, resume=True)
+    except SystemExit:
+        print("the demo goes on from there when it is run again with the same options", file=sys.stderr)
+        raise
+
+
+# What comes out
+
+
+def _evaluate(model: PalModel, held_out: Manifest, path: Path) -> Score:
+    """The score, from a run before this one where model and data are the same."""
+    if path.is_file():
+        score = Score.load(path)
+        settings = score.settings
+        if settings["model_digest"] == model.digest and settings["data_digest"] == held_out.digest:
+            return score
+    score = evaluate(model, held_out, batch=64, progress=True, benchmark="held-out scenes")
+    score.save(path)
+    return score
+
+
+def _accuracy(score: Score, baseline: Score) -> dict[str, Any]:
+    """Accuracies, and the paired difference to another model's on the same questions."""
+    right = {item.id: item.correct for item in baseline.items}
+    gains = [float(item.correct) - float(right[item.id]) for item in score.items]
+    return {
+        "accuracy": asdict(score.overall),
+        "per_task": {task: asdict(accuracy) for task, accuracy in score.per_task.items()},
+        "minus_plits": {
+            "difference": sum(gains) / len(gains),
+            "ci95": bootstrap_ci(gains, [item.group for item in score.items]),
+        },
+        "errors": len(score.errors),
+    }
+
+
+def _training(folder: Path) -> dict[str, Any]:
+    report = json.loads((folder / "train.json").read_text(encoding="utf-8"))
+    return {
+        "seconds": report["seconds"],
+        "step_seconds": report["stages"][-1]["median_step_seconds"],
+        "steps": int(sum(stage["steps"] for stage in report["stages"])),
+        "loss_curve": [[line["step"], line["loss"]] for line in read_log(folder / "log.jsonl")],
+    }
+
+
+def _of_clips(manifest: Manifest, clips: int) -> list[Record]:
+    """The records of the first so many clips."""
+    seen: dict[tuple[str, ...], None] = {}
+    records = []
+    for record in manifest:
+        seen.setdefault(record.clips)
+        if len(seen) > clips:
+            break
+        records.append(record)
+    return records
+
+
+def _costs(models: Mapping[str, PalModel], records: list[Record], stage: Stage) -> dict[str, dict[str, Any]]:
+    any_model = next(iter(models.values()))
+    collate = Collator(any_model.tokenizer, any_model.sampling_rate, system=any_model.config.system)
+    batch, single = collate(records), collate(records[:1])
+    costs = training_costs(models, batch, stage)
+    return {
+        name: {
+            **asdict(costs[name]),
+            "audio_kv_bytes": audio_cache_bytes(model, single.waveforms[0], single.rows[0]),
+            "audio_seconds": len(single.waveforms[0]) / model.sampling_rate,
+            "parameters": sum(p.numel() for p in model.parameters()),
+        }
+        for name, model in models.items()
+    }
+
+
+def _fresh_scene(models: Mapping[str, PalModel], manifest: Manifest) -> dict[str, Any]:
+    """Five questions of different kinds about one scene, with the truth and each integration's answers."""
+    by_clip: dict[str, list[Record]] = {}
+    for record in manifest:
+        by_clip.setdefault(record.clips[0], []).append(record)
+    # A scene with several sounds and many kinds of question shows most.
+    clip, records = max(by_clip.items(), key=lambda pair: len({record.task for record in pair[1]}))
+    first_of_task = {record.task: record for record in reversed(records)}
+    chosen = [*first_of_task.values(), *(record for record in records if record not in first_of_task.values())][:5]
+    questions = [record.turns[0].question for record in chosen]
+    answers = {name: model.ask(clip, questions) for name, model in models.items()}
+    return {
+        "file": Path(clip).name,
+        "seed": manifest.path.parent.name,
+        "events": _events(records[0]),
+        "questions": [
+            {
+                "task": record.task,
+                "question": record.turns[0].question,
+                "truth": record.turns[0].answer,
+                "answers": {name: answers[name][number] for name in models},
+                "correct": {name: exact_match(answers[name][number], record.turns[0].answer) for name in models},
+            }
+            for number, record in enumerate(chosen)
+        ],
+    }
+
+
+def _events(record: Record) -> list[dict[str, Any]]:
+    """What sounds when: tags of one stretch belong together, the kind first."""
+    by_time: dict[tuple[float, float], list[str]] = {}
+    for tag in record.tags or ():
+        if tag.start is not None and tag.end is not None:
+            by_time.setdefault((tag.start, tag.end), []).append(tag.label)
+    return [
+        {"label": ", ".join(labels), "start": start, "end": end} for (start, end), labels in sorted(by_time.items())
+    ]
+
+
+def _machine() -> dict[str, Any]:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {"system": platform.system(), "cpu_cores": cores, "gpu": gpu, "torch": torch.__version__}
+
+
+def _print_answers(console: Console, fresh: dict[str, Any]) -> None:
+    console.print("\na fresh scene: " + "; ".join(event["label"] for event in fresh["events"]), highlight=False)
+    for question in fresh["questions"]:
+        answers = "   ".join(f"{name.upper()}: {answer}" for name, answer in question["answers"].items())
+        console.print(f"  {question['question']}  [{question['truth']}]   {answers}", highlight=False, markup=False)

@@ -1,0 +1,77 @@
+"""The header of FLAC files. Frames carry checksums that the decoder checks; the header carries none."""
+
+from pal.audio.declared import Declared, DecodeError
+
+_RATES = {
+    1: 88200,
+    2: 176400,
+    3: 192000,
+    4: 8000,
+    5: 16000,
+    6: 22050,
+    7: 24000,
+    8: 32000,
+    9: 44100,
+    10: 48000,
+    11: 96000,
+}
+_BITS = {1: 8, 2: 12, 4: 16, 5: 20, 6: 24, 7: 32}
+
+
+def declared(data: bytes) -> Declared:
+    """Read STREAMINFO and compare it with the first frame, which repeats rate, channels and bits.
+
+    The layout is that of RFC 9639, sections 8.2 and 9.1.
+
+    Raises:
+        DecodeError: cut in the metadata, no declared length, or a header that contradicts the first frame.
+    """
+    if len(data) < 42 or data[4] & 0x7F != 0:
+        raise DecodeError("its header is cut or damaged")
+    packed = int.from_bytes(data[18:26], "big")
+    rate, channels = packed >> 44, (packed >> 41 & 7) + 1
+    bits, frames = (packed >> 36 & 31) + 1, packed & (1 << 36) - 1
+    if frames == 0:
+        raise DecodeError(
+            "its header gives no length, so a cut could not be noticed",
+            "write it to a file instead of a stream: ffmpeg -i IN OUT.flac",
+        )
+    md5 = data[26:42]
+
+    start = _audio_start(data)
+    header = data[start : start + 16]
+    if len(header) < 16 or header[0] != 0xFF or header[1] & 0xFE != 0xF8:
+        raise DecodeError("no sound follows its header")
+    if _frame_rate(header) not in (None, rate):
+        raise DecodeError(f"its header says {rate} Hz, its first frame {_frame_rate(header)} Hz")
+    assignment = header[3] >> 4
+    if (assignment + 1 if assignment < 8 else 2) != channels:
+        raise DecodeError(f"its header says {channels} channels, its first frame does not")
+    if _BITS.get(header[3] >> 1 & 7, bits) != bits:
+        raise DecodeError(f"its header says {bits} bits, its first frame {_BITS[header[3] >> 1 & 7]}")
+    return Declared(frames, rate, channels, md5 if any(md5) else None, bits)
+
+
+def _audio_start(data: bytes) -> int:
+    """Offset of the first frame, after all metadata blocks."""
+    start, last = 4, False
+    while not last:
+        if start + 4 > len(data):
+            raise DecodeError("it is cut in its metadata")
+        last = bool(data[start] & 0x80)
+        start += 4 + int.from_bytes(data[start + 1 : start + 4], "big")
+    return start
+
+
+def _frame_rate(header: bytes) -> int | None:
+    """Hz that a frame header names; None where it refers to STREAMINFO."""
+    size_code, rate_code = header[2] >> 4, header[2] & 15
+    if rate_code in _RATES or rate_code == 0:
+        return _RATES.get(rate_code)
+    first = header[4]  # frame or sample number, coded like UTF-8
+    length = 1 if first < 0x80 else 8 - (first ^ 0xFF).bit_length()
+    start = 4 + length + {6: 1, 7: 2}.get(size_code, 0)
+    if rate_code == 12:
+        return header[start] * 1000
+    value = int.from_bytes(header[start : start + 2], "big")
+    return value if rate_code == 13 else value * 10

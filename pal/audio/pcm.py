@@ -1,0 +1,60 @@
+"""Blocks of samples on their way to one mono waveform: scale, check, mix down, resample."""
+
+import numpy as np
+import soxr
+import torch
+from torch import Tensor
+
+from pal.audio.declared import DecodeError
+
+_PEAK = 2.0**31
+"""Above any scale in use; the power spectrum of more overflows float32."""
+
+
+def to_float(block: np.ndarray) -> np.ndarray:
+    """Float32 in -1..1 of integer samples by their full scale; other floats are only converted."""
+    if block.dtype == np.uint8:
+        return (block.astype(np.float32) - 128.0) / 128.0
+    if np.issubdtype(block.dtype, np.signedinteger):
+        return (block / -float(np.iinfo(block.dtype).min)).astype(np.float32)
+    if np.issubdtype(block.dtype, np.floating):
+        with np.errstate(over="ignore"):  # beyond float32 becomes infinite, which is refused later
+            return block.astype(np.float32, copy=False)
+    raise DecodeError(f"samples of type {block.dtype} are no sound", "pass float32 in -1..1 or int16")
+
+
+class Mixer:
+    """Takes blocks [n, channels] at one rate and gives mono samples at another; checks every sample."""
+
+    def __init__(self, source_rate: int, rate: int, max_frames: int, too_long: DecodeError) -> None:
+        self.frames = 0
+        """Samples a channel that came in."""
+        self._resample = None
+        if source_rate != rate:
+            self._resample = soxr.ResampleStream(source_rate, rate, 1, dtype="float32")
+        self._max_frames, self._too_long = max_frames, too_long
+        self._parts: list[np.ndarray] = []
+
+    def add(self, block_NC: np.ndarray) -> None:
+        """Take one more block. Raises DecodeError on samples that are not finite, and past the limit."""
+        self.frames += len(block_NC)
+        if self.frames > self._max_frames:
+            raise self._too_long
+        peak = float(np.abs(block_NC).max(initial=0.0))
+        if not peak <= _PEAK:
+            if not np.isfinite(block_NC).all():
+                raise DecodeError("it holds samples that are not finite (NaN or infinity)", "repair what wrote it")
+            raise DecodeError(f"its samples reach {peak:.1e}", "scale them to -1..1")
+        mono_N = block_NC.mean(axis=1, dtype=np.float32)
+        self._parts.append(self._resample.resample_chunk(mono_N) if self._resample else mono_N)
+
+    def finish(self) -> Tensor:
+        """All samples, float32 [N]. Raises DecodeError when there are none."""
+        if self.frames == 0:
+            raise DecodeError("it holds no samples", "record or export it again")
+        if self._resample:
+            self._parts.append(self._resample.resample_chunk(np.zeros(0, np.float32), last=True))
+        samples_N = np.concatenate(self._parts)
+        if len(samples_N) == 0:
+            raise DecodeError(f"its {self.frames} samples are too short to resample", "give a longer recording")
+        return torch.from_numpy(samples_N)

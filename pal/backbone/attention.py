@@ -1,0 +1,92 @@
+"""The attention function `pal`: the LLM's own queries also see keys and values made from audio.
+
+transformers calls it in every layer of an unmodified LLM, with the forward's extra argument `audio`
+(an `AudioView`). Without audio it is transformers' SDPA, with the same masks, so that a model loses
+nothing by being ready to hear.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from pal.backbone.context import AudioView
+from pal.errors import PalError
+
+NAME = "pal"
+"""Must not contain 'sdpa', 'flash' or 'flex_attention', which make transformers check the model class."""
+
+
+def attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    audio: AudioView | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """One layer's attention, in the signature that transformers prescribes.
+
+    Args:
+        module: the attention module, which knows its `layer_idx`.
+        query: [B, H, Q, C]. key, value: [B, G, K, C], after RoPE and after the cache.
+        attention_mask: transformers' mask [B, 1, Q, K], or None where its causal shortcut holds.
+        audio: what the query rows can hear; None without audio.
+
+    Returns:
+        [B, Q, H, C] and None (no attention weights).
+    """
+    if audio is None:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+    if not isinstance(audio, AudioView):
+        raise PalError("'audio' reached the attention without its query positions; call the model through Backbone")
+    layer: int = module.layer_idx  # type: ignore[assignment]
+    mask = audio.mask(layer, length=key.shape[2])
+    if mask is None:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+    if audio.hears(layer):
+        k_BGAC, v_BGAC = audio.keys_values(layer)
+        key = torch.cat((k_BGAC.to(key.dtype), key), dim=2)
+        value = torch.cat((v_BGAC.to(value.dtype), value), dim=2)
+    return _masked_attention(query, key, value, mask, dropout, scaling), None
+
+
+def _masked_attention(
+    q_BHQC: Tensor, k_BGKC: Tensor, v_BGKC: Tensor, mask_B1QK: Tensor, dropout: float, scaling: float | None
+) -> Tensor:
+    """Grouped-query attention under a dense mask, without copies of the key/value heads -> [B, Q, H, C]."""
+    B, H, Q, C = q_BHQC.shape
+    G = k_BGKC.shape[1]
+    if q_BHQC.device.type == "cpu" or G == H:
+        out_BHQC = F.scaled_dot_product_attention(
+            q_BHQC, k_BGKC, v_BGKC, attn_mask=mask_B1QK, dropout_p=dropout, scale=scaling, enable_gqa=G != H
+        )
+        return out_BHQC.transpose(1, 2).contiguous()
+    # CUDA's masked kernels know no groups: lay the queries of a group one after the other instead
+    if Q > 1:
+        mask_B1QK = mask_B1QK.repeat(1, 1, H // G, 1)
+    q_BGRC = q_BHQC.reshape(B, G, H // G * Q, C)
+    if Q == 1:
+        mask_B1QK = mask_B1QK.expand(-1, -1, H // G, -1)
+    out_BGRC = F.scaled_dot_product_attention(
+        q_BGRC, k_BGKC, v_BGKC, attn_mask=mask_B1QK, dropout_p=dropout, scale=scaling
+    )
+    return out_BGRC.reshape(B, H, Q, C).transpose(1, 2).contiguous()
+
+
+AttentionInterface.register(NAME, attend)
+# without a mask function of the same name transformers passes no mask at all, silently
+AttentionMaskInterface.register(NAME, sdpa_mask)

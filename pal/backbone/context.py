@@ -1,0 +1,211 @@
+"""What the attention function is told about audio: `AudioContext` for a batch, `AudioView` for one forward."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pal.errors import PalError
+
+if TYPE_CHECKING:
+    from pal.backbone.llm import Backbone
+
+Rope = dict[str, tuple[Tensor, Tensor]]
+"""Layer type -> cos and sin, each [B, A, C]."""
+
+
+class KeySource(Protocol):
+    """Where a layer's audio keys and values come from: projected on the spot, or stored ahead."""
+
+    def keys_values(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Keys before RoPE and values of all clips, each [U, G, A, C], U the number of clips."""
+        ...
+
+
+@dataclass(frozen=True)
+class AudioContext:
+    """The audio of a batch of rows, as keys and values at positions, and the rows' own positions.
+
+    Nothing is computed here: `source` makes K/V when a layer asks, so that gradient checkpointing can
+    drop and recompute them; `prebuilt` makes them once, for decoding.
+    """
+
+    llm: Backbone
+    source: KeySource | None
+    """None when `layers` is empty."""
+    layers: tuple[int, ...]
+    """Layers whose text rows see audio K/V."""
+    tokens_BA: Tensor | None
+    """For each key of a row, its place in the clips' flattened [U * A]; None when row i has clip i, and only that."""
+    positions_BA: Tensor
+    mask_BA: Tensor
+    """True where a key is real."""
+    rows_BT: Tensor
+    """Position ids of the prompt, which windows need when the cache holds only keys."""
+    audio_rows_BT: Tensor
+    """True where a row of the sequence is audio (summary tokens)."""
+    rows_hidden: bool = False
+    """True: no text row sees the audio rows."""
+    built: dict[int, tuple[Tensor, Tensor]] | None = None
+    """K after RoPE and V per layer, each [B, G, A, C], when they were made ahead."""
+
+    def keys_values(self, layer: int, rope: Rope) -> tuple[Tensor, Tensor]:
+        """K after RoPE and V of every row, each [B, G, A, C]; clips are projected once, then shared by rows."""
+        assert self.source is not None
+        k_UGAC, v_UGAC = self.source.keys_values(layer)
+        cos_BAC, sin_BAC = rope[self.llm.layer_types[layer]]
+        return rotate(self._to_rows(k_UGAC), cos_BAC, sin_BAC), self._to_rows(v_UGAC)
+
+    def _to_rows(self, x_UGAC: Tensor) -> Tensor:
+        if self.tokens_BA is None:
+            return x_UGAC[:, :, : self.positions_BA.shape[1]]
+        return gather(x_UGAC.transpose(1, 2).flatten(0, 1), self.tokens_BA).transpose(1, 2)
+
+    @torch.no_grad()
+    def prebuilt(self) -> AudioContext:
+        """The same context with every layer's K/V made now, once; without gradients."""
+        if self.built is not None:
+            return self
+        rope = self.llm.rope(self.positions_BA) if self.layers else {}
+        return replace(self, built={layer: self.keys_values(layer, rope) for layer in self.layers})
+
+    def without(self, path: Literal["keys", "rows"]) -> AudioContext:
+        """The same context with one pathway masked: audio K/V ("keys") or audio rows ("rows"); positions stay."""
+        if path == "rows":
+            return replace(self, rows_hidden=True)
+        return replace(self, mask_BA=torch.zeros_like(self.mask_BA))
+
+    def pad_left(self, order_BT: Tensor) -> AudioContext:
+        """The context after the rows of the sequence were put in another order ([B, T] of indices)."""
+        return replace(
+            self, rows_BT=self.rows_BT.gather(1, order_BT), audio_rows_BT=self.audio_rows_BT.gather(1, order_BT)
+        )
+
+    def view(self, attention_mask: Tensor | None, position_ids: Tensor | None) -> AudioView:
+        """What the query rows of one forward see.
+
+        Args:
+            attention_mask: [B, K] over all rows so far, cached ones included.
+            position_ids: [B, Q] of the query rows. B may be a multiple of this batch (beams).
+
+        Raises:
+            PalError: when either is missing, since transformers would then guess, silently and wrongly.
+        """
+        if attention_mask is None or position_ids is None:
+            name = "attention_mask" if attention_mask is None else "position_ids"
+            raise PalError(f"a forward with audio needs {name}: positions have gaps that cannot be guessed")
+        if not isinstance(attention_mask, Tensor) or attention_mask.ndim != 2:
+            raise PalError("a forward with audio needs the 2-D attention mask; use a dynamic cache, not a static one")
+        beams, rest = divmod(position_ids.shape[0], self.rows_BT.shape[0])
+        if rest or position_ids.shape[0] != attention_mask.shape[0]:
+            raise PalError(
+                f"audio of {self.rows_BT.shape[0]} rows does not fit position_ids of {position_ids.shape[0]} rows "
+                f"and attention_mask of {attention_mask.shape[0]}"
+            )
+        windows = self.llm.windows
+        rows_seen = {
+            window: self._rows_seen(window, attention_mask.bool(), position_ids, beams)
+            for layer, window in enumerate(windows)
+            if layer in self.layers or window is not None or self.rows_hidden
+        }
+        audio_seen = {
+            window: self._audio_seen(window, position_ids, beams)
+            for window in {windows[layer] for layer in self.layers}
+        }
+        return AudioView(
+            context=self,
+            beams=beams,
+            rope=self.llm.rope(self.positions_BA) if self.built is None and self.layers else {},
+            rows_seen=rows_seen,
+            all_seen={window: torch.cat((seen, rows_seen[window]), dim=3) for window, seen in audio_seen.items()},
+        )
+
+    def _row_positions(self, length: int, beams: int) -> Tensor:
+        """Positions of the first `length` rows: the prompt's, then one more for each generated token."""
+        rows_BT = _expand(self.rows_BT, beams)
+        more = length - rows_BT.shape[1]
+        if more <= 0:
+            return rows_BT[:, :length]
+        return torch.cat((rows_BT, rows_BT[:, -1:] + torch.arange(1, more + 1, device=rows_BT.device)), dim=1)
+
+    def _rows_seen(self, window: int | None, valid_BK: Tensor, positions_BQ: Tensor, beams: int) -> Tensor:
+        """Which rows each query sees, bool [B, 1, Q, K]: causal by order, windows by position."""
+        K, Q = valid_BK.shape[1], positions_BQ.shape[1]
+        index_K = torch.arange(K, device=valid_BK.device)
+        index_Q = index_K[-Q:]
+        seen_BQK = valid_BK[:, None, :] & (index_K <= index_Q[:, None])
+        if window is not None:
+            distance_BQK = positions_BQ[:, :, None] - self._row_positions(K, beams)[:, None, :]
+            seen_BQK = seen_BQK & (distance_BQK < window)
+        if self.rows_hidden:
+            hidden_BK = _expand(self.audio_rows_BT, beams)[:, :K]
+            hidden_BK = F.pad(hidden_BK, (0, K - hidden_BK.shape[1]))
+            # a hidden row still sees itself, since a row without any key would be NaN
+            seen_BQK = seen_BQK & (~hidden_BK[:, None, :] | (index_K == index_Q[:, None]))
+        # padding sees everything, for the same reason; nothing ever reads it
+        return (seen_BQK | ~valid_BK[:, -Q:, None])[:, None]
+
+    def _audio_seen(self, window: int | None, positions_BQ: Tensor, beams: int) -> Tensor:
+        """Which audio keys each query sees, bool [B, 1, Q, A]: the real ones at or before its position."""
+        distance_BQA = positions_BQ[:, :, None] - _expand(self.positions_BA, beams)[:, None, :]
+        seen_BQA = _expand(self.mask_BA, beams)[:, None, :] & (distance_BQA >= 0)
+        return (seen_BQA if window is None else seen_BQA & (distance_BQA < window))[:, None]
+
+
+@dataclass(frozen=True, eq=False)
+class AudioView:
+    """An `AudioContext` as the query rows of one forward see it; nothing in it changes, so it compiles whole."""
+
+    context: AudioContext
+    beams: int
+    rope: Rope
+    rows_seen: dict[int | None, Tensor]
+    """Per sliding window, which rows each query sees: bool [B, 1, Q, K]."""
+    all_seen: dict[int | None, Tensor]
+    """Per sliding window, which audio keys and rows: bool [B, 1, Q, A + K]."""
+
+    def hears(self, layer: int) -> bool:
+        """True where the layer has audio K/V."""
+        return layer in self.context.layers
+
+    def keys_values(self, layer: int) -> tuple[Tensor, Tensor]:
+        """K after RoPE and V for the forward's rows, each [B, G, A, C]; beams share their row's."""
+        built = self.context.built
+        k_BGAC, v_BGAC = built[layer] if built is not None else self.context.keys_values(layer, self.rope)
+        return _expand(k_BGAC, self.beams), _expand(v_BGAC, self.beams)
+
+    def mask(self, layer: int, length: int) -> Tensor | None:
+        """Which keys each query of a layer sees, audio keys first: bool [B, 1, Q, (A +) length].
+
+        `length` text keys are the last of all rows so far, since a windowed cache drops old ones. None
+        where transformers' own mask says it all; it counts windows in rows, not in positions.
+        """
+        window = self.context.llm.windows[layer]
+        if not self.hears(layer):
+            seen = self.rows_seen.get(window) if window is not None or self.context.rows_hidden else None
+            return None if seen is None else seen[..., -length:]
+        seen, rows = self.all_seen[window], self.rows_seen[window]
+        dropped = rows.shape[3] - length
+        if not dropped:
+            return seen
+        return torch.cat((seen[..., : seen.shape[3] - rows.shape[3]], rows[..., dropped:]), dim=3)
+
+
+def rotate(x_BGAC: Tensor, cos_BAC: Tensor, sin_BAC: Tensor) -> Tensor:
+    """RoPE in the half-split layout that all supported families share."""
+    cos, sin = cos_BAC[:, None], sin_BAC[:, None]
+    first, second = x_BGAC.chunk(2, dim=-1)
+    return x_BGAC * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+def gather(table_X: Tensor, index_BT: Tensor) -> Tensor:
+    """Entries [X, ...] by index -> [B, T, ...]; quicker to differentiate than `table_X[index_BT]`."""
+    return table_X.index_select(0, index_BT.flatten()).unflatten(0, index_BT.shape)
+
+
+def _expand(x: Tensor, beams: int) -> Tensor:
+    return x if beams == 1 else x.repeat_interleave(beams, dim=0)

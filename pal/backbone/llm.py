@@ -1,0 +1,361 @@
+"""`Backbone`: an unmodified Hugging Face LLM, and the only code that knows its insides."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from threading import Thread
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    GenerationMixin,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TextIteratorStreamer,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from pal.backbone.attention import NAME
+from pal.backbone.context import AudioContext, Rope
+from pal.config import StrictConfig
+from pal.errors import ConfigError, PalError
+from pal.types import IGNORE, LLMInputs
+
+FAMILIES = ("gemma", "gemma3_text", "llama", "mistral", "qwen2", "qwen3")
+"""transformers' `model_type` of the supported LLMs (Qwen2.5 is qwen2)."""
+
+Trained = Literal["full", "lora", "attention", "none"]
+
+
+class LoRA(StrictConfig):
+    """Low-rank adapters beside frozen weights; the defaults are LTU's."""
+
+    rank: int = 8
+    alpha: float = 16.0
+    dropout: float = 0.05
+    targets: tuple[str, ...] = ("q_proj", "v_proj")
+    """Names of the linear layers that get adapters."""
+
+
+class _Hears:
+    """Names the argument `audio` in a causal LLM's forward, without which `generate` refuses it."""
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        audio: AudioContext | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        if audio is not None:
+            kwargs["audio"] = audio.view(attention_mask, position_ids)
+        return super().forward(  # type: ignore[misc]
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            labels=labels,
+            use_cache=use_cache,
+            logits_to_keep=logits_to_keep,
+            **kwargs,
+        )
+
+
+class Backbone(nn.Module):
+    """A causal LLM that can hear.
+
+    Attributes:
+        lm: the Hugging Face model, its weights and names untouched.
+        width: D. n_layers: L. vocab: size of the vocabulary.
+        layer_types: per layer, the key of its rotary embedding in `rope`.
+        windows: per layer, how many positions back a query sees, itself included; None means all.
+    """
+
+    def __init__(self, lm: PreTrainedModel) -> None:
+        super().__init__()
+        assert isinstance(lm, _Hears), "make it with Backbone.load"
+        self.lm = lm
+        self.lora: LoRA | None = None
+        config = lm.config
+        self.width: int = config.hidden_size
+        self.n_layers: int = config.num_hidden_layers
+        self.vocab: int = config.vocab_size
+        self.kv_heads: int = config.num_key_value_heads
+        self.head_width: int = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        self._typed_rope = config.model_type == "gemma3_text"
+        kinds = config.layer_types if self._typed_rope else ["all"] * self.n_layers
+        self.layer_types: tuple[str, ...] = tuple(kinds)
+        self.windows: tuple[int | None, ...] = tuple(_window(block.self_attn) for block in lm.model.layers)
+
+    @classmethod
+    def load(
+        cls,
+        source: str | Path | Mapping[str, Any],
+        *,
+        revision: str | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> Backbone:
+        """An LLM from the Hub or a local folder, or a fresh one with random weights.
+
+        Args:
+            source: Hub id, folder, or the fields of a configuration with its `model_type`.
+            revision: branch, tag or commit on the Hub.
+            dtype: of the weights.
+
+        Raises:
+            PalError: an unsupported family, a folder that is none, or weights that are missing.
+        """
+        if isinstance(source, Mapping):
+            config = _config_from(source)
+            return cls(_hearing_class(config)._from_config(config, attn_implementation=NAME, dtype=dtype))
+        try:
+            config = AutoConfig.from_pretrained(source, revision=revision)
+            _check_family(config)
+            lm, report = _hearing_class(config).from_pretrained(
+                source, revision=revision, attn_implementation=NAME, dtype=dtype, output_loading_info=True
+            )
+        except OSError as error:
+            raise PalError(f"cannot load the LLM '{source}': {str(error).splitlines()[0]}") from None
+        if report["missing_keys"]:
+            # transformers would go on with random weights and a log line
+            raise PalError(f"the LLM '{source}' lacks weights, such as {sorted(report['missing_keys'])[0]}")
+        return cls(lm)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the embeddings are."""
+        return self._embedding.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the embeddings."""
+        return self._embedding.weight.dtype
+
+    @property
+    def _embedding(self) -> nn.Embedding:
+        return self.lm.get_input_embeddings()
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """Token ids [...] -> embeddings [..., D] as the first layer gets them (Gemma's are scaled)."""
+        return self._embedding(ids)
+
+    def project_kv(self, layer: int, u_BAD: Tensor) -> tuple[Tensor, Tensor]:
+        """What `layer` would make of `u` as its input, each [B, G, A, C]: keys before RoPE (after k_norm), values."""
+        block = self.lm.model.layers[layer]
+        attention = block.self_attn
+        x_BAD = block.input_layernorm(u_BAD.to(self.dtype))
+        k_BAGC = attention.k_proj(x_BAD).unflatten(-1, (self.kv_heads, self.head_width))
+        v_BAGC = attention.v_proj(x_BAD).unflatten(-1, (self.kv_heads, self.head_width))
+        norm = getattr(attention, "k_norm", None)  # Qwen3 and Gemma3 have one
+        if norm is not None:
+            k_BAGC = norm(k_BAGC)
+        return k_BAGC.transpose(1, 2), v_BAGC.transpose(1, 2)
+
+    def rope(self, positions_BA: Tensor) -> Rope:
+        """The LLM's rotary embedding at any positions, per type of layer."""
+        rotary = self.lm.model.rotary_emb
+        like = self._embedding.weight  # for its device and dtype
+        if not self._typed_rope:
+            return {"all": rotary(like, positions_BA)}
+        return {kind: rotary(like, positions_BA, kind) for kind in sorted(set(self.layer_types))}
+
+    def forward(self, inputs: LLMInputs, **kwargs: Any) -> Any:
+        """transformers' output with logits [B, T, vocab]; `kwargs` go to the LLM."""
+        return self.lm(
+            inputs_embeds=inputs.inputs_embeds_BTD,
+            attention_mask=inputs.attention_mask_BT,
+            position_ids=inputs.position_ids_BT,
+            audio=inputs.audio,
+            **{"use_cache": False, **kwargs},
+        )
+
+    def loss(self, inputs: LLMInputs) -> tuple[Tensor, int]:
+        """Sum of the cross-entropies of the labelled tokens, and their number."""
+        losses_N, row_N = self._token_losses(inputs)
+        return losses_N.sum(), len(row_N)
+
+    def label_scores(self, inputs: LLMInputs) -> Tensor:
+        """Log-likelihood of each row's labelled tokens, summed: float32 [B]."""
+        losses_N, row_N = self._token_losses(inputs)
+        scores_B = losses_N.new_zeros(inputs.inputs_embeds_BTD.shape[0])
+        return scores_B.index_add(0, row_N, -losses_N)
+
+    def _token_losses(self, inputs: LLMInputs) -> tuple[Tensor, Tensor]:
+        """Cross-entropy of each labelled token, and its row; the head runs on the rows that predict one."""
+        assert inputs.labels_BT is not None, "inputs without labels"
+        audio = inputs.audio
+        extra = {} if audio is None else {"audio": audio.view(inputs.attention_mask_BT, inputs.position_ids_BT)}
+        hidden_BTD = self.lm.model(
+            inputs_embeds=inputs.inputs_embeds_BTD,
+            attention_mask=inputs.attention_mask_BT,
+            position_ids=inputs.position_ids_BT,
+            use_cache=False,
+            **extra,
+        ).last_hidden_state
+        next_BT = inputs.labels_BT[:, 1:]
+        row_N, column_N = (next_BT != IGNORE).nonzero(as_tuple=True)
+        logits_NV = self.lm.lm_head(hidden_BTD[row_N, column_N])
+        return F.cross_entropy(logits_NV.float(), next_BT[row_N, column_N], reduction="none"), row_N
+
+    @torch.no_grad()
+    def generate(self, inputs: LLMInputs, **kwargs: Any) -> Tensor:
+        """Continue each row: new token ids [B (times returned sequences), N]. `kwargs` go to transformers' generate.
+
+        Audio K/V are made once; the text's are cached. Positions go on from each row's last one.
+        """
+        inputs = _padded_left(inputs)
+        audio = {} if inputs.audio is None else {"audio": inputs.audio.prebuilt()}
+        return self.lm.generate(
+            inputs_embeds=inputs.inputs_embeds_BTD,
+            attention_mask=inputs.attention_mask_BT,
+            position_ids=inputs.position_ids_BT,
+            **audio,
+            **kwargs,
+        )
+
+    def stream(self, inputs: LLMInputs, tokenizer: PreTrainedTokenizerBase, **kwargs: Any) -> Iterator[str]:
+        """`generate` for one row, as pieces of text when they are ready; together they equal its whole text."""
+        if inputs.inputs_embeds_BTD.shape[0] != 1:
+            raise PalError(f"streaming takes one conversation, got {inputs.inputs_embeds_BTD.shape[0]}")
+        streamer = TextIteratorStreamer(tokenizer, skip_special_tokens=True)
+        failures: list[BaseException] = []
+
+        def work() -> None:
+            try:
+                self.generate(inputs, streamer=streamer, **kwargs)
+            except BaseException as error:  # handed to the reader below, who would wait for ever otherwise
+                failures.append(error)
+                streamer.end()
+
+        thread = Thread(target=work, daemon=True)
+        thread.start()
+        yield from streamer
+        thread.join()
+        if failures:
+            raise failures[0]
+
+    def checkpoint_gradients(self, on: bool) -> None:
+        """Recompute each layer, its audio K/V included, in the backward pass instead of keeping it."""
+        if on:
+            # the reentrant kind raises on arguments such as `audio`
+            _renamed(self.lm, "activation_checkpointing_enable", "gradient_checkpointing_enable")(
+                {"use_reentrant": False}
+            )
+        else:
+            _renamed(self.lm, "activation_checkpointing_disable", "gradient_checkpointing_disable")()
+
+    def compile(self, **options: Any) -> None:  # type: ignore[override]
+        """torch.compile the decoder in place; `options` go to torch.compile."""
+        self.lm.model.compile(**options)
+
+    def add_lora(self, options: LoRA) -> None:
+        """Put adapters beside the named layers. The projection of audio goes through them too."""
+        from peft import LoraConfig, inject_adapter_in_model
+
+        if self.lora is not None:
+            raise PalError("the LLM already has LoRA adapters")
+        config = LoraConfig(
+            r=options.rank,
+            lora_alpha=options.alpha,
+            lora_dropout=options.dropout,
+            target_modules=list(options.targets),
+        )
+        try:
+            inject_adapter_in_model(config, self.lm)
+        except ValueError as error:
+            raise ConfigError(f"lora: {str(error).splitlines()[0]}") from None
+        self.lora = options
+
+    def train_only(self, what: Trained) -> list[nn.Parameter]:
+        """Make one part trainable and freeze the rest; returns what is trained.
+
+        "full": everything. "lora": the adapters. "attention": the attention blocks, their adapters
+        included, so that the feed-forward networks stay frozen. "none": nothing.
+        """
+        if what == "lora" and self.lora is None:
+            raise ConfigError("the LLM has no LoRA adapters to train; add them first")
+        chosen = []
+        for name, parameter in self.lm.named_parameters():
+            parts = name.split(".")
+            adapter = any(part.startswith("lora_") for part in parts)
+            train = {"full": True, "lora": adapter, "attention": "self_attn" in parts, "none": False}[what]
+            parameter.requires_grad_(train)
+            if train:
+                chosen.append(parameter)
+        return chosen
+
+
+def _window(attention: nn.Module) -> int | None:
+    # Mistral's layers all follow the configuration; the other families' say it themselves
+    if attention.config.model_type == "mistral":
+        return attention.config.sliding_window
+    return getattr(attention, "sliding_window", None)
+
+
+def _renamed(lm: PreTrainedModel, new: str, old: str) -> Callable[..., None]:
+    """The method under its name in this version of transformers."""
+    return getattr(lm, new if hasattr(lm, new) else old)
+
+
+def _padded_left(inputs: LLMInputs) -> LLMInputs:
+    """The same rows with their padding moved to the left, as generation needs it."""
+    mask_BT = inputs.attention_mask_BT
+    order_BT = mask_BT.long().argsort(dim=1, stable=True)
+    if bool((mask_BT[:, -1] != 0).all()):
+        return inputs
+    return replace(
+        inputs,
+        inputs_embeds_BTD=inputs.inputs_embeds_BTD.gather(
+            1, order_BT[..., None].expand(-1, -1, inputs.inputs_embeds_BTD.shape[-1])
+        ),
+        position_ids_BT=inputs.position_ids_BT.gather(1, order_BT),
+        attention_mask_BT=mask_BT.gather(1, order_BT),
+        audio=None if inputs.audio is None else inputs.audio.pad_left(order_BT),
+        labels_BT=None if inputs.labels_BT is None else inputs.labels_BT.gather(1, order_BT),
+    )
+
+
+def _config_from(fields: Mapping[str, Any]) -> PreTrainedConfig:
+    fields = dict(fields)
+    family = fields.pop("model_type", None)
+    if family not in FAMILIES:
+        raise PalError(f"LLM family '{family}' is not supported; supported: {', '.join(FAMILIES)}")
+    config = AutoConfig.for_model(family, **fields)
+    _check_family(config)
+    return config
+
+
+def _check_family(config: PreTrainedConfig) -> None:
+    if config.model_type not in FAMILIES:
+        raise PalError(f"LLM family '{config.model_type}' is not supported; supported: {', '.join(FAMILIES)}")
+    kinds = _rope_kinds(getattr(config, "rope_parameters", None) or {})
+    changing = sorted(kinds & {"dynamic", "longrope"})
+    if changing:
+        # their frequencies depend on the longest position of a call, so stored keys would go stale
+        raise PalError(f"rope type '{changing[0]}' is not supported: it changes with the length of the text")
+
+
+def _rope_kinds(parameters: Mapping[str, Any]) -> set[str]:
+    nested = [value for value in parameters.values() if isinstance(value, Mapping)]
+    return {str(entry.get("rope_type", "default")) for entry in [*nested, parameters]}
+
+
+def _hearing_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
+    """transformers' class for the family, with `audio` among its forward's arguments; the name stays."""
+    _check_family(config)
+    plain = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    assert issubclass(plain, GenerationMixin)
+    return type(plain.__name__, (_Hears, plain), {"__module__": plain.__module__})

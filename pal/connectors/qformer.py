@@ -1,0 +1,154 @@
+"""Learned queries that gather from the audio tokens (BLIP-2's Q-Former, arXiv 2301.12597)."""
+
+import math
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pal.config import StrictConfig
+from pal.connectors.base import Connector
+from pal.errors import ConfigError
+from pal.registry import register
+from pal.types import AudioFeatures
+
+
+@register("connector", "qformer")
+class QFormer(Connector):
+    """BERT layers over learned queries, with cross-attention to the audio in every k-th of them.
+
+    Without `window_seconds` a clip of any length becomes `queries` tokens, as in GAMA: they stand
+    for no time of their own, so `seconds_per_token` is 0. With it, each stretch of that length
+    becomes `queries` tokens that see only that stretch (SALMONN, arXiv 2310.13289), so their number
+    grows with the clip, `queries / window_seconds` a second, and they stay in order of time.
+    """
+
+    class Config(StrictConfig):
+        """Options of the connector `qformer`; GAMA's values are those of BERT-base."""
+
+        queries: int = Field(default=32, ge=1)
+        """Learned queries, of a clip or of a window (GAMA: 32; SALMONN: 1)."""
+        window_seconds: float | None = Field(default=None, gt=0)
+        """Length of the windows, rounded to whole audio tokens (SALMONN: 0.33); None is one for the clip."""
+        width: int | None = None
+        """Width of the queries and of what comes out (GAMA: 768); None keeps the encoder's."""
+        layers: int = Field(default=4, ge=1)
+        """GAMA: 12, started from BERT's weights; nothing is loaded here, so fewer."""
+        cross_attention_every: int = Field(default=2, ge=1)
+        """k: layers 0, k, 2k... look at the audio (GAMA: 2)."""
+        heads: int | None = Field(default=None, ge=1)
+        """Of attention; None makes them 64 wide where the width allows (GAMA: 12 of 64)."""
+        hidden: int | None = None
+        """Width inside the feed-forward network; None is four times the width, as in BERT."""
+        dropout: float = Field(default=0.0, ge=0, lt=1)
+        """After each sub-layer (BERT: 0.1)."""
+        positions: bool = True
+        """Add sinusoids of time to the audio tokens. GAMA has none; without them an encoder that
+        does not mark positions itself loses the order of its tokens here."""
+
+        @model_validator(mode="after")
+        def _heads_divide_width(self) -> "QFormer.Config":
+            if self.width is not None and self.heads is not None and self.width % self.heads:
+                raise ValueError(f"width {self.width} is not divisible by heads {self.heads}")
+            return self
+
+    def __init__(self, config: Config, in_width: int) -> None:
+        super().__init__()
+        self.width = config.width or in_width
+        self.window_seconds = config.window_seconds
+        self.positions = config.positions
+        heads = config.heads or (self.width // 64 if self.width % 64 == 0 else 1)
+        if self.width % heads:
+            raise ConfigError(f"connector 'qformer': width {self.width} is not divisible by heads {heads}")
+        hidden = config.hidden or 4 * self.width
+        self.queries_SE = nn.Parameter(torch.randn(config.queries, self.width) * 0.02)
+        self.query_norm = nn.LayerNorm(self.width)
+        self.audio_norm = nn.LayerNorm(in_width)
+        self.blocks = nn.ModuleList(
+            _Block(
+                self.width,
+                heads,
+                hidden,
+                config.dropout,
+                audio_width=in_width if index % config.cross_attention_every == 0 else None,
+            )
+            for index in range(config.layers)
+        )
+
+    def forward(self, features: AudioFeatures) -> AudioFeatures:
+        """[B, A, E_in] -> [B, windows x queries, width]; one window where `window_seconds` is None."""
+        x_BAE, mask_BA = features.x_BAE, features.mask_BA
+        batch, tokens = mask_BA.shape
+        size = tokens
+        seconds = 0.0
+        if self.window_seconds is not None:
+            size = max(1, round(self.window_seconds / features.seconds_per_token))
+            seconds = size * features.seconds_per_token / len(self.queries_SE)
+        windows = -(-tokens // size)
+        rest = windows * size - tokens
+        x_WAE = F.pad(x_BAE, (0, 0, 0, rest)).reshape(batch * windows, size, -1)
+        mask_WA = F.pad(mask_BA, (0, rest)).reshape(batch * windows, size)
+
+        audio_WAE = self.audio_norm(x_WAE)
+        if self.positions:
+            audio_WAE = audio_WAE + _sinusoids(size, audio_WAE.shape[2]).to(audio_WAE)
+        real_W = mask_WA.any(1)
+        # a window of padding alone may look at it, as nothing to look at makes NaN; its tokens are masked out
+        visible_WA = mask_WA | ~real_W[:, None]
+        s_WSE = self.query_norm(self.queries_SE).expand(len(audio_WAE), -1, -1)
+        for block in self.blocks:
+            s_WSE = block(s_WSE, audio_WAE, visible_WA)
+
+        mask_BS = real_W.reshape(batch, windows).repeat_interleave(len(self.queries_SE), dim=1)
+        return AudioFeatures(s_WSE.reshape(batch, -1, self.width), mask_BS, seconds)
+
+
+class _Block(nn.Module):
+    """One BERT layer, norms after the sums: self-attention, cross-attention where it has one, feed-forward."""
+
+    def __init__(self, width: int, heads: int, hidden: int, dropout: float, audio_width: int | None) -> None:
+        super().__init__()
+        self.self_attention = _Attention(width, width, heads)
+        self.self_norm = nn.LayerNorm(width)
+        self.cross_attention = None
+        if audio_width is not None:
+            self.cross_attention = _Attention(width, audio_width, heads)
+            self.cross_norm = nn.LayerNorm(width)
+        self.ffn = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width))
+        self.ffn_norm = nn.LayerNorm(width)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, s_WSE: Tensor, audio_WAE: Tensor, mask_WA: Tensor) -> Tensor:
+        s_WSE = self.self_norm(s_WSE + self.dropout(self.self_attention(s_WSE, s_WSE, None)))
+        if self.cross_attention is not None:
+            s_WSE = self.cross_norm(s_WSE + self.dropout(self.cross_attention(s_WSE, audio_WAE, mask_WA)))
+        return self.ffn_norm(s_WSE + self.dropout(self.ffn(s_WSE)))
+
+
+class _Attention(nn.Module):
+    def __init__(self, width: int, key_width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.q = nn.Linear(width, width)
+        self.k = nn.Linear(key_width, width)
+        self.v = nn.Linear(key_width, width)
+        self.out = nn.Linear(width, width)
+
+    def forward(self, x_WQE: Tensor, keys_WKE: Tensor, mask_WK: Tensor | None) -> Tensor:
+        """Queries [W, Q, E] look at keys [W, K, E'] where the mask is True."""
+        q, k, v = (
+            y.unflatten(2, (self.heads, -1)).transpose(1, 2)
+            for y in (self.q(x_WQE), self.k(keys_WKE), self.v(keys_WKE))
+        )
+        mask = None if mask_WK is None else mask_WK[:, None, None, :]
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return self.out(mixed.transpose(1, 2).flatten(2))
+
+
+def _sinusoids(length: int, width: int) -> Tensor:
+    """[length, width]: sines, then cosines, of wavelengths from 2 pi to 20,000 pi tokens."""
+    half = -(-width // 2)
+    rates = torch.exp(-math.log(10_000.0) / max(1, half - 1) * torch.arange(half))
+    angles = torch.arange(length)[:, None] * rates
+    return torch.cat([angles.sin(), angles.cos()], dim=1)[:, :width]

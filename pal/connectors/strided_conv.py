@@ -1,0 +1,61 @@
+"""Fewer tokens: one from every r, by a convolution over time."""
+
+import torch
+from pydantic import Field, model_validator
+from torch import nn
+from torch.nn import functional as F
+
+from pal.config import StrictConfig
+from pal.connectors.base import Connector
+from pal.registry import register
+from pal.types import AudioFeatures
+
+
+@register("connector", "strided_conv")
+class StridedConv(Connector):
+    """[LayerNorm,] Conv1d of stride r: ceil(A / r) tokens of r times the length.
+
+    What lies before the first and after the last real token counts as zero, alone or in a batch.
+    """
+
+    class Config(StrictConfig):
+        """Options of the connector `strided_conv`."""
+
+        stride: int = Field(default=3, ge=1)
+        """r, tokens that become one (paper: 3, for its summary tokens)."""
+        kernel: int | None = Field(default=None, ge=1)
+        """Tokens that one result sees, at least r, centred on its r tokens; None is r."""
+        width: int | None = None
+        """Width of what comes out; None keeps the encoder's."""
+        norm: bool = True
+        """LayerNorm before the convolution."""
+
+        @model_validator(mode="after")
+        def _covers_every_token(self) -> "StridedConv.Config":
+            if self.kernel is not None and self.kernel < self.stride:
+                raise ValueError(f"kernel {self.kernel} is less than stride {self.stride} and would skip tokens")
+            return self
+
+    def __init__(self, config: Config, in_width: int) -> None:
+        super().__init__()
+        self.width = config.width or in_width
+        self.stride = config.stride
+        self.kernel = config.kernel or config.stride
+        self.norm = nn.LayerNorm(in_width) if config.norm else nn.Identity()
+        self.conv = nn.Conv1d(in_width, self.width, self.kernel, self.stride)
+
+    def forward(self, features: AudioFeatures) -> AudioFeatures:
+        """[B, A, E_in] -> [B, ceil(A / r), width]."""
+        mask_BA = features.mask_BA
+        # after the norm, whose bias would make padding other than zero
+        x_BAE = self.norm(features.x_BAE).masked_fill(~mask_BA[:, :, None], 0.0)
+        tokens = -(-mask_BA.shape[1] // self.stride)
+        before = (self.kernel - self.stride) // 2
+        after = (tokens - 1) * self.stride + self.kernel - before - mask_BA.shape[1]
+        x_BEA = F.pad(x_BAE.transpose(1, 2), (before, after))
+        lengths_B = (mask_BA.sum(1) + self.stride - 1) // self.stride
+        return AudioFeatures(
+            self.conv(x_BEA).transpose(1, 2),
+            torch.arange(tokens, device=mask_BA.device) < lengths_B[:, None],
+            features.seconds_per_token * self.stride,
+        )

@@ -1,0 +1,246 @@
+"""Looks through a manifest before it is trained on: reads every record and every clip."""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import sys
+from array import array
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tqdm import tqdm
+
+import pal.audio
+from pal.data.manifest import PLACEHOLDER, Manifest, Record
+from pal.data.prompts import conversation_of, encode
+from pal.errors import AudioError, ManifestError, PromptError
+from pal.types import AUDIO, IGNORE, Tokens
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+RATE = 16_000
+"""Hz that clips are decoded to; any rate shows the same faults."""
+
+_CLIPS_AT_ONCE = 256
+"""Clips handed to the threads together, so that Ctrl-C never waits for a whole corpus."""
+
+_ANSWERS_HELD = 10_000
+"""Different answers counted per task; open-ended tasks have millions."""
+
+_SHOWN = 12
+"""Answers, tags and faults shown per list of the text report; the JSON has all that was counted."""
+
+
+@dataclass
+class Fault:
+    """A record or clip that cannot be used."""
+
+    where: str
+    """The record's line or item, or the clip's path."""
+    reason: str
+
+
+@dataclass
+class Seconds:
+    """Durations of the clips that could be read."""
+
+    min: float
+    median: float
+    max: float
+    total: float
+
+
+@dataclass
+class Report:
+    """What `check` found."""
+
+    manifest: str
+    digest: str
+    records: int
+    clips: int
+    """Distinct audio files."""
+    clips_read: int
+    complete: bool
+    """False when the check was interrupted."""
+    seconds: Seconds | None
+    """None when no clip could be read."""
+    datasets: dict[str, int]
+    answers: dict[str, dict[str, int]]
+    """Per task, how often each answer comes, most frequent first."""
+    tags: dict[str, int]
+    bad: list[Fault] = field(default_factory=list)
+    example: str | None = None
+    """One record as the model sees it, what is trained between ⟦ and ⟧; None without a tokenizer."""
+
+    @property
+    def ok(self) -> bool:
+        """Whether everything was looked at and nothing is wrong."""
+        return self.complete and not self.bad and self.records > 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """The whole report, ready for JSON."""
+        return {"ok": self.ok, **asdict(self)}
+
+    def to_json(self) -> str:
+        """The whole report."""
+        return json.dumps(self.to_dict(), ensure_ascii=False, indent=2)
+
+    def to_text(self) -> str:
+        """The report for a reader, long lists shortened."""
+        lines = [f"{self.manifest}: {self.records} records, {self.clips} clips, {len(self.bad)} bad"]
+        if self.seconds is not None:
+            times = self.seconds
+            lines.append(
+                f"seconds: min {times.min:.2f}, median {times.median:.2f}, max {times.max:.2f}, "
+                f"total {times.total:.0f} ({times.total / 3600:.2f} h)"
+            )
+        lines.append(f"data sets: {_listed(self.datasets)}")
+        lines += [f"answers of '{task}': {_listed(answers)}" for task, answers in self.answers.items()]
+        if self.tags:
+            lines.append(f"tags: {_listed(self.tags)}")
+        if self.example is not None:
+            lines += ["one record, the trained tokens between ⟦ and ⟧:", self.example]
+        lines += [f"bad: {fault.where}: {fault.reason}" for fault in self.bad[:_SHOWN]]
+        if len(self.bad) > _SHOWN:
+            lines.append(f"... and {len(self.bad) - _SHOWN} more; the JSON report lists them")
+        if not self.complete:
+            lines.append(f"interrupted after {self.clips_read} clips; run it again for the rest")
+        elif self.records == 0:
+            lines.append("not usable: no records")
+        else:
+            lines.append("ok" if self.ok else "not usable as it is: mend or remove what is listed as bad")
+        return "\n".join(lines)
+
+
+def check(
+    manifest: str | Path,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    root: str | Path | None = None,
+    progress: bool = True,
+) -> Report:
+    """Read every record and every clip of a manifest.
+
+    Args:
+        manifest: path of the file.
+        tokenizer: also tokenises every record, and shows one.
+        root: folder of the audio, see `Manifest`.
+        progress: a bar with the time left on stderr, where that is a terminal.
+
+    Returns:
+        The report. Ctrl-C ends the check early and returns what is known by then.
+
+    Raises:
+        ManifestError: the file cannot be divided into records. Faulty records are listed instead.
+    """
+    records = Manifest(manifest, root)
+    bad: list[Fault] = []
+    example = None
+    ids: dict[str, int] = {}
+    # An answer counts under its task; keys keep the order in which they came.
+    answers: dict[str, Counter[str]] = {}
+    datasets: Counter[str] = Counter()
+    tags: Counter[str] = Counter()
+    clips: dict[str, None] = {}
+    durations = array("d")
+    read = 0
+    try:
+        for at in tqdm(range(len(records)), "records", delay=2, disable=None if progress else True, file=sys.stderr):
+            try:
+                record = records[at]
+                tokens = None if tokenizer is None else _encoded(tokenizer, record)
+            except (ManifestError, PromptError) as error:
+                where = records.where(at)
+                bad.append(Fault(where, str(error).removeprefix(f"{records.path}, {where}: ")))
+                continue
+            if record.id in ids:
+                other = records.where(ids[record.id])
+                bad.append(Fault(records.where(at), f"id '{record.id}' is taken by {other}"))
+            ids.setdefault(record.id, at)
+            if example is None and tokenizer is not None and tokens is not None:
+                example = marked(tokenizer, tokens)
+            datasets[record.dataset] += 1
+            counted = answers.setdefault(record.task, Counter())
+            for turn in record.turns:
+                if turn.answer in counted or len(counted) < _ANSWERS_HELD:
+                    counted[turn.answer] += 1
+            tags.update(tag.label for tag in record.tags or ())
+            clips.update(dict.fromkeys(record.clips))
+        for path, outcome in _read_all(list(clips), progress):
+            read += 1
+            if isinstance(outcome, str):
+                bad.append(Fault(path, outcome))
+            else:
+                durations.append(outcome)
+        complete = True
+    except KeyboardInterrupt:
+        complete = False
+    return Report(
+        manifest=str(manifest),
+        digest=records.digest,
+        records=len(records),
+        clips=len(clips),
+        clips_read=read,
+        complete=complete,
+        seconds=_summary(durations),
+        datasets=dict(datasets.most_common()),
+        answers={task: dict(counted.most_common()) for task, counted in answers.items()},
+        tags=dict(tags.most_common()),
+        bad=bad,
+        example=example,
+    )
+
+
+def marked(tokenizer: PreTrainedTokenizerBase, tokens: Tokens) -> str:
+    """The text of some tokens, the trained ones between ⟦ and ⟧."""
+    labels = tokens.labels or [IGNORE] * len(tokens.ids)
+    text = ""
+    kinds = ((label != IGNORE, token == AUDIO, token) for token, label in zip(tokens.ids, labels, strict=True))
+    for (trained, is_audio), run in groupby(kinds, key=lambda kind: kind[:2]):
+        ids = [token for *_, token in run]
+        part = PLACEHOLDER * len(ids) if is_audio else tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+        text += f"⟦{part}⟧" if trained else str(part)
+    return text
+
+
+def _encoded(tokenizer: PreTrainedTokenizerBase, record: Record) -> Tokens:
+    return encode(tokenizer, conversation_of(record), range(len(record.clips)), train=True)
+
+
+def _read_all(paths: list[str], progress: bool) -> Iterator[tuple[str, float | str]]:
+    """Each path with its duration in seconds, or with the reason why it cannot be read."""
+    # decoding and resampling release the interpreter's lock
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
+        bar = tqdm(total=len(paths), desc="clips", delay=2, disable=None if progress else True, file=sys.stderr)
+        with bar:
+            for first in range(0, len(paths), _CLIPS_AT_ONCE):
+                some = paths[first : first + _CLIPS_AT_ONCE]
+                for path, outcome in zip(some, threads.map(_read, some), strict=True):
+                    bar.update()
+                    yield path, outcome
+
+
+def _read(path: str) -> float | str:
+    try:
+        return pal.audio.load(path, RATE).seconds_given
+    except (AudioError, OSError) as error:
+        return str(error).removeprefix(f"{path}: ")
+
+
+def _summary(durations: array[float]) -> Seconds | None:
+    if not durations:
+        return None
+    return Seconds(min(durations), statistics.median(durations), max(durations), sum(durations))
+
+
+def _listed(counts: dict[str, Any]) -> str:
+    shown = [f"{name if len(name) <= 60 else name[:59] + '…'} {count}" for name, count in counts.items()][:_SHOWN]
+    more = len(counts) - len(shown)
+    return ", ".join(shown) + (f" and {more} more" if more > 0 else "")

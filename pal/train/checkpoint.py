@@ -1,0 +1,132 @@
+"""Checkpoints: folders that are written whole or not at all, checked on load, without pickle.
+
+checkpoints/step0000200/
+    weights.safetensors     everything that any stage so far has trained, and buffers
+    optimizer.safetensors   AdamW's state (absent at the border of two stages)
+    state.json              where the run stands, and the recipe it follows
+    manifest.json           SHA-256 of the files
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from pal.errors import BundleError, ConfigError
+from pal.files import atomic_folder, recover, verify
+from pal.train.recipe import Recipe, differences
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class State:
+    """Where a run stands."""
+
+    step: int = 0
+    """Steps done, over all stages."""
+    stage: int = 0
+    """Index of the stage that goes on."""
+    stage_step: int = 0
+    """Steps done in it."""
+    totals: list[dict[str, float]] = field(default_factory=list)
+    """Per stage begun: steps, seconds, rows, clips, audio_seconds, tokens."""
+    data: dict[str, str] = field(default_factory=dict)
+    """Digest of each source's manifest."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What was read back."""
+
+    path: Path
+    state: State
+    weights: dict[str, Tensor]
+    optimizer: dict[str, Tensor]
+
+
+def save(
+    folder: Path,
+    state: State,
+    recipe: Recipe,
+    weights: Mapping[str, Tensor],
+    optimizer: Mapping[str, Tensor],
+    keep: int,
+) -> Path:
+    """Write a checkpoint below `folder` and remove the oldest beyond `keep`."""
+    path = folder / f"step{state.step:07d}"
+    with atomic_folder(path) as temporary:
+        save_file(_plain(weights), temporary / "weights.safetensors")
+        if optimizer:
+            save_file(_plain(optimizer), temporary / "optimizer.safetensors")
+        content = {"state": asdict(state), "digest": recipe.digest, "recipe": recipe.settings()}
+        (temporary / "state.json").write_text(json.dumps(content, indent=1) + "\n")
+    for old in _folders(folder)[:-keep]:
+        shutil.rmtree(old)
+    return path
+
+
+def load_newest(folder: Path, recipe: Recipe) -> Checkpoint | None:
+    """The newest checkpoint whose bytes are intact; None when there is none.
+
+    Damaged ones are set aside as `*.damaged`, with a line in the log.
+
+    Raises:
+        ConfigError: it belongs to another recipe; the message says which keys differ.
+    """
+    if folder.is_dir():
+        for left in folder.glob("step*.old"):
+            recover(left.with_name(left.name.removesuffix(".old")))
+        for left in folder.glob(".step*.tmp"):
+            shutil.rmtree(left)
+    for path in reversed(_folders(folder)):
+        try:
+            return _load(path, recipe)
+        except BundleError as error:
+            logger.warning("checkpoint %s is damaged (%s); going back to the one before", path.name, error)
+            aside = path.with_name(path.name + ".damaged")
+            shutil.rmtree(aside, ignore_errors=True)
+            path.rename(aside)
+    return None
+
+
+def _load(path: Path, recipe: Recipe) -> Checkpoint:
+    files = verify(path)
+    try:
+        content = json.loads((path / "state.json").read_text())
+        weights = load_file(path / "weights.safetensors")
+        optimizer = load_file(path / "optimizer.safetensors") if "optimizer.safetensors" in files else {}
+        state = State(**content["state"])
+        digest, settings = content["digest"], content["recipe"]
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise BundleError(f"{path}: cannot be read: {error}") from None
+    check_recipe(path, digest, settings, recipe)
+    return Checkpoint(path, state, weights, optimizer)
+
+
+def check_recipe(path: Path, digest: str, settings: dict[str, Any], recipe: Recipe) -> None:
+    """Raises ConfigError when a run was begun with other settings than `recipe`."""
+    if digest != recipe.digest:
+        keys = ", ".join(differences(settings, recipe.settings())) or "the version of pal"
+        raise ConfigError(
+            f"{path} was made by another recipe; it differs in: {keys}. "
+            "Resume with the recipe it was begun with, or train into another folder"
+        )
+
+
+def _folders(folder: Path) -> list[Path]:
+    """Complete checkpoints, oldest first."""
+    return sorted(path for path in folder.glob("step*") if path.is_dir() and path.name[4:].isdigit())
+
+
+def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}

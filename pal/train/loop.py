@@ -1,0 +1,444 @@
+"""Stage after stage, step after step; stopping and going on without a difference."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import random
+import shutil
+import signal
+import statistics
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, nullcontext
+from functools import partial
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs
+from torch import nn
+from tqdm import tqdm
+
+from pal.data.manifest import Manifest
+from pal.errors import ConfigError, PalError
+from pal.files import write_text
+from pal.model import PalModel
+from pal.train import checkpoint, curves, optim, stages
+from pal.train.checkpoint import Checkpoint, State
+from pal.train.objectives import Objective, Work, build_objective
+from pal.train.recipe import Recipe, Stage
+from pal.train.setup import build_model
+from pal.train.sources import Feed, StageData, open_sources, trained_tokens
+
+logger = logging.getLogger(__name__)
+
+
+class TrainingError(PalError):
+    """A loss that is not a number; names the step and its records."""
+
+
+def run(recipe: Recipe, out: Path, resume: bool = False, overwrite: bool = False) -> PalModel:
+    """Train and write into `out`: `model/` (the bundle), `log.jsonl`, `loss.png`, `train.json`, `checkpoints/`.
+
+    SIGINT and SIGTERM end the run after the current step with a checkpoint and exit status 130.
+
+    Args:
+        recipe: what to do.
+        out: folder of the run.
+        resume: go on from the newest checkpoint; from the start where there is none.
+        overwrite: forget another run in `out`.
+
+    Returns:
+        The trained model in evaluation mode, on the device it was trained on.
+
+    Raises:
+        ConfigError: the recipe cannot be carried out, or `out` holds another run.
+        TrainingError: the loss is not finite. The state before that step is kept.
+    """
+    accelerator = Accelerator(kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)])
+    if accelerator.is_main_process:
+        _claim(out, recipe, resume, overwrite)
+    accelerator.wait_for_everyone()
+    if resume and (out / "train.json").exists():
+        logger.info("%s is finished; nothing to do", out)
+        return PalModel.from_pretrained(out / "model")
+    with accelerator.main_process_first():
+        manifests = open_sources(recipe, out / "data")
+    return _Run(recipe, out, accelerator, manifests).run(resume)
+
+
+def _claim(out: Path, recipe: Recipe, resume: bool, overwrite: bool) -> None:
+    """Make `out` the folder of this run, or raise ConfigError."""
+    marker = out / "recipe.json"
+    if marker.exists() and overwrite and not resume:
+        for name in ("checkpoints", "data", "tokenizer", "model"):
+            shutil.rmtree(out / name, ignore_errors=True)
+        for name in ("train.json", "log.jsonl", "loss.png", "recipe.json"):
+            (out / name).unlink(missing_ok=True)
+    if marker.exists():
+        if not resume:
+            finished = "a finished run" if (out / "train.json").exists() else "a run that was begun"
+            raise ConfigError(f"{out} holds {finished}; use --resume to go on with it, --overwrite, or another --out")
+        settings = json.loads(marker.read_text())
+        checkpoint.check_recipe(out, settings["digest"], settings["recipe"], recipe)
+        return
+    write_text(marker, json.dumps({"digest": recipe.digest, "recipe": recipe.settings()}, indent=1) + "\n")
+
+
+class _Run:
+    """One run of a recipe: the model, where it stands, and what it writes."""
+
+    def __init__(self, recipe: Recipe, out: Path, accelerator: Accelerator, manifests: dict[str, Manifest]) -> None:
+        self.recipe = recipe
+        self.out = out
+        self.accelerator = accelerator
+        self.manifests = manifests
+        self.state = State(data={name: manifest.digest for name, manifest in manifests.items()})
+        self.trained: set[str] = set()
+        self.stop = False
+        self.saved_at = time.monotonic()
+        seed_everything(recipe.seed, "model")
+        self.model = build_model(recipe, manifests, out)
+
+    def run(self, resume: bool) -> PalModel:
+        found = checkpoint.load_newest(self.out / "checkpoints", self.recipe) if resume else None
+        if found is not None:
+            self._check_data(found)
+            self.state = found.state
+            logger.info("going on after step %d (%s)", self.state.step, found.path)
+        # Stages that are done are set up again for what they added to the model and to `trained`.
+        for stage in self.recipe.stages[: self.state.stage]:
+            self._set_up(stage)
+        self.model.to(self.accelerator.device)
+        log = curves.Log(self.out / "log.jsonl", self.state.step) if self.accelerator.is_main_process else None
+        try:
+            with self._signals():
+                for index in range(self.state.stage, len(self.recipe.stages)):
+                    self._stage(index, found if index == self.state.stage else None, log)
+                    found = None
+        finally:
+            if log is not None:
+                log.close()
+        return self._finish()
+
+    # One stage
+
+    def _set_up(self, stage: Stage) -> dict[str, dict[str, nn.Parameter]]:
+        seed_everything(self.recipe.seed, f"stage {stage.name}")
+        parameters = stages.freeze(self.model, stage.train)
+        self.trained |= {stages.lasting_name(name) for part in parameters.values() for name in part}
+        return parameters
+
+    def _stage(self, index: int, found: Checkpoint | None, log: curves.Log | None) -> None:
+        stage, state = self.recipe.stages[index], self.state
+        parameters = self._set_up(stage)
+        by_clip = stage.objective == "tags"
+        data = StageData(self.recipe, index, self.manifests, by_clip)
+        objective = build_objective(self.model, stage, data.records())
+        if found is not None:
+            _fill(self.model, objective, found)
+        if objective.head():
+            parameters["head"] = {f"{_HEAD}{name}": p for name, p in objective.head().items()}
+        if stage.gradient_checkpointing:
+            self.model.llm.checkpoint_gradients(True)
+        objective.train()
+        stages.set_modes(self.model, stage)
+        data.start(self.model, objective)
+
+        accelerator = self.accelerator
+        objective.to(accelerator.device)
+        named = {name: p for part in parameters.values() for name, p in part.items()}
+        optimizer = optim.adamw(optim.parameter_groups(parameters, stage), stage, accelerator.device)
+        if found is not None and found.optimizer:
+            optim.load_optimizer_tensors(optimizer, named, found.optimizer)
+        wrapped, prepared = accelerator.prepare(objective, optimizer)
+
+        if len(state.totals) == index:
+            state.totals.append(
+                dict.fromkeys(("steps", "seconds", "rows", "clips", "audio_seconds", "tokens", "loss"), 0.0)
+            )
+            state.totals[index]["trained_parameters"] = sum(p.numel() for p in named.values())
+        keep, meter = self.recipe.keep, _Meter()
+        total = state.totals[index]
+        place = (accelerator.process_index, accelerator.num_processes)
+        feed = Feed(data, state.stage_step, *place, keep.workers, keep.prefetch)
+        bar = tqdm(
+            total=data.steps,
+            initial=state.stage_step,
+            desc=f"{index + 1}/{len(self.recipe.stages)} {stage.name}",
+            unit="step",
+            mininterval=0.5 if sys.stderr.isatty() else 30.0,
+            disable=not accelerator.is_main_process,
+        )
+        save = partial(self._save, objective, optimizer, {id(p): name for name, p in named.items()})
+        began = ready = time.monotonic()
+        with bar, closing(feed):
+            for works in feed:
+                loaded = time.monotonic()
+                rates = optim.set_lr(
+                    optimizer, optim.lr_factor(state.stage_step, data.steps, stage.warmup, stage.schedule)
+                )
+                seed_everything(self.recipe.seed, index, state.stage_step, accelerator.process_index)
+                try:
+                    loss, count, norm = self._step(stage, wrapped, prepared, list(named.values()), works)
+                except _NotFiniteError as fault:
+                    raise TrainingError(_where(stage, state, fault, works, save())) from None
+                done = time.monotonic()
+                state.step += 1
+                state.stage_step += 1
+                _count(total, works, done - began, self.model.sampling_rate)
+                meter.add(loss, count, norm, done - loaded, loaded - ready, works)
+                began = done
+                bar.update()
+                last = state.stage_step == data.steps
+                if state.step % keep.log_every == 0 or last or self.stop:
+                    line = meter.line()
+                    total["loss"] = line["loss"]
+                    bar.set_postfix_str(f"loss {line['loss']:.3g}", refresh=False)
+                    if log is not None:
+                        log.write(step=state.step, stage=stage.name, lr=rates, **line, seconds=self._seconds())
+                if not last and (self._due() or self.stop):
+                    path = save()
+                    if self.stop:
+                        self._leave(path)
+                ready = time.monotonic()
+        total["median_step_seconds"] = meter.median()
+        if stage.gradient_checkpointing:
+            self.model.llm.checkpoint_gradients(False)
+        accelerator.free_memory()
+        state.stage, state.stage_step = index + 1, 0
+        self._save(None, None, {})
+        if self.stop and index + 1 < len(self.recipe.stages):
+            self._leave(self.out / "checkpoints")
+
+    def _step(
+        self, stage: Stage, objective: nn.Module, optimizer: Any, parameters: list[nn.Parameter], works: list[Work]
+    ) -> tuple[float, int, float]:
+        """One update. Returns the mean loss, the number it is a mean of (over all processes), the gradient's norm."""
+        accelerator = self.accelerator
+        sums, count = torch.zeros((), device=accelerator.device), 0
+        for i, work in enumerate(works):
+            with (
+                _autocast(accelerator.device, stage.precision),
+                # Gradients of several processes are averaged once, after the last part.
+                accelerator.no_sync(objective) if i + 1 < len(works) else nullcontext(),
+            ):
+                loss, n = objective(work)
+                loss = loss * work.counts
+                accelerator.backward(loss)
+            sums = sums + loss.detach()
+            count += n if work.counts else 0
+        told = torch.stack([sums.double(), sums.new_tensor(count).double(), sums.new_tensor(self.stop).double()])
+        summed, counted, stopped = accelerator.reduce(told, reduction="sum").tolist()
+        self.stop = stopped > 0
+        if not np.isfinite(summed):
+            optimizer.zero_grad()
+            raise _NotFiniteError("the loss")
+        # Each process has the gradient of its sum, and DDP took the mean: make it that of the mean over all tokens.
+        scale = accelerator.num_processes / max(1.0, counted)
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        if gradients:
+            torch._foreach_mul_(gradients, scale)
+        norm = float(accelerator.clip_grad_norm_(parameters, stage.clip_grad or float("inf")))
+        if not np.isfinite(norm):
+            optimizer.zero_grad()
+            raise _NotFiniteError("the gradient")
+        optimizer.step()
+        optimizer.zero_grad()
+        return summed / max(1.0, counted), int(counted), norm
+
+    # What is kept
+
+    def _due(self) -> bool:
+        keep = self.recipe.keep
+        late = keep.checkpoint_seconds is not None and time.monotonic() - self.saved_at > keep.checkpoint_seconds
+        return late or self.state.step % keep.checkpoint_every == 0
+
+    def _save(
+        self, objective: Objective | None, optimizer: torch.optim.Optimizer | None, names: dict[int, str]
+    ) -> Path:
+        """Write a checkpoint; without an objective, that of the border between two stages."""
+        path = self.out / "checkpoints"
+        if self.accelerator.is_main_process:
+            tensors = stages.trained_weights(self.model, self.trained)
+            if objective is not None:
+                tensors |= {f"{_HEAD}{name}": p for name, p in objective.head().items()}
+            state = optim.optimizer_tensors(optimizer, names) if optimizer is not None else {}
+            path = checkpoint.save(path, self.state, self.recipe, tensors, state, self.recipe.keep.checkpoints)
+        self.saved_at = time.monotonic()
+        self.accelerator.wait_for_everyone()
+        return path
+
+    def _check_data(self, found: Checkpoint) -> None:
+        for name, digest in found.state.data.items():
+            if self.state.data.get(name) != digest:
+                raise ConfigError(f"data '{name}' is not what the run was begun with; put it back, or start anew")
+        new = sorted(set(self.state.data) - set(found.state.data))
+        if new:
+            raise ConfigError(f"data '{new[0]}' was missing when the run was begun; take it away, or start anew")
+
+    def _seconds(self) -> float:
+        return round(sum(total["seconds"] for total in self.state.totals), 3)
+
+    def _finish(self) -> PalModel:
+        self.model.eval().requires_grad_(False)
+        changed = {stages.lasting_name(name) for name in self.model.trained} | self.trained
+        self.model.trained = {name for name in self.model.state_dict() if stages.lasting_name(name) in changed}
+        if self.accelerator.is_main_process:
+            self.model.save_pretrained(self.out / "model")
+            curves.draw({self.out.name: self.out / "log.jsonl"}, self.out / "loss.png")
+            write_text(self.out / "train.json", json.dumps(self._report(), indent=1) + "\n")
+        self.accelerator.wait_for_everyone()
+        return self.model
+
+    def _report(self) -> dict[str, Any]:
+        import transformers
+
+        import pal
+
+        return {
+            "recipe": self.recipe.settings(),
+            "notes": self.recipe.notes,
+            "recipe_digest": self.recipe.digest,
+            "data": self.state.data,
+            "seconds": self._seconds(),
+            "stages": [
+                {"name": stage.name, "objective": stage.objective, **total}
+                for stage, total in zip(self.recipe.stages, self.state.totals, strict=True)
+            ],
+            "parameters": {
+                name: sum(p.numel() for p in part.parameters()) for name, part in self.model.parts().items()
+            },
+            "processes": self.accelerator.num_processes,
+            "device": str(self.accelerator.device),
+            "versions": {
+                "pal": pal.__version__,
+                "torch": torch.__version__,
+                "transformers": transformers.__version__,
+            },
+        }
+
+    # Stopping
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        """SIGINT and SIGTERM ask for a stop after the step; a second SIGINT stops at once."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def ask(number: int, frame: FrameType | None) -> None:
+            if self.stop and number == signal.SIGINT:
+                raise KeyboardInterrupt
+            self.stop = True
+
+        before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _leave(self, path: Path) -> None:
+        if self.accelerator.is_main_process:
+            tqdm.write(f"stopped after step {self.state.step}, saved in {path}; go on with --resume", file=sys.stderr)
+        raise SystemExit(130)
+
+
+_HEAD = "head."
+
+
+class _NotFiniteError(ArithmeticError):
+    """What is not a finite number."""
+
+
+class _Meter:
+    """What the log says about the steps since its last line."""
+
+    def __init__(self) -> None:
+        self.step_seconds: list[float] = []
+        self._start()
+
+    def _start(self) -> None:
+        self.sum, self.count, self.norm, self.waited = 0.0, 0, 0.0, 0.0
+        self.rows, self.audio, self.steps = 0, 0.0, 0
+
+    def add(self, loss: float, count: int, norm: float, seconds: float, waited: float, works: list[Work]) -> None:
+        self.sum += loss * count
+        self.count += count
+        self.norm = max(self.norm, norm)
+        self.waited += waited
+        self.steps += 1
+        self.rows += sum(len(work.batch.rows) for work in works)
+        self.step_seconds.append(seconds)
+
+    def line(self) -> dict[str, Any]:
+        recent = self.step_seconds[-self.steps :]
+        passed = sum(recent) + self.waited
+        line = {
+            "loss": self.sum / max(1, self.count),
+            "gradient_norm": self.norm,
+            "tokens": self.count,
+            "tokens_per_second": round(self.count / passed, 1),
+            "rows_per_second": round(self.rows / passed, 1),
+            "step_seconds": round(statistics.median(recent), 5),
+            "wait_seconds": round(self.waited / self.steps, 5),
+        }
+        self._start()
+        return line
+
+    def median(self) -> float:
+        """Seconds of a step without the wait for its data."""
+        return statistics.median(self.step_seconds) if self.step_seconds else 0.0
+
+
+def _where(stage: Stage, state: State, fault: Exception, works: list[Work], saved: Path) -> str:
+    records = [record for work in works for record in work.batch.records]
+    named = ", ".join(records[:8]) + (f" and {len(records) - 8} more" if len(records) > 8 else "")
+    return (
+        f"stage '{stage.name}', step {state.stage_step}: {fault} is not finite; records: {named}. The state before it "
+        f"is in {saved}; look at these records with `pal data check`, or lower the learning rate"
+    )
+
+
+def _count(total: dict[str, float], works: list[Work], seconds: float, rate: int) -> None:
+    total["steps"] += 1
+    total["seconds"] += seconds
+    for work in works:
+        if work.counts:
+            total["rows"] += len(work.batch.rows)
+            total["clips"] += len(work.batch.waveforms)
+            total["audio_seconds"] += sum(len(samples_N) for samples_N in work.batch.waveforms) / rate
+            total["tokens"] += trained_tokens(work.batch)
+
+
+def _fill(model: PalModel, objective: Objective, found: Checkpoint) -> None:
+    """Put a checkpoint's weights into the model and the objective."""
+    own = stages.named_weights(model) | {f"{_HEAD}{name}": p for name, p in objective.head().items()}
+    with torch.no_grad():
+        for name, tensor in found.weights.items():
+            if name not in own or own[name].shape != tensor.shape:
+                raise ConfigError(f"{found.path}: its '{name}' does not fit the model of the recipe; start anew")
+            own[name].copy_(tensor)
+
+
+def seed_everything(*key: object) -> None:
+    """Seed Python, numpy and torch from `key`.
+
+    Called before every step, so that dropout needs no saved generator states to go on as it would have.
+    """
+    seed = int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=4).digest())
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def _autocast(device: torch.device, precision: str) -> torch.autocast:
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")

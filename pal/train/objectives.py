@@ -1,0 +1,232 @@
+"""What a stage minimises. An objective is the module that is run in parallel: it holds the model."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pal.config import StrictConfig, parse
+from pal.data.manifest import Record
+from pal.errors import ConfigError
+from pal.model import PalModel
+from pal.train.recipe import Stage
+from pal.types import Batch, TagSpan
+
+
+@dataclass(frozen=True)
+class Work:
+    """One process's part of a step."""
+
+    batch: Batch
+    datasets: list[str]
+    """Per clip of the batch, the dataset it comes from."""
+    seed: int
+    counts: bool = True
+    """False for a repeated part whose loss is multiplied by 0."""
+
+
+class Objective(nn.Module, ABC):
+    """Loss of some work as a sum and the number it is a sum over."""
+
+    with_audio = True
+    by_clip = False
+    """Whether each clip is drawn once, whatever the number of its rows."""
+
+    def __init__(self, model: PalModel) -> None:
+        super().__init__()
+        self.model = model
+
+    @abstractmethod
+    def forward(self, work: Work) -> tuple[Tensor, int]:
+        """(sum, count); the loss of the step is the sum of all sums by the sum of all counts."""
+
+    def head(self) -> dict[str, nn.Parameter]:
+        """Weights that belong to the objective alone: kept in checkpoints, not in bundles."""
+        return {}
+
+
+class Answers(Objective):
+    """Next-token cross-entropy on the answers, given audio and question."""
+
+    class Config(StrictConfig):
+        """No options."""
+
+    def forward(self, work: Work) -> tuple[Tensor, int]:
+        """As `PalModel.loss`."""
+        total, tokens = self.model.loss(work.batch)
+        return total, tokens
+
+
+class Text(Answers):
+    """The same without the audio: the LLM learns the language of questions and answers, and to guess."""
+
+    with_audio = False
+
+
+class Tags(Objective):
+    """Supervised pre-training of the encoder: a throw-away linear head says at each token what sounds.
+
+    Clip by clip, binary cross-entropy of the pooled probability `sum p^2 / sum p` (linear softmax
+    pooling, Wang, Li and Metze 2019) against the labels that hold anywhere in the clip, plus, where
+    the labels of a clip have times, of every token. A label is only wrong for a clip if the clip's
+    dataset uses it at all.
+    """
+
+    by_clip = True
+
+    class Config(StrictConfig):
+        """Options of the objective."""
+
+        frame_weight: float = 1.0
+        """Weight of the loss at tokens beside that of clips."""
+        mixup: float = 0.0
+        """Share of the clips that another clip of the batch is added to."""
+        mixup_db: float = 10.0
+        """Most that the added clip is louder or softer, in dB."""
+
+    def __init__(self, model: PalModel, config: Config, labels: dict[str, set[str]]) -> None:
+        """`labels`: dataset -> the labels it uses."""
+        super().__init__(model)
+        self.config = config
+        names = sorted(set().union(*labels.values()))
+        if not names:
+            raise ConfigError("objective 'tags': no record of the stage's data has tags; use sources with tags")
+        self.index = {name: i for i, name in enumerate(names)}
+        self.used = {
+            dataset: torch.tensor([name in used for name in names], dtype=torch.bool)
+            for dataset, used in labels.items()
+        }
+        self.linear = nn.Linear(model.encoder.width, len(names))
+        # Most labels are absent most of the time: start from there instead of from one half.
+        nn.init.constant_(self.linear.bias, -3.0)
+
+    def head(self) -> dict[str, nn.Parameter]:
+        """The linear layer."""
+        return dict(self.linear.named_parameters(prefix="linear"))
+
+    def forward(self, work: Work) -> tuple[Tensor, int]:
+        """Sum over clips of each one's mean loss over its known labels."""
+        waveforms, tags, known_BJ = self._targets(work)
+        features = self.model.encoder.encode(waveforms)
+        logits_BAJ = self.linear(features.x_BAE).float()
+        mask_BA = features.mask_BA
+        known_BJ = known_BJ.to(logits_BAJ.device)
+        times = [_marks(spans, self.index, mask_BA.shape[1], features.seconds_per_token) for spans in tags]
+        clip_BJ = torch.stack([clip_J for clip_J, _, _ in times]).to(logits_BAJ.device)
+        frames_BAJ = torch.stack([frames_AJ for _, frames_AJ, _ in times]).to(logits_BAJ.device)
+        timed_BJ = torch.stack([timed_J for _, _, timed_J in times]).to(logits_BAJ.device) & known_BJ
+
+        probability_BAJ = logits_BAJ.sigmoid() * mask_BA[..., None]
+        pooled_BJ = probability_BAJ.square().sum(1) / probability_BAJ.sum(1).clamp_min(1e-6)
+        pooled_BJ = pooled_BJ.clamp(1e-6, 1 - 1e-6)
+        # Written out, because autocast refuses torch's version on probabilities.
+        clip_loss_BJ = -torch.where(clip_BJ > 0, pooled_BJ.log(), torch.log1p(-pooled_BJ))
+        loss = _mean(clip_loss_BJ, known_BJ, (1,)).sum()
+        if self.config.frame_weight:
+            frame_loss_BAJ = F.binary_cross_entropy_with_logits(logits_BAJ, frames_BAJ, reduction="none")
+            loss = (
+                loss
+                + self.config.frame_weight * _mean(frame_loss_BAJ, timed_BJ[:, None] & mask_BA[..., None], (1, 2)).sum()
+            )
+        return loss, len(waveforms)
+
+    def _targets(self, work: Work) -> tuple[list[Tensor], list[list[TagSpan]], Tensor]:
+        """Waveforms and tags after mixing, and which labels are known [B, J]."""
+        given = work.batch.tags or [None] * len(work.batch.waveforms)
+        unknown_J = torch.zeros(len(self.index), dtype=torch.bool)
+        known = [
+            self.used.get(dataset, unknown_J) if spans is not None else unknown_J
+            for spans, dataset in zip(given, work.datasets, strict=True)
+        ]
+        tags = [list(spans or ()) for spans in given]
+        waveforms = list(work.batch.waveforms)
+        if self.training and self.config.mixup and len(waveforms) > 1:
+            waveforms, tags, known = self._mix(waveforms, tags, known, work.seed)
+        return waveforms, tags, torch.stack(known)
+
+    def _mix(
+        self, waveforms: list[Tensor], tags: list[list[TagSpan]], known: list[Tensor], seed: int
+    ) -> tuple[list[Tensor], list[list[TagSpan]], list[Tensor]]:
+        """Add to some clips another one from its start; both clips' labels hold, if both are known."""
+        generator = torch.Generator().manual_seed(seed)
+        mixed = (list(waveforms), list(tags), list(known))
+        for i in range(len(waveforms)):
+            chance, gain_db = torch.rand(2, generator=generator).tolist()
+            other = (i + int(torch.randint(1, len(waveforms), (1,), generator=generator))) % len(waveforms)
+            if chance >= self.config.mixup:
+                continue
+            gain = 10 ** (self.config.mixup_db * (2 * gain_db - 1) / 20)
+            mine_N, theirs_N = waveforms[i], waveforms[other]
+            seconds = len(mine_N) / self.model.sampling_rate
+            # Only where all of the other clip fits do its labels without a time hold in the mixture.
+            if len(theirs_N) > len(mine_N) and any(span.start is None for span in tags[other]):
+                continue
+            sum_N = mine_N.clone()
+            size = min(len(mine_N), len(theirs_N))
+            sum_N[:size] += gain * theirs_N[:size]
+            mixed[0][i] = sum_N / max(1.0, float(sum_N.abs().max()))
+            mixed[1][i] = tags[i] + [span for span in tags[other] if span.start is None or span.start < seconds]
+            mixed[2][i] = known[i] & known[other]
+        return mixed
+
+
+def build_objective(model: PalModel, stage: Stage, records: Iterable[Record]) -> Objective:
+    """The objective of a stage.
+
+    Args:
+        records: everything the stage can draw; read by `tags` only, for its labels.
+    """
+    where = f"stage '{stage.name}': options of '{stage.objective}'"
+    if stage.objective == "tags":
+        config = parse(Tags.Config, stage.options, where)
+        if stage.train.connector or stage.train.projectors or stage.train.llm != "none":
+            raise ConfigError(f"stage '{stage.name}': objective 'tags' trains the encoder alone")
+        return Tags(model, config, dataset_labels(records))
+    parse(Answers.Config, stage.options, where)
+    if stage.objective == "text":
+        if stage.train.encoder or stage.train.connector or stage.train.projectors:
+            raise ConfigError(f"stage '{stage.name}': objective 'text' has no audio and trains the LLM alone")
+        return Text(model)
+    return Answers(model)
+
+
+def dataset_labels(records: Iterable[Record]) -> dict[str, set[str]]:
+    """Labels that each dataset uses."""
+    labels: dict[str, set[str]] = {}
+    for record in records:
+        if record.tags is not None:
+            labels.setdefault(record.dataset, set()).update(span.label for span in record.tags)
+    return labels
+
+
+def _marks(
+    spans: list[TagSpan], index: dict[str, int], tokens: int, seconds_per_token: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What holds in a clip [J], what at each token [A, J], and for which labels the times are known [J]."""
+    clip_J = torch.zeros(len(index))
+    frames_AJ = torch.zeros(tokens, len(index))
+    timed_J = torch.ones(len(index), dtype=torch.bool)
+    starts_A = torch.arange(tokens) * seconds_per_token
+    has_times = any(span.start is not None for span in spans)
+    for span in spans:
+        if span.label not in index:
+            continue
+        label = index[span.label]
+        clip_J[label] = 1
+        if span.start is None or span.end is None:
+            timed_J[label] = False
+        else:
+            inside_A = (starts_A + seconds_per_token > span.start) & (starts_A < span.end)
+            frames_AJ[:, label] = torch.maximum(frames_AJ[:, label], inside_A.float())
+    return clip_J, frames_AJ, timed_J if has_times else torch.zeros_like(timed_J)
+
+
+def _mean(loss: Tensor, mask: Tensor, axes: tuple[int, ...]) -> Tensor:
+    """Mean over the masked-in entries of some axes; 0 where there are none."""
+    mask = mask.expand_as(loss)
+    return (loss * mask).sum(axes) / mask.sum(axes).clamp_min(1)

@@ -1,0 +1,101 @@
+"""AdamW with a group per part, the learning rate's schedule, and the optimizer's state as plain tensors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pal.errors import BundleError
+from pal.train.recipe import Stage
+
+
+def parameter_groups(trained: Mapping[str, Mapping[str, nn.Parameter]], stage: Stage) -> list[dict[str, Any]]:
+    """Groups for AdamW: for each part, its matrices with weight decay and its vectors without.
+
+    Args:
+        trained: part -> name -> parameter. A part without an own learning rate ("head") takes the
+            highest of the others.
+    """
+    groups = []
+    for part, parameters in trained.items():
+        lr = stage.lr.get(part, max(stage.lr.values())) if isinstance(stage.lr, dict) else stage.lr
+        # Norms and biases are vectors; pulling them to zero helps nothing.
+        for decays in (True, False):
+            names = [name for name, p in parameters.items() if (p.ndim > 1) == decays]
+            if names:
+                groups.append(
+                    {
+                        "params": [parameters[name] for name in names],
+                        "weight_decay": stage.weight_decay if decays else 0.0,
+                        "lr": lr,
+                        "peak_lr": lr,
+                        "part": part,
+                    }
+                )
+    return groups
+
+
+def adamw(groups: list[dict[str, Any]], stage: Stage, device: torch.device) -> torch.optim.AdamW:
+    """AdamW over `groups`."""
+    return torch.optim.AdamW(groups, betas=stage.betas, fused=device.type in ("cpu", "cuda"))
+
+
+def lr_factor(step: int, steps: int, warmup: int, schedule: str) -> float:
+    """Part of the highest learning rate that holds at a step (0-based): a straight rise, then the schedule to 0."""
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    progress = (step - warmup) / max(1, steps - warmup)
+    if schedule == "cosine":
+        return 0.5 * (1 + math.cos(math.pi * progress))
+    if schedule == "linear":
+        return 1 - progress
+    assert schedule == "constant"
+    return 1.0
+
+
+def set_lr(optimizer: torch.optim.Optimizer, factor: float) -> dict[str, float]:
+    """Set every group's learning rate; gives that of each part."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak_lr"] * factor
+    return {group["part"]: group["lr"] for group in optimizer.param_groups}
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Mapping[int, str]) -> dict[str, Tensor]:
+    """AdamW's state as `parameter name/entry` -> tensor.
+
+    Args:
+        names: id of each parameter -> its name.
+    """
+    tensors = {}
+    for parameter, entries in optimizer.state.items():
+        for entry, value in entries.items():
+            assert isinstance(value, Tensor), entry
+            tensors[f"{names[id(parameter)]}/{entry}"] = value
+    return tensors
+
+
+def load_optimizer_tensors(
+    optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter], tensors: Mapping[str, Tensor]
+) -> None:
+    """Put back what `optimizer_tensors` gave.
+
+    Raises:
+        BundleError: the state belongs to other parameters.
+    """
+    states: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        name, _, entry = key.rpartition("/")
+        states.setdefault(name, {})[entry] = tensor
+    for name, entries in states.items():
+        parameter = parameters.get(name)
+        if parameter is None or entries["exp_avg"].shape != parameter.shape:
+            raise BundleError(f"checkpoint: its optimizer state for '{name}' fits no trained parameter of the recipe")
+        optimizer.state[parameter] = {
+            # AdamW counts its steps in a tensor that stays where it makes it: with the parameter if fused.
+            entry: value.to(parameter.device).clone()
+            for entry, value in entries.items()
+        }

@@ -1,0 +1,89 @@
+"""The model a run starts from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from pal.backbone.tokenizer import train_tokenizer
+from pal.data.manifest import PLACEHOLDER, Manifest
+from pal.errors import ConfigError
+from pal.files import atomic_folder, verify
+from pal.model import PalModel
+from pal.model_config import ModelConfig
+from pal.train.recipe import Recipe
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def build_model(recipe: Recipe, manifests: dict[str, Manifest], out: Path) -> PalModel:
+    """The recipe's model on the CPU, with the weights of `bundle` or `start` where given.
+
+    Args:
+        manifests: their text teaches a fresh LLM's tokenizer, which is kept in `out/tokenizer`.
+
+    Raises:
+        ConfigError, BundleError: a starting point does not fit.
+    """
+    if recipe.bundle is not None:
+        return PalModel.from_pretrained(recipe.bundle)
+    assert recipe.model is not None
+    config = recipe.model
+    tokenizer = None
+    donors = {path: PalModel.from_pretrained(path) for path in dict.fromkeys(recipe.start.values())}
+    if config.llm.vocabulary is not None:
+        if "llm" in recipe.start:
+            tokenizer = donors[recipe.start["llm"]].tokenizer
+        else:
+            tokenizer = _own_tokenizer(out / "tokenizer", manifests.values(), config.llm.vocabulary)
+        config = _with_ids(config, tokenizer)
+    model = PalModel.from_config(config, tokenizer)
+    for part, path in recipe.start.items():
+        theirs, ours = donors[path].parts()[part].state_dict(), model.parts()[part].state_dict()
+        fits = {name: t.shape for name, t in theirs.items()} == {name: t.shape for name, t in ours.items()}
+        if not fits:
+            raise ConfigError(f"start: the {part} of {path} has another shape than the recipe's; use the same options")
+        with torch.no_grad():
+            for name, tensor in ours.items():
+                tensor.copy_(theirs[name])
+        # A bundle must hold these weights: they are no longer those of the part's own source.
+        prefix = {"projectors": "integration"}.get(part, part)
+        model.trained |= {f"{prefix}.{name}" for name in ours}
+    return model
+
+
+def _with_ids(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> ModelConfig:
+    """The fresh LLM gets the tokenizer's size and special tokens, where the recipe does not set them."""
+    fields = {
+        "vocab_size": len(tokenizer),
+        "bos_token_id": None,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    llm = config.llm.model_copy(update={"fresh": fields | (config.llm.fresh or {})})
+    return config.model_copy(update={"llm": llm})
+
+
+def _own_tokenizer(folder: Path, manifests: Iterable[Manifest], vocabulary: int) -> PreTrainedTokenizerBase:
+    """The tokenizer in `folder`, learnt from the manifests' text and kept there if there is none."""
+    from transformers import AutoTokenizer
+
+    if not folder.exists():
+        tokenizer = train_tokenizer(_texts(manifests), vocabulary)
+        with atomic_folder(folder) as temporary:
+            tokenizer.save_pretrained(temporary)
+    verify(folder)
+    # Read back even when just made, so that a resumed run has the same object.
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+
+
+def _texts(manifests: Iterable[Manifest]) -> Iterator[str]:
+    for manifest in manifests:
+        for record in manifest:
+            for turn in record.turns:
+                yield turn.question.replace(PLACEHOLDER, "")
+                yield turn.answer

@@ -1,0 +1,267 @@
+"""The data of a run: opened, made or prepared sources, and each stage's view of them."""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cache
+from pathlib import Path
+
+import soundfile
+
+from pal import audio
+from pal.config import parse
+from pal.data.collate import Collator, WaveformCache
+from pal.data.manifest import Manifest, Record
+from pal.errors import ConfigError
+from pal.model import PalModel
+from pal.train.objectives import Objective, Work
+from pal.train.recipe import Recipe, Source
+from pal.train.sampler import Group, Pool, Sampler, share
+from pal.types import IGNORE, Batch, Tokens
+
+logger = logging.getLogger(__name__)
+
+_CACHE_BYTES = 2 << 30
+"""Decoded audio that all sources of a stage keep together."""
+
+
+def open_sources(recipe: Recipe, made: Path) -> dict[str, Manifest]:
+    """The manifests of a recipe by name, without the optional ones whose files are missing.
+
+    Args:
+        made: folder that scenes and prepared manifests are written to, once.
+
+    Raises:
+        ConfigError, ManifestError: a source that is needed cannot be had.
+    """
+    manifests = {}
+    for name, source in recipe.data.items():
+        missing = _missing(source)
+        if missing and source.optional:
+            logger.info("data '%s' is left out: no '%s'", name, missing)
+            continue
+        if missing:
+            raise ConfigError(f"data '{name}': no '{missing}'; mend the path, or set 'optional: true'")
+        manifests[name] = Manifest(_manifest_path(name, source, made), root=source.root)
+    if not manifests:
+        raise ConfigError("every data source of the recipe is missing; nothing to train on")
+    return manifests
+
+
+def _missing(source: Source) -> Path | None:
+    needed = [source.manifest, source.prepare.root if source.prepare else None, source.root]
+    return next((path for path in needed if path is not None and not path.exists()), None)
+
+
+def _manifest_path(name: str, source: Source, made: Path) -> Path:
+    if source.manifest is not None:
+        return source.manifest
+    folder = made / name
+    path = folder / "manifest.jsonl"
+    if path.exists():
+        return path
+    if source.synth is not None:
+        from pal.data.synth import synthesise
+
+        logger.info("data '%s': making %d scenes", name, source.synth.scenes)
+        return synthesise(folder, **source.synth.model_dump())
+    assert source.prepare is not None
+    from pal.data import prepare
+
+    return prepare.prepare(source.prepare.name, source.prepare.root, path, **source.prepare.options)
+
+
+class StageData:
+    """What one stage draws, as ready work for each step.
+
+    Args:
+        manifests: of the whole recipe; absent optional sources are skipped.
+        index: of the stage in the recipe.
+    """
+
+    def __init__(self, recipe: Recipe, index: int, manifests: dict[str, Manifest], by_clip: bool) -> None:
+        self.stage = recipe.stages[index]
+        sources = {name: s for name, s in recipe.stage_sources(self.stage).items() if name in manifests}
+        self.manifests = [manifests[name] for name in sources]
+        self.sources = list(sources.values())
+        batch = self.stage.batch
+        if by_clip:
+            batch = batch.model_copy(update={"rows_per_clip": 1})
+        pools = []
+        for name, source in sources.items():
+            groups = _groups(manifests[name], source, batch.grouped)
+            if not groups:
+                raise ConfigError(f"data '{name}': no record is left by 'tasks' and 'datasets'")
+            seconds = None
+            if batch.seconds is not None:
+                seconds = _GroupSeconds(manifests[name], groups)
+            pools.append(Pool(groups, source.weight, source.repeat, seconds))
+        if not pools:
+            raise ConfigError(f"stage '{self.stage.name}': every data source of it is missing")
+        self.pools = pools
+        self.sampler = Sampler(pools, batch, recipe.seed, index)
+        self.steps = self.stage.steps or self.sampler.steps(self.stage.epochs or 0)
+        self._collators: list[Collator] = []
+
+    def records(self) -> Iterator[Record]:
+        """Every record that can be drawn."""
+        for manifest, pool in zip(self.manifests, self.pools, strict=True):
+            for rows in pool.groups:
+                for row in rows:
+                    yield manifest[row]
+
+    def start(self, model: PalModel, objective: Objective) -> None:
+        """Get ready to load: the model's tokenizer and rate, each source's augmentation."""
+        waveforms = WaveformCache(_CACHE_BYTES)
+        for source in self.sources:
+            augment = None
+            if source.augment is not None:
+                from pal.data.augment import Augment
+
+                augment = Augment(parse(Augment.Config, source.augment, where="augment"))
+            collator = Collator(
+                model.tokenizer,
+                model.sampling_rate,
+                augment if objective.with_audio else None,
+                with_audio=objective.with_audio,
+                system=model.config.system,
+            )
+            collator.cache = waveforms
+            self._collators.append(collator)
+
+    def work(self, step: int, part: int, parts: int) -> list[Work]:
+        """What process `part` of `parts` does at a step, one item for each accumulation."""
+        groups, mine = share(self.sampler[step], part, parts)
+        done = []
+        for i in range(self.stage.batch.accumulate):
+            some, counts = share(groups, i, self.stage.batch.accumulate)
+            done.append(self._load(some, mine and counts))
+        return done
+
+    def _load(self, groups: Sequence[Group], counts: bool) -> Work:
+        batches = []
+        datasets: list[str] = []
+        for source in sorted({group.source for group in groups}):
+            records, seeds = [], []
+            for group in groups:
+                if group.source == source:
+                    records += [self.manifests[source][row] for row in group.rows]
+                    seeds += [group.seed] * len(group.rows)
+            batch = self._collators[source](records, seeds)
+            batches.append(batch)
+            datasets += _clip_datasets(batch, records)
+        return Work(join(batches), datasets, groups[0].seed, counts)
+
+
+class _GroupSeconds:
+    """Length of a group's audio: that of its first record's clips."""
+
+    def __init__(self, manifest: Manifest, groups: Sequence[Sequence[int]]) -> None:
+        self.manifest, self.groups = manifest, groups
+
+    def __call__(self, index: int) -> float:
+        return sum(_seconds(path) for path in self.manifest[self.groups[index][0]].clips)
+
+
+@cache
+def _seconds(path: str) -> float:
+    """Length of an audio file, from its header."""
+    try:
+        return soundfile.info(path).duration
+    except soundfile.LibsndfileError:
+        # Formats that soundfile does not know have to be decoded.
+        return audio.load(path, 16_000).seconds_given
+
+
+def _groups(manifest: Manifest, source: Source, grouped: bool) -> Sequence[Sequence[int]]:
+    """Records of a manifest that a source lets through, by clip or one by one."""
+    if not grouped and source.tasks is None and source.datasets is None:
+        return _Singles(len(manifest))
+    groups: dict[object, list[int]] = {}
+    for row, record in enumerate(manifest):
+        if source.tasks is not None and record.task not in source.tasks:
+            continue
+        if source.datasets is not None and record.dataset not in source.datasets:
+            continue
+        groups.setdefault(record.clips if grouped and record.clips else row, []).append(row)
+    return list(groups.values())
+
+
+class _Singles(Sequence[Sequence[int]]):
+    """Every record on its own, without a list of millions of lists."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index):  # type: ignore[no-untyped-def]
+        return (range(self.size)[index],)
+
+
+def _clip_datasets(batch: Batch, records: Sequence[Record]) -> list[str]:
+    datasets = [""] * len(batch.waveforms)
+    for row, record in zip(batch.rows, records, strict=True):
+        for clip in row.clips[:1]:
+            datasets[clip] = record.dataset
+    return datasets
+
+
+def join(batches: Sequence[Batch]) -> Batch:
+    """One batch of several: clips and rows in order, rows pointing at their moved clips."""
+    if len(batches) == 1:
+        return batches[0]
+    waveforms, rows, records = [], [], []
+    for batch in batches:
+        first = len(waveforms)
+        rows += [Tokens(row.ids, [first + clip for clip in row.clips], row.labels) for row in batch.rows]
+        waveforms += batch.waveforms
+        records += batch.records
+    tags = None
+    if any(batch.tags is not None for batch in batches):
+        tags = [spans for batch in batches for spans in batch.tags or [None] * len(batch.waveforms)]
+    return Batch(waveforms, rows, records, tags)
+
+
+def trained_tokens(batch: Batch) -> int:
+    """Tokens that carry loss."""
+    return sum(sum(label != IGNORE for label in row.labels or ()) for row in batch.rows)
+
+
+class Feed:
+    """Work for step after step, loaded ahead by threads; the order is the steps', whoever is first."""
+
+    def __init__(self, data: StageData, first: int, part: int, parts: int, workers: int, prefetch: int) -> None:
+        self._data = data
+        self._steps = iter(range(first, data.steps))
+        self._place = (part, parts)
+        self._pool = ThreadPoolExecutor(workers, thread_name_prefix="pal-data") if workers else None
+        self._ahead: deque[Future[list[Work]]] = deque()
+        self._prefetch = max(prefetch, workers)
+
+    def __iter__(self) -> Iterator[list[Work]]:
+        try:
+            if self._pool is None:
+                for step in self._steps:
+                    yield self._data.work(step, *self._place)
+                return
+            while self._fill(self._pool):
+                yield self._ahead.popleft().result()
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        """Stop loading."""
+        if self._pool is not None:
+            self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def _fill(self, pool: ThreadPoolExecutor) -> bool:
+        for step in self._steps:
+            self._ahead.append(pool.submit(self._data.work, step, *self._place))
+            if len(self._ahead) >= self._prefetch:
+                break
+        return bool(self._ahead)

@@ -1,0 +1,65 @@
+"""What a stage trains: freezing by part, adapters, and the names of the trained weights."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from pal.backbone.llm import LoRA
+from pal.errors import ConfigError
+from pal.model import PalModel
+from pal.train.recipe import PARTS, Stage, Trained
+
+
+def freeze(model: PalModel, train: Trained) -> dict[str, dict[str, nn.Parameter]]:
+    """Let exactly what `train` names require gradients; adds the LLM's adapters where it asks for them.
+
+    Returns:
+        part -> name in the model -> parameter, of what is trained.
+
+    Raises:
+        ConfigError: a part is to be trained that has no weights.
+    """
+    if train.llm == "lora" and model.llm.lora is None:
+        lora = train.lora
+        model.llm.add_lora(LoRA(rank=lora.r, alpha=lora.alpha, dropout=lora.dropout, targets=lora.targets))
+    parts = model.parts()
+    chosen = {part: list(parts[part].parameters()) for part in PARTS if part != "llm" and train.part(part)}
+    model.requires_grad_(False)
+    if train.llm != "none":
+        chosen["llm"] = model.llm.train_only(train.llm)
+    part_of = {id(parameter): part for part, parameters in chosen.items() for parameter in parameters}
+    trained: dict[str, dict[str, nn.Parameter]] = {part: {} for part in chosen}
+    for name, parameter in model.named_parameters():
+        if id(parameter) in part_of:
+            parameter.requires_grad_(True)
+            trained[part_of[id(parameter)]][name] = parameter
+    for part, parameters in trained.items():
+        if not parameters:
+            raise ConfigError(f"'{part}' has no weights to train in this model; leave it out of the stage's 'train'")
+    return trained
+
+
+def set_modes(model: PalModel, stage: Stage) -> None:
+    """Training mode for what trains, evaluation mode for the rest."""
+    model.train()
+    if stage.gradient_checkpointing:
+        # transformers checkpoints layers in training mode only, and a frozen LLM holds activations, too.
+        model.llm.train()
+
+
+def lasting_name(name: str) -> str:
+    """A weight's name as it was before adapters were put around its layer: what checkpoints call it."""
+    return name.replace(".base_layer.", ".")
+
+
+def named_weights(model: PalModel) -> dict[str, Tensor]:
+    """All parameters, and the buffers that a bundle would hold, by their lasting names."""
+    held = model.state_dict()
+    buffers = {name: buffer for name, buffer in model.named_buffers() if name in held}
+    return {lasting_name(name): tensor for name, tensor in [*model.named_parameters(), *buffers.items()]}
+
+
+def trained_weights(model: PalModel, trained: set[str]) -> dict[str, Tensor]:
+    """Of `named_weights`, the parameters in `trained` and all buffers."""
+    parameters = {lasting_name(name) for name, _ in model.named_parameters()}
+    return {name: t for name, t in named_weights(model).items() if name in trained or name not in parameters}

@@ -1,0 +1,12 @@
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def manifest(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Eight scenes of 1.5 seconds, three questions each."""
+    from pal.data.synth import synthesise
+
+    folder = tmp_path_factory.mktemp("scenes")
+    return synthesise(folder, scenes=8, seed=5, seconds=1.5, questions_per_scene=3, workers=1)

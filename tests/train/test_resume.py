@@ -1,0 +1,129 @@
+"""However a run is stopped, going on with it gives bitwise the weights of a run that was not."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from pal.model import PalModel
+from pal.train import loop, run
+from pal.train.curves import read_log
+
+from tests.train.tiny import HEAR, JOIN, READ, recipe
+
+STEPS = 3 + 3 + 5
+
+
+@pytest.fixture(scope="module")
+def whole(manifest: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("whole")
+    run(recipe(manifest), out)
+    return out
+
+
+def assert_same_run(ours: Path, whole: Path) -> None:
+    a, b = (PalModel.from_pretrained(out / "model").state_dict() for out in (ours, whole))
+    assert a.keys() == b.keys()
+    assert [name for name in a if not torch.equal(a[name], b[name])] == []
+    losses = [[(line["step"], line["loss"]) for line in read_log(out / "log.jsonl")] for out in (ours, whole)]
+    assert losses[0] == losses[1]
+    assert len(losses[0]) == STEPS
+
+
+class Stop(Exception):
+    pass
+
+
+@pytest.mark.parametrize("at", [1, 3, 7, 10])
+def test_exception(manifest: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int) -> None:
+    steps = 0
+    step = loop._Run._step
+
+    def failing(self: loop._Run, *args: object) -> object:
+        nonlocal steps
+        steps += 1
+        if steps == at + 1:
+            raise Stop
+        return step(self, *args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(loop._Run, "_step", failing)
+    with pytest.raises(Stop):
+        run(recipe(manifest), tmp_path)
+    monkeypatch.setattr(loop._Run, "_step", step)
+    run(recipe(manifest), tmp_path, resume=True)
+    assert_same_run(tmp_path, whole)
+
+
+def test_the_log_of_the_whole_run(whole: Path) -> None:
+    report = json.loads((whole / "train.json").read_text())
+    assert [(stage["name"], stage["steps"]) for stage in report["stages"]] == [("hear", 3), ("read", 3), ("join", 5)]
+    assert all(stage["median_step_seconds"] > 0 for stage in report["stages"])
+    assert (whole / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_save_and_say_how_to_go_on(
+    manifest: Path,
+    whole: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    number: int,
+) -> None:
+    step = loop._Run._step
+
+    def signalled(self: loop._Run, *args: object) -> object:
+        if self.state.step == 6:
+            os.kill(os.getpid(), number)
+        return step(self, *args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(loop._Run, "_step", signalled)
+    with pytest.raises(SystemExit) as left:
+        run(recipe(manifest), tmp_path)
+    assert left.value.code == 130
+    assert "--resume" in capsys.readouterr().err
+    assert (tmp_path / "checkpoints" / "step0000007").is_dir()
+    monkeypatch.setattr(loop._Run, "_step", step)
+    run(recipe(manifest), tmp_path, resume=True)
+    assert_same_run(tmp_path, whole)
+
+
+def test_kill(manifest: Path, whole: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    settings = tmp_path / "recipe.json"
+    settings.write_text(recipe(manifest).model_dump_json())
+    command = [sys.executable, "-m", "tests.train.tiny", str(settings), str(out)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 60
+    while len(read_log(out / "log.jsonl")) < 8:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.005)
+    process.kill()
+    process.communicate()
+    assert not (out / "train.json").exists()
+    run(recipe(manifest), out, resume=True)
+    assert_same_run(out, whole)
+
+
+def test_a_finished_run_is_left_alone(manifest: Path, whole: Path) -> None:
+    before = (whole / "train.json").stat().st_mtime_ns
+    model = run(recipe(manifest), whole, resume=True)
+    assert model.state_dict().keys() == PalModel.from_pretrained(whole / "model").state_dict().keys()
+    assert (whole / "train.json").stat().st_mtime_ns == before
+
+
+def test_workers_and_prefetch_change_nothing(manifest: Path, whole: Path, tmp_path: Path) -> None:
+    keep = {"checkpoint_every": 100, "log_every": 1, "workers": 0}
+    run(recipe(manifest, keep=keep), tmp_path / "none")
+    assert_same_run(tmp_path / "none", whole)
+    run(recipe(manifest, keep={**keep, "workers": 3, "prefetch": 5}), tmp_path / "three")
+    assert_same_run(tmp_path / "three", whole)
+
+
+__all__ = ["HEAR", "JOIN", "READ"]
