@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from pal import audio as audio_io
 from pal.backbone.audio_kv import AudioKV
 from pal.backbone.llm import Backbone
-from pal.data.prompts import Conversation, encode, user_turn
+from pal.data.prompts import Conversation, encode, end_of_answer, user_turn
 from pal.errors import ConfigError, PromptError
 from pal.model_config import ModelConfig
 from pal.registry import build
@@ -183,7 +183,10 @@ class PalModel(nn.Module):
         )
 
     def _generation(self, options: dict[str, Any]) -> dict[str, Any]:
-        return {"do_sample": False, "pad_token_id": self.tokenizer.pad_token_id or 0, **options}
+        ends = end_of_answer(self.tokenizer)
+        # Generation needs some id for padding; which one is never seen.
+        pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else (ends or [0])[0]
+        return {"do_sample": False, "pad_token_id": pad, "eos_token_id": ends or None, **options}
 
     @torch.inference_mode()
     def index(self, audio: Source | AudioKV) -> AudioKV:

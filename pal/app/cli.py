@@ -130,7 +130,7 @@ def index(
     clip = pal.load(model).index(audio)
     out.parent.mkdir(parents=True, exist_ok=True)
     clip.save(out)
-    seconds, tokens, size = sum(clip.seconds), sum(clip.tokens), out.stat().st_size
+    seconds, tokens, size = clip.seconds, clip.tokens, out.stat().st_size
     if as_json:
         _print_json({"out": str(out), "audio_seconds": seconds, "audio_tokens": tokens, "bytes": size})
     else:
@@ -253,9 +253,11 @@ def data_prepare(
 ) -> None:
     """Write the manifest of a data set that is on this machine."""
     from pal.app.benchmarks import options_of
+    from pal.data.manifest import Manifest
     from pal.data.prepare import prepare
 
-    count = prepare(name, root, out, **options_of(settings or [], folds=folds, speakers=speakers, exclude=exclude))
+    options = options_of(settings or [], folds=folds, speakers=speakers, exclude=exclude)
+    count = len(Manifest(prepare(name, root, out, **options)))
     if as_json:
         _print_json({"out": str(out), "records": count})
     else:

@@ -23,6 +23,8 @@ _FREE_GB = 2.0
 """Disk that a demo run with its checkpoints and scenes needs."""
 _MEMORY_GB = 3.0
 """Memory that training the small models takes."""
+_REINSTALL = f"pip install --force-reinstall --no-deps {DISTRIBUTION}"
+_LLM_FILES = ("config.json", "model.safetensors", "tokenizer.json")
 _FORMATS = ("WAV", "FLAC", "OGG", "MP3")
 
 
@@ -46,8 +48,7 @@ class Finding:
 def examine() -> list[Finding]:
     """All checks, in the order in which a reader would mend them."""
     findings = [_python(), *_packages(), _codecs(), _gpu(), _machine(), _disk()]
-    findings += [_bundle("shipped model", SHIPPED), _bundle("shipped text-only LLM", SHIPPED.with_name("tiny-lm"))]
-    return findings
+    return [*findings, _bundle(SHIPPED), _llm(SHIPPED.with_name("tiny-lm"))]
 
 
 def report(findings: list[Finding]) -> str:
@@ -183,11 +184,24 @@ def _disk() -> Finding:
     return Finding("disk", True, detail)
 
 
-def _bundle(name: str, folder: Path) -> Finding:
-    remedy = f"pip install --force-reinstall --no-deps {DISTRIBUTION}"
+def _bundle(folder: Path) -> Finding:
+    """The shipped model, every byte of it."""
     try:
         digests = verify(folder)
     except BundleError as error:
-        return Finding(name, False, str(error), remedy)
-    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 1e6
-    return Finding(name, True, f"{len(digests)} files, {size:.1f} MB, every SHA-256 as it should be")
+        return Finding("shipped model", False, str(error), _REINSTALL)
+    detail = f"{len(digests)} files, {_megabytes(folder):.1f} MB, every SHA-256 as it should be"
+    return Finding("shipped model", True, detail)
+
+
+def _llm(folder: Path) -> Finding:
+    """The text-only LLM that the demo starts from."""
+    name = "shipped text-only LLM"
+    missing = [file for file in _LLM_FILES if not (folder / file).is_file()]
+    if missing:
+        return Finding(name, False, f"{folder}: no {missing[0]}", _REINSTALL)
+    return Finding(name, True, f"{_megabytes(folder):.1f} MB")
+
+
+def _megabytes(folder: Path) -> float:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 1e6

@@ -62,7 +62,7 @@ def table(results: Mapping[str, Any]) -> Table:
     data = results["data"]
     title = f"{data['held_out_questions']:,} questions on {data['held_out_scenes']:,} held-out scenes"
     out = Table(
-        title=title + (" (quick: do not trust the scores)" if results["quick"] else ""), box=box.SIMPLE, pad_edge=False
+        title=title + (" (quick: not to be trusted)" if results["quick"] else ""), box=box.SIMPLE, pad_edge=False
     )
     out.add_column("", no_wrap=True)
     for name in results["integrations"]:

@@ -1,6 +1,6 @@
 """What a file's own headers say it holds, and the exception for what is wrong with it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 REENCODE = "fetch it again, or if it plays to its end re-encode it: ffmpeg -i IN OUT.wav"
 """Remedy for damage that a player would hide."""
@@ -26,5 +26,5 @@ class Declared:
     md5: bytes | None = None
     """Of the samples as interleaved little-endian integers of `bits` bits (FLAC)."""
     bits: int | None = None
-    payload: bytes | None = None
+    payload: bytes | None = field(default=None, repr=False)
     """What the decoding library gets instead of the file."""

@@ -82,7 +82,7 @@ def _chunks(data: bytes, end: int, order: str, start: int = 12) -> Iterator[tupl
         name = data[start : start + 4]
         (size,) = struct.unpack_from(order + "I", data, start + 4)
         start += 8
-        if not all(32 <= byte < 127 for byte in name) and size:
+        if not all(32 <= byte < 127 for byte in name):
             raise DecodeError(f"the bytes at {start - 8} are no chunk, so its sizes are wrong")
         if name != b"data" and start + size > end:
             raise DecodeError(f"its chunk '{name.decode('latin-1')}' claims {size} bytes, the file holds {end - start}")

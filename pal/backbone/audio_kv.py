@@ -17,6 +17,7 @@ from torch import Tensor
 from pal.errors import BundleError, PalError
 
 _FORMAT = "pal-audio-kv-1"
+_KEEP_DTYPE = ("k_scale_LBGA", "v_scale_LBGA")
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ class AudioKV:
     """In the LLM's dtype, or int8 with `scales`."""
     rows_BSD: Tensor
     """Embeddings that go through the LLM as rows; S is 0 for LAL."""
-    tokens: tuple[int, ...]
+    lengths: tuple[int, ...]
     """Encoder tokens of each clip."""
     layers: tuple[int, ...]
     """The LLM's layer of each [L]."""
@@ -83,12 +84,22 @@ class AudioKV:
 
     def __len__(self) -> int:
         """Number of clips."""
-        return len(self.tokens)
+        return len(self.lengths)
 
     @property
-    def seconds(self) -> tuple[float, ...]:
-        """Length of each clip."""
-        return tuple(count * self.layout.seconds_per_token for count in self.tokens)
+    def tokens(self) -> int:
+        """Encoder tokens of all clips together."""
+        return sum(self.lengths)
+
+    @property
+    def seconds_per_token(self) -> float:
+        """Time scale of the tokens."""
+        return self.layout.seconds_per_token
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of all clips together, in whole tokens."""
+        return self.tokens * self.seconds_per_token
 
     @property
     def nbytes(self) -> int:
@@ -116,8 +127,8 @@ class AudioKV:
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> AudioKV:
         """On another device or in another float dtype; int8 tensors stay int8."""
-        moved = {
-            name: x.to(device=device, dtype=dtype if x.is_floating_point() else None)
+        moved: dict[str, Any] = {
+            name: x.to(device=device, dtype=None if name in _KEEP_DTYPE or x.dtype == torch.int8 else dtype)
             for name, x in self._tensors().items()
         }
         return replace(self, **moved)
@@ -134,7 +145,7 @@ class AudioKV:
         """One clip, without the batch's padding."""
         clip = range(len(self))[clip]
         return self._with(
-            self.tokens[clip : clip + 1], {n: x.narrow(_batch_axis(n), clip, 1) for n, x in self._tensors().items()}
+            self.lengths[clip : clip + 1], {n: x.narrow(_batch_axis(n), clip, 1) for n, x in self._tensors().items()}
         )
 
     @staticmethod
@@ -143,13 +154,13 @@ class AudioKV:
         first = parts[0]
         for other in parts[1:]:
             first._check_alike(other)
-        tokens = tuple(count for part in parts for count in part.tokens)
+        lengths = tuple(count for part in parts for count in part.lengths)
         joined = {}
         for name in first._tensors():
             tensors = [part._tensors()[name] for part in parts]
             longest = max(x.shape[_time_axis(name)] for x in tensors)
             joined[name] = torch.cat([_pad(x, _time_axis(name), longest) for x in tensors], dim=_batch_axis(name))
-        return first._with(tokens, joined)
+        return first._with(lengths, joined)
 
     def append(self, later: AudioKV) -> AudioKV:
         """Each clip followed by its continuation.
@@ -160,7 +171,7 @@ class AudioKV:
         self._check_alike(later)
         if len(self) != len(later):
             raise PalError(f"cannot append audio of {len(later)} clips to audio of {len(self)}")
-        for count in self.tokens:
+        for count in self.lengths:
             if count % self.layout.tokens:
                 raise PalError(
                     f"cannot append to a clip of {count} tokens: they come in groups of {self.layout.tokens}; "
@@ -172,7 +183,7 @@ class AudioKV:
             tensors = {
                 name: torch.cat((x, b._tensors()[name]), dim=_time_axis(name)) for name, x in a._tensors().items()
             }
-            clips.append(a._with((a.tokens[0] + b.tokens[0],), tensors))
+            clips.append(a._with((a.tokens + b.tokens,), tensors))
         return AudioKV.concat(clips)
 
     def slice(self, start: float, end: float) -> AudioKV:
@@ -183,16 +194,11 @@ class AudioKV:
         if not 0 <= first < last:
             raise PalError(f"cannot take {start:g} to {end:g} s of a clip: the end must lie after the start")
         a, b = first * self.layout.tokens, last * self.layout.tokens
-        tokens = tuple(max(0, min(count, b) - a) for count in self.tokens)
-        if not all(tokens):
-            raise PalError(f"cannot take {start:g} to {end:g} s of a clip of {min(self.seconds):g} s")
-        cut = {
-            name: x.narrow(axis, min(lo, x.shape[axis]), max(0, min(hi, x.shape[axis]) - lo))
-            for name, x in self._tensors().items()
-            for axis in (_time_axis(name),)
-            for lo, hi in ((first * self.layout.rows, last * self.layout.rows) if name == "rows_BSD" else (a, b),)
-        }
-        return self._with(tokens, cut)
+        lengths = tuple(max(0, min(length, b) - a) for length in self.lengths)
+        if not all(lengths):
+            shortest = min(self.lengths) * self.seconds_per_token
+            raise PalError(f"cannot take {start:g} to {end:g} s of a clip of {shortest:g} s")
+        return self._with(lengths, {name: self._groups(name, x, first, last) for name, x in self._tensors().items()})
 
     def save(self, path: str | Path) -> None:
         """Write one safetensors file, with the digest of the model and of the content."""
@@ -225,7 +231,7 @@ class AudioKV:
         facts: dict[str, Any] = json.loads(about)
         clip = cls(
             **tensors,
-            tokens=tuple(facts["tokens"]),
+            lengths=tuple(facts["lengths"]),
             layers=tuple(facts["layers"]),
             layout=Layout(**facts["layout"]),
             digest=facts["digest"],
@@ -237,26 +243,25 @@ class AudioKV:
     def _about(self) -> str:
         layout = {part.name: getattr(self.layout, part.name) for part in fields(self.layout)}
         return json.dumps(
-            {"format": _FORMAT, "digest": self.digest, "layers": self.layers, "tokens": self.tokens, "layout": layout}
+            {"format": _FORMAT, "digest": self.digest, "layers": self.layers, "lengths": self.lengths, "layout": layout}
         )
 
     def _tensors(self) -> dict[str, Tensor]:
         named = {part.name: getattr(self, part.name) for part in fields(self)}
         return {name: x for name, x in named.items() if isinstance(x, Tensor)}
 
-    def _with(self, tokens: tuple[int, ...], tensors: dict[str, Tensor]) -> AudioKV:
-        """Other clips of the same kind, cut to the longest one."""
-        longest = max(tokens)
-        rows = self.layout.rows * self.layout.groups(longest)
-        return replace(
-            self,
-            tokens=tokens,
-            **{
-                name: x.narrow(axis, 0, min(x.shape[axis], rows if name == "rows_BSD" else longest))
-                for name, x in tensors.items()
-                for axis in (_time_axis(name),)
-            },
-        )
+    def _groups(self, name: str, x: Tensor, first: int, last: int) -> Tensor:
+        """The part of a tensor that belongs to the groups `first` to `last`, which is not included."""
+        axis = _time_axis(name)
+        each = self.layout.rows if name == "rows_BSD" else self.layout.tokens
+        a, b = (min(group * each, x.shape[axis]) for group in (first, last))
+        return x.narrow(axis, a, b - a)
+
+    def _with(self, lengths: tuple[int, ...], tensors: dict[str, Tensor]) -> AudioKV:
+        """Other clips of the same kind, without the padding that the longest one does not need."""
+        last = self.layout.groups(max(lengths))
+        cut: dict[str, Any] = {name: self._groups(name, x, 0, last) for name, x in tensors.items()}
+        return replace(self, lengths=lengths, **cut)
 
     def _check_alike(self, other: AudioKV) -> None:
         other.check(self.digest, where="the other clip")

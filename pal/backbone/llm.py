@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
-    GenerationMixin,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -37,7 +36,7 @@ class LoRA(StrictConfig):
     """Low-rank adapters beside frozen weights; the defaults are LTU's."""
 
     rank: int = 8
-    alpha: float = 16.0
+    alpha: int = 16
     dropout: float = 0.05
     targets: tuple[str, ...] = ("q_proj", "v_proj")
     """Names of the linear layers that get adapters."""
@@ -87,7 +86,7 @@ class Backbone(nn.Module):
     def __init__(self, lm: PreTrainedModel) -> None:
         super().__init__()
         assert isinstance(lm, _Hears), "make it with Backbone.load"
-        self.lm = lm
+        self.lm: Any = lm  # transformers' classes are too dynamic for types
         self.lora: LoRA | None = None
         config = lm.config
         self.width: int = config.hidden_size
@@ -122,10 +121,10 @@ class Backbone(nn.Module):
             config = _config_from(source)
             return cls(_hearing_class(config)._from_config(config, attn_implementation=NAME, dtype=dtype))
         try:
-            config = AutoConfig.from_pretrained(source, revision=revision)
+            config = AutoConfig.from_pretrained(source, revision=revision or "main")
             _check_family(config)
             lm, report = _hearing_class(config).from_pretrained(
-                source, revision=revision, attn_implementation=NAME, dtype=dtype, output_loading_info=True
+                source, revision=revision or "main", attn_implementation=NAME, dtype=dtype, output_loading_info=True
             )
         except OSError as error:
             raise PalError(f"cannot load the LLM '{source}': {str(error).splitlines()[0]}") from None
@@ -146,7 +145,9 @@ class Backbone(nn.Module):
 
     @property
     def _embedding(self) -> nn.Embedding:
-        return self.lm.get_input_embeddings()
+        embedding = self.lm.get_input_embeddings()
+        assert isinstance(embedding, nn.Embedding)
+        return embedding
 
     def embed(self, ids: Tensor) -> Tensor:
         """Token ids [...] -> embeddings [..., D] as the first layer gets them (Gemma's are scaled)."""
@@ -171,6 +172,12 @@ class Backbone(nn.Module):
         if not self._typed_rope:
             return {"all": rotary(like, positions_BA)}
         return {kind: rotary(like, positions_BA, kind) for kind in sorted(set(self.layer_types))}
+
+    def check_ears(self) -> None:
+        """Raises PalError when another attention function was set on the LLM, which would ignore audio silently."""
+        found = self.lm.config._attn_implementation
+        if found != NAME:
+            raise PalError(f"the LLM's attention is '{found}', which cannot hear; set attn_implementation to '{NAME}'")
 
     def forward(self, inputs: LLMInputs, **kwargs: Any) -> Any:
         """transformers' output with logits [B, T, vocab]; `kwargs` go to the LLM."""
@@ -257,7 +264,7 @@ class Backbone(nn.Module):
         else:
             _renamed(self.lm, "activation_checkpointing_disable", "gradient_checkpointing_disable")()
 
-    def compile(self, **options: Any) -> None:  # type: ignore[override]
+    def compile(self, **options: Any) -> None:
         """torch.compile the decoder in place; `options` go to torch.compile."""
         self.lm.model.compile(**options)
 
@@ -298,14 +305,16 @@ class Backbone(nn.Module):
         return chosen
 
 
-def _window(attention: nn.Module) -> int | None:
+def _window(attention: Any) -> int | None:
     # Mistral's layers all follow the configuration; the other families' say it themselves
     if attention.config.model_type == "mistral":
-        return attention.config.sliding_window
-    return getattr(attention, "sliding_window", None)
+        window: int | None = attention.config.sliding_window
+    else:
+        window = getattr(attention, "sliding_window", None)
+    return window
 
 
-def _renamed(lm: PreTrainedModel, new: str, old: str) -> Callable[..., None]:
+def _renamed(lm: Any, new: str, old: str) -> Callable[..., None]:
     """The method under its name in this version of transformers."""
     return getattr(lm, new if hasattr(lm, new) else old)
 
@@ -353,9 +362,8 @@ def _rope_kinds(parameters: Mapping[str, Any]) -> set[str]:
     return {str(entry.get("rope_type", "default")) for entry in [*nested, parameters]}
 
 
-def _hearing_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
+def _hearing_class(config: PreTrainedConfig) -> Any:
     """transformers' class for the family, with `audio` among its forward's arguments; the name stays."""
     _check_family(config)
-    plain = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    assert issubclass(plain, GenerationMixin)
+    plain: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     return type(plain.__name__, (_Hears, plain), {"__module__": plain.__module__})

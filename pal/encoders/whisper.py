@@ -107,7 +107,8 @@ def _load(config: Whisper.Config) -> Any:
     try:
         fields, _ = WhisperConfig.get_config_dict(config.path, revision=config.revision)
         if fields.get("model_type") != "whisper":
-            raise ConfigError(f"{where} holds a model of type '{fields.get('model_type')}'; give one of type 'whisper'")
+            found = fields.get("model_type", "none")
+            raise ConfigError(f"{where} holds no model of type 'whisper' (found: {found}); give a Hub id or a folder")
         model, report = loader.from_pretrained(
             config.path, revision=config.revision, dtype=torch.float32, use_safetensors=True, output_loading_info=True
         )

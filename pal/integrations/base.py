@@ -21,7 +21,7 @@ from pal.types import AUDIO, IGNORE, AudioFeatures, LLMInputs, Tokens
 class ClipSpans:
     """What an integration makes of some clips: rows of the LLM's sequence, keys and values, or both."""
 
-    tokens: Sequence[int]
+    lengths: Sequence[int]
     """Real encoder tokens of each clip."""
     layout: Layout
     """Where keys and rows lie in the position ids that a clip reserves."""
@@ -83,13 +83,13 @@ class Integration(nn.Module, ABC):
 
     def _spans_of(self, audio: AudioFeatures | AudioKV | Sequence[AudioKV] | None, llm: Backbone) -> ClipSpans:
         if audio is None:
-            return ClipSpans(tokens=(), layout=Layout(seconds_per_token=0.0))
+            return ClipSpans(lengths=(), layout=Layout(seconds_per_token=0.0))
         if isinstance(audio, AudioFeatures):
             return self.spans(audio, llm)
         stored = audio if isinstance(audio, AudioKV) else AudioKV.concat(audio)
         stored = stored.to(llm.device, llm.dtype)
         return ClipSpans(
-            tokens=stored.tokens,
+            lengths=stored.lengths,
             layout=stored.layout,
             rows_USD=stored.rows_BSD if stored.layout.rows else None,
             keys=stored if stored.layers else None,
@@ -101,19 +101,19 @@ class Integration(nn.Module, ABC):
     def index(self, features: AudioFeatures, llm: Backbone, digest: str) -> AudioKV:
         """The clips, ready to be asked about many times; `digest` names the model's weights."""
         spans = self.spans(features, llm)
-        shape = (0, len(spans.tokens), llm.kv_heads, spans.width_A, llm.head_width)
+        shape = (0, len(spans.lengths), llm.kv_heads, spans.width_A, llm.head_width)
         k_LBGAC = v_LBGAC = features.x_BAE.new_zeros(shape, dtype=llm.dtype)
         if spans.keys is not None:
             made = [spans.keys.keys_values(layer) for layer in spans.layers]
             k_LBGAC, v_LBGAC = (torch.stack(tensors) for tensors in zip(*made, strict=True))
         rows_BSD = spans.rows_USD
         if rows_BSD is None:
-            rows_BSD = features.x_BAE.new_zeros((len(spans.tokens), 0, llm.width), dtype=llm.dtype)
+            rows_BSD = features.x_BAE.new_zeros((len(spans.lengths), 0, llm.width), dtype=llm.dtype)
         return AudioKV(
             k_LBGAC=k_LBGAC,
             v_LBGAC=v_LBGAC,
             rows_BSD=rows_BSD,
-            tokens=tuple(spans.tokens),
+            lengths=tuple(spans.lengths),
             layers=spans.layers,
             layout=spans.layout,
             digest=digest,
@@ -145,7 +145,7 @@ class _Row:
         self.next += count
 
     def add_clip(self, clip: int, spans: ClipSpans, rows_first: int) -> None:
-        tokens = spans.tokens[clip]
+        tokens = spans.lengths[clip]
         if spans.rows_USD is not None:
             offsets_S = spans.layout.row_offsets(tokens)
             first = rows_first + clip * spans.rows_USD.shape[1]
@@ -214,8 +214,8 @@ def _lay_out(row: Tokens, text_first: int, rows_first: int, spans: ClipSpans) ->
         start = end + 1
         if end < len(row.ids):
             clip = next(clips)
-            if not 0 <= clip < len(spans.tokens):
-                raise PromptError(f"a conversation names clip {clip}, but the batch has {len(spans.tokens)}")
+            if not 0 <= clip < len(spans.lengths):
+                raise PromptError(f"a conversation names clip {clip}, but the batch has {len(spans.lengths)}")
             laid.add_clip(clip, spans, rows_first)
     if not sum(len(part) for part in laid.table):
         raise PromptError("a conversation needs some text")
@@ -223,7 +223,7 @@ def _lay_out(row: Tokens, text_first: int, rows_first: int, spans: ClipSpans) ->
 
 
 def _one_clip_each(rows: Sequence[Tokens], spans: ClipSpans) -> bool:
-    return [row.clips for row in rows] == [[clip] for clip in range(len(spans.tokens))]
+    return [row.clips for row in rows] == [[clip] for clip in range(len(spans.lengths))]
 
 
 def _stack(rows: list[Tensor], left: bool, fill: int | bool) -> tuple[Tensor, Tensor]:

@@ -40,7 +40,7 @@ class PAL(Integration):
     def spans(self, features: AudioFeatures, llm: Backbone) -> ClipSpans:
         """One key per token in the early layers, one row per `stride` tokens."""
         return ClipSpans(
-            tokens=features.lengths,
+            lengths=features.lengths,
             layout=Layout(features.seconds_per_token, tokens=self.config.stride, rows=1),
             rows_USD=self.projector(self._summary(features)),
             keys=ProjectedKeys(features, self.projectors, llm),

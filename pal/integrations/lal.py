@@ -33,7 +33,7 @@ class LAL(Integration):
     def spans(self, features: AudioFeatures, llm: Backbone) -> ClipSpans:
         """One key per token in each injected layer, no rows."""
         return ClipSpans(
-            tokens=features.lengths,
+            lengths=features.lengths,
             layout=Layout(features.seconds_per_token),
             keys=ProjectedKeys(features, self.projectors, llm),
             layers=self.layers,

@@ -26,7 +26,7 @@ class PLITS(Integration):
     def spans(self, features: AudioFeatures, llm: Backbone) -> ClipSpans:
         """One row per token."""
         return ClipSpans(
-            tokens=features.lengths,
+            lengths=features.lengths,
             layout=Layout(features.seconds_per_token, rows=1, keys=False),
             rows_USD=self.projector(features.x_BAE),
         )

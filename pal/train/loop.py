@@ -8,7 +8,6 @@ import logging
 import random
 import shutil
 import signal
-import statistics
 import sys
 import threading
 import time
@@ -26,18 +25,23 @@ from accelerate.utils import DistributedDataParallelKwargs
 from torch import nn
 from tqdm import tqdm
 
+from pal.data.collate import WaveformCache
 from pal.data.manifest import Manifest
 from pal.errors import ConfigError, PalError
 from pal.files import write_text
 from pal.model import PalModel
 from pal.train import checkpoint, curves, optim, stages
 from pal.train.checkpoint import Checkpoint, State
-from pal.train.objectives import Objective, Work, build_objective
+from pal.train.meter import Meter, Step, count_in, new_totals
+from pal.train.objectives import Objective, Outcome, Work, build_objective
 from pal.train.recipe import Recipe, Stage
 from pal.train.setup import build_model
-from pal.train.sources import Feed, StageData, open_sources, trained_tokens
+from pal.train.sources import Feed, StageData, open_sources
 
 logger = logging.getLogger(__name__)
+
+_CACHE_BYTES = 2 << 30
+"""Decoded audio to keep in memory, over all sources and stages."""
 
 
 class TrainingError(PalError):
@@ -102,8 +106,14 @@ class _Run:
         self.manifests = manifests
         self.state = State(data={name: manifest.digest for name, manifest in manifests.items()})
         self.trained: set[str] = set()
+        self.asked = False
+        """A signal asked this process to stop."""
         self.stop = False
+        """All processes know of it and stop after the same step."""
+        self.late = False
+        """All processes know that a checkpoint is due by the clock."""
         self.saved_at = time.monotonic()
+        self.waveforms = WaveformCache(_CACHE_BYTES)
         seed_everything(recipe.seed, "model")
         self.model = build_model(recipe, manifests, out)
 
@@ -139,8 +149,7 @@ class _Run:
     def _stage(self, index: int, found: Checkpoint | None, log: curves.Log | None) -> None:
         stage, state = self.recipe.stages[index], self.state
         parameters = self._set_up(stage)
-        by_clip = stage.objective == "tags"
-        data = StageData(self.recipe, index, self.manifests, by_clip)
+        data = StageData(self.recipe, index, self.manifests)
         objective = build_objective(self.model, stage, data.records())
         if found is not None:
             _fill(self.model, objective, found)
@@ -150,7 +159,7 @@ class _Run:
             self.model.llm.checkpoint_gradients(True)
         objective.train()
         stages.set_modes(self.model, stage)
-        data.start(self.model, objective)
+        data.start(self.model, objective, self.waveforms)
 
         accelerator = self.accelerator
         objective.to(accelerator.device)
@@ -161,11 +170,8 @@ class _Run:
         wrapped, prepared = accelerator.prepare(objective, optimizer)
 
         if len(state.totals) == index:
-            state.totals.append(
-                dict.fromkeys(("steps", "seconds", "rows", "clips", "audio_seconds", "tokens", "loss"), 0.0)
-            )
-            state.totals[index]["trained_parameters"] = sum(p.numel() for p in named.values())
-        keep, meter = self.recipe.keep, _Meter()
+            state.totals.append(new_totals() | {"trained_parameters": sum(p.numel() for p in named.values())})
+        keep, meter = self.recipe.keep, Meter(objective.unit)
         total = state.totals[index]
         place = (accelerator.process_index, accelerator.num_processes)
         feed = Feed(data, state.stage_step, *place, keep.workers, keep.prefetch)
@@ -187,14 +193,14 @@ class _Run:
                 )
                 seed_everything(self.recipe.seed, index, state.stage_step, accelerator.process_index)
                 try:
-                    loss, count, norm = self._step(stage, wrapped, prepared, list(named.values()), works)
+                    step = self._step(stage, wrapped, prepared, list(named.values()), works)
                 except _NotFiniteError as fault:
                     raise TrainingError(_where(stage, state, fault, works, save())) from None
                 done = time.monotonic()
                 state.step += 1
                 state.stage_step += 1
-                _count(total, works, done - began, self.model.sampling_rate)
-                meter.add(loss, count, norm, done - loaded, loaded - ready, works)
+                count_in(total, works, done - began, self.model.sampling_rate, objective.unit)
+                meter.add(step, done - loaded, loaded - ready, works)
                 began = done
                 bar.update()
                 last = state.stage_step == data.steps
@@ -204,7 +210,7 @@ class _Run:
                     bar.set_postfix_str(f"loss {line['loss']:.3g}", refresh=False)
                     if log is not None:
                         log.write(step=state.step, stage=stage.name, lr=rates, **line, seconds=self._seconds())
-                if not last and (self._due() or self.stop):
+                if not last and (self.stop or self.late or state.step % keep.checkpoint_every == 0):
                     path = save()
                     if self.stop:
                         self._leave(path)
@@ -220,24 +226,27 @@ class _Run:
 
     def _step(
         self, stage: Stage, objective: nn.Module, optimizer: Any, parameters: list[nn.Parameter], works: list[Work]
-    ) -> tuple[float, int, float]:
-        """One update. Returns the mean loss, the number it is a mean of (over all processes), the gradient's norm."""
+    ) -> Step:
+        """One update of the weights."""
         accelerator = self.accelerator
-        sums, count = torch.zeros((), device=accelerator.device), 0
+        sums, items = torch.zeros((), device=accelerator.device), 0
+        hits = (0, 0)
         for i, work in enumerate(works):
             with (
                 _autocast(accelerator.device, stage.precision),
                 # Gradients of several processes are averaged once, after the last part.
                 accelerator.no_sync(objective) if i + 1 < len(works) else nullcontext(),
             ):
-                loss, n = objective(work)
-                loss = loss * work.counts
-                accelerator.backward(loss)
-            sums = sums + loss.detach()
-            count += n if work.counts else 0
-        told = torch.stack([sums.double(), sums.new_tensor(count).double(), sums.new_tensor(self.stop).double()])
-        summed, counted, stopped = accelerator.reduce(told, reduction="sum").tolist()
-        self.stop = stopped > 0
+                outcome: Outcome = objective(work)
+                accelerator.backward(outcome.sum * work.counts)
+            sums = sums + outcome.sum.detach() * work.counts
+            items += outcome.items * work.counts
+            hits = (hits[0] + outcome.hits[0] * work.counts, hits[1] + outcome.hits[1] * work.counts)
+        # One exchange tells all processes the loss and what each of them knows about stopping and the clock.
+        told = torch.stack([sums.double(), *(sums.new_tensor(x).double() for x in (items, *hits))])
+        flags = told.new_tensor([self.asked, self._is_late()])
+        summed, counted, hit, tried, stop, late = accelerator.reduce(torch.cat([told, flags]), reduction="sum").tolist()
+        self.stop, self.late = stop > 0, late > 0
         if not np.isfinite(summed):
             optimizer.zero_grad()
             raise _NotFiniteError("the loss")
@@ -252,14 +261,13 @@ class _Run:
             raise _NotFiniteError("the gradient")
         optimizer.step()
         optimizer.zero_grad()
-        return summed / max(1.0, counted), int(counted), norm
+        return Step(summed / max(1.0, counted), int(counted), norm, int(hit), int(tried))
 
     # What is kept
 
-    def _due(self) -> bool:
-        keep = self.recipe.keep
-        late = keep.checkpoint_seconds is not None and time.monotonic() - self.saved_at > keep.checkpoint_seconds
-        return late or self.state.step % keep.checkpoint_every == 0
+    def _is_late(self) -> bool:
+        limit = self.recipe.keep.checkpoint_seconds
+        return limit is not None and time.monotonic() - self.saved_at > limit
 
     def _save(
         self, objective: Objective | None, optimizer: torch.optim.Optimizer | None, names: dict[int, str]
@@ -335,9 +343,9 @@ class _Run:
             return
 
         def ask(number: int, frame: FrameType | None) -> None:
-            if self.stop and number == signal.SIGINT:
+            if self.asked and number == signal.SIGINT:
                 raise KeyboardInterrupt
-            self.stop = True
+            self.asked = True
 
         before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
@@ -359,46 +367,6 @@ class _NotFiniteError(ArithmeticError):
     """What is not a finite number."""
 
 
-class _Meter:
-    """What the log says about the steps since its last line."""
-
-    def __init__(self) -> None:
-        self.step_seconds: list[float] = []
-        self._start()
-
-    def _start(self) -> None:
-        self.sum, self.count, self.norm, self.waited = 0.0, 0, 0.0, 0.0
-        self.rows, self.audio, self.steps = 0, 0.0, 0
-
-    def add(self, loss: float, count: int, norm: float, seconds: float, waited: float, works: list[Work]) -> None:
-        self.sum += loss * count
-        self.count += count
-        self.norm = max(self.norm, norm)
-        self.waited += waited
-        self.steps += 1
-        self.rows += sum(len(work.batch.rows) for work in works)
-        self.step_seconds.append(seconds)
-
-    def line(self) -> dict[str, Any]:
-        recent = self.step_seconds[-self.steps :]
-        passed = sum(recent) + self.waited
-        line = {
-            "loss": self.sum / max(1, self.count),
-            "gradient_norm": self.norm,
-            "tokens": self.count,
-            "tokens_per_second": round(self.count / passed, 1),
-            "rows_per_second": round(self.rows / passed, 1),
-            "step_seconds": round(statistics.median(recent), 5),
-            "wait_seconds": round(self.waited / self.steps, 5),
-        }
-        self._start()
-        return line
-
-    def median(self) -> float:
-        """Seconds of a step without the wait for its data."""
-        return statistics.median(self.step_seconds) if self.step_seconds else 0.0
-
-
 def _where(stage: Stage, state: State, fault: Exception, works: list[Work], saved: Path) -> str:
     records = [record for work in works for record in work.batch.records]
     named = ", ".join(records[:8]) + (f" and {len(records) - 8} more" if len(records) > 8 else "")
@@ -406,17 +374,6 @@ def _where(stage: Stage, state: State, fault: Exception, works: list[Work], save
         f"stage '{stage.name}', step {state.stage_step}: {fault} is not finite; records: {named}. The state before it "
         f"is in {saved}; look at these records with `pal data check`, or lower the learning rate"
     )
-
-
-def _count(total: dict[str, float], works: list[Work], seconds: float, rate: int) -> None:
-    total["steps"] += 1
-    total["seconds"] += seconds
-    for work in works:
-        if work.counts:
-            total["rows"] += len(work.batch.rows)
-            total["clips"] += len(work.batch.waveforms)
-            total["audio_seconds"] += sum(len(samples_N) for samples_N in work.batch.waveforms) / rate
-            total["tokens"] += trained_tokens(work.batch)
 
 
 def _fill(model: PalModel, objective: Objective, found: Checkpoint) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -30,20 +31,31 @@ class Work:
     """False for a repeated part whose loss is multiplied by 0."""
 
 
+class Outcome(NamedTuple):
+    """The loss of some work, so that means can be taken over all work of a step."""
+
+    sum: Tensor
+    items: int
+    """What it is a sum over: trained tokens, or clips."""
+    hits: tuple[int, int] = (0, 0)
+    """Right, of how many: the accuracy that the log shows, where an objective has one."""
+
+
 class Objective(nn.Module, ABC):
     """Loss of some work as a sum and the number it is a sum over."""
 
+    unit = "tokens"
+    """What the items of its loss are."""
     with_audio = True
-    by_clip = False
-    """Whether each clip is drawn once, whatever the number of its rows."""
+    """Whether its batches have the clips."""
 
     def __init__(self, model: PalModel) -> None:
         super().__init__()
         self.model = model
 
     @abstractmethod
-    def forward(self, work: Work) -> tuple[Tensor, int]:
-        """(sum, count); the loss of the step is the sum of all sums by the sum of all counts."""
+    def forward(self, work: Work) -> Outcome:
+        """The loss of a step is the sum of all sums by the number of all items."""
 
     def head(self) -> dict[str, nn.Parameter]:
         """Weights that belong to the objective alone: kept in checkpoints, not in bundles."""
@@ -56,10 +68,10 @@ class Answers(Objective):
     class Config(StrictConfig):
         """No options."""
 
-    def forward(self, work: Work) -> tuple[Tensor, int]:
+    def forward(self, work: Work) -> Outcome:
         """As `PalModel.loss`."""
         total, tokens = self.model.loss(work.batch)
-        return total, tokens
+        return Outcome(total, tokens)
 
 
 class Text(Answers):
@@ -77,7 +89,7 @@ class Tags(Objective):
     dataset uses it at all.
     """
 
-    by_clip = True
+    unit = "clips"
 
     class Config(StrictConfig):
         """Options of the objective."""
@@ -109,8 +121,11 @@ class Tags(Objective):
         """The linear layer."""
         return dict(self.linear.named_parameters(prefix="linear"))
 
-    def forward(self, work: Work) -> tuple[Tensor, int]:
-        """Sum over clips of each one's mean loss over its known labels."""
+    def forward(self, work: Work) -> Outcome:
+        """Sum over clips of each one's mean loss over its known labels.
+
+        A hit is a clip whose likeliest known label is one of its own.
+        """
         waveforms, tags, known_BJ = self._targets(work)
         features = self.model.encoder.encode(waveforms)
         logits_BAJ = self.linear(features.x_BAE).float()
@@ -133,7 +148,10 @@ class Tags(Objective):
                 loss
                 + self.config.frame_weight * _mean(frame_loss_BAJ, timed_BJ[:, None] & mask_BA[..., None], (1, 2)).sum()
             )
-        return loss, len(waveforms)
+        best_B = pooled_BJ.masked_fill(~known_BJ, 0).argmax(1)
+        held_BJ = (clip_BJ > 0) & known_BJ
+        right = int(held_BJ.gather(1, best_B[:, None]).sum())
+        return Outcome(loss, len(waveforms), (right, int(held_BJ.any(1).sum())))
 
     def _targets(self, work: Work) -> tuple[list[Tensor], list[list[TagSpan]], Tensor]:
         """Waveforms and tags after mixing, and which labels are known [B, J]."""

@@ -78,7 +78,7 @@ class LoRA(StrictConfig):
     """Low-rank adapters of the LLM (defaults: LTU's)."""
 
     r: int = Field(default=8, gt=0)
-    alpha: float = 16.0
+    alpha: int = 16
     dropout: float = Field(default=0.05, ge=0, lt=1)
     targets: tuple[str, ...] = ("q_proj", "v_proj")
     """Names of the linear layers that get one."""
@@ -153,6 +153,11 @@ class Stage(StrictConfig):
     gradient_checkpointing: bool = False
     precision: Literal["fp32", "bf16"] = "fp32"
     """Of the computation; weights and optimizer stay as they are stored."""
+
+    @property
+    def by_clip(self) -> bool:
+        """Whether the objective asks about clips, so that each is drawn once whatever the number of its rows."""
+        return self.objective == "tags"
 
     @model_validator(mode="after")
     def _one_length(self) -> Stage:

@@ -10,6 +10,7 @@ from functools import cache
 from pathlib import Path
 
 import soundfile
+from torch import Tensor
 
 from pal import audio
 from pal.config import parse
@@ -23,9 +24,6 @@ from pal.train.sampler import Group, Pool, Sampler, share
 from pal.types import IGNORE, Batch, Tokens
 
 logger = logging.getLogger(__name__)
-
-_CACHE_BYTES = 2 << 30
-"""Decoded audio that all sources of a stage keep together."""
 
 
 def open_sources(recipe: Recipe, made: Path) -> dict[str, Manifest]:
@@ -82,13 +80,13 @@ class StageData:
         index: of the stage in the recipe.
     """
 
-    def __init__(self, recipe: Recipe, index: int, manifests: dict[str, Manifest], by_clip: bool) -> None:
+    def __init__(self, recipe: Recipe, index: int, manifests: dict[str, Manifest]) -> None:
         self.stage = recipe.stages[index]
         sources = {name: s for name, s in recipe.stage_sources(self.stage).items() if name in manifests}
         self.manifests = [manifests[name] for name in sources]
         self.sources = list(sources.values())
         batch = self.stage.batch
-        if by_clip:
+        if self.stage.by_clip:
             batch = batch.model_copy(update={"rows_per_clip": 1})
         pools = []
         for name, source in sources.items():
@@ -113,9 +111,8 @@ class StageData:
                 for row in rows:
                     yield manifest[row]
 
-    def start(self, model: PalModel, objective: Objective) -> None:
+    def start(self, model: PalModel, objective: Objective, waveforms: WaveformCache) -> None:
         """Get ready to load: the model's tokenizer and rate, each source's augmentation."""
-        waveforms = WaveformCache(_CACHE_BYTES)
         for source in self.sources:
             augment = None
             if source.augment is not None:
@@ -215,7 +212,9 @@ def join(batches: Sequence[Batch]) -> Batch:
     """One batch of several: clips and rows in order, rows pointing at their moved clips."""
     if len(batches) == 1:
         return batches[0]
-    waveforms, rows, records = [], [], []
+    waveforms: list[Tensor] = []
+    rows: list[Tokens] = []
+    records: list[str] = []
     for batch in batches:
         first = len(waveforms)
         rows += [Tokens(row.ids, [first + clip for clip in row.clips], row.labels) for row in batch.rows]

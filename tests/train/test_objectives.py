@@ -79,7 +79,7 @@ def reference(objective: Tags, work: Work, frame_weight: float) -> float:
         for label in LABELS[dataset]:
             p_A = [p_J[names.index(label)] for p_J in p_AJ]
             mine = [span for span in spans if span.label == label]
-            clip.append(bce(sum(p * p for p in p_A) / sum(p_A), bool(mine)))
+            clip.append(bce(_pool(p_A), bool(mine)))
             timed = any(span.start is not None for span in spans) and all(span.start is not None for span in mine)
             for j, p in enumerate(p_A if timed else []):
                 inside = any(s.start < 0.1 * (j + 1) - 1e-9 and s.end > 0.1 * j + 1e-9 for s in mine)  # type: ignore[operator]
@@ -88,10 +88,26 @@ def reference(objective: Tags, work: Work, frame_weight: float) -> float:
     return total
 
 
+def right(objective: Tags, work: Work) -> tuple[int, int]:
+    names = ["bell", "cat", "dog"]
+    hits = 0
+    for x_N, spans, dataset in zip(work.batch.waveforms, work.batch.tags or [], work.datasets, strict=True):
+        if spans is not None:
+            p_AJ = objective.linear(objective.model.encoder.encode([x_N]).x_BAE[0]).sigmoid()  # type: ignore[operator]
+            pooled = {label: _pool(p_AJ[:, names.index(label)].tolist()) for label in LABELS[dataset]}
+            hits += max(pooled, key=pooled.__getitem__) in {span.label for span in spans}
+    return hits, 3
+
+
+def _pool(p_A: list[float]) -> float:
+    return sum(p * p for p in p_A) / sum(p_A)
+
+
 @pytest.mark.parametrize("frame_weight", [0.0, 1.0, 0.5])
 def test_tags_against_loops(frame_weight: float) -> None:
     objective = tags(frame_weight=frame_weight)
-    loss, count = objective(work())
+    loss, count, hits = objective(work())
+    assert hits == right(objective, work())
     assert count == 4
     assert loss.item() == pytest.approx(reference(objective, work(), frame_weight), rel=1e-5)
 
@@ -137,7 +153,12 @@ def record(dataset: str, spans: tuple[TagSpan, ...] | None) -> Record:
 
 
 def test_labels_are_collected_by_dataset() -> None:
-    records = [record("a", (TagSpan("x"), TagSpan("y"))), record("a", None), record("b", (TagSpan("y"),)), record("c", ())]
+    records = [
+        record("a", (TagSpan("x"), TagSpan("y"))),
+        record("a", None),
+        record("b", (TagSpan("y"),)),
+        record("c", ()),
+    ]
     assert dataset_labels(records) == {"a": {"x", "y"}, "b": {"y"}, "c": set()}
 
 

@@ -14,8 +14,7 @@ import torch
 from pal.model import PalModel
 from pal.train import loop, run
 from pal.train.curves import read_log
-
-from tests.train.tiny import HEAR, JOIN, READ, recipe
+from tests.train.tiny import recipe
 
 STEPS = 3 + 3 + 5
 
@@ -36,11 +35,11 @@ def assert_same_run(ours: Path, whole: Path) -> None:
     assert len(losses[0]) == STEPS
 
 
-class Stop(Exception):
+class StopError(Exception):
     pass
 
 
-@pytest.mark.parametrize("at", [1, 3, 7, 10])
+@pytest.mark.parametrize("at", [1, 3, 7])
 def test_exception(manifest: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int) -> None:
     steps = 0
     step = loop._Run._step
@@ -49,11 +48,11 @@ def test_exception(manifest: Path, whole: Path, tmp_path: Path, monkeypatch: pyt
         nonlocal steps
         steps += 1
         if steps == at + 1:
-            raise Stop
+            raise StopError
         return step(self, *args)  # type: ignore[arg-type]
 
     monkeypatch.setattr(loop._Run, "_step", failing)
-    with pytest.raises(Stop):
+    with pytest.raises(StopError):
         run(recipe(manifest), tmp_path)
     monkeypatch.setattr(loop._Run, "_step", step)
     run(recipe(manifest), tmp_path, resume=True)
@@ -101,7 +100,7 @@ def test_kill(manifest: Path, whole: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "tests.train.tiny", str(settings), str(out)]
     process = subprocess.Popen(command, stderr=subprocess.PIPE)
     deadline = time.monotonic() + 60
-    while len(read_log(out / "log.jsonl")) < 8:
+    while len(read_log(out / "log.jsonl")) < 6:
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.005)
     process.kill()
@@ -119,11 +118,5 @@ def test_a_finished_run_is_left_alone(manifest: Path, whole: Path) -> None:
 
 
 def test_workers_and_prefetch_change_nothing(manifest: Path, whole: Path, tmp_path: Path) -> None:
-    keep = {"checkpoint_every": 100, "log_every": 1, "workers": 0}
-    run(recipe(manifest, keep=keep), tmp_path / "none")
-    assert_same_run(tmp_path / "none", whole)
-    run(recipe(manifest, keep={**keep, "workers": 3, "prefetch": 5}), tmp_path / "three")
-    assert_same_run(tmp_path / "three", whole)
-
-
-__all__ = ["HEAR", "JOIN", "READ"]
+    run(recipe(manifest, keep={"checkpoint_every": 100, "log_every": 1, "workers": 3, "prefetch": 5}), tmp_path)
+    assert_same_run(tmp_path, whole)

@@ -44,7 +44,9 @@ JOIN = {
 def recipe(manifest: Path, stages: list[dict[str, Any]] | None = None, **fields: Any) -> Recipe:
     data = {"scenes": {"manifest": str(manifest), "augment": {"speed": [0.9, 1.1]}}}
     keep = {"checkpoint_every": 2, "log_every": 1}
-    return Recipe(**{"seed": 1, "model": MODEL, "data": data, "stages": stages or [HEAR, READ, JOIN], "keep": keep} | fields)
+    return Recipe(
+        **{"seed": 1, "model": MODEL, "data": data, "stages": stages or [HEAR, READ, JOIN], "keep": keep} | fields
+    )
 
 
 if __name__ == "__main__":

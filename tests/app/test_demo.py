@@ -1,0 +1,145 @@
+"""The whole demo at a very small size: what it writes, that it goes on, and that its page stands alone."""
+
+import base64
+import json
+from html.parser import HTMLParser
+
+import pytest
+
+from pal.app import demo
+from pal.errors import BundleError
+
+
+@pytest.fixture(scope="module")
+def small(assets):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(demo, "SHIPPED", assets.bundle)
+        patch.setattr(demo, "TEXT_LLM", assets.llm)
+        patch.setattr(demo, "_HELD_OUT", {"scenes": 4, "questions_per_scene": 2, "seconds": 1.5})
+        patch.setattr(demo, "_MEASURED_CLIPS", 2)
+        yield assets
+
+
+@pytest.fixture(scope="module")
+def out(small, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("demo")
+    demo.run_demo(folder, recipe_path=small.demo)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def results(out):
+    return json.loads((out / "results.json").read_text())
+
+
+def test_results_hold_the_comparison(results):
+    assert list(results["integrations"]) == ["plits", "lal", "pal"]
+    for one in results["integrations"].values():
+        assert one["accuracy"]["n"] == results["data"]["held_out_questions"] == 8
+        assert one["errors"] == 0
+        assert sum(task["n"] for task in one["per_task"].values()) == 8
+        assert all(value > 0 for value in one["cost"].values())
+        assert one["training"]["steps"] == 2
+        assert len(one["training"]["loss_curve"]) == 2
+    assert results["integrations"]["plits"]["minus_plits"] == {"difference": 0.0, "ci95": [0.0, 0.0]}
+    costs = {name: one["cost"] for name, one in results["integrations"].items()}
+    assert costs["lal"]["saved_bytes"] < costs["plits"]["saved_bytes"]
+    # keys and values of A tokens in all 3 layers, whether as rows or not: LAL saves no cache
+    assert costs["lal"]["audio_kv_bytes"] == costs["plits"]["audio_kv_bytes"]
+    # a third of the layers at full resolution and a third of the tokens in all of them
+    assert costs["pal"]["audio_kv_bytes"] < 0.8 * costs["plits"]["audio_kv_bytes"]
+    assert len(results["fresh_scene"]["questions"]) == 5
+    assert results["fresh_scene"]["events"]
+
+
+def test_all_start_from_the_same_encoder_and_llm(out, small):
+    settings = [json.loads((out / name / "recipe.json").read_text())["recipe"] for name in demo.METHODS]
+    for recipe, name in zip(settings, demo.METHODS, strict=True):
+        assert recipe["model"].pop("integration") == {"name": name}
+        assert recipe["start"] == {"encoder": str(small.bundle)}
+        assert recipe["model"]["llm"]["path"] == str(small.llm)
+    assert settings[0] == settings[1] == settings[2]
+
+
+class _Page(HTMLParser):
+    """Checks that tags close in order and notes where things come from."""
+
+    void = frozenset({"meta", "br", "img", "input", "link", "hr"})
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.sources, self.text, self.tags = [], [], [], []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.sources += [value for name, value in attrs if name in ("src", "href")]
+        if tag not in self.void:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append(tag)
+        self.sources += [value for name, value in attrs if name in ("src", "href")]
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+def test_page_stands_alone_and_says_what_the_results_say(out, results):
+    source = (out / "report.html").read_text()
+    page = _Page()
+    page.feed(source)
+    assert page.open == []
+    assert len(page.sources) == 2
+    assert all(one.startswith("data:") for one in page.sources)
+    assert "http" not in source.replace("http-equiv", "")
+    audio = next(one for one in page.sources if one.startswith("data:audio/wav;base64,"))
+    assert base64.b64decode(audio.partition(",")[2])[:4] == b"RIFF"
+    picture = next(one for one in page.sources if one.startswith("data:image/png;base64,"))
+    assert base64.b64decode(picture.partition(",")[2])[:8] == b"\x89PNG\r\n\x1a\n"
+    assert page.tags.count("svg") == 3
+    text = " ".join(page.text)
+    for one in results["integrations"].values():
+        assert f"{one['accuracy']['score'] * 100:.1f}" in text
+    for question in results["fresh_scene"]["questions"]:
+        assert question["question"] in text
+        assert question["truth"] in text
+
+
+def test_a_second_run_does_nothing_again(out, small, results, monkeypatch):
+    def never(*args, **options):
+        raise AssertionError("done before")
+
+    monkeypatch.setattr(demo, "evaluate", never)
+    monkeypatch.setattr(demo, "synthesise", never)
+    monkeypatch.setattr("pal.train.loop._Run.run", never)
+    again = demo.run_demo(out, recipe_path=small.demo)
+    for name in demo.METHODS:
+        for key in ("accuracy", "training", "model_digest"):
+            assert json.loads(json.dumps(again["integrations"][name][key])) == results["integrations"][name][key]
+
+
+def test_measuring_leaves_the_weights_alone(out, results):
+    from pal import load
+
+    for name in demo.METHODS:
+        assert load(out / name).digest == results["integrations"][name]["model_digest"]
+
+
+def test_quick_scales_the_recipe(small):
+    from pal.train.recipe import load_recipe
+
+    full = load_recipe(small.demo, ["stages.0.steps=1000", "stages.0.warmup=100", "data.scenes.synth.scenes=2000"])
+    quick = demo._scaled(full, quick=True)
+    assert (quick.stages[0].steps, quick.stages[0].warmup) == (40, 4)
+    assert quick.data["scenes"].synth.scenes == 80
+    assert demo._scaled(full, quick=False) == full
+
+
+def test_missing_llm_is_said_at_once(small, tmp_path, monkeypatch):
+    monkeypatch.setattr(demo, "TEXT_LLM", tmp_path / "nowhere")
+    with pytest.raises(BundleError, match="missing; `pal doctor` says what to do"):
+        demo.run_demo(tmp_path / "out", recipe_path=small.demo)
+    assert not (tmp_path / "out").exists()

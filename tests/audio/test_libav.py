@@ -1,0 +1,69 @@
+"""m4a and webm through the optional `av` package."""
+
+import builtins
+import io
+
+import numpy as np
+import pytest
+
+from pal.audio import load
+from pal.errors import AudioError
+from tests.audio.test_load import sine
+
+RATE = 48_000
+
+
+def encoded(format: str, codec: str, seconds: float = 2.0, tracks: int = 1, **options: str) -> bytes:
+    av = pytest.importorskip("av")
+    file = io.BytesIO()
+    samples = sine(RATE, seconds)
+    with av.open(file, "w", format=format, options=options) as container:
+        for stream in [container.add_stream(codec, rate=RATE, layout="mono") for _ in range(tracks)]:
+            for start in range(0, len(samples), 960):
+                frame = av.AudioFrame.from_ndarray(samples[None, start : start + 960], format="fltp", layout="mono")
+                frame.sample_rate, frame.pts = RATE, start
+                container.mux(stream.encode(frame))
+            container.mux(stream.encode(None))
+    return file.getvalue()
+
+
+FILES = [("mp4", "aac"), ("matroska", "aac"), ("webm", "libopus"), ("adts", "aac")]
+
+
+@pytest.mark.parametrize(("format", "codec"), FILES)
+def test_the_sound_is_there(format: str, codec: str) -> None:
+    wave = load(encoded(format, codec), 16_000)
+    assert wave.seconds_given == pytest.approx(2.0, abs=0.06)
+    assert len(wave.samples_N) == pytest.approx(wave.seconds_given * 16_000, abs=1)
+    spectrum = np.abs(np.fft.rfft(wave.samples_N[8_000:24_000].numpy()))
+    assert spectrum.argmax() == 440
+
+
+@pytest.mark.parametrize(("format", "codec"), FILES)
+@pytest.mark.parametrize("left", [0.02, 0.5, 0.97])
+def test_a_cut_file_is_refused(format: str, codec: str, left: float) -> None:
+    data = encoded(format, codec)
+    with pytest.raises(AudioError):
+        load(data[: int(len(data) * left)], 16_000)
+
+
+def test_a_browser_recording_declares_nothing_and_is_taken() -> None:
+    assert load(encoded("webm", "libopus", live="1"), 16_000).seconds_given == pytest.approx(2.0, abs=0.03)
+
+
+def test_two_tracks_are_refused() -> None:
+    with pytest.raises(AudioError, match="2 sound tracks"):
+        load(encoded("matroska", "aac", tracks=2), 16_000)
+
+
+def test_without_the_package_the_message_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = builtins.__import__
+
+    def without_av(name: str, *rest: object) -> object:
+        if name == "av":
+            raise ImportError(name)
+        return real(name, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(builtins, "__import__", without_av)
+    with pytest.raises(AudioError, match=r"call\.m4a: .*pip install 'pal-audio\[av\]'"):
+        load(b"\0\0\0\x18ftypM4A ", 16_000, name="call.m4a")

@@ -1,0 +1,202 @@
+"""`evaluate` with a model that answers from a table: what is asked, shared, counted and reported."""
+
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+from pal.backbone.tokenizer import train_tokenizer
+from pal.data.manifest import Manifest
+from pal.errors import ManifestError, PalError
+from pal.evaluate import Score, evaluate
+from pal.types import AUDIO, IGNORE
+
+QUESTION = "What is this?"
+
+
+class Fake:
+    """Names a clip by its length in tenths of a second; without audio it says "dog"."""
+
+    sampling_rate = 1000
+    digest = "d" * 64
+    training = True
+
+    def __init__(self):
+        self.tokenizer = train_tokenizer(["what is this dog cat yes no is it first?"] * 3, 300)
+        self.config = SimpleNamespace(system=None)
+        self.calls = []
+
+    def eval(self):
+        self.training = False
+
+    def train(self, mode):
+        self.training = mode
+
+    def generate(self, clips, rows, max_new_tokens):
+        assert not self.training
+        self.calls.append((len(clips), len(rows)))
+        return [self.answer(clips, row) for row in rows]
+
+    def answer(self, clips, row):
+        heard = [len(clips[clip]) for clip in row.clips]
+        if 500 in heard:
+            raise RuntimeError("this clip breaks the model")
+        return {0: "dog", 100: " Dog. ", 200: "cat", 300: "a bell"}[sum(heard)]
+
+    def answer_scores(self, clips, rows):
+        self.calls.append((len(clips), len(rows)))
+        scores = []
+        for row in rows:
+            said = self.tokenizer.decode([label for label in row.labels if label != IGNORE], skip_special_tokens=True)
+            wanted = self.answer(clips, row).strip(" .").lower()
+            scores.append(-1.0 if said == wanted else -5.0)
+        return torch.tensor(scores)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for name, samples in (("dog", 100), ("cat", 200), ("bell", 300), ("broken", 500)):
+        soundfile.write(tmp_path / f"{name}.wav", np.full(samples, 0.1), 1000 * 8)
+    return tmp_path
+
+
+@pytest.fixture(autouse=True)
+def no_resampling(monkeypatch):
+    def load(path, rate):
+        samples, _ = soundfile.read(path, dtype="float32")
+        return SimpleNamespace(samples_N=torch.from_numpy(samples))
+
+    monkeypatch.setattr("pal.evaluate.runner.load", load)
+
+
+def manifest(folder, records):
+    path = folder / "made.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return Manifest(path)
+
+
+def record(clip, answer, question=QUESTION, task="what", **more):
+    return {
+        "instruction": question,
+        "input": "",
+        "audio_id": clip,
+        "dataset": "d",
+        "task": task,
+        "output": answer,
+        **more,
+    }
+
+
+def test_scores_by_hand(folder):
+    records = [
+        record("dog.wav", "dog", id="a"),
+        record("cat.wav", "cat", id="b"),
+        record("bell.wav", "cat", id="c"),
+        record("dog.wav", "yes", "Is it a dog?", "presence", id="d"),
+    ]
+    model = Fake()
+    made = manifest(folder, records)
+    score = evaluate(model, made, progress=False)
+    found = score.to_dict()
+    assert list(found)[:9] == [
+        *("benchmark", "n", "metric", "score", "ci95", "no_audio_score", "per_task", "settings", "items")
+    ]
+    assert (found["benchmark"], found["n"], found["metric"]) == ("made", 4, "exact_match")
+    assert found["score"] == 0.5
+    assert found["no_audio_score"] == 0.25
+    assert {task: (one["n"], one["score"]) for task, one in found["per_task"].items()} == {
+        "presence": (1, 0.0),
+        "what": (3, 2 / 3),
+    }
+    assert [item["prediction"] for item in found["items"]] == [" Dog. ", "cat", "a bell", " Dog. "]
+    assert [item["correct"] for item in found["items"]] == [True, True, False, False]
+    assert [item["id"] for item in found["items"]] == ["a", "b", "c", "d"]
+    assert [item["no_audio_prediction"] for item in found["items"]] == ["dog"] * 4
+    assert list(found["items"][0])[:5] == ["id", "question", "reference", "prediction", "correct"]
+    settings = found["settings"]
+    assert {"prompt", "decoding", "scoring", "data_digest", "model_digest"} <= set(settings)
+    assert settings["data_digest"] == made.digest
+    assert settings["prompt"] == f"<user><audio>\n{QUESTION}<assistant>"
+    assert model.training  # put back
+
+
+def test_questions_about_a_clip_share_it_and_the_deaf_ones_are_asked_once(folder):
+    records = [record(f"{name}.wav", "x", f"Is it {q}?") for q in ("a", "b", "c") for name in ("dog", "cat")]
+    model = Fake()
+    evaluate(model, manifest(folder, records), batch=3, progress=False)
+    # two batches of three questions about one clip each, then three different questions without any
+    assert model.calls == [(1, 3), (1, 3), (0, 3)]
+
+
+def test_batches_do_not_change_answers(folder):
+    records = [record(f"{name}.wav", name) for name in ("dog", "cat", "bell")]
+    made = manifest(folder, records)
+    scores = [evaluate(Fake(), made, batch=batch, progress=False) for batch in (1, 2, 64)]
+    assert len({json.dumps([item.prediction for item in score.items]) for score in scores}) == 1
+
+
+def test_an_item_that_raises_is_wrong_and_reported(folder):
+    (folder / "not.wav").write_text("no audio at all")
+    records = [record("dog.wav", "dog"), record("broken.wav", "dog"), record("cat.wav", "cat")]
+    score = evaluate(Fake(), manifest(folder, records), progress=False)
+    assert [item.correct for item in score.items] == [True, False, True]
+    assert score.score == 2 / 3
+    (error,) = score.to_dict()["errors"]
+    assert error["error"] == "RuntimeError: this clip breaks the model"
+    assert score.items[1].no_audio_correct is True
+
+
+def test_every_item_raising_is_an_error(folder):
+    with pytest.raises(PalError, match="none of 1 questions could be answered; .*breaks the model"):
+        evaluate(Fake(), manifest(folder, [record("broken.wav", "dog")]), progress=False)
+
+
+def test_rank_takes_the_likeliest_choice(folder):
+    choices = {"choices": ["cat", "dog"]}
+    records = [
+        record("dog.wav", "dog", **choices),
+        record("cat.wav", "cat", **choices),
+        record("cat.wav", "dog", "What?", **choices),
+        record("cat.wav", "free text"),
+    ]
+    model = Fake()
+    score = evaluate(model, manifest(folder, records), scoring="rank", batch=4, progress=False)
+    assert [item.prediction for item in score.items] == ["dog", "cat", "cat"]
+    assert score.overall.n == 3
+    assert score.score == 2 / 3
+    assert score.metric == "rank_accuracy"
+    assert model.calls[0] == (1, 4)
+
+
+def test_rank_needs_choices(folder):
+    with pytest.raises(ManifestError, match="use scoring 'exact'"):
+        evaluate(Fake(), manifest(folder, [record("dog.wav", "bell")]), "rank", progress=False)
+
+
+def test_each_turn_is_asked_after_the_reference_answers_before_it(folder):
+    turns = [{"question": "What is this?", "answer": "cat"}, {"question": "Is it a dog?", "answer": "dog"}]
+    fields = {"audio_id": "dog.wav", "input": "", "dataset": "d", "task": "what", "id": "r", "turns": turns}
+    model = Fake()
+    rows = []
+    model.generate = lambda clips, more, max_new_tokens: rows.extend(more) or ["dog"] * len(more)
+    score = evaluate(model, manifest(folder, [fields]), no_audio=False, progress=False)
+    assert [(item.id, item.correct) for item in score.items] == [("r#0", False), ("r#1", True)]
+    texts = sorted(model.tokenizer.decode([i for i in row.ids if i != AUDIO]) for row in rows)
+    assert texts[1] == "<user>\nWhat is this?<assistant>cat<eos><user>Is it a dog?<assistant>"
+    assert score.overall.no_audio_score is None
+
+
+def test_limit_and_empty(folder):
+    records = [record("dog.wav", "dog"), record("cat.wav", "cat")]
+    assert evaluate(Fake(), manifest(folder, records), limit=1, progress=False).overall.n == 1
+    with pytest.raises(ManifestError, match="no questions"):
+        evaluate(Fake(), [], progress=False)
+
+
+def test_score_round_trip(folder, tmp_path):
+    score = evaluate(Fake(), manifest(folder, [record("dog.wav", "dog"), record("cat.wav", "dog")]), progress=False)
+    score.save(tmp_path / "deep" / "score.json")
+    assert Score.load(tmp_path / "deep" / "score.json").to_dict() == score.to_dict()

@@ -1,0 +1,130 @@
+"""Tiny random LLMs of every supported family, clips and conversations for the identities."""
+
+from functools import cache
+
+import torch
+
+from pal.backbone.llm import Backbone
+from pal.registry import build
+from pal.types import AUDIO, AudioFeatures, Tokens
+from tests.identities.reference import Decoder, lay_out
+
+E = 10
+VOCAB = 48
+STRIDE = 3
+FAMILIES = {
+    "llama": {},
+    "qwen2": {},
+    "qwen3": {"head_dim": 8},
+    "mistral": {"head_dim": 8, "sliding_window": 7},
+    "gemma": {"head_dim": 8},
+    "gemma3": {
+        "model_type": "gemma3_text",
+        "head_dim": 8,
+        "sliding_window": 6,
+        "query_pre_attn_scalar": 12,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    },
+}
+INTEGRATIONS = {
+    "plits": {"name": "plits"},
+    "lal": {"name": "lal"},
+    "lal_first": {"name": "lal", "layers": "first_third"},
+    "lal_some": {"name": "lal", "layers": [0, 2]},
+    "pal": {"name": "pal", "stride": STRIDE},
+}
+PLACEMENTS = {
+    "before": [AUDIO, 5, 6, 7, 8],
+    "middle": [5, 6, 7, AUDIO, 8, 9, 10],
+    "end": [5, 6, 7, AUDIO],
+    "two": [5, AUDIO, 6, AUDIO, 7, 8],
+    "adjacent": [5, AUDIO, AUDIO, 7, 8],
+    "turns": [5, AUDIO, 6, 7, 11, 12, 8, AUDIO, 9, 13, 14],
+    "none": [5, 6, 7, 8, 9],
+}
+
+
+def fields(family, layers=3):
+    kind = dict(FAMILIES[family])
+    if "layer_types" in kind:
+        kind["layer_types"] = kind["layer_types"][:layers]
+    return {
+        "model_type": family,
+        "vocab_size": VOCAB,
+        "hidden_size": 32,
+        "intermediate_size": 40,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+        "initializer_range": 0.2,
+        "pad_token_id": 0,
+        "bos_token_id": 2,
+        "eos_token_id": 1,
+        **kind,
+    }
+
+
+def make_backbone(family, layers=3, dtype=torch.float32, seed=0, **more):
+    """Weights large enough that every mistake shows, no norm and no bias at its neutral start."""
+    torch.manual_seed(seed)
+    llm = Backbone.load(fields(family, layers) | more, dtype=dtype)
+    with torch.no_grad():
+        for parameter in llm.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    return llm.eval()
+
+
+def make_integration(name, llm, seed=1, **options):
+    torch.manual_seed(seed)
+    return build("integration", INTEGRATIONS[name] | options, in_width=E, llm=llm)
+
+
+@cache
+def shared(family, name, layers=3):
+    """A backbone and an integration that tests only read."""
+    llm = _shared_backbone(family, layers)
+    return llm, make_integration(name, llm)
+
+
+@cache
+def _shared_backbone(family, layers):
+    return make_backbone(family, layers)
+
+
+def features(*lengths, seed=2, garbage=True):
+    """Clips of so many tokens; what lies beyond a clip's end is large, so that any leak shows."""
+    generator = torch.Generator().manual_seed(seed)
+    x_BAE = torch.randn(len(lengths), max(lengths), E, generator=generator)
+    mask_BA = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+    if garbage:
+        x_BAE = torch.where(mask_BA[..., None], x_BAE, 1e3)
+    return AudioFeatures(x_BAE, mask_BA, 0.04)
+
+
+def conversation(ids, clips=(0, 1), labels=None):
+    return Tokens(list(ids), list(clips[: list(ids).count(AUDIO)]), labels)
+
+
+def expected_logits(llm, integration, row, audio, keys=True, rows=True):
+    """The reference's logits of a conversation's text rows."""
+    decoder = Decoder(llm.lm.config, llm.lm.state_dict())
+    weights = integration.state_dict()
+    method = {"PLITS": "plits", "LAL": "lal", "PAL": "pal"}[type(integration).__name__]
+    layers = getattr(integration, "layers", ())
+    clips = [audio.x_BAE[clip][audio.mask_BA[clip]] for clip in row.clips]
+    scene = lay_out(method, weights, layers, STRIDE, row.ids, clips, decoder.embed, keys, rows)
+    return decoder.logits(scene)
+
+
+def text_rows(llm, integration, row, inputs, logits_BTV, at):
+    """The logits of row `at` where text stands, without padding and audio rows."""
+    real = inputs.attention_mask_BT[at].bool()
+    if inputs.audio is not None:
+        real = real & ~inputs.audio.audio_rows_BT[at]
+    elif row.clips:  # PLITS: the audio rows are those whose embedding is no token's
+        table_VD = llm.embed(torch.arange(VOCAB))
+        is_token = (inputs.inputs_embeds_BTD[at][:, None] == table_VD).all(-1).any(-1)
+        real = real & is_token
+    return logits_BTV[at][real]

@@ -1,0 +1,170 @@
+"""A decoder in plain matmuls, float64, one conversation at a time; it shares no code with the product.
+
+Audio and text are entities with positions. Rows are entities that run through all layers; keys are
+entities that exist only as input of a layer's key and value projections. A query sees an entity iff its
+position is not later and, on windowed layers, less than the window away.
+"""
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+
+AUDIO = -1
+
+
+@dataclass
+class Scene:
+    rows: list = field(default_factory=list)
+    """(embedding [D], position, is_text)"""
+    keys: dict = field(default_factory=dict)
+    """layer -> list of (u [D], position)"""
+
+
+def mlp(weights, prefix, x):
+    w = {k: weights[f"{prefix}.{k}"].double() for k in ("0.weight", "0.bias", "2.weight", "2.bias")}
+    hidden = x.double() @ w["0.weight"].T + w["0.bias"]
+    hidden = 0.5 * hidden * (1 + torch.erf(hidden / math.sqrt(2)))
+    return hidden @ w["2.weight"].T + w["2.bias"]
+
+
+def lay_out(method, weights, layers, stride, ids, clips, embed, keys=True, rows=True):
+    """Put a conversation's text and clips at the positions of DESIGN section 1, step by step.
+
+    method: plits, lal or pal. clips: the features [A, E] of each placeholder, in order, without padding.
+    keys=False or rows=False leaves that half of the hybrid out; positions stay.
+    """
+    scene = Scene(keys={layer: [] for layer in layers})
+    p = 0
+    clips = list(clips)
+    for token in ids:
+        if token != AUDIO:
+            scene.rows.append((embed(token), p, True))
+            p += 1
+            continue
+        a = clips.pop(0)
+        if method == "plits":
+            for u in mlp(weights, "projector", a):
+                scene.rows.append((u, p, False))
+                p += 1
+            continue
+        r = stride
+        for layer in layers if keys else ():
+            for j, u in enumerate(mlp(weights, f"projectors.{layer}", a)):
+                scene.keys[layer].append((u, p + j + (j // r if method == "pal" else 0)))
+        if method == "lal":
+            p += len(a)
+            continue
+        S = math.ceil(len(a) / r)
+        kernel, bias = weights["summarize.weight"].double(), weights["summarize.bias"].double()
+        for i in range(S):
+            total = bias.clone()
+            for j in range(i * r, min((i + 1) * r, len(a))):
+                total = total + kernel[:, :, j - i * r] @ a[j].double()
+            if rows:
+                scene.rows.append((mlp(weights, "projector", total[None])[0], p + (i + 1) * r + i, False))
+        p += S * (r + 1)
+    assert not clips
+    return scene
+
+
+class Decoder:
+    """Llama, Qwen2, Qwen3, Mistral, Gemma or Gemma3 from its configuration and a state dict."""
+
+    def __init__(self, config, state):
+        self.c = config
+        self.w = {name: tensor.detach().double() for name, tensor in state.items()}
+        self.kind = config.model_type
+        self.gemma = self.kind.startswith("gemma")
+        self.C = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+    def embed(self, token):
+        e = self.w["model.embed_tokens.weight"][token]
+        return e * math.sqrt(self.c.hidden_size) if self.gemma else e
+
+    def norm(self, name, x):
+        weight = self.w[name + ".weight"]
+        y = x / torch.sqrt((x * x).mean(-1, keepdim=True) + self.c.rms_norm_eps)
+        return y * (1 + weight) if self.gemma else y * weight
+
+    def linear(self, name, x):
+        y = x @ self.w[name + ".weight"].T
+        return y + self.w[name + ".bias"] if name + ".bias" in self.w else y
+
+    def layer_kind(self, layer):
+        if self.kind == "mistral":
+            return "sliding_attention" if self.c.sliding_window else "full_attention"
+        return (getattr(self.c, "layer_types", None) or ["full_attention"] * self.c.num_hidden_layers)[layer]
+
+    def rope(self, x, positions, layer):
+        """x [N, heads, C]"""
+        parameters = self.c.rope_parameters
+        theta = (
+            parameters[self.layer_kind(layer)]["rope_theta"] if self.kind == "gemma3_text" else parameters["rope_theta"]
+        )
+        half = self.C // 2
+        angle = positions.double()[:, None] / theta ** (torch.arange(half).double() / half)
+        cos, sin = angle.cos()[:, None], angle.sin()[:, None]
+        x1, x2 = x[..., :half], x[..., half:]
+        return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], -1)
+
+    def keys_values(self, layer, x, positions):
+        p = f"model.layers.{layer}."
+        x = self.norm(p + "input_layernorm", x)
+        k = self.linear(p + "self_attn.k_proj", x).view(len(x), -1, self.C)
+        v = self.linear(p + "self_attn.v_proj", x).view(len(x), -1, self.C)
+        if p + "self_attn.k_norm.weight" in self.w:
+            k = self.norm(p + "self_attn.k_norm", k)
+        return self.rope(k, positions, layer), v
+
+    def attention(self, layer, x, positions, extra):
+        p = f"model.layers.{layer}."
+        k, v = self.keys_values(layer, x, positions)
+        key_positions = positions
+        if extra:
+            u = torch.stack([u for u, _ in extra])
+            at = torch.tensor([position for _, position in extra])
+            k2, v2 = self.keys_values(layer, u, at)
+            k, v, key_positions = torch.cat([k, k2]), torch.cat([v, v2]), torch.cat([positions, at])
+        q = self.linear(p + "self_attn.q_proj", self.norm(p + "input_layernorm", x)).view(len(x), -1, self.C)
+        if p + "self_attn.q_norm.weight" in self.w:
+            q = self.norm(p + "self_attn.q_norm", q)
+        q = self.rope(q, positions, layer)
+        scale = (self.c.query_pre_attn_scalar if self.kind == "gemma3_text" else self.C) ** -0.5
+        distance = positions[:, None] - key_positions[None, :]
+        seen = distance >= 0
+        if self.layer_kind(layer) == "sliding_attention":
+            seen = seen & (distance < self.c.sliding_window)
+        groups = q.shape[1] // k.shape[1]
+        out = []
+        for head in range(q.shape[1]):
+            score = q[:, head] @ k[:, head // groups].T * scale
+            out.append(torch.softmax(score.masked_fill(~seen, -torch.inf), -1) @ v[:, head // groups])
+        return self.linear(p + "self_attn.o_proj", torch.cat(out, -1))
+
+    def mlp(self, layer, x):
+        p = f"model.layers.{layer}.mlp."
+        gate = self.linear(p + "gate_proj", x)
+        if self.gemma:
+            gate = 0.5 * gate * (1 + torch.tanh(math.sqrt(2 / math.pi) * (gate + 0.044715 * gate**3)))
+        else:
+            gate = gate * torch.sigmoid(gate)
+        return self.linear(p + "down_proj", gate * self.linear(p + "up_proj", x))
+
+    def logits(self, scene):
+        """Logits [text rows, vocabulary] of a scene's text, in order."""
+        x = torch.stack([row.double() for row, _, _ in scene.rows])
+        positions = torch.tensor([position for _, position, _ in scene.rows])
+        text = torch.tensor([is_text for _, _, is_text in scene.rows])
+        for layer in range(self.c.num_hidden_layers):
+            p = f"model.layers.{layer}."
+            a = self.attention(layer, x, positions, scene.keys.get(layer, []))
+            if self.kind == "gemma3_text":
+                x = x + self.norm(p + "post_attention_layernorm", a)
+                f = self.mlp(layer, self.norm(p + "pre_feedforward_layernorm", x))
+                x = x + self.norm(p + "post_feedforward_layernorm", f)
+            else:
+                x = x + a
+                x = x + self.mlp(layer, self.norm(p + "post_attention_layernorm", x))
+        head = self.w.get("lm_head.weight", self.w["model.embed_tokens.weight"])
+        return (self.norm("model.norm", x) @ head.T)[text]

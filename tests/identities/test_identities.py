@@ -1,0 +1,341 @@
+"""The ten identities of the design, in its order; test_reference.py holds what they stand on."""
+
+import copy
+from dataclasses import replace
+from functools import cache
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from pal.backbone.llm import LoRA
+from pal.types import AUDIO, AudioFeatures, Tokens
+from tests.identities.models import (
+    FAMILIES,
+    INTEGRATIONS,
+    PLACEMENTS,
+    conversation,
+    expected_logits,
+    features,
+    make_backbone,
+    make_integration,
+    shared,
+    text_rows,
+)
+
+FAST = ["llama", "mistral", "gemma3"]
+"""Families for the costlier identities: plain, windows everywhere, windows and two rotary embeddings."""
+
+every_family = pytest.mark.parametrize("family", FAMILIES)
+some_families = pytest.mark.parametrize("family", FAST)
+every_integration = pytest.mark.parametrize("name", INTEGRATIONS)
+both_sides = pytest.mark.parametrize("side", ["left", "right"])
+
+
+def close(ours, theirs, tolerance=1e-4):
+    torch.testing.assert_close(ours, theirs, atol=tolerance, rtol=tolerance)
+
+
+# 1
+
+
+@cache
+def plain_model(family):
+    llm, _ = shared(family, "plits")
+    plain = AutoModelForCausalLM.from_config(copy.deepcopy(llm.lm.config), attn_implementation="sdpa").eval()
+    plain.load_state_dict(llm.lm.state_dict())
+    return plain
+
+
+@both_sides
+@every_integration
+@every_family
+@torch.no_grad()
+def test_1_without_audio_logits_equal_the_plain_model_exactly(family, name, side):
+    llm, integration = shared(family, name)
+    plain = plain_model(family)
+    rows = [Tokens([5, 6, 7, 8, 9, 10, 11, 12, 13], []), Tokens([5, 6, 7], [])]
+    for batch in (rows, rows[:1]):
+        inputs = integration(None, batch, llm, side)
+        assert inputs.audio is None
+        ids_BT = torch.zeros(inputs.position_ids_BT.shape, dtype=torch.long)
+        ids_BT[inputs.attention_mask_BT.bool()] = torch.tensor([token for row in batch for token in row.ids])
+        real = inputs.attention_mask_BT.bool()
+        theirs = plain(
+            input_ids=ids_BT, attention_mask=inputs.attention_mask_BT, position_ids=inputs.position_ids_BT
+        ).logits
+        assert torch.equal(llm(inputs).logits[real], theirs[real])
+
+
+# 2
+
+
+@every_family
+@torch.no_grad()
+def test_2_with_one_layer_and_the_same_projector_lal_equals_plits(family):
+    row, audio = [conversation(PLACEMENTS["two"])], features(4, 6)
+    for layers in (1, 3):
+        llm = make_backbone(family, layers)
+        plits, lal = make_integration("plits", llm), make_integration("lal", llm)
+        for projector in lal.projectors.values():
+            projector.load_state_dict(plits.projector.state_dict())
+        a, b = plits(audio, row, llm), lal(audio, row, llm)
+        a = text_rows(llm, plits, row[0], a, llm(a).logits, 0)
+        b = text_rows(llm, lal, row[0], b, llm(b).logits, 0)
+        if layers == 1:
+            close(a, b)
+        else:
+            assert (a - b).abs().max() > 1e-2
+
+
+# 3
+
+
+@both_sides
+@every_integration
+@every_family
+@torch.no_grad()
+def test_3_text_before_the_audio_does_not_change_with_it(family, name, side):
+    llm, integration = shared(family, name)
+    rows = [conversation(PLACEMENTS["middle"]), conversation(PLACEMENTS["none"])]
+    logits = []
+    for seed in (2, 3):
+        inputs = integration(features(7, 11, seed=seed), rows, llm, side)
+        logits.append(text_rows(llm, integration, rows[0], inputs, llm(inputs).logits, 0))
+    assert torch.equal(logits[0][:3], logits[1][:3])
+    assert (logits[0][3:] - logits[1][3:]).abs().amax(-1).min() > 1e-3
+
+
+# 4
+
+
+@both_sides
+@every_integration
+@every_family
+@torch.no_grad()
+def test_4_a_padded_batch_equals_its_items(family, name, side):
+    llm, integration = shared(family, name)
+    rows = [conversation(ids, clips=(1, 0)) for ids in PLACEMENTS.values()] + [conversation([5, AUDIO, 9], (2,))]
+    lengths = (7, 11, 1)
+    audio = features(*lengths)
+    inputs = integration(audio, rows, llm, side)
+    logits_BTV = llm(inputs).logits
+    for at, row in enumerate(rows):
+        alone = Tokens(row.ids, list(range(len(row.clips))))
+        clips = [audio.x_BAE[clip, : lengths[clip]] for clip in row.clips]
+        own = None
+        if clips:
+            width = max(len(x) for x in clips)
+            x_BAE = torch.stack([torch.nn.functional.pad(x, (0, 0, 0, width - len(x))) for x in clips])
+            own = AudioFeatures(x_BAE, torch.arange(width) < torch.tensor([len(x) for x in clips])[:, None], 0.04)
+        single = integration(own, [alone], llm)
+        close(logits_BTV[at][inputs.attention_mask_BT[at].bool()], llm(single).logits[0])
+
+
+@both_sides
+@every_integration
+@some_families
+def test_4_beams_of_a_batch_equal_beams_of_its_items(family, name, side):
+    llm, integration = shared(family, name)
+    audio = features(7, 11)
+    rows = [conversation(PLACEMENTS["turns"]), conversation([5, AUDIO, 9], (1,)), conversation(PLACEMENTS["none"])]
+    options = {"num_beams": 3, "max_new_tokens": 5, "do_sample": False, "num_return_sequences": 2, "eos_token_id": None}
+    together = llm.generate(integration(audio, rows, llm, side), **options)
+    singly = [llm.generate(integration(audio, [row], llm, side), **options) for row in rows]
+    assert together.tolist() == torch.cat(singly).tolist()
+
+
+# 5
+
+
+@both_sides
+@every_integration
+@every_family
+@torch.no_grad()
+def test_5_cached_generation_equals_one_full_forward(family, name, side):
+    llm, integration = shared(family, name)
+    audio = features(7, 11)
+    rows = [conversation(PLACEMENTS["middle"]), conversation(PLACEMENTS["two"]), conversation(PLACEMENTS["none"])]
+    inputs = integration(audio, rows, llm, side)
+    made = llm.generate(
+        inputs,
+        max_new_tokens=9,  # more than the windows
+        do_sample=False,
+        eos_token_id=None,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    steps_BNV = torch.stack(made.logits, dim=1)
+    for at, row in enumerate(rows):
+        whole = integration(audio, [Tokens(row.ids + made.sequences[at].tolist(), row.clips)], llm)
+        close(steps_BNV[at], llm(whole).logits[0, -10:-1])
+
+
+# 6
+
+
+@every_integration
+@every_family
+@torch.no_grad()
+def test_6_indexed_audio_equals_audio_in_place(family, name):
+    llm, integration = shared(family, name)
+    audio = features(7, 11)
+    rows = [conversation(ids) for ids in PLACEMENTS.values()]
+    stored = integration.index(audio, llm, "digest")
+    for given in (stored, [stored[0], stored[1]]):
+        close(llm(integration(given, rows, llm)).logits, llm(integration(audio, rows, llm)).logits, 1e-5)
+
+
+@every_integration
+@every_family
+@torch.no_grad()
+def test_6_two_chunks_appended_equal_one_shot_at_any_offset(family, name):
+    llm, integration = shared(family, name)
+    audio = features(6, 6, garbage=False)
+    early = AudioFeatures(audio.x_BAE[:, :3], audio.mask_BA[:, :3], 0.04)
+    # the later chunks differ in length, so the joined clips do
+    mask_BA = torch.arange(3) < torch.tensor([[3], [1]])
+    late = AudioFeatures(audio.x_BAE[:, 3:], mask_BA, 0.04)
+    both = integration.index(early, llm, "d").append(integration.index(late, llm, "d"))
+    assert both.lengths == (6, 4)
+    whole = AudioFeatures(audio.x_BAE, torch.cat([early.mask_BA, mask_BA], 1), 0.04)
+    for ids in ([AUDIO, 5, 6], [5] * 9 + [AUDIO, 5, 6], [5, AUDIO, 6, AUDIO, 7]):
+        rows = [conversation(ids), conversation(ids, (1, 0))]
+        close(llm(integration(both, rows, llm)).logits, llm(integration(whole, rows, llm)).logits, 1e-5)
+
+
+@every_family
+@torch.no_grad()
+def test_6_keys_rotated_later_equal_keys_made_there(family):
+    llm, integration = shared(family, "lal")
+    audio = features(5)
+    stored = integration.index(audio, llm, "d")
+    rows = [conversation([6] * 20 + [AUDIO, 5])]
+    context = integration(audio, rows, llm).audio
+    for layer in range(3):
+        u_BAD = integration.projectors[str(layer)](audio.x_BAE)
+        k_BGAC, v_BGAC = llm.project_kv(layer, u_BAD)
+        torch.testing.assert_close(stored.keys_values(layer), (k_BGAC, v_BGAC))
+        cos, sin = llm.rope(torch.arange(20, 25)[None])[llm.layer_types[layer]]
+        half = llm.head_width // 2
+        turned = torch.cat([-k_BGAC[..., half:], k_BGAC[..., :half]], -1)
+        built = context.prebuilt().built[layer]
+        torch.testing.assert_close(built[0], k_BGAC * cos[:, None] + turned * sin[:, None])
+
+
+# 7
+
+
+@both_sides
+@pytest.mark.parametrize("placement", PLACEMENTS)
+@every_family
+@torch.no_grad()
+def test_7_the_hybrid_with_one_pathway_masked_equals_the_other(family, placement, side):
+    llm, integration = shared(family, "pal")
+    audio = features(7, 11)
+    rows = [conversation(PLACEMENTS[placement]), conversation([7, AUDIO, 3, 4, 5, 6, 8, 9], (1,))]
+    inputs = integration(audio, rows, llm, side)
+    for masked, keys, summary in (("keys", False, True), ("rows", True, False)):
+        logits_BTV = llm(replace(inputs, audio=inputs.audio.without(masked))).logits
+        assert logits_BTV.isfinite().all()
+        for at, row in enumerate(rows):
+            ours = text_rows(llm, integration, row, inputs, logits_BTV, at)
+            close(ours.double(), expected_logits(llm, integration, row, audio, keys=keys, rows=summary))
+
+
+@torch.no_grad()
+def test_7_masked_pathways_stay_masked_while_generating():
+    llm, integration = shared("mistral", "pal")
+    audio, row = features(7), conversation(PLACEMENTS["middle"])
+    inputs = integration(audio, [row], llm)
+    for masked in ("keys", "rows"):
+        options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
+        made = llm.generate(
+            replace(inputs, audio=inputs.audio.without(masked)),
+            **options,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+        full = Tokens(row.ids + made.sequences[0].tolist(), row.clips)
+        theirs = expected_logits(llm, integration, full, audio, keys=masked != "keys", rows=masked != "rows")
+        close(torch.stack(made.logits, 1)[0].double(), theirs[-7:-1])
+
+
+# 8 and 9
+
+
+def labelled():
+    rows = [
+        Tokens([5, AUDIO, 6, 7, 8], [0], [-100, -100, -100, 7, 8]),
+        Tokens([5, AUDIO, AUDIO, 8, 9], [1, 0], [-100, -100, -100, -100, 9]),
+        Tokens([5, 6, 7], [], [-100, -100, 7]),
+    ]
+    return features(5, 8), rows
+
+
+def gradients(llm, integration):
+    audio, rows = labelled()
+    llm.zero_grad(), integration.zero_grad()
+    total, tokens = llm.loss(integration(audio, rows, llm))
+    assert tokens == 4
+    total.backward()
+    named = [*llm.named_parameters(), *integration.named_parameters()]
+    return {name: None if p.grad is None else p.grad.clone() for name, p in named}
+
+
+@every_integration
+@every_family
+def test_8_checkpointing_leaves_the_gradients_as_they_are(family, name):
+    llm = make_backbone(family)
+    integration = make_integration(name, llm)
+    llm.train()
+    plain = gradients(llm, integration)
+    llm.checkpoint_gradients(True)
+    recomputed = gradients(llm, integration)
+    assert plain.keys() == recomputed.keys()
+    for parameter, gradient in plain.items():
+        close(recomputed[parameter], gradient, 1e-5)
+    for parameter, _ in integration.named_parameters():
+        assert recomputed[parameter].abs().sum() > 0, parameter
+
+
+@pytest.mark.parametrize("what", ["full", "attention", "lora", "none"])
+@every_integration
+@some_families
+def test_9_what_is_trained_gets_a_gradient_and_nothing_else_does(family, name, what):
+    llm = make_backbone(family)
+    integration = make_integration(name, llm)
+    if what == "lora":
+        llm.add_lora(LoRA(rank=2, dropout=0.0))
+        with torch.no_grad():  # adapters start at zero, where their first half gets no gradient
+            for parameter_name, parameter in llm.named_parameters():
+                if "lora_B" in parameter_name:
+                    parameter.normal_()
+    chosen = {id(parameter) for parameter in llm.train_only(what)}
+    assert bool(chosen) == (what != "none")
+    found = gradients(llm, integration)
+    for parameter_name, parameter in llm.named_parameters():
+        assert parameter.requires_grad == (id(parameter) in chosen)
+        assert (found[parameter_name] is not None and bool(found[parameter_name].any())) == parameter.requires_grad
+    for parameter_name, _ in integration.named_parameters():
+        assert found[parameter_name].any(), parameter_name
+    if what == "attention":
+        assert not any("mlp" in n for n, p in llm.named_parameters() if p.requires_grad)
+
+
+# 10
+
+
+@every_integration
+@every_family
+@torch.no_grad()
+def test_10_silence_the_right_clip_and_a_swapped_one_differ(family, name):
+    llm, integration = shared(family, name)
+    clips = features(8, 8)
+    silence = AudioFeatures(torch.zeros(2, 8, clips.x_BAE.shape[2]), clips.mask_BA, 0.04)
+    ids = PLACEMENTS["middle"]
+    cases = [(clips, (0,)), (clips, (1,)), (silence, (0,))]
+    last = [llm(integration(audio, [conversation(ids, which)], llm)).logits[0, -1] for audio, which in cases]
+    for i in range(3):
+        for j in range(i):
+            assert (last[i] - last[j]).abs().max() > 1e-2, (i, j)

@@ -1,0 +1,134 @@
+"""Bundles: what is written comes back, and what does not fit is refused."""
+
+import json
+
+import pytest
+import torch
+
+from pal.backbone.llm import LoRA
+from pal.errors import BundleError
+from pal.model import PalModel
+from tests.models import INTEGRATIONS, noise, pal, tiny_model
+
+QUESTION = "What sound is this?"
+
+
+def ask(model):
+    return model.ask((noise(0.8).numpy(), 16_000), QUESTION)
+
+
+def llm_folder(folder):
+    donor = tiny_model()
+    donor.llm.lm.save_pretrained(folder)
+    donor.tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("integration", INTEGRATIONS)
+def test_round_trip(tmp_path, integration):
+    model = tiny_model(integration)
+    model.save_pretrained(tmp_path / "m")
+    loaded = pal.load(tmp_path / "m")
+    assert loaded.digest == model.digest
+    assert ask(loaded) == ask(model)
+    assert loaded.config == model.config
+    assert not loaded.training
+
+
+def test_a_run_folder_is_a_bundle(tmp_path):
+    tiny_model().save_pretrained(tmp_path / "run" / "model")
+    assert ask(pal.load(tmp_path / "run")) == ask(tiny_model())
+
+
+def test_only_what_was_trained_is_written(tmp_path):
+    llm = llm_folder(tmp_path / "llm")
+    model = tiny_model(llm=llm)
+    model.save_pretrained(tmp_path / "part")
+    model.save_pretrained(tmp_path / "all", full=True)
+    part, full = ((tmp_path / name / "model.safetensors").stat().st_size for name in ("part", "all"))
+    llm_bytes = sum(4 * tensor.numel() for tensor in model.llm.state_dict().values())
+    assert full - part == pytest.approx(llm_bytes, rel=0.05)
+    for name in ("part", "all"):
+        assert pal.load(tmp_path / name).digest == model.digest
+
+
+def test_a_full_bundle_needs_no_llm(tmp_path):
+    llm = llm_folder(tmp_path / "llm")
+    model = tiny_model(llm=llm)
+    model.save_pretrained(tmp_path / "all", full=True)
+    (tmp_path / "llm").rename(tmp_path / "gone")
+    assert pal.load(tmp_path / "all").digest == model.digest
+
+
+def test_another_llm_is_refused(tmp_path):
+    llm = llm_folder(tmp_path / "llm")
+    model = tiny_model(llm=llm)
+    model.save_pretrained(tmp_path / "part")
+    with torch.no_grad():
+        model.llm.lm.model.norm.weight[0] += 1
+    model.llm.lm.save_pretrained(llm)
+    with pytest.raises(BundleError, match=r"'llm.lm.model.norm.weight' .* is not the one"):
+        pal.load(tmp_path / "part")
+
+
+def test_adapters_are_kept(tmp_path):
+    llm = llm_folder(tmp_path / "llm")
+    model = tiny_model(llm=llm)
+    model.llm.add_lora(LoRA(rank=2))
+    with torch.no_grad():
+        for name, parameter in model.llm.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_()
+    model.save_pretrained(tmp_path / "m")
+    loaded = pal.load(tmp_path / "m")
+    assert loaded.digest == model.digest
+    assert ask(loaded) == ask(model)
+
+
+def test_half_precision_on_disk(tmp_path):
+    model = tiny_model()
+    model.save_pretrained(tmp_path / "m", dtype=torch.float16)
+    loaded = pal.load(tmp_path / "m")
+    for name, tensor in loaded.state_dict().items():
+        assert tensor.dtype == model.state_dict()[name].dtype
+        torch.testing.assert_close(tensor, model.state_dict()[name], atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
+def test_one_flipped_byte(tmp_path, name):
+    tiny_model().save_pretrained(tmp_path / "m")
+    path = tmp_path / "m" / name
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(BundleError, match="SHA-256"):
+        pal.load(tmp_path / "m")
+
+
+def test_another_format(tmp_path):
+    from pal.files import atomic_folder
+
+    model = tiny_model()
+    model.save_pretrained(tmp_path / "m")
+    description = json.loads((tmp_path / "m" / "config.json").read_text())
+    with atomic_folder(tmp_path / "n") as folder:
+        (folder / "config.json").write_text(json.dumps({**description, "format": 99}))
+    with pytest.raises(BundleError, match="format 99"):
+        pal.load(tmp_path / "n")
+
+
+@pytest.mark.parametrize("path", ["no/such/folder", "/nowhere"])
+def test_no_bundle(path):
+    with pytest.raises(BundleError, match="not a bundle"):
+        PalModel.from_pretrained(path)
+
+
+def test_a_folder_that_is_none(tmp_path):
+    with pytest.raises(BundleError, match="not a bundle"):
+        pal.load(tmp_path)
+
+
+def test_no_pickle(tmp_path):
+    tiny_model().save_pretrained(tmp_path / "m")
+    kinds = {path.suffix for path in (tmp_path / "m").rglob("*")}
+    assert kinds <= {".json", ".safetensors", ".jinja"}

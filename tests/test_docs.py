@@ -1,0 +1,144 @@
+"""What the documentation says holds: its programs run, its files and commands are there, its import table is true."""
+
+import ast
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import typer.main
+
+from pal.app.cli import app
+
+ROOT = Path(__file__).parent.parent
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
+SHELL = ("", "sh", "bash", "console", "shell")
+
+_FENCE = re.compile(r"^```([^\n]*)\n(.*?)^```\s*$", re.MULTILINE | re.DOTALL)
+_CODE = re.compile(r"`([^`\n]+)`")
+_LINK = re.compile(r"\[[^\]]*\]\(([^)#\s]+)[^)]*\)")
+_FILE = re.compile(r"(?:[\w.-]+/)*[\w.-]+\.(?:py|yaml|md)")
+_COMMAND = re.compile(r"^(?:\$ |\S*bin/)?pal ([a-z-][^|#;>]*)")
+
+
+def blocks(page: str) -> list[tuple[str, str]]:
+    """(info string, text) of each fenced block."""
+    return [(info.strip(), text) for info, text in _FENCE.findall(page)]
+
+
+def programs(page: str) -> str:
+    """The blocks marked as runnable, in order: one program."""
+    return "\n\n".join(text for info, text in blocks(page) if info.split() == ["python", "runnable"])
+
+
+def spans(page: str) -> list[str]:
+    """The pieces of inline code."""
+    return _CODE.findall(_FENCE.sub("", page))
+
+
+def shell_lines(page: str) -> list[str]:
+    return [line.strip() for info, text in blocks(page) if info in SHELL for line in text.splitlines()]
+
+
+def commands(page: str) -> list[str]:
+    """What follows `pal` in inline code and in shell blocks."""
+    found = (_COMMAND.match(text) for text in [*spans(page), *shell_lines(page)])
+    return [match[1].strip() for match in found if match]
+
+
+def files(page: str) -> list[str]:
+    """Paths of files of the repository: links, inline code that is one, and arguments below its folders."""
+    named = [span for span in spans(page) if _FILE.fullmatch(span)]
+    words = [word for line in [*spans(page), *shell_lines(page)] for word in line.split()]
+    named += [word for word in words if _FILE.fullmatch(word) and word.split("/")[0] in ("pal", "recipes", "tests")]
+    return named + [target for target in _LINK.findall(_FENCE.sub("", page)) if "://" not in target]
+
+
+def fault_of(command: str) -> str | None:
+    """Why a command line would not be understood: no such command or option."""
+    at = typer.main.get_command(app)
+    words = re.findall(r"--?[A-Za-z][\w-]*|[^\s\[\]]+", command)
+    while words and hasattr(at, "commands") and not words[0].startswith("-"):
+        if words[0] not in at.commands:
+            return f"no command '{words[0]}'"
+        at = at.commands[words.pop(0)]
+    known = {name for parameter in at.params for name in (*parameter.opts, *parameter.secondary_opts)}
+    unknown = [word for word in words if re.fullmatch(r"--?[A-Za-z][\w-]*", word) and word not in {*known, "--help"}]
+    return f"no option '{unknown[0]}'" if unknown else None
+
+
+def imports() -> dict[str, set[str]]:
+    """Folder or file of `pal` -> the others that it imports, for types and inside functions too."""
+    found: dict[str, set[str]] = {}
+    for path in (ROOT / "pal").rglob("*.py"):
+        own = path.relative_to(ROOT / "pal").parts
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and node.module == "pal":
+                modules = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                modules = [node.module.removeprefix("pal.")] if (node.module or "").startswith("pal.") else []
+            elif isinstance(node, ast.Import):
+                modules = [alias.name.removeprefix("pal.") for alias in node.names if alias.name.startswith("pal.")]
+            else:
+                continue
+            parts = {module.split(".")[0] for module in modules}
+            found.setdefault(own[0].removesuffix(".py"), set()).update(part for part in parts if part.islower())
+    return {part: others - {part} for part, others in found.items() if not part.startswith("__")}
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if programs(p.read_text(encoding="utf-8"))], ids=lambda p: p.stem)
+def test_programs_run(page, tmp_path):
+    # in a process of their own, since they register parts
+    program = tmp_path / "program.py"
+    program.write_text(programs(page.read_text(encoding="utf-8")), encoding="utf-8")
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, str(program)], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_the_pages_with_programs_are_found():
+    assert {"adding_an_integration", "adding_an_encoder", "adding_a_dataset", "architecture"} <= {
+        page.stem for page in PAGES if programs(page.read_text(encoding="utf-8"))
+    }
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.stem)
+def test_files_exist(page):
+    missing = [
+        name
+        for name in files(page.read_text(encoding="utf-8"))
+        if not any((folder / name).exists() for folder in (ROOT, page.parent, ROOT / "pal"))
+    ]
+    assert not missing
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.stem)
+def test_commands_exist(page):
+    faults = {line: fault_of(line) for line in commands(page.read_text(encoding="utf-8"))}
+    assert not {line: fault for line, fault in faults.items() if fault}
+
+
+def test_import_table_is_true():
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    table = page.split("## Who may import whom")[1].split("\n## ")[0]
+    rows = [line.split("|")[1:3] for line in table.splitlines() if line.startswith("| `")]
+    allowed = {part: set(_CODE.findall(others)) for cell, others in rows for part in _CODE.findall(cell)}
+    found = imports()
+    assert set(found) <= set(allowed)
+    # every part may use the errors and the configuration
+    assert {part: others - allowed[part] - {"errors", "config"} for part, others in found.items()} == {
+        part: set() for part in found
+    }
+
+
+def test_the_checks_can_fail():
+    page = "Use `pal/nowhere.py` and [this](docs/none.md).\n\n```sh\npal fly --high\n$ pal ask x.wav 'why?' --jsn\n```\n"
+    assert [name for name in files(page) if not (ROOT / name).exists()] == ["pal/nowhere.py", "pal/nowhere.py", "docs/none.md"]
+    assert [fault_of(line) for line in commands(page)] == ["no command 'fly'", "no option '--jsn'"]
+    assert fault_of("data synth --out scenes --seed 3") is None
+    assert fault_of("data sing") == "no command 'sing'"
+    assert imports()["registry"] == {"config", "errors"}
