@@ -73,6 +73,17 @@ class _Hears:
         )
 
 
+    def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:
+        """transformers' inputs of the next forward, with the mask that `generate` drops where it is all ones."""
+        inputs: dict[str, Any] = super().prepare_inputs_for_generation(input_ids, **kwargs)  # type: ignore[misc]
+        if inputs.get("audio") is not None and inputs.get("attention_mask") is None:
+            positions_BQ = inputs["position_ids"]
+            cache = inputs.get("past_key_values")
+            seen = positions_BQ.shape[1] + (0 if cache is None else cache.get_seq_length())
+            inputs["attention_mask"] = positions_BQ.new_ones((positions_BQ.shape[0], seen))
+        return inputs
+
+
 class Backbone(nn.Module):
     """A causal LLM that can hear.
 
@@ -132,6 +143,12 @@ class Backbone(nn.Module):
             # transformers would go on with random weights and a log line
             raise PalError(f"the LLM '{source}' lacks weights, such as {sorted(report['missing_keys'])[0]}")
         return cls(lm)
+
+    def save(self, folder: str | Path) -> None:
+        """Write the LLM as a folder that transformers reads. Adapters are not part of it."""
+        if self.lora is not None:
+            raise PalError("an LLM with LoRA adapters cannot be saved alone; save the model")
+        self.lm.save_pretrained(folder)
 
     @property
     def device(self) -> torch.device:

@@ -39,6 +39,8 @@ class Tiny(Encoder):
         """M, mel bins from 40 Hz to 8 kHz."""
         dropout: float = 0.1
         """On the residual branches, in training."""
+        mask_bins: int = 8
+        """In training, two bands of up to so many mel bins of each clip are hidden (SpecAugment, Park et al. 2019)."""
 
     sampling_rate = _RATE
     seconds_per_token = 4 * _HOP / _RATE
@@ -72,6 +74,8 @@ class Tiny(Encoder):
 
     def forward(self, frames_WFM: Tensor, lengths_W: Tensor) -> AudioFeatures:
         """Frames [W, F, M] -> tokens [W, ceil(F / 4), E]."""
+        if self.training and self.config.mask_bins:
+            frames_WFM = _hide_bands(frames_WFM, self.config.mask_bins)
         # Channels last: the memory order in which CPU convolutions are fastest, up to 10 times here.
         x_WCFM = frames_WFM[:, None].to(memory_format=torch.channels_last)
         # Padding is set to zero before every convolution, which is what it finds past a clip's own
@@ -103,6 +107,16 @@ class _Block(nn.Module):
     def forward(self, x_WAE: Tensor, mask_WA: Tensor) -> Tensor:
         y_WAE = self.conv((x_WAE * mask_WA[..., None]).mT).mT
         return x_WAE + self.dropout(self.contract(F.gelu(self.expand(self.norm(y_WAE)))))
+
+
+def _hide_bands(frames_WFM: Tensor, most: int) -> Tensor:
+    """Set two random bands of up to `most` mel bins to -40 dB, for each clip its own."""
+    W, _, M = frames_WFM.shape
+    size_W2 = torch.randint(0, most + 1, (W, 2), device=frames_WFM.device)
+    first_W2 = (torch.rand(W, 2, device=frames_WFM.device) * (M - size_W2 + 1)).long()
+    bin_M = torch.arange(M, device=frames_WFM.device)
+    hidden_W2M = (bin_M >= first_W2[..., None]) & (bin_M < (first_W2 + size_W2)[..., None])
+    return frames_WFM.masked_fill(hidden_W2M.any(1)[:, None], 0.0)
 
 
 def _mask(lengths_W: Tensor, size: int) -> Tensor:

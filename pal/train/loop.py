@@ -28,7 +28,7 @@ from tqdm import tqdm
 from pal.data.collate import WaveformCache
 from pal.data.manifest import Manifest
 from pal.errors import ConfigError, PalError
-from pal.files import write_text
+from pal.files import atomic_folder, write_text
 from pal.model import PalModel
 from pal.train import checkpoint, curves, optim, stages
 from pal.train.checkpoint import Checkpoint, State
@@ -219,6 +219,10 @@ class _Run:
         if stage.gradient_checkpointing:
             self.model.llm.checkpoint_gradients(False)
         accelerator.free_memory()
+        if stage.save_llm and accelerator.is_main_process:
+            with atomic_folder(self.out / "llm") as folder:
+                self.model.llm.save(folder)
+                self.model.tokenizer.save_pretrained(folder)
         state.stage, state.stage_step = index + 1, 0
         self._save(None, None, {})
         if self.stop and index + 1 < len(self.recipe.stages):

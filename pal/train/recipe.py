@@ -153,6 +153,8 @@ class Stage(StrictConfig):
     gradient_checkpointing: bool = False
     precision: Literal["fp32", "bf16"] = "fp32"
     """Of the computation; weights and optimizer stay as they are stored."""
+    save_llm: bool = False
+    """Write the LLM as it is after the stage, with its tokenizer, as transformers' own folder `llm/` of the run."""
 
     @property
     def by_clip(self) -> bool:
