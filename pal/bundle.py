@@ -42,6 +42,10 @@ def save(model: PalModel, folder: str | Path, full: bool = False, dtype: torch.d
         "format": FORMAT,
         "model": model.config.model_dump(mode="json"),
         "llm": model.llm.lm.config.to_dict(),
+        "encoder": {
+            "name": model.config.encoders[0]["name"],
+            **model.encoder.standalone_config().model_dump(mode="json"),
+        },
         "lora": None if model.llm.lora is None else model.llm.lora.model_dump(),
         "left_out": _left_out(model, set(kept)),
     }
@@ -72,13 +76,15 @@ def load(path: str | Path) -> PalModel:
         raise BundleError(f"{folder}: format {description.get('format')}, this version reads {FORMAT}; upgrade pal-audio")
     config = parse(ModelConfig, description["model"], where=f"bundle {folder}")
     weights = load_file(folder / _WEIGHTS)
-    llm = config.llm
-    if not any(name.startswith("llm.") for name in description["left_out"]):
-        # Every weight of the LLM is here: only its shape is needed, not its source.
-        llm = LLMConfig(fresh=description["llm"], dtype=llm.dtype)
-    model = PalModel.from_config(
-        config.model_copy(update={"llm": llm}), AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    )
+    sources: dict[str, Any] = {}
+    left_out = {_part_of(name) for name in description["left_out"]}
+    # Where every weight of a part is here, only its shape is needed, not its source.
+    if "llm" not in left_out:
+        sources["llm"] = LLMConfig(fresh=description["llm"], dtype=config.llm.dtype)
+    if "encoder" not in left_out:
+        sources["encoders"] = [description["encoder"]]
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    model = PalModel.from_config(config.model_copy(update=sources), tokenizer)
     model.config = config
     if description["lora"]:
         model.llm.add_lora(parse(LoRA, description["lora"], where=f"bundle {folder}"))

@@ -30,7 +30,7 @@ LLM = {
 ENCODER = {"name": "tiny", "width": 12, "channels": [2, 3, 4, 6], "blocks": 1}
 
 
-def tiny_model(integration: str | dict[str, object] = "pal", seed: int = 0, **options: object) -> PalModel:
+def tiny_model(integration: str | dict[str, object] = "pal", seed: int = 0, warm: bool = True, **options: object) -> PalModel:
     """A model of a few thousand random weights, in evaluation mode."""
     torch.manual_seed(seed)
     fields = {"llm": {"fresh": LLM}, "encoders": [ENCODER], "integration": integration, **options}
@@ -40,7 +40,7 @@ def tiny_model(integration: str | dict[str, object] = "pal", seed: int = 0, **op
             parameter.mul_(3)
         # Batch statistics that spread the clips out, as training would leave them.
         model.encoder.train()
-        for moment in range(20):
+        for moment in range(20 if warm else 0):
             model.encoder.encode([noise(0.5, moment), tone(0.5, 200.0 * (moment + 1))])
     return model.eval()
 

@@ -60,6 +60,23 @@ def test_a_full_bundle_needs_no_llm(tmp_path):
     assert pal.load(tmp_path / "all").digest == model.digest
 
 
+def test_a_full_bundle_needs_no_encoder(tmp_path):
+    from transformers import WhisperConfig, WhisperModel
+
+    sizes = {"d_model": 16, "encoder_layers": 1, "encoder_attention_heads": 2, "encoder_ffn_dim": 16}
+    rest = {"decoder_layers": 1, "decoder_attention_heads": 2, "decoder_ffn_dim": 16, "vocab_size": 100}
+    tokens = {"pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0, "decoder_start_token_id": 0}
+    WhisperModel(WhisperConfig(**sizes, **rest, **tokens)).save_pretrained(tmp_path / "whisper")
+    model = tiny_model(encoders=[{"name": "whisper", "path": str(tmp_path / "whisper")}], warm=False)
+    model.save_pretrained(tmp_path / "part")
+    model.save_pretrained(tmp_path / "all", full=True)
+    assert pal.load(tmp_path / "part").digest == model.digest
+    (tmp_path / "whisper").rename(tmp_path / "gone")
+    loaded = pal.load(tmp_path / "all")
+    assert loaded.digest == model.digest
+    assert ask(loaded) == ask(model)
+
+
 def test_another_llm_is_refused(tmp_path):
     llm = llm_folder(tmp_path / "llm")
     model = tiny_model(llm=llm)

@@ -68,23 +68,32 @@ def _masked_attention(
     q_BHQC: Tensor, k_BGKC: Tensor, v_BGKC: Tensor, mask_B1QK: Tensor, dropout: float, scaling: float | None
 ) -> Tensor:
     """Grouped-query attention under a dense mask, without copies of the key/value heads -> [B, Q, H, C]."""
-    B, H, Q, C = q_BHQC.shape
-    G = k_BGKC.shape[1]
+    H, G = q_BHQC.shape[1], k_BGKC.shape[1]
     if q_BHQC.device.type == "cpu" or G == H:
         out_BHQC = F.scaled_dot_product_attention(
             q_BHQC, k_BGKC, v_BGKC, attn_mask=mask_B1QK, dropout_p=dropout, scale=scaling, enable_gqa=G != H
         )
-        return out_BHQC.transpose(1, 2).contiguous()
-    # CUDA's masked kernels know no groups: lay the queries of a group one after the other instead
-    if Q > 1:
-        mask_B1QK = mask_B1QK.repeat(1, 1, H // G, 1)
-    q_BGRC = q_BHQC.reshape(B, G, H // G * Q, C)
-    if Q == 1:
-        mask_B1QK = mask_B1QK.expand(-1, -1, H // G, -1)
+    else:
+        out_BHQC = _folded_attention(q_BHQC, k_BGKC, v_BGKC, mask_B1QK, dropout, scaling)
+    return out_BHQC.transpose(1, 2).contiguous()
+
+
+def _folded_attention(
+    q_BHQC: Tensor, k_BGKC: Tensor, v_BGKC: Tensor, mask_B1QK: Tensor, dropout: float, scaling: float | None
+) -> Tensor:
+    """The same where masked kernels know no groups: the queries of a group lie one after the other -> [B, H, Q, C]."""
+    B, H, Q, C = q_BHQC.shape
+    G = k_BGKC.shape[1]
+    fold = H // G
     out_BGRC = F.scaled_dot_product_attention(
-        q_BGRC, k_BGKC, v_BGKC, attn_mask=mask_B1QK, dropout_p=dropout, scale=scaling
+        q_BHQC.reshape(B, G, fold * Q, C),
+        k_BGKC,
+        v_BGKC,
+        attn_mask=mask_B1QK.repeat(1, 1, fold, 1),
+        dropout_p=dropout,
+        scale=scaling,
     )
-    return out_BGRC.reshape(B, H, Q, C).transpose(1, 2).contiguous()
+    return out_BGRC.reshape(B, H, Q, C)
 
 
 AttentionInterface.register(NAME, attend)

@@ -72,10 +72,13 @@ class _Hears:
             **kwargs,
         )
 
-
-    def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:
+    def prepare_inputs_for_generation(
+        self, input_ids: Tensor, inputs_embeds: Tensor | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
         """transformers' inputs of the next forward, with the mask that `generate` drops where it is all ones."""
-        inputs: dict[str, Any] = super().prepare_inputs_for_generation(input_ids, **kwargs)  # type: ignore[misc]
+        inputs: dict[str, Any] = super().prepare_inputs_for_generation(  # type: ignore[misc]
+            input_ids, inputs_embeds=inputs_embeds, **kwargs
+        )
         if inputs.get("audio") is not None and inputs.get("attention_mask") is None:
             positions_BQ = inputs["position_ids"]
             cache = inputs.get("past_key_values")
@@ -301,6 +304,7 @@ class Backbone(nn.Module):
             inject_adapter_in_model(config, self.lm)
         except ValueError as error:
             raise ConfigError(f"lora: {str(error).splitlines()[0]}") from None
+        self.lm.train(self.lm.training)  # adapters are made in training mode, where their dropout is on
         self.lora = options
 
     def train_only(self, what: Trained) -> list[nn.Parameter]:

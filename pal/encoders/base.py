@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
+from pal.config import StrictConfig
 from pal.types import AudioFeatures
 
 
@@ -17,6 +18,7 @@ class Encoder(nn.Module, ABC):
     window are taken window by window and their tokens joined in order.
     """
 
+    config: StrictConfig
     sampling_rate: int
     """Hz that `frontend` expects."""
     width: int
@@ -24,6 +26,10 @@ class Encoder(nn.Module, ABC):
     seconds_per_token: float
     window_seconds: float | None = None
     """Longest stretch the network takes at once; None when any length goes."""
+
+    def standalone_config(self) -> StrictConfig:
+        """A configuration that builds this network without reading weights, for bundles that hold them all."""
+        return self.config
 
     @abstractmethod
     def frontend(self, samples_N: Tensor) -> Tensor:

@@ -171,6 +171,18 @@ def test_5_cached_generation_equals_one_full_forward(family, name, side):
         close(steps_BNV[at], llm(whole).logits[0, -10:-1])
 
 
+@every_integration
+@every_family
+@torch.no_grad()
+def test_5_a_row_without_padding_too(family, name):
+    # generate drops a mask of ones, from which transformers would infer packed sequences
+    llm, integration = shared(family, name)
+    audio, row = features(7), conversation(PLACEMENTS["middle"])
+    made = llm.generate(integration(audio, [row], llm), max_new_tokens=9, do_sample=False, eos_token_id=None)
+    whole = integration(audio, [Tokens(row.ids + made[0].tolist(), row.clips)], llm)
+    assert made[0].tolist() == llm(whole).logits[0, -10:-1].argmax(-1).tolist()
+
+
 # 6
 
 
