@@ -53,7 +53,7 @@ th, td {{ text-align: right; padding: .38rem .7rem; border-bottom: 1px solid var
 tbody th {{ text-align: left; font-weight: 400; }}
 thead th, thead td {{ border-bottom: 2px solid var(--ink); }}
 tr.section th {{ font-weight: 650; padding-top: 1rem; border-bottom-color: var(--soft); }}
-table.answers {{ min-width: 40rem; }}
+table.answers {{ min-width: 44rem; table-layout: fixed; }}
 table.answers th, table.answers td {{ text-align: left; white-space: normal; vertical-align: top; }}
 .right span {{ color: #146c2e; font-weight: 700; }}
 .wrong span {{ color: #a11212; font-weight: 700; }}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -189,8 +190,8 @@ class AudioKV:
     def slice(self, start: float, end: float) -> AudioKV:
         """The stretch from `start` to `end` seconds of every clip, widened to whole groups."""
         seconds = self.layout.seconds_per_token * self.layout.tokens
-        first = int(start / seconds + 1e-6)
-        last = -int(-end / seconds + 1e-6)
+        first = math.floor(start / seconds + 1e-6)
+        last = math.ceil(end / seconds - 1e-6)
         if not 0 <= first < last:
             raise PalError(f"cannot take {start:g} to {end:g} s of a clip: the end must lie after the start")
         a, b = first * self.layout.tokens, last * self.layout.tokens

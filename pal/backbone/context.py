@@ -99,7 +99,7 @@ class AudioContext:
             name = "attention_mask" if attention_mask is None else "position_ids"
             raise PalError(f"a forward with audio needs {name}: positions have gaps that cannot be guessed")
         if not isinstance(attention_mask, Tensor) or attention_mask.ndim != 2:
-            raise PalError("a forward with audio needs the 2-D attention mask; use a dynamic cache, not a static one")
+            raise PalError("a forward with audio needs the 2-D attention mask, one number per row so far")
         self.llm.check_ears()
         beams, rest = divmod(position_ids.shape[0], self.rows_BT.shape[0])
         if rest or position_ids.shape[0] != attention_mask.shape[0]:

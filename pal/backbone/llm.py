@@ -59,6 +59,8 @@ class _Hears:
         **kwargs: Any,
     ) -> Any:
         if audio is not None:
+            if getattr(past_key_values, "is_compileable", False):
+                raise PalError("a static cache cannot be used with audio; leave cache_implementation out")
             kwargs["audio"] = audio.view(attention_mask, position_ids)
         return super().forward(  # type: ignore[misc]
             input_ids=input_ids,

@@ -42,7 +42,7 @@ def assets(tmp_path_factory, scenes):
     folder = tmp_path_factory.mktemp("assets")
     model = {"llm": {"fresh": LLM, "vocabulary": 280}, "encoders": [ENCODER], "integration": "pal", "notice": NOTICE}
     data = {"scenes": {"manifest": str(scenes)}}
-    recipe = Recipe(**{"model": model, "data": data, "stages": [STAGE]})
+    recipe = Recipe(model=model, data=data, stages=[STAGE])
     trained = train.run(recipe, folder / "run")
     trained.save_pretrained(folder / "tiny")
     trained.llm.lm.save_pretrained(folder / "tiny-lm")

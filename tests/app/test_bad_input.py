@@ -39,8 +39,13 @@ def fail(*arguments, says):
 def not_a_number():
     samples = np.full(8000, np.nan, dtype="<f4").tobytes()
     form = struct.pack("<HHIIHH", 3, 1, 16_000, 64_000, 4, 32)
-    return b"RIFF" + struct.pack("<I", 36 + len(samples)) + b"WAVEfmt " + struct.pack("<I", 16) + form + (
-        b"data" + struct.pack("<I", len(samples)) + samples
+    return (
+        b"RIFF"
+        + struct.pack("<I", 36 + len(samples))
+        + b"WAVEfmt "
+        + struct.pack("<I", 16)
+        + form
+        + (b"data" + struct.pack("<I", len(samples)) + samples)
     )
 
 

@@ -69,6 +69,15 @@ def test_a_missing_mask_or_position_ids_raises(missing):
         llm.lm(inputs_embeds=inputs.inputs_embeds_BTD, audio=inputs.audio, **given)
 
 
+def test_a_mask_of_another_shape_raises():
+    _, inputs = middle()
+    mask_BT, positions_BT = inputs.attention_mask_BT, inputs.position_ids_BT
+    with pytest.raises(PalError, match="2-D"):
+        inputs.audio.view(mask_BT[:, None, None], positions_BT)
+    with pytest.raises(PalError, match="does not fit"):
+        inputs.audio.view(mask_BT, positions_BT.repeat(2, 1))
+
+
 def test_audio_past_the_view_raises():
     llm, inputs = middle()
     with pytest.raises(PalError, match="Backbone"):
@@ -235,7 +244,7 @@ def test_unsupported_models_are_refused_by_name(fields, word):
 
 def test_a_static_cache_is_refused():
     llm, inputs = middle()
-    with pytest.raises(PalError, match="dynamic cache"):
+    with pytest.raises(PalError, match="static cache"):
         llm.generate(inputs, max_new_tokens=2, cache_implementation="static")
 
 

@@ -150,7 +150,7 @@ def test_an_item_that_raises_is_wrong_and_reported(folder):
 
 
 def test_every_item_raising_is_an_error(folder):
-    with pytest.raises(PalError, match="none of 1 questions could be answered; .*breaks the model"):
+    with pytest.raises(PalError, match=r"none of 1 questions could be answered; .*breaks the model"):
         evaluate(Fake(), manifest(folder, [record("broken.wav", "dog")]), progress=False)
 
 

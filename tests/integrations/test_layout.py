@@ -1,0 +1,128 @@
+"""Where an integration puts text, rows and keys, and what it refuses."""
+
+import pytest
+import torch
+
+from pal.backbone.audio_kv import Layout
+from pal.errors import ConfigError, PromptError
+from pal.registry import build, names
+from pal.types import AUDIO, IGNORE, Tokens
+from tests.identities.models import E, conversation, features, shared
+
+
+def test_names():
+    assert {"plits", "lal", "pal"} <= set(names("integration"))
+
+
+def test_lal_reserves_the_positions_plits_would_fill():
+    llm, lal = shared("llama", "lal")
+    _, plits = shared("llama", "plits")
+    row, audio = [conversation([5, 6, AUDIO, 7, AUDIO, 8])], features(3, 2)
+    a, b = lal(audio, row, llm), plits(audio, row, llm)
+    assert a.position_ids_BT.tolist() == [[0, 1, 5, 8]]
+    assert a.audio.positions_BA.tolist() == [[2, 3, 4, 6, 7]]
+    assert a.audio.tokens_BA.tolist() == [[0, 1, 2, 3, 4]]
+    assert b.position_ids_BT.tolist() == [list(range(9))]
+    assert b.audio is None
+
+
+@pytest.mark.parametrize("tokens, keys, rows, span", [(6, [0, 1, 2, 4, 5, 6], [3, 7], 8), (4, [0, 1, 2, 4], [3, 7], 8)])
+def test_the_hybrid_interleaves_tokens_and_summaries(tokens, keys, rows, span):
+    llm, pal = shared("llama", "pal")
+    inputs = pal(features(tokens), [conversation([5, 6, AUDIO, 7])], llm)
+    assert inputs.audio.positions_BA.tolist() == [[2 + offset for offset in keys]]
+    assert inputs.position_ids_BT.tolist() == [[0, 1, *(2 + offset for offset in rows), 2 + span]]
+    assert inputs.audio.audio_rows_BT.tolist() == [[False, False, True, True, False]]
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_labels_stand_with_their_tokens(side):
+    llm, integration = shared("llama", "pal")
+    rows = [Tokens([5, AUDIO, 6, 7], [1], [IGNORE, IGNORE, IGNORE, 7]), Tokens([8, 9], [], [IGNORE, 9])]
+    inputs = integration(features(9, 4), rows, llm, side)
+    pad = [IGNORE] * 3
+    short = [IGNORE, 9]
+    assert inputs.labels_BT.tolist() == [[IGNORE] * 4 + [7], pad + short if side == "left" else short + pad]
+    assert inputs.attention_mask_BT.sum(1).tolist() == [5, 2]
+    table = llm.embed(torch.tensor([8, 9]))
+    at = slice(3, 5) if side == "left" else slice(0, 2)
+    assert torch.equal(inputs.inputs_embeds_BTD[1, at], table)
+
+
+def test_rows_without_labels_have_none():
+    llm, integration = shared("llama", "lal")
+    assert integration(features(2), [conversation([AUDIO, 5])], llm).labels_BT is None
+
+
+def test_refusals():
+    llm, integration = shared("llama", "lal")
+    with pytest.raises(PromptError, match="clip 3"):
+        integration(features(2), [Tokens([AUDIO, 5], [3])], llm)
+    with pytest.raises(PromptError, match="clip 0"):
+        integration(None, [Tokens([AUDIO, 5], [0])], llm)
+    with pytest.raises(PromptError, match="text"):
+        integration(features(2), [Tokens([AUDIO], [0])], llm)
+
+
+@pytest.mark.parametrize("name", ["plits", "lal", "pal"])
+def test_the_llm_is_no_part_of_the_integration(name):
+    llm, integration = shared("llama", name)
+    own = {id(p) for p in integration.parameters()}
+    assert own and not own & {id(p) for p in llm.parameters()}
+
+
+@pytest.mark.parametrize(
+    "layers, expected",
+    [
+        ("all", (0, 1, 2)),
+        ("first_third", (0,)),
+        ({"first": 0.5}, (0, 1)),
+        ({"last": 0.3}, (2,)),
+        ({"last": 1}, (0, 1, 2)),
+        ({"range": [1, 3]}, (1, 2)),
+        ([2, 0, 2], (0, 2)),
+    ],
+)
+def test_layers(layers, expected):
+    llm, _ = shared("llama", "lal")
+    integration = build("integration", {"name": "lal", "layers": layers}, in_width=E, llm=llm)
+    assert integration.layers == expected
+    assert sorted(integration.projectors) == [str(layer) for layer in expected]
+
+
+@pytest.mark.parametrize(
+    "layers",
+    [
+        "some",
+        [],
+        [3],
+        [-1],
+        {"first": 0},
+        {"last": 1.5},
+        {"range": [2, 2]},
+        {"first": 0.5, "last": 0.5},
+        {"middle": 1},
+        {},
+    ],
+)
+def test_layers_that_make_no_sense_are_refused_in_one_line(layers):
+    llm, _ = shared("llama", "lal")
+    with pytest.raises(ConfigError) as error:
+        build("integration", {"name": "lal", "layers": layers}, in_width=E, llm=llm)
+    assert "\n" not in str(error.value) and "layers" in str(error.value)
+
+
+def test_layout_of_a_third_of_many_layers():
+    from pal.integrations.layers import _share
+
+    assert [_share(1 / 3, total) for total in (1, 2, 3, 4, 16, 28)] == [1, 1, 1, 1, 5, 9]
+
+
+def test_layout_agrees_with_the_formulas_of_the_design():
+    for r in (1, 2, 3, 5):
+        layout = Layout(0.04, tokens=r, rows=1)
+        for A in range(1, 12):
+            S = -(-A // r)
+            assert layout.key_offsets(A).tolist() == [j + j // r for j in range(A)]
+            assert layout.row_offsets(A).tolist() == [(i + 1) * r + i for i in range(S)]
+            assert layout.groups(A) * layout.span == S * (r + 1)
