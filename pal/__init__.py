@@ -29,7 +29,7 @@ def load(path: str | Path | None = None) -> PalModel:
     """
     from pal import bundle
 
-    return bundle.load(SHIPPED if path in (None, "tiny") else path)  # type: ignore[arg-type]
+    return bundle.load(SHIPPED if path in (None, "tiny") else path)
 
 
 def attach(

@@ -73,7 +73,9 @@ def load(path: str | Path) -> PalModel:
     verify(folder)
     description = json.loads((folder / _CONFIG).read_text())
     if description.get("format") != FORMAT:
-        raise BundleError(f"{folder}: format {description.get('format')}, this version reads {FORMAT}; upgrade pal-audio")
+        raise BundleError(
+            f"{folder}: format {description.get('format')}, this version reads {FORMAT}; upgrade pal-audio"
+        )
     config = parse(ModelConfig, description["model"], where=f"bundle {folder}")
     weights = load_file(folder / _WEIGHTS)
     sources: dict[str, Any] = {}
@@ -100,7 +102,9 @@ def _folder(path: str | Path) -> Path:
         if (candidate / MANIFEST).is_file():
             return candidate
     if folder.exists() or not _is_hub_id(str(path)):
-        raise BundleError(f"{path}: not a bundle (no {MANIFEST}); give a folder that save_pretrained wrote, or a Hub id")
+        raise BundleError(
+            f"{path}: not a bundle (no {MANIFEST}); give a folder that save_pretrained wrote, or a Hub id"
+        )
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
@@ -136,7 +140,7 @@ def _left_out(model: PalModel, kept: set[str]) -> dict[str, str]:
 
 def digest(tensor: Tensor) -> str:
     """SHA-256 of a tensor's bytes."""
-    return hashlib.sha256(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()).hexdigest()
+    return hashlib.sha256(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data).hexdigest()
 
 
 def _for_disk(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:

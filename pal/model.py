@@ -64,9 +64,7 @@ class PalModel(nn.Module):
         self.llm = llm
         self.encoder = build("encoder", config.encoders[0])
         self.connector = build("connector", config.connector, in_width=self.encoder.width)
-        self.integration: Integration = build(
-            "integration", config.integration, in_width=self.connector.width, llm=llm
-        )
+        self.integration: Integration = build("integration", config.integration, in_width=self.connector.width, llm=llm)
         self.source = "untrained"
         """What the model is called in answers and scores."""
         self.trained: set[str] = set()
@@ -178,9 +176,7 @@ class PalModel(nn.Module):
         """The answer to one conversation, in pieces as they are made."""
         with torch.inference_mode():
             inputs = self.inputs(clips, [row], padding_side="left")
-        yield from self.llm.stream(
-            inputs, self.tokenizer, max_new_tokens=max_new_tokens, **self._generation(options)
-        )
+        yield from self.llm.stream(inputs, self.tokenizer, max_new_tokens=max_new_tokens, **self._generation(options))
 
     def _generation(self, options: dict[str, Any]) -> dict[str, Any]:
         ends = end_of_answer(self.tokenizer)

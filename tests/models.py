@@ -30,7 +30,9 @@ LLM = {
 ENCODER = {"name": "tiny", "width": 12, "channels": [2, 3, 4, 6], "blocks": 1}
 
 
-def tiny_model(integration: str | dict[str, object] = "pal", seed: int = 0, warm: bool = True, **options: object) -> PalModel:
+def tiny_model(
+    integration: str | dict[str, object] = "pal", seed: int = 0, warm: bool = True, **options: object
+) -> PalModel:
     """A model of a few thousand random weights, in evaluation mode."""
     torch.manual_seed(seed)
     fields = {"llm": {"fresh": LLM}, "encoders": [ENCODER], "integration": integration, **options}

@@ -145,15 +145,21 @@ def train(
     ] = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder of the run; default: runs/NAME.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Forget another run in the folder.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Train in stages, as a recipe says."""
+    import logging
+
     from pal.train import run
     from pal.train.recipe import load_recipe
 
     parsed = load_recipe(recipe, settings or [])
     folder = out or Path("runs") / recipe.stem
-    model = run(parsed, folder, resume=resume)
+    # What is left out, made or taken up again is worth a line on stderr; other packages' chatter is not.
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("pal").setLevel(logging.INFO)
+    model = run(parsed, folder, resume=resume, overwrite=overwrite)
     facts = {"out": str(folder), "model": str(folder), "integration": model.config.integration["name"]}
     if as_json:
         _print_json({**facts, "model_digest": model.digest})

@@ -65,7 +65,7 @@ class Augment:
         warp: Annotated[float, Field(gt=0, lt=0.5)] | None = None
         """Stretch the spectrum by up to this share either way, as another length of the vocal tract would."""
         eq_db: Positive | None = None
-        """Filter by a smooth random curve of up to so many decibels either way, as other microphones and rooms would."""
+        """Filter by a smooth random curve of up to so many decibels either way, as another microphone would."""
         lowpass: PositiveRange | None = None
         """Remove what is above a frequency drawn between these, in Hz."""
         gain_db: Range | None = None

@@ -1,12 +1,12 @@
 """The contract of audio encoders: waveforms in, `AudioFeatures` out, nothing cut."""
 
 from abc import ABC, abstractmethod
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from pal.config import StrictConfig
 from pal.types import AudioFeatures
 
 
@@ -18,7 +18,8 @@ class Encoder(nn.Module, ABC):
     window are taken window by window and their tokens joined in order.
     """
 
-    config: StrictConfig
+    config: Any
+    """The checked options it was built from."""
     sampling_rate: int
     """Hz that `frontend` expects."""
     width: int
@@ -27,7 +28,7 @@ class Encoder(nn.Module, ABC):
     window_seconds: float | None = None
     """Longest stretch the network takes at once; None when any length goes."""
 
-    def standalone_config(self) -> StrictConfig:
+    def standalone_config(self) -> Any:
         """A configuration that builds this network without reading weights, for bundles that hold them all."""
         return self.config
 

@@ -27,6 +27,8 @@ class Tiny(Encoder):
     """About 25 tokens a second: 100 frames a second, halved twice in time, four times in frequency."""
 
     class Config(StrictConfig):
+        """Options of the encoder `tiny`."""
+
         width: int = 192
         """E, the width of a token."""
         channels: tuple[int, int, int, int] = (32, 48, 96, 128)

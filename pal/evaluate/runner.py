@@ -64,7 +64,8 @@ def evaluate(
         manifest: records; each turn is one item, with the earlier turns' reference answers before it.
         scoring: "exact" generates greedily and compares after `scorers.normalise`; "rank" takes the
             choice with the highest summed log-likelihood (including the end of the turn); of several
-            turns the last, which the choices belong to. Records without choices are left out.
+            turns the last, which the choices belong to. Records without choices, such as captions,
+            are left out where others have some; `settings` says how many.
         no_audio: also ask the same model every question without its audio.
         limit: only the first so many questions.
         batch: rows in a forward pass. Questions about one clip share the clip's encoding.
@@ -83,6 +84,7 @@ def evaluate(
     """
     started = time.perf_counter()
     questions = _questions(manifest, scoring, limit, model.config.system)
+    free = sum(not record.choices for record in manifest)
     answer = _Answerer(model, scoring, batch, max_new_tokens)
     items = [ItemResult(q.id, q.question, q.reference, task=q.task, group="\n".join(q.clips)) for q in questions]
     with _evaluation_mode(model), torch.no_grad():
@@ -110,6 +112,7 @@ def evaluate(
             "data_digest": getattr(manifest, "digest", None),
             "model_digest": model.digest,
             "intervals": f"percentile bootstrap, 2000 resamples of whole clips, seed {seed}",
+            "left_out": free if free < len(manifest) else 0,
             "options": options or {},
             "limit": limit,
             "batch": batch,
@@ -224,14 +227,17 @@ def _questions(
     manifest: Manifest | Sequence[Record], scoring: Scoring, limit: int | None, system: str | None
 ) -> list[Question]:
     questions: list[Question] = []
+    closed = any(record.choices for record in manifest)  # without any, every record is asked
     for record in manifest:
+        if closed and not record.choices:
+            continue  # a free answer has no single right wording
         heard = prompts.conversation_of(record, with_audio=True, system=system)
         unheard = prompts.conversation_of(record, with_audio=False, system=system)
         asked = [place for place, message in enumerate(heard) if message["role"] == "user"]
         last = len(record.turns) - 1
         for number, (turn, place) in enumerate(zip(record.turns, asked, strict=True)):
             if scoring == "rank" and (number != last or not record.choices):
-                continue
+                continue  # with "exact", every turn of a record with choices is asked
             if limit is not None and len(questions) >= limit:
                 return questions
             placed = sum(message["content"].count(PLACEHOLDER) for message in heard[: place + 1])

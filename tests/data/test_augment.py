@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from pal.config import parse
-from pal.data.augment import Augment, loudness, lowpass, noise
+from pal.data.augment import Augment, equalise, loudness, lowpass, noise, warp
 from pal.errors import ConfigError
 from pal.types import TagSpan
 
@@ -164,3 +164,30 @@ def test_never_nan_and_never_empty(samples, level):
 def test_bad_options_are_named(options):
     with pytest.raises(ConfigError, match=next(iter(options))):
         augment(**options)
+
+
+def test_warp_moves_a_tone_and_keeps_its_time():
+    rate = 16_000
+    t = np.arange(rate) / rate
+    x_N = (np.sin(2 * np.pi * 1000 * t) * (t < 0.5)).astype(np.float32)
+    warped_N = warp(x_N, 1.25)
+    assert len(warped_N) == len(x_N)
+    spectrum = np.abs(np.fft.rfft(warped_N[1000:7000] * np.hanning(6000)))
+    assert abs(spectrum.argmax() * rate / 6000 - 1250) < 35
+    assert np.abs(warped_N[8600:]).max() < 0.02
+
+
+def test_a_warp_by_one_changes_nothing():
+    x_N = np.random.default_rng(0).standard_normal(5000).astype(np.float32)
+    np.testing.assert_allclose(warp(x_N, 1.0), x_N, atol=1e-4)
+
+
+def test_equalise_follows_its_curve():
+    rate, n = 16_000, 8192
+    x_N = np.random.default_rng(0).standard_normal(n).astype(np.float32)
+    gains_db = np.array([12.0, 12.0, 12.0, -12.0, -12.0, -12.0, -12.0, -12.0, -12.0])
+    before, after = np.abs(np.fft.rfft(x_N)), np.abs(np.fft.rfft(equalise(x_N, gains_db)))
+    low, high = slice(50, 400), slice(2000, 4000)  # below (2/8)^1.5 and above (3/8)^1.5 of half the rate
+    np.testing.assert_allclose(20 * np.log10(after[low] / before[low]), 12, atol=0.05)
+    np.testing.assert_allclose(20 * np.log10(after[high] / before[high]), -12, atol=0.05)
+    np.testing.assert_allclose(equalise(x_N, np.zeros(9)), x_N, atol=1e-5)

@@ -5,6 +5,7 @@ import pytest
 import torch
 from transformers.audio_utils import mel_filter_bank
 
+from pal.encoders import tiny
 from pal.registry import build
 from tests.models import noise
 
@@ -67,3 +68,16 @@ def test_an_event_moves_the_tokens_of_its_time(encoder):
 
 def test_silence_is_finite(encoder):
     assert torch.isfinite(encoder.encode([torch.zeros(8_000)]).x_BAE).all()
+
+
+def test_bands_are_hidden_in_training_only(encoder):
+    frames_WFM = torch.ones(64, 5, 40)
+    hidden_WFM = tiny._hide_bands(frames_WFM, 6)
+    assert set(hidden_WFM.unique().tolist()) == {0.0, 1.0}
+    assert torch.equal(hidden_WFM, hidden_WFM[:, :1].expand_as(hidden_WFM)), "a band is hidden in all frames alike"
+    bins_W = (hidden_WFM[:, 0] == 0).sum(1)
+    assert 0 < bins_W.float().mean() <= 12
+    assert int(bins_W.max()) <= 12
+    assert len(bins_W.unique()) > 3
+    again = encoder.encode([noise(0.5)]).x_BAE
+    torch.testing.assert_close(encoder.encode([noise(0.5)]).x_BAE, again, atol=0, rtol=0)
