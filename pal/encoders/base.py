@@ -5,9 +5,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from pal.types import AudioFeatures
+
+_WINDOWS_AT_ONCE = 16
 
 
 class Encoder(nn.Module, ABC):
@@ -43,17 +46,33 @@ class Encoder(nn.Module, ABC):
     def encode(self, waveforms: list[Tensor]) -> AudioFeatures:
         """Waveforms [N] at `sampling_rate`, one a clip -> features [B, A, E]; padding is masked out."""
         device = next(self.parameters()).device
-        windows = [self._windows(samples_N) for samples_N in waveforms]
-        frames = [self.frontend(window_N) for clip in windows for window_N in clip]
-        lengths_W = torch.tensor([len(frames_FM) for frames_FM in frames], device=device)
         dtype = next(self.parameters()).dtype
-        features = self(pad_sequence(frames, batch_first=True).to(device, dtype), lengths_W)
-        return _join_windows(features, [len(clip) for clip in windows])
+        windows = [self._windows(samples_N) for samples_N in waveforms]
+        counts = [len(clip) for clip in windows]
+        flat = [window_N for clip in windows for window_N in clip]
+        # An hour in windows of 30 s is a batch of 120: more at once would only take more memory.
+        most = len(flat) if self.window_seconds is None else _WINDOWS_AT_ONCE
+        parts = []
+        for first in range(0, len(flat), most):
+            frames = [self.frontend(window_N) for window_N in flat[first : first + most]]
+            lengths_W = torch.tensor([len(frames_FM) for frames_FM in frames], device=device)
+            parts.append(self(pad_sequence(frames, batch_first=True).to(device, dtype), lengths_W))
+        return _join_windows(_one_batch(parts), counts)
 
     def _windows(self, samples_N: Tensor) -> list[Tensor]:
         if self.window_seconds is None:
             return [samples_N]
         return list(samples_N.split(round(self.window_seconds * self.sampling_rate)))
+
+
+def _one_batch(parts: list[AudioFeatures]) -> AudioFeatures:
+    """Features of several forward passes as if they were of one."""
+    if len(parts) == 1:
+        return parts[0]
+    longest = max(part.x_BAE.shape[1] for part in parts)
+    x_BAE = torch.cat([F.pad(part.x_BAE, (0, 0, 0, longest - part.x_BAE.shape[1])) for part in parts])
+    mask_BA = torch.cat([F.pad(part.mask_BA, (0, longest - part.mask_BA.shape[1])) for part in parts])
+    return AudioFeatures(x_BAE, mask_BA, parts[0].seconds_per_token)
 
 
 def _join_windows(features: AudioFeatures, counts: list[int]) -> AudioFeatures:

@@ -183,7 +183,7 @@ def test_a_warp_by_one_changes_nothing():
 
 
 def test_equalise_follows_its_curve():
-    rate, n = 16_000, 8192
+    n = 8192
     x_N = np.random.default_rng(0).standard_normal(n).astype(np.float32)
     gains_db = np.array([12.0, 12.0, 12.0, -12.0, -12.0, -12.0, -12.0, -12.0, -12.0])
     before, after = np.abs(np.fft.rfft(x_N)), np.abs(np.fft.rfft(equalise(x_N, gains_db)))

@@ -200,3 +200,12 @@ def test_score_round_trip(folder, tmp_path):
     score = evaluate(Fake(), manifest(folder, [record("dog.wav", "dog"), record("cat.wav", "dog")]), progress=False)
     score.save(tmp_path / "deep" / "score.json")
     assert Score.load(tmp_path / "deep" / "score.json").to_dict() == score.to_dict()
+
+
+def test_free_answers_are_left_out_where_others_have_choices(folder):
+    closed = record("dog.wav", "dog", choices=["cat", "dog"])
+    free = record("cat.wav", "a cat that meows")
+    score = evaluate(Fake(), manifest(folder, [closed, free, free]), progress=False)
+    assert (score.overall.n, score.score, score.settings["left_out"]) == (1, 1.0, 2)
+    score = evaluate(Fake(), manifest(folder, [free, free]), progress=False)
+    assert (score.overall.n, score.score, score.settings["left_out"]) == (2, 0.0, 0)
