@@ -24,7 +24,6 @@ _FREE_GB = 2.0
 _MEMORY_GB = 3.0
 """Memory that training the small models takes."""
 _REINSTALL = f"pip install --force-reinstall --no-deps {DISTRIBUTION}"
-_LLM_FILES = ("config.json", "model.safetensors", "tokenizer.json")
 _FORMATS = ("WAV", "FLAC", "OGG", "MP3")
 
 
@@ -48,7 +47,7 @@ class Finding:
 def examine() -> list[Finding]:
     """All checks, in the order in which a reader would mend them."""
     findings = [_python(), *_packages(), _codecs(), _gpu(), _machine(), _disk()]
-    return [*findings, _bundle(SHIPPED), _llm(SHIPPED.with_name("tiny-lm"))]
+    return [*findings, _bundle(SHIPPED)]
 
 
 def report(findings: list[Finding]) -> str:
@@ -192,15 +191,6 @@ def _bundle(folder: Path) -> Finding:
         return Finding("shipped model", False, str(error), _REINSTALL)
     detail = f"{len(digests)} files, {_megabytes(folder):.1f} MB, every SHA-256 as it should be"
     return Finding("shipped model", True, detail)
-
-
-def _llm(folder: Path) -> Finding:
-    """The text-only LLM that the demo starts from."""
-    name = "shipped text-only LLM"
-    missing = [file for file in _LLM_FILES if not (folder / file).is_file()]
-    if missing:
-        return Finding(name, False, f"{folder}: no {missing[0]}", _REINSTALL)
-    return Finding(name, True, f"{_megabytes(folder):.1f} MB")
 
 
 def _megabytes(folder: Path) -> float:

@@ -111,6 +111,8 @@ class BatchSize(StrictConfig):
     """Seconds of distinct audio."""
     rows_per_clip: int | None = Field(default=None, gt=0)
     """Questions of one clip that share its audio; without it every row is drawn on its own."""
+    turns: int = Field(default=1, gt=0)
+    """Questions of one clip that become turns of one conversation, which then holds its audio only once."""
     accumulate: int = Field(default=1, gt=0)
     """Parts that a batch is cut into, one forward and backward each, to save memory."""
 

@@ -6,6 +6,7 @@ import logging
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -145,12 +146,30 @@ class StageData:
             records, seeds = [], []
             for group in groups:
                 if group.source == source:
-                    records += [self.manifests[source][row] for row in group.rows]
-                    seeds += [group.seed] * len(group.rows)
+                    mine = in_turns([self.manifests[source][row] for row in group.rows], self.stage.batch.turns)
+                    records += mine
+                    seeds += [group.seed] * len(mine)
             batch = self._collators[source](records, seeds)
             batches.append(batch)
             datasets += _clip_datasets(batch, records)
         return Work(join(batches), datasets, groups[0].seed, counts)
+
+
+def in_turns(records: Sequence[Record], turns: int) -> list[Record]:
+    """The same questions in conversations of up to `turns` records each, where neighbours are about the same clips.
+
+    Each later question then sees the answers before it, as in a real conversation.
+    """
+    out: list[Record] = []
+    joined = 0
+    for record in records:
+        if out and joined < turns and record.clips and record.clips == out[-1].clips:
+            out[-1] = replace(out[-1], id=f"{out[-1].id}+{record.id}", turns=out[-1].turns + record.turns, choices=None)
+            joined += 1
+        else:
+            out.append(record)
+            joined = 1
+    return out
 
 
 class _GroupSeconds:

@@ -35,7 +35,7 @@ def scenes(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def assets(tmp_path_factory, scenes):
-    """`tiny`, `tiny-lm` and `demo.yaml`, as the package has them."""
+    """`tiny` and `demo.yaml`, as the package has them."""
     from pal import train
     from pal.train.recipe import Recipe
 
@@ -45,8 +45,6 @@ def assets(tmp_path_factory, scenes):
     recipe = Recipe(model=model, data=data, stages=[STAGE])
     trained = train.run(recipe, folder / "run")
     trained.save_pretrained(folder / "tiny")
-    trained.llm.lm.save_pretrained(folder / "tiny-lm")
-    trained.tokenizer.save_pretrained(folder / "tiny-lm")
     demo = {
         "model": {"llm": {"path": "replaced"}, "encoders": ["tiny"], "connector": "mlp"},
         "data": {"scenes": {"synth": {"scenes": 4, "seed": 1, "seconds": 1.5, "questions_per_scene": 3}}},
@@ -54,9 +52,7 @@ def assets(tmp_path_factory, scenes):
         "keep": {"log_every": 1},
     }
     (folder / "demo.yaml").write_text(yaml.safe_dump(demo))
-    return SimpleNamespace(
-        folder=folder, bundle=folder / "tiny", llm=folder / "tiny-lm", demo=folder / "demo.yaml", scenes=Path(scenes)
-    )
+    return SimpleNamespace(folder=folder, bundle=folder / "tiny", demo=folder / "demo.yaml", scenes=Path(scenes))
 
 
 @pytest.fixture

@@ -14,7 +14,6 @@ from pal.errors import BundleError
 def small(assets):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(demo, "SHIPPED", assets.bundle)
-        patch.setattr(demo, "TEXT_LLM", assets.llm)
         patch.setattr(demo, "_HELD_OUT", {"scenes": 4, "questions_per_scene": 2, "seconds": 1.5})
         patch.setattr(demo, "_MEASURED_CLIPS", 2)
         yield assets
@@ -138,8 +137,8 @@ def test_quick_scales_the_recipe(small):
     assert demo._scaled(full, quick=False) == full
 
 
-def test_missing_llm_is_said_at_once(small, tmp_path, monkeypatch):
-    monkeypatch.setattr(demo, "TEXT_LLM", tmp_path / "nowhere")
+def test_missing_model_is_said_at_once(small, tmp_path, monkeypatch):
+    monkeypatch.setattr(demo, "SHIPPED", tmp_path / "nowhere")
     with pytest.raises(BundleError, match="missing; `pal doctor` says what to do"):
         demo.run_demo(tmp_path / "out", recipe_path=small.demo)
     assert not (tmp_path / "out").exists()
