@@ -20,6 +20,8 @@ _FFT = 512
 _WINDOW = 400
 _FLOOR = 1e-8
 """Power under which a mel bin counts as silence; about the noise of 16-bit samples."""
+_SILENCE = -1.0
+"""What `_FLOOR` is after scaling."""
 
 
 @register("encoder", "tiny")
@@ -41,6 +43,8 @@ class Tiny(Encoder):
         """M, mel bins from 40 Hz to 8 kHz."""
         dropout: float = 0.1
         """On the residual branches, in training."""
+        margin: int = 4
+        """Tokens of silence that the network hears before and after a clip."""
         mask_bins: int = 8
         """In training, two bands of up to so many mel bins of each clip are hidden (SpecAugment, Park et al. 2019)."""
 
@@ -78,6 +82,13 @@ class Tiny(Encoder):
         """Frames [W, F, M] -> tokens [W, ceil(F / 4), E]."""
         if self.training and self.config.mask_bins:
             frames_WFM = _hide_bands(frames_WFM, self.config.mask_bins)
+        # Silence on both sides, whose tokens are dropped again: a clip that was cut tight sounds as it would
+        # amid silence, where a convolution's own zeros would be a noise of -40 dB.
+        margin = 4 * self.config.margin
+        frames_WFM = frames_WFM.masked_fill(~_mask(lengths_W, frames_WFM.shape[1])[..., None], _SILENCE)
+        frames_WFM = F.pad(frames_WFM, (0, 0, margin, margin), value=_SILENCE)
+        real_W = (lengths_W + 3) // 4
+        lengths_W = lengths_W + 2 * margin
         # Channels last: the memory order in which CPU convolutions are fastest, up to 10 times here.
         x_WCFM = frames_WFM[:, None].to(memory_format=torch.channels_last)
         # Padding is set to zero before every convolution, which is what it finds past a clip's own
@@ -91,7 +102,9 @@ class Tiny(Encoder):
         x_WAE = self.project(x_WCFM.permute(0, 2, 1, 3).flatten(2))
         for block in self.blocks:
             x_WAE = block(x_WAE, mask_WA)
-        return AudioFeatures(self.norm(x_WAE) * mask_WA[..., None], mask_WA, self.seconds_per_token)
+        x_WAE = self.norm(x_WAE)[:, self.config.margin :][:, : int(real_W.max())]
+        mask_WA = _mask(real_W, x_WAE.shape[1])
+        return AudioFeatures(x_WAE * mask_WA[..., None], mask_WA, self.seconds_per_token)
 
 
 class _Block(nn.Module):
