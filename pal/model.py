@@ -18,7 +18,7 @@ from pal.backbone.llm import Backbone
 from pal.data.prompts import Conversation, encode, end_of_answer, user_turn
 from pal.errors import ConfigError, PromptError
 from pal.model_config import ModelConfig
-from pal.registry import build
+from pal.registry import build, check
 from pal.types import AudioFeatures, Batch, LLMInputs, Tokens
 
 if TYPE_CHECKING:
@@ -75,6 +75,13 @@ class PalModel(nn.Module):
         """A model with the LLM and encoder weights that `config` names and everything else untrained."""
         from transformers import AutoTokenizer
 
+        # An LLM can take minutes to load; a misspelt name is said before that.
+        for kind, part in (
+            ("encoder", config.encoders[0]),
+            ("connector", config.connector),
+            ("integration", config.integration),
+        ):
+            check(kind, part)
         llm = config.llm
         source = llm.path if llm.path is not None else llm.fresh
         assert source is not None
@@ -83,7 +90,10 @@ class PalModel(nn.Module):
             name = llm.tokenizer or llm.path
             if name is None:
                 raise ConfigError("a fresh LLM needs a tokenizer; give 'llm.tokenizer' or 'llm.vocabulary'")
-            tokenizer = AutoTokenizer.from_pretrained(name, revision=None if llm.tokenizer else llm.revision)
+            try:
+                tokenizer = AutoTokenizer.from_pretrained(name, revision=None if llm.tokenizer else llm.revision)
+            except OSError as error:
+                raise ConfigError(f"cannot load the tokenizer '{name}': {str(error).splitlines()[0]}") from None
         if len(tokenizer) > backbone.vocab:
             raise ConfigError(f"the tokenizer has {len(tokenizer)} entries, the LLM's vocabulary {backbone.vocab}")
         return cls(config, backbone, tokenizer)

@@ -47,16 +47,25 @@ def lookup(kind: str, name: str) -> type:
     return _CLASSES[kind][name]
 
 
+def check(kind: str, options: Mapping[str, Any] | str) -> None:
+    """What `build` would check, without building: the name and the options."""
+    _resolve(kind, options)
+
+
 def build(kind: str, options: Mapping[str, Any] | str, **context: Any) -> Any:
     """Build the part that `options` describes: a name, or `{"name": ..., option: value}`.
 
     `context` is what the surrounding model knows and a recipe should not repeat, such as widths; it
     is passed to the class beside the checked `config`.
     """
+    cls, config = _resolve(kind, options)
+    return cls(config, **context)
+
+
+def _resolve(kind: str, options: Mapping[str, Any] | str) -> tuple[type, StrictConfig]:
     fields = {"name": options} if isinstance(options, str) else dict(options)
     if "name" not in fields:
         raise ConfigError(f"{kind} needs a 'name'; known: {', '.join(names(kind))}")
     name = fields.pop("name")
     cls = lookup(kind, name)
-    config = parse(cls.Config, fields, where=f"{kind} '{name}'")  # type: ignore[attr-defined]
-    return cls(config, **context)
+    return cls, parse(cls.Config, fields, where=f"{kind} '{name}'")  # type: ignore[attr-defined]

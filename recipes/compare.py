@@ -13,13 +13,13 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-import pal
 from pal import train
 from pal.data.manifest import Manifest, Record
 from pal.data.prepare import prepare
 from pal.data.synth import synthesise
 from pal.evaluate import Score, evaluate
 from pal.files import write_text
+from pal.model import PalModel
 from pal.train.recipe import load_recipe
 
 VARIANTS: dict[str, Any] = {
@@ -45,7 +45,7 @@ def benchmarks(audio: Path, folder: Path) -> dict[str, list[Record]]:
     return {name: [r for r in Manifest(path) if r.choices is not None] for name, path in paths.items()}
 
 
-def score_of(name: str, records: list[Record], run: Path, model: pal.model.PalModel) -> Score:
+def score_of(name: str, records: list[Record], run: Path, model: PalModel) -> Score:
     """The score of a trained model, kept beside it."""
     path = run / f"{name.replace(' ', '_').replace(',', '')}.json"
     if not path.is_file():

@@ -4,7 +4,7 @@ import pytest
 
 from pal.config import StrictConfig, parse
 from pal.errors import ConfigError
-from pal.registry import build, lookup, names
+from pal.registry import build, check, lookup, names
 
 
 class Inner(StrictConfig):
@@ -33,6 +33,9 @@ def test_build_checks_options():
     assert build("connector", {"name": "mlp", "width": 5}, in_width=3).width == 5
     with pytest.raises(ConfigError, match=r"connector 'mlp': unknown key 'widht'; known: .*width"):
         build("connector", {"name": "mlp", "widht": 5}, in_width=3)
+    with pytest.raises(ConfigError, match=r"connector 'mlp': unknown key 'widht'; known: .*width"):
+        check("connector", {"name": "mlp", "widht": 5})
+    check("connector", "mlp")
     with pytest.raises(ConfigError, match="needs a 'name'"):
         build("connector", {"width": 5}, in_width=3)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import platform
 import sys
@@ -64,7 +63,6 @@ def run_demo(out: Path, quick: bool = False, seed: int = 0, recipe_path: Path = 
     """
     console = Console(stderr=True)
     started = time.perf_counter()
-    logging.getLogger("pal").setLevel(logging.WARNING)
     if not (SHIPPED / "config.json").is_file():
         raise BundleError(f"{SHIPPED}: missing; `pal doctor` says what to do")
     console.rule("1/5 scenes")
@@ -94,7 +92,7 @@ def run_demo(out: Path, quick: bool = False, seed: int = 0, recipe_path: Path = 
         "seconds": round(time.perf_counter() - started, 1),
         "data": {
             "held_out_scenes": asked["scenes"],
-            "held_out_questions": len(held_out),
+            "held_out_questions": scores["plits"].overall.n,
             "held_out_digest": held_out.digest,
             "measured_batch": {"clips": _MEASURED_CLIPS, "questions": len(batch_records)},
         },

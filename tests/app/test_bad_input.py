@@ -116,7 +116,7 @@ def test_recipes(shipped, tmp_path):
     fail("train", recipe, says=["unknown key 'sed'", "seed"])
     recipe.write_text(yaml.safe_dump(fields | {"stages": [STAGE | {"learning_rate": 3}]}))
     fail("train", recipe, says=["unknown key 'stages.0.learning_rate'", "lr"])
-    model = {"llm": str(shipped.llm), "encoders": ["wisper"]}
+    model = {"llm": "nowhere/at-all", "encoders": ["wisper"]}
     del fields["bundle"]
     recipe.write_text(yaml.safe_dump(fields | {"model": model}))
     fail("train", recipe, "--out", tmp_path / "run", says=["unknown encoder 'wisper'", "whisper"])

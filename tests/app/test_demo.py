@@ -34,9 +34,10 @@ def results(out):
 def test_results_hold_the_comparison(results):
     assert list(results["integrations"]) == ["plits", "lal", "pal"]
     for one in results["integrations"].values():
-        assert one["accuracy"]["n"] == results["data"]["held_out_questions"] == 8
+        # Captions have no choices and are not asked: at most 8 of 8.
+        assert 0 < one["accuracy"]["n"] == results["data"]["held_out_questions"] <= 8
         assert one["errors"] == 0
-        assert sum(task["n"] for task in one["per_task"].values()) == 8
+        assert sum(task["n"] for task in one["per_task"].values()) == one["accuracy"]["n"]
         assert all(value > 0 for value in one["cost"].values())
         assert one["training"]["steps"] == 2
         assert len(one["training"]["loss_curve"]) == 2
@@ -56,7 +57,8 @@ def test_all_start_from_the_same_encoder_and_llm(out, small):
     for recipe, name in zip(settings, demo.METHODS, strict=True):
         assert recipe["model"].pop("integration") == {"name": name}
         assert recipe["start"] == {"encoder": str(small.bundle)}
-        assert recipe["model"]["llm"]["path"] == str(small.llm)
+        assert recipe["model"]["llm"]["tokenizer"] == str(small.bundle)
+        assert recipe["model"]["llm"]["path"] is None
     assert settings[0] == settings[1] == settings[2]
 
 
