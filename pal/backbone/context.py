@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import Literal, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -11,11 +11,25 @@ from torch import Tensor
 
 from pal.errors import PalError
 
-if TYPE_CHECKING:
-    from pal.backbone.llm import Backbone
-
 Rope = dict[str, tuple[Tensor, Tensor]]
 """Layer type -> cos and sin, each [B, A, C]."""
+
+
+class Geometry(Protocol):
+    """What attention to audio must know of an LLM (`Backbone`): where its positions turn keys, how far back it sees."""
+
+    layer_types: tuple[str, ...]
+    """Per layer, the key of its rotary embedding in `rope`."""
+    windows: tuple[int | None, ...]
+    """Per layer, how many positions back a query sees, itself included; None means all."""
+
+    def rope(self, positions_BA: Tensor) -> Rope:
+        """Cos and sin of the LLM's rotary embedding at positions."""
+        ...
+
+    def check_ears(self) -> None:
+        """Raise where the LLM's attention cannot see audio."""
+        ...
 
 
 class KeySource(Protocol):
@@ -34,7 +48,7 @@ class AudioContext:
     drop and recompute them; `prebuilt` makes them once, for decoding.
     """
 
-    llm: Backbone
+    llm: Geometry
     source: KeySource | None
     """None when `layers` is empty."""
     layers: tuple[int, ...]
