@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from pal import audio as audio_io
 from pal.backbone.audio_kv import AudioKV
-from pal.backbone.llm import Backbone
+from pal.backbone.llm import Backbone, Per
 from pal.data.prompts import Conversation, encode, end_of_answer, user_turn
 from pal.errors import ConfigError, PromptError
 from pal.model_config import ModelConfig
@@ -32,8 +32,8 @@ class Loss(NamedTuple):
     """Cross-entropy of a batch, kept apart so that means can be taken over several processes."""
 
     sum: Tensor
-    tokens: int
-    """Trained tokens the sum is over."""
+    items: int
+    """Trained tokens, or answers, that the sum is over."""
 
 
 @dataclass(frozen=True)
@@ -151,10 +151,9 @@ class PalModel(nn.Module):
             audio = self.features(audio)
         return self.integration(audio or None, rows, self.llm, padding_side)
 
-    def forward(self, batch: Batch) -> Loss:
-        """Cross-entropy over the trained tokens of a batch (answers only)."""
-        total, tokens = self.llm.loss(self.inputs(batch.waveforms, batch.rows))
-        return Loss(total, tokens)
+    def forward(self, batch: Batch, per: Per = "token") -> Loss:
+        """Cross-entropy over the trained tokens of a batch (answers only); `per` says what counts alike."""
+        return Loss(*self.llm.loss(self.inputs(batch.waveforms, batch.rows), per))
 
     loss = forward
 

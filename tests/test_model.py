@@ -158,7 +158,7 @@ def test_loss_is_the_answers_alone(model):
     log_p = model.llm(inputs).logits[0, :-1].log_softmax(-1)
     labels = inputs.labels_BT[0, 1:]
     trained = labels != -100
-    assert tokens == int(trained.sum()) == len(model.tokenizer("a loud siren")["input_ids"]) + 1
+    assert tokens == int(trained.sum()) == len(model.tokenizer(" a loud siren")["input_ids"]) + 1
     expected = -log_p[trained].gather(1, labels[trained][:, None]).sum()
     torch.testing.assert_close(total, expected)
     torch.testing.assert_close(model.answer_scores([noise(0.5)], [row])[0], -expected)

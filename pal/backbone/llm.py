@@ -30,6 +30,8 @@ FAMILIES = ("gemma", "gemma3_text", "llama", "mistral", "qwen2", "qwen3")
 """transformers' `model_type` of the supported LLMs (Qwen2.5 is qwen2)."""
 
 Trained = Literal["full", "lora", "attention", "none"]
+Per = Literal["token", "answer"]
+"""What counts alike in a loss: every token, so that long answers count most, or every answer."""
 
 
 class LoRA(StrictConfig):
@@ -211,19 +213,28 @@ class Backbone(nn.Module):
             **{"use_cache": False, **kwargs},
         )
 
-    def loss(self, inputs: LLMInputs) -> tuple[Tensor, int]:
-        """Sum of the cross-entropies of the labelled tokens, and their number."""
-        losses_N, row_N = self._token_losses(inputs)
-        return losses_N.sum(), len(row_N)
+    def loss(self, inputs: LLMInputs, per: Per = "token") -> tuple[Tensor, int]:
+        """Sum of the cross-entropies of the labelled tokens, and their number; or of answers' means, and theirs.
+
+        An answer is a run of labelled tokens.
+        """
+        losses_N, row_N, column_N = self._token_losses(inputs)
+        if per == "token":
+            return losses_N.sum(), len(losses_N)
+        starts_N = torch.ones_like(row_N, dtype=torch.bool)
+        starts_N[1:] = (row_N[1:] != row_N[:-1]) | (column_N[1:] != column_N[:-1] + 1)
+        answer_N = starts_N.cumsum(0) - 1
+        lengths_X = answer_N.bincount()
+        return (losses_N / lengths_X[answer_N]).sum(), len(lengths_X)
 
     def label_scores(self, inputs: LLMInputs) -> Tensor:
         """Log-likelihood of each row's labelled tokens, summed: float32 [B]."""
-        losses_N, row_N = self._token_losses(inputs)
+        losses_N, row_N, _ = self._token_losses(inputs)
         scores_B = losses_N.new_zeros(inputs.inputs_embeds_BTD.shape[0])
         return scores_B.index_add(0, row_N, -losses_N)
 
-    def _token_losses(self, inputs: LLMInputs) -> tuple[Tensor, Tensor]:
-        """Cross-entropy of each labelled token, and its row; the head runs on the rows that predict one."""
+    def _token_losses(self, inputs: LLMInputs) -> tuple[Tensor, Tensor, Tensor]:
+        """Cross-entropy of each labelled token, its row and column; the head runs on the rows that predict one."""
         assert inputs.labels_BT is not None, "inputs without labels"
         audio = inputs.audio
         extra = {} if audio is None else {"audio": audio.view(inputs.attention_mask_BT, inputs.position_ids_BT)}
@@ -237,7 +248,7 @@ class Backbone(nn.Module):
         next_BT = inputs.labels_BT[:, 1:]
         row_N, column_N = (next_BT != IGNORE).nonzero(as_tuple=True)
         logits_NV = self.lm.lm_head(hidden_BTD[row_N, column_N])
-        return F.cross_entropy(logits_NV.float(), next_BT[row_N, column_N], reduction="none"), row_N
+        return F.cross_entropy(logits_NV.float(), next_BT[row_N, column_N], reduction="none"), row_N, column_N
 
     @torch.no_grad()
     def generate(self, inputs: LLMInputs, **kwargs: Any) -> Tensor:

@@ -9,12 +9,12 @@ PAD, EOS, USER, ASSISTANT, SYSTEM = "<pad>", "<eos>", "<user>", "<assistant>", "
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
-    "{{ '<' + message['role'] + '>' + message['content'] }}"
-    "{% if message['role'] == 'assistant' %}{{ '<eos>' }}{% endif %}"
+    "{% if message['role'] == 'assistant' %}{{ '<assistant> ' + message['content'] + '<eos>' }}"
+    "{% else %}{{ '<' + message['role'] + '>' + message['content'] }}{% endif %}"
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<assistant>' }}{% endif %}"
 )
-"""`<user>question<assistant>answer<eos>`, turn after turn."""
+"""`<user>question<assistant> answer<eos>`, turn after turn. With the space a word is the same token in both."""
 
 
 def train_tokenizer(

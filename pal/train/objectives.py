@@ -11,11 +11,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pal.backbone.llm import Per
 from pal.config import StrictConfig, parse
 from pal.data.manifest import Record
 from pal.errors import ConfigError
 from pal.model import PalModel
+from pal.train.marks import marks
 from pal.train.recipe import Stage
+from pal.train.transcript import Transcript
 from pal.types import Batch, TagSpan
 
 
@@ -66,18 +69,42 @@ class Answers(Objective):
     """Next-token cross-entropy on the answers, given audio and question."""
 
     class Config(StrictConfig):
-        """No options."""
+        """Options of the objective."""
+
+        per: Per = "token"
+        """What counts alike: every token, as usual, or every answer, so that captions do not outweigh all else."""
+
+    def __init__(self, model: PalModel, config: Config) -> None:
+        super().__init__(model)
+        self.per = config.per
+        self.unit = f"{config.per}s"
 
     def forward(self, work: Work) -> Outcome:
         """As `PalModel.loss`."""
-        total, tokens = self.model.loss(work.batch)
-        return Outcome(total, tokens)
+        return Outcome(*self.model.loss(work.batch, self.per))
 
 
 class Text(Answers):
     """The same without the audio: the LLM learns the language of questions and answers, and to guess."""
 
     with_audio = False
+
+
+class FromTranscript(Objective):
+    """The same with the clip's tags in the place of its sound, which the LLM reads as words."""
+
+    def __init__(self, model: PalModel, config: Transcript.Config, labels: dict[str, set[str]]) -> None:
+        """`labels`: dataset -> the labels it uses."""
+        super().__init__(model)
+        self.per = config.per
+        self.unit = f"{config.per}s"
+        self.transcript = Transcript(config, model, set().union(*labels.values()))
+
+    def forward(self, work: Work) -> Outcome:
+        """The LLM's loss on the answers."""
+        features = self.transcript.features(work.batch)
+        inputs = self.transcript(features, work.batch.rows, self.model.llm)
+        return Outcome(*self.model.llm.loss(inputs, self.per))
 
 
 class Tags(Objective):
@@ -131,7 +158,7 @@ class Tags(Objective):
         logits_BAJ = self.linear(features.x_BAE).float()
         mask_BA = features.mask_BA
         known_BJ = known_BJ.to(logits_BAJ.device)
-        times = [_marks(spans, self.index, mask_BA.shape[1], features.seconds_per_token) for spans in tags]
+        times = [marks(spans, self.index, mask_BA.shape[1], features.seconds_per_token) for spans in tags]
         clip_BJ = torch.stack([clip_J for clip_J, _, _ in times]).to(logits_BAJ.device)
         frames_BAJ = torch.stack([frames_AJ for _, frames_AJ, _ in times]).to(logits_BAJ.device)
         timed_BJ = torch.stack([timed_J for _, _, timed_J in times]).to(logits_BAJ.device) & known_BJ
@@ -197,7 +224,7 @@ def build_objective(model: PalModel, stage: Stage, records: Iterable[Record]) ->
     """The objective of a stage.
 
     Args:
-        records: everything the stage can draw; read by `tags` only, for its labels.
+        records: everything the stage can draw; read for its labels, where the objective has any.
     """
     where = f"stage '{stage.name}': options of '{stage.objective}'"
     if stage.objective == "tags":
@@ -205,12 +232,13 @@ def build_objective(model: PalModel, stage: Stage, records: Iterable[Record]) ->
         if stage.train.connector or stage.train.projectors or stage.train.llm != "none":
             raise ConfigError(f"stage '{stage.name}': objective 'tags' trains the encoder alone")
         return Tags(model, config, dataset_labels(records))
-    parse(Answers.Config, stage.options, where)
+    if stage.objective == "answers":
+        return Answers(model, parse(Answers.Config, stage.options, where))
+    if stage.train.encoder or stage.train.connector or stage.train.projectors:
+        raise ConfigError(f"stage '{stage.name}': objective '{stage.objective}' has no audio and trains the LLM alone")
     if stage.objective == "text":
-        if stage.train.encoder or stage.train.connector or stage.train.projectors:
-            raise ConfigError(f"stage '{stage.name}': objective 'text' has no audio and trains the LLM alone")
-        return Text(model)
-    return Answers(model)
+        return Text(model, parse(Answers.Config, stage.options, where))
+    return FromTranscript(model, parse(Transcript.Config, stage.options, where), dataset_labels(records))
 
 
 def dataset_labels(records: Iterable[Record]) -> dict[str, set[str]]:
@@ -220,28 +248,6 @@ def dataset_labels(records: Iterable[Record]) -> dict[str, set[str]]:
         if record.tags is not None:
             labels.setdefault(record.dataset, set()).update(span.label for span in record.tags)
     return labels
-
-
-def _marks(
-    spans: list[TagSpan], index: dict[str, int], tokens: int, seconds_per_token: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """What holds in a clip [J], what at each token [A, J], and for which labels the times are known [J]."""
-    clip_J = torch.zeros(len(index))
-    frames_AJ = torch.zeros(tokens, len(index))
-    timed_J = torch.ones(len(index), dtype=torch.bool)
-    starts_A = torch.arange(tokens) * seconds_per_token
-    has_times = any(span.start is not None for span in spans)
-    for span in spans:
-        if span.label not in index:
-            continue
-        label = index[span.label]
-        clip_J[label] = 1
-        if span.start is None or span.end is None:
-            timed_J[label] = False
-        else:
-            inside_A = (starts_A + seconds_per_token > span.start) & (starts_A < span.end)
-            frames_AJ[:, label] = torch.maximum(frames_AJ[:, label], inside_A.float())
-    return clip_J, frames_AJ, timed_J if has_times else torch.zeros_like(timed_J)
 
 
 def _mean(loss: Tensor, mask: Tensor, axes: tuple[int, ...]) -> Tensor:

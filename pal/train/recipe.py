@@ -132,7 +132,7 @@ class Stage(StrictConfig):
     """One stretch of training."""
 
     name: str = "stage"
-    objective: Literal["answers", "text", "tags"] = "answers"
+    objective: Literal["answers", "text", "transcript", "tags"] = "answers"
     options: dict[str, Any] = Field(default_factory=dict)
     """Of the objective; see `pal.train.objectives`."""
     train: Trained

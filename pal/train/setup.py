@@ -86,4 +86,5 @@ def _texts(manifests: Iterable[Manifest]) -> Iterator[str]:
         for record in manifest:
             for turn in record.turns:
                 yield turn.question.replace(PLACEHOLDER, "")
-                yield turn.answer
+                # as the chat template writes it
+                yield " " + turn.answer

@@ -49,6 +49,25 @@ def test_loss_and_scores_by_hand(name):
     torch.testing.assert_close(llm.label_scores(inputs), scores)
 
 
+@torch.no_grad()
+def test_a_loss_per_answer_is_the_sum_of_their_means():
+    llm, integration = shared("llama", "lal")
+    # two answers of two tokens and of one in a row, one of three in the next
+    rows = [
+        Tokens([5, AUDIO, 7, 8, 6, 9, 4], [0], [-100, -100, 7, 8, -100, 9, -100]),
+        Tokens([5, AUDIO, 9, 11, 12], [1], [-100, -100, 9, 11, 12]),
+    ]
+    inputs = integration(features(5, 8), rows, llm)
+    log_p = llm(inputs).logits.log_softmax(-1)
+    # the columns of the text rows, in which lal has no audio
+    first = -(log_p[0, 0, 7] + log_p[0, 1, 8]) / 2
+    second = -log_p[0, 3, 9]
+    third = -(log_p[1, 0, 9] + log_p[1, 1, 11] + log_p[1, 2, 12]) / 3
+    total, answers = llm.loss(inputs, per="answer")
+    assert answers == 3
+    torch.testing.assert_close(total, first + second + third)
+
+
 def test_the_head_runs_on_rows_with_labels_only():
     llm, integration = shared("llama", "plits")
     shapes = []

@@ -52,7 +52,7 @@ class Fake:
         for row in rows:
             said = self.tokenizer.decode([label for label in row.labels if label != IGNORE], skip_special_tokens=True)
             wanted = self.answer(clips, row).strip(" .").lower()
-            scores.append(-1.0 if said == wanted else -5.0)
+            scores.append(-1.0 if said.strip() == wanted else -5.0)
         return torch.tensor(scores)
 
 
@@ -185,7 +185,7 @@ def test_each_turn_is_asked_after_the_reference_answers_before_it(folder):
     score = evaluate(model, manifest(folder, [fields]), no_audio=False, progress=False)
     assert [(item.id, item.correct) for item in score.items] == [("r#0", False), ("r#1", True)]
     texts = sorted(model.tokenizer.decode([i for i in row.ids if i != AUDIO]) for row in rows)
-    assert texts[1] == "<user>\nWhat is this?<assistant>cat<eos><user>Is it a dog?<assistant>"
+    assert texts[1] == "<user>\nWhat is this?<assistant> cat<eos><user>Is it a dog?<assistant>"
     assert score.overall.no_audio_score is None
 
 

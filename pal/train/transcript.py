@@ -1,0 +1,70 @@
+"""What an LLM can learn of sounds from text alone: to answer about clips whose tags it reads in the audio's place."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+from pydantic import Field
+
+from pal.backbone.audio_kv import Layout
+from pal.backbone.llm import Backbone, Per
+from pal.config import StrictConfig
+from pal.errors import ConfigError
+from pal.integrations.base import ClipSpans, Integration
+from pal.model import PalModel
+from pal.train.marks import marks
+from pal.types import AudioFeatures, Batch
+
+
+class Transcript(Integration):
+    """Rows that sum the embeddings of the labels that hold at a time: what a perfect encoder would say.
+
+    Positions are those of audio, one row to a few of its tokens, so that the LLM learns distances that
+    it will meet again. It has no weights of its own and is no way for audio to enter.
+    """
+
+    class Config(StrictConfig):
+        """Options of the objective `transcript`."""
+
+        per: Per = "token"
+        """As in `answers`."""
+        seconds_per_row: float = Field(default=0.2, gt=0)
+        """Time between two rows."""
+
+    def __init__(self, config: Config, model: PalModel, labels: Iterable[str]) -> None:
+        super().__init__()
+        names = sorted(labels)
+        if not names:
+            raise ConfigError("objective 'transcript': no record of the stage's data has tags; use sources with tags")
+        self.numbers = {name: i for i, name in enumerate(names)}
+        words = [model.tokenizer(" " + name, add_special_tokens=False)["input_ids"] for name in names]
+        self._ids_X = torch.tensor([token for ids in words for token in ids])
+        self._label_X = torch.repeat_interleave(torch.tensor([len(ids) for ids in words]))
+        self._rate = model.sampling_rate
+        self._seconds_per_token = model.encoder.seconds_per_token
+        self.tokens = max(1, round(config.seconds_per_row / self._seconds_per_token))
+
+    def features(self, batch: Batch) -> AudioFeatures:
+        """A batch's tags, [U, S, J]: 1 where a label holds; a label without times holds throughout."""
+        seconds = self.tokens * self._seconds_per_token
+        rows_U = torch.tensor([math.ceil(len(samples_N) / self._rate / seconds) for samples_N in batch.waveforms])
+        S = int(rows_U.max())
+        held = []
+        for spans in batch.tags or [None] * len(batch.waveforms):
+            clip_J, held_SJ, timed_J = marks(list(spans or ()), self.numbers, S, seconds)
+            held.append(torch.where(timed_J, held_SJ, clip_J))
+        return AudioFeatures(torch.stack(held), torch.arange(S) < rows_U[:, None], seconds)
+
+    def spans(self, features: AudioFeatures, llm: Backbone) -> ClipSpans:
+        """One row for every few tokens."""
+        embedded_XD = llm.embed(self._ids_X.to(llm.device))
+        sums_JD = embedded_XD.new_zeros(len(self.numbers), llm.width)
+        label_X = self._label_X.to(llm.device)
+        means_JD = sums_JD.index_add(0, label_X, embedded_XD) / label_X.bincount()[:, None]
+        return ClipSpans(
+            lengths=[rows * self.tokens for rows in features.lengths],
+            layout=Layout(self._seconds_per_token, tokens=self.tokens, rows=1),
+            rows_USD=features.x_BAE.to(means_JD) @ means_JD,
+        )
