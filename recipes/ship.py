@@ -1,4 +1,4 @@
-"""Turns the run of `tiny.yaml` into the package data of `pal/assets`: bundle and model card.
+"""Turns the run of `tiny.yaml` into the package data of `pal/assets`: bundle, text-only LLM and model card.
 
     pal train recipes/tiny.yaml --out runs/tiny
     python recipes/ship.py runs/tiny
@@ -8,6 +8,7 @@ The scores in the card are measured here, on what the recipe held back and on sc
 
 import argparse
 import json
+import shutil
 from pathlib import Path
 
 import torch
@@ -17,7 +18,7 @@ from pal.data.manifest import Manifest, Record
 from pal.data.prepare import prepare
 from pal.data.synth import synthesise
 from pal.evaluate import Score, evaluate
-from pal.files import write_text
+from pal.files import MANIFEST, atomic_folder, write_text
 from pal.model import PalModel
 
 ASSETS = Path(pal.__file__).parent / "assets"
@@ -147,6 +148,10 @@ def main() -> None:
         score.save(args.run / "held-out" / f"{name.replace(' ', '_').replace(',', '')}.json")
         print(f"{name}: {score.score:.3f} of {score.overall.n}")
     write_text(args.assets / "tiny" / "README.md", card(shipped, scores, report))
+    with atomic_folder(args.assets / "tiny-lm") as folder:
+        for path in (args.run / "llm").iterdir():
+            if path.name != MANIFEST:
+                shutil.copy(path, folder)
     size = sum(path.stat().st_size for path in args.assets.rglob("*") if path.is_file())
     print(f"{args.assets}: {size / 1e6:.1f} MB")
     if size > LARGEST:

@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 
 METHODS = ("plits", "lal", "pal")
 RECIPE = SHIPPED.with_name("demo.yaml")
+TEXT_LLM = SHIPPED.with_name("tiny-lm")
+"""The shipped model's LLM before it heard any audio."""
 
 _HELD_OUT_SEED, _FRESH_SEED = 900_001, 950_001
 """Far from the seeds that recipes train on; the demo's own seed is added."""
@@ -63,8 +65,9 @@ def run_demo(out: Path, quick: bool = False, seed: int = 0, recipe_path: Path = 
     """
     console = Console(stderr=True)
     started = time.perf_counter()
-    if not (SHIPPED / "config.json").is_file():
-        raise BundleError(f"{SHIPPED}: missing; `pal doctor` says what to do")
+    for folder in (SHIPPED, TEXT_LLM):
+        if not (folder / "config.json").is_file():
+            raise BundleError(f"{folder}: missing; `pal doctor` says what to do")
     console.rule("1/5 scenes")
     recipe = _with_scenes(_scaled(load_recipe(recipe_path), quick), out / "scenes", seed)
     asked = _QUICK if quick else _HELD_OUT
@@ -150,12 +153,12 @@ def _with_scenes(recipe: Recipe, folder: Path, seed: int) -> Recipe:
 
 
 def _recipe_of(recipe: Recipe, integration: str) -> Recipe:
-    """The same for one integration: the shipped encoder and tokenizer, all else from random weights."""
+    """The same for one integration, from the shipped encoder and text-only LLM and from nothing else."""
     fields = recipe.model_dump(mode="json", exclude_unset=True)
     shipped = json.loads((SHIPPED / "config.json").read_text(encoding="utf-8"))["model"]
     fields["model"] = {
         **fields.get("model", {}),
-        "llm": {"fresh": shipped["llm"]["fresh"], "tokenizer": str(SHIPPED)},
+        "llm": {"path": str(TEXT_LLM)},
         "encoders": shipped["encoders"],
         "integration": {"name": integration},
     }

@@ -35,7 +35,7 @@ def scenes(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def assets(tmp_path_factory, scenes):
-    """`tiny` and `demo.yaml`, as the package has them."""
+    """`tiny`, `tiny-lm` and `demo.yaml`, as the package has them."""
     from pal import train
     from pal.train.recipe import Recipe
 
@@ -52,7 +52,11 @@ def assets(tmp_path_factory, scenes):
         "keep": {"log_every": 1},
     }
     (folder / "demo.yaml").write_text(yaml.safe_dump(demo))
-    return SimpleNamespace(folder=folder, bundle=folder / "tiny", demo=folder / "demo.yaml", scenes=Path(scenes))
+    trained.llm.lm.save_pretrained(folder / "tiny-lm")
+    trained.tokenizer.save_pretrained(folder / "tiny-lm")
+    return SimpleNamespace(
+        folder=folder, bundle=folder / "tiny", llm=folder / "tiny-lm", demo=folder / "demo.yaml", scenes=Path(scenes)
+    )
 
 
 @pytest.fixture

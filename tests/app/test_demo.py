@@ -14,6 +14,7 @@ from pal.errors import BundleError
 def small(assets):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(demo, "SHIPPED", assets.bundle)
+        patch.setattr(demo, "TEXT_LLM", assets.llm)
         patch.setattr(demo, "_HELD_OUT", {"scenes": 4, "questions_per_scene": 2, "seconds": 1.5})
         patch.setattr(demo, "_MEASURED_CLIPS", 2)
         yield assets
@@ -57,8 +58,7 @@ def test_all_start_from_the_same_encoder_and_llm(out, small):
     for recipe, name in zip(settings, demo.METHODS, strict=True):
         assert recipe["model"].pop("integration") == {"name": name}
         assert recipe["start"] == {"encoder": str(small.bundle)}
-        assert recipe["model"]["llm"]["tokenizer"] == str(small.bundle)
-        assert recipe["model"]["llm"]["path"] is None
+        assert recipe["model"]["llm"]["path"] == str(small.llm)
     assert settings[0] == settings[1] == settings[2]
 
 
@@ -139,8 +139,9 @@ def test_quick_scales_the_recipe(small):
     assert demo._scaled(full, quick=False) == full
 
 
-def test_missing_model_is_said_at_once(small, tmp_path, monkeypatch):
-    monkeypatch.setattr(demo, "SHIPPED", tmp_path / "nowhere")
+@pytest.mark.parametrize("missing", ["SHIPPED", "TEXT_LLM"])
+def test_missing_model_is_said_at_once(small, tmp_path, monkeypatch, missing):
+    monkeypatch.setattr(demo, missing, tmp_path / "nowhere")
     with pytest.raises(BundleError, match="missing; `pal doctor` says what to do"):
         demo.run_demo(tmp_path / "out", recipe_path=small.demo)
     assert not (tmp_path / "out").exists()
