@@ -59,13 +59,15 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/compare"))
     parser.add_argument("--audio", type=Path, default=Path("../shared/audio"), help="folder with esc10/ and fsdd/")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--only", nargs="*", default=list(VARIANTS), choices=list(VARIANTS), metavar="NAME")
     args = parser.parse_args()
     logging.basicConfig(level=logging.WARNING)
 
     held_out = benchmarks(args.audio, args.out / "held-out")
-    results: dict[str, dict[str, list[float]]] = {name: {} for name in VARIANTS}
+    results: dict[str, dict[str, list[float]]] = {name: {} for name in args.only}
     for seed in range(1, args.seeds + 1):
-        for name, integration in VARIANTS.items():
+        for name in args.only:
+            integration = VARIANTS[name]
             run = args.out / f"{name.replace(',', '').replace(' ', '_').lower()}-{seed}"
             recipe = load_recipe(
                 RECIPE,
@@ -94,7 +96,8 @@ def main() -> None:
         cells = [f"{statistics.mean(row[c]):.3f} ({min(row[c]):.3f} to {max(row[c]):.3f})" for c in columns]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     print("\n".join(lines))
-    write_text(args.out / "results.json", json.dumps(results, indent=1) + "\n")
+    if args.only == list(VARIANTS):
+        write_text(args.out / "results.json", json.dumps(results, indent=1) + "\n")
 
 
 if __name__ == "__main__":
