@@ -20,12 +20,21 @@ def test_the_same_texts_give_the_same_tokenizer():
     assert train_tokenizer(TEXTS, 320).get_vocab() == train_tokenizer(TEXTS, 320).get_vocab()
 
 
+def test_a_word_is_the_same_token_in_question_and_answer():
+    """Trap: an answer that starts without a space is other tokens, which learn on their own what the word means."""
+    tokenizer = train_tokenizer([" siren"] * 9, 320)
+    turns = [{"role": "user", "content": "a siren"}, {"role": "assistant", "content": "siren"}]
+    ids = tokenizer(tokenizer.apply_chat_template(turns, tokenize=False)).input_ids
+    (siren,) = tokenizer(" siren").input_ids
+    assert ids.count(siren) == 2
+
+
 def test_chat_template(tmp_path):
     train_tokenizer(TEXTS, 320).save_pretrained(tmp_path)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     turns = [{"role": "user", "content": "what?"}, {"role": "assistant", "content": "a dog"}]
     text = tokenizer.apply_chat_template(turns, tokenize=False)
-    assert text == "<user>what?<assistant>a dog<eos>"
+    assert text == "<user>what?<assistant> a dog<eos>"
     assert (
         tokenizer.apply_chat_template(turns[:1], tokenize=False, add_generation_prompt=True) == "<user>what?<assistant>"
     )
@@ -33,7 +42,7 @@ def test_chat_template(tmp_path):
     assert ids[0] == tokenizer.convert_tokens_to_ids("<user>")
     assert ids[-1] == tokenizer.eos_token_id
     assert tokenizer.pad_token_id == 0
-    assert tokenizer.decode(ids, skip_special_tokens=True) == "what?a dog"
+    assert tokenizer.decode(ids, skip_special_tokens=True) == "what? a dog"
 
 
 def test_too_small():

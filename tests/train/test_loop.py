@@ -137,10 +137,10 @@ def test_a_loss_that_is_no_number_stops_with_the_records(
     loss = PalModel.loss
     steps = 0
 
-    def poisoned(self: PalModel, batch: Any) -> Any:
+    def poisoned(self: PalModel, *given: Any) -> Any:
         nonlocal steps
         steps += 1
-        total, tokens = loss(self, batch)
+        total, tokens = loss(self, *given)
         return total * (float("nan") if steps == 2 else 1.0), tokens
 
     monkeypatch.setattr(PalModel, "loss", poisoned)
