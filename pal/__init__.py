@@ -16,6 +16,8 @@ __version__ = version("pal-audio")
 
 SHIPPED = Path(__file__).parent / "assets" / "tiny"
 """The small model that comes with the package."""
+TEXT_LLM = SHIPPED.with_name("tiny-lm")
+"""Its LLM before it heard any audio, with its tokenizer, as transformers' own folder."""
 
 
 def load(path: str | Path | None = None) -> PalModel:

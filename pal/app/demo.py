@@ -16,7 +16,7 @@ import torch
 from rich.console import Console
 
 import pal
-from pal import SHIPPED, train
+from pal import SHIPPED, TEXT_LLM, train
 from pal.app.report import table, write_page
 from pal.bench.measure import audio_cache_bytes, training_costs
 from pal.config import parse
@@ -35,8 +35,6 @@ if TYPE_CHECKING:
 
 METHODS = ("plits", "lal", "pal")
 RECIPE = SHIPPED.with_name("demo.yaml")
-TEXT_LLM = SHIPPED.with_name("tiny-lm")
-"""The shipped model's LLM before it heard any audio."""
 
 _HELD_OUT_SEED, _FRESH_SEED = 900_001, 950_001
 """Far from the seeds that recipes train on; the demo's own seed is added."""

@@ -14,7 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from pal import SHIPPED
+from pal import SHIPPED, TEXT_LLM
 from pal.errors import BundleError
 from pal.files import verify
 
@@ -47,7 +47,7 @@ class Finding:
 def examine() -> list[Finding]:
     """All checks, in the order in which a reader would mend them."""
     findings = [_python(), *_packages(), _codecs(), _gpu(), _machine(), _disk()]
-    return [*findings, _bundle(SHIPPED)]
+    return [*findings, _shipped("shipped model", SHIPPED), _shipped("its text-only LLM", TEXT_LLM)]
 
 
 def report(findings: list[Finding]) -> str:
@@ -183,14 +183,13 @@ def _disk() -> Finding:
     return Finding("disk", True, detail)
 
 
-def _bundle(folder: Path) -> Finding:
-    """The shipped model, every byte of it."""
+def _shipped(name: str, folder: Path) -> Finding:
+    """A folder of the package's data, every byte of it."""
     try:
         digests = verify(folder)
     except BundleError as error:
-        return Finding("shipped model", False, str(error), _REINSTALL)
-    detail = f"{len(digests)} files, {_megabytes(folder):.1f} MB, every SHA-256 as it should be"
-    return Finding("shipped model", True, detail)
+        return Finding(name, False, str(error), _REINSTALL)
+    return Finding(name, True, f"{len(digests)} files, {_megabytes(folder):.1f} MB, every SHA-256 as it should be")
 
 
 def _megabytes(folder: Path) -> float:

@@ -6,6 +6,8 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
+from pal.files import atomic_folder
+
 NOTICE = "This is a toy for tests: it knows nothing."
 LLM = {
     "model_type": "llama",
@@ -52,8 +54,9 @@ def assets(tmp_path_factory, scenes):
         "keep": {"log_every": 1},
     }
     (folder / "demo.yaml").write_text(yaml.safe_dump(demo))
-    trained.llm.lm.save_pretrained(folder / "tiny-lm")
-    trained.tokenizer.save_pretrained(folder / "tiny-lm")
+    with atomic_folder(folder / "tiny-lm") as temporary:
+        trained.llm.save(temporary)
+        trained.tokenizer.save_pretrained(temporary)
     return SimpleNamespace(
         folder=folder, bundle=folder / "tiny", llm=folder / "tiny-lm", demo=folder / "demo.yaml", scenes=Path(scenes)
     )

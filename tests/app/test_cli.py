@@ -166,6 +166,7 @@ def test_data_check_of_a_bad_manifest(shipped, tmp_path):
 
 def test_doctor_json(assets, monkeypatch):
     monkeypatch.setattr("pal.app.doctor.SHIPPED", assets.bundle)
+    monkeypatch.setattr("pal.app.doctor.TEXT_LLM", assets.llm)
     found = json.loads(succeed("doctor", "--json").stdout)
     assert found["ok"] is True
     assert {"name", "ok", "detail", "remedy", "required"} == set(found["checks"][0])

@@ -22,9 +22,20 @@ def names(findings):
 
 def test_this_machine_passes(assets, monkeypatch):
     monkeypatch.setattr(doctor, "SHIPPED", assets.bundle)
+    monkeypatch.setattr(doctor, "TEXT_LLM", assets.llm)
     found = names(doctor.examine())
     assert all(finding.ok for finding in found.values() if finding.required)
-    assert {"python", "torch", "transformers", "peft", "audio formats", "gpu", "disk", "shipped model"} <= set(found)
+    assert {
+        "python",
+        "torch",
+        "transformers",
+        "peft",
+        "audio formats",
+        "gpu",
+        "disk",
+        "shipped model",
+        "its text-only LLM",
+    } <= set(found)
     assert not {"pytest", "ruff"} & set(found)
     assert doctor.report(list(found.values())).endswith("everything that the main job needs works")
 
@@ -52,16 +63,16 @@ def test_old_and_missing_packages_have_remedies(monkeypatch):
 def test_flipped_byte_in_the_shipped_model(assets, tmp_path):
     folder = tmp_path / "tiny"
     shutil.copytree(assets.bundle, folder)
-    assert doctor._bundle(folder).ok
+    assert doctor._shipped("shipped model", folder).ok
     weights = folder / "model.safetensors"
     data = bytearray(weights.read_bytes())
     data[-1] ^= 1
     weights.write_bytes(data)
-    finding = doctor._bundle(folder)
+    finding = doctor._shipped("shipped model", folder)
     assert not finding.ok
     assert "SHA-256" in finding.detail
     assert "pip install" in finding.remedy
-    assert not doctor._bundle(tmp_path / "nowhere").ok
+    assert not doctor._shipped("shipped model", tmp_path / "nowhere").ok
 
 
 def test_cpu_torch_beside_a_driver(monkeypatch):
