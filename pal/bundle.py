@@ -37,7 +37,10 @@ def save(model: PalModel, folder: str | Path, full: bool = False, dtype: torch.d
         full: also write the parts that have a source of their own and were not trained.
         dtype: of floating-point weights on disk; they come back in the model's own.
     """
-    kept = {name: tensor for name, tensor in model.state_dict().items() if full or _is_ours(model, name)}
+    state = model.state_dict()
+    # By memory, not by name alone: tied weights have two names, of which only one was trained.
+    ours = {tensor.data_ptr() for name, tensor in state.items() if full or _is_ours(model, name)}
+    kept = {name: tensor for name, tensor in state.items() if tensor.data_ptr() in ours}
     description = {
         "format": FORMAT,
         "model": model.config.model_dump(mode="json"),

@@ -8,7 +8,7 @@ import torch
 from pal.backbone.llm import LoRA
 from pal.errors import BundleError
 from pal.model import PalModel
-from tests.models import INTEGRATIONS, noise, pal, tiny_model
+from tests.models import INTEGRATIONS, LLM, noise, pal, tiny_model
 
 QUESTION = "What sound is this?"
 
@@ -50,6 +50,23 @@ def test_only_what_was_trained_is_written(tmp_path):
     assert full - part == pytest.approx(llm_bytes, rel=0.05)
     for name in ("part", "all"):
         assert pal.load(tmp_path / name).digest == model.digest
+
+
+def test_tied_weights_of_a_trained_llm(tmp_path):
+    """Trap: embedding and head are one tensor with two names, of which training knows one."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    lm = AutoModelForCausalLM.from_config(AutoConfig.for_model(**LLM, tie_word_embeddings=True))
+    lm.save_pretrained(tmp_path / "llm")
+    tiny_model().tokenizer.save_pretrained(tmp_path / "llm")
+    model = tiny_model(llm=str(tmp_path / "llm"))
+    model.trained |= {f"llm.{name}" for name, _ in model.llm.named_parameters()}
+    with torch.no_grad():
+        for parameter in model.llm.parameters():
+            parameter.add_(0.01)
+    model.save_pretrained(tmp_path / "part")
+    assert pal.load(tmp_path / "part").digest == model.digest
 
 
 def test_a_full_bundle_needs_no_llm(tmp_path):
