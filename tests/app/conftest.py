@@ -16,6 +16,7 @@ LLM = {
     "num_attention_heads": 2,
     "num_key_value_heads": 1,
     "intermediate_size": 32,
+    "tie_word_embeddings": True,
 }
 ENCODER = {"name": "tiny", "width": 8, "channels": [2, 2, 4, 4], "blocks": 1}
 STAGE = {
