@@ -65,6 +65,9 @@ not know: asked about music, sentences or a sound outside these lists it gives o
 
 Exact match, greedy decoding, 95 % bootstrap intervals, by `python recipes/ship.py`:
 
+Settings of the recipe were chosen by looking at these scores, so they flatter the model a little: nothing was trained
+on this data, but no third set was kept aside.
+
 | data | n | accuracy | 95 % interval | the same model without audio |
 |---|---|---|---|---|
 {scores}
@@ -122,7 +125,7 @@ def card(model: PalModel, scores: dict[str, Score], report: dict) -> str:
         llm=sizes["llm"],
         rest=sizes["connector"] + sizes["projectors"],
         minutes=report["seconds"] / 60,
-        data="\n".join(lines),
+        data="\n".join(dict.fromkeys(lines)),
         kinds=", ".join(KINDS),
         scores="\n".join(rows),
         tasks="\n".join(tasks),

@@ -72,7 +72,7 @@ class Answers(Objective):
         """Options of the objective."""
 
         per: Per = "token"
-        """What counts alike: every token, as usual, or every answer, so that captions do not outweigh all else."""
+        """What counts alike: every token, as usual, or every answer, so that long ones weigh no more."""
 
     def __init__(self, model: PalModel, config: Config) -> None:
         super().__init__(model)

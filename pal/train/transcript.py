@@ -47,12 +47,19 @@ class Transcript(Integration):
         self.tokens = max(1, round(config.seconds_per_row / self._seconds_per_token))
 
     def features(self, batch: Batch) -> AudioFeatures:
-        """A batch's tags, [U, S, J]: 1 where a label holds; a label without times holds throughout."""
+        """A batch's tags, [U, S, J]: 1 where a label holds; a label without times holds throughout.
+
+        Raises:
+            ConfigError: a clip of which nothing is known, about which the LLM could only learn to guess.
+        """
+        given = batch.tags or [None] * len(batch.waveforms)
+        if any(spans is None for spans in given):
+            raise ConfigError("objective 'transcript': a clip has no tags; leave its source out of the stage's data")
         seconds = self.tokens * self._seconds_per_token
         rows_U = torch.tensor([math.ceil(len(samples_N) / self._rate / seconds) for samples_N in batch.waveforms])
         S = int(rows_U.max())
         held = []
-        for spans in batch.tags or [None] * len(batch.waveforms):
+        for spans in given:
             clip_J, held_SJ, timed_J = marks(list(spans or ()), self.numbers, S, seconds)
             held.append(torch.where(timed_J, held_SJ, clip_J))
         return AudioFeatures(torch.stack(held), torch.arange(S) < rows_U[:, None], seconds)

@@ -73,6 +73,13 @@ def test_it_equals_the_llm_on_those_embeddings_at_audio_s_positions(model):
     torch.testing.assert_close(loss, expected)
 
 
+def test_a_clip_of_which_nothing_is_known_is_refused(model):
+    for tags in (None, [SPANS, None]):
+        with pytest.raises(ConfigError, match="a clip has no tags; leave its source out"):
+            made(model).features(Batch([clip(0.4), clip(0.4)], [], tags=tags))
+    made(model).features(Batch([clip(0.4)], [], tags=[[]]))  # known to be silent
+
+
 def test_only_the_llm_learns_from_it(model):
     options = {"name": "text", "objective": "transcript", "steps": 1, "batch": {"rows": 1}, "lr": 1e-3}
     stage = parse(Stage, {**options, "train": {"connector": True}}, "test")
