@@ -23,9 +23,10 @@ from pal.model_config import LLMConfig, ModelConfig
 if TYPE_CHECKING:
     from pal.model import PalModel
 
-FORMAT = 1
+FORMAT = 2
 _CONFIG = "config.json"
 _WEIGHTS = "model.safetensors"
+_ENCODERS = "ears.encoders."
 
 
 def save(model: PalModel, folder: str | Path, full: bool = False, dtype: torch.dtype | None = None) -> None:
@@ -45,10 +46,10 @@ def save(model: PalModel, folder: str | Path, full: bool = False, dtype: torch.d
         "format": FORMAT,
         "model": model.config.model_dump(mode="json"),
         "llm": model.llm.lm.config.to_dict(),
-        "encoder": {
-            "name": model.config.encoders[0]["name"],
-            **model.encoder.standalone_config().model_dump(mode="json"),
-        },
+        "encoders": [
+            {"name": part["name"], **encoder.standalone_config().model_dump(mode="json")}
+            for part, encoder in zip(model.config.encoders, model.ears.encoders, strict=True)
+        ],
         "lora": None if model.llm.lora is None else model.llm.lora.model_dump(),
         "left_out": _left_out(model, set(kept)),
     }
@@ -86,8 +87,10 @@ def load(path: str | Path) -> PalModel:
     # Where every weight of a part is here, only its shape is needed, not its source.
     if "llm" not in left_out:
         sources["llm"] = LLMConfig(fresh=description["llm"], dtype=config.llm.dtype)
-    if "encoder" not in left_out:
-        sources["encoders"] = [description["encoder"]]
+    sources["encoders"] = [
+        given if f"{_ENCODERS}{i}" in left_out else alone
+        for i, (given, alone) in enumerate(zip(config.encoders, description["encoders"], strict=True))
+    ]
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     model = PalModel.from_config(config.model_copy(update=sources), tokenizer)
     model.config = config
@@ -124,15 +127,18 @@ def _is_hub_id(path: str) -> bool:
 
 
 def _part_of(name: str) -> str:
-    return name.split(".", 1)[0]
+    """`llm`, `ears.encoders.0`, ...: what has a source of its own."""
+    return ".".join(name.split(".")[: 3 if name.startswith(_ENCODERS) else 1])
 
 
 def _is_ours(model: PalModel, name: str) -> bool:
     """Whether the tensor exists nowhere else: made or trained here."""
     if _part_of(name) == "llm":
         return model.config.llm.path is None or name in model.trained or "lora_" in name
-    if _part_of(name) == "encoder":
-        return "path" not in model.config.encoders[0] or any(n.startswith("encoder.") for n in model.trained)
+    if name.startswith(_ENCODERS):
+        part = _part_of(name)
+        options = model.config.encoders[int(part.removeprefix(_ENCODERS))]
+        return "path" not in options or any(n.startswith(f"{part}.") for n in model.trained)
     return True
 
 

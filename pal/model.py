@@ -16,9 +16,11 @@ from pal import audio as audio_io
 from pal.backbone.audio_kv import AudioKV
 from pal.backbone.llm import Backbone, Per
 from pal.data.prompts import Conversation, encode, end_of_answer, user_turn
+from pal.ears import Ears, check_ears
 from pal.errors import ConfigError, PromptError
+from pal.integrations.routed import build_integration
 from pal.model_config import ModelConfig
-from pal.registry import build, check
+from pal.registry import check
 from pal.types import AudioFeatures, Batch, LLMInputs, Tokens
 
 if TYPE_CHECKING:
@@ -62,9 +64,8 @@ class PalModel(nn.Module):
         self.config = config
         self.tokenizer = tokenizer
         self.llm = llm
-        self.encoder = build("encoder", config.encoders[0])
-        self.connector = build("connector", config.connector, in_width=self.encoder.width)
-        self.integration: Integration = build("integration", config.integration, in_width=self.connector.width, llm=llm)
+        self.ears = Ears(config)
+        self.integration: Integration = build_integration(config.integration, self.ears.streams, llm)
         self.source = "untrained"
         """What the model is called in answers and scores."""
         self.trained: set[str] = set()
@@ -76,12 +77,8 @@ class PalModel(nn.Module):
         from transformers import AutoTokenizer
 
         # An LLM can take minutes to load; a misspelt name is said before that.
-        for kind, part in (
-            ("encoder", config.encoders[0]),
-            ("connector", config.connector),
-            ("integration", config.integration),
-        ):
-            check(kind, part)
+        check_ears(config)
+        check("integration", config.integration)
         llm = config.llm
         source = llm.path if llm.path is not None else llm.fresh
         assert source is not None
@@ -108,13 +105,13 @@ class PalModel(nn.Module):
     @property
     def sampling_rate(self) -> int:
         """Hz of the waveforms that the model takes."""
-        return self.encoder.sampling_rate
+        return self.ears.sampling_rate
 
     def parts(self) -> dict[str, nn.Module]:
         """The parts that a training stage can name."""
         return {
-            "encoder": self.encoder,
-            "connector": self.connector,
+            "encoder": self.ears.encoders,
+            "connector": self.ears.connectors,
             "projectors": self.integration,
             "llm": self.llm,
         }
@@ -125,16 +122,16 @@ class PalModel(nn.Module):
         Otherwise the dropout of a frozen part would stay on and its batch statistics would move.
         """
         super().train(mode)
-        for part in self.parts().values():
+        for part in (*self.ears.encoders, *self.ears.connectors, self.integration, self.llm):
             if not any(p.requires_grad for p in part.parameters()):
                 part.eval()
         return self
 
     # Audio to LLM inputs
 
-    def features(self, waveforms: list[Tensor]) -> AudioFeatures:
-        """Waveforms [N] at `sampling_rate`, one a clip -> the connector's features [B, A, E]."""
-        return self.connector(self.encoder.encode(waveforms))
+    def features(self, waveforms: list[Tensor]) -> list[AudioFeatures]:
+        """Waveforms [N] at `sampling_rate`, one a clip -> the features [B, A, E] of each stream."""
+        return self.ears.connect(self.ears.hear(waveforms))
 
     def inputs(
         self, clips: Sequence[Tensor] | Sequence[AudioKV], rows: list[Tokens], padding_side: str = "right"
@@ -147,7 +144,7 @@ class PalModel(nn.Module):
             padding_side: "right" for training and scoring, "left" for generation.
         """
         audio: Any = list(clips)
-        if audio and not isinstance(audio[0], AudioKV):
+        if audio and isinstance(audio[0], Tensor):
             audio = self.features(audio)
         return self.integration(audio or None, rows, self.llm, padding_side)
 
@@ -239,10 +236,10 @@ class PalModel(nn.Module):
         clips_heard: Any = loaded
         used = seconds
         if loaded and isinstance(loaded[0], Tensor):
-            heard = self.encoder.encode(loaded)
-            clips_heard = self.connector(heard)
-            # the encoder's tokens tell what was heard; a connector's may stand for no time of their own
-            used = [min(s, count * heard.seconds_per_token) for s, count in zip(seconds, heard.lengths, strict=True)]
+            heard = self.ears.hear(loaded)
+            clips_heard = self.ears.connect(heard)
+            # the encoders' tokens tell what was heard; a connector's may stand for no time of their own
+            used = [min(s, *(f.lengths[i] * f.seconds_per_token for f in heard)) for i, s in enumerate(seconds)]
         encoded = time.perf_counter()
         inputs = self.integration(clips_heard or None, rows, self.llm, "left")
         first = _FirstToken()
@@ -252,8 +249,8 @@ class PalModel(nn.Module):
         texts = self.tokenizer.batch_decode(ids_BT, skip_special_tokens=True)
         done = time.perf_counter()
         timings = {"encode": encoded - start, "prefill": first.at - encoded, "generate": done - first.at}
-        if isinstance(clips_heard, AudioFeatures):
-            tokens = clips_heard.lengths
+        if clips_heard and isinstance(clips_heard[0], AudioFeatures):
+            tokens = [sum(counts) for counts in zip(*(stream.lengths for stream in clips_heard), strict=True)]
         else:
             tokens = [clip.tokens for clip in clips_heard]
         return [

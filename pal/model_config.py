@@ -39,10 +39,11 @@ class ModelConfig(StrictConfig):
 
     llm: LLMConfig
     """A string is short for `{path: ...}`."""
-    encoders: list[Part] = Field(min_length=1, max_length=1)
-    """The audio encoder, by name and options; a Hub id alone is short for a Whisper."""
-    connector: Part = {"name": "mlp"}
-    """What stands between encoder and integration."""
+    encoders: list[Part] = Field(min_length=1)
+    """The audio encoders, by name and options; a Hub id alone is short for a Whisper."""
+    connector: Part | list[Part] = {"name": "mlp"}
+    """What stands between encoders and integration: one for all of them, or a list, of which each may say by
+    `encoders: [0, 2]` which it takes, and else takes the one in its place. Each makes a stream of tokens."""
     integration: Part = {"name": "pal"}
     """How the audio enters the LLM."""
     system: str | None = None
@@ -58,6 +59,8 @@ class ModelConfig(StrictConfig):
     @field_validator("connector", "integration", mode="before")
     @classmethod
     def _part_name(cls, value: Any) -> Any:
+        if isinstance(value, list):
+            return [{"name": item} if isinstance(item, str) else item for item in value]
         return {"name": value} if isinstance(value, str) else value
 
     @field_validator("encoders", mode="before")

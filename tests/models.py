@@ -41,9 +41,9 @@ def tiny_model(
         for parameter in model.integration.parameters():
             parameter.mul_(3)
         # Batch statistics that spread the clips out, as training would leave them.
-        model.encoder.train()
+        model.ears.encoders.train()
         for moment in range(20 if warm else 0):
-            model.encoder.encode([noise(0.5, moment), tone(0.5, 200.0 * (moment + 1))])
+            model.ears.hear([noise(0.5, moment), tone(0.5, 200.0 * (moment + 1))])
     return model.eval()
 
 

@@ -180,18 +180,18 @@ def test_loss_is_the_answers_alone(model):
 
 def test_frozen_parts_stay_in_evaluation_mode(model):
     other = tiny_model(model.config.integration)
-    other.encoder.requires_grad_(False)
+    other.ears.encoders.requires_grad_(False)
     other.train()
-    assert not other.encoder.training
-    assert other.connector.training
-    assert not any(module.training for module in other.encoder.modules())
+    assert not other.ears.encoders[0].training
+    assert other.ears.connectors[0].training
+    assert not any(module.training for module in other.ears.encoders.modules())
 
 
 def test_digest_follows_the_weights(model):
     other = tiny_model(model.config.integration)
     assert other.digest == model.digest
     with torch.no_grad():
-        next(other.connector.parameters())[0] += 1e-3
+        next(other.ears.connectors.parameters())[0] += 1e-3
     assert other.digest != model.digest
 
 

@@ -58,3 +58,9 @@ class Mixer:
         if len(samples_N) == 0:
             raise DecodeError(f"its {self.frames} samples are too short to resample", "give a longer recording")
         return torch.from_numpy(samples_N)
+
+
+def resample(samples_N: Tensor, rate: int, to: int) -> Tensor:
+    """Mono samples [N] at another rate: float32 [about N * to / rate], at least one."""
+    resampled_N = torch.from_numpy(soxr.resample(samples_N.cpu().float().numpy(), rate, to))
+    return resampled_N if len(resampled_N) else samples_N[:1].cpu().float()

@@ -57,10 +57,9 @@ def attend(
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
-    if audio.hears(layer):
-        k_BGAC, v_BGAC = audio.keys_values(layer)
-        key = torch.cat((k_BGAC.to(key.dtype), key), dim=2)
-        value = torch.cat((v_BGAC.to(value.dtype), value), dim=2)
+    if heard := audio.keys_values(layer):
+        key = torch.cat((*(k_BGAC.to(key.dtype) for k_BGAC, _ in heard), key), dim=2)
+        value = torch.cat((*(v_BGAC.to(value.dtype) for _, v_BGAC in heard), value), dim=2)
     return _masked_attention(query, key, value, mask, dropout, scaling), None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
@@ -13,6 +14,9 @@ from pal.errors import PalError
 
 Rope = dict[str, tuple[Tensor, Tensor]]
 """Layer type -> cos and sin, each [B, A, C]."""
+
+Block = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+"""A network between two layers: rows [B, Q, D], K and V [B, G, A, C], which keys each row sees [B, 1, Q, A] -> rows."""
 
 
 class Geometry(Protocol):
@@ -41,37 +45,34 @@ class KeySource(Protocol):
 
 
 @dataclass(frozen=True)
-class AudioContext:
-    """The audio of a batch of rows, as keys and values at positions, and the rows' own positions.
+class AudioKeys:
+    """Keys and values of one kind of token (one integration, one encoder) for a batch of rows.
 
+    They join the LLM's own keys in `layers`, or, where there are `blocks`, only those look at them.
     Nothing is computed here: `source` makes K/V when a layer asks, so that gradient checkpointing can
     drop and recompute them; `prebuilt` makes them once, for decoding.
     """
 
-    llm: Geometry
-    source: KeySource | None
-    """None when `layers` is empty."""
+    source: KeySource
     layers: tuple[int, ...]
-    """Layers whose text rows see audio K/V."""
+    """Layers whose text rows see them."""
     tokens_BA: Tensor | None
     """For each key of a row, its place in the clips' flattened [U * A]; None when row i has clip i, and only that."""
     positions_BA: Tensor
+    """A row sees the keys at or before its own position."""
+    turns_BA: Tensor
+    """Positions that RoPE turns the keys by: the same, but for keys that reserve no positions of their own."""
     mask_BA: Tensor
     """True where a key is real."""
-    rows_BT: Tensor
-    """Position ids of the prompt, which windows need when the cache holds only keys."""
-    audio_rows_BT: Tensor
-    """True where a row of the sequence is audio (summary tokens)."""
-    rows_hidden: bool = False
-    """True: no text row sees the audio rows."""
+    blocks: Mapping[int, Block] | None = None
+    """What stands before a layer and looks at them there; None where the layer's own attention does."""
     built: dict[int, tuple[Tensor, Tensor]] | None = None
     """K after RoPE and V per layer, each [B, G, A, C], when they were made ahead."""
 
-    def keys_values(self, layer: int, rope: Rope) -> tuple[Tensor, Tensor]:
+    def keys_values(self, layer: int, llm: Geometry, rope: Rope) -> tuple[Tensor, Tensor]:
         """K after RoPE and V of every row, each [B, G, A, C]; clips are projected once, then shared by rows."""
-        assert self.source is not None
         k_UGAC, v_UGAC = self.source.keys_values(layer)
-        cos_BAC, sin_BAC = rope[self.llm.layer_types[layer]]
+        cos_BAC, sin_BAC = rope[llm.layer_types[layer]]
         return rotate(self._to_rows(k_UGAC), cos_BAC, sin_BAC), self._to_rows(v_UGAC)
 
     def _to_rows(self, x_UGAC: Tensor) -> Tensor:
@@ -79,19 +80,51 @@ class AudioContext:
             return x_UGAC[:, :, : self.positions_BA.shape[1]]
         return gather(x_UGAC.transpose(1, 2).flatten(0, 1), self.tokens_BA).transpose(1, 2)
 
+    def prebuilt(self, llm: Geometry) -> AudioKeys:
+        """The same with every layer's K/V made now."""
+        if self.built is not None:
+            return self
+        rope = llm.rope(self.turns_BA)
+        return replace(self, built={layer: self.keys_values(layer, llm, rope) for layer in self.layers})
+
+    def seen(self, window: int | None, positions_BQ: Tensor, beams: int) -> Tensor:
+        """Which keys each query sees, bool [B, 1, Q, A]: the real ones at or before its position."""
+        distance_BQA = positions_BQ[:, :, None] - _expand(self.positions_BA, beams)[:, None, :]
+        seen_BQA = _expand(self.mask_BA, beams)[:, None, :] & (distance_BQA >= 0)
+        return (seen_BQA if window is None else seen_BQA & (distance_BQA < window))[:, None]
+
+
+@dataclass(frozen=True)
+class AudioContext:
+    """The audio of a batch of rows, as keys and values at positions, and the rows' own positions."""
+
+    llm: Geometry
+    keys: tuple[AudioKeys, ...]
+    rows_BT: Tensor
+    """Position ids of the prompt, which windows need when the cache holds only keys."""
+    audio_rows_BT: Tensor
+    """True where a row of the sequence is audio (summary tokens)."""
+    rows_hidden: bool = False
+    """True: no text row sees the audio rows."""
+
+    def joined(self, layer: int) -> tuple[int, ...]:
+        """Which of `keys` join the layer's own."""
+        return tuple(i for i, keys in enumerate(self.keys) if keys.blocks is None and layer in keys.layers)
+
+    def crossing(self, layer: int) -> tuple[int, ...]:
+        """Which of `keys` a block before the layer looks at."""
+        return tuple(i for i, keys in enumerate(self.keys) if keys.blocks is not None and layer in keys.layers)
+
     @torch.no_grad()
     def prebuilt(self) -> AudioContext:
         """The same context with every layer's K/V made now, once; without gradients."""
-        if self.built is not None:
-            return self
-        rope = self.llm.rope(self.positions_BA) if self.layers else {}
-        return replace(self, built={layer: self.keys_values(layer, rope) for layer in self.layers})
+        return replace(self, keys=tuple(keys.prebuilt(self.llm) for keys in self.keys))
 
     def without(self, path: Literal["keys", "rows"]) -> AudioContext:
         """The same context with one pathway masked: audio K/V ("keys") or audio rows ("rows"); positions stay."""
         if path == "rows":
             return replace(self, rows_hidden=True)
-        return replace(self, mask_BA=torch.zeros_like(self.mask_BA))
+        return replace(self, keys=tuple(replace(keys, mask_BA=torch.zeros_like(keys.mask_BA)) for keys in self.keys))
 
     def pad_left(self, order_BT: Tensor) -> AudioContext:
         """The context after the rows of the sequence were put in another order ([B, T] of indices)."""
@@ -122,21 +155,26 @@ class AudioContext:
                 f"and attention_mask of {attention_mask.shape[0]}"
             )
         windows = self.llm.windows
+        joined = {layer: self.joined(layer) for layer in range(len(windows))}
         rows_seen = {
             window: self._rows_seen(window, attention_mask.bool(), position_ids, beams)
             for layer, window in enumerate(windows)
-            if layer in self.layers or window is not None or self.rows_hidden
+            if joined[layer] or window is not None or self.rows_hidden
         }
-        audio_seen = {
-            window: self._audio_seen(window, position_ids, beams)
-            for window in {windows[layer] for layer in self.layers}
-        }
+        all_seen = {}
+        for window, which in {(windows[layer], which) for layer, which in joined.items() if which}:
+            audio = [self.keys[i].seen(window, position_ids, beams) for i in which]
+            all_seen[window, which] = torch.cat((*audio, rows_seen[window]), dim=3)
         return AudioView(
             context=self,
             beams=beams,
-            rope=self.llm.rope(self.positions_BA) if self.built is None and self.layers else {},
+            ropes=tuple({} if keys.built is not None else self.llm.rope(keys.turns_BA) for keys in self.keys),
             rows_seen=rows_seen,
-            all_seen={window: torch.cat((seen, rows_seen[window]), dim=3) for window, seen in audio_seen.items()},
+            all_seen=all_seen,
+            # a block looks at whole clips, however short the windows of the layer after it
+            cross_seen=tuple(
+                None if keys.blocks is None else keys.seen(None, position_ids, beams) for keys in self.keys
+            ),
         )
 
     def _row_positions(self, length: int, beams: int) -> Tensor:
@@ -164,12 +202,6 @@ class AudioContext:
         # padding sees everything, for the same reason; nothing ever reads it
         return (seen_BQK | ~valid_BK[:, -Q:, None])[:, None]
 
-    def _audio_seen(self, window: int | None, positions_BQ: Tensor, beams: int) -> Tensor:
-        """Which audio keys each query sees, bool [B, 1, Q, A]: the real ones at or before its position."""
-        distance_BQA = positions_BQ[:, :, None] - _expand(self.positions_BA, beams)[:, None, :]
-        seen_BQA = _expand(self.mask_BA, beams)[:, None, :] & (distance_BQA >= 0)
-        return (seen_BQA if window is None else seen_BQA & (distance_BQA < window))[:, None]
-
 
 @dataclass(frozen=True, eq=False)
 class AudioView:
@@ -177,21 +209,34 @@ class AudioView:
 
     context: AudioContext
     beams: int
-    rope: Rope
+    ropes: tuple[Rope, ...]
+    """For each of the context's `keys`."""
     rows_seen: dict[int | None, Tensor]
     """Per sliding window, which rows each query sees: bool [B, 1, Q, K]."""
-    all_seen: dict[int | None, Tensor]
-    """Per sliding window, which audio keys and rows: bool [B, 1, Q, A + K]."""
+    all_seen: dict[tuple[int | None, tuple[int, ...]], Tensor]
+    """Per sliding window and set of `keys`, which audio keys and rows: bool [B, 1, Q, A + K]."""
+    cross_seen: tuple[Tensor | None, ...]
+    """For each of `keys` with blocks, which of them each query sees: bool [B, 1, Q, A]."""
 
-    def hears(self, layer: int) -> bool:
-        """True where the layer has audio K/V."""
-        return layer in self.context.layers
+    def keys_values(self, layer: int) -> list[tuple[Tensor, Tensor]]:
+        """K after RoPE and V that join the layer's own, each [B, G, A, C]; beams share their row's."""
+        return [self._made(i, layer) for i in self.context.joined(layer)]
 
-    def keys_values(self, layer: int) -> tuple[Tensor, Tensor]:
-        """K after RoPE and V for the forward's rows, each [B, G, A, C]; beams share their row's."""
-        built = self.context.built
-        k_BGAC, v_BGAC = built[layer] if built is not None else self.context.keys_values(layer, self.rope)
+    def _made(self, which: int, layer: int) -> tuple[Tensor, Tensor]:
+        keys = self.context.keys[which]
+        if keys.built is not None:
+            k_BGAC, v_BGAC = keys.built[layer]
+        else:
+            k_BGAC, v_BGAC = keys.keys_values(layer, self.context.llm, self.ropes[which])
         return _expand(k_BGAC, self.beams), _expand(v_BGAC, self.beams)
+
+    def cross(self, layer: int, x_BQD: Tensor) -> Tensor:
+        """The rows that go into a layer, after the blocks that stand before it."""
+        for i in self.context.crossing(layer):
+            blocks, seen_B1QA = self.context.keys[i].blocks, self.cross_seen[i]
+            assert blocks is not None and seen_B1QA is not None
+            x_BQD = blocks[layer](x_BQD, *self._made(i, layer), seen_B1QA)
+        return x_BQD
 
     def mask(self, layer: int, length: int) -> Tensor | None:
         """Which keys each query of a layer sees, audio keys first: bool [B, 1, Q, (A +) length].
@@ -200,10 +245,11 @@ class AudioView:
         where transformers' own mask says it all; it counts windows in rows, not in positions.
         """
         window = self.context.llm.windows[layer]
-        if not self.hears(layer):
+        joined = self.context.joined(layer)
+        if not joined:
             seen = self.rows_seen.get(window) if window is not None or self.context.rows_hidden else None
             return None if seen is None else seen[..., -length:]
-        seen, rows = self.all_seen[window], self.rows_seen[window]
+        seen, rows = self.all_seen[window, joined], self.rows_seen[window]
         dropped = rows.shape[3] - length
         if not dropped:
             return seen

@@ -21,7 +21,7 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from pal.backbone.attention import NAME
-from pal.backbone.context import AudioContext, Rope
+from pal.backbone.context import AudioContext, AudioView, Rope
 from pal.config import StrictConfig
 from pal.errors import ConfigError, PalError
 from pal.types import IGNORE, LLMInputs
@@ -96,7 +96,7 @@ class Backbone(nn.Module):
 
     Attributes:
         lm: the Hugging Face model, its weights and names untouched.
-        width: D. n_layers: L. vocab: size of the vocabulary.
+        width: D. n_layers: L. vocab: size of the vocabulary. heads: H. kv_heads: G. head_width: C.
         layer_types: per layer, the key of its rotary embedding in `rope`.
         windows: per layer, how many positions back a query sees, itself included; None means all.
     """
@@ -110,12 +110,15 @@ class Backbone(nn.Module):
         self.width: int = config.hidden_size
         self.n_layers: int = config.num_hidden_layers
         self.vocab: int = config.vocab_size
+        self.heads: int = config.num_attention_heads
         self.kv_heads: int = config.num_key_value_heads
         self.head_width: int = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         self._typed_rope = config.model_type == "gemma3_text"
         kinds = config.layer_types if self._typed_rope else ["all"] * self.n_layers
         self.layer_types: tuple[str, ...] = tuple(kinds)
         self.windows: tuple[int | None, ...] = tuple(_window(block.self_attn) for block in lm.model.layers)
+        for block in lm.model.layers:
+            block.register_forward_pre_hook(_cross, with_kwargs=True)
 
     @classmethod
     def load(
@@ -188,6 +191,26 @@ class Backbone(nn.Module):
         if norm is not None:
             k_BAGC = norm(k_BAGC)
         return k_BAGC.transpose(1, 2), v_BAGC.transpose(1, 2)
+
+    def attend_among(self, layer: int, u_BAD: Tensor, mask_BA: Tensor) -> Tensor:
+        """`u` after `layer`'s attention among itself, without its feed-forward network -> [B, A, D].
+
+        Causal, within the layer's window. Real rows come first. Positions count from 0, since RoPE only sees differences.
+        """
+        block = self.lm.model.layers[layer]
+        positions_1A = torch.arange(u_BAD.shape[1], device=u_BAD.device)[None]
+        distance_AA = positions_1A.T - positions_1A
+        window = self.windows[layer]
+        seen_AA = (distance_AA >= 0) & (distance_AA < (window or u_BAD.shape[1]))
+        # padding sees itself, since a row without any key would be NaN; no real row sees padding, which comes later
+        added_BAD, _ = block.self_attn(
+            hidden_states=block.input_layernorm(u_BAD),
+            position_embeddings=self.rope(positions_1A)[self.layer_types[layer]],
+            attention_mask=seen_AA.expand(u_BAD.shape[0], 1, -1, -1),
+        )
+        if hasattr(block, "pre_feedforward_layernorm"):  # Gemma3 norms what attention adds
+            added_BAD = block.post_attention_layernorm(added_BAD)
+        return u_BAD + added_BAD.masked_fill(~mask_BA[..., None], 0.0)
 
     def rope(self, positions_BA: Tensor) -> Rope:
         """The LLM's rotary embedding at any positions, per type of layer."""
@@ -337,6 +360,15 @@ class Backbone(nn.Module):
             if train:
                 chosen.append(parameter)
         return chosen
+
+
+def _cross(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
+    """Let the blocks that an integration puts before a layer change the rows that go into it."""
+    audio = kwargs.get("audio")
+    layer: int = block.self_attn.layer_idx  # type: ignore[union-attr, assignment]
+    if not isinstance(audio, AudioView) or not audio.context.crossing(layer):
+        return None
+    return (audio.cross(layer, args[0]), *args[1:]), kwargs
 
 
 def _window(attention: Any) -> int | None:

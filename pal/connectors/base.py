@@ -10,12 +10,15 @@ from pal.types import AudioFeatures
 class Connector(nn.Module, ABC):
     """Maps `AudioFeatures` to `AudioFeatures`; may change width, number of tokens and time scale.
 
-    Constructed as `cls(config, in_width=E)`. Masked-out tokens must not influence real ones.
+    Constructed as `cls(config, in_width=E)`, or, where it takes several encoders, as `cls(config, in_widths=(E, ...))`.
+    Masked-out tokens must not influence real ones.
     """
 
+    takes: int = 1
+    """Encoders that it makes one stream of."""
     width: int
     """E of what comes out."""
 
     @abstractmethod
-    def forward(self, features: AudioFeatures) -> AudioFeatures:
-        """[B, A, E_in] -> [B, A', width]."""
+    def forward(self, *features: AudioFeatures) -> AudioFeatures:
+        """[B, A, E_in] of each encoder -> [B, A', width]."""

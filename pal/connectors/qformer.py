@@ -1,13 +1,12 @@
 """Learned queries that gather from the audio tokens (BLIP-2's Q-Former, arXiv 2301.12597)."""
 
-import math
-
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pal.config import StrictConfig
+from pal.connectors.attention import Attention, heads_of, sinusoids
 from pal.connectors.base import Connector
 from pal.errors import ConfigError
 from pal.registry import register
@@ -58,7 +57,7 @@ class QFormer(Connector):
         self.width = config.width or in_width
         self.window_seconds = config.window_seconds
         self.positions = config.positions
-        heads = config.heads or (self.width // 64 if self.width % 64 == 0 else 1)
+        heads = config.heads or heads_of(self.width)
         if self.width % heads:
             raise ConfigError(f"connector 'qformer': width {self.width} is not divisible by heads {heads}")
         hidden = config.hidden or 4 * self.width
@@ -92,7 +91,7 @@ class QFormer(Connector):
 
         audio_WAE = self.audio_norm(x_WAE)
         if self.positions:
-            audio_WAE = audio_WAE + _sinusoids(size, audio_WAE.shape[2]).to(audio_WAE)
+            audio_WAE = audio_WAE + sinusoids(torch.arange(size), audio_WAE.shape[2]).to(audio_WAE)
         real_W = mask_WA.any(1)
         # a window of padding alone may look at it, as nothing to look at makes NaN; its tokens are masked out
         visible_WA = mask_WA | ~real_W[:, None]
@@ -109,11 +108,11 @@ class _Block(nn.Module):
 
     def __init__(self, width: int, heads: int, hidden: int, dropout: float, audio_width: int | None) -> None:
         super().__init__()
-        self.self_attention = _Attention(width, width, heads)
+        self.self_attention = Attention(width, width, heads)
         self.self_norm = nn.LayerNorm(width)
         self.cross_attention = None
         if audio_width is not None:
-            self.cross_attention = _Attention(width, audio_width, heads)
+            self.cross_attention = Attention(width, audio_width, heads)
             self.cross_norm = nn.LayerNorm(width)
         self.ffn = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width))
         self.ffn_norm = nn.LayerNorm(width)
@@ -124,31 +123,3 @@ class _Block(nn.Module):
         if self.cross_attention is not None:
             s_WSE = self.cross_norm(s_WSE + self.dropout(self.cross_attention(s_WSE, audio_WAE, mask_WA)))
         return self.ffn_norm(s_WSE + self.dropout(self.ffn(s_WSE)))
-
-
-class _Attention(nn.Module):
-    def __init__(self, width: int, key_width: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.q = nn.Linear(width, width)
-        self.k = nn.Linear(key_width, width)
-        self.v = nn.Linear(key_width, width)
-        self.out = nn.Linear(width, width)
-
-    def forward(self, x_WQE: Tensor, keys_WKE: Tensor, mask_WK: Tensor | None) -> Tensor:
-        """Queries [W, Q, E] look at keys [W, K, E'] where the mask is True."""
-        q, k, v = (
-            y.unflatten(2, (self.heads, -1)).transpose(1, 2)
-            for y in (self.q(x_WQE), self.k(keys_WKE), self.v(keys_WKE))
-        )
-        mask = None if mask_WK is None else mask_WK[:, None, None, :]
-        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        return self.out(mixed.transpose(1, 2).flatten(2))
-
-
-def _sinusoids(length: int, width: int) -> Tensor:
-    """[length, width]: sines, then cosines, of wavelengths from 2 pi to 20,000 pi tokens."""
-    half = -(-width // 2)
-    rates = torch.exp(-math.log(10_000.0) / max(1, half - 1) * torch.arange(half))
-    angles = torch.arange(length)[:, None] * rates
-    return torch.cat([angles.sin(), angles.cos()], dim=1)[:, :width]

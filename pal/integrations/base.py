@@ -3,26 +3,27 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from pal.backbone.audio_kv import AudioKV, Layout
-from pal.backbone.context import AudioContext, KeySource, gather
+from pal.backbone.audio_kv import AudioKV
+from pal.backbone.context import AudioContext, AudioKeys, Block, KeySource, gather
 from pal.backbone.llm import Backbone
+from pal.backbone.stream_kv import Layout, StreamKV
 from pal.errors import PromptError
 from pal.types import AUDIO, IGNORE, AudioFeatures, LLMInputs, Tokens
 
 
 @dataclass(frozen=True)
 class ClipSpans:
-    """What an integration makes of some clips: rows of the LLM's sequence, keys and values, or both."""
+    """What a route makes of some clips: rows of the LLM's sequence, keys and values, or both."""
 
     lengths: Sequence[int]
-    """Real encoder tokens of each clip."""
+    """Audio tokens of each clip."""
     layout: Layout
     """Where keys and rows lie in the position ids that a clip reserves."""
     rows_USD: Tensor | None = None
@@ -33,45 +34,36 @@ class ClipSpans:
     """The layers that ask."""
     width_A: int = 0
     """A of `keys`, padding included."""
-
-
-class ProjectedKeys:
-    """K/V made in the layer that asks: P_l(a), then the LLM's own norm and projections."""
-
-    def __init__(self, features: AudioFeatures, projectors: nn.ModuleDict, llm: Backbone) -> None:
-        # padding is zeroed, since even a masked key must be finite
-        self._x_UAE = features.x_BAE.masked_fill(~features.mask_BA[..., None], 0.0)
-        self._projectors = projectors
-        self._llm = llm
-
-    def keys_values(self, layer: int) -> tuple[Tensor, Tensor]:
-        """Keys before RoPE and values, each [U, G, A, C]."""
-        return self._llm.project_kv(layer, self._projectors[str(layer)](self._x_UAE))
+    blocks: Mapping[int, Block] | None = None
+    """Where given, they look at the keys before their layer, and the layer itself does not."""
 
 
 class Integration(nn.Module, ABC):
     """Says how audio enters the LLM; everything after it only sees `LLMInputs`.
 
-    Constructed as `cls(config, in_width=E, llm=backbone)`. It must not keep the LLM as a submodule,
-    whose weights belong to the model. A concrete integration answers `spans`; text, rows, positions,
-    padding, labels and clips shared by several rows are placed here, once for all.
+    Text, rows, positions, padding, labels and clips shared by several conversations are placed here,
+    once for all; its routes say what is placed. It must not keep the LLM as a submodule, whose weights
+    belong to the model.
     """
 
     @abstractmethod
-    def spans(self, features: AudioFeatures, llm: Backbone) -> ClipSpans:
-        """What goes into the LLM for each clip of `features` [U, A, E]."""
+    def routes(self) -> Sequence[Route]:
+        """How the tokens of each stream enter, in the streams' order."""
 
     def forward(
         self,
-        audio: AudioFeatures | AudioKV | Sequence[AudioKV] | None,
+        audio: AudioFeatures | Sequence[AudioFeatures] | AudioKV | Sequence[AudioKV] | None,
         rows: Sequence[Tokens],
         llm: Backbone,
         padding_side: Literal["left", "right"] = "right",
     ) -> LLMInputs:
         """Place clips among the text of conversations.
 
+        Where there are several streams, a clip's tokens of the first come before those of the second, and so on.
+
         Args:
-            audio: features of the batch's clips, or clips indexed before; None when no row has a clip.
+            audio: the batch's clips as features, one for each stream, or as indexed before; None when no
+                row has a clip.
             rows: conversations; their `clips` count into `audio`.
             llm: the backbone, for embeddings and K/V.
             padding_side: where shorter rows are filled up.
@@ -81,70 +73,106 @@ class Integration(nn.Module, ABC):
         """
         return _assemble(self._spans_of(audio, llm), rows, llm, padding_side)
 
-    def _spans_of(self, audio: AudioFeatures | AudioKV | Sequence[AudioKV] | None, llm: Backbone) -> ClipSpans:
+    def _spans_of(
+        self, audio: AudioFeatures | Sequence[AudioFeatures] | AudioKV | Sequence[AudioKV] | None, llm: Backbone
+    ) -> list[ClipSpans]:
         if audio is None:
-            return ClipSpans(lengths=(), layout=Layout(seconds_per_token=0.0))
-        if isinstance(audio, AudioFeatures):
-            return self.spans(audio, llm)
-        stored = audio if isinstance(audio, AudioKV) else AudioKV.concat(audio)
-        stored = stored.to(llm.device, llm.dtype)
-        return ClipSpans(
-            lengths=stored.lengths,
-            layout=stored.layout,
-            rows_USD=stored.rows_BSD if stored.layout.rows else None,
-            keys=stored if stored.layers else None,
-            layers=stored.layers,
-            width_A=stored.k_LBGAC.shape[3],
-        )
+            return []
+        given = [audio] if isinstance(audio, AudioFeatures | AudioKV) else list(audio)
+        stored = [clip for clip in given if isinstance(clip, AudioKV)]
+        if stored:
+            moved = AudioKV.concat(stored).to(llm.device, llm.dtype)
+            return [route.stored(stream) for route, stream in zip(self.routes(), moved.streams, strict=True)]
+        features = [stream for stream in given if isinstance(stream, AudioFeatures)]
+        return [route.spans(stream, llm) for route, stream in zip(self.routes(), features, strict=True)]
 
     @torch.no_grad()
     def index(
-        self, features: AudioFeatures, llm: Backbone, digest: str, durations: Sequence[float] | None = None
+        self,
+        audio: AudioFeatures | Sequence[AudioFeatures],
+        llm: Backbone,
+        digest: str,
+        durations: Sequence[float] | None = None,
     ) -> AudioKV:
         """The clips, ready to be asked about many times.
 
         Args:
-            features: of the clips.
+            audio: features of the clips, one for each stream.
             llm: the backbone.
             digest: of the model's weights.
-            durations: seconds of each clip; without them, those of its tokens.
+            durations: seconds of each clip; without them, those of the first stream's tokens.
         """
-        spans = self.spans(features, llm)
-        shape = (0, len(spans.lengths), llm.kv_heads, spans.width_A, llm.head_width)
-        k_LBGAC = v_LBGAC = features.x_BAE.new_zeros(shape, dtype=llm.dtype)
-        if spans.keys is not None:
-            made = [spans.keys.keys_values(layer) for layer in spans.layers]
-            k_LBGAC, v_LBGAC = (torch.stack(tensors) for tensors in zip(*made, strict=True))
-        rows_BSD = spans.rows_USD
-        if rows_BSD is None:
-            rows_BSD = features.x_BAE.new_zeros((len(spans.lengths), 0, llm.width), dtype=llm.dtype)
-        return AudioKV(
-            k_LBGAC=k_LBGAC,
-            v_LBGAC=v_LBGAC,
-            rows_BSD=rows_BSD,
-            lengths=tuple(spans.lengths),
-            durations=tuple(durations or (count * features.seconds_per_token for count in spans.lengths)),
-            layers=spans.layers,
-            layout=spans.layout,
-            digest=digest,
+        features = [audio] if isinstance(audio, AudioFeatures) else list(audio)
+        if durations is None:
+            durations = [count * features[0].seconds_per_token for count in features[0].lengths]
+        streams = [_stored(spans, llm) for spans in self._spans_of(features, llm)]
+        return AudioKV(streams=tuple(streams), durations=tuple(durations), digest=digest)
+
+
+class Route(Integration):
+    """How the tokens of one stream enter the LLM; alone it is the integration of a model with one stream.
+
+    Constructed as `cls(config, in_width=E, llm=backbone)`.
+    """
+
+    @abstractmethod
+    def spans(self, features: AudioFeatures, llm: Backbone) -> ClipSpans:
+        """What goes into the LLM for each clip of `features` [U, A, E]."""
+
+    def routes(self) -> Sequence[Route]:
+        """Itself."""
+        return (self,)
+
+    def blocks(self) -> Mapping[int, Block] | None:
+        """Networks of its own before some of the LLM's layers, which look at the keys in the layers' place."""
+        return None
+
+    def stored(self, stream: StreamKV) -> ClipSpans:
+        """What `spans` gave when the clips were indexed."""
+        return ClipSpans(
+            lengths=stream.lengths,
+            layout=stream.layout,
+            rows_USD=stream.rows_BSD if stream.layout.rows else None,
+            keys=stream if stream.layers else None,
+            layers=stream.layers,
+            width_A=stream.k_LBGAC.shape[3],
+            blocks=self.blocks(),
         )
 
 
-def mlp(in_width: int, hidden: int, out_width: int) -> nn.Sequential:
-    """The projector of every integration: two linear layers with a GELU between."""
-    return nn.Sequential(nn.Linear(in_width, hidden), nn.GELU(), nn.Linear(hidden, out_width))
+def _stored(spans: ClipSpans, llm: Backbone) -> StreamKV:
+    """All K/V and rows, made now."""
+    clips = len(spans.lengths)
+    empty = torch.zeros(0, clips, llm.kv_heads, spans.width_A, llm.head_width, device=llm.device, dtype=llm.dtype)
+    k_LBGAC = v_LBGAC = empty
+    if spans.keys is not None:
+        made = [spans.keys.keys_values(layer) for layer in spans.layers]
+        k_LBGAC, v_LBGAC = (torch.stack(tensors) for tensors in zip(*made, strict=True))
+    rows_BSD = spans.rows_USD
+    if rows_BSD is None:
+        rows_BSD = torch.zeros(clips, 0, llm.width, device=llm.device, dtype=llm.dtype)
+    return StreamKV(
+        k_LBGAC=k_LBGAC,
+        v_LBGAC=v_LBGAC,
+        rows_BSD=rows_BSD,
+        lengths=tuple(spans.lengths),
+        layers=spans.layers,
+        layout=spans.layout,
+    )
 
 
 class _Row:
     """One conversation being laid out: where each row's embedding and each key comes from, at which position."""
 
-    def __init__(self) -> None:
+    def __init__(self, streams: int) -> None:
         self.table: list[Tensor] = []
         self.positions: list[Tensor] = []
         self.labels: list[Tensor] = []
         self.is_audio: list[Tensor] = []
-        self.keys: list[Tensor] = []
-        self.key_positions: list[Tensor] = []
+        nothing = torch.zeros(0, dtype=torch.long)
+        self.keys = [[nothing] for _ in range(streams)]
+        self.key_positions = [[nothing] for _ in range(streams)]
+        self.key_turns = [[nothing] for _ in range(streams)]
         self.next = 0
 
     def add_text(self, table_first: int, count: int, labels: list[int] | None) -> None:
@@ -154,7 +182,7 @@ class _Row:
         self.is_audio.append(torch.zeros(count, dtype=torch.bool))
         self.next += count
 
-    def add_clip(self, clip: int, spans: ClipSpans, rows_first: int) -> None:
+    def add_clip(self, clip: int, stream: int, spans: ClipSpans, rows_first: int) -> None:
         tokens = spans.lengths[clip]
         if spans.rows_USD is not None:
             offsets_S = spans.layout.row_offsets(tokens)
@@ -164,24 +192,32 @@ class _Row:
             self.labels.append(torch.full((len(offsets_S),), IGNORE))
             self.is_audio.append(torch.ones(len(offsets_S), dtype=torch.bool))
         if spans.keys is not None:
-            self.keys.append(clip * spans.width_A + torch.arange(tokens))
-            self.key_positions.append(self.next + spans.layout.key_offsets(tokens))
+            self.keys[stream].append(clip * spans.width_A + torch.arange(tokens))
+            self.key_positions[stream].append(self.next + spans.layout.key_offsets(tokens))
+            self.key_turns[stream].append(spans.layout.key_turns(tokens, self.next))
         # reserved even where nothing stands, so that text after the clip has the ids PLITS would give
         self.next += spans.layout.groups(tokens) * spans.layout.span
 
 
-def _assemble(spans: ClipSpans, rows: Sequence[Tokens], llm: Backbone, side: Literal["left", "right"]) -> LLMInputs:
+def _assemble(
+    streams: Sequence[ClipSpans], rows: Sequence[Tokens], llm: Backbone, side: Literal["left", "right"]
+) -> LLMInputs:
     text = [token for row in rows for token in row.ids if token != AUDIO]
+    # one table of embeddings: the text's, then each stream's rows
+    rows_first = [len(text)]
+    for spans in streams:
+        rows_first.append(rows_first[-1] + (0 if spans.rows_USD is None else spans.rows_USD[..., 0].numel()))
     laid = []
     first = 0
     for row in rows:
-        laid.append(_lay_out(row, first, len(text), spans))
+        laid.append(_lay_out(row, first, rows_first, streams))
         first += len(row.ids) - len(row.clips)
 
     device = llm.device
     table_XD = llm.embed(torch.tensor(text, dtype=torch.long, device=device))
-    if spans.rows_USD is not None:
-        table_XD = torch.cat((table_XD, spans.rows_USD.flatten(0, 1).to(table_XD.dtype)))
+    audio_rows = [spans.rows_USD.flatten(0, 1) for spans in streams if spans.rows_USD is not None]
+    if audio_rows:
+        table_XD = torch.cat((table_XD, *(x_XD.to(table_XD.dtype) for x_XD in audio_rows)))
     left = side == "left"
     table_BT, real_BT = _stack([torch.cat(row.table) for row in laid], left, fill=0)
     positions_BT, _ = _stack([torch.cat(row.positions) for row in laid], left, fill=0)
@@ -190,18 +226,15 @@ def _assemble(spans: ClipSpans, rows: Sequence[Tokens], llm: Backbone, side: Lit
         labels_BT = _stack([torch.cat(row.labels) for row in laid], left, fill=IGNORE)[0].to(device)
 
     context = None
-    if spans.keys is not None and any(row.clips for row in rows):
-        nothing = torch.zeros(0, dtype=torch.long)
-        tokens_BA, mask_BA = _stack([torch.cat([nothing, *row.keys]) for row in laid], left=False, fill=0)
-        key_positions_BA, _ = _stack([torch.cat([nothing, *row.key_positions]) for row in laid], left=False, fill=0)
+    if any(spans.keys is not None for spans in streams) and any(row.clips for row in rows):
         audio_rows_BT, _ = _stack([torch.cat(row.is_audio) for row in laid], left, fill=False)
         context = AudioContext(
             llm=llm,
-            source=spans.keys,
-            layers=spans.layers,
-            tokens_BA=None if _one_clip_each(rows, spans) else tokens_BA.to(device),
-            positions_BA=key_positions_BA.to(device),
-            mask_BA=mask_BA.to(device),
+            keys=tuple(
+                _audio_keys(spans, spans.keys, i, rows, laid, device)
+                for i, spans in enumerate(streams)
+                if spans.keys is not None
+            ),
             rows_BT=positions_BT.to(device),
             audio_rows_BT=audio_rows_BT.to(device),
         )
@@ -214,8 +247,30 @@ def _assemble(spans: ClipSpans, rows: Sequence[Tokens], llm: Backbone, side: Lit
     )
 
 
-def _lay_out(row: Tokens, text_first: int, rows_first: int, spans: ClipSpans) -> _Row:
-    laid = _Row()
+def _audio_keys(
+    spans: ClipSpans, source: KeySource, stream: int, rows: Sequence[Tokens], laid: Sequence[_Row], device: torch.device
+) -> AudioKeys:
+    def stacked(lists: Sequence[list[Tensor]]) -> tuple[Tensor, Tensor]:
+        matrix, mask = _stack([torch.cat(parts) for parts in lists], left=False, fill=0)
+        return matrix.to(device), mask.to(device)
+
+    tokens_BA, mask_BA = stacked([row.keys[stream] for row in laid])
+    positions_BA, _ = stacked([row.key_positions[stream] for row in laid])
+    turns_BA, _ = stacked([row.key_turns[stream] for row in laid])
+    return AudioKeys(
+        source=source,
+        layers=spans.layers,
+        tokens_BA=None if _one_clip_each(rows, spans) else tokens_BA,
+        positions_BA=positions_BA,
+        turns_BA=turns_BA,
+        mask_BA=mask_BA,
+        blocks=spans.blocks,
+    )
+
+
+def _lay_out(row: Tokens, text_first: int, rows_first: Sequence[int], streams: Sequence[ClipSpans]) -> _Row:
+    laid = _Row(len(streams))
+    known = len(streams[0].lengths) if streams else 0
     clips = iter(row.clips)
     start = 0
     for end in [*(i for i, token in enumerate(row.ids) if token == AUDIO), len(row.ids)]:
@@ -224,9 +279,10 @@ def _lay_out(row: Tokens, text_first: int, rows_first: int, spans: ClipSpans) ->
         start = end + 1
         if end < len(row.ids):
             clip = next(clips)
-            if not 0 <= clip < len(spans.lengths):
-                raise PromptError(f"a conversation names clip {clip}, but the batch has {len(spans.lengths)}")
-            laid.add_clip(clip, spans, rows_first)
+            if not 0 <= clip < known:
+                raise PromptError(f"a conversation names clip {clip}, but the batch has {known}")
+            for stream, spans in enumerate(streams):
+                laid.add_clip(clip, stream, spans, rows_first[stream])
     if not sum(len(part) for part in laid.table):
         raise PromptError("a conversation needs some text")
     return laid

@@ -1,27 +1,24 @@
 """PLITS: audio takes the placeholder's place in the token sequence and runs through every layer."""
 
-from pal.backbone.audio_kv import Layout
 from pal.backbone.llm import Backbone
-from pal.config import StrictConfig
-from pal.integrations.base import ClipSpans, Integration, mlp
+from pal.backbone.stream_kv import Layout
+from pal.integrations.base import ClipSpans, Route
+from pal.integrations.projector import ProjectorOptions, projector
 from pal.registry import register
 from pal.types import AudioFeatures
 
 
 @register("integration", "plits")
-class PLITS(Integration):
+class PLITS(Route):
     """u = MLP(a) as ordinary rows (the usual LLaVA way; the paper's baseline)."""
 
-    class Config(StrictConfig):
-        """Options of `plits`."""
-
-        hidden: int | None = None
-        """Hidden width of the projector; the LLM's width when left out."""
+    class Config(ProjectorOptions):
+        """Options of `plits`: those of its projector."""
 
     def __init__(self, config: Config, in_width: int, llm: Backbone) -> None:
         super().__init__()
         self.config = config
-        self.projector = mlp(in_width, config.hidden or llm.width, llm.width)
+        self.projector = projector(config, in_width, llm.width)
 
     def spans(self, features: AudioFeatures, llm: Backbone) -> ClipSpans:
         """One row per token."""

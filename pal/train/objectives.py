@@ -127,6 +127,8 @@ class Tags(Objective):
         """Share of the clips that another clip of the batch is added to."""
         mixup_db: float = 10.0
         """Most that the added clip is louder or softer, in dB."""
+        encoder: int = 0
+        """Which of the model's encoders, counted from 0."""
 
     def __init__(self, model: PalModel, config: Config, labels: dict[str, set[str]]) -> None:
         """`labels`: dataset -> the labels it uses."""
@@ -140,7 +142,9 @@ class Tags(Objective):
             dataset: torch.tensor([name in used for name in names], dtype=torch.bool)
             for dataset, used in labels.items()
         }
-        self.linear = nn.Linear(model.encoder.width, len(names))
+        if not 0 <= config.encoder < len(model.ears.encoders):
+            raise ConfigError(f"objective 'tags': no encoder {config.encoder} among {len(model.ears.encoders)}, from 0")
+        self.linear = nn.Linear(model.ears.encoders[config.encoder].width, len(names))
         # Most labels are absent most of the time: start from there instead of from one half.
         nn.init.constant_(self.linear.bias, -3.0)
 
@@ -154,7 +158,7 @@ class Tags(Objective):
         A hit is a clip whose likeliest known label is one of its own.
         """
         waveforms, tags, known_BJ = self._targets(work)
-        features = self.model.encoder.encode(waveforms)
+        features = self.model.ears.hear_with(self.config.encoder, waveforms)
         logits_BAJ = self.linear(features.x_BAE).float()
         mask_BA = features.mask_BA
         known_BJ = known_BJ.to(logits_BAJ.device)

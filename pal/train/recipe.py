@@ -87,7 +87,8 @@ class LoRA(StrictConfig):
 class Trained(StrictConfig):
     """What a stage trains; the rest is frozen."""
 
-    encoder: _Switch = False
+    encoder: _Switch | list[int] = False
+    """All encoders, or some of them by number, counted from 0."""
     connector: _Switch = False
     projectors: _Switch = False
     """The integration's own weights."""
@@ -241,7 +242,10 @@ class Recipe(StrictConfig):
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a recipe.
+    """Read a recipe, and those that it extends.
+
+    `extends: other.yaml`, or a list of such, names files relative to the recipe's own. Later ones and the
+    recipe itself have the last word, key by key; a list, or a part with another `name`, replaces the whole.
 
     Args:
         path: YAML file.
@@ -251,6 +255,16 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         ConfigError: one line with the fault and the known keys.
     """
     path = Path(path)
+    data = _read(path, ())
+    for override in overrides:
+        _override(data, override)
+    return parse(Recipe, data, where=f"recipe {path}")
+
+
+def _read(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
+    """The keys of a file and of what it extends; `above` are the files that led here."""
+    if path.resolve() in above:
+        raise ConfigError(f"recipe {path}: extends itself; take one 'extends' out")
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -259,9 +273,24 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         raise ConfigError(f"recipe {path}: not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(data, dict):
         raise ConfigError(f"recipe {path}: has no keys; known: {', '.join(sorted(Recipe.model_fields))}")
-    for override in overrides:
-        _override(data, override)
-    return parse(Recipe, data, where=f"recipe {path}")
+    bases = data.pop("extends", [])
+    bases = [bases] if isinstance(bases, str) else bases
+    if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
+        raise ConfigError(f"recipe {path}: 'extends' takes a file name or a list of them")
+    merged: dict[str, Any] = {}
+    for base in bases:
+        merged = _merged(merged, _read(path.parent / base, (*above, path.resolve())))
+    return _merged(merged, data)
+
+
+def _merged(base: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    """`own` over `base`."""
+    out = dict(base)
+    for key, value in own.items():
+        old = out.get(key)
+        same = isinstance(old, dict) and isinstance(value, dict) and value.get("name", None) in (None, old.get("name"))
+        out[key] = _merged(old, value) if same and isinstance(old, dict) else value
+    return out
 
 
 def differences(a: Any, b: Any, path: str = "") -> list[str]:

@@ -51,8 +51,8 @@ def build_model(recipe: Recipe, manifests: dict[str, Manifest], out: Path) -> Pa
             for name, tensor in ours.items():
                 tensor.copy_(theirs[name])
         # A bundle must hold these weights: they are no longer those of the part's own source.
-        prefix = {"projectors": "integration"}.get(part, part)
-        model.trained |= {f"{prefix}.{name}" for name in ours}
+        mine = {tensor.data_ptr() for tensor in ours.values()}
+        model.trained |= {name for name, tensor in model.state_dict().items() if tensor.data_ptr() in mine}
     return model
 
 

@@ -24,6 +24,11 @@ def freeze(model: PalModel, train: Trained) -> dict[str, dict[str, nn.Parameter]
         model.llm.add_lora(LoRA(rank=lora.r, alpha=lora.alpha, dropout=lora.dropout, targets=lora.targets))
     parts = model.parts()
     chosen = {part: list(parts[part].parameters()) for part in PARTS if part != "llm" and train.part(part)}
+    if isinstance(train.encoder, list) and train.encoder:
+        encoders = list(model.ears.encoders)
+        if not all(0 <= i < len(encoders) for i in train.encoder):
+            raise ConfigError(f"train.encoder: {train.encoder}: the model has {len(encoders)}, counted from 0")
+        chosen["encoder"] = [p for i in train.encoder for p in encoders[i].parameters()]
     model.requires_grad_(False)
     if train.llm != "none":
         chosen["llm"] = model.llm.train_only(train.llm)

@@ -8,17 +8,17 @@ from collections.abc import Iterable
 import torch
 from pydantic import Field
 
-from pal.backbone.audio_kv import Layout
 from pal.backbone.llm import Backbone, Per
+from pal.backbone.stream_kv import Layout
 from pal.config import StrictConfig
 from pal.errors import ConfigError
-from pal.integrations.base import ClipSpans, Integration
+from pal.integrations.base import ClipSpans, Route
 from pal.model import PalModel
 from pal.train.marks import marks
 from pal.types import AudioFeatures, Batch
 
 
-class Transcript(Integration):
+class Transcript(Route):
     """Rows that sum the embeddings of the labels that hold at a time: what a perfect encoder would say.
 
     Positions are those of audio, one row to a few of its tokens, so that the LLM learns distances that
@@ -43,7 +43,7 @@ class Transcript(Integration):
         self._ids_X = torch.tensor([token for ids in words for token in ids])
         self._label_X = torch.repeat_interleave(torch.tensor([len(ids) for ids in words]))
         self._rate = model.sampling_rate
-        self._seconds_per_token = model.encoder.seconds_per_token
+        self._seconds_per_token = model.ears.encoders[0].seconds_per_token
         self.tokens = max(1, round(config.seconds_per_row / self._seconds_per_token))
 
     def features(self, batch: Batch) -> AudioFeatures:

@@ -30,7 +30,9 @@ def test_saved_and_loaded_it_is_the_same(name, tmp_path):
     for clip in (stored, stored[1], stored.quantized(), stored.to(dtype=torch.bfloat16)):
         clip.save(tmp_path / "clip.safetensors")
         again = AudioKV.load(tmp_path / "clip.safetensors", digest="made-by")
-        assert (again.lengths, again.layers, again.layout) == (clip.lengths, clip.layers, clip.layout)
+        assert (again.durations, again.digest) == (clip.durations, clip.digest)
+        for ours, theirs in zip(again.streams, clip.streams, strict=True):
+            assert (ours.lengths, ours.layers, ours.layout) == (theirs.lengths, theirs.layers, theirs.layout)
         assert torch.equal(logits(llm, integration, again), logits(llm, integration, clip))
 
 
@@ -68,14 +70,14 @@ def test_other_files_are_refused(tmp_path):
 def test_the_file_holds_tensors_and_no_more(tmp_path):
     _, _, stored = indexed("lal", 5)
     stored.save(tmp_path / "clip.safetensors")
-    assert set(load_file(tmp_path / "clip.safetensors")) == {"k_LBGAC", "v_LBGAC", "rows_BSD"}
+    assert set(load_file(tmp_path / "clip.safetensors")) == {"0.k_LBGAC", "0.v_LBGAC", "0.rows_BSD"}
 
 
 @every_integration
 def test_concat_of_clips_of_different_lengths(name):
     llm, integration, stored = indexed(name, 7, 4, 11)
     again = AudioKV.concat([stored[2], stored[0], stored[1]])
-    assert again.lengths == (11, 7, 4)
+    assert again.streams[0].lengths == (11, 7, 4)
     ids = PLACEMENTS["two"]
     ours = logits(llm, integration, again, ids, (1, 0))
     torch.testing.assert_close(ours, logits(llm, integration, stored, ids, (0, 2)), atol=1e-5, rtol=1e-5)
@@ -89,7 +91,7 @@ def test_a_slice_equals_the_audio_it_was_cut_from(name):
     for start, end, first, last in ((0.0, 0.24, 0, 6), (0.12, 0.36, 3, 9), (0.24, 9.0, 6, 12)):
         cut = stored.slice(start, end)
         part = AudioFeatures(audio.x_BAE[:, first:last], audio.mask_BA[:, first:last], 0.04)
-        assert cut.lengths == (last - first,)
+        assert cut.streams[0].lengths == (last - first,)
         assert cut.seconds == pytest.approx((last - first) * 0.04)
         ours, theirs = logits(llm, integration, cut), logits(llm, integration, part)
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
@@ -97,9 +99,9 @@ def test_a_slice_equals_the_audio_it_was_cut_from(name):
 
 def test_a_slice_of_the_hybrid_is_widened_to_whole_groups():
     _, _, stored = indexed("pal", 11)
-    assert stored.slice(0.05, 0.2).lengths == (6,)
-    assert stored.slice(0.25, 5.0).lengths == (5,)
-    assert stored.slice(0.25, 5.0).rows_BSD.shape[1] == 2
+    assert stored.slice(0.05, 0.2).streams[0].lengths == (6,)
+    assert stored.slice(0.25, 5.0).streams[0].lengths == (5,)
+    assert stored.slice(0.25, 5.0).streams[0].rows_BSD.shape[1] == 2
 
 
 @pytest.mark.parametrize("start, end", [(0.2, 0.1), (-1.0, 0.2), (0.2, 0.2), (5.0, 6.0)])
@@ -130,14 +132,16 @@ def test_joining_refuses_what_does_not_fit():
 def test_int8_is_small_and_near(name):
     llm, integration, stored = indexed(name, 7, 4)
     small = stored.quantized()
-    if stored.layers:
-        assert small.k_LBGAC.dtype == torch.int8
-        assert small.k_LBGAC.nbytes * 4 == stored.k_LBGAC.nbytes
-        for layer in stored.layers:
-            for ours, theirs in zip(small.keys_values(layer), stored.keys_values(layer), strict=True):
+    (exact_stream,), (small_stream,) = stored.streams, small.streams
+    if exact_stream.layers:
+        assert small_stream.k_LBGAC.dtype == torch.int8
+        assert small_stream.k_LBGAC.nbytes * 4 == exact_stream.k_LBGAC.nbytes
+        for layer in exact_stream.layers:
+            for ours, theirs in zip(small_stream.keys_values(layer), exact_stream.keys_values(layer), strict=True):
                 # half a step of the largest number of each head and token, which has 127
                 assert ((ours - theirs).abs() <= theirs.abs().amax(-1, keepdim=True) / 127 * 0.51).all()
-    assert small.quantized() is small
+    again = small.quantized().streams[0]
+    assert all(torch.equal(x, small_stream.tensors()[name]) for name, x in again.tensors().items())
     joined = AudioKV.concat([small[0], small[1]])
     torch.testing.assert_close(logits(llm, integration, joined), logits(llm, integration, small))
     near = logits(llm, integration, small)
@@ -148,11 +152,11 @@ def test_int8_is_small_and_near(name):
 def test_dtype_and_size():
     _, _, stored = indexed("lal", 7)
     assert stored.nbytes == 2 * 3 * 2 * 7 * 8 * 4
-    half = stored.quantized().to("cpu", torch.bfloat16)
+    (half,) = stored.quantized().to("cpu", torch.bfloat16).streams
     assert half.k_LBGAC.dtype == torch.int8
     assert half.k_scale_LBGA.dtype == torch.float32
     assert half.keys_values(0)[0].dtype == torch.bfloat16
-    assert (stored.tokens, stored.seconds_per_token, stored.seconds, len(stored)) == (7, 0.04, pytest.approx(0.28), 1)
+    assert (stored.tokens, stored.seconds, len(stored)) == (7, pytest.approx(0.28), 1)
 
 
 @every_integration

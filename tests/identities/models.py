@@ -7,7 +7,7 @@ import torch
 from pal.backbone.llm import Backbone
 from pal.registry import build
 from pal.types import AUDIO, AudioFeatures, Tokens
-from tests.identities.reference import Decoder, lay_out
+from tests.identities.reference import Decoder, Stream, lay_out
 
 E = 10
 VOCAB = 48
@@ -31,7 +31,10 @@ INTEGRATIONS = {
     "lal": {"name": "lal"},
     "lal_first": {"name": "lal", "layers": "first_third"},
     "lal_some": {"name": "lal", "layers": [0, 2]},
+    "lal_shared": {"name": "lal", "projector": "low_rank", "rank": 5, "shared": True},
     "pal": {"name": "pal", "stride": STRIDE},
+    "flamingo": {"name": "flamingo", "every": 2, "ffn": 24},
+    "lal_audio_query": {"name": "lal_audio_query"},
 }
 PLACEMENTS = {
     "before": [AUDIO, 5, 6, 7, 8],
@@ -78,7 +81,16 @@ def make_backbone(family, layers=3, dtype=torch.float32, seed=0, **more):
 
 def make_integration(name, llm, seed=1, **options):
     torch.manual_seed(seed)
-    return build("integration", INTEGRATIONS[name] | options, in_width=E, llm=llm)
+    return opened(build("integration", INTEGRATIONS[name] | options, in_width=E, llm=llm))
+
+
+def opened(integration):
+    """The same, with gates that let something through: Flamingo's start at zero."""
+    with torch.no_grad():
+        for parameter_name, parameter in integration.named_parameters():
+            if "gate" in parameter_name:
+                parameter.fill_(0.8)
+    return integration
 
 
 @cache
@@ -110,12 +122,14 @@ def conversation(ids, clips=(0, 1), labels=None):
 def expected_logits(llm, integration, row, audio, keys=True, rows=True):
     """The reference's logits of a conversation's text rows."""
     decoder = Decoder(llm.lm.config, llm.lm.state_dict())
-    weights = integration.state_dict()
-    method = {"PLITS": "plits", "LAL": "lal", "PAL": "pal"}[type(integration).__name__]
-    layers = getattr(integration, "layers", ())
-    clips = [audio.x_BAE[clip][audio.mask_BA[clip]] for clip in row.clips]
-    scene = lay_out(method, weights, layers, STRIDE, row.ids, clips, decoder.embed, keys, rows)
-    return decoder.logits(scene)
+    weights = [route.state_dict() for route in integration.routes()]
+    streams = [
+        Stream(type(route).__name__, own, getattr(route, "layers", ()), STRIDE)
+        for route, own in zip(integration.routes(), weights, strict=True)
+    ]
+    heard = audio if isinstance(audio, list) else [audio]
+    clips = [[features.x_BAE[clip][features.mask_BA[clip]] for features in heard] for clip in row.clips]
+    return decoder.logits(lay_out(streams, row.ids, clips, decoder.embed, keys, rows))
 
 
 def text_rows(llm, integration, row, inputs, logits_BTV, at):

@@ -19,6 +19,10 @@ class Scene:
     """(embedding [D], position, is_text)"""
     keys: dict = field(default_factory=dict)
     """layer -> list of (u [D], position)"""
+    crossed: list = field(default_factory=list)
+    """Flamingo's clips: (weights, layers, position, features [A, E])"""
+    updated: list = field(default_factory=list)
+    """Clips of audio queries: (layers, position, u [A, D])"""
 
 
 def mlp(weights, prefix, x):
@@ -28,13 +32,23 @@ def mlp(weights, prefix, x):
     return hidden @ w["2.weight"].T + w["2.bias"]
 
 
-def lay_out(method, weights, layers, stride, ids, clips, embed, keys=True, rows=True):
+@dataclass
+class Stream:
+    """How the tokens of one encoder enter: the class's name, its weights, its layers, the hybrid's stride."""
+
+    method: str
+    weights: dict
+    layers: tuple
+    stride: int
+
+
+def lay_out(streams, ids, clips, embed, keys=True, rows=True):
     """Put a conversation's text and clips at the positions of DESIGN section 1, step by step.
 
-    method: plits, lal or pal. clips: the features [A, E] of each placeholder, in order, without padding.
+    clips: for each placeholder, in order, the features [A, E] of each stream, without padding.
     keys=False or rows=False leaves that half of the hybrid out; positions stay.
     """
-    scene = Scene(keys={layer: [] for layer in layers})
+    scene = Scene()
     p = 0
     clips = list(clips)
     for token in ids:
@@ -42,30 +56,52 @@ def lay_out(method, weights, layers, stride, ids, clips, embed, keys=True, rows=
             scene.rows.append((embed(token), p, True))
             p += 1
             continue
-        a = clips.pop(0)
-        if method == "plits":
-            for u in mlp(weights, "projector", a):
-                scene.rows.append((u, p, False))
-                p += 1
-            continue
-        r = stride
-        for layer in layers if keys else ():
-            for j, u in enumerate(mlp(weights, f"projectors.{layer}", a)):
-                scene.keys[layer].append((u, p + j + (j // r if method == "pal" else 0)))
-        if method == "lal":
-            p += len(a)
-            continue
-        S = math.ceil(len(a) / r)
-        kernel, bias = weights["summarize.weight"].double(), weights["summarize.bias"].double()
-        for i in range(S):
-            total = bias.clone()
-            for j in range(i * r, min((i + 1) * r, len(a))):
-                total = total + kernel[:, :, j - i * r] @ a[j].double()
-            if rows:
-                scene.rows.append((mlp(weights, "projector", total[None])[0], p + (i + 1) * r + i, False))
-        p += S * (r + 1)
+        for stream, a in zip(streams, clips.pop(0), strict=True):
+            p = place(scene, p, stream, a, keys, rows)
     assert not clips
     return scene
+
+
+def place(scene, p, stream, a, keys, rows):
+    """One clip of one stream at position `p`; returns the position after it."""
+    r, weights, method = stream.stride, stream.weights, stream.method
+    if method == "PLITS":
+        for u in mlp(weights, "projector", a):
+            scene.rows.append((u, p, False))
+            p += 1
+        return p
+    if method == "Flamingo":
+        scene.crossed.append((weights, stream.layers, p, a.double()))
+        return p
+    if method == "LALAudioQuery":
+        scene.updated.append((stream.layers, p, mlp(weights, "projector", a)))
+        return p + len(a)
+    for layer in stream.layers if keys else ():
+        for j, u in enumerate(per_layer(weights, layer, a)):
+            scene.keys.setdefault(layer, []).append((u, p + j + (j // r if method == "PAL" else 0)))
+    if method == "LAL":
+        return p + len(a)
+    S = math.ceil(len(a) / r)
+    kernel, bias = weights["summarize.weight"].double(), weights["summarize.bias"].double()
+    for i in range(S):
+        total = bias.clone()
+        for j in range(i * r, min((i + 1) * r, len(a))):
+            total = total + kernel[:, :, j - i * r] @ a[j].double()
+        if rows:
+            scene.rows.append((mlp(weights, "projector", total[None])[0], p + (i + 1) * r + i, False))
+    return p + S * (r + 1)
+
+
+def per_layer(weights, layer, a):
+    if "projectors.shared.0.weight" in weights:  # low rank, one for all layers
+        w = {k: weights[f"projectors.shared.{k}"].double() for k in ("0.weight", "1.weight", "1.bias")}
+        return (a.double() @ w["0.weight"].T) @ w["1.weight"].T + w["1.bias"]
+    return mlp(weights, f"projectors.{layer}", a)
+
+
+def layer_norm(weights, name, x):
+    y = (x - x.mean(-1, keepdim=True)) / torch.sqrt(x.var(-1, unbiased=False, keepdim=True) + 1e-5)
+    return y * weights[f"{name}.weight"].double() + weights[f"{name}.bias"].double()
 
 
 class Decoder:
@@ -142,6 +178,31 @@ class Decoder:
             out.append(torch.softmax(score.masked_fill(~seen, -torch.inf), -1) @ v[:, head // groups])
         return self.linear(p + "self_attn.o_proj", torch.cat(out, -1))
 
+    def cross(self, layer, x, positions, clips):
+        """Flamingo's block before a layer: rows hear all clips before them, or pass unchanged."""
+        w, width = {k: v.double() for k, v in clips[0][0].items()}, self.C
+        block = f"cross.{layer}."
+        k, v, at, turns = [], [], [], []
+        for _, _, position, a in clips:
+            a = layer_norm(w, block + "audio_norm", a)
+            k.append((a @ w[block + "k.weight"].T).view(len(a), -1, width))
+            v.append((a @ w[block + "v.weight"].T).view(len(a), -1, width))
+            at += [position] * len(a)
+            turns += range(len(a))
+        k, v = self.rope(torch.cat(k), torch.tensor(turns), layer), torch.cat(v)
+        q = (layer_norm(w, block + "norm", x) @ w[block + "q.weight"].T).view(len(x), -1, width)
+        seen = positions[:, None] >= torch.tensor(at)[None]
+        groups = q.shape[1] // k.shape[1]
+        heads = []
+        for head in range(q.shape[1]):
+            score = q[:, head] @ k[:, head // groups].T / math.sqrt(width)
+            heads.append(torch.softmax(score.masked_fill(~seen, -1e30), -1) @ v[:, head // groups])
+        y = x + torch.tanh(w[block + "gate"]) * (torch.cat(heads, -1) @ w[block + "out.weight"].T)
+        f = layer_norm(w, block + "ffn.0", y) @ w[block + "ffn.1.weight"].T
+        f = 0.5 * f * (1 + torch.erf(f / math.sqrt(2)))
+        y = y + torch.tanh(w[block + "ffn_gate"]) * (f @ w[block + "ffn.3.weight"].T)
+        return torch.where(seen.any(1, keepdim=True), y, x)
+
     def mlp(self, layer, x):
         p = f"model.layers.{layer}.mlp."
         gate = self.linear(p + "gate_proj", x)
@@ -158,7 +219,20 @@ class Decoder:
         text = torch.tensor([is_text for _, _, is_text in scene.rows])
         for layer in range(self.c.num_hidden_layers):
             p = f"model.layers.{layer}."
-            a = self.attention(layer, x, positions, scene.keys.get(layer, []))
+            crossed = [clip for clip in scene.crossed if layer in clip[1]]
+            if crossed:
+                x = self.cross(layer, x, positions, crossed)
+            extra = list(scene.keys.get(layer, []))
+            for i, (layers, start, u) in enumerate(scene.updated):
+                if layer not in layers:
+                    continue
+                at = start + torch.arange(len(u))
+                extra += zip(u, at.tolist(), strict=True)
+                change = self.attention(layer, u, at, [])
+                if self.kind == "gemma3_text":
+                    change = self.norm(p + "post_attention_layernorm", change)
+                scene.updated[i] = (layers, start, u + change)
+            a = self.attention(layer, x, positions, extra)
             if self.kind == "gemma3_text":
                 x = x + self.norm(p + "post_attention_layernorm", a)
                 f = self.mlp(layer, self.norm(p + "pre_feedforward_layernorm", x))

@@ -209,7 +209,7 @@ def test_6_two_chunks_appended_equal_one_shot_at_any_offset(family, name):
     mask_BA = torch.arange(3) < torch.tensor([[3], [1]])
     late = AudioFeatures(audio.x_BAE[:, 3:], mask_BA, 0.04)
     both = integration.index(early, llm, "d").append(integration.index(late, llm, "d"))
-    assert both.lengths == (6, 4)
+    assert both.streams[0].lengths == (6, 4)
     whole = AudioFeatures(audio.x_BAE, torch.cat([early.mask_BA, mask_BA], 1), 0.04)
     for ids in ([AUDIO, 5, 6], [5] * 9 + [AUDIO, 5, 6], [5, AUDIO, 6, AUDIO, 7]):
         rows = [conversation(ids), conversation(ids, (1, 0))]
@@ -225,13 +225,13 @@ def test_6_keys_rotated_later_equal_keys_made_there(family):
     rows = [conversation([6] * 20 + [AUDIO, 5])]
     context = integration(audio, rows, llm).audio
     for layer in range(3):
-        u_BAD = integration.projectors[str(layer)](audio.x_BAE)
+        u_BAD = integration.projectors.of(layer)(audio.x_BAE)
         k_BGAC, v_BGAC = llm.project_kv(layer, u_BAD)
-        torch.testing.assert_close(stored.keys_values(layer), (k_BGAC, v_BGAC))
+        torch.testing.assert_close(stored.streams[0].keys_values(layer), (k_BGAC, v_BGAC))
         cos, sin = llm.rope(torch.arange(20, 25)[None])[llm.layer_types[layer]]
         half = llm.head_width // 2
         turned = torch.cat([-k_BGAC[..., half:], k_BGAC[..., :half]], -1)
-        built = context.prebuilt().built[layer]
+        built = context.prebuilt().keys[0].built[layer]
         torch.testing.assert_close(built[0], k_BGAC * cos[:, None] + turned * sin[:, None])
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from pal.backbone.audio_kv import Layout
+from pal.backbone.stream_kv import Layout
 from pal.errors import ConfigError, PromptError
 from pal.registry import build, names
 from pal.types import AUDIO, IGNORE, Tokens
@@ -20,8 +20,8 @@ def test_lal_reserves_the_positions_plits_would_fill():
     row, audio = [conversation([5, 6, AUDIO, 7, AUDIO, 8])], features(3, 2)
     a, b = lal(audio, row, llm), plits(audio, row, llm)
     assert a.position_ids_BT.tolist() == [[0, 1, 5, 8]]
-    assert a.audio.positions_BA.tolist() == [[2, 3, 4, 6, 7]]
-    assert a.audio.tokens_BA.tolist() == [[0, 1, 2, 3, 4]]
+    assert a.audio.keys[0].positions_BA.tolist() == [[2, 3, 4, 6, 7]]
+    assert a.audio.keys[0].tokens_BA.tolist() == [[0, 1, 2, 3, 4]]
     assert b.position_ids_BT.tolist() == [list(range(9))]
     assert b.audio is None
 
@@ -30,7 +30,7 @@ def test_lal_reserves_the_positions_plits_would_fill():
 def test_the_hybrid_interleaves_tokens_and_summaries(tokens, keys, rows, span):
     llm, pal = shared("llama", "pal")
     inputs = pal(features(tokens), [conversation([5, 6, AUDIO, 7])], llm)
-    assert inputs.audio.positions_BA.tolist() == [[2 + offset for offset in keys]]
+    assert inputs.audio.keys[0].positions_BA.tolist() == [[2 + offset for offset in keys]]
     assert inputs.position_ids_BT.tolist() == [[0, 1, *(2 + offset for offset in rows), 2 + span]]
     assert inputs.audio.audio_rows_BT.tolist() == [[False, False, True, True, False]]
 

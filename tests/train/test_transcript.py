@@ -54,7 +54,7 @@ def test_it_equals_the_llm_on_those_embeddings_at_audio_s_positions(model):
     batch = Batch([clip(0.6)], [conversation(model)], tags=[SPANS])
     inputs = transcript(transcript.features(batch), batch.rows, model.llm)
     tokens = transcript.tokens
-    assert tokens == round(0.2 / model.encoder.seconds_per_token)
+    assert tokens == round(0.2 / model.ears.encoders[0].seconds_per_token)
     positions = [0, *(1 + i * (tokens + 1) + tokens for i in range(3))]
     after = 1 + 3 * (tokens + 1)
     assert inputs.position_ids_BT.tolist() == [[*positions, after, after + 1, after + 2]]

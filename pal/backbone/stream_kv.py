@@ -1,0 +1,234 @@
+"""`StreamKV`: clips as one encoder or connector heard them, as keys, values and rows of an LLM."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pal.errors import PalError
+
+_KEEP_DTYPE = ("k_scale_LBGA", "v_scale_LBGA")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How audio tokens, audio rows and position ids of one clip lie in time.
+
+    Time is counted in groups: the least stretch that stands on its own. For LAL that is one token, for
+    the hybrid the r tokens that share a summary.
+    """
+
+    seconds_per_token: float
+    """0 where the tokens stand for no time of their own, as a Q-Former's do."""
+    tokens: int = 1
+    """Encoder tokens of a group."""
+    rows: int = 0
+    """Rows of the LLM's sequence per group; they lie after the group's keys."""
+    keys: bool = True
+    """Whether the tokens go in as keys and values."""
+    beside: bool = False
+    """Whether keys stand beside the text: they reserve no position ids, and RoPE turns them by their own number."""
+    joint: bool = False
+    """Whether a clip's tokens were made from one another inside the LLM, so that chunks cannot be put together."""
+
+    @property
+    def span(self) -> int:
+        """Position ids a group reserves."""
+        return 0 if self.beside else self.tokens * self.keys + self.rows
+
+    def groups(self, tokens: int) -> int:
+        """Groups of a clip with so many tokens; the last one may be incomplete."""
+        return -(-tokens // self.tokens)
+
+    def key_offsets(self, tokens: int) -> Tensor:
+        """Positions of a clip's keys, counted from its start: long [A], or [0] without keys."""
+        if not self.keys or self.beside:
+            return torch.zeros(tokens * self.keys, dtype=torch.long)
+        j_A = torch.arange(tokens)
+        return j_A + j_A // self.tokens * self.rows
+
+    def key_turns(self, tokens: int, start: int) -> Tensor:
+        """Positions by which RoPE turns the keys of a clip at position `start`: long [A], or [0] without keys."""
+        return torch.arange(tokens * self.keys) if self.beside else start + self.key_offsets(tokens)
+
+    def row_offsets(self, tokens: int) -> Tensor:
+        """Positions of a clip's rows, counted from its start: long [S]."""
+        group_S = torch.arange(self.groups(tokens)).repeat_interleave(self.rows)
+        within_S = torch.arange(self.rows).repeat(self.groups(tokens))
+        return group_S * self.span + self.tokens * self.keys + within_S
+
+
+@dataclass(frozen=True)
+class StreamKV:
+    """What an LLM needs of some clips as one encoder or connector heard them: keys before RoPE, values, audio rows.
+
+    Real tokens come first.
+    """
+
+    k_LBGAC: Tensor
+    v_LBGAC: Tensor
+    """In the LLM's dtype, or int8 with `scales`."""
+    rows_BSD: Tensor
+    """Embeddings that go through the LLM as rows; S is 0 for LAL."""
+    lengths: tuple[int, ...]
+    """Audio tokens of each clip."""
+    layers: tuple[int, ...]
+    """The LLM's layer of each [L]."""
+    layout: Layout
+    k_scale_LBGA: Tensor | None = None
+    v_scale_LBGA: Tensor | None = None
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All tensors by name."""
+        named = {part.name: getattr(self, part.name) for part in fields(self)}
+        return {name: x for name, x in named.items() if isinstance(x, Tensor)}
+
+    def facts(self) -> dict[str, Any]:
+        """All but the tensors, for JSON."""
+        layout = {part.name: getattr(self.layout, part.name) for part in fields(self.layout)}
+        return {"lengths": self.lengths, "layers": self.layers, "layout": layout}
+
+    @classmethod
+    def restored(cls, tensors: dict[str, Tensor], facts: dict[str, Any]) -> StreamKV:
+        """From what `tensors` and `facts` gave."""
+        layout = Layout(**facts["layout"])
+        return cls(**tensors, lengths=tuple(facts["lengths"]), layers=tuple(facts["layers"]), layout=layout)
+
+    def keys_values(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Keys before RoPE and values of one layer of the LLM, each [B, G, A, C], never int8."""
+        at = self.layers.index(layer)
+        return (
+            _decoded(
+                self.k_LBGAC[at], None if self.k_scale_LBGA is None else self.k_scale_LBGA[at], self.rows_BSD.dtype
+            ),
+            _decoded(
+                self.v_LBGAC[at], None if self.v_scale_LBGA is None else self.v_scale_LBGA[at], self.rows_BSD.dtype
+            ),
+        )
+
+    def to(self, device: torch.device | str | None, dtype: torch.dtype | None) -> StreamKV:
+        """On another device or in another float dtype; int8 tensors stay int8."""
+        moved: dict[str, Any] = {
+            name: x.to(device=device, dtype=None if name in _KEEP_DTYPE or x.dtype == torch.int8 else dtype)
+            for name, x in self.tensors().items()
+        }
+        return replace(self, **moved)
+
+    def quantized(self) -> StreamKV:
+        """K and V in int8 with one scale per head and token."""
+        if self.k_scale_LBGA is not None:
+            return self
+        k, k_scale = _quantize(self.k_LBGAC)
+        v, v_scale = _quantize(self.v_LBGAC)
+        return replace(self, k_LBGAC=k, v_LBGAC=v, k_scale_LBGA=k_scale, v_scale_LBGA=v_scale)
+
+    def __getitem__(self, clip: int) -> StreamKV:
+        """One clip, without the batch's padding."""
+        return self._with(
+            self.lengths[clip : clip + 1], {n: x.narrow(_batch_axis(n), clip, 1) for n, x in self.tensors().items()}
+        )
+
+    @staticmethod
+    def concat(parts: Sequence[StreamKV]) -> StreamKV:
+        """The clips of all parts as one batch."""
+        first = parts[0]
+        for other in parts[1:]:
+            first._check_alike(other)
+        joined = {}
+        for name in first.tensors():
+            tensors = [part.tensors()[name] for part in parts]
+            longest = max(x.shape[_time_axis(name)] for x in tensors)
+            joined[name] = torch.cat([_pad(x, _time_axis(name), longest) for x in tensors], dim=_batch_axis(name))
+        return first._with(tuple(count for part in parts for count in part.lengths), joined)
+
+    def append(self, later: StreamKV) -> StreamKV:
+        """Each clip followed by its continuation."""
+        self._check_alike(later)
+        if self.layout.joint:
+            raise PalError("audio whose tokens were made from one another cannot be appended to; index it whole")
+        for count in self.lengths:
+            if count % self.layout.tokens:
+                raise PalError(
+                    f"cannot append to a clip of {count} tokens: they come in groups of {self.layout.tokens}; "
+                    f"cut the earlier chunk at a multiple of {self.layout.tokens * self.layout.seconds_per_token:g} s"
+                )
+        clips = []
+        for clip in range(len(self.lengths)):
+            a, b = self[clip], later[clip]
+            tensors = {name: torch.cat((x, b.tensors()[name]), dim=_time_axis(name)) for name, x in a.tensors().items()}
+            clips.append(a._with((a.lengths[0] + b.lengths[0],), tensors))
+        return StreamKV.concat(clips)
+
+    def slice(self, start: float, end: float) -> StreamKV:
+        """The stretch from `start` to `end` seconds of every clip, widened to whole groups."""
+        first, last = self.groups_between(start, end)
+        a, b = first * self.layout.tokens, last * self.layout.tokens
+        lengths = tuple(max(0, min(length, b) - a) for length in self.lengths)
+        if not all(lengths):
+            shortest = min(self.lengths) * self.layout.seconds_per_token
+            raise PalError(f"cannot take {start:g} to {end:g} s of a clip of {shortest:g} s")
+        return self._with(lengths, {name: self._groups(name, x, first, last) for name, x in self.tensors().items()})
+
+    def groups_between(self, start: float, end: float) -> tuple[int, int]:
+        """The groups that a stretch in seconds touches, from the first to the last, which is not included."""
+        if not self.layout.seconds_per_token:
+            raise PalError("this clip's tokens stand for no time of their own and cannot be cut; index the stretch")
+        seconds = self.layout.seconds_per_token * self.layout.tokens
+        first = math.floor(start / seconds + 1e-6)
+        last = math.ceil(end / seconds - 1e-6)
+        if not 0 <= first < last:
+            raise PalError(f"cannot take {start:g} to {end:g} s of a clip: the end must lie after the start")
+        return first, last
+
+    def stretch(self, start: float, end: float) -> tuple[float, float]:
+        """Seconds from where to where `slice` really takes."""
+        seconds = self.layout.seconds_per_token * self.layout.tokens
+        first, last = self.groups_between(start, end)
+        return first * seconds, last * seconds
+
+    def _groups(self, name: str, x: Tensor, first: int, last: int) -> Tensor:
+        """The part of a tensor that belongs to the groups `first` to `last`, which is not included."""
+        axis = _time_axis(name)
+        each = self.layout.rows if name == "rows_BSD" else self.layout.tokens
+        a, b = (min(group * each, x.shape[axis]) for group in (first, last))
+        return x.narrow(axis, a, b - a)
+
+    def _with(self, lengths: tuple[int, ...], tensors: dict[str, Tensor]) -> StreamKV:
+        """Other clips of the same kind, without the padding that the longest one does not need."""
+        last = self.layout.groups(max(lengths))
+        cut: dict[str, Any] = {name: self._groups(name, x, 0, last) for name, x in tensors.items()}
+        return replace(self, lengths=lengths, **cut)
+
+    def _check_alike(self, other: StreamKV) -> None:
+        if (self.layers, self.layout) != (other.layers, other.layout):
+            raise PalError("clips of different layers or time scales cannot be joined")
+        if (self.k_scale_LBGA is None) != (other.k_scale_LBGA is None):
+            raise PalError("cannot join an int8 clip with one that is not; quantize both or neither")
+
+
+def _batch_axis(name: str) -> int:
+    return 0 if name == "rows_BSD" else 1
+
+
+def _time_axis(name: str) -> int:
+    return 1 if name == "rows_BSD" else 3
+
+
+def _pad(x: Tensor, axis: int, length: int) -> Tensor:
+    shape = list(x.shape)
+    shape[axis] = length - shape[axis]
+    return x if shape[axis] == 0 else torch.cat((x, x.new_zeros(shape)), dim=axis)
+
+
+def _quantize(x: Tensor) -> tuple[Tensor, Tensor]:
+    scale = x.float().abs().amax(dim=-1).clamp_min(1e-12) / 127
+    return (x.float() / scale[..., None]).round().to(torch.int8), scale
+
+
+def _decoded(x: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+    return x if scale is None else (x.float() * scale[..., None]).to(dtype)

@@ -1,0 +1,45 @@
+"""What connectors with queries share: attention to tokens of another width, and sinusoids of time."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class Attention(nn.Module):
+    """Multi-head attention of queries to keys of another width."""
+
+    def __init__(self, width: int, key_width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.q = nn.Linear(width, width)
+        self.k = nn.Linear(key_width, width)
+        self.v = nn.Linear(key_width, width)
+        self.out = nn.Linear(width, width)
+
+    def forward(self, x_WQE: Tensor, keys_WKE: Tensor, mask: Tensor | None) -> Tensor:
+        """Queries [W, Q, E] look at keys [W, K, E'] where the mask, [W, K] or [W, Q, K], is True -> [W, Q, E]."""
+        q, k, v = (
+            y.unflatten(2, (self.heads, -1)).transpose(1, 2)
+            for y in (self.q(x_WQE), self.k(keys_WKE), self.v(keys_WKE))
+        )
+        if mask is not None:
+            mask = mask[:, None, None] if mask.ndim == 2 else mask[:, None]
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return self.out(mixed.transpose(1, 2).flatten(2))
+
+
+def heads_of(width: int) -> int:
+    """Heads of 64 where the width allows, else one."""
+    return width // 64 if width % 64 == 0 else 1
+
+
+def sinusoids(times_X: Tensor, width: int) -> Tensor:
+    """Times [X] -> [X, width]: sines, then cosines, of wavelengths from 2 pi to 20,000 pi."""
+    half = -(-width // 2)
+    rates = torch.exp(-math.log(10_000.0) / max(1, half - 1) * torch.arange(half, device=times_X.device))
+    angles = times_X[:, None] * rates
+    return torch.cat([angles.sin(), angles.cos()], dim=1)[:, :width]

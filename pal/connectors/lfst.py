@@ -1,0 +1,144 @@
+"""LFST: latents in order of time that gather from a fine-grained and a language-aligned encoder at once."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from pal.config import StrictConfig
+from pal.connectors.attention import Attention, heads_of, sinusoids
+from pal.connectors.base import Connector
+from pal.errors import ConfigError
+from pal.registry import register
+from pal.types import AudioFeatures
+
+_BLOCK = 64
+"""Latents that are taken at once; what they see lies near them in time, so the cost is linear in the clip."""
+
+
+@register("connector", "lfst")
+class LFST(Connector):
+    """Language-aligned and Fine-grained Spatio-Temporal connector, the paper's default.
+
+    The paper gives three cross-attention layers, a local region on the fine tokens, and SSLAM and CLAP
+    as the encoders; all sizes here are our choice. The first encoder is the fine one, the second the
+    language-aligned one; any two do.
+    """
+
+    takes = 2
+
+    class Config(StrictConfig):
+        """Options of the connector `lfst`."""
+
+        seconds_per_latent: float = Field(default=0.32, gt=0)
+        """Time between two latents: 32 for ten seconds, as LTU and GAMA have tokens."""
+        layers: int = Field(default=3, ge=1)
+        """Cross-attention layers (paper: 3)."""
+        fine_seconds: float = Field(default=0.96, gt=0)
+        """Length of the region around its own time that a latent sees of the fine tokens."""
+        aligned_seconds: float = Field(default=10.0, gt=0)
+        """The same of the language-aligned tokens; CLAP hears ten seconds at once."""
+        width: int = Field(default=768, ge=1)
+        """E of the latents and of what comes out (SSLAM's and CLAP's)."""
+        heads: int | None = Field(default=None, ge=1)
+        """Of attention; None makes them 64 wide where the width allows."""
+        hidden: int | None = Field(default=None, ge=1)
+        """Width inside the feed-forward networks; None is four times the width."""
+
+        @model_validator(mode="after")
+        def _fits(self) -> LFST.Config:
+            if self.heads is not None and self.width % self.heads:
+                raise ValueError(f"width {self.width} is not divisible by heads {self.heads}")
+            return self
+
+    def __init__(self, config: Config, in_widths: tuple[int, int]) -> None:
+        super().__init__()
+        self.config = config
+        self.width = config.width
+        heads = config.heads or heads_of(config.width)
+        self.latent_E = nn.Parameter(torch.randn(config.width) * 0.02)
+        self.enter = nn.ModuleList(nn.Sequential(nn.LayerNorm(w), nn.Linear(w, config.width)) for w in in_widths)
+        self.layers = nn.ModuleList(
+            _Layer(config.width, heads, config.hidden or 4 * config.width) for _ in range(config.layers)
+        )
+        self.norm = nn.LayerNorm(config.width)
+
+    def forward(self, *features: AudioFeatures) -> AudioFeatures:
+        """Fine [B, A, E] and aligned [B, A', E'] tokens -> latents [B, S, width] in order of time.
+
+        Raises:
+            ConfigError: an encoder whose tokens stand for no time.
+        """
+        fine, aligned = features
+        step = self.config.seconds_per_latent
+        if not fine.seconds_per_token or not aligned.seconds_per_token:
+            raise ConfigError("connector 'lfst' needs encoders whose tokens have a time")
+        seconds = [
+            max(a * fine.seconds_per_token, b * aligned.seconds_per_token)
+            for a, b in zip(fine.lengths, aligned.lengths, strict=True)
+        ]
+        device = fine.x_BAE.device
+        lengths_B = torch.tensor([max(1, math.ceil(s / step - 1e-6)) for s in seconds], device=device)
+        S = int(lengths_B.max())
+        times_S = (torch.arange(S, device=device) + 0.5) * step
+        tokens = [
+            _Tokens(enter, stream, reach / 2, step)
+            for enter, stream, reach in zip(
+                self.enter, features, (self.config.fine_seconds, self.config.aligned_seconds), strict=True
+            )
+        ]
+        start_SE = self.latent_E + sinusoids(times_S / step, self.width).to(self.latent_E.dtype)
+        blocks = []
+        for first in range(0, S, _BLOCK):
+            times = times_S[first : first + _BLOCK]
+            near = [stream.near(times) for stream in tokens]
+            keys_BKE = torch.cat([x_BKE for x_BKE, _ in near], dim=1)
+            seen_BQK = torch.cat([seen for _, seen in near], dim=2)
+            # a latent of padding sees everything, as nothing to look at makes NaN; it is masked out
+            seen_BQK = seen_BQK | ~seen_BQK.any(2, keepdim=True)
+            x_BQE = start_SE[first : first + _BLOCK].expand(len(lengths_B), -1, -1)
+            for layer in self.layers:
+                x_BQE = layer(x_BQE, keys_BKE, seen_BQK)
+            blocks.append(x_BQE)
+        mask_BS = torch.arange(S, device=device) < lengths_B[:, None]
+        return AudioFeatures(self.norm(torch.cat(blocks, dim=1)), mask_BS, step)
+
+
+class _Tokens:
+    """One encoder's tokens at the connector's width, with their time marked."""
+
+    def __init__(self, enter: nn.Module, features: AudioFeatures, reach: float, step: float) -> None:
+        real_BA1 = features.mask_BA[..., None]
+        x_BAE = enter(features.x_BAE.masked_fill(~real_BA1, 0.0))
+        self.seconds = features.seconds_per_token
+        self.times_A = (torch.arange(x_BAE.shape[1], device=x_BAE.device) + 0.5) * self.seconds
+        self.x_BAE = x_BAE + sinusoids(self.times_A / step, x_BAE.shape[2]).to(x_BAE.dtype)
+        self.mask_BA = features.mask_BA
+        self.reach = max(reach, self.seconds / 2)
+        """Seconds to either side that a latent sees, at least one token."""
+
+    def near(self, times_Q: Tensor) -> tuple[Tensor, Tensor]:
+        """The tokens that some latent at these times may see [B, K, E], and which does [B, Q, K]."""
+        first = math.floor((float(times_Q[0]) - self.reach) / self.seconds) - 1
+        last = math.ceil((float(times_Q[-1]) + self.reach) / self.seconds) + 1
+        part = slice(max(0, first), max(0, last))
+        seen_QK = (self.times_A[part] - times_Q[:, None]).abs() <= self.reach + 1e-6
+        return self.x_BAE[:, part], seen_QK & self.mask_BA[:, None, part]
+
+
+class _Layer(nn.Module):
+    """Cross-attention and a feed-forward network, norms before each."""
+
+    def __init__(self, width: int, heads: int, hidden: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.key_norm = nn.LayerNorm(width)
+        self.attention = Attention(width, width, heads)
+        self.ffn = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width))
+
+    def forward(self, x_BQE: Tensor, keys_BKE: Tensor, seen_BQK: Tensor) -> Tensor:
+        x_BQE = x_BQE + self.attention(self.norm(x_BQE), self.key_norm(keys_BKE), seen_BQK)
+        return x_BQE + self.ffn(x_BQE)

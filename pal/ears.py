@@ -1,0 +1,102 @@
+"""`Ears`: encoders and connectors, from waveforms to streams of tokens."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from pal.audio import resample
+from pal.connectors.base import Connector
+from pal.encoders.base import Encoder
+from pal.errors import ConfigError
+from pal.integrations.routed import Stream
+from pal.model_config import ModelConfig, Part
+from pal.registry import build, check, lookup
+from pal.types import AudioFeatures
+
+
+class Ears(nn.Module):
+    """Any number of encoders, each with a connector of its own or several fused by one.
+
+    What a connector gives is a stream; each stream has its own way into the LLM.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.encoders = nn.ModuleList(build("encoder", part) for part in config.encoders)
+        self.connectors = nn.ModuleList()
+        self._takes: list[list[int]] = []
+        self.streams: list[Stream] = []
+        for part, takes in _connections(config):
+            widths = [self._encoder(i).width for i in takes]
+            context: dict[str, Any] = {"in_width": widths[0]} if len(takes) == 1 else {"in_widths": tuple(widths)}
+            connector: Connector = build("connector", part, **context)
+            self.connectors.append(connector)
+            self._takes.append(takes)
+            names = tuple(config.encoders[i]["name"] for i in takes)
+            self.streams.append(Stream(width=connector.width, encoders=names))
+        self.sampling_rate = max(self._encoder(i).sampling_rate for i in range(len(self.encoders)))
+        """Hz of the waveforms: the highest of the encoders'; those with a lower one are given less."""
+
+    def _encoder(self, index: int) -> Encoder:
+        encoder = self.encoders[index]
+        assert isinstance(encoder, Encoder)
+        return encoder
+
+    def hear(self, waveforms: list[Tensor]) -> list[AudioFeatures]:
+        """Waveforms [N] at `sampling_rate`, one a clip -> what each encoder makes of them, [B, A, E]."""
+        return [self.hear_with(i, waveforms) for i in range(len(self.encoders))]
+
+    def hear_with(self, index: int, waveforms: list[Tensor]) -> AudioFeatures:
+        """The same with one of the encoders."""
+        encoder = self._encoder(index)
+        if encoder.sampling_rate != self.sampling_rate:
+            waveforms = [resample(samples_N, self.sampling_rate, encoder.sampling_rate) for samples_N in waveforms]
+        return encoder.encode(waveforms)
+
+    def connect(self, heard: list[AudioFeatures]) -> list[AudioFeatures]:
+        """What the encoders made -> the features of each stream, [B, A, E]."""
+        streams = []
+        for connector, takes in zip(self.connectors, self._takes, strict=True):
+            streams.append(connector(*(heard[i] for i in takes)))
+        return streams
+
+
+def check_ears(config: ModelConfig) -> None:
+    """Raises ConfigError for a fault in encoders and connectors, before anything is built."""
+    for part in config.encoders:
+        check("encoder", part)
+    for part, _ in _connections(config):
+        check("connector", part)
+
+
+def _connections(config: ModelConfig) -> list[tuple[Part, list[int]]]:
+    """Each connector, and the numbers of the encoders that it takes."""
+    count = len(config.encoders)
+    if not isinstance(config.connector, list):
+        takes = _takes(config.connector)
+        if takes == 1:
+            return [(config.connector, [i]) for i in range(count)]
+        return [_checked(config.connector, list(range(count)))]
+    found = []
+    for place, part in enumerate(config.connector):
+        options = dict(part)
+        found.append(_checked(options, list(options.pop("encoders", [place]))))
+    used = [i for _, takes in found for i in takes]
+    if sorted(set(used)) != list(range(count)):
+        raise ConfigError(
+            f"connectors take the encoders {used}, but there are {count}, counted from 0; each must be taken by one"
+        )
+    return found
+
+
+def _checked(part: Part, takes: list[int]) -> tuple[Part, list[int]]:
+    if len(takes) != _takes(part):
+        raise ConfigError(f"connector '{part['name']}' takes {_takes(part)} encoders, not {len(takes)}")
+    return part, takes
+
+
+def _takes(part: Part) -> int:
+    connector: type[Connector] = lookup("connector", part.get("name", ""))
+    return connector.takes

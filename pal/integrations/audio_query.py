@@ -1,0 +1,67 @@
+"""`lal_audio_query`: LAL whose audio rows also make queries, an ablation of what LAL leaves out."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from pal.backbone.llm import Backbone
+from pal.backbone.stream_kv import Layout
+from pal.integrations.base import ClipSpans, Route
+from pal.integrations.keys import zeroed
+from pal.integrations.layers import Layers, chosen_layers
+from pal.integrations.projector import ProjectorOptions, projector
+from pal.registry import register
+from pal.types import AudioFeatures
+
+
+@register("integration", "lal_audio_query")
+class LALAudioQuery(Route):
+    """u_0 = P(a); u_{l+1} = u_l + attention_l(u_l), without the feed-forward network; K and V of layer l from u_l.
+
+    The audio attends to its own clip, causally and within the layer's window, as its rows would in PLITS.
+    It does not see the text before it, so that it can be made once for many questions (our choice; the
+    paper's LAL leaves audio-to-audio attention out, and this puts it back).
+    """
+
+    class Config(ProjectorOptions):
+        """Options of `lal_audio_query`, and those of its projector."""
+
+        layers: Layers = "all"
+        """As in `lal`; the audio is updated in these layers only."""
+
+    def __init__(self, config: Config, in_width: int, llm: Backbone) -> None:
+        super().__init__()
+        self.config = config
+        self.layers = chosen_layers(config.layers, llm)
+        self.projector = projector(config, in_width, llm.width)
+
+    def spans(self, features: AudioFeatures, llm: Backbone) -> ClipSpans:
+        """One key per token in each injected layer, no rows."""
+        return ClipSpans(
+            lengths=features.lengths,
+            layout=Layout(features.seconds_per_token, joint=True),
+            keys=_Updated(self.projector(zeroed(features)), features.mask_BA, self.layers, llm),
+            layers=self.layers,
+            width_A=features.x_BAE.shape[1],
+        )
+
+
+class _Updated:
+    """K/V of audio rows that were updated in the layers before.
+
+    The rows are made at once, outside of the layers: gradient checkpointing would otherwise find rows
+    that were kept from a pass without gradients.
+    """
+
+    def __init__(self, u_UAD: Tensor, mask_UA: Tensor, layers: tuple[int, ...], llm: Backbone) -> None:
+        self._llm = llm
+        self._inputs: dict[int, Tensor] = {}
+        u_UAD = u_UAD.to(llm.dtype)
+        for layer in layers:
+            self._inputs[layer] = u_UAD
+            if layer != layers[-1]:  # nothing would read what the last one makes
+                u_UAD = llm.attend_among(layer, u_UAD, mask_UA)
+
+    def keys_values(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Keys before RoPE and values, each [U, G, A, C]."""
+        return self._llm.project_kv(layer, self._inputs[layer])

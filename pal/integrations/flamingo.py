@@ -1,0 +1,121 @@
+"""`flamingo`: gated cross-attention blocks with a feed-forward network of their own, every k layers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from pal.backbone.context import Block
+from pal.backbone.llm import Backbone
+from pal.backbone.stream_kv import Layout
+from pal.config import StrictConfig
+from pal.errors import ConfigError
+from pal.integrations.base import ClipSpans, Route
+from pal.integrations.keys import zeroed
+from pal.registry import register
+from pal.types import AudioFeatures
+
+
+@register("integration", "flamingo")
+class Flamingo(Route):
+    """x + tanh(g) XAttn(x, a), then x + tanh(g') FFN(x), before every k-th layer (Alayrac et al. 2022, section 2.2).
+
+    The gates start at zero, so the untrained model is the text LLM exactly. Audio reserves no position
+    ids: the LLM's own attention never sees it. Three choices of ours: rows before the audio pass the
+    blocks unchanged, its FFN included; keys carry their time by RoPE on their own number, since encoders
+    need not mark it; and a row sees all clips before it, not the last one only.
+    """
+
+    class Config(StrictConfig):
+        """Options of `flamingo`."""
+
+        every: int = Field(default=4, ge=1)
+        """k: a block before each layer l with (l + 1) divisible by k (Flamingo: 1 to 7, by size of the LLM)."""
+        ffn: int | None = Field(default=None, ge=1)
+        """Width inside the blocks' feed-forward networks; four times the LLM's width when left out."""
+
+    def __init__(self, config: Config, in_width: int, llm: Backbone) -> None:
+        super().__init__()
+        self.config = config
+        self.layers = tuple(layer for layer in range(llm.n_layers) if (layer + 1) % config.every == 0)
+        if not self.layers:
+            raise ConfigError(f"integration 'flamingo': every {config.every} layers is none of {llm.n_layers}")
+        ffn = config.ffn or 4 * llm.width
+        self.cross = nn.ModuleDict({str(layer): GatedBlock(in_width, llm, ffn) for layer in self.layers})
+
+    def blocks(self) -> Mapping[int, Block]:
+        """Its gated blocks, by the layer they stand before."""
+        return {layer: self.cross[str(layer)] for layer in self.layers}
+
+    def spans(self, features: AudioFeatures, llm: Backbone) -> ClipSpans:
+        """One key per token for each block, no rows."""
+        return ClipSpans(
+            lengths=features.lengths,
+            layout=Layout(features.seconds_per_token, beside=True),
+            keys=_Keys(zeroed(features), self.cross),
+            layers=self.layers,
+            width_A=features.x_BAE.shape[1],
+            blocks=self.blocks(),
+        )
+
+
+class _Keys:
+    def __init__(self, x_UAE: Tensor, blocks: nn.ModuleDict) -> None:
+        self._x_UAE = x_UAE
+        self._blocks = blocks
+
+    def keys_values(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Keys before RoPE and values, each [U, G, A, C]."""
+        block = self._blocks[str(layer)]
+        assert isinstance(block, GatedBlock)
+        return block.keys_values(self._x_UAE)
+
+
+class GatedBlock(nn.Module):
+    """Cross-attention and a feed-forward network, each behind a tanh gate; as many heads as the LLM has."""
+
+    def __init__(self, in_width: int, llm: Backbone, ffn: int) -> None:
+        super().__init__()
+        self.width = llm.head_width
+        inner, shared = llm.heads * llm.head_width, llm.kv_heads * llm.head_width
+        self.norm = nn.LayerNorm(llm.width)
+        self.audio_norm = nn.LayerNorm(in_width)
+        self.q = nn.Linear(llm.width, inner, bias=False)
+        self.k = nn.Linear(in_width, shared, bias=False)
+        self.v = nn.Linear(in_width, shared, bias=False)
+        self.out = nn.Linear(inner, llm.width, bias=False)
+        self.gate = nn.Parameter(torch.zeros(1))
+        self.ffn = nn.Sequential(
+            nn.LayerNorm(llm.width),
+            nn.Linear(llm.width, ffn, bias=False),
+            nn.GELU(),
+            nn.Linear(ffn, llm.width, bias=False),
+        )
+        self.ffn_gate = nn.Parameter(torch.zeros(1))
+
+    def keys_values(self, x_UAE: Tensor) -> tuple[Tensor, Tensor]:
+        """Features [U, A, E] -> keys before RoPE and values, each [U, G, A, C]."""
+        x_UAE = self.audio_norm(x_UAE.to(self.k.weight.dtype))
+        k_UGAC, v_UGAC = (p(x_UAE).unflatten(-1, (-1, self.width)).transpose(1, 2) for p in (self.k, self.v))
+        return k_UGAC, v_UGAC
+
+    def forward(self, x_BQD: Tensor, k_BGAC: Tensor, v_BGAC: Tensor, seen_B1QA: Tensor) -> Tensor:
+        """Rows [B, Q, D], keys after RoPE, values, and which keys each row sees -> rows [B, Q, D]."""
+        dtype = self.q.weight.dtype
+        q_BHQC = self.q(self.norm(x_BQD.to(dtype))).unflatten(-1, (-1, self.width)).transpose(1, 2)
+        hears_B1Q1 = seen_B1QA.any(-1, keepdim=True)
+        # a row without any key would be NaN; what comes of it is not used
+        mixed_BHQC = F.scaled_dot_product_attention(
+            q_BHQC,
+            k_BGAC.to(dtype),
+            v_BGAC.to(dtype),
+            attn_mask=seen_B1QA | ~hears_B1Q1,
+            enable_gqa=q_BHQC.shape[1] != k_BGAC.shape[1],
+        )
+        y_BQD = x_BQD + (self.gate.tanh() * self.out(mixed_BHQC.transpose(1, 2).flatten(2))).to(x_BQD.dtype)
+        y_BQD = y_BQD + (self.ffn_gate.tanh() * self.ffn(y_BQD.to(dtype))).to(x_BQD.dtype)
+        return torch.where(hears_B1Q1[:, 0], y_BQD, x_BQD)

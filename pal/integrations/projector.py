@@ -1,0 +1,67 @@
+"""P, what stands between audio features and the LLM's width: the projectors of every integration."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Literal
+
+from pydantic import Field, model_validator
+from torch import nn
+
+from pal.config import StrictConfig
+
+
+class ProjectorOptions(StrictConfig):
+    """Shape of the projectors; the paper says only that P_l is a small MLP of the layer's own."""
+
+    projector: Literal["mlp", "low_rank", "linear"] = "mlp"
+    """`mlp`: linear layers with GELUs between. `low_rank`: two linear layers, narrow between. `linear`: one."""
+    hidden: int | None = Field(default=None, ge=1)
+    """Width between the layers of `mlp`; the LLM's width when left out."""
+    depth: int = Field(default=2, ge=2)
+    """Linear layers of `mlp`."""
+    rank: int = Field(default=64, ge=1)
+    """Width between the layers of `low_rank`."""
+
+    @model_validator(mode="after")
+    def _only_what_is_used(self) -> ProjectorOptions:
+        used = {"mlp": {"hidden", "depth"}, "low_rank": {"rank"}, "linear": set()}[self.projector]
+        for option in sorted({"hidden", "depth", "rank"} & self.model_fields_set - used):
+            if getattr(self, option) != type(self).model_fields[option].default:
+                raise ValueError(f"'{option}' is not used by the projector '{self.projector}'; leave it out")
+        return self
+
+
+class LayerProjectorOptions(ProjectorOptions):
+    """The same, for a projector in each of several layers."""
+
+    shared: bool = False
+    """One projector for all layers, in place of one each."""
+
+
+def projector(options: ProjectorOptions, in_width: int, out_width: int) -> nn.Module:
+    """A projector of features [..., in_width] to [..., out_width]."""
+    if options.projector == "linear":
+        return nn.Linear(in_width, out_width)
+    if options.projector == "low_rank":
+        return nn.Sequential(nn.Linear(in_width, options.rank, bias=False), nn.Linear(options.rank, out_width))
+    hidden = options.hidden or out_width
+    widths = [in_width, *[hidden] * (options.depth - 1), out_width]
+    layers: list[nn.Module] = []
+    for a, b in pairwise(widths):
+        layers += [nn.Linear(a, b), nn.GELU()]
+    return nn.Sequential(*layers[:-1])
+
+
+class LayerProjectors(nn.ModuleDict):
+    """P_l by the number of the layer; one for all where they are shared."""
+
+    def __init__(self, options: LayerProjectorOptions, layers: Sequence[int], in_width: int, out_width: int) -> None:
+        names = ["shared"] if options.shared else [str(layer) for layer in layers]
+        super().__init__({name: projector(options, in_width, out_width) for name in names})
+        self.is_shared = options.shared
+
+    def of(self, layer: int) -> nn.Module:
+        """P of one layer."""
+        return self["shared" if self.is_shared else str(layer)]
