@@ -9,10 +9,14 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pal.hf import lazy
+
 if TYPE_CHECKING:
     from pal.model import PalModel
 
 __version__ = version("pal-audio")
+
+lazy.watch()
 
 SHIPPED = Path(__file__).parent / "assets" / "tiny"
 """The small model that comes with the package."""

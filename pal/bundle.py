@@ -1,13 +1,16 @@
 """Bundles: a model as a folder of safetensors, configuration and tokenizer, with digests checked on load.
 
 A bundle holds the parts that were trained, or everything (`full`). What it leaves out it names by
-source and SHA-256, so that it cannot be joined to another LLM or encoder by mistake.
+source and SHA-256, so that it cannot be joined to another LLM or encoder by mistake. transformers'
+Auto classes read and write the same folder through `pal.hf`.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,19 +20,33 @@ from torch import Tensor, nn
 
 from pal.config import parse
 from pal.errors import BundleError
-from pal.files import MANIFEST, atomic_folder, recover, verify
+from pal.files import MANIFEST, amend, atomic_folder, recover, verify
 from pal.model_config import LLMConfig, ModelConfig
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from pal.model import PalModel
 
 FORMAT = 2
 _CONFIG = "config.json"
+_PROCESSOR = "processor_config.json"
 _WEIGHTS = "model.safetensors"
+_INDEX = "model.safetensors.index.json"
 _ENCODERS = "ears.encoders."
+_TRANSFORMERS = {"model_type": "pal", "architectures": ["PalForConditionalGeneration"]}
+"""What transformers' Auto classes look for."""
+_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", re.IGNORECASE)
 
 
-def save(model: PalModel, folder: str | Path, full: bool = False, dtype: torch.dtype | None = None) -> None:
+def save(
+    model: PalModel,
+    folder: str | Path,
+    full: bool = False,
+    dtype: torch.dtype | None = None,
+    max_shard_size: int | str = "50GB",
+    extra: Mapping[str, str] | None = None,
+) -> None:
     """Write `model` as a bundle, atomically.
 
     Args:
@@ -37,12 +54,34 @@ def save(model: PalModel, folder: str | Path, full: bool = False, dtype: torch.d
         folder: where; a bundle already there is replaced.
         full: also write the parts that have a source of their own and were not trained.
         dtype: of floating-point weights on disk; they come back in the model's own.
+        max_shard_size: bytes of a file of weights at most, or a number with a unit ("5GB"); no tensor is cut.
+        extra: more files, name and text.
+
+    Raises:
+        BundleError: a size that is none.
     """
+    largest = _bytes(max_shard_size)
     state = model.state_dict()
     # By memory, not by name alone: tied weights have two names, of which only one was trained.
     ours = {tensor.data_ptr() for name, tensor in state.items() if full or _is_ours(model, name)}
     kept = {name: tensor for name, tensor in state.items() if tensor.data_ptr() in ours}
-    description = {
+    description = {**describe(model), "left_out": _left_out(model, set(kept))}
+    with atomic_folder(Path(folder)) as temporary:
+        _write_weights(kept, temporary, dtype, largest)
+        (temporary / _CONFIG).write_text(_json(description))
+        (temporary / _PROCESSOR).write_text(_json(_processor(model)))
+        for name, text in (extra or {}).items():
+            (temporary / name).write_text(text)
+        model.tokenizer.save_pretrained(temporary)
+
+
+def describe(model: PalModel) -> dict[str, Any]:
+    """What `config.json` says of a model, with all of its weights in the bundle."""
+    dtypes = {tensor.dtype for tensor in model.state_dict().values() if tensor.is_floating_point()}
+    return {
+        **_TRANSFORMERS,
+        # where there are several, each part's source says its own
+        "dtype": str(dtypes.pop()).removeprefix("torch.") if len(dtypes) == 1 else None,
         "format": FORMAT,
         "model": model.config.model_dump(mode="json"),
         "llm": model.llm.lm.config.to_dict(),
@@ -51,57 +90,81 @@ def save(model: PalModel, folder: str | Path, full: bool = False, dtype: torch.d
             for part, encoder in zip(model.config.encoders, model.ears.encoders, strict=True)
         ],
         "lora": None if model.llm.lora is None else model.llm.lora.model_dump(),
-        "left_out": _left_out(model, set(kept)),
+        "left_out": {},
     }
-    with atomic_folder(Path(folder)) as temporary:
-        save_file({name: _for_disk(tensor, dtype) for name, tensor in kept.items()}, temporary / _WEIGHTS)
-        (temporary / _CONFIG).write_text(json.dumps(description, indent=1, default=str) + "\n")
-        model.tokenizer.save_pretrained(temporary)
 
 
-def load(path: str | Path) -> PalModel:
+def load(path: str | Path, dtype: torch.dtype | None = None, **hub: Any) -> PalModel:
     """Read a bundle, in evaluation mode on the CPU.
 
     Args:
         path: its folder, the folder of the training run that made it, or a Hub id.
+        dtype: of the weights in memory; without it, as they were when they were saved.
+        hub: options of huggingface_hub's snapshot_download, such as `revision` and `token`.
 
     Raises:
         BundleError: missing, damaged, of another format, or its LLM is not the one it was made with.
     """
     from transformers import AutoTokenizer
 
-    from pal.backbone.llm import LoRA
-    from pal.model import PalModel
-
-    folder = _folder(path)
-    verify(folder)
-    description = json.loads((folder / _CONFIG).read_text())
-    if description.get("format") != FORMAT:
-        raise BundleError(
-            f"{folder}: format {description.get('format')}, this version reads {FORMAT}; upgrade pal-audio"
-        )
-    config = parse(ModelConfig, description["model"], where=f"bundle {folder}")
-    weights = load_file(folder / _WEIGHTS)
-    sources: dict[str, Any] = {}
-    left_out = {_part_of(name) for name in description["left_out"]}
-    # Where every weight of a part is here, only its shape is needed, not its source.
-    if "llm" not in left_out:
-        sources["llm"] = LLMConfig(fresh=description["llm"], dtype=config.llm.dtype)
-    sources["encoders"] = [
-        given if f"{_ENCODERS}{i}" in left_out else alone
-        for i, (given, alone) in enumerate(zip(config.encoders, description["encoders"], strict=True))
-    ]
+    folder = find(path, **hub)
+    files = verify(folder)
+    description = _description(folder)
+    weights = _read_weights(folder, set(files))
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    model = PalModel.from_config(config.model_copy(update=sources), tokenizer)
-    model.config = config
-    if description["lora"]:
-        model.llm.add_lora(parse(LoRA, description["lora"], where=f"bundle {folder}"))
+    model = _build(description, {_part_of(name) for name in description["left_out"]}, tokenizer, f"bundle {folder}")
+    if description.get("dtype"):
+        cast(model, getattr(torch, description["dtype"]))
     _fill(model, weights, description["left_out"], folder)
+    if dtype is not None:
+        cast(model, dtype)
     model.source = str(path) if folder.name != "tiny" else "tiny"
     return model.eval()
 
 
-def _folder(path: str | Path) -> Path:
+def untrained(description: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> PalModel:
+    """A model such as `describe` says, with random weights in all its parts."""
+    return _build(description, set(), tokenizer, _CONFIG)
+
+
+def cast(model: PalModel, dtype: torch.dtype) -> None:
+    """Give all weights a floating-point type; what is no weight, such as a table of RoPE's, keeps its own.
+
+    Raises:
+        ConfigError: a type that no LLM is held in.
+    """
+    name = str(dtype).removeprefix("torch.")
+    llm = parse(LLMConfig, {**model.config.llm.model_dump(), "dtype": name}, where="dtype")
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
+    lasting = set(model.state_dict())
+    for place, buffer in list(model.named_buffers()):
+        if place in lasting and buffer.is_floating_point():
+            parent, _, last = place.rpartition(".")
+            setattr(model.get_submodule(parent), last, buffer.to(dtype))
+    model.config = model.config.model_copy(update={"llm": llm})
+    model.llm.lm.config.dtype = dtype
+
+
+def upgrade(folder: str | Path) -> None:
+    """Give a bundle of an earlier version what transformers' Auto classes look for; its weights stay as they are.
+
+    Raises:
+        BundleError: as `load`.
+    """
+    folder = find(folder)
+    model = load(folder)
+    description = {**describe(model), **_description(folder)}
+    amend(folder, {_CONFIG: _json(description).encode(), _PROCESSOR: _json(_processor(model)).encode()})
+
+
+def find(path: str | Path, **hub: Any) -> Path:
+    """The folder of a bundle: itself, that below a run's folder, or a copy of what the Hub has.
+
+    Raises:
+        BundleError: there is none.
+    """
     folder = Path(path)
     for candidate in (folder, folder / "model"):
         recover(candidate)
@@ -115,10 +178,110 @@ def _folder(path: str | Path) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(str(path)))
+        return Path(snapshot_download(str(path), **hub))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).splitlines()[0]
         raise BundleError(f"{path}: no such folder, and the Hub did not give it ({reason})") from None
+
+
+def read_description(folder: Path) -> dict[str, Any]:
+    """What the `config.json` of a bundle says, once all its files are checked.
+
+    Raises:
+        BundleError: damaged or of another format.
+    """
+    verify(folder)
+    return _description(folder)
+
+
+def _description(folder: Path) -> dict[str, Any]:
+    description: dict[str, Any] = json.loads((folder / _CONFIG).read_text())
+    if description.get("format") != FORMAT:
+        raise BundleError(
+            f"{folder}: format {description.get('format')}, this version reads {FORMAT}; upgrade pal-audio"
+        )
+    return description
+
+
+def _processor(model: PalModel) -> dict[str, Any]:
+    """What `pal.hf.PalProcessor` needs to know of a model."""
+    return {
+        "processor_class": "PalProcessor",
+        "sampling_rate": model.sampling_rate,
+        "system": model.config.system,
+    }
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, indent=1, default=str) + "\n"
+
+
+def _build(
+    description: Mapping[str, Any], from_source: set[str], tokenizer: PreTrainedTokenizerBase, where: str
+) -> PalModel:
+    """The model that a description stands for; parts that are not in `from_source` get random weights."""
+    from pal.backbone.llm import LoRA
+    from pal.model import PalModel
+
+    config = parse(ModelConfig, description["model"], where=where)
+    sources: dict[str, Any] = {}
+    # Where every weight of a part is here, only its shape is needed, not its source.
+    if "llm" not in from_source:
+        sources["llm"] = LLMConfig(fresh=description["llm"], dtype=config.llm.dtype)
+    sources["encoders"] = [
+        given if f"{_ENCODERS}{i}" in from_source else alone
+        for i, (given, alone) in enumerate(zip(config.encoders, description["encoders"], strict=True))
+    ]
+    model = PalModel.from_config(config.model_copy(update=sources), tokenizer)
+    model.config = config
+    if description["lora"]:
+        model.llm.add_lora(parse(LoRA, description["lora"], where=where))
+    return model
+
+
+def _write_weights(kept: Mapping[str, Tensor], folder: Path, dtype: torch.dtype | None, largest: int) -> None:
+    shards: list[list[str]] = [[]]
+    size = total = 0
+    for name, tensor in kept.items():
+        width = dtype.itemsize if dtype is not None and tensor.is_floating_point() else tensor.element_size()
+        if shards[-1] and size + tensor.numel() * width > largest:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += tensor.numel() * width
+        total += tensor.numel() * width
+    files = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
+    if len(shards) == 1:
+        files = [_WEIGHTS]
+    for file, names in zip(files, shards, strict=True):
+        save_file({name: _for_disk(kept[name], dtype) for name in names}, folder / file, metadata={"format": "pt"})
+    if len(shards) > 1:
+        where = {name: file for file, names in zip(files, shards, strict=True) for name in names}
+        (folder / _INDEX).write_text(_json({"metadata": {"total_size": total}, "weight_map": where}))
+
+
+def _read_weights(folder: Path, checked: set[str]) -> dict[str, Tensor]:
+    """The weights of one file or of all shards; a file that the manifest does not name is not read."""
+    files = [_WEIGHTS]
+    if _INDEX in checked:
+        files = sorted(set(json.loads((folder / _INDEX).read_text())["weight_map"].values()))
+    weights: dict[str, Tensor] = {}
+    for file in files:
+        if file not in checked:
+            raise BundleError(f"{folder}: '{file}' is not in its {MANIFEST}; copy the folder again")
+        weights |= load_file(folder / file)
+    return weights
+
+
+def _bytes(size: int | str) -> int:
+    found = _SIZE.fullmatch(str(size))
+    number = 0
+    if found is not None:
+        step = 1024 if found[3] else 1000
+        number = int(float(found[1]) * step ** " KMGT".index((found[2] or " ").upper()))
+    if number < 1:
+        raise BundleError(f"max_shard_size '{size}' is no size; give bytes, or a number and a unit such as '5GB'")
+    return number
 
 
 def _is_hub_id(path: str) -> bool:
@@ -140,6 +303,11 @@ def _is_ours(model: PalModel, name: str) -> bool:
         options = model.config.encoders[int(part.removeprefix(_ENCODERS))]
         return "path" not in options or any(n.startswith(f"{part}.") for n in model.trained)
     return True
+
+
+def source_digests(model: PalModel) -> dict[str, str]:
+    """Name and SHA-256 of each weight that has a source of its own and that nothing trained has changed."""
+    return _left_out(model, {name for name in model.state_dict() if _is_ours(model, name)})
 
 
 def _left_out(model: PalModel, kept: set[str]) -> dict[str, str]:

@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -60,12 +60,17 @@ def recover(folder: Path) -> None:
         old.rename(folder)
 
 
-def verify(folder: Path) -> dict[str, str]:
-    """Check every file of a folder against its manifest; gives the digests.
+def verify(folder: Path, suffixes: Iterable[str] | None = None) -> dict[str, str]:
+    """Check every file of a folder against its manifest; gives the digests of them all.
+
+    Args:
+        folder: one that `atomic_folder` wrote.
+        suffixes: check only files that end so.
 
     Raises:
         BundleError: no manifest, a missing file or one whose bytes changed.
     """
+    endings = None if suffixes is None else tuple(suffixes)
     recover(folder)
     path = folder / MANIFEST
     if not path.is_file():
@@ -75,6 +80,8 @@ def verify(folder: Path) -> dict[str, str]:
     except (ValueError, KeyError, TypeError):
         raise BundleError(f"{path}: damaged; copy the folder again") from None
     for name, digest in digests.items():
+        if endings is not None and not name.endswith(endings):
+            continue
         if not (folder / name).is_file():
             raise BundleError(f"{folder}: '{name}' is missing; copy the folder again")
         if sha256(folder / name) != digest:
@@ -82,11 +89,57 @@ def verify(folder: Path) -> dict[str, str]:
     return digests
 
 
+def amend(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Add or replace files of a folder with a manifest, and say so there.
+
+    Raises:
+        BundleError: a file of the folder has changed before; see `verify`.
+    """
+    digests = verify(folder)
+    for name, data in files.items():
+        write_bytes(folder / name, data)
+        digests[name] = sha256(folder / name)
+    write_text(folder / MANIFEST, json.dumps({"sha256": dict(sorted(digests.items()))}, indent=1) + "\n")
+
+
+def strangers(folder: Path) -> list[str]:
+    """What lies in a folder and is none of the files its manifest names; everything where there is none."""
+    try:
+        own = {MANIFEST, *json.loads((folder / MANIFEST).read_text())["sha256"]}
+    except (OSError, ValueError, KeyError, TypeError):
+        own = set()
+    inside = {str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir()}
+    return sorted(inside - own)
+
+
+def move_into(source: Path, folder: Path) -> None:
+    """Move the files of a folder with a manifest beside others' files, in place of an older manifest's.
+
+    The manifest goes first and comes last, so that what is there half is no bundle.
+    """
+    new = json.loads((source / MANIFEST).read_text())["sha256"]
+    old: list[str] = []
+    if (folder / MANIFEST).is_file():
+        old = [name for name in json.loads((folder / MANIFEST).read_text())["sha256"] if name not in new]
+        (folder / MANIFEST).unlink()
+    for name in old:
+        (folder / name).unlink(missing_ok=True)
+    for name in [*new, MANIFEST]:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (source / name).replace(folder / name)
+    _sync(folder)
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a text file so that it is there whole or not at all."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a file so that it is there whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text)
+    temporary.write_bytes(data)
     _sync(temporary)
     temporary.replace(path)
 

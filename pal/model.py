@@ -313,11 +313,27 @@ class PalModel(nn.Module):
             sha.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
         return sha.hexdigest()
 
-    def save_pretrained(self, folder: str | Path, full: bool = False, dtype: torch.dtype | None = None) -> None:
+    def merge_adapters(self) -> None:
+        """Fold LoRA adapters into the LLM's weights, which a bundle then holds."""
+        changed = {f"llm.{name}" for name in self.llm.merge_adapters()}
+        self.trained = {name for name in self.trained if not {"base_layer", "lora_A", "lora_B"} & set(name.split("."))}
+        self.trained |= changed
+
+    def generation_options(self) -> dict[str, Any]:
+        """What transformers' `generate` is told where nobody says otherwise: greedy, and how an answer ends."""
+        return {"max_new_tokens": 64, **self._generation({})}
+
+    def save_pretrained(
+        self,
+        folder: str | Path,
+        full: bool = False,
+        dtype: torch.dtype | None = None,
+        max_shard_size: int | str = "50GB",
+    ) -> None:
         """Write a bundle; see `pal.bundle.save`."""
         from pal import bundle
 
-        bundle.save(self, folder, full=full, dtype=dtype)
+        bundle.save(self, folder, full=full, dtype=dtype, max_shard_size=max_shard_size)
 
     @classmethod
     def from_pretrained(cls, path: str | Path) -> PalModel:

@@ -246,6 +246,48 @@ def doctor(as_json: AsJson = False) -> None:
         raise typer.Exit(1)
 
 
+@app.command()
+def card(
+    bundle: Annotated[str, typer.Argument(help="Bundle folder, or the folder of the run that made it.")],
+    scores: Annotated[
+        list[Path] | None,
+        typer.Option("--scores", metavar="FILE", help="A file of `pal eval --json`; may come often."),
+    ] = None,
+    data: Annotated[
+        list[str] | None, typer.Option("--data", metavar="TEXT", help="What it was trained on; may come often.")
+    ] = None,
+    license_: Annotated[str | None, typer.Option("--license", help="Of the weights, as the Hub names it.")] = None,
+    write: Annotated[bool, typer.Option("--write", help="Put it into the bundle as README.md.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write a model card: what the model is made of, what it was trained on, its scores and its limits."""
+    from pal.card import write_card
+
+    made = write_card(bundle, scores or [], data=data or [], license_name=license_, into_bundle=write)
+    if as_json:
+        _print_json({"out": made.out, "scores": len(scores or []), "card": made.text})
+    else:
+        typer.echo(made.text if made.out is None else made.out)
+
+
+@app.command()
+def push(
+    bundle: Annotated[str, typer.Argument(help="Bundle folder, or the folder of the run that made it.")],
+    repo: Annotated[str, typer.Argument(help="Hub id, as in me/my-model; made where there is none.")],
+    private: Annotated[bool, typer.Option("--private", help="Make it a private one.")] = False,
+    message: Annotated[str | None, typer.Option("--message", help="Of the commit.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Check a bundle's digests and upload it to the Hugging Face Hub."""
+    from pal.hub import push as upload
+
+    pushed = upload(bundle, repo, private=True if private else None, message=message)
+    if as_json:
+        _print_json(pushed.to_dict())
+    else:
+        typer.echo(f"{pushed.url}: {len(pushed.files)} files, {pushed.size:,} bytes")
+
+
 @data_app.command("prepare")
 def data_prepare(
     name: Annotated[str, typer.Argument(help="The data set: esc50 or fsdd.")],

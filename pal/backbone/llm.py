@@ -259,19 +259,30 @@ class Backbone(nn.Module):
     def _token_losses(self, inputs: LLMInputs) -> tuple[Tensor, Tensor, Tensor]:
         """Cross-entropy of each labelled token, its row and column; the head runs on the rows that predict one."""
         assert inputs.labels_BT is not None, "inputs without labels"
+        hidden_BTD = self._hidden(inputs)
+        next_BT = inputs.labels_BT[:, 1:]
+        row_N, column_N = (next_BT != IGNORE).nonzero(as_tuple=True)
+        logits_NV = self.lm.lm_head(hidden_BTD[row_N, column_N])
+        return F.cross_entropy(logits_NV.float(), next_BT[row_N, column_N], reduction="none"), row_N, column_N
+
+    def logits_at(self, inputs: LLMInputs, rows_BK: Tensor) -> Tensor:
+        """Logits of some rows of each sequence [B, K, vocab]; the head runs on these alone."""
+        hidden_BTD = self._hidden(inputs)
+        index_BKD = rows_BK[..., None].expand(-1, -1, hidden_BTD.shape[-1])
+        logits: Tensor = self.lm.lm_head(hidden_BTD.gather(1, index_BKD))
+        return logits
+
+    def _hidden(self, inputs: LLMInputs) -> Tensor:
         audio = inputs.audio
         extra = {} if audio is None else {"audio": audio.view(inputs.attention_mask_BT, inputs.position_ids_BT)}
-        hidden_BTD = self.lm.model(
+        hidden_BTD: Tensor = self.lm.model(
             inputs_embeds=inputs.inputs_embeds_BTD,
             attention_mask=inputs.attention_mask_BT,
             position_ids=inputs.position_ids_BT,
             use_cache=False,
             **extra,
         ).last_hidden_state
-        next_BT = inputs.labels_BT[:, 1:]
-        row_N, column_N = (next_BT != IGNORE).nonzero(as_tuple=True)
-        logits_NV = self.lm.lm_head(hidden_BTD[row_N, column_N])
-        return F.cross_entropy(logits_NV.float(), next_BT[row_N, column_N], reduction="none"), row_N, column_N
+        return hidden_BTD
 
     @torch.no_grad()
     def generate(self, inputs: LLMInputs, **kwargs: Any) -> Tensor:
@@ -342,6 +353,22 @@ class Backbone(nn.Module):
             raise ConfigError(f"lora: {str(error).splitlines()[0]}") from None
         self.lm.train(self.lm.training)  # adapters are made in training mode, where their dropout is on
         self.lora = options
+
+    def merge_adapters(self) -> set[str]:
+        """Fold all adapters into the weights beside them; names of the weights this changed."""
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+        changed = set()
+        for name, layer in list(self.named_modules()):
+            if not isinstance(layer, BaseTunerLayer):
+                continue
+            layer.merge(safe_merge=True)
+            plain = layer.get_base_layer()
+            parent, _, last = name.rpartition(".")
+            setattr(self.get_submodule(parent), last, plain)
+            changed |= {f"{name}.{weight}" for weight, _ in plain.named_parameters()}
+        self.lora = None
+        return changed
 
     def train_only(self, what: Trained) -> list[nn.Parameter]:
         """Make one part trainable and freeze the rest; returns what is trained.

@@ -116,6 +116,38 @@ def encode(
     return Tokens(ids, list(clips), labels if train else None)
 
 
+def encode_as_is(
+    tokenizer: PreTrainedTokenizerBase, conversation: Conversation, clips: Sequence[int], prompt: bool
+) -> Tokens:
+    """Token ids of a conversation that may end anywhere; `encode` for those that are answered or trained.
+
+    Args:
+        tokenizer: any Hugging Face tokenizer.
+        conversation: any turns.
+        clips: for each placeholder in order, which clip of the batch stands there.
+        prompt: end with the template's generation prompt.
+
+    Raises:
+        PromptError: placeholders and clips differ in number, or the chat template refuses the conversation.
+    """
+    conversation, typed = _escape_special_tokens(tokenizer, conversation)
+    return _tokens(tokenizer, _render(tokenizer, conversation, prompt), typed, clips)
+
+
+def encode_text(tokenizer: PreTrainedTokenizerBase, text: str, clips: Sequence[int]) -> Tokens:
+    """Token ids of a text that is a prompt already: special tokens in it count as such. Never truncated.
+
+    Raises:
+        PromptError: placeholders and clips differ in number.
+    """
+    return _tokens(tokenizer, text, {}, clips)
+
+
+def render(tokenizer: PreTrainedTokenizerBase, conversation: Conversation, prompt: bool) -> str:
+    """The text that `encode_as_is` makes ids of, with `<audio>` where clips stand."""
+    return _render(tokenizer, conversation, prompt)
+
+
 def end_of_answer(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Ids that end an answer: what the template writes after one, and the tokenizer's eos."""
     sample = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
@@ -135,7 +167,10 @@ def _check(conversation: Conversation, n_clips: int, train: bool) -> None:
         raise PromptError("a conversation to train on must end with an answer")
     if not train and last != "user":
         raise PromptError("a conversation to be answered must end with a question of the user")
-    placed = sum(message["content"].count(PLACEHOLDER) for message in conversation)
+    _check_clips(sum(message["content"].count(PLACEHOLDER) for message in conversation), n_clips)
+
+
+def _check_clips(placed: int, n_clips: int) -> None:
     if placed > n_clips:
         raise PromptError(
             f"{placed} '{PLACEHOLDER}' placeholders but {n_clips} clips; give a clip for each, or remove some"
@@ -144,6 +179,11 @@ def _check(conversation: Conversation, n_clips: int, train: bool) -> None:
         raise PromptError(
             f"{n_clips} clips but {placed} '{PLACEHOLDER}' placeholders; put one into a question for each clip"
         )
+
+
+def _tokens(tokenizer: PreTrainedTokenizerBase, text: str, typed: dict[str, str], clips: Sequence[int]) -> Tokens:
+    _check_clips(text.count(PLACEHOLDER), len(clips))
+    return Tokens([*_bos(tokenizer, text), *_tokenise(tokenizer, text, typed)], list(clips))
 
 
 def _pieces(tokenizer: PreTrainedTokenizerBase, conversation: Conversation, train: bool) -> list[tuple[str, bool]]:

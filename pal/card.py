@@ -1,0 +1,256 @@
+"""`card`: a bundle's model card, from what the bundle says, what its training wrote and what `pal eval` measured."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from pal import bundle
+from pal.errors import ConfigError
+from pal.evaluate.score import Score
+from pal.files import amend
+
+if TYPE_CHECKING:
+    from pal.model import PalModel
+
+NAME = "README.md"
+
+_CARD = """---
+{header}---
+# {title}
+
+A language model that hears, made with [pal](https://pypi.org/project/pal-audio/): {llm} with {encoders}, attached by
+`{integration}`. Audio and text go in, text comes out.
+
+```python
+import pal
+
+model = pal.load("{title}")
+model.ask("clip.wav", "What sound is this?")
+```
+
+`import pal`, and transformers' `AutoProcessor` and `AutoModelForMultimodalLM` read it, too.
+
+## Parts
+
+| part | what | parameters |
+|---|---|---|
+{parts}
+
+In this repository are the weights that were trained{left_out}.
+
+## Trained on
+
+{data}
+
+## Measured
+
+{scores}
+
+## Limits
+
+{limits}
+"""
+
+_UNMEASURED = "Nothing yet. `pal eval` measures it, and `pal card --scores` puts it here."
+
+
+@dataclass(frozen=True)
+class Card:
+    """A card's Markdown, and the file it was written to."""
+
+    text: str
+    out: str | None
+
+
+def write_card(
+    path: str | Path,
+    scores: Sequence[str | Path] = (),
+    data: Sequence[str] = (),
+    license_name: str | None = None,
+    into_bundle: bool = False,
+) -> Card:
+    """The card of a bundle.
+
+    Args:
+        path: the bundle, or the run that made it, whose `train.json` then says what it was trained on.
+        scores: files that `pal eval --json` wrote, of this model.
+        data: what it was trained on, in words.
+        license_name: of the weights, as the Hub names it.
+        into_bundle: write it there as `README.md`, into the manifest, too.
+
+    Raises:
+        BundleError: no bundle.
+        ConfigError: a file that is no score, or another model's.
+    """
+    folder = bundle.find(path)
+    model = bundle.load(folder)
+    read = [_score(Path(file), model.digest) for file in scores]
+    run = folder.parent / "train.json"
+    report = json.loads(run.read_text(encoding="utf-8")) if folder.name == "model" and run.is_file() else {}
+    title = (folder.parent if folder.name == "model" else folder).resolve().name
+    text = card(model, title, read, data, license_name, report, bundle.read_description(folder)["left_out"])
+    if into_bundle:
+        amend(folder, {NAME: text.encode()})
+    return Card(text, str(folder / NAME) if into_bundle else None)
+
+
+def card(
+    model: PalModel,
+    title: str,
+    scores: Sequence[Score] = (),
+    data: Sequence[str] = (),
+    license_name: str | None = None,
+    report: Mapping[str, Any] | None = None,
+    left_out: Mapping[str, str] | None = None,
+) -> str:
+    """The card as Markdown, with the header that the Hub reads.
+
+    Args:
+        model: the model.
+        title: its name.
+        scores: what was measured.
+        data: what it was trained on, in words.
+        license_name: of the weights.
+        report: `train.json`.
+        left_out: the weights that its bundle takes from their source.
+    """
+    config = model.config
+    trained = [*data, *_trained_on(report or {})]
+    encoders = " and ".join(f"`{part.get('path', part['name'])}`" for part in config.encoders)
+    return _CARD.format(
+        header=yaml.safe_dump(_header(model, title, scores, license_name), sort_keys=False, allow_unicode=True),
+        title=title,
+        llm=_llm(model),
+        encoders=encoders,
+        integration=config.integration["name"],
+        parts=_parts(model),
+        left_out="; what was not is taken from its source and checked by SHA-256" if left_out else "",
+        data="\n".join(f"- {line}" for line in trained) or "Not said.",
+        scores=_table(scores) if scores else _UNMEASURED,
+        limits="\n".join(f"- {line}" for line in _limits(model, scores)),
+    )
+
+
+def _score(path: Path, digest: str) -> Score:
+    try:
+        score = Score.load(path)
+        of = score.settings["model_digest"]
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror or error}; give a file that pal eval --json wrote") from None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise ConfigError(f"{path}: no score; give a file that pal eval --json wrote") from None
+    if of != digest:
+        raise ConfigError(f"{path}: the score of another model; evaluate this one")
+    return score
+
+
+def _header(model: PalModel, title: str, scores: Sequence[Score], license_name: str | None) -> dict[str, Any]:
+    named = [model.config.llm.path, *(part.get("path") for part in model.config.encoders)]
+    # a folder of somebody's machine is no model that the Hub could link to
+    bases = [name for name in named if name and not Path(name).exists() and not Path(name).is_absolute()]
+    header: dict[str, Any] = {"license": license_name} if license_name else {}
+    header |= {"pipeline_tag": "audio-text-to-text", "library_name": "pal-audio"}
+    if bases:
+        header["base_model"] = list(dict.fromkeys(bases))
+    if scores:
+        results = [
+            {
+                "task": {"type": "audio-text-to-text"},
+                "dataset": {"name": score.benchmark, "type": score.benchmark},
+                "metrics": [{"type": score.metric, "value": round(score.score, 4)}],
+            }
+            for score in scores
+        ]
+        header["model-index"] = [{"name": title, "results": results}]
+    return header
+
+
+def _llm(model: PalModel) -> str:
+    config = model.config.llm
+    if config.path is not None:
+        return f"`{config.path}`"
+    return f"a `{model.llm.lm.config.model_type}` of its own"
+
+
+def _parts(model: PalModel) -> str:
+    config = model.config
+    connectors = config.connector if isinstance(config.connector, list) else [config.connector]
+    what = {
+        "encoder": ", ".join(part["name"] for part in config.encoders),
+        "connector": ", ".join(part["name"] for part in connectors),
+        "projectors": config.integration["name"],
+        "llm": model.llm.lm.config.model_type,
+    }
+    return "\n".join(
+        f"| {name} | {what[name]} | {sum(p.numel() for p in part.parameters()):,} |"
+        for name, part in model.parts().items()
+    )
+
+
+def _trained_on(report: Mapping[str, Any]) -> list[str]:
+    sources = report.get("recipe", {}).get("data", {})
+    lines = []
+    for name in report.get("data", {}):
+        source = sources.get(name) or {}
+        kinds = {
+            kind: options for kind, options in source.items() if kind in ("synth", "prepare", "manifest") and options
+        }
+        lines.append(
+            f"`{name}`: {'; '.join(_in_words(kind, options) for kind, options in kinds.items()) or 'as named'}"
+        )
+    return lines
+
+
+def _in_words(kind: str, options: Any) -> str:
+    if kind == "manifest":
+        return f"the manifest {Path(options).name}"
+    if kind == "prepare":
+        return f"the data set `{options['name']}`" + _listed(options.get("options") or {})
+    return "scenes of `pal data synth`" + _listed(options)
+
+
+def _listed(options: Mapping[str, Any]) -> str:
+    plain = {key: value for key, value in options.items() if isinstance(value, str | int | float)}
+    return f" ({', '.join(f'{key}: {value}' for key, value in plain.items())})" if plain else ""
+
+
+def _table(scores: Sequence[Score]) -> str:
+    lines = [
+        "95 % bootstrap intervals over clips; beside them the same model without its audio.",
+        "",
+        "| data | task | n | measure | score | 95 % interval | without audio |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for score in scores:
+        tasks = score.per_task if len(score.per_task) > 1 else {}
+        for task, accuracy in [("all", score.overall), *tasks.items()]:
+            low, high = accuracy.ci95
+            deaf = "" if accuracy.no_audio_score is None else f"{accuracy.no_audio_score:.3f}"
+            measure = score.metric.replace("_", " ")
+            lines.append(
+                f"| {score.benchmark} | {task} | {accuracy.n} | {measure} | {accuracy.score:.3f} "
+                f"| {low:.3f} to {high:.3f} | {deaf} |"
+            )
+    return "\n".join(lines)
+
+
+def _limits(model: PalModel, scores: Sequence[Score]) -> list[str]:
+    limits = [f"Its makers say: {model.config.notice}."] if model.config.notice else []
+    limits += [
+        "It gives an answer to any question about any sound, whether it knows one or not, and says no probability.",
+        "Sounds, languages and kinds of questions that are not in its training data were not tried"
+        + (" beyond the table above." if scores else "."),
+        f"Audio is mixed down to mono and resampled to {model.sampling_rate:,} Hz: it cannot hear what is above half of "
+        "that, or where a sound comes from.",
+    ]
+    for score in scores:
+        gain = score.overall.gain_ci95
+        if gain is not None and gain[0] <= 0:
+            limits.append(f"On {score.benchmark} its score is not measurably better than without the audio.")
+    return limits

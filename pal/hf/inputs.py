@@ -1,0 +1,118 @@
+"""The tensors between `PalProcessor` and `PalForConditionalGeneration`, and the conversations they stand for.
+
+`input_ids` [B, T] have `AUDIO` where a clip stands; `input_values` [U, N] and `audio_lengths` [U] are the clips, in the
+order of their places, row by row. The LLM's sequence has other columns, since a clip is no, one or many rows in it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from pal.errors import PromptError
+from pal.types import AUDIO, IGNORE, LLMInputs, Tokens
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Conversations and clips, as `PalModel` takes them, and the tensors they were in."""
+
+    ids_BT: Tensor
+    real_BT: Tensor
+    """False for padding."""
+    rows: list[Tokens]
+    clips: list[Tensor]
+
+    def numbered(self) -> list[Tokens]:
+        """The rows, each id labelled with its place among its row's ids."""
+        return [replace(row, labels=list(range(len(row.ids)))) for row in self.rows]
+
+    def places(self, inputs: LLMInputs) -> tuple[Tensor, Tensor]:
+        """Which row of the LLM's sequence predicts what follows each id: [B, T], and where there is one.
+
+        Args:
+            inputs: what the model made of `numbered`, padded on the right.
+        """
+        assert inputs.labels_BT is not None
+        ends = inputs.attention_mask_BT.sum(1).tolist()
+        rows_BT = torch.zeros(self.ids_BT.shape, dtype=torch.long)
+        has_row_BT = torch.zeros(self.ids_BT.shape, dtype=torch.bool)
+        for b, (row, numbers) in enumerate(zip(self.rows, inputs.labels_BT.tolist(), strict=True)):
+            text = {number: place for place, number in enumerate(numbers) if number != IGNORE}
+            columns = self.real_BT[b].nonzero()[:, 0].tolist()
+            following = ends[b]
+            for number in reversed(range(len(row.ids))):
+                # what predicts the id after a clip is the row before it: the clip's last, or the text's
+                place = text.get(number, following - 1)
+                rows_BT[b, columns[number]] = max(place, 0)
+                has_row_BT[b, columns[number]] = place >= 0
+                following = text.get(number, following)
+        return rows_BT, has_row_BT
+
+
+def read_prompts(
+    ids_BT: Tensor, mask_BT: Tensor | None, values_UN: Tensor | None, lengths_U: Tensor | None, pad: int | None
+) -> Prompts:
+    """The conversations that tensors stand for.
+
+    Args:
+        ids_BT: ids, with `AUDIO` where a clip stands.
+        mask_BT: 0 for padding; None where there is none.
+        values_UN: waveforms.
+        lengths_U: samples of each; None where all are as long as the tensor.
+        pad: the id of padding, which must not be there without a mask.
+
+    Raises:
+        PromptError: the tensors do not fit each other.
+    """
+    ids_BT = ids_BT.cpu()
+    if ids_BT.dim() != 2:
+        raise PromptError(f"input_ids have shape {list(ids_BT.shape)}, not [batch, length]; use PalProcessor")
+    if mask_BT is None and len(ids_BT) > 1 and pad is not None and bool((ids_BT[:, [0, -1]] == pad).any()):
+        raise PromptError("input_ids are padded, but there is no attention_mask; pass all that the processor gives")
+    real_BT = torch.ones_like(ids_BT, dtype=torch.bool) if mask_BT is None else mask_BT.cpu() != 0
+    if real_BT.shape != ids_BT.shape:
+        raise PromptError(f"attention_mask has shape {list(real_BT.shape)}, input_ids {list(ids_BT.shape)}")
+    clips = _clips(values_UN, lengths_U)
+    rows = []
+    placed = 0
+    for ids, real in zip(ids_BT, real_BT, strict=True):
+        kept = ids[real].tolist()
+        count = kept.count(AUDIO)
+        rows.append(Tokens(kept, list(range(placed, placed + count))))
+        placed += count
+    if placed != len(clips):
+        raise PromptError(
+            f"{len(clips)} clips but {placed} places for audio in input_ids; pass the input_ids and input_values "
+            "of one call of the processor"
+        )
+    return Prompts(ids_BT, real_BT, rows, clips)
+
+
+def stack_prompts(rows: Sequence[Tokens], pad: int, side: str, width: int = 0) -> tuple[Tensor, Tensor]:
+    """Ids [B, T] and mask [B, T] of conversations, padded on one side to the longest, or to `width`."""
+    longest = max([width, *(len(row.ids) for row in rows)])
+    ids_BT = torch.full((len(rows), longest), pad, dtype=torch.long)
+    mask_BT = torch.zeros(len(rows), longest, dtype=torch.long)
+    for b, row in enumerate(rows):
+        place = slice(longest - len(row.ids), longest) if side == "left" else slice(0, len(row.ids))
+        ids_BT[b, place] = torch.tensor(row.ids, dtype=torch.long)
+        mask_BT[b, place] = 1
+    return ids_BT, mask_BT
+
+
+def _clips(values_UN: Tensor | None, lengths_U: Tensor | None) -> list[Tensor]:
+    if values_UN is None:
+        return []
+    if values_UN.dim() != 2:
+        raise PromptError(f"input_values have shape {list(values_UN.shape)}, not [clips, samples]; use PalProcessor")
+    lengths = [values_UN.shape[1]] * len(values_UN) if lengths_U is None else lengths_U.tolist()
+    if len(lengths) != len(values_UN) or any(not 0 < n <= values_UN.shape[1] for n in lengths):
+        raise PromptError(
+            f"audio_lengths {lengths} do not fit input_values of shape {list(values_UN.shape)}; "
+            "pass all that the processor gives"
+        )
+    return [samples_N[:n].float() for samples_N, n in zip(values_UN, lengths, strict=True)]

@@ -1,0 +1,373 @@
+"""`PalForConditionalGeneration`: a `PalModel` behind transformers' interface of multimodal language models."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from pal import bundle
+from pal.backbone.attention import NAME
+from pal.errors import BundleError, ConfigError, PalError
+from pal.files import move_into, strangers
+from pal.hf.config import PalConfig
+from pal.hf.inputs import Prompts, read_prompts
+from pal.model import PalModel
+from pal.types import AUDIO, IGNORE
+
+_HUB = ("revision", "token", "cache_dir", "local_files_only", "force_download")
+_SAVED = "generation_config.json"
+_NOT_OPTIONS = {"transformers_version", "_from_model_config", "_commit_hash"}
+_MEANINGLESS = {
+    *("trust_remote_code", "use_safetensors", "low_cpu_mem_usage", "weights_only", "code_revision", "proxies"),
+    *("_from_auto", "_from_pipeline", "_commit_hash", "subfolder"),
+}
+"""Options of transformers that change nothing here: no code is downloaded, and no weights but safetensors are read."""
+
+
+class PalForConditionalGeneration(PreTrainedModel, GenerationMixin):
+    """Text from audio and text.
+
+    It takes what `PalProcessor` makes: `input_ids` [B, T] with `pal.types.AUDIO` (-1) where a clip stands,
+    `attention_mask` [B, T], `input_values` [U, N] with one zero-padded waveform a clip in the order of their
+    places, and `audio_lengths` [U], their samples. The model itself is `pal`, a `PalModel`.
+    """
+
+    config_class = PalConfig
+    main_input_name = "input_ids"
+    input_modalities = ("audio", "text")
+    output_modalities = ("text",)
+    supports_gradient_checkpointing = True
+
+    def __init__(self, config: PalConfig, pal: PalModel | None = None) -> None:
+        """From the configuration of a bundle, with random weights unless its model is given."""
+        super().__init__(config)
+        self.pal = _untrained(config) if pal is None else pal
+        self.generation_config = GenerationConfig(**self.pal.generation_options())
+        self._digests: dict[str, str] | None = None
+        self.post_init()
+        tied = getattr(self.pal.llm.lm, "all_tied_weights_keys", None) or {}
+        self.all_tied_weights_keys = {f"pal.llm.lm.{a}": f"pal.llm.lm.{b}" for a, b in tied.items()}
+
+    @classmethod
+    def wrap(cls, model: PalModel) -> PalForConditionalGeneration:
+        """The same model, not a copy, behind transformers' interface."""
+        wrapped = cls(PalConfig(**bundle.describe(model)), model).train(model.training)
+        wrapped._digests = bundle.source_digests(model)
+        return wrapped
+
+    def init_weights(self) -> None:
+        """Nothing: `pal` has its weights already."""
+
+    # Reading and writing
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        *model_args: Any,
+        config: PalConfig | None = None,
+        dtype: torch.dtype | str | None = None,
+        device_map: Any = None,
+        output_loading_info: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """Read a bundle from a folder or the Hub, its digests checked, in evaluation mode.
+
+        Args:
+            pretrained_model_name_or_path: as `pal.load` takes it.
+            model_args: none.
+            config: the bundle's own, where it was read before.
+            dtype: of all weights; without it, or with "auto", as they were saved.
+            device_map: a device, "auto" for the accelerator where there is one, or a dict that names one device.
+            output_loading_info: also give a dict of missing and unexpected weights, which are errors here.
+            kwargs: transformers' options for the Hub.
+
+        Raises:
+            BundleError: see `pal.bundle.load`.
+            PalError: an option that cannot be followed.
+        """
+        adapter = (kwargs.pop("adapter_kwargs", None) or {}).get("_adapter_model_path")
+        dtype = _dtype(kwargs.pop("torch_dtype", None) if dtype is None else dtype)
+        if kwargs.pop("attn_implementation", None) not in (None, NAME):
+            raise PalError(f"attn_implementation must be '{NAME}', through which the LLM hears; leave it out")
+        hub = {name: value for name, value in kwargs.items() if name in _HUB and value is not None}
+        other = [name for name, value in kwargs.items() if name not in {*_HUB, *_MEANINGLESS} and value is not None]
+        if model_args or other or kwargs.get("subfolder"):
+            name = other[0] if other else "subfolder" if kwargs.get("subfolder") else "model_args"
+            raise PalError(f"from_pretrained: '{name}' is not supported; known: dtype, device_map, {', '.join(_HUB)}")
+        device = _device(device_map)
+
+        folder = bundle.find(pretrained_model_name_or_path, **hub)
+        model = bundle.load(folder, dtype=dtype)
+        if config is None:
+            config = PalConfig(**bundle.read_description(folder))
+        config.name_or_path = str(pretrained_model_name_or_path)
+        config.dtype = next(model.parameters()).dtype
+        loaded = cls(config, model).eval()
+        if (folder / _SAVED).is_file():
+            loaded.generation_config = GenerationConfig.from_pretrained(folder)
+        left_out = config.left_out
+        if dtype is not None:
+            state = model.state_dict()
+            left_out = {name: bundle.digest(state[name]) for name in left_out}
+        loaded._digests = left_out
+        if device is not None:
+            loaded.to(device)
+            loaded.hf_device_map = {"": device}
+        if adapter is not None:
+            loaded.load_adapter(str(adapter))
+        nothing: dict[str, Any] = {name: set() for name in ("missing_keys", "unexpected_keys", "mismatched_keys")}
+        return (loaded, nothing | {"error_msgs": []}) if output_loading_info else loaded
+
+    def save_pretrained(  # type: ignore[override]
+        self,
+        save_directory: str | Path,
+        is_main_process: bool = True,
+        state_dict: dict[str, Tensor] | None = None,
+        push_to_hub: bool = False,
+        max_shard_size: int | str = "50GB",
+        full: bool = False,
+        dtype: torch.dtype | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Write a bundle, the same that `PalModel.save_pretrained` writes.
+
+        Args:
+            save_directory: a bundle there is replaced; others' files in it stay.
+            is_main_process: False writes nothing.
+            state_dict: not looked at; the weights are the model's.
+            push_to_hub: also upload it, under `repo_id` or the folder's name.
+            max_shard_size: of a file of weights.
+            full: also parts that have a source of their own and were not trained.
+            dtype: of the weights on disk.
+            kwargs: `repo_id` and `private` of the upload; transformers' other options change nothing.
+        """
+        if not is_main_process:
+            return
+        if self.pal.llm.lora is None and any("lora_" in name for name, _ in self.named_parameters()):
+            raise BundleError("the model has PEFT adapters; call merge_adapters() first, or save them alone with PEFT")
+        self.pal.trained |= self._changed()
+        options = self.generation_config.to_diff_dict()
+        extra = {_SAVED: json.dumps(options, indent=1) + "\n"} if options != self._usual_options() else {}
+        target = Path(save_directory).absolute()
+        if target.exists() and (not any(target.iterdir()) or strangers(target)):
+            with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+                made = Path(scratch) / "bundle"
+                bundle.save(self.pal, made, full=full, dtype=dtype, max_shard_size=max_shard_size, extra=extra)
+                move_into(made, target)
+        else:
+            bundle.save(self.pal, target, full=full, dtype=dtype, max_shard_size=max_shard_size, extra=extra)
+        if push_to_hub:
+            from pal.hub import push
+
+            push(target, str(kwargs.get("repo_id") or target.name), private=kwargs.get("private"))
+
+    def push_to_hub(self, repo_id: str, private: bool | None = None, **kwargs: Any) -> Any:  # type: ignore[override]
+        """Write a bundle and upload it; `kwargs` are those of `save_pretrained`."""
+        from pal.hub import push
+
+        with tempfile.TemporaryDirectory() as scratch:
+            self.save_pretrained(Path(scratch) / "bundle", **kwargs)
+            return push(Path(scratch) / "bundle", repo_id, private=private)
+
+    def merge_adapters(self) -> None:
+        """Fold LoRA adapters, the bundle's or those PEFT loaded, into the LLM's weights."""
+        self.pal.merge_adapters()
+        if getattr(self, "_hf_peft_config_loaded", False):
+            self._hf_peft_config_loaded = False
+            del self.peft_config
+
+    def _changed(self) -> set[str]:
+        """Names in `pal` of the weights that no longer are what their source gave."""
+        if self._digests is None:
+            return set(self.pal.state_dict())
+        state = self.pal.state_dict()
+        return {name for name, digest in self._digests.items() if bundle.digest(state[name]) != digest}
+
+    def _usual_options(self) -> dict[str, Any]:
+        return GenerationConfig(**self.pal.generation_options()).to_diff_dict()
+
+    # Running
+
+    def forward(  # type: ignore[override]
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        input_values: Tensor | None = None,
+        audio_lengths: Tensor | None = None,
+        labels: Tensor | None = None,
+        logits_to_keep: int | Tensor = 0,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast | tuple[Tensor, ...]:
+        """Logits [B, T, vocab] in the columns of `input_ids`, and the loss where there are labels.
+
+        Column t predicts id t + 1, at a clip too, whatever rows the LLM had for it. Padding, and a clip that
+        nothing stands before and that makes no rows, have logits of 0.
+
+        Args:
+            input_ids: [B, T], with -1 for a clip.
+            attention_mask: [B, T], 0 for padding on either side.
+            input_values: [U, N].
+            audio_lengths: [U].
+            labels: [B, T]; -100, clips and padding are not trained.
+            logits_to_keep: only the last so many columns, or those.
+            return_dict: False gives a tuple.
+            kwargs: `num_items_in_batch`, which the summed loss is divided by.
+
+        Raises:
+            PromptError: clips and their places do not match.
+        """
+        for name in ("inputs_embeds", "past_key_values", "position_ids"):
+            if kwargs.get(name) is not None:
+                raise PalError(f"forward takes no '{name}'; give input_ids, or use generate")
+        self.pal.llm.check_ears()
+        prompts = self._prompts(input_ids, attention_mask, input_values, audio_lengths)
+        # the labels of a row are copied to wherever its text goes: here they say which column it was
+        inputs = self.pal.inputs(prompts.clips, prompts.numbered(), padding_side="right")
+        rows_BT, has_row_BT = (tensor.to(self.device) for tensor in prompts.places(inputs))
+        kept = slice(None) if isinstance(logits_to_keep, int) and not logits_to_keep else logits_to_keep
+        kept = slice(-kept, None) if isinstance(kept, int) else kept
+        logits = self.pal.llm.logits_at(inputs, rows_BT[:, kept])
+        logits = logits.masked_fill(~has_row_BT[:, kept, None], 0.0)
+        loss = None
+        if labels is not None:
+            if logits.shape[1] != rows_BT.shape[1]:
+                raise PalError("labels need all logits; leave logits_to_keep out")
+            trained_BT = prompts.real_BT.to(self.device) & (prompts.ids_BT.to(self.device) != AUDIO)
+            trained_BT[:, 1:] &= has_row_BT[:, :-1]
+            labels = labels.to(self.device).masked_fill(~trained_BT, IGNORE)
+            loss = self.loss_function(
+                logits=logits,
+                labels=labels,
+                vocab_size=logits.shape[-1],
+                num_items_in_batch=kwargs.get("num_items_in_batch"),
+            )
+        if return_dict is False:
+            return (logits,) if loss is None else (loss, logits)
+        return CausalLMOutputWithPast(loss=loss, logits=logits)
+
+    @torch.no_grad()
+    def generate(  # type: ignore[override]
+        self,
+        inputs: Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        *,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        input_values: Tensor | None = None,
+        audio_lengths: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """The ids given and those that follow them [B (times returned sequences), T + new], as transformers has it.
+
+        Greedy and at most 64 new ids unless `generation_config` or `kwargs`, which are those of transformers'
+        `generate`, say otherwise. A clip is one id where lengths are counted.
+
+        Raises:
+            PromptError: clips and their places do not match.
+        """
+        self.pal.llm.check_ears()
+        prompts = self._prompts(inputs if input_ids is None else input_ids, attention_mask, input_values, audio_lengths)
+        options = self._options(generation_config, kwargs, prompts.ids_BT.shape[1])
+        heard = self.pal.inputs(prompts.clips, prompts.rows, padding_side="left")
+        made = self.pal.llm.generate(heard, **options)
+        new = made if isinstance(made, Tensor) else made.sequences
+        given = prompts.ids_BT.to(new.device)
+        whole = torch.cat((given.repeat_interleave(len(new) // len(given), dim=0), new), dim=1)
+        if isinstance(made, Tensor):
+            return whole
+        made.sequences = whole
+        return made
+
+    def _prompts(
+        self, ids: Tensor | None, mask: Tensor | None, values: Tensor | None, lengths: Tensor | None
+    ) -> Prompts:
+        if ids is None:
+            raise PalError("give input_ids; PalProcessor makes them")
+        return read_prompts(ids, mask, values, lengths, self.generation_config.pad_token_id)
+
+    def _options(self, given: GenerationConfig | None, kwargs: dict[str, Any], width: int) -> dict[str, Any]:
+        """`generate`'s options for rows that begin after `width` ids."""
+        asked = {**(given.to_diff_dict() if given is not None else {}), **kwargs}
+        options = {**self.pal.generation_options(), **self.generation_config.to_diff_dict(), **asked}
+        # the LLM's own sequence is longer or shorter, by what a clip is in it
+        for limit, new in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
+            wanted = options.pop(limit, None)
+            if wanted is None or new in asked or (limit == "max_length" and limit not in asked):
+                continue
+            if limit == "max_length" and wanted <= width:
+                raise PalError(f"max_length {wanted} leaves no room after {width} ids; give max_new_tokens")
+            options[new] = max(0, wanted - width)
+        return {name: value for name, value in options.items() if name not in _NOT_OPTIONS}
+
+    # What transformers asks of its models
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The LLM's."""
+        module: nn.Module = self.pal.llm.lm.get_input_embeddings()
+        return module
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Change the LLM's."""
+        self.pal.llm.lm.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        """The LLM's head."""
+        module: nn.Module = self.pal.llm.lm.get_output_embeddings()
+        return module
+
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        """Recompute each layer of the LLM in the backward pass."""
+        if (gradient_checkpointing_kwargs or {}).get("use_reentrant"):
+            raise PalError("use_reentrant=True cannot be used with audio; leave it out")
+        self.pal.llm.checkpoint_gradients(True)
+
+    def gradient_checkpointing_disable(self) -> None:
+        """Keep the layers' activations."""
+        self.pal.llm.checkpoint_gradients(False)
+
+
+def _untrained(config: PalConfig) -> PalModel:
+    from transformers import AutoTokenizer
+
+    if not config.model:
+        raise ConfigError("a PalConfig without a model; read it from a bundle with PalConfig.from_pretrained")
+    if not config.name_or_path:
+        raise ConfigError("the configuration names no bundle whose tokenizer to take; use from_pretrained")
+    return bundle.untrained(config.description(), AutoTokenizer.from_pretrained(config.name_or_path))
+
+
+def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    if dtype is None or dtype == "auto":
+        return None
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(found, torch.dtype):
+        raise PalError(f"dtype '{dtype}' is unknown; give torch.bfloat16, torch.float16, torch.float32 or 'auto'")
+    return found
+
+
+def _device(device_map: Any) -> torch.device | None:
+    if device_map is None:
+        return None
+    if isinstance(device_map, dict):
+        devices = {str(device) for device in device_map.values()}
+        if len(devices) != 1:
+            raise PalError(f"device_map names {len(devices)} devices; a model lies on one, give that")
+        device_map = next(iter(device_map.values()))
+    if device_map in ("auto", "balanced", "balanced_low_0", "sequential"):
+        accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        return accelerator or torch.device("cpu")
+    try:
+        return torch.device(device_map)
+    except (RuntimeError, TypeError) as error:
+        raise PalError(f"device_map '{device_map}': {str(error).splitlines()[0]}") from None
