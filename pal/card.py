@@ -246,8 +246,8 @@ def _limits(model: PalModel, scores: Sequence[Score]) -> list[str]:
         "It gives an answer to any question about any sound, whether it knows one or not, and says no probability.",
         "Sounds, languages and kinds of questions that are not in its training data were not tried"
         + (" beyond the table above." if scores else "."),
-        f"Audio is mixed down to mono and resampled to {model.sampling_rate:,} Hz: it cannot hear what is above half of "
-        "that, or where a sound comes from.",
+        f"Audio is mixed down to mono and resampled to {model.sampling_rate:,} Hz: what is above half of that, "
+        "and where a sound comes from, it cannot hear.",
     ]
     for score in scores:
         gain = score.overall.gain_ci95

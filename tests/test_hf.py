@@ -334,7 +334,7 @@ def test_addresses_are_fetched_only_when_allowed(processor, address, tmp_path):
         tensors(processor, messages)
     found = tensors(processor, messages, allow_urls=True)
     torch.testing.assert_close(found["input_values"][0], noise(0.4))
-    with pytest.raises(AudioError, match=r"gone\.wav: it cannot be fetched \(.*Not Found"):
+    with pytest.raises(AudioError, match=r"gone\.wav: it cannot be fetched \(.*File not found"):
         tensors(processor, [say({"type": "audio", "url": f"{address}/gone.wav"}, QUESTION)], allow_urls=True)
     with pytest.raises(AudioError, match="only http and https"):
         tensors(processor, [say({"type": "audio", "url": f"file://{tmp_path}/a.wav"}, QUESTION)], allow_urls=True)

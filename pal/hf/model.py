@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -23,6 +24,7 @@ from pal.types import AUDIO, IGNORE
 
 _HUB = ("revision", "token", "cache_dir", "local_files_only", "force_download")
 _SAVED = "generation_config.json"
+_ADAPTER = "adapter_model.safetensors"
 _NOT_OPTIONS = {"transformers_version", "_from_model_config", "_commit_hash"}
 _MEANINGLESS = {
     *("trust_remote_code", "use_safetensors", "low_cpu_mem_usage", "weights_only", "code_revision", "proxies"),
@@ -93,7 +95,7 @@ class PalForConditionalGeneration(PreTrainedModel, GenerationMixin):
             BundleError: see `pal.bundle.load`.
             PalError: an option that cannot be followed.
         """
-        adapter = (kwargs.pop("adapter_kwargs", None) or {}).get("_adapter_model_path")
+        adapter = dict(kwargs.pop("adapter_kwargs", None) or {})
         dtype = _dtype(kwargs.pop("torch_dtype", None) if dtype is None else dtype)
         if kwargs.pop("attn_implementation", None) not in (None, NAME):
             raise PalError(f"attn_implementation must be '{NAME}', through which the LLM hears; leave it out")
@@ -121,8 +123,9 @@ class PalForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if device is not None:
             loaded.to(device)
             loaded.hf_device_map = {"": device}
-        if adapter is not None:
-            loaded.load_adapter(str(adapter))
+        if adapter.get("_adapter_model_path") is not None:
+            options = {name: value for name, value in adapter.items() if name in _HUB and value is not None}
+            _adapt(loaded, str(adapter["_adapter_model_path"]), options)
         nothing: dict[str, Any] = {name: set() for name in ("missing_keys", "unexpected_keys", "mismatched_keys")}
         return (loaded, nothing | {"error_msgs": []}) if output_loading_info else loaded
 
@@ -345,6 +348,28 @@ def _untrained(config: PalConfig) -> PalModel:
     if not config.name_or_path:
         raise ConfigError("the configuration names no bundle whose tokenizer to take; use from_pretrained")
     return bundle.untrained(config.description(), AutoTokenizer.from_pretrained(config.name_or_path))
+
+
+def _adapt(model: PalForConditionalGeneration, path: str, hub: dict[str, Any]) -> None:
+    """Put the adapter of a PEFT folder beside the weights; read as safetensors only, on the device of the model."""
+    from huggingface_hub import snapshot_download
+    from peft import PeftConfig, inject_adapter_in_model, set_peft_model_state_dict
+
+    folder = Path(path)
+    if not folder.is_dir():
+        folder = Path(snapshot_download(path, allow_patterns=["adapter_config.json", _ADAPTER], **hub))
+    if not (folder / _ADAPTER).is_file():
+        raise BundleError(f"{path}: an adapter without {_ADAPTER}; save it again with PEFT")
+    options = PeftConfig.from_pretrained(str(folder))
+    options.inference_mode = True
+    inject_adapter_in_model(options, model)
+    weights = load_file(folder / _ADAPTER)
+    found = set_peft_model_state_dict(
+        model, {name.removeprefix("base_model.model."): weight for name, weight in weights.items()}
+    )
+    if found.unexpected_keys:
+        raise BundleError(f"{path}: an adapter of another model (first: '{sorted(found.unexpected_keys)[0]}')")
+    model.requires_grad_(False).eval().to(model.device)
 
 
 def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
