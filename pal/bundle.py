@@ -75,12 +75,7 @@ def load(path: str | Path) -> PalModel:
 
     folder = _folder(path)
     verify(folder)
-    description = json.loads((folder / _CONFIG).read_text())
-    if description.get("format") != FORMAT:
-        raise BundleError(
-            f"{folder}: format {description.get('format')}, this version reads {FORMAT}; upgrade pal-audio"
-        )
-    config = parse(ModelConfig, description["model"], where=f"bundle {folder}")
+    description, config = _describe(folder)
     weights = load_file(folder / _WEIGHTS)
     sources: dict[str, Any] = {}
     left_out = {_part_of(name) for name in description["left_out"]}
@@ -99,6 +94,29 @@ def load(path: str | Path) -> PalModel:
     _fill(model, weights, description["left_out"], folder)
     model.source = str(path) if folder.name != "tiny" else "tiny"
     return model.eval()
+
+
+def shape_of(path: str | Path) -> tuple[ModelConfig, dict[str, Any] | None]:
+    """What a bundle on this machine is made of, so that it could be built with other weights; and its LoRA options.
+
+    Raises:
+        BundleError: no bundle, or one of another format.
+    """
+    if not Path(path).exists():
+        raise BundleError(f"{path}: no such folder; give one that save_pretrained wrote")
+    description, config = _describe(_folder(path))
+    llm = LLMConfig(fresh=description["llm"], dtype=config.llm.dtype)
+    return config.model_copy(update={"llm": llm, "encoders": description["encoders"]}), description["lora"]
+
+
+def _describe(folder: Path) -> tuple[dict[str, Any], ModelConfig]:
+    """All of a bundle's configuration, and the part that a recipe would have."""
+    description = json.loads((folder / _CONFIG).read_text())
+    if description.get("format") != FORMAT:
+        raise BundleError(
+            f"{folder}: format {description.get('format')}, this version reads {FORMAT}; upgrade pal-audio"
+        )
+    return description, parse(ModelConfig, description["model"], where=f"bundle {folder}")
 
 
 def _folder(path: str | Path) -> Path:

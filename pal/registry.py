@@ -69,3 +69,12 @@ def _resolve(kind: str, options: Mapping[str, Any] | str) -> tuple[type, StrictC
     name = fields.pop("name")
     cls = lookup(kind, name)
     return cls, parse(cls.Config, fields, where=f"{kind} '{name}'")  # type: ignore[attr-defined]
+
+
+def toy(kind: str, options: Mapping[str, Any] | str) -> dict[str, Any]:
+    """The options of a small version of a part, which reads no weights; see `StrictConfig.toy`."""
+    _, config = _resolve(kind, options)
+    name = options if isinstance(options, str) else options["name"]
+    small = config.toy()
+    # with its defaults a part would name a `path` of None, and a bundle would take it for one that has a source
+    return {"name": name, **small.model_dump(mode="json", exclude_defaults=True)}

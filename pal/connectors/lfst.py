@@ -54,6 +54,10 @@ class LFST(Connector):
                 raise ValueError(f"width {self.width} is not divisible by heads {self.heads}")
             return self
 
+        def toy(self) -> LFST.Config:
+            """A width of 16."""
+            return self.model_copy(update={"width": 16, "heads": self.heads and 1, "hidden": self.hidden and 32})
+
     def __init__(self, config: Config, in_widths: tuple[int, int]) -> None:
         super().__init__()
         self.config = config

@@ -35,6 +35,13 @@ class Whisper(Encoder):
         """Fields of transformers' WhisperConfig. Where given, nothing is read from `path`: the
         network is built with random weights, for a caller that then loads its own."""
 
+        def toy(self) -> "Whisper.Config":
+            """Windows of four seconds."""
+            sizes = {"d_model": 16, "encoder_layers": 1, "encoder_attention_heads": 2, "encoder_ffn_dim": 32}
+            return self.model_copy(
+                update={"path": None, "revision": None, "architecture": {**sizes, "max_source_positions": 200}}
+            )
+
     def __init__(self, config: Config) -> None:
         super().__init__()
         from transformers import WhisperFeatureExtractor

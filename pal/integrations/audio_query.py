@@ -8,7 +8,7 @@ from pal.backbone.llm import Backbone
 from pal.backbone.stream_kv import Layout
 from pal.integrations.base import ClipSpans, Route
 from pal.integrations.keys import zeroed
-from pal.integrations.layers import Layers, chosen_layers
+from pal.integrations.layers import Layers, chosen_layers, toy_layers
 from pal.integrations.projector import ProjectorOptions, projector
 from pal.registry import register
 from pal.types import AudioFeatures
@@ -28,6 +28,10 @@ class LALAudioQuery(Route):
 
         layers: Layers = "all"
         """As in `lal`; the audio is updated in these layers only."""
+
+        def toy(self) -> LALAudioQuery.Config:
+            """For few layers."""
+            return super().toy().model_copy(update={"layers": toy_layers(self.layers)})
 
     def __init__(self, config: Config, in_width: int, llm: Backbone) -> None:
         super().__init__()

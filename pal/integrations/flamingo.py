@@ -38,6 +38,10 @@ class Flamingo(Route):
         ffn: int | None = Field(default=None, ge=1)
         """Width inside the blocks' feed-forward networks; four times the LLM's width when left out."""
 
+        def toy(self) -> Flamingo.Config:
+            """A block at least every four layers."""
+            return self.model_copy(update={"every": min(self.every, 4), "ffn": self.ffn and 32})
+
     def __init__(self, config: Config, in_width: int, llm: Backbone) -> None:
         super().__init__()
         self.config = config

@@ -1,5 +1,7 @@
 """PAL, the hybrid: summary tokens as rows through all layers, every token by LAL in the early ones."""
 
+from __future__ import annotations
+
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
@@ -8,7 +10,7 @@ from pal.backbone.llm import Backbone
 from pal.backbone.stream_kv import Layout
 from pal.integrations.base import ClipSpans, Route
 from pal.integrations.keys import ProjectedKeys, zeroed
-from pal.integrations.layers import Layers, chosen_layers
+from pal.integrations.layers import Layers, chosen_layers, toy_layers
 from pal.integrations.projector import LayerProjectorOptions, LayerProjectors, projector
 from pal.registry import register
 from pal.types import AudioFeatures
@@ -25,6 +27,10 @@ class PAL(Route):
         """r, audio tokens per summary token (paper: 3)."""
         layers: Layers = "first_third"
         """Layers with LAL, as in `lal` (paper: the first third)."""
+
+        def toy(self) -> PAL.Config:
+            """For few layers."""
+            return super().toy().model_copy(update={"layers": toy_layers(self.layers)})
 
     def __init__(self, config: Config, in_width: int, llm: Backbone) -> None:
         super().__init__()

@@ -1,10 +1,12 @@
 """LAL: audio as keys and values only; text rows, and only they, make queries."""
 
+from __future__ import annotations
+
 from pal.backbone.llm import Backbone
 from pal.backbone.stream_kv import Layout
 from pal.integrations.base import ClipSpans, Route
 from pal.integrations.keys import ProjectedKeys
-from pal.integrations.layers import Layers, chosen_layers
+from pal.integrations.layers import Layers, chosen_layers, toy_layers
 from pal.integrations.projector import LayerProjectorOptions, LayerProjectors
 from pal.registry import register
 from pal.types import AudioFeatures
@@ -22,6 +24,10 @@ class LAL(Route):
 
         layers: Layers = "all"
         """all, first_third, {first: share}, {last: share}, {range: [from, to]}, or a list of layer numbers."""
+
+        def toy(self) -> LAL.Config:
+            """For few layers."""
+            return super().toy().model_copy(update={"layers": toy_layers(self.layers)})
 
     def __init__(self, config: Config, in_width: int, llm: Backbone) -> None:
         super().__init__()

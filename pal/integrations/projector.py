@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Literal
+from typing import Literal, Self
 
 from pydantic import Field, model_validator
 from torch import nn
@@ -31,6 +31,11 @@ class ProjectorOptions(StrictConfig):
             if getattr(self, option) != type(self).model_fields[option].default:
                 raise ValueError(f"'{option}' is not used by the projector '{self.projector}'; leave it out")
         return self
+
+    def toy(self) -> Self:
+        """Narrow where a width was given."""
+        sizes = {"hidden": 24} if self.hidden else {}
+        return self.model_copy(update={**sizes, "rank": min(self.rank, 4)} if self.projector == "low_rank" else sizes)
 
 
 class LayerProjectorOptions(ProjectorOptions):
