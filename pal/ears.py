@@ -26,14 +26,15 @@ class Ears(nn.Module):
         super().__init__()
         self.encoders = nn.ModuleList(build("encoder", part) for part in config.encoders)
         self.connectors = nn.ModuleList()
-        self._takes: list[list[int]] = []
+        self.takes: list[list[int]] = []
+        """For each connector, the numbers of the encoders that it takes."""
         self.streams: list[Stream] = []
         for part, takes in _connections(config):
             widths = [self._encoder(i).width for i in takes]
             context: dict[str, Any] = {"in_width": widths[0]} if len(takes) == 1 else {"in_widths": tuple(widths)}
             connector: Connector = build("connector", part, **context)
             self.connectors.append(connector)
-            self._takes.append(takes)
+            self.takes.append(takes)
             names = tuple(config.encoders[i]["name"] for i in takes)
             self.streams.append(Stream(width=connector.width, encoders=names))
         self.sampling_rate = max(self._encoder(i).sampling_rate for i in range(len(self.encoders)))
@@ -58,7 +59,7 @@ class Ears(nn.Module):
     def connect(self, heard: list[AudioFeatures]) -> list[AudioFeatures]:
         """What the encoders made -> the features of each stream, [B, A, E]."""
         streams = []
-        for connector, takes in zip(self.connectors, self._takes, strict=True):
+        for connector, takes in zip(self.connectors, self.takes, strict=True):
             streams.append(connector(*(heard[i] for i in takes)))
         return streams
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pal.backbone.cost import Added, Step
 from pal.backbone.llm import Backbone
 from pal.backbone.stream_kv import Layout
 from pal.integrations.base import ClipSpans, Route
@@ -44,3 +45,7 @@ class LAL(Route):
             layers=self.layers,
             width_A=features.x_BAE.shape[1],
         )
+
+    def cost(self, step: Step, tokens: int, llm: Backbone) -> Added:
+        """In each of its layers: A rows through P_l, k_proj and v_proj, and T (A + T) in attention."""
+        return Added(layers=self.projectors.cost(step, tokens, llm, self.layers))
