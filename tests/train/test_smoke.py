@@ -167,7 +167,7 @@ def test_frozen_weights_that_move_are_found(tmp_path: Path, monkeypatch: pytest.
 
 def test_a_resumed_run_that_differs_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(optim, "load_optimizer_tensors", lambda *args: None)
-    with pytest.raises(SmokeError, match="cut after step 1 and resumed, '.*' is not what it is in one go"):
+    with pytest.raises(SmokeError, match=r"cut after step 1 and resumed, '.*' is not what it is in one go"):
         run(recipe(), tmp_path)
 
 
