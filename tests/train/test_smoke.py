@@ -121,6 +121,7 @@ def test_stages_keep_what_they_do() -> None:
     assert small.model.integration == {
         "name": "pal_routed",
         "routes": {"tiny": {"name": "lal", "layers": {"last": 0.5}}},
+        "default": {"name": "lal"},
     }
 
 
