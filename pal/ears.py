@@ -82,7 +82,10 @@ def _connections(config: ModelConfig) -> list[tuple[Part, list[int]]]:
     found = []
     for place, part in enumerate(config.connector):
         options = dict(part)
-        found.append(_checked(options, list(options.pop("encoders", [place]))))
+        takes = options.pop("encoders", [place])
+        if not isinstance(takes, list) or not all(isinstance(i, int) for i in takes):
+            raise ConfigError(f"connector '{part.get('name')}': 'encoders' takes a list of numbers, such as [0, 2]")
+        found.append(_checked(options, takes))
     used = [i for _, takes in found for i in takes]
     if sorted(set(used)) != list(range(count)):
         raise ConfigError(

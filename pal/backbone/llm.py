@@ -195,7 +195,7 @@ class Backbone(nn.Module):
     def attend_among(self, layer: int, u_BAD: Tensor, mask_BA: Tensor) -> Tensor:
         """`u` after `layer`'s attention among itself, without its feed-forward network -> [B, A, D].
 
-        Causal, within the layer's window. Real rows come first. Positions count from 0, since RoPE only sees differences.
+        Causal, within the layer's window. Real rows come first. Positions count from 0: RoPE only sees differences.
         """
         block = self.lm.model.layers[layer]
         positions_1A = torch.arange(u_BAD.shape[1], device=u_BAD.device)[None]
