@@ -199,8 +199,8 @@ class PalModel(nn.Module):
         if isinstance(audio, AudioKV):
             audio.check(self.digest)
             return audio
-        samples_N = audio_io.load(audio, self.sampling_rate).samples_N
-        return self.integration.index(self.features([samples_N]), self.llm, self.digest)
+        wave = audio_io.load(audio, self.sampling_rate)
+        return self.integration.index(self.features([wave.samples_N]), self.llm, self.digest, [wave.seconds_given])
 
     def ask(self, audio: Any, question: Any, stream: bool = False, **options: Any) -> Any:
         """Answer questions about audio.
@@ -236,9 +236,15 @@ class PalModel(nn.Module):
         _, clips, rows = self._conversations(audio, question)
         loaded, seconds = self._load(clips)
         start = time.perf_counter()
-        features = self.features(loaded) if loaded and isinstance(loaded[0], Tensor) else None
+        clips_heard: Any = loaded
+        used = seconds
+        if loaded and isinstance(loaded[0], Tensor):
+            heard = self.encoder.encode(loaded)
+            clips_heard = self.connector(heard)
+            # the encoder's tokens tell what was heard; a connector's may stand for no time of their own
+            used = [min(s, count * heard.seconds_per_token) for s, count in zip(seconds, heard.lengths, strict=True)]
         encoded = time.perf_counter()
-        inputs = self.integration(features or loaded or None, rows, self.llm, "left")
+        inputs = self.integration(clips_heard or None, rows, self.llm, "left")
         first = _FirstToken()
         ids_BT = self.llm.generate(
             inputs, max_new_tokens=max_new_tokens, logits_processor=[first], **self._generation(options)
@@ -246,16 +252,15 @@ class PalModel(nn.Module):
         texts = self.tokenizer.batch_decode(ids_BT, skip_special_tokens=True)
         done = time.perf_counter()
         timings = {"encode": encoded - start, "prefill": first.at - encoded, "generate": done - first.at}
-        if features is not None:
-            tokens, scale = features.lengths, features.seconds_per_token
+        if isinstance(clips_heard, AudioFeatures):
+            tokens = clips_heard.lengths
         else:
-            tokens = [kv.tokens for kv in loaded]  # type: ignore[union-attr]
-            scale = loaded[0].seconds_per_token if loaded else 0.0  # type: ignore[union-attr]
+            tokens = [clip.tokens for clip in clips_heard]
         return [
             Answer(
                 text=text.strip(),
                 audio_seconds=sum(seconds[clip] for clip in row.clips),
-                audio_seconds_used=sum(min(seconds[clip], tokens[clip] * scale) for clip in row.clips),
+                audio_seconds_used=sum(used[clip] for clip in row.clips),
                 audio_tokens=sum(tokens[clip] for clip in row.clips),
                 seconds=timings,
             )

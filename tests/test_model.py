@@ -9,7 +9,7 @@ import torch
 
 from pal.backbone.audio_kv import AudioKV
 from pal.data.prompts import encode, user_turn
-from pal.errors import AudioError, BundleError, ConfigError, PromptError
+from pal.errors import AudioError, BundleError, ConfigError, PalError, PromptError
 from tests.models import INTEGRATIONS, LLM, noise, pal, tiny_model, tone
 
 QUESTION = "What sound is this?"
@@ -74,6 +74,20 @@ def test_detailed_answers(model):
 def test_detailed_answers_of_indexed_clips(model):
     (answer,) = model.ask_detailed(model.index(clip(2.0)), QUESTION)
     assert (answer.text, answer.audio_seconds, answer.audio_tokens) == (model.ask(clip(2.0), QUESTION), 2.0, 50)
+
+
+def test_seconds_are_right_where_the_connectors_tokens_stand_for_no_time(tmp_path):
+    # a Q-Former makes as many tokens of any clip, with a time scale of 0
+    heard = tiny_model("pal", connector={"name": "qformer", "queries": 5, "layers": 1})
+    (answer,) = heard.ask_detailed(clip(1.3), QUESTION)
+    assert answer.audio_seconds == answer.audio_seconds_used == pytest.approx(1.3)
+    assert answer.audio_tokens == 5
+    heard.index(clip(1.3)).save(tmp_path / "clip.safetensors")
+    stored = AudioKV.load(tmp_path / "clip.safetensors")
+    (again,) = heard.ask_detailed(stored, QUESTION)
+    assert (again.text, again.audio_seconds, again.audio_seconds_used) == (answer.text, 1.3, 1.3)
+    with pytest.raises(PalError, match="cannot be cut"):
+        stored.slice(0.0, 0.5)
 
 
 def test_chat_turns_with_several_clips(model):

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pal.errors import BundleError, PalError
 
-_FORMAT = "pal-audio-kv-1"
+_FORMAT = "pal-audio-kv-2"
 _KEEP_DTYPE = ("k_scale_LBGA", "v_scale_LBGA")
 
 
@@ -30,6 +30,7 @@ class Layout:
     """
 
     seconds_per_token: float
+    """0 where the tokens stand for no time of their own, as a Q-Former's do."""
     tokens: int = 1
     """Encoder tokens of a group."""
     rows: int = 0
@@ -74,7 +75,9 @@ class AudioKV:
     rows_BSD: Tensor
     """Embeddings that go through the LLM as rows; S is 0 for LAL."""
     lengths: tuple[int, ...]
-    """Encoder tokens of each clip."""
+    """Audio tokens of each clip."""
+    durations: tuple[float, ...]
+    """Seconds of each clip."""
     layers: tuple[int, ...]
     """The LLM's layer of each [L]."""
     layout: Layout
@@ -89,7 +92,7 @@ class AudioKV:
 
     @property
     def tokens(self) -> int:
-        """Encoder tokens of all clips together."""
+        """Audio tokens of all clips together."""
         return sum(self.lengths)
 
     @property
@@ -99,8 +102,8 @@ class AudioKV:
 
     @property
     def seconds(self) -> float:
-        """Seconds of all clips together, in whole tokens."""
-        return self.tokens * self.seconds_per_token
+        """Seconds of all clips together."""
+        return sum(self.durations)
 
     @property
     def nbytes(self) -> int:
@@ -146,7 +149,9 @@ class AudioKV:
         """One clip, without the batch's padding."""
         clip = range(len(self))[clip]
         return self._with(
-            self.lengths[clip : clip + 1], {n: x.narrow(_batch_axis(n), clip, 1) for n, x in self._tensors().items()}
+            self.lengths[clip : clip + 1],
+            self.durations[clip : clip + 1],
+            {n: x.narrow(_batch_axis(n), clip, 1) for n, x in self._tensors().items()},
         )
 
     @staticmethod
@@ -156,12 +161,13 @@ class AudioKV:
         for other in parts[1:]:
             first._check_alike(other)
         lengths = tuple(count for part in parts for count in part.lengths)
+        durations = tuple(seconds for part in parts for seconds in part.durations)
         joined = {}
         for name in first._tensors():
             tensors = [part._tensors()[name] for part in parts]
             longest = max(x.shape[_time_axis(name)] for x in tensors)
             joined[name] = torch.cat([_pad(x, _time_axis(name), longest) for x in tensors], dim=_batch_axis(name))
-        return first._with(lengths, joined)
+        return first._with(lengths, durations, joined)
 
     def append(self, later: AudioKV) -> AudioKV:
         """Each clip followed by its continuation.
@@ -184,11 +190,17 @@ class AudioKV:
             tensors = {
                 name: torch.cat((x, b._tensors()[name]), dim=_time_axis(name)) for name, x in a._tensors().items()
             }
-            clips.append(a._with((a.tokens + b.tokens,), tensors))
+            clips.append(a._with((a.tokens + b.tokens,), (a.seconds + b.seconds,), tensors))
         return AudioKV.concat(clips)
 
     def slice(self, start: float, end: float) -> AudioKV:
-        """The stretch from `start` to `end` seconds of every clip, widened to whole groups."""
+        """The stretch from `start` to `end` seconds of every clip, widened to whole groups.
+
+        Raises:
+            PalError: no such stretch, or tokens that stand for no time of their own.
+        """
+        if not self.seconds_per_token:
+            raise PalError("this clip's tokens stand for no time of their own and cannot be cut; index the stretch")
         seconds = self.layout.seconds_per_token * self.layout.tokens
         first = math.floor(start / seconds + 1e-6)
         last = math.ceil(end / seconds - 1e-6)
@@ -197,9 +209,11 @@ class AudioKV:
         a, b = first * self.layout.tokens, last * self.layout.tokens
         lengths = tuple(max(0, min(length, b) - a) for length in self.lengths)
         if not all(lengths):
-            shortest = min(self.lengths) * self.seconds_per_token
-            raise PalError(f"cannot take {start:g} to {end:g} s of a clip of {shortest:g} s")
-        return self._with(lengths, {name: self._groups(name, x, first, last) for name, x in self._tensors().items()})
+            raise PalError(f"cannot take {start:g} to {end:g} s of a clip of {min(self.durations):g} s")
+        durations = tuple(min(last * seconds, whole) - first * seconds for whole in self.durations)
+        return self._with(
+            lengths, durations, {name: self._groups(name, x, first, last) for name, x in self._tensors().items()}
+        )
 
     def save(self, path: str | Path) -> None:
         """Write one safetensors file, with the digest of the model and of the content."""
@@ -233,6 +247,7 @@ class AudioKV:
         clip = cls(
             **tensors,
             lengths=tuple(facts["lengths"]),
+            durations=tuple(facts["durations"]),
             layers=tuple(facts["layers"]),
             layout=Layout(**facts["layout"]),
             digest=facts["digest"],
@@ -244,7 +259,14 @@ class AudioKV:
     def _about(self) -> str:
         layout = {part.name: getattr(self.layout, part.name) for part in fields(self.layout)}
         return json.dumps(
-            {"format": _FORMAT, "digest": self.digest, "layers": self.layers, "lengths": self.lengths, "layout": layout}
+            {
+                "format": _FORMAT,
+                "digest": self.digest,
+                "layers": self.layers,
+                "lengths": self.lengths,
+                "durations": self.durations,
+                "layout": layout,
+            }
         )
 
     def _tensors(self) -> dict[str, Tensor]:
@@ -258,11 +280,11 @@ class AudioKV:
         a, b = (min(group * each, x.shape[axis]) for group in (first, last))
         return x.narrow(axis, a, b - a)
 
-    def _with(self, lengths: tuple[int, ...], tensors: dict[str, Tensor]) -> AudioKV:
+    def _with(self, lengths: tuple[int, ...], durations: tuple[float, ...], tensors: dict[str, Tensor]) -> AudioKV:
         """Other clips of the same kind, without the padding that the longest one does not need."""
         last = self.layout.groups(max(lengths))
         cut: dict[str, Any] = {name: self._groups(name, x, 0, last) for name, x in tensors.items()}
-        return replace(self, lengths=lengths, **cut)
+        return replace(self, lengths=lengths, durations=durations, **cut)
 
     def _check_alike(self, other: AudioKV) -> None:
         other.check(self.digest, where="the other clip")

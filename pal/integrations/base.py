@@ -98,8 +98,17 @@ class Integration(nn.Module, ABC):
         )
 
     @torch.no_grad()
-    def index(self, features: AudioFeatures, llm: Backbone, digest: str) -> AudioKV:
-        """The clips, ready to be asked about many times; `digest` names the model's weights."""
+    def index(
+        self, features: AudioFeatures, llm: Backbone, digest: str, durations: Sequence[float] | None = None
+    ) -> AudioKV:
+        """The clips, ready to be asked about many times.
+
+        Args:
+            features: of the clips.
+            llm: the backbone.
+            digest: of the model's weights.
+            durations: seconds of each clip; without them, those of its tokens.
+        """
         spans = self.spans(features, llm)
         shape = (0, len(spans.lengths), llm.kv_heads, spans.width_A, llm.head_width)
         k_LBGAC = v_LBGAC = features.x_BAE.new_zeros(shape, dtype=llm.dtype)
@@ -114,6 +123,7 @@ class Integration(nn.Module, ABC):
             v_LBGAC=v_LBGAC,
             rows_BSD=rows_BSD,
             lengths=tuple(spans.lengths),
+            durations=tuple(durations or (count * features.seconds_per_token for count in spans.lengths)),
             layers=spans.layers,
             layout=spans.layout,
             digest=digest,
