@@ -178,7 +178,7 @@ class _Row:
     def add_text(self, table_first: int, count: int, labels: list[int] | None) -> None:
         self.table.append(torch.arange(table_first, table_first + count))
         self.positions.append(torch.arange(self.next, self.next + count))
-        self.labels.append(torch.full((count,), IGNORE) if labels is None else torch.tensor(labels))
+        self.labels.append(torch.full((count,), IGNORE) if labels is None else torch.tensor(labels, dtype=torch.long))
         self.is_audio.append(torch.zeros(count, dtype=torch.bool))
         self.next += count
 

@@ -50,6 +50,15 @@ def test_labels_stand_with_their_tokens(side):
     assert torch.equal(inputs.inputs_embeds_BTD[1, at], table)
 
 
+@pytest.mark.parametrize("name", ["plits", "lal", "pal"])
+def test_a_conversation_that_starts_with_a_clip_can_be_trained(name):
+    llm, integration = shared("llama", name)
+    inputs = integration(features(3), [Tokens([AUDIO, 5, 6], [0], [IGNORE, IGNORE, 6])], llm)
+    assert inputs.labels_BT.dtype == torch.long
+    total, count = llm.loss(inputs)
+    assert count == 1 and total > 0
+
+
 def test_rows_without_labels_have_none():
     llm, integration = shared("llama", "lal")
     assert integration(features(2), [conversation([AUDIO, 5])], llm).labels_BT is None
