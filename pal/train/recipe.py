@@ -19,7 +19,8 @@ from pal.model_config import ModelConfig
 PARTS = ("encoder", "connector", "projectors", "llm")
 """The parts a stage can train, as `PalModel.parts` names them."""
 
-_Switch = Annotated[bool, BeforeValidator(lambda value: {"full": True, "none": False}.get(value, value))]
+_WORDS = {"full": True, "none": False}
+_Switch = Annotated[bool, BeforeValidator(lambda value: _WORDS.get(value, value) if isinstance(value, str) else value)]
 _LLM = Annotated[
     Literal["none", "full", "lora", "attention"],
     BeforeValidator(lambda value: {True: "full", False: "none"}.get(value, value)),
