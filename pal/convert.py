@@ -104,13 +104,14 @@ def _sslam(checkpoint: dict[str, Any], where: str) -> Converted:
         if name not in renamed or renamed[name].ndim != axes:
             raise _lacks(where, f"'{published}'")
     width, _, patch, _ = renamed["local_encoder.proj.weight"].shape
-    sizes = sslam.Architecture(
-        embed_dim=width,
-        depth=1 + max(int(name.split(".")[1]) for name in renamed if re.match(r"blocks\.\d+\.", name)),
-        num_heads=_heads(checkpoint, width),
-        mlp_ratio=len(renamed["blocks.0.mlp.fc1.weight"]) / width,
-        patch_size=patch,
-    )
+    found = {
+        "embed_dim": width,
+        "depth": len({name.split(".")[1] for name in renamed if name.startswith("blocks.")}),
+        "num_heads": _heads(checkpoint, width),
+        "mlp_ratio": len(renamed["blocks.0.mlp.fc1.weight"]) / width,
+        "patch_size": patch,
+    }
+    sizes = parse(sslam.Architecture, found, where)
     published_names = {
         **{f"{part}.": f"{image}{part}." for part in ("local_encoder", "fixed_positional_encoder")},
         "extra_tokens": f"{image}extra_tokens",

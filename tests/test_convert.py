@@ -159,6 +159,11 @@ def test_checkpoints_of_something_else(tmp_path: Path) -> None:
     refuse("beats", beats | {"cfg": BEATS | {"gru_rel_pos": False}}, "'gru_rel_pos' is False")
     refuse("beats", {"cfg": BEATS, "model": beats_tensors() | {"quantize.x": torch.ones(1)}}, "is a tokenizer of BEATs")
 
+    refuse("beats", beats | {"cfg": BEATS | {"encoder_layers": 10**9}}, "cfg: encoder_layers: .* less than or equal")
+    refuse("beats", beats | {"cfg": BEATS | {"encoder_attention_heads": 3}}, "no multiple of encoder_attention_heads")
+    blocks = sslam["model"] | {"blocks.99999999.norm1.bias": torch.ones(16)}
+    refuse("sslam", sslam | {"model": blocks}, r"lacks 'blocks\.2\..* and 9 more")
+
     sslam = sslam_fairseq(sslam_tensors(positions=torch.zeros(1, 512, 16)))
     for layout, whole in (("sslam", sslam), ("beats", beats)):
         names = [name for name in whole["model"] if "decoder" not in name and name != "_ema"]

@@ -12,6 +12,7 @@ import math
 from typing import Any
 
 import torch
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -34,30 +35,41 @@ _SCALE = 2.0**15
 class Architecture(StrictConfig):
     """Sizes of the network, named as in the official `cfg`. The defaults are the published models'."""
 
-    input_patch_size: int = 16
+    input_patch_size: int = Field(default=16, ge=1, le=_MELS)
     """Frames and mel bins of a patch."""
-    embed_dim: int = 512
+    embed_dim: int = Field(default=512, ge=1)
     """Width of a patch before the transformer."""
     conv_bias: bool = False
     """Whether the patch embedding has a bias."""
-    encoder_layers: int = 12
+    encoder_layers: int = Field(default=12, ge=1, le=1_000)
     """Layers."""
-    encoder_embed_dim: int = 768
+    encoder_embed_dim: int = Field(default=768, ge=1)
     """E."""
-    encoder_ffn_embed_dim: int = 3072
+    encoder_ffn_embed_dim: int = Field(default=3072, ge=1)
     """Width of the feed-forward network."""
-    encoder_attention_heads: int = 12
+    encoder_attention_heads: int = Field(default=12, ge=1)
     """H."""
     deep_norm: bool = True
     """Whether residuals weigh (2 * layers) ** 0.25 (DeepNet, Wang et al. 2022)."""
-    conv_pos: int = 128
+    conv_pos: int = Field(default=128, ge=1)
     """Patches that the convolutional positions span."""
-    conv_pos_groups: int = 16
+    conv_pos_groups: int = Field(default=16, ge=1)
     """Groups of that convolution."""
-    num_buckets: int = 320
+    num_buckets: int = Field(default=320, ge=4)
     """Relative positions that are told apart, half of them for each direction."""
-    max_distance: int = 800
+    max_distance: int = Field(default=800, ge=1)
     """Patches from which on all positions are the same."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> "Architecture":
+        for name in ("encoder_attention_heads", "conv_pos_groups"):
+            if self.encoder_embed_dim % getattr(self, name):
+                raise ValueError(f"encoder_embed_dim {self.encoder_embed_dim} is no multiple of {name}")
+        if _MELS % self.input_patch_size:
+            raise ValueError(f"{_MELS} mel bins are no multiple of input_patch_size {self.input_patch_size}")
+        if self.max_distance <= self.num_buckets // 4:
+            raise ValueError(f"max_distance {self.max_distance} is within the {self.num_buckets // 4} single distances")
+        return self
 
 
 class Network(nn.Module):
@@ -238,13 +250,13 @@ class _Attention(nn.Module):
         return self.out_proj(heard_WHAC.transpose(1, 2).flatten(2))
 
 
-def _bucket(distance: Tensor, buckets: int, max_distance: int) -> Tensor:
+def _bucket(distance_AK: Tensor, buckets: int, max_distance: int) -> Tensor:
     """Signed distances -> buckets: one each for the first half, then wider ones; keys ahead have the upper set."""
     exact = buckets // 2
     # clamped, because the logarithm of 0 is no integer
-    growth = torch.log(distance.abs().clamp_min(exact).float() / exact) / math.log(max_distance / exact)
-    far = (exact + (growth * (buckets - exact)).long()).clamp_max(buckets - 1)
-    return torch.where(distance.abs() < exact, distance.abs(), far) + buckets * (distance > 0)
+    growth_AK = torch.log(distance_AK.abs().clamp_min(exact).float() / exact) / math.log(max_distance / exact)
+    far_AK = (exact + (growth_AK * (buckets - exact)).long()).clamp_max(buckets - 1)
+    return torch.where(distance_AK.abs() < exact, distance_AK.abs(), far_AK) + buckets * (distance_AK > 0)
 
 
 def own_layout(tensors: dict[str, Tensor], where: str) -> dict[str, Tensor]:

@@ -8,6 +8,7 @@ plain matrix products, the number of parameters, and the names of both published
 from typing import Any
 
 import torch
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -31,20 +32,28 @@ _STD = 4.569
 class Architecture(StrictConfig):
     """Sizes of the network, named as in the `config.json` on the Hub. The defaults are SSLAM's: 85.25M parameters."""
 
-    embed_dim: int = 768
+    embed_dim: int = Field(default=768, ge=4)
     """E."""
-    depth: int = 12
+    depth: int = Field(default=12, ge=0, le=1_000)
     """Blocks."""
-    num_heads: int = 12
+    num_heads: int = Field(default=12, ge=1)
     """H."""
-    mlp_ratio: float = 4.0
+    mlp_ratio: float = Field(default=4.0, gt=0)
     """Width of the feed-forward network by E."""
-    patch_size: int = 16
+    patch_size: int = Field(default=16, ge=1)
     """Frames and mel bins of a patch."""
     img_size: tuple[int, int] = (1024, 128)
     """Frames of a window, and M."""
     norm_eps: float = 1e-6
     """Of all layer norms."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> "Architecture":
+        if self.embed_dim % self.num_heads or self.embed_dim % 4:
+            raise ValueError(f"embed_dim {self.embed_dim} is no multiple of 4 and of num_heads {self.num_heads}")
+        if any(size < self.patch_size or size % self.patch_size for size in self.img_size):
+            raise ValueError(f"img_size {self.img_size} is no multiple of patch_size {self.patch_size}")
+        return self
 
 
 class Network(nn.Module):
@@ -187,7 +196,7 @@ class _Attention(nn.Module):
 class _MLP(nn.Module):
     def __init__(self, sizes: Architecture) -> None:
         super().__init__()
-        inner = int(sizes.embed_dim * sizes.mlp_ratio)
+        inner = round(sizes.embed_dim * sizes.mlp_ratio)
         self.fc1 = nn.Linear(sizes.embed_dim, inner)
         self.fc2 = nn.Linear(inner, sizes.embed_dim)
 

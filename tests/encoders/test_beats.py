@@ -300,6 +300,8 @@ def test_what_is_no_beats_is_refused(tmp_path: Path) -> None:
         ({"encoder_layers": 4}, r"lacks 19 of .* weights, such as 'encoder.layers.3"),
         ({"encoder_layers": 2}, r"has 19 weights that .* no place for, such as 'encoder.layers.2"),
         ({"num_buckets": 40}, r"has shape \(20, 2\), its configuration asks for \(40, 2\)"),
+        ({"conv_pos_groups": 3}, "encoder_embed_dim 16 is no multiple of conv_pos_groups"),
+        ({"max_distance": 5}, "max_distance 5 is within the 5 single distances"),
         ({"layer_norm_first": True}, "'layer_norm_first' is True, and this encoder only does False"),
         ({"gru_rel_pos": False}, "'gru_rel_pos' is False, and this encoder only does True"),
         ({"activation_fn": "glu"}, "'activation_fn' is glu, and this encoder only does gelu"),
