@@ -2,12 +2,12 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from pal.config import StrictConfig
 from pal.encoders.base import Encoder
+from pal.encoders.checkpoint import Checkpoint
 from pal.encoders.fbank import HOP, RATE, begun_frames, fbank
 from pal.encoders.patches import Frequency, pad_windows, to_features, tokens_per_step
 from pal.errors import ConfigError
@@ -103,21 +103,5 @@ def _load(config: AST.Config) -> Any:
         )
     from transformers import ASTConfig, ASTModel
 
-    loader: Any = ASTModel  # transformers' own annotations leave out the loading report
-
-    where = f"encoder 'ast': {config.path}"
-    try:
-        fields, _ = ASTConfig.get_config_dict(config.path, revision=config.revision)
-        if fields.get("model_type") != _TYPE:
-            found = fields.get("model_type", "none")
-            raise ConfigError(f"{where} holds no model of type '{_TYPE}' (found: {found}); give a Hub id or a folder")
-        network, report = loader.from_pretrained(
-            config.path, revision=config.revision, dtype=torch.float32, use_safetensors=True, output_loading_info=True
-        )
-    except OSError as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ConfigError(f"{where} cannot be loaded ({reason}); give a Hub id or a folder") from None
-    missing = sorted(report["missing_keys"])
-    if missing:
-        raise ConfigError(f"{where} lacks {len(missing)} weights, such as {missing[0]}; fetch it again")
-    return network
+    checkpoint = Checkpoint("ast", config.path, config.revision)
+    return checkpoint.load(ASTModel, ASTConfig(**checkpoint.fields({_TYPE: None})), part=_TYPE.replace("-", "_"))

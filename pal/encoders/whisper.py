@@ -7,6 +7,7 @@ from torch import Tensor
 
 from pal.config import StrictConfig
 from pal.encoders.base import Encoder
+from pal.encoders.checkpoint import Checkpoint
 from pal.encoders.log_mel import WhisperLogMel
 from pal.errors import ConfigError
 from pal.registry import register
@@ -75,23 +76,8 @@ def _load(config: Whisper.Config) -> Any:
     """The network of a Hub id or folder, in float32. Raises ConfigError where there is none."""
     if config.path is None:
         raise ConfigError("encoder 'whisper': missing key 'path'; give a Hub id such as openai/whisper-small")
-    from transformers import WhisperConfig, WhisperModel
+    from transformers import WhisperConfig
+    from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
-    loader: Any = WhisperModel  # transformers' own annotations leave out the loading report
-
-    where = f"encoder 'whisper': {config.path}"
-    try:
-        fields, _ = WhisperConfig.get_config_dict(config.path, revision=config.revision)
-        if fields.get("model_type") != "whisper":
-            found = fields.get("model_type", "none")
-            raise ConfigError(f"{where} holds no model of type 'whisper' (found: {found}); give a Hub id or a folder")
-        model, report = loader.from_pretrained(
-            config.path, revision=config.revision, dtype=torch.float32, use_safetensors=True, output_loading_info=True
-        )
-    except OSError as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ConfigError(f"{where} cannot be loaded ({reason}); give a Hub id or a folder") from None
-    missing = sorted(key for key in report["missing_keys"] if key.startswith("encoder."))
-    if missing:
-        raise ConfigError(f"{where} lacks {len(missing)} weights of the encoder, such as {missing[0]}; fetch it again")
-    return model.get_encoder()
+    checkpoint = Checkpoint("whisper", config.path, config.revision)
+    return checkpoint.load(WhisperEncoder, WhisperConfig(**checkpoint.fields({"whisper": None})), part="encoder")

@@ -174,5 +174,5 @@ def test_what_is_no_ast_is_refused(tmp_path: Path) -> None:
     tensors = load_file(folder / "model.safetensors")
     tensors.pop(next(name for name in tensors if "position_embeddings" in name))
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ConfigError, match=r"lacks 1 weights, such as .*position_embeddings"):
+    with pytest.raises(ConfigError, match=r"lacks 1 weights of the encoder, such as .*position_embeddings"):
         build("encoder", {"name": "ast", "path": str(folder)})
