@@ -29,17 +29,18 @@ class Ears(nn.Module):
         self._takes: list[list[int]] = []
         self.streams: list[Stream] = []
         for part, takes in _connections(config):
-            widths = [self._encoder(i).width for i in takes]
+            widths = [self.encoder(i).width for i in takes]
             context: dict[str, Any] = {"in_width": widths[0]} if len(takes) == 1 else {"in_widths": tuple(widths)}
             connector: Connector = build("connector", part, **context)
             self.connectors.append(connector)
             self._takes.append(takes)
             names = tuple(config.encoders[i]["name"] for i in takes)
             self.streams.append(Stream(width=connector.width, encoders=names))
-        self.sampling_rate = max(self._encoder(i).sampling_rate for i in range(len(self.encoders)))
+        self.sampling_rate = max(self.encoder(i).sampling_rate for i in range(len(self.encoders)))
         """Hz of the waveforms: the highest of the encoders'; those with a lower one are given less."""
 
-    def _encoder(self, index: int) -> Encoder:
+    def encoder(self, index: int) -> Encoder:
+        """One of the encoders."""
         encoder = self.encoders[index]
         assert isinstance(encoder, Encoder)
         return encoder
@@ -50,7 +51,7 @@ class Ears(nn.Module):
 
     def hear_with(self, index: int, waveforms: list[Tensor]) -> AudioFeatures:
         """The same with one of the encoders."""
-        encoder = self._encoder(index)
+        encoder = self.encoder(index)
         if encoder.sampling_rate != self.sampling_rate:
             waveforms = [resample(samples_N, self.sampling_rate, encoder.sampling_rate) for samples_N in waveforms]
         return encoder.encode(waveforms)
