@@ -47,8 +47,8 @@ def save(model: PalModel, folder: str | Path, full: bool = False, dtype: torch.d
         "model": model.config.model_dump(mode="json"),
         "llm": model.llm.lm.config.to_dict(),
         "encoders": [
-            {"name": part["name"], **encoder.standalone_config().model_dump(mode="json")}
-            for part, encoder in zip(model.config.encoders, model.ears.encoders, strict=True)
+            {"name": part["name"], **model.ears.encoder(i).standalone_config().model_dump(mode="json")}
+            for i, part in enumerate(model.config.encoders)
         ],
         "lora": None if model.llm.lora is None else model.llm.lora.model_dump(),
         "left_out": _left_out(model, set(kept)),

@@ -7,6 +7,8 @@ A part is one class in one file with one decorator line. Its options stand besid
 import importlib
 import pkgutil
 from collections.abc import Callable, Mapping
+from functools import cache
+from importlib.metadata import entry_points
 from typing import Any, TypeVar
 
 from pal.config import StrictConfig, parse
@@ -36,7 +38,19 @@ def names(kind: str) -> list[str]:
     package = importlib.import_module(_PACKAGES[kind])
     for module in pkgutil.iter_modules(package.__path__):
         importlib.import_module(f"{package.__name__}.{module.name}")
+    _load_others(f"{kind}s")
     return sorted(_CLASSES[kind])
+
+
+@cache
+def _load_others(group: str) -> None:
+    """Import the modules that other distributions name as entry points of the group `pal.encoders`, ..."""
+    for entry in entry_points(group=f"pal.{group}"):
+        try:
+            entry.load()
+        except ImportError as error:
+            where = entry.dist.name if entry.dist is not None else "a distribution"
+            raise ConfigError(f"{where}: its {group} cannot be imported ({error}); repair or uninstall it") from None
 
 
 def lookup(kind: str, name: str) -> type:

@@ -268,6 +268,23 @@ def eval_(
 
 
 @app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(help="A published checkpoint, .pt.")],
+    out: Annotated[Path, typer.Argument(help="The folder to make, for the encoder's option 'path'.")],
+    layout: Annotated[str, typer.Option("--layout", help="Whose checkpoint: beats or sslam (EAT too).")],
+    as_json: AsJson = False,
+) -> None:
+    """Turn an encoder's checkpoint into a folder of safetensors; no code in it is run."""
+    from pal.convert import convert as convert_checkpoint
+
+    facts = convert_checkpoint(source, out, layout)
+    if as_json:
+        _print_json(facts)
+    else:
+        typer.echo(f"{out}: {facts['numbers']:,} numbers; {facts['left_out']} tensors left out")
+
+
+@app.command()
 def demo(
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the results.")] = Path("runs/demo"),
     quick: Annotated[

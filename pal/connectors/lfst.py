@@ -87,14 +87,15 @@ class LFST(Connector):
         device = fine.x_BAE.device
         lengths_B = torch.tensor([max(1, math.ceil(s / step - 1e-6)) for s in seconds], device=device)
         S = int(lengths_B.max())
-        times_S = (torch.arange(S, device=device) + 0.5) * step
+        # in float64 on the CPU: in float32 an hour is too long to say which token lies at a region's border
+        times_S = (torch.arange(S, dtype=torch.float64) + 0.5) * step
         tokens = [
             _Tokens(enter, stream, reach / 2, step)
             for enter, stream, reach in zip(
                 self.enter, features, (self.config.fine_seconds, self.config.aligned_seconds), strict=True
             )
         ]
-        start_SE = self.latent_E + sinusoids(times_S / step, self.width).to(self.latent_E.dtype)
+        start_SE = self.latent_E + sinusoids(times_S / step, self.width).to(self.latent_E)
         blocks = []
         for first in range(0, S, _BLOCK):
             times = times_S[first : first + _BLOCK]
@@ -118,8 +119,8 @@ class _Tokens:
         real_BA1 = features.mask_BA[..., None]
         x_BAE = enter(features.x_BAE.masked_fill(~real_BA1, 0.0))
         self.seconds = features.seconds_per_token
-        self.times_A = (torch.arange(x_BAE.shape[1], device=x_BAE.device) + 0.5) * self.seconds
-        self.x_BAE = x_BAE + sinusoids(self.times_A / step, x_BAE.shape[2]).to(x_BAE.dtype)
+        self.times_A = (torch.arange(x_BAE.shape[1], dtype=torch.float64) + 0.5) * self.seconds
+        self.x_BAE = x_BAE + sinusoids(self.times_A / step, x_BAE.shape[2]).to(x_BAE)
         self.mask_BA = features.mask_BA
         self.reach = max(reach, self.seconds / 2)
         """Seconds to either side that a latent sees, at least one token."""
@@ -129,8 +130,8 @@ class _Tokens:
         first = math.floor((float(times_Q[0]) - self.reach) / self.seconds) - 1
         last = math.ceil((float(times_Q[-1]) + self.reach) / self.seconds) + 1
         part = slice(max(0, first), max(0, last))
-        seen_QK = (self.times_A[part] - times_Q[:, None]).abs() <= self.reach + 1e-6
-        return self.x_BAE[:, part], seen_QK & self.mask_BA[:, None, part]
+        seen_QK = (self.times_A[part] - times_Q[:, None]).abs() <= self.reach + 1e-9
+        return self.x_BAE[:, part], seen_QK.to(self.mask_BA.device) & self.mask_BA[:, None, part]
 
 
 class _Layer(nn.Module):

@@ -96,7 +96,7 @@ class QFormer(Connector):
 
         audio_WAE = self.audio_norm(x_WAE)
         if self.positions:
-            audio_WAE = audio_WAE + sinusoids(torch.arange(size), audio_WAE.shape[2]).to(audio_WAE)
+            audio_WAE = audio_WAE + sinusoids(torch.arange(size).float(), audio_WAE.shape[2]).to(audio_WAE)
         real_W = mask_WA.any(1)
         # a window of padding alone may look at it, as nothing to look at makes NaN; its tokens are masked out
         visible_WA = mask_WA | ~real_W[:, None]

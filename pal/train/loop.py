@@ -193,7 +193,10 @@ class _Run:
         keep, meter = self.recipe.keep, Meter(objective.unit)
         total = state.totals[index]
         place = (accelerator.process_index, accelerator.num_processes)
-        feed = Feed(data, state.stage_step, *place, keep.workers, keep.prefetch)
+        workers = keep.workers
+        if workers is None:
+            workers = 0 if accelerator.device.type == "cpu" else 2
+        feed = Feed(data, state.stage_step, *place, workers, keep.prefetch)
         bar = tqdm(
             total=data.steps,
             initial=state.stage_step,

@@ -33,12 +33,21 @@ class Encoder(nn.Module):
         return AudioFeatures(x_BAE, mask_BA, 0.1)
 
 
+class Ears(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoders = nn.ModuleList([Encoder()])
+
+    def hear_with(self, index: int, waveforms: list[Tensor]) -> AudioFeatures:
+        return self.encoders[index].encode(waveforms)  # type: ignore[operator]
+
+
 class Model(nn.Module):
     sampling_rate = RATE
 
     def __init__(self) -> None:
         super().__init__()
-        self.encoder = Encoder()
+        self.ears = Ears()
 
 
 LABELS = {"a": {"bell", "dog"}, "b": {"cat", "dog"}}
@@ -175,4 +184,4 @@ def test_labels_are_collected_by_dataset() -> None:
 def test_stages_that_cannot_be(fields: dict[str, Any], message: str) -> None:
     stage = Stage(lr=1.0, steps=1, batch={"rows": 1}, **fields)
     with pytest.raises(ConfigError, match=message):
-        build_objective(SimpleNamespace(encoder=Encoder()), stage, [record("a", None)])  # type: ignore[arg-type]
+        build_objective(SimpleNamespace(ears=Ears()), stage, [record("a", None)])  # type: ignore[arg-type]
