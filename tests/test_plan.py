@@ -24,7 +24,6 @@ from pal.plan import plan
 from pal.plan.estimate import ANSWER_SHARE, StagePlan
 from pal.plan.gpus import GPUS
 from pal.plan.skeleton import skeleton
-from pal.registry import names
 from pal.train.recipe import Recipe, load_recipe
 from pal.train.stages import freeze, set_modes
 from pal.types import AUDIO, IGNORE, Batch, Tokens
@@ -133,7 +132,7 @@ def planned(recipe: Recipe) -> StagePlan:
     return plan(recipe, seconds=SECONDS, text_tokens=TEXT).stages[0]
 
 
-def within(ours: float, theirs: float, share: float = 0.05) -> None:
+def within(ours: float, theirs: float, share: float = 0.01) -> None:
     assert ours == pytest.approx(theirs, rel=share), f"{ours:.4g}, not {theirs:.4g}: {ours / theirs - 1:+.1%}"
 
 
@@ -282,9 +281,6 @@ def test_recipes(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     one = load_recipe(path)
     assert one.model is not None
-    unknown = {part["name"] for part in one.model.encoders} - set(names("encoder"))
-    if unknown:
-        pytest.skip(f"no encoder {', '.join(sorted(unknown))} among {', '.join(names('encoder'))}")
     made = plan(one)
     llm = PARAMETERS.get(one.model.llm.path or "")
     assert llm is None or made.parameters["llm"] == llm
@@ -332,10 +328,11 @@ def test_one_pass_of_a_batch() -> None:
 
 
 def test_long_clips_are_windows() -> None:
-    short, long = (plan(recipe("lal"), seconds=seconds).stages[0] for seconds in (2.0, 7.0))
-    assert (short.audio_tokens, long.audio_tokens) == ([100], [350])
-    # three windows of two seconds, and one second, for which the network runs whole as well
-    assert long.costs["encoder"].forward == 4 * short.costs["encoder"].forward
+    rest, short, long = (plan(recipe("lal"), seconds=seconds).stages[0] for seconds in (1.0, 2.0, 7.0))
+    assert (rest.audio_tokens, short.audio_tokens, long.audio_tokens) == ([50], [100], [350])
+    # three windows of two seconds, and one of a second
+    whole, window, second = (one.costs["encoder"].forward for one in (long, short, rest))
+    assert whole == 3 * window + second
 
 
 def test_verdict() -> None:

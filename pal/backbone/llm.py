@@ -324,6 +324,9 @@ class Backbone(nn.Module):
             _renamed(self.lm, "activation_checkpointing_enable", "gradient_checkpointing_enable")(
                 {"use_reentrant": False}
             )
+            # only the reentrant kind needs gradients of the embeddings: with a frozen LLM they would take the
+            # backward pass through layers that nothing trained comes before
+            self.lm.disable_input_require_grads()
         else:
             _renamed(self.lm, "activation_checkpointing_disable", "gradient_checkpointing_disable")()
 

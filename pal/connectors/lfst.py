@@ -85,8 +85,8 @@ class LFST(Connector):
             for a, b in zip(fine.lengths, aligned.lengths, strict=True)
         ]
         device = fine.x_BAE.device
-        lengths_B = torch.tensor([max(1, math.ceil(s / step - 1e-6)) for s in seconds], device=device)
-        S = int(lengths_B.max())
+        lengths = [max(1, math.ceil(s / step - 1e-6)) for s in seconds]
+        S = max(lengths)
         # in float64 on the CPU: in float32 an hour is too long to say which token lies at a region's border
         times_S = (torch.arange(S, dtype=torch.float64) + 0.5) * step
         tokens = [
@@ -104,11 +104,12 @@ class LFST(Connector):
             seen_BQK = torch.cat([seen for _, seen in near], dim=2)
             # a latent of padding sees everything, as nothing to look at makes NaN; it is masked out
             seen_BQK = seen_BQK | ~seen_BQK.any(2, keepdim=True)
-            x_BQE = start_SE[first : first + _BLOCK].expand(len(lengths_B), -1, -1)
+            x_BQE = start_SE[first : first + _BLOCK].expand(len(lengths), -1, -1)
             for layer in self.layers:
                 x_BQE = layer(x_BQE, keys_BKE, seen_BQK)
             blocks.append(x_BQE)
-        mask_BS = torch.arange(S, device=device) < lengths_B[:, None]
+        # made on the CPU, so that `pal plan` can read them although a skeleton's own tensors have no numbers
+        mask_BS = torch.arange(S, device=device) < torch.tensor(lengths).to(device)[:, None]
         return AudioFeatures(self.norm(torch.cat(blocks, dim=1)), mask_BS, step)
 
 

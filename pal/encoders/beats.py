@@ -118,8 +118,15 @@ class Beats(Encoder):
 
         def toy(self) -> "Beats.Config":
             """One layer."""
-            widths = {"embed_dim": 8, "encoder_embed_dim": 16, "encoder_ffn_embed_dim": 32}
-            sizes = Architecture(**widths, encoder_layers=1, encoder_attention_heads=2, conv_pos=16, conv_pos_groups=4)
+            sizes = Architecture(
+                embed_dim=8,
+                encoder_embed_dim=16,
+                encoder_ffn_embed_dim=32,
+                encoder_layers=1,
+                encoder_attention_heads=2,
+                conv_pos=16,
+                conv_pos_groups=4,
+            )
             return self.model_copy(update={"path": None, "revision": None, "architecture": sizes})
 
     sampling_rate = RATE

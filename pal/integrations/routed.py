@@ -39,7 +39,7 @@ class Routed(Integration):
 
         def toy(self) -> Routed.Config:
             """Each route small."""
-            routes = {name: toy("integration", part) for name, part in self.routes.items()}
+            routes: dict[str, Part] = {name: toy("integration", part) for name, part in self.routes.items()}
             return Routed.Config(routes=routes, default=toy("integration", self.default))
 
     def __init__(self, config: Config, streams: Sequence[Stream], llm: Backbone) -> None:

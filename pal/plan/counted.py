@@ -51,10 +51,11 @@ def heard(encoder: Encoder, seconds: float) -> tuple[AudioFeatures, Cost]:
     windows = Counter([window] * (samples // window) + [samples % window] * (samples % window > 0))
     tokens, parts = 0, []
     for length, times in windows.items():
-        frames_1FM = encoder.frontend(torch.zeros(length))[None]
+        with FlopCounterMode(display=False) as frontend:
+            frames_1FM = encoder.frontend(torch.zeros(length))[None]
         features, cost = _counted(encoder, frames_1FM.to("meta"), torch.tensor([frames_1FM.shape[1]]))
         tokens += times * features.lengths[0]
-        parts.append(cost.times(times))
+        parts.append((cost + Cost(forward=frontend.get_total_flops())).times(times))
     x_BAE = torch.empty(1, tokens, encoder.width, device="meta")
     x_BAE.requires_grad_(any(parameter.requires_grad for parameter in encoder.parameters()))
     mask_BA = torch.ones(1, tokens, dtype=torch.bool)
