@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from threading import Thread
@@ -414,7 +415,7 @@ def _padded_left(inputs: LLMInputs) -> LLMInputs:
 
 
 def _config_from(fields: Mapping[str, Any]) -> PreTrainedConfig:
-    fields = dict(fields)
+    fields = deepcopy(dict(fields))  # transformers completes nested ones, such as `rope_scaling`, in place
     family = fields.pop("model_type", None)
     if family not in FAMILIES:
         raise PalError(f"LLM family '{family}' is not supported; supported: {', '.join(FAMILIES)}")

@@ -9,7 +9,6 @@ from torch import nn
 from pal.backbone.cost import Added, Cost, Step, decoder, kv_bytes, total
 from pal.connectors.base import Connector
 from pal.ears import Ears
-from pal.encoders.base import Encoder
 from pal.model import PalModel
 from pal.plan.counted import connected, heard
 from pal.plan.gpus import GPU, gpu_of
@@ -122,17 +121,17 @@ def make(recipe: Recipe, gpu: str = "H100", seconds: float = 10.0, text_tokens: 
     chosen = gpu_of(gpu)
     model = skeleton(recipe)
     parameters = _parameters(model)
-    streams, _ = _listen(model.ears, seconds)
+    ears = _Listening(model.ears, seconds)
+    stages = [_stage(model, stage, chosen, ears, text_tokens) for stage in recipe.stages]
     step = Step(clips=1, rows=1, text=text_tokens, targets=1)
-    cache = kv_bytes(model.llm, _added(model, step, streams), size=2)
-    stages = [_stage(model, stage, chosen, seconds, text_tokens) for stage in recipe.stages]
+    cache = kv_bytes(model.llm, _added(model, step, ears.listen()[0]), size=2)
     return Plan(chosen, seconds, text_tokens, parameters, cache, stages)
 
 
-def _stage(model: PalModel, stage: Stage, gpu: GPU, seconds: float, text_tokens: int) -> StagePlan:
+def _stage(model: PalModel, stage: Stage, gpu: GPU, ears: _Listening, text_tokens: int) -> StagePlan:
     trained = freeze(model, stage.train)
-    streams, ears = _listen(model.ears, seconds)
-    batch = _one_pass(stage.batch, seconds, stage.by_clip)
+    streams, hearing = ears.listen()
+    batch = _one_pass(stage.batch, ears.seconds, stage.by_clip)
     questions = batch.questions
     autocast = stage.precision == "bf16"
     step = Step(
@@ -151,9 +150,9 @@ def _stage(model: PalModel, stage: Stage, gpu: GPU, seconds: float, text_tokens:
     added = _added(model, step, streams) if hears else []
     costs = {"encoder": Cost(), "connector": Cost(), "llm": Cost()}
     if hears or stage.by_clip:
-        costs["encoder"] = ears["encoder"].times(batch.clips)
+        costs["encoder"] = hearing["encoder"].times(batch.clips)
     if hears:
-        costs["connector"] = ears["connector"].times(batch.clips)
+        costs["connector"] = hearing["connector"].times(batch.clips)
     if not stage.by_clip:
         costs["llm"] = decoder(model.llm, step, added)
     # the audio parts were counted in four bytes a number
@@ -192,18 +191,36 @@ def _parameters(model: PalModel) -> dict[str, int]:
     return {part: count(module) for part, module in model.parts().items()}
 
 
-def _listen(ears: Ears, seconds: float) -> tuple[list[AudioFeatures], dict[str, Cost]]:
-    """The streams that a clip becomes, and what encoders and connectors cost."""
-    features, costs = zip(*(heard(one, seconds) for one in ears.encoders if isinstance(one, Encoder)), strict=True)
-    streams, made = zip(
-        *(
-            connected(one, [features[i] for i in takes])
-            for one, takes in zip(ears.connectors, ears.takes, strict=True)
-            if isinstance(one, Connector)
-        ),
-        strict=True,
-    )
-    return list(streams), {"encoder": total(costs), "connector": total(made)}
+class _Listening:
+    """What encoders and connectors make of a clip and cost; stages that train the same of them share the answer."""
+
+    def __init__(self, ears: Ears, seconds: float) -> None:
+        self.seconds = seconds
+        self._ears = ears
+        self._known: dict[tuple[bool, ...], tuple[list[AudioFeatures], dict[str, Cost]]] = {}
+
+    def listen(self) -> tuple[list[AudioFeatures], dict[str, Cost]]:
+        """The streams that a clip becomes, and what encoders and connectors cost, as they train now."""
+        trained = tuple(parameter.requires_grad for parameter in self._ears.parameters())
+        if trained not in self._known:
+            self._known[trained] = self._listen()
+        return self._known[trained]
+
+    def _listen(self) -> tuple[list[AudioFeatures], dict[str, Cost]]:
+        ears = self._ears
+        features, costs = zip(
+            *(heard(ears.encoder(i), self.seconds) for i in range(len(ears.encoders))),
+            strict=True,
+        )
+        streams, made = zip(
+            *(
+                connected(one, [features[i] for i in takes])
+                for one, takes in zip(ears.connectors, ears.takes, strict=True)
+                if isinstance(one, Connector)
+            ),
+            strict=True,
+        )
+        return list(streams), {"encoder": total(costs), "connector": total(made)}
 
 
 def _added(model: PalModel, step: Step, streams: list[AudioFeatures]) -> list[Added]:
