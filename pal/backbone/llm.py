@@ -415,7 +415,7 @@ def _padded_left(inputs: LLMInputs) -> LLMInputs:
 
 
 def _config_from(fields: Mapping[str, Any]) -> PreTrainedConfig:
-    fields = deepcopy(dict(fields))  # transformers completes nested ones, such as `rope_scaling`, in place
+    fields = dict(deepcopy(fields))  # transformers completes nested ones, such as `rope_scaling`, in place
     family = fields.pop("model_type", None)
     if family not in FAMILIES:
         raise PalError(f"LLM family '{family}' is not supported; supported: {', '.join(FAMILIES)}")
