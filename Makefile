@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: demo test lint format bench install
+.PHONY: demo test lint format bench full-size cross-product install
 .DEFAULT_GOAL := demo
 
 demo: $(STAMP)
@@ -23,6 +23,13 @@ format: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python -m pal.bench
+
+# Llama-3.2-1B's shape with Whisper-small's on this machine: minutes, and several gigabytes.
+full-size: $(STAMP)
+	$(BIN)/python -m pytest -s tests/full_size.py
+
+cross-product: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests/product.py
 
 install: $(STAMP)
 

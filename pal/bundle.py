@@ -86,8 +86,8 @@ def describe(model: PalModel) -> dict[str, Any]:
         "model": model.config.model_dump(mode="json"),
         "llm": model.llm.lm.config.to_dict(),
         "encoders": [
-            {"name": part["name"], **encoder.standalone_config().model_dump(mode="json")}
-            for part, encoder in zip(model.config.encoders, model.ears.encoders, strict=True)
+            {"name": part["name"], **model.ears.encoder(i).standalone_config().model_dump(mode="json")}
+            for i, part in enumerate(model.config.encoders)
         ],
         "lora": None if model.llm.lora is None else model.llm.lora.model_dump(),
         "left_out": {},
@@ -157,6 +157,21 @@ def upgrade(folder: str | Path) -> None:
     model = load(folder)
     description = {**describe(model), **_description(folder)}
     amend(folder, {_CONFIG: _json(description).encode(), _PROCESSOR: _json(_processor(model)).encode()})
+
+
+def shape_of(path: str | Path) -> tuple[ModelConfig, dict[str, Any] | None]:
+    """What a bundle on this machine is made of, so that it could be built with other weights; and its LoRA options.
+
+    Raises:
+        BundleError: no bundle, or one of another format.
+    """
+    if not Path(path).exists():
+        raise BundleError(f"{path}: no such folder; give one that save_pretrained wrote")
+    folder = find(path)
+    description = _description(folder)
+    config = parse(ModelConfig, description["model"], where=f"bundle {folder}")
+    llm = LLMConfig(fresh=description["llm"], dtype=config.llm.dtype)
+    return config.model_copy(update={"llm": llm, "encoders": description["encoders"]}), description["lora"]
 
 
 def find(path: str | Path, **hub: Any) -> Path:

@@ -1,7 +1,7 @@
 """Strict, typed configuration: an unknown key is an error that names the known ones."""
 
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -12,6 +12,13 @@ class StrictConfig(BaseModel):
     """Base of every configuration class. The help of a field stands under it as a string."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    def toy(self) -> Self:
+        """A small version of what this configures, built from random weights alone; for `pal train --smoke`.
+
+        Parts that are large, or read weights, say here what a small one looks like; the others stay as they are.
+        """
+        return self
 
 
 C = TypeVar("C", bound=StrictConfig)

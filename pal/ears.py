@@ -26,20 +26,22 @@ class Ears(nn.Module):
         super().__init__()
         self.encoders = nn.ModuleList(build("encoder", part) for part in config.encoders)
         self.connectors = nn.ModuleList()
-        self._takes: list[list[int]] = []
+        self.takes: list[list[int]] = []
+        """For each connector, the numbers of the encoders that it takes."""
         self.streams: list[Stream] = []
         for part, takes in _connections(config):
-            widths = [self._encoder(i).width for i in takes]
+            widths = [self.encoder(i).width for i in takes]
             context: dict[str, Any] = {"in_width": widths[0]} if len(takes) == 1 else {"in_widths": tuple(widths)}
             connector: Connector = build("connector", part, **context)
             self.connectors.append(connector)
-            self._takes.append(takes)
+            self.takes.append(takes)
             names = tuple(config.encoders[i]["name"] for i in takes)
             self.streams.append(Stream(width=connector.width, encoders=names))
-        self.sampling_rate = max(self._encoder(i).sampling_rate for i in range(len(self.encoders)))
+        self.sampling_rate = max(self.encoder(i).sampling_rate for i in range(len(self.encoders)))
         """Hz of the waveforms: the highest of the encoders'; those with a lower one are given less."""
 
-    def _encoder(self, index: int) -> Encoder:
+    def encoder(self, index: int) -> Encoder:
+        """One of the encoders."""
         encoder = self.encoders[index]
         assert isinstance(encoder, Encoder)
         return encoder
@@ -50,7 +52,7 @@ class Ears(nn.Module):
 
     def hear_with(self, index: int, waveforms: list[Tensor]) -> AudioFeatures:
         """The same with one of the encoders."""
-        encoder = self._encoder(index)
+        encoder = self.encoder(index)
         if encoder.sampling_rate != self.sampling_rate:
             waveforms = [resample(samples_N, self.sampling_rate, encoder.sampling_rate) for samples_N in waveforms]
         return encoder.encode(waveforms)
@@ -58,7 +60,7 @@ class Ears(nn.Module):
     def connect(self, heard: list[AudioFeatures]) -> list[AudioFeatures]:
         """What the encoders made -> the features of each stream, [B, A, E]."""
         streams = []
-        for connector, takes in zip(self.connectors, self._takes, strict=True):
+        for connector, takes in zip(self.connectors, self.takes, strict=True):
             streams.append(connector(*(heard[i] for i in takes)))
         return streams
 
@@ -82,7 +84,10 @@ def _connections(config: ModelConfig) -> list[tuple[Part, list[int]]]:
     found = []
     for place, part in enumerate(config.connector):
         options = dict(part)
-        found.append(_checked(options, list(options.pop("encoders", [place]))))
+        takes = options.pop("encoders", [place])
+        if not isinstance(takes, list) or not all(isinstance(i, int) for i in takes):
+            raise ConfigError(f"connector '{part.get('name')}': 'encoders' takes a list of numbers, such as [0, 2]")
+        found.append(_checked(options, takes))
     used = [i for _, takes in found for i in takes]
     if sorted(set(used)) != list(range(count)):
         raise ConfigError(

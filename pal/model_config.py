@@ -4,7 +4,31 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from pal import known
 from pal.config import StrictConfig
+
+_TOY = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 32768,
+}
+_KEPT = {
+    "model_type",
+    "tie_word_embeddings",
+    "initializer_range",
+    "attention_bias",
+    "rope_theta",
+    "rope_scaling",
+    "rope_parameters",
+    "sliding_window",
+    "use_sliding_window",
+    "query_pre_attn_scalar",
+}
+"""What makes an LLM of its kind without saying how large it is."""
 
 
 class LLMConfig(StrictConfig):
@@ -28,6 +52,22 @@ class LLMConfig(StrictConfig):
         if (self.path is None) == (self.fresh is None):
             raise ValueError("give either 'path' or 'fresh'")
         return self
+
+    def fields(self) -> dict[str, Any]:
+        """The LLM's transformers configuration, without downloading anything.
+
+        Raises:
+            ConfigError: `path` is neither a folder, nor in the local cache, nor known.
+        """
+        if self.fresh is not None:
+            return dict(self.fresh)
+        assert self.path is not None
+        return known.config_of(self.path, self.revision)
+
+    def toy(self) -> "LLMConfig":
+        """A fresh LLM of the same family, four layers of 32, whose tokenizer learns from the recipe's text."""
+        kept = {name: value for name, value in self.fields().items() if name in _KEPT}
+        return LLMConfig(fresh=kept | _TOY, vocabulary=320, dtype=self.dtype)
 
 
 Part = dict[str, Any]

@@ -7,6 +7,8 @@ A part is one class in one file with one decorator line. Its options stand besid
 import importlib
 import pkgutil
 from collections.abc import Callable, Mapping
+from functools import cache
+from importlib.metadata import entry_points
 from typing import Any, TypeVar
 
 from pal.config import StrictConfig, parse
@@ -36,7 +38,19 @@ def names(kind: str) -> list[str]:
     package = importlib.import_module(_PACKAGES[kind])
     for module in pkgutil.iter_modules(package.__path__):
         importlib.import_module(f"{package.__name__}.{module.name}")
+    _load_others(f"{kind}s")
     return sorted(_CLASSES[kind])
+
+
+@cache
+def _load_others(group: str) -> None:
+    """Import the modules that other distributions name as entry points of the group `pal.encoders`, ..."""
+    for entry in entry_points(group=f"pal.{group}"):
+        try:
+            entry.load()
+        except ImportError as error:
+            where = entry.dist.name if entry.dist is not None else "a distribution"
+            raise ConfigError(f"{where}: its {group} cannot be imported ({error}); repair or uninstall it") from None
 
 
 def lookup(kind: str, name: str) -> type:
@@ -69,3 +83,12 @@ def _resolve(kind: str, options: Mapping[str, Any] | str) -> tuple[type, StrictC
     name = fields.pop("name")
     cls = lookup(kind, name)
     return cls, parse(cls.Config, fields, where=f"{kind} '{name}'")  # type: ignore[attr-defined]
+
+
+def toy(kind: str, options: Mapping[str, Any] | str) -> dict[str, Any]:
+    """The options of a small version of a part, which reads no weights; see `StrictConfig.toy`."""
+    _, config = _resolve(kind, options)
+    name = options if isinstance(options, str) else options["name"]
+    small = config.toy()
+    # with its defaults a part would name a `path` of None, and a bundle would take it for one that has a source
+    return {"name": name, **small.model_dump(mode="json", exclude_defaults=True)}

@@ -184,7 +184,7 @@ def test_frozen_parts_stay_in_evaluation_mode(model):
     other.train()
     assert not other.ears.encoders[0].training
     assert other.ears.connectors[0].training
-    assert not any(module.training for module in other.ears.encoders.modules())
+    assert not any(module.training for module in other.ears.encoders[0].modules())
 
 
 def test_digest_follows_the_weights(model):

@@ -16,6 +16,7 @@ from pal.errors import ConfigError, PalError, PromptError
 
 if TYPE_CHECKING:
     from pal.evaluate.score import Score
+    from pal.train.recipe import Recipe
 
 INTERRUPTED = 130
 """Exit status after Ctrl-C, as shells have it."""
@@ -146,6 +147,9 @@ def train(
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder of the run; default: runs/NAME.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Forget another run in the folder.")] = False,
+    smoke: Annotated[
+        bool, typer.Option("--smoke", help="Try it in seconds: small parts, random weights, made-up audio.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Train in stages, as a recipe says."""
@@ -155,6 +159,11 @@ def train(
     from pal.train.recipe import load_recipe
 
     parsed = load_recipe(recipe, settings or [])
+    if smoke:
+        if resume or overwrite:
+            raise typer.BadParameter("goes with neither --resume nor --overwrite", param_hint="--smoke")
+        _smoke(parsed, out, as_json)
+        return
     folder = out or Path("runs") / recipe.stem
     # What is left out, made or taken up again is worth a line on stderr; other packages' chatter is not.
     logging.basicConfig(format="%(message)s")
@@ -165,6 +174,49 @@ def train(
         _print_json({**facts, "model_digest": model.digest})
     else:
         typer.echo(f'trained: {folder}; ask it with: pal ask AUDIO "QUESTION" --model {folder}')
+
+
+def _smoke(recipe: Recipe, out: Path | None, as_json: bool) -> None:
+    """Try a recipe at toy size, in a folder that is kept if one is given."""
+    from tempfile import TemporaryDirectory
+
+    from pal.train.smoke import smoke
+
+    started = time.perf_counter()
+    checks = []
+    with TemporaryDirectory(prefix="pal-smoke-") as temporary:
+        for check in smoke(recipe, out or Path(temporary)):
+            checks.append({"name": check.name, "found": check.found})
+            if not as_json:
+                typer.echo(f"ok  {check.name}: {check.found}")
+    seconds = time.perf_counter() - started
+    if as_json:
+        _print_json({"ok": True, "seconds": round(seconds, 2), "checks": checks})
+    else:
+        typer.echo(f"smoke: {len(checks)} checks passed in {seconds:.1f} s")
+
+
+@app.command()
+def plan(
+    recipe: Annotated[Path, typer.Argument(help="A YAML file; see recipes/.")],
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one value: stages.0.batch.rows=64.")
+    ] = None,
+    gpu: Annotated[str, typer.Option(help="For which one: H100, H200, A100-80, A100-40, L40S, 4090 or T4.")] = "H100",
+    seconds: Annotated[float, typer.Option(min=0.1, help="Length of a clip.")] = 10.0,
+    text_tokens: Annotated[int, typer.Option(min=2, help="Tokens of a question and its answer.")] = 128,
+    as_json: AsJson = False,
+) -> None:
+    """Say what a recipe takes before anything is loaded: parameters, FLOPs, memory, and whether it fits."""
+    from pal.plan import plan as make_plan
+    from pal.plan.report import to_dict, to_text
+    from pal.train.recipe import load_recipe
+
+    made = make_plan(load_recipe(recipe, settings or []), gpu=gpu, seconds=seconds, text_tokens=text_tokens)
+    if as_json:
+        _print_json(to_dict(made))
+    else:
+        typer.echo(to_text(made))
 
 
 @app.command("eval")
@@ -213,6 +265,23 @@ def eval_(
     if json_file is not None:
         score.save(json_file)
     _print_score(score)
+
+
+@app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(help="A published checkpoint, .pt.")],
+    out: Annotated[Path, typer.Argument(help="The folder to make, for the encoder's option 'path'.")],
+    layout: Annotated[str, typer.Option("--layout", help="Whose checkpoint: beats or sslam (EAT too).")],
+    as_json: AsJson = False,
+) -> None:
+    """Turn an encoder's checkpoint into a folder of safetensors; no code in it is run."""
+    from pal.convert import convert as convert_checkpoint
+
+    facts = convert_checkpoint(source, out, layout)
+    if as_json:
+        _print_json(facts)
+    else:
+        typer.echo(f"{out}: {facts['numbers']:,} numbers; {facts['left_out']} tensors left out")
 
 
 @app.command()

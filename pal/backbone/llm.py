@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from threading import Thread
@@ -97,6 +98,9 @@ class Backbone(nn.Module):
     Attributes:
         lm: the Hugging Face model, its weights and names untouched.
         width: D. n_layers: L. vocab: size of the vocabulary. heads: H. kv_heads: G. head_width: C.
+        ffn_width: inside the feed-forward networks.
+        key_norm: whether queries and keys are normed before RoPE.
+        norms_each: norms that each half of a layer has.
         layer_types: per layer, the key of its rotary embedding in `rope`.
         windows: per layer, how many positions back a query sees, itself included; None means all.
     """
@@ -110,12 +114,16 @@ class Backbone(nn.Module):
         self.width: int = config.hidden_size
         self.n_layers: int = config.num_hidden_layers
         self.vocab: int = config.vocab_size
+        self.ffn_width: int = config.intermediate_size
         self.heads: int = config.num_attention_heads
         self.kv_heads: int = config.num_key_value_heads
         self.head_width: int = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         self._typed_rope = config.model_type == "gemma3_text"
         kinds = config.layer_types if self._typed_rope else ["all"] * self.n_layers
         self.layer_types: tuple[str, ...] = tuple(kinds)
+        first = lm.model.layers[0]
+        self.key_norm: bool = hasattr(first.self_attn, "k_norm")
+        self.norms_each: int = 2 if hasattr(first, "pre_feedforward_layernorm") else 1
         self.windows: tuple[int | None, ...] = tuple(_window(block.self_attn) for block in lm.model.layers)
         for block in lm.model.layers:
             block.register_forward_pre_hook(_cross, with_kwargs=True)
@@ -195,7 +203,7 @@ class Backbone(nn.Module):
     def attend_among(self, layer: int, u_BAD: Tensor, mask_BA: Tensor) -> Tensor:
         """`u` after `layer`'s attention among itself, without its feed-forward network -> [B, A, D].
 
-        Causal, within the layer's window. Real rows come first. Positions count from 0, since RoPE only sees differences.
+        Causal, within the layer's window. Real rows come first. Positions count from 0: RoPE only sees differences.
         """
         block = self.lm.model.layers[layer]
         positions_1A = torch.arange(u_BAD.shape[1], device=u_BAD.device)[None]
@@ -328,6 +336,9 @@ class Backbone(nn.Module):
             _renamed(self.lm, "activation_checkpointing_enable", "gradient_checkpointing_enable")(
                 {"use_reentrant": False}
             )
+            # only the reentrant kind needs gradients of the embeddings: with a frozen LLM they would take the
+            # backward pass through layers that nothing trained comes before
+            self.lm.disable_input_require_grads()
         else:
             _renamed(self.lm, "activation_checkpointing_disable", "gradient_checkpointing_disable")()
 
@@ -431,7 +442,7 @@ def _padded_left(inputs: LLMInputs) -> LLMInputs:
 
 
 def _config_from(fields: Mapping[str, Any]) -> PreTrainedConfig:
-    fields = dict(fields)
+    fields = dict(deepcopy(fields))  # transformers completes nested ones, such as `rope_scaling`, in place
     family = fields.pop("model_type", None)
     if family not in FAMILIES:
         raise PalError(f"LLM family '{family}' is not supported; supported: {', '.join(FAMILIES)}")

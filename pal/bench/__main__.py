@@ -57,7 +57,7 @@ def costs(audio_tokens: int, text_words: int, rounds: int) -> dict[str, Training
         torch.manual_seed(0)
         fields = {"llm": {"fresh": LLM}, "encoders": ["tiny"], "integration": integration}
         models[name] = PalModel.from_config(parse(ModelConfig, fields, where="bench"), tokenizer)
-    encoder = next(iter(models.values())).ears.encoders[0]
+    encoder = next(iter(models.values())).ears.encoder(0)
     samples = round(audio_tokens * encoder.seconds_per_token * encoder.sampling_rate)
     turns = [user_turn(words, 1), {"role": "assistant", "content": "word0 word1"}]
     batch = Batch([torch.randn(samples) * 0.1], [encode(tokenizer, turns, [0], train=True)])

@@ -200,8 +200,8 @@ def audio_cache_bytes(model: PalModel, samples_N: Tensor, row: Tokens) -> int:
         inputs = model.inputs([samples_N], [row])
         stored = 0
         if inputs.audio is not None:
-            built = inputs.audio.prebuilt().built or {}
-            stored = sum(tensor.nbytes for pair in built.values() for tensor in pair)
+            built = [keys.built or {} for keys in inputs.audio.prebuilt().keys]
+            stored = sum(tensor.nbytes for layers in built for pair in layers.values() for tensor in pair)
     llm = model.llm
     audio_rows = int(inputs.attention_mask_BT.sum()) - sum(token != AUDIO for token in row.ids)
     per_row = 2 * llm.n_layers * llm.kv_heads * llm.head_width * inputs.inputs_embeds_BTD.itemsize

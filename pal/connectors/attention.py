@@ -38,8 +38,10 @@ def heads_of(width: int) -> int:
 
 
 def sinusoids(times_X: Tensor, width: int) -> Tensor:
-    """Times [X] -> [X, width]: sines, then cosines, of wavelengths from 2 pi to 20,000 pi."""
+    """Floating-point times [X] -> [X, width]: sines, then cosines, of wavelengths from 2 pi to 20,000 pi."""
     half = -(-width // 2)
-    rates = torch.exp(-math.log(10_000.0) / max(1, half - 1) * torch.arange(half, device=times_X.device))
+    rates = torch.exp(
+        -math.log(10_000.0) / max(1, half - 1) * torch.arange(half, device=times_X.device, dtype=times_X.dtype)
+    )
     angles = times_X[:, None] * rates
     return torch.cat([angles.sin(), angles.cos()], dim=1)[:, :width]

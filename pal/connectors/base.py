@@ -1,6 +1,7 @@
 """The contract of connectors: what lies between an encoder and an integration."""
 
 from abc import ABC, abstractmethod
+from typing import Any
 
 from torch import nn
 
@@ -20,5 +21,5 @@ class Connector(nn.Module, ABC):
     """E of what comes out."""
 
     @abstractmethod
-    def forward(self, *features: AudioFeatures) -> AudioFeatures:
-        """[B, A, E_in] of each encoder -> [B, A', width]."""
+    def forward(self, *features: Any, **options: Any) -> AudioFeatures:
+        """`AudioFeatures` [B, A, E_in], as many as `takes` -> [B, A', width]."""

@@ -54,6 +54,10 @@ class LFST(Connector):
                 raise ValueError(f"width {self.width} is not divisible by heads {self.heads}")
             return self
 
+        def toy(self) -> LFST.Config:
+            """A width of 16."""
+            return self.model_copy(update={"width": 16, "heads": self.heads and 1, "hidden": self.hidden and 32})
+
     def __init__(self, config: Config, in_widths: tuple[int, int]) -> None:
         super().__init__()
         self.config = config
@@ -81,16 +85,17 @@ class LFST(Connector):
             for a, b in zip(fine.lengths, aligned.lengths, strict=True)
         ]
         device = fine.x_BAE.device
-        lengths_B = torch.tensor([max(1, math.ceil(s / step - 1e-6)) for s in seconds], device=device)
-        S = int(lengths_B.max())
-        times_S = (torch.arange(S, device=device) + 0.5) * step
+        lengths = [max(1, math.ceil(s / step - 1e-6)) for s in seconds]
+        S = max(lengths)
+        # in float64 on the CPU: in float32 an hour is too long to say which token lies at a region's border
+        times_S = (torch.arange(S, dtype=torch.float64) + 0.5) * step
         tokens = [
             _Tokens(enter, stream, reach / 2, step)
             for enter, stream, reach in zip(
                 self.enter, features, (self.config.fine_seconds, self.config.aligned_seconds), strict=True
             )
         ]
-        start_SE = self.latent_E + sinusoids(times_S / step, self.width).to(self.latent_E.dtype)
+        start_SE = self.latent_E + sinusoids(times_S / step, self.width).to(self.latent_E)
         blocks = []
         for first in range(0, S, _BLOCK):
             times = times_S[first : first + _BLOCK]
@@ -99,11 +104,12 @@ class LFST(Connector):
             seen_BQK = torch.cat([seen for _, seen in near], dim=2)
             # a latent of padding sees everything, as nothing to look at makes NaN; it is masked out
             seen_BQK = seen_BQK | ~seen_BQK.any(2, keepdim=True)
-            x_BQE = start_SE[first : first + _BLOCK].expand(len(lengths_B), -1, -1)
+            x_BQE = start_SE[first : first + _BLOCK].expand(len(lengths), -1, -1)
             for layer in self.layers:
                 x_BQE = layer(x_BQE, keys_BKE, seen_BQK)
             blocks.append(x_BQE)
-        mask_BS = torch.arange(S, device=device) < lengths_B[:, None]
+        # made on the CPU, so that `pal plan` can read them although a skeleton's own tensors have no numbers
+        mask_BS = torch.arange(S, device=device) < torch.tensor(lengths).to(device)[:, None]
         return AudioFeatures(self.norm(torch.cat(blocks, dim=1)), mask_BS, step)
 
 
@@ -114,8 +120,8 @@ class _Tokens:
         real_BA1 = features.mask_BA[..., None]
         x_BAE = enter(features.x_BAE.masked_fill(~real_BA1, 0.0))
         self.seconds = features.seconds_per_token
-        self.times_A = (torch.arange(x_BAE.shape[1], device=x_BAE.device) + 0.5) * self.seconds
-        self.x_BAE = x_BAE + sinusoids(self.times_A / step, x_BAE.shape[2]).to(x_BAE.dtype)
+        self.times_A = (torch.arange(x_BAE.shape[1], dtype=torch.float64) + 0.5) * self.seconds
+        self.x_BAE = x_BAE + sinusoids(self.times_A / step, x_BAE.shape[2]).to(x_BAE)
         self.mask_BA = features.mask_BA
         self.reach = max(reach, self.seconds / 2)
         """Seconds to either side that a latent sees, at least one token."""
@@ -125,8 +131,8 @@ class _Tokens:
         first = math.floor((float(times_Q[0]) - self.reach) / self.seconds) - 1
         last = math.ceil((float(times_Q[-1]) + self.reach) / self.seconds) + 1
         part = slice(max(0, first), max(0, last))
-        seen_QK = (self.times_A[part] - times_Q[:, None]).abs() <= self.reach + 1e-6
-        return self.x_BAE[:, part], seen_QK & self.mask_BA[:, None, part]
+        seen_QK = (self.times_A[part] - times_Q[:, None]).abs() <= self.reach + 1e-9
+        return self.x_BAE[:, part], seen_QK.to(self.mask_BA.device) & self.mask_BA[:, None, part]
 
 
 class _Layer(nn.Module):

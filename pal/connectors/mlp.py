@@ -22,6 +22,10 @@ class MLP(Connector):
         norm: bool = True
         """LayerNorm before the first layer; encoders differ in scale by orders of magnitude."""
 
+        def toy(self) -> "MLP.Config":
+            """Widths that were given become 16."""
+            return self.model_copy(update={"width": self.width and 16, "hidden": self.hidden and 16})
+
     def __init__(self, config: Config, in_width: int) -> None:
         super().__init__()
         self.width = config.width or in_width

@@ -52,6 +52,11 @@ class QFormer(Connector):
                 raise ValueError(f"width {self.width} is not divisible by heads {self.heads}")
             return self
 
+        def toy(self) -> "QFormer.Config":
+            """Two layers of a few queries."""
+            sizes = {"queries": min(self.queries, 4), "layers": min(self.layers, 2), "width": self.width and 16}
+            return self.model_copy(update={**sizes, "heads": self.heads and 1, "hidden": self.hidden and 32})
+
     def __init__(self, config: Config, in_width: int) -> None:
         super().__init__()
         self.width = config.width or in_width
@@ -91,7 +96,7 @@ class QFormer(Connector):
 
         audio_WAE = self.audio_norm(x_WAE)
         if self.positions:
-            audio_WAE = audio_WAE + sinusoids(torch.arange(size), audio_WAE.shape[2]).to(audio_WAE)
+            audio_WAE = audio_WAE + sinusoids(torch.arange(size).float(), audio_WAE.shape[2]).to(audio_WAE)
         real_W = mask_WA.any(1)
         # a window of padding alone may look at it, as nothing to look at makes NaN; its tokens are masked out
         visible_WA = mask_WA | ~real_W[:, None]

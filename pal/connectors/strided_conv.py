@@ -36,6 +36,10 @@ class StridedConv(Connector):
                 raise ValueError(f"kernel {self.kernel} is less than stride {self.stride} and would skip tokens")
             return self
 
+        def toy(self) -> "StridedConv.Config":
+            """A width that was given becomes 16."""
+            return self.model_copy(update={"width": self.width and 16})
+
     def __init__(self, config: Config, in_width: int) -> None:
         super().__init__()
         self.width = config.width or in_width

@@ -54,7 +54,8 @@ class Encoder(nn.Module, ABC):
         most = len(flat) if self.window_seconds is None else _WINDOWS_AT_ONCE
         parts = []
         for first in range(0, len(flat), most):
-            frames = [self.frontend(window_N) for window_N in flat[first : first + most]]
+            with torch.autocast("cpu", enabled=False):  # spectra in half precision are not those of the papers
+                frames = [self.frontend(window_N) for window_N in flat[first : first + most]]
             lengths_W = torch.tensor([len(frames_FM) for frames_FM in frames], device=device)
             parts.append(self(pad_sequence(frames, batch_first=True).to(device, dtype), lengths_W))
         return _join_windows(_one_batch(parts), counts)

@@ -48,6 +48,10 @@ class Tiny(Encoder):
         mask_bins: int = 8
         """In training, two bands of up to so many mel bins of each clip are hidden (SpecAugment, Park et al. 2019)."""
 
+        def toy(self) -> "Tiny.Config":
+            """Some thousand weights."""
+            return self.model_copy(update={"width": 12, "channels": (2, 3, 4, 6), "blocks": 1})
+
     sampling_rate = _RATE
     seconds_per_token = 4 * _HOP / _RATE
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from pal.backbone.cost import Added, LayerAdded, Step, attend_among, project_kv
 from pal.backbone.llm import Backbone
 from pal.backbone.stream_kv import Layout
 from pal.integrations.base import ClipSpans, Route
 from pal.integrations.keys import zeroed
-from pal.integrations.layers import Layers, chosen_layers
-from pal.integrations.projector import ProjectorOptions, projector
+from pal.integrations.layers import Layers, chosen_layers, toy_layers
+from pal.integrations.projector import ProjectorOptions, projector, projector_cost
 from pal.registry import register
 from pal.types import AudioFeatures
 
@@ -29,10 +30,15 @@ class LALAudioQuery(Route):
         layers: Layers = "all"
         """As in `lal`; the audio is updated in these layers only."""
 
+        def toy(self) -> LALAudioQuery.Config:
+            """For few layers."""
+            return super().toy().model_copy(update={"layers": toy_layers(self.layers)})
+
     def __init__(self, config: Config, in_width: int, llm: Backbone) -> None:
         super().__init__()
         self.config = config
         self.layers = chosen_layers(config.layers, llm)
+        self.in_width = in_width
         self.projector = projector(config, in_width, llm.width)
 
     def spans(self, features: AudioFeatures, llm: Backbone) -> ClipSpans:
@@ -44,6 +50,22 @@ class LALAudioQuery(Route):
             layers=self.layers,
             width_A=features.x_BAE.shape[1],
         )
+
+    def cost(self, step: Step, tokens: int, llm: Backbone) -> Added:
+        """LAL's, with one projector, and before each layer but the last A rows of its attention, A^2 among themselves.
+
+        K and V of a layer are projected twice: among the audio, and for the text.
+        """
+        grad = step.integration or step.features
+        making = projector_cost(self.config, step, step.clips * tokens, self.in_width, llm.width)
+        layers = {}
+        for layer in self.layers:
+            projected, keys_grad = project_kv(llm, step, tokens, grad)
+            layers[layer] = LayerAdded(keys=tokens, grad=keys_grad, making=projected)
+            if layer != self.layers[-1]:
+                updated, grad = attend_among(llm, step, tokens, grad)
+                making = making + updated
+        return Added(making=making, layers=layers)
 
 
 class _Updated:

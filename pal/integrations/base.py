@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from pal.backbone.audio_kv import AudioKV
 from pal.backbone.context import AudioContext, AudioKeys, Block, KeySource, gather
+from pal.backbone.cost import Added, Step
 from pal.backbone.llm import Backbone
 from pal.backbone.stream_kv import Layout, StreamKV
-from pal.errors import PromptError
+from pal.errors import ConfigError, PromptError
 from pal.types import AUDIO, IGNORE, AudioFeatures, LLMInputs, Tokens
 
 
@@ -127,6 +128,14 @@ class Route(Integration):
         """Networks of its own before some of the LLM's layers, which look at the keys in the layers' place."""
         return None
 
+    def cost(self, step: Step, tokens: int, llm: Backbone) -> Added:
+        """What `spans` of clips of so many tokens adds to a training step, in closed form; for `pal plan`.
+
+        Raises:
+            ConfigError: the integration does not say.
+        """
+        raise ConfigError(f"{type(self).__name__} does not say what it costs; give it a method `cost`")
+
     def stored(self, stream: StreamKV) -> ClipSpans:
         """What `spans` gave when the clips were indexed."""
         return ClipSpans(
@@ -178,7 +187,7 @@ class _Row:
     def add_text(self, table_first: int, count: int, labels: list[int] | None) -> None:
         self.table.append(torch.arange(table_first, table_first + count))
         self.positions.append(torch.arange(self.next, self.next + count))
-        self.labels.append(torch.full((count,), IGNORE) if labels is None else torch.tensor(labels))
+        self.labels.append(torch.full((count,), IGNORE) if labels is None else torch.tensor(labels, dtype=torch.long))
         self.is_audio.append(torch.zeros(count, dtype=torch.bool))
         self.next += count
 

@@ -10,6 +10,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from pal.backbone.context import Block
+from pal.backbone.cost import Added, Cost, LayerAdded, Step, attention, linear
 from pal.backbone.llm import Backbone
 from pal.backbone.stream_kv import Layout
 from pal.config import StrictConfig
@@ -38,9 +39,14 @@ class Flamingo(Route):
         ffn: int | None = Field(default=None, ge=1)
         """Width inside the blocks' feed-forward networks; four times the LLM's width when left out."""
 
+        def toy(self) -> Flamingo.Config:
+            """A block at least every four layers."""
+            return self.model_copy(update={"every": min(self.every, 4), "ffn": self.ffn and 32})
+
     def __init__(self, config: Config, in_width: int, llm: Backbone) -> None:
         super().__init__()
         self.config = config
+        self.in_width = in_width
         self.layers = tuple(layer for layer in range(llm.n_layers) if (layer + 1) % config.every == 0)
         if not self.layers:
             raise ConfigError(f"integration 'flamingo': every {config.every} layers is none of {llm.n_layers}")
@@ -61,6 +67,30 @@ class Flamingo(Route):
             width_A=features.x_BAE.shape[1],
             blocks=self.blocks(),
         )
+
+    def cost(self, step: Step, tokens: int, llm: Backbone) -> Added:
+        """In each block: A rows through k and v, T rows through q, out and the block's FFN, and T A in attention."""
+        inner, shared = llm.heads * llm.head_width, llm.kv_heads * llm.head_width
+        ffn = self.config.ffn or 4 * llm.width
+        own, size = step.integration, step.own_bytes
+        keys_grad = own or step.features
+
+        def block(x_grad: bool, length: int) -> Cost:
+            rows, audio = step.rows * length, step.clips * tokens
+            cost = linear(audio, self.in_width, shared, keys_grad, own, size)
+            cost += linear(audio, self.in_width, shared, keys_grad, own, size, kept=True)
+            cost += linear(rows, llm.width, inner, x_grad or own, own, size)
+            cost += attention(step.rows, llm.heads, length, tokens, llm.head_width, x_grad or keys_grad)
+            mixed = x_grad or keys_grad
+            cost += linear(rows, inner, llm.width, mixed, own, size, kept=True)
+            cost += linear(rows, llm.width, ffn, mixed, own, size) + linear(rows, ffn, llm.width, mixed, own, size)
+            # queries, what attention gives, keys and values; the inputs of both gates, both norms and the GELU
+            attended = 2 * rows * inner + 2 * step.rows * tokens * shared
+            kept = attended + rows * (2 * llm.width + ffn) + step.rows * length * tokens
+            normed = 4 * (2 * rows * llm.width + audio * self.in_width)
+            return cost + Cost(saved=(kept * size + normed) * mixed)
+
+        return Added(layers={layer: LayerAdded(keys=tokens, grad=keys_grad, block=block) for layer in self.layers})
 
 
 class _Keys:

@@ -1,15 +1,20 @@
 """PAL, the hybrid: summary tokens as rows through all layers, every token by LAL in the early ones."""
 
+from __future__ import annotations
+
+from dataclasses import replace
+
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
+from pal.backbone.cost import Added, Step, linear
 from pal.backbone.llm import Backbone
 from pal.backbone.stream_kv import Layout
 from pal.integrations.base import ClipSpans, Route
 from pal.integrations.keys import ProjectedKeys, zeroed
-from pal.integrations.layers import Layers, chosen_layers
-from pal.integrations.projector import LayerProjectorOptions, LayerProjectors, projector
+from pal.integrations.layers import Layers, chosen_layers, toy_layers
+from pal.integrations.projector import LayerProjectorOptions, LayerProjectors, projector, projector_cost
 from pal.registry import register
 from pal.types import AudioFeatures
 
@@ -26,10 +31,15 @@ class PAL(Route):
         layers: Layers = "first_third"
         """Layers with LAL, as in `lal` (paper: the first third)."""
 
+        def toy(self) -> PAL.Config:
+            """For few layers."""
+            return super().toy().model_copy(update={"layers": toy_layers(self.layers)})
+
     def __init__(self, config: Config, in_width: int, llm: Backbone) -> None:
         super().__init__()
         self.config = config
         self.layers = chosen_layers(config.layers, llm)
+        self.in_width = in_width
         self.summarize = nn.Conv1d(in_width, in_width, kernel_size=config.stride, stride=config.stride)
         self.projector = projector(config, in_width, llm.width)
         self.projectors = LayerProjectors(config, self.layers, in_width, llm.width)
@@ -43,6 +53,21 @@ class PAL(Route):
             keys=ProjectedKeys(features, self.projectors, llm),
             layers=self.layers,
             width_A=features.x_BAE.shape[1],
+        )
+
+    def cost(self, step: Step, tokens: int, llm: Backbone) -> Added:
+        """Ceil(A / r) rows through all layers, and A keys by LAL in the early ones."""
+        S, r, E = -(-tokens // self.config.stride), self.config.stride, self.in_width
+        rows = step.clips * S
+        conv = linear(rows, r * E, E, step.features, step.integration, step.own_bytes)
+        # what comes out of the convolution needs gradients where the convolution trains
+        behind = replace(step, features=step.features or step.integration)
+        summary = projector_cost(self.config, behind, rows, E, llm.width)
+        return Added(
+            rows=S,
+            rows_grad=behind.features,
+            making=conv + summary,
+            layers=self.projectors.cost(step, tokens, llm, self.layers),
         )
 
     def _summary(self, features: AudioFeatures) -> Tensor:

@@ -1,10 +1,13 @@
 """LAL: audio as keys and values only; text rows, and only they, make queries."""
 
+from __future__ import annotations
+
+from pal.backbone.cost import Added, Step
 from pal.backbone.llm import Backbone
 from pal.backbone.stream_kv import Layout
 from pal.integrations.base import ClipSpans, Route
 from pal.integrations.keys import ProjectedKeys
-from pal.integrations.layers import Layers, chosen_layers
+from pal.integrations.layers import Layers, chosen_layers, toy_layers
 from pal.integrations.projector import LayerProjectorOptions, LayerProjectors
 from pal.registry import register
 from pal.types import AudioFeatures
@@ -23,6 +26,10 @@ class LAL(Route):
         layers: Layers = "all"
         """all, first_third, {first: share}, {last: share}, {range: [from, to]}, or a list of layer numbers."""
 
+        def toy(self) -> LAL.Config:
+            """For few layers."""
+            return super().toy().model_copy(update={"layers": toy_layers(self.layers)})
+
     def __init__(self, config: Config, in_width: int, llm: Backbone) -> None:
         super().__init__()
         self.config = config
@@ -38,3 +45,7 @@ class LAL(Route):
             layers=self.layers,
             width_A=features.x_BAE.shape[1],
         )
+
+    def cost(self, step: Step, tokens: int, llm: Backbone) -> Added:
+        """In each of its layers: A rows through P_l, k_proj and v_proj, and T (A + T) in attention."""
+        return Added(layers=self.projectors.cost(step, tokens, llm, self.layers))

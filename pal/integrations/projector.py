@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Literal
+from typing import Literal, Self
 
 from pydantic import Field, model_validator
 from torch import nn
 
+from pal.backbone.cost import Cost, LayerAdded, Step, linear, project_kv, total
+from pal.backbone.llm import Backbone
 from pal.config import StrictConfig
 
 
@@ -32,6 +34,11 @@ class ProjectorOptions(StrictConfig):
                 raise ValueError(f"'{option}' is not used by the projector '{self.projector}'; leave it out")
         return self
 
+    def toy(self) -> Self:
+        """Narrow where a width was given."""
+        sizes = {"hidden": 24} if self.hidden else {}
+        return self.model_copy(update={**sizes, "rank": min(self.rank, 4)} if self.projector == "low_rank" else sizes)
+
 
 class LayerProjectorOptions(ProjectorOptions):
     """The same, for a projector in each of several layers."""
@@ -54,6 +61,25 @@ def projector(options: ProjectorOptions, in_width: int, out_width: int) -> nn.Mo
     return nn.Sequential(*layers[:-1])
 
 
+def projector_cost(
+    options: ProjectorOptions, step: Step, rows: int, in_width: int, out_width: int, kept: bool = False
+) -> Cost:
+    """What `projector` costs on so many rows; `kept`: something else keeps the features already."""
+    middle = {"linear": [], "low_rank": [options.rank]}.get(
+        options.projector, [options.hidden or out_width] * (options.depth - 1)
+    )
+    widths = [in_width, *middle, out_width]
+    trained, size = step.integration, step.own_bytes
+    parts = []
+    for i, (a, b) in enumerate(pairwise(widths)):
+        x_grad = step.features or (trained and i > 0)
+        # autocast makes a copy of the features for each product
+        parts.append(linear(rows, a, b, x_grad, trained, size, kept=kept and i == 0 and not step.autocast))
+        if options.projector == "mlp" and i > 0 and (trained or step.features):
+            parts.append(Cost(saved=rows * a * size))  # what the GELU before it takes
+    return total(parts)
+
+
 class LayerProjectors(nn.ModuleDict):
     """P_l by the number of the layer; one for all where they are shared."""
 
@@ -61,7 +87,20 @@ class LayerProjectors(nn.ModuleDict):
         names = ["shared"] if options.shared else [str(layer) for layer in layers]
         super().__init__({name: projector(options, in_width, out_width) for name in names})
         self.is_shared = options.shared
+        self.options = options
+        self.widths = (in_width, out_width)
 
     def of(self, layer: int) -> nn.Module:
         """P of one layer."""
         return self["shared" if self.is_shared else str(layer)]
+
+    def cost(self, step: Step, tokens: int, llm: Backbone, layers: Sequence[int]) -> dict[int, LayerAdded]:
+        """What `ProjectedKeys` of clips of so many tokens adds to each of the layers."""
+        added = {}
+        rows = step.clips * tokens
+        u_grad = step.integration or step.features
+        for layer in layers:
+            mapped = projector_cost(self.options, step, rows, *self.widths, kept=layer != layers[0])
+            projected, grad = project_kv(llm, step, tokens, u_grad)
+            added[layer] = LayerAdded(keys=tokens, grad=grad, making=mapped + projected)
+        return added

@@ -12,7 +12,7 @@ from pal.backbone.llm import Backbone
 from pal.config import StrictConfig
 from pal.errors import ConfigError
 from pal.integrations.base import Integration, Route
-from pal.registry import build, lookup, register
+from pal.registry import build, lookup, register, toy
 
 Part = str | dict[str, Any]
 
@@ -36,6 +36,11 @@ class Routed(Integration):
         """Name of an encoder -> the integration of its stream."""
         default: Part = "lal"
         """The integration of streams without an entry."""
+
+        def toy(self) -> Routed.Config:
+            """Each route small."""
+            routes: dict[str, Part] = {name: toy("integration", part) for name, part in self.routes.items()}
+            return Routed.Config(routes=routes, default=toy("integration", self.default))
 
     def __init__(self, config: Config, streams: Sequence[Stream], llm: Backbone) -> None:
         super().__init__()

@@ -11,7 +11,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -48,7 +48,13 @@ class TrainingError(PalError):
     """A loss that is not a number; names the step and its records."""
 
 
-def run(recipe: Recipe, out: Path, resume: bool = False, overwrite: bool = False) -> PalModel:
+def run(
+    recipe: Recipe,
+    out: Path,
+    resume: bool = False,
+    overwrite: bool = False,
+    watch: Callable[[PalModel], None] | None = None,
+) -> PalModel:
     """Train and write into `out`: `model/` (the bundle), `log.jsonl`, `loss.png`, `train.json`, `checkpoints/`.
 
     SIGINT and SIGTERM end the run after the current step with a checkpoint and exit status 130.
@@ -58,6 +64,7 @@ def run(recipe: Recipe, out: Path, resume: bool = False, overwrite: bool = False
         out: folder of the run.
         resume: go on from the newest checkpoint; from the start where there is none.
         overwrite: forget another run in `out`.
+        watch: shown the model before the first stage that is run and after each.
 
     Returns:
         The trained model in evaluation mode, on the device it was trained on.
@@ -75,7 +82,7 @@ def run(recipe: Recipe, out: Path, resume: bool = False, overwrite: bool = False
         return PalModel.from_pretrained(out / "model")
     with accelerator.main_process_first():
         manifests = open_sources(recipe, out / "data")
-    return _Run(recipe, out, accelerator, manifests).run(resume)
+    return _Run(recipe, out, accelerator, manifests, watch).run(resume)
 
 
 def _claim(out: Path, recipe: Recipe, resume: bool, overwrite: bool) -> None:
@@ -99,11 +106,19 @@ def _claim(out: Path, recipe: Recipe, resume: bool, overwrite: bool) -> None:
 class _Run:
     """One run of a recipe: the model, where it stands, and what it writes."""
 
-    def __init__(self, recipe: Recipe, out: Path, accelerator: Accelerator, manifests: dict[str, Manifest]) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        out: Path,
+        accelerator: Accelerator,
+        manifests: dict[str, Manifest],
+        watch: Callable[[PalModel], None] | None,
+    ) -> None:
         self.recipe = recipe
         self.out = out
         self.accelerator = accelerator
         self.manifests = manifests
+        self.watch = watch
         self.state = State(data={name: manifest.digest for name, manifest in manifests.items()})
         self.trained: set[str] = set()
         self.asked = False
@@ -130,9 +145,13 @@ class _Run:
         log = curves.Log(self.out / "log.jsonl", self.state.step) if self.accelerator.is_main_process else None
         try:
             with self._signals():
+                if self.watch is not None:
+                    self.watch(self.model)
                 for index in range(self.state.stage, len(self.recipe.stages)):
                     self._stage(index, found if index == self.state.stage else None, log)
                     found = None
+                    if self.watch is not None:
+                        self.watch(self.model)
         finally:
             if log is not None:
                 log.close()
@@ -174,7 +193,10 @@ class _Run:
         keep, meter = self.recipe.keep, Meter(objective.unit)
         total = state.totals[index]
         place = (accelerator.process_index, accelerator.num_processes)
-        feed = Feed(data, state.stage_step, *place, keep.workers, keep.prefetch)
+        workers = keep.workers
+        if workers is None:
+            workers = 0 if accelerator.device.type == "cpu" else 2
+        feed = Feed(data, state.stage_step, *place, workers, keep.prefetch)
         bar = tqdm(
             total=data.steps,
             initial=state.stage_step,

@@ -144,7 +144,7 @@ class Tags(Objective):
         }
         if not 0 <= config.encoder < len(model.ears.encoders):
             raise ConfigError(f"objective 'tags': no encoder {config.encoder} among {len(model.ears.encoders)}, from 0")
-        self.linear = nn.Linear(model.ears.encoders[config.encoder].width, len(names))
+        self.linear = nn.Linear(model.ears.encoder(config.encoder).width, len(names))
         # Most labels are absent most of the time: start from there instead of from one half.
         nn.init.constant_(self.linear.bias, -3.0)
 

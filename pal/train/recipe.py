@@ -19,7 +19,8 @@ from pal.model_config import ModelConfig
 PARTS = ("encoder", "connector", "projectors", "llm")
 """The parts a stage can train, as `PalModel.parts` names them."""
 
-_Switch = Annotated[bool, BeforeValidator(lambda value: {"full": True, "none": False}.get(value, value))]
+_WORDS = {"full": True, "none": False}
+_Switch = Annotated[bool, BeforeValidator(lambda value: _WORDS.get(value, value) if isinstance(value, str) else value)]
 _LLM = Annotated[
     Literal["none", "full", "lora", "attention"],
     BeforeValidator(lambda value: {True: "full", False: "none"}.get(value, value)),
@@ -191,8 +192,9 @@ class Keeping(StrictConfig):
     """Newest checkpoints that are kept."""
     log_every: int = Field(default=10, gt=0)
     """Steps that one line of the log sums up."""
-    workers: int = Field(default=1, ge=0)
-    """Threads that load the next batches; 0 loads each when it is due."""
+    workers: int | None = Field(default=None, ge=0)
+    """Threads that load the next batches; 0 loads each when it is due. By default 2 beside an accelerator, and 0
+    where the CPU trains: there a thread only takes a core from the training (docs/experiments.md)."""
     prefetch: int = Field(default=3, gt=0)
     """Batches loaded ahead."""
 

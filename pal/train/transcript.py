@@ -43,7 +43,7 @@ class Transcript(Route):
         self._ids_X = torch.tensor([token for ids in words for token in ids])
         self._label_X = torch.repeat_interleave(torch.tensor([len(ids) for ids in words]))
         self._rate = model.sampling_rate
-        self._seconds_per_token = model.ears.encoders[0].seconds_per_token
+        self._seconds_per_token = model.ears.encoder(0).seconds_per_token
         self.tokens = max(1, round(config.seconds_per_row / self._seconds_per_token))
 
     def features(self, batch: Batch) -> AudioFeatures:

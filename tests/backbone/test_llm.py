@@ -1,10 +1,12 @@
 """Losses, generation, adapters, precision and compilation, with each integration."""
 
+from copy import deepcopy
+
 import pytest
 import torch
 from transformers import GenerationConfig
 
-from pal.backbone.llm import LoRA
+from pal.backbone.llm import Backbone, LoRA
 from pal.backbone.tokenizer import train_tokenizer
 from pal.errors import ConfigError, PalError
 from pal.types import AUDIO, Tokens
@@ -14,6 +16,7 @@ from tests.identities.models import (
     VOCAB,
     conversation,
     features,
+    fields,
     make_backbone,
     make_integration,
     shared,
@@ -234,3 +237,12 @@ def test_facts():
     assert llm.layer_types == ("sliding_attention", "full_attention", "sliding_attention")
     assert shared("mistral", "lal")[0].windows == (7, 7, 7)
     assert shared("qwen2", "lal")[0].windows == (None,) * 3
+
+
+def test_the_given_fields_stay_as_they_are():
+    """transformers writes `rope_theta` into a given `rope_scaling`; a run could then not be resumed."""
+    scaling = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    given = fields("llama") | {"rope_theta": 500.0, "rope_scaling": scaling | {"original_max_position_embeddings": 64}}
+    before = deepcopy(given)
+    Backbone.load(given)
+    assert given == before

@@ -106,6 +106,7 @@ def test_training_costs_leave_the_model_as_it_was(integration):
     assert cost.peak_bytes > 4 * trained
 
     clip = model.index((batch.waveforms[0].numpy(), 16_000))
-    rows = clip.rows_BSD.shape[1]
-    stored = clip.k_LBGAC.nbytes + clip.v_LBGAC.nbytes
+    (stream,) = clip.streams
+    rows = stream.rows_BSD.shape[1]
+    stored = stream.k_LBGAC.nbytes + stream.v_LBGAC.nbytes
     assert audio_cache_bytes(model, batch.waveforms[0], row) == stored + rows * 3 * 2 * 1 * 8 * 4

@@ -36,7 +36,7 @@ def digits(folder: Path) -> Path:
 
 
 def test_known_data_sets():
-    assert names() == ["esc50", "fsdd"]
+    assert names() == ["esc50", "folder", "fsdd"]
 
 
 def test_esc50_record(tmp_path):
@@ -114,7 +114,7 @@ def test_fsdd_speakers(tmp_path, options, left):
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("esc", {}, "unknown data set 'esc'; known: esc50, fsdd"),
+        ("esc", {}, "unknown data set 'esc'; known: esc50, folder, fsdd"),
         ("esc50", {"fold": "1"}, "data set 'esc50': unknown key 'fold'; known: esc10, folds, paraphrase"),
         ("esc50", {"folds": "1,9"}, "unknown fold '9'; known: 1, 2, 3"),
         ("fsdd", {"speakers": "dora"}, "unknown speaker 'dora'; known: anna, bert, cleo"),

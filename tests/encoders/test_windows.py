@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from pal.encoders.base import Encoder
+from pal.registry import build, names, toy
 from pal.types import AudioFeatures
 
 
@@ -69,3 +70,18 @@ def test_windows_carry_gradients() -> None:
     features.x_BAE[..., 0][features.mask_BA].sum().backward()
     assert encoder.one.grad is not None
     assert_close(encoder.one.grad.item(), float(clip(25).sum() + clip(4).sum()))
+
+
+@pytest.mark.parametrize("name", names("encoder"))
+def test_front_ends_stay_exact_under_autocast(name: str) -> None:
+    """Products of spectra and filters in bfloat16 would be off by a percent, and numpy cannot read them."""
+    encoder = build("encoder", toy("encoder", name)).eval()
+    seen = []
+    encoder.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    samples_N = torch.randn(encoder.sampling_rate // 2, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        exact = encoder.encode([samples_N])
+        with torch.autocast("cpu", torch.bfloat16):
+            rough = encoder.encode([samples_N])
+    assert torch.equal(*seen)
+    assert exact.lengths == rough.lengths and torch.isfinite(rough.x_BAE).all()

@@ -220,8 +220,8 @@ class Decoder:
         for layer in range(self.c.num_hidden_layers):
             p = f"model.layers.{layer}."
             crossed = [clip for clip in scene.crossed if layer in clip[1]]
-            if crossed:
-                x = self.cross(layer, x, positions, crossed)
+            for weights in {id(clip[0]): clip[0] for clip in crossed}.values():  # stream after stream
+                x = self.cross(layer, x, positions, [clip for clip in crossed if clip[0] is weights])
             extra = list(scene.keys.get(layer, []))
             for i, (layers, start, u) in enumerate(scene.updated):
                 if layer not in layers:

@@ -9,6 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from pal.backbone.llm import LoRA
+from pal.errors import PalError
 from pal.types import AUDIO, AudioFeatures, Tokens
 from tests.identities.models import (
     FAMILIES,
@@ -86,6 +87,21 @@ def test_2_with_one_layer_and_the_same_projector_lal_equals_plits(family):
             close(a, b)
         else:
             assert (a - b).abs().max() > 1e-2
+
+
+@every_family
+@torch.no_grad()
+def test_2_audio_queries_without_feed_forward_networks_are_plits(family):
+    # the clip comes first: audio queries do not see text before it, rows of PLITS do
+    llm = make_backbone(family)
+    for parameter_name, parameter in llm.named_parameters():
+        if "down_proj" in parameter_name:
+            parameter.zero_()
+    plits, queries = make_integration("plits", llm), make_integration("lal_audio_query", llm)
+    queries.projector.load_state_dict(plits.projector.state_dict())
+    row, audio = [conversation([AUDIO, 5, 6, 7])], features(6)
+    a, b = plits(audio, row, llm), queries(audio, row, llm)
+    close(text_rows(llm, plits, row[0], a, llm(a).logits, 0), text_rows(llm, queries, row[0], b, llm(b).logits, 0))
 
 
 # 3
@@ -208,6 +224,10 @@ def test_6_two_chunks_appended_equal_one_shot_at_any_offset(family, name):
     # the later chunks differ in length, so the joined clips do
     mask_BA = torch.arange(3) < torch.tensor([[3], [1]])
     late = AudioFeatures(audio.x_BAE[:, 3:], mask_BA, 0.04)
+    if name == "lal_audio_query":  # its later tokens are made from the earlier ones, which a chunk does not have
+        with pytest.raises(PalError, match="index it whole"):
+            integration.index(early, llm, "d").append(integration.index(late, llm, "d"))
+        return
     both = integration.index(early, llm, "d").append(integration.index(late, llm, "d"))
     assert both.streams[0].lengths == (6, 4)
     whole = AudioFeatures(audio.x_BAE, torch.cat([early.mask_BA, mask_BA], 1), 0.04)

@@ -5,6 +5,7 @@ import torch
 
 from pal.backbone.stream_kv import Layout
 from pal.errors import ConfigError, PromptError
+from pal.integrations.routed import Stream, build_integration
 from pal.registry import build, names
 from pal.types import AUDIO, IGNORE, Tokens
 from tests.identities.models import E, conversation, features, shared
@@ -49,6 +50,15 @@ def test_labels_stand_with_their_tokens(side):
     assert torch.equal(inputs.inputs_embeds_BTD[1, at], table)
 
 
+@pytest.mark.parametrize("name", ["plits", "lal", "pal"])
+def test_a_conversation_that_starts_with_a_clip_can_be_trained(name):
+    llm, integration = shared("llama", name)
+    inputs = integration(features(3), [Tokens([AUDIO, 5, 6], [0], [IGNORE, IGNORE, 6])], llm)
+    assert inputs.labels_BT.dtype == torch.long
+    total, count = llm.loss(inputs)
+    assert count == 1 and total > 0
+
+
 def test_rows_without_labels_have_none():
     llm, integration = shared("llama", "lal")
     assert integration(features(2), [conversation([AUDIO, 5])], llm).labels_BT is None
@@ -64,7 +74,7 @@ def test_refusals():
         integration(features(2), [Tokens([AUDIO], [0])], llm)
 
 
-@pytest.mark.parametrize("name", ["plits", "lal", "pal"])
+@pytest.mark.parametrize("name", ["plits", "lal", "pal", "flamingo", "lal_audio_query"])
 def test_the_llm_is_no_part_of_the_integration(name):
     llm, integration = shared("llama", name)
     own = {id(p) for p in integration.parameters()}
@@ -126,3 +136,50 @@ def test_layout_agrees_with_the_formulas_of_the_design():
             assert layout.key_offsets(A).tolist() == [j + j // r for j in range(A)]
             assert layout.row_offsets(A).tolist() == [(i + 1) * r + i for i in range(S)]
             assert layout.groups(A) * layout.span == S * (r + 1)
+
+
+@pytest.mark.parametrize(
+    "options, parameters",
+    [
+        ({}, E * 32 + 32 + 32 * 32 + 32),
+        ({"hidden": 7}, E * 7 + 7 + 7 * 32 + 32),
+        ({"depth": 3, "hidden": 7}, E * 7 + 7 + 7 * 7 + 7 + 7 * 32 + 32),
+        ({"projector": "linear"}, E * 32 + 32),
+        ({"projector": "low_rank", "rank": 4}, E * 4 + 4 * 32 + 32),
+    ],
+)
+@pytest.mark.parametrize("shared_by_layers", [False, True])
+def test_shapes_of_projectors(options, parameters, shared_by_layers):
+    llm, _ = shared("llama", "lal")
+    integration = build("integration", {"name": "lal", "shared": shared_by_layers} | options, in_width=E, llm=llm)
+    layers = 1 if shared_by_layers else llm.n_layers
+    assert sum(p.numel() for p in integration.parameters()) == layers * parameters
+
+
+def test_options_that_a_projector_does_not_use_are_refused():
+    llm, _ = shared("llama", "lal")
+    for options in ({"projector": "linear", "hidden": 4}, {"rank": 4}, {"projector": "low_rank", "depth": 3}):
+        with pytest.raises(ConfigError, match="not used"):
+            build("integration", {"name": "lal"} | options, in_width=E, llm=llm)
+
+
+def test_flamingo_needs_a_layer_to_stand_before():
+    llm, _ = shared("llama", "lal")
+    assert build("integration", {"name": "flamingo", "every": 3}, in_width=E, llm=llm).layers == (2,)
+    with pytest.raises(ConfigError, match="every 4"):
+        build("integration", {"name": "flamingo"}, in_width=E, llm=llm)
+
+
+def test_each_stream_takes_the_route_of_its_encoder():
+    llm, _ = shared("llama", "lal")
+    streams = [Stream(E, ("whisper",)), Stream(7, ("sslam", "clap")), Stream(5, ("tiny",))]
+    routed = build_integration("pal_routed", streams, llm)
+    assert [type(route).__name__ for route in routed.routes()] == ["PLITS", "LAL", "LAL"]
+    routes = {"clap": "pal", "tiny": {"name": "lal", "layers": [1]}}
+    routed = build_integration({"name": "pal_routed", "routes": routes, "default": "plits"}, streams, llm)
+    assert [type(route).__name__ for route in routed.routes()] == ["PLITS", "PAL", "LAL"]
+    assert routed.routes()[2].layers == (1,)
+    with pytest.raises(ConfigError, match="route of itself"):
+        build_integration({"name": "pal_routed", "default": "pal_routed"}, streams, llm)
+    with pytest.raises(ConfigError, match="unknown integration 'lol'"):
+        build_integration({"name": "pal_routed", "default": "lol"}, streams, llm)

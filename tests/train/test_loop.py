@@ -48,8 +48,8 @@ def trained(manifest: Path, out: Path, base: Path, **fields: Any) -> dict[str, T
 @pytest.mark.parametrize(
     ("train", "moves"),
     [
-        ({"encoder": True}, {"encoder"}),
-        ({"connector": True, "projectors": True}, {"connector", "integration"}),
+        ({"encoder": True}, {"encoders"}),
+        ({"connector": True, "projectors": True}, {"connectors", "integration"}),
         ({"llm": "attention"}, {"self_attn"}),
         ({"llm": "lora"}, {"lora_B"}),
     ],

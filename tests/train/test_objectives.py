@@ -33,12 +33,24 @@ class Encoder(nn.Module):
         return AudioFeatures(x_BAE, mask_BA, 0.1)
 
 
+class Ears(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoders = nn.ModuleList([Encoder()])
+
+    def encoder(self, index: int) -> Any:
+        return self.encoders[index]
+
+    def hear_with(self, index: int, waveforms: list[Tensor]) -> AudioFeatures:
+        return self.encoder(index).encode(waveforms)  # type: ignore[no-any-return]
+
+
 class Model(nn.Module):
     sampling_rate = RATE
 
     def __init__(self) -> None:
         super().__init__()
-        self.encoder = Encoder()
+        self.ears = Ears()
 
 
 LABELS = {"a": {"bell", "dog"}, "b": {"cat", "dog"}}
@@ -73,7 +85,7 @@ def reference(objective: Tags, work: Work, frame_weight: float) -> float:
     for x_N, spans, dataset in zip(work.batch.waveforms, work.batch.tags or [], work.datasets, strict=True):
         if spans is None:
             continue
-        features = objective.model.ears.encoders[0].encode([x_N])  # type: ignore[operator]
+        features = objective.model.ears.encoder(0).encode([x_N])
         p_AJ = objective.linear(features.x_BAE[0]).sigmoid().tolist()
         clip, frames = [], []
         for label in LABELS[dataset]:
@@ -93,7 +105,7 @@ def right(objective: Tags, work: Work) -> tuple[int, int]:
     hits = 0
     for x_N, spans, dataset in zip(work.batch.waveforms, work.batch.tags or [], work.datasets, strict=True):
         if spans is not None:
-            p_AJ = objective.linear(objective.model.ears.encoders[0].encode([x_N]).x_BAE[0]).sigmoid()  # type: ignore[operator]
+            p_AJ = objective.linear(objective.model.ears.encoder(0).encode([x_N]).x_BAE[0]).sigmoid()
             pooled = {label: _pool(p_AJ[:, names.index(label)].tolist()) for label in LABELS[dataset]}
             hits += max(pooled, key=pooled.__getitem__) in {span.label for span in spans}
     return hits, 3
@@ -175,4 +187,4 @@ def test_labels_are_collected_by_dataset() -> None:
 def test_stages_that_cannot_be(fields: dict[str, Any], message: str) -> None:
     stage = Stage(lr=1.0, steps=1, batch={"rows": 1}, **fields)
     with pytest.raises(ConfigError, match=message):
-        build_objective(SimpleNamespace(encoder=Encoder()), stage, [record("a", None)])  # type: ignore[arg-type]
+        build_objective(SimpleNamespace(ears=Ears()), stage, [record("a", None)])  # type: ignore[arg-type]

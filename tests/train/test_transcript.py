@@ -91,4 +91,4 @@ def test_only_the_llm_learns_from_it(model):
     build = FromTranscript(model, parse(Transcript.Config, {}, "test"), {"synth": {"dog"}})
     build(Work(Batch([clip(0.6)], [conversation(model)], tags=[SPANS]), ["synth"], seed=0)).sum.backward()
     assert any(p.grad is not None for p in model.llm.parameters())
-    assert all(p.grad is None for part in (model.encoder, model.integration) for p in part.parameters())
+    assert all(p.grad is None for part in (model.ears, model.integration) for p in part.parameters())

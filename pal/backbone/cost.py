@@ -1,0 +1,257 @@
+"""What a training step of an LLM with audio costs, in closed form.
+
+Counted as torch's FlopCounterMode counts: matrix products only, a multiply-add as two operations, no norms,
+activations or rotary embeddings. Attention is a whole rectangle of queries by keys, masked or not: dense masks save
+nothing, and a causal kernel saves up to half of the text's own share. Its backward pass is five products, as in fused
+kernels, which make the scores a second time.
+
+A product `y = x W` of n rows costs `2 n in out` forward, as much again backward if something before it trains, and
+once more if W does. So a frozen LLM still costs a backward pass from the first layer on into which a gradient has to
+reach, and none before it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from pal.backbone.llm import Backbone, Trained
+
+_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Operations, and bytes that the forward pass keeps for the backward pass."""
+
+    forward: float = 0.0
+    backward: float = 0.0
+    saved: float = 0.0
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(self.forward + other.forward, self.backward + other.backward, self.saved + other.saved)
+
+    def times(self, factor: float) -> Cost:
+        """So many of them at once."""
+        return Cost(self.forward * factor, self.backward * factor, self.saved * factor)
+
+
+def total(costs: Iterable[Cost]) -> Cost:
+    """The sum."""
+    done = Cost()
+    for cost in costs:
+        done = done + cost
+    return done
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a step is made of, as far as cost goes."""
+
+    clips: int
+    """U, distinct clips."""
+    rows: int
+    """B, conversations, each about one clip."""
+    text: int
+    """Text tokens of a conversation."""
+    targets: int
+    """Tokens of a conversation that are trained."""
+    llm: Trained = "none"
+    """What of the LLM trains."""
+    integration: bool = False
+    """Whether the integration's own weights train."""
+    features: bool = False
+    """Whether a gradient has to reach the features: connector or encoder train."""
+    checkpointing: bool = False
+    """Whether layers are computed again in the backward pass."""
+    autocast: bool = False
+    """Whether matrix products run in two bytes whatever the weights are."""
+
+    @property
+    def own_bytes(self) -> int:
+        """Of a number in the integration's matrix products; its weights have four."""
+        return 2 if self.autocast else 4
+
+
+@dataclass(frozen=True)
+class LayerAdded:
+    """What a route adds to one layer."""
+
+    keys: int
+    """K/V pairs of a clip."""
+    grad: bool = False
+    """Whether they need gradients."""
+    making: Cost = field(default_factory=Cost)
+    """Of making them in the layer, where gradient checkpointing drops what is kept and makes it again."""
+    block: Callable[[bool, int], Cost] | None = None
+    """Of a network before the layer that looks at the keys in the layer's place, given whether the rows that go into
+    it need gradients, and T, the rows of a conversation."""
+
+
+@dataclass(frozen=True)
+class Added:
+    """What a route adds to a step: rows of the sequence, keys and values in some layers, and the work to make both."""
+
+    rows: int = 0
+    """Rows of a clip, in every layer."""
+    rows_grad: bool = False
+    """Whether they need gradients."""
+    making: Cost = field(default_factory=Cost)
+    """Of what is made before the first layer."""
+    layers: Mapping[int, LayerAdded] = field(default_factory=dict)
+
+
+def linear(
+    rows: int, inputs: int, outputs: int, x_grad: bool, trained: bool, size: int = 4, kept: bool = False
+) -> Cost:
+    """A product of `rows` rows with a matrix.
+
+    Args:
+        rows: n.
+        inputs: width of x.
+        outputs: width of y.
+        x_grad: whether x needs a gradient.
+        trained: whether the matrix does.
+        size: bytes of a number.
+        kept: whether something else keeps x already.
+    """
+    once = 2.0 * rows * inputs * outputs
+    saved = rows * inputs * size if trained and not kept else 0
+    return Cost(once, once * (x_grad + trained), saved)
+
+
+def attention(batch: int, heads: int, queries: int, keys: int, width: int, grad: bool) -> Cost:
+    """Scaled dot-product attention: two products forward, five backward. What it keeps is counted by the caller."""
+    product = 2.0 * batch * heads * queries * keys * width
+    return Cost(2 * product, 5 * product * grad)
+
+
+def kv_bytes(llm: Backbone, added: Iterable[Added], size: int) -> int:
+    """Bytes of keys and values of one clip while an answer is made: its own and those of its rows."""
+    pairs = sum(llm.n_layers * one.rows + sum(layer.keys for layer in one.layers.values()) for one in added)
+    return 2 * llm.kv_heads * llm.head_width * size * pairs
+
+
+def project_kv(llm: Backbone, step: Step, tokens: int, u_grad: bool) -> tuple[Cost, bool]:
+    """`Backbone.project_kv` of clips of so many tokens, and whether the result needs gradients."""
+    rows, shared = step.clips * tokens, _kv_width(llm)
+    normed = u_grad or step.llm == "full"
+    keys, keys_grad = _matrix(llm, step, "k_proj", rows, llm.width, shared, normed)
+    values, values_grad = _matrix(llm, step, "v_proj", rows, llm.width, shared, normed, kept=True)
+    kept = rows * shared * 4 * (normed + (step.llm == "full")) if llm.key_norm else 0
+    return _norm(llm, step, rows, u_grad) + keys + values + Cost(saved=kept), keys_grad or values_grad
+
+
+def attend_among(llm: Backbone, step: Step, tokens: int, u_grad: bool) -> tuple[Cost, bool]:
+    """`Backbone.attend_among` of clips of so many tokens, and whether the result needs gradients."""
+    rows = step.clips * tokens
+    cost, out_grad = _attention_block(llm, step, step.clips, tokens, 0, rows, u_grad, keys_grad=False)
+    return cost, u_grad or out_grad
+
+
+def decoder(llm: Backbone, step: Step, added: Sequence[Added]) -> Cost:
+    """The LLM over the rows of a step, and all that the routes add to it."""
+    length = step.text + sum(one.rows for one in added)
+    grad = step.llm == "full" or any(one.rows_grad for one in added)
+    cost = total(one.making for one in added)
+    largest = 0.0
+    for layer in range(llm.n_layers):
+        parts = [one.layers[layer] for one in added if layer in one.layers]
+        for part in parts:
+            if part.block is not None:
+                cost = cost + part.block(grad, length)
+                grad = grad or part.grad or step.integration
+        joined = [part for part in parts if part.block is None]
+        own, grad = _layer(llm, step, length, joined, grad)
+        if step.checkpointing and grad:
+            # the last product of the layer need not be made again: nothing is kept of its result
+            again = own.forward - 2.0 * step.rows * length * llm.ffn_width * llm.width
+            largest = max(largest, own.saved)
+            own = Cost(own.forward, own.backward + again, step.rows * length * llm.width * llm.dtype.itemsize)
+        cost = cost + own
+    return cost + Cost(saved=largest) + _norm(llm, step, step.rows * length, grad) + _head(llm, step, grad)
+
+
+def _layer(llm: Backbone, step: Step, length: int, joined: Sequence[LayerAdded], x_grad: bool) -> tuple[Cost, bool]:
+    """One layer, with the making of the keys that join its own; and whether its result needs gradients."""
+    rows = step.rows * length
+    keys = sum(part.keys for part in joined)
+    keys_grad = any(part.grad for part in joined)
+    attended, heard = _attention_block(llm, step, step.rows, length, keys, rows, x_grad, keys_grad)
+    middle = x_grad or heard
+    normed = middle or step.llm == "full"
+    D, F = llm.width, llm.ffn_width
+    gate, gate_grad = _matrix(llm, step, "gate_proj", rows, D, F, normed)
+    up, up_grad = _matrix(llm, step, "up_proj", rows, D, F, normed, kept=True)
+    inner = gate_grad or up_grad
+    down, down_grad = _matrix(llm, step, "down_proj", rows, F, D, inner)
+    # what the gate's activation takes, what it gives, and what it is multiplied with
+    kept = Cost(saved=3 * rows * F * _size(llm, step) * inner)
+    parts = [attended, _norm(llm, step, rows, middle), gate, up, down, kept, *(part.making for part in joined)]
+    return total(parts), middle or down_grad
+
+
+def _attention_block(
+    llm: Backbone, step: Step, batch: int, length: int, keys: int, rows: int, x_grad: bool, keys_grad: bool
+) -> tuple[Cost, bool]:
+    """Norm, projections, attention of `length` rows to themselves and to more keys; whether the result needs grads."""
+    D, inner, shared = llm.width, llm.heads * llm.head_width, _kv_width(llm)
+    normed = x_grad or step.llm == "full"
+    q, q_grad = _matrix(llm, step, "q_proj", rows, D, inner, normed)
+    k, k_grad = _matrix(llm, step, "k_proj", rows, D, shared, normed, kept=True)
+    v, v_grad = _matrix(llm, step, "v_proj", rows, D, shared, normed, kept=True)
+    heard = q_grad or k_grad or v_grad or keys_grad
+    mixed = attention(batch, llm.heads, length, length + keys, llm.head_width, heard)
+    # its result is laid out as the output projection takes it
+    out, out_grad = _matrix(llm, step, "o_proj", rows, inner, D, heard, kept=True)
+    size = _size(llm, step)
+    kept = batch * (2 * length * inner + 2 * (length + keys) * shared) * size + 4 * batch * llm.heads * length
+    if keys or batch > 1:  # a mask of numbers, one for each query that shares a key's head
+        kept += batch * length * (length + keys) * size
+    if llm.key_norm:
+        kept += rows * (inner + shared) * 4 * (1 + (step.llm == "full"))
+    parts = [_norm(llm, step, rows, x_grad), q, k, v, mixed, out, Cost(saved=kept * heard)]
+    return total(parts), out_grad
+
+
+def _head(llm: Backbone, step: Step, x_grad: bool) -> Cost:
+    """Logits of the rows that predict a trained token, and their loss."""
+    rows = step.rows * step.targets
+    full = step.llm == "full"
+    # logits, their float32 copy and the gradient of it
+    logits = rows * llm.vocab * (_size(llm, step) + 8)
+    return linear(rows, llm.width, llm.vocab, x_grad or full, full, _size(llm, step)) + Cost(saved=logits)
+
+
+def _matrix(
+    llm: Backbone, step: Step, name: str, rows: int, inputs: int, outputs: int, x_grad: bool, kept: bool = False
+) -> tuple[Cost, bool]:
+    """One of a layer's linear layers with its adapter, and whether its result needs gradients."""
+    trained = step.llm == "full" or (step.llm == "attention" and name in _ATTENTION)
+    size = _size(llm, step)
+    # autocast makes a copy of x for each product, and one of the matrix
+    copied = step.autocast and llm.dtype.itemsize > size
+    cost = linear(rows, inputs, outputs, x_grad, trained, size, kept and not copied)
+    if copied and (x_grad or trained):
+        cost = cost + Cost(saved=inputs * outputs * size)
+    if llm.lora is None or name not in llm.lora.targets:
+        return cost, x_grad or trained
+    adapts = trained or step.llm == "lora"
+    rank = llm.lora.rank
+    narrow = linear(rows, inputs, rank, x_grad, adapts, step.own_bytes)
+    wide = linear(rows, rank, outputs, x_grad or adapts, adapts, step.own_bytes)
+    return cost + narrow + wide, x_grad or trained or adapts
+
+
+def _norm(llm: Backbone, step: Step, rows: int, x_grad: bool) -> Cost:
+    """What a norm keeps: its input in float32, and the normed one where its weight trains."""
+    full = step.llm == "full"
+    return Cost(saved=rows * llm.width * (4 * (x_grad or full) + llm.dtype.itemsize * full) * llm.norms_each)
+
+
+def _size(llm: Backbone, step: Step) -> int:
+    return min(llm.dtype.itemsize, 2 if step.autocast else 4)
+
+
+def _kv_width(llm: Backbone) -> int:
+    return llm.kv_heads * llm.head_width

@@ -1,0 +1,177 @@
+"""Published checkpoints into folders of safetensors that our encoders read.
+
+The only place that opens a `.pt`. It is read with `weights_only`, so that no code in it can run;
+what needs more than that is refused.
+"""
+
+import json
+import re
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pal.config import StrictConfig, parse
+from pal.encoders import beats, sslam, weights
+from pal.errors import ConfigError
+from pal.files import atomic_folder
+
+Converted = tuple[StrictConfig, dict[str, Tensor]]
+"""Sizes for `config.json`, and the tensors by their names in the folder."""
+
+
+def convert(source: str | Path, out: str | Path, layout: str) -> dict[str, Any]:
+    """Write the encoder in a checkpoint as a folder, whole or not at all.
+
+    Args:
+        source: a file that `torch.save` wrote.
+        out: the folder to make.
+        layout: whose names the checkpoint has, one of `LAYOUTS`.
+
+    Returns:
+        The facts: `out`, `layout`, `numbers` (written), and `left_out` (tensors that
+        the encoder does not need).
+
+    Raises:
+        ConfigError: unknown layout, `out` exists, or a file that is not what the layout says.
+    """
+    source, out = Path(source), Path(out)
+    if layout not in LAYOUTS:
+        raise ConfigError(f"unknown layout '{layout}'; known: {', '.join(sorted(LAYOUTS))}")
+    if out.exists():
+        raise ConfigError(f"{out}: exists already; name a folder that does not")
+    checkpoint = _load(source)
+    stored = checkpoint["model"]
+    sizes, tensors = LAYOUTS[layout](checkpoint, str(source))
+    from safetensors.torch import save_file
+
+    with atomic_folder(out) as temporary:
+        own = {name: tensor.detach().clone().contiguous() for name, tensor in tensors.items()}
+        save_file(own, temporary / weights.WEIGHTS, metadata={"format": "pt"})
+        (temporary / weights.CONFIG).write_text(json.dumps(sizes.model_dump(mode="json"), indent=1) + "\n")
+    return {
+        "out": str(out),
+        "layout": layout,
+        "numbers": sum(tensor.numel() for tensor in tensors.values()),
+        "left_out": len(stored) - len(tensors),
+    }
+
+
+def _load(source: Path) -> dict[str, Any]:
+    """The checkpoint, with a "model" of named tensors. Raises ConfigError where it is none, or is not safe to read."""
+    if not source.is_file():
+        raise ConfigError(f"{source}: no such file; give the checkpoint as it was published")
+    try:
+        with warnings.catch_warnings():
+            # what torch thinks of an odd file is said in one line below
+            warnings.simplefilter("ignore")
+            found = torch.load(source, map_location="cpu", weights_only=True)
+    # A file that is no checkpoint, or half of one, fails in whatever way its bytes lead to.
+    except Exception as error:
+        refused = re.search(r"GLOBAL ([\w.]+)", str(error))
+        if refused:
+            raise ConfigError(
+                f"{source}: holds an object of {refused[1]}, not only weights, and reading it could run code; where "
+                "it comes from, save it anew with only 'cfg' and 'model' in plain dictionaries"
+            ) from None
+        raise ConfigError(f"{source}: not a file of torch.save, or damaged; fetch it again") from None
+    model = found.get("model") if isinstance(found, dict) else None
+    if not isinstance(model, dict):
+        keys = ", ".join(sorted(map(str, found))[:5]) if isinstance(found, dict) else type(found).__name__
+        raise ConfigError(
+            f"{source}: has no dictionary 'model' (found: {keys}); give the checkpoint as it was published"
+        )
+    return found | {"model": {str(name): tensor for name, tensor in model.items() if isinstance(tensor, Tensor)}}
+
+
+def _sslam(checkpoint: dict[str, Any], where: str) -> Converted:
+    """EAT's and SSLAM's fairseq checkpoints, pre-trained or fine-tuned, into the layout of the Hub."""
+    image = "modality_encoders.IMAGE."
+    renamed = {}
+    for name, tensor in checkpoint["model"].items():
+        # fine-tuned ones hold the whole model as a part of theirs
+        name = name.removeprefix("model.").removeprefix(image)
+        renamed[name.replace("context_encoder.norm.", "pre_norm.")] = tensor
+    shapes = {
+        "local_encoder.proj.weight": (f"{image}local_encoder.proj.weight", 4),
+        "fixed_positional_encoder.positions": (f"{image}fixed_positional_encoder.positions", 3),
+        "blocks.0.mlp.fc1.weight": ("blocks.0.mlp.fc1.weight", 2),
+    }
+    for name, (published, axes) in shapes.items():
+        if name not in renamed or renamed[name].ndim != axes:
+            raise _lacks(where, f"'{published}'")
+    width, _, patch, _ = renamed["local_encoder.proj.weight"].shape
+    found = {
+        "embed_dim": width,
+        "depth": len({name.split(".")[1] for name in renamed if name.startswith("blocks.")}),
+        "num_heads": _heads(checkpoint, width),
+        "mlp_ratio": len(renamed["blocks.0.mlp.fc1.weight"]) / width,
+        "patch_size": patch,
+    }
+    sizes = parse(sslam.Architecture, found, where)
+    published_names = {
+        **{f"{part}.": f"{image}{part}." for part in ("local_encoder", "fixed_positional_encoder")},
+        "extra_tokens": f"{image}extra_tokens",
+        "pre_norm.": f"{image}context_encoder.norm.",
+    }
+    own = _checked(sslam.Network, sizes, sslam.own_layout(renamed, sizes), where, published_names)
+    return sizes, {sslam.PREFIX + name: tensor for name, tensor in own.items()}
+
+
+def _heads(checkpoint: dict[str, Any], width: int) -> int:
+    """Attention heads as the configuration in a fairseq checkpoint says; without it 64 wide ones, as all ViT have."""
+    fields = checkpoint.get("cfg")
+    model = fields.get("model") if isinstance(fields, dict) else None
+    heads = model.get("num_heads") if isinstance(model, dict) else None
+    return heads if isinstance(heads, int) and heads > 0 and width % heads == 0 else max(1, width // 64)
+
+
+def _beats(checkpoint: dict[str, Any], where: str) -> Converted:
+    """The official checkpoints, pre-trained or fine-tuned."""
+    fields = checkpoint.get("cfg")
+    if not isinstance(fields, dict):
+        raise _lacks(where, "the dictionary 'cfg'")
+    if "patch_embedding.weight" not in checkpoint["model"]:
+        raise _lacks(where, "'patch_embedding.weight'")
+    if any(name.startswith("quantize.") for name in checkpoint["model"]):
+        raise ConfigError(f"{where}: is a tokenizer of BEATs; give the checkpoint of a model")
+    # Where a cfg is silent, what the official code takes, which is not what the published models have.
+    silent = {"deep_norm": False, "max_distance": 1280, "relative_position_embedding": False, "gru_rel_pos": False}
+    fields = silent | fields
+    beats.check_kind(fields, where)
+    known = {name: value for name, value in fields.items() if name in beats.Architecture.model_fields}
+    sizes = parse(beats.Architecture, known, f"{where}: cfg")
+    return sizes, _checked(beats.Network, sizes, beats.own_layout(checkpoint["model"], where), where, {})
+
+
+def _checked(
+    network: Callable[[Any], nn.Module],
+    sizes: StrictConfig,
+    tensors: dict[str, Tensor],
+    where: str,
+    published: dict[str, str],
+) -> dict[str, Tensor]:
+    """The network's tensors, all there and in shape; `published` has the beginnings of names that were changed."""
+    with torch.device("meta"):
+        empty = network(sizes)
+    missing = [name for name in empty.state_dict() if name not in tensors]
+    for at, name in enumerate(missing):
+        for ours, theirs in published.items():
+            if name.startswith(ours):
+                missing[at] = theirs + name.removeprefix(ours)
+    if missing:
+        shown = ", ".join(f"'{name}'" for name in missing[:3])
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise _lacks(where, f"{shown}{more}")
+    return weights.check(empty, tensors, where)
+
+
+def _lacks(where: str, what: str) -> ConfigError:
+    return ConfigError(f"{where}: lacks {what}; is it of another layout? known: {', '.join(LAYOUTS)}")
+
+
+LAYOUTS: dict[str, Callable[[dict[str, Any], str], Converted]] = {"beats": _beats, "sslam": _sslam}
+"""Known layouts, by name."""

@@ -1,0 +1,54 @@
+"""A folder of your own: one folder of clips for each label."""
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from pal.config import StrictConfig
+from pal.data.manifest import Record, Turn
+from pal.data.prepare import dataset
+from pal.errors import ManifestError
+from pal.types import TagSpan
+
+SUFFIXES = frozenset([".wav", ".flac", ".mp3", ".ogg", ".oga", ".opus", ".m4a", ".webm", ".aiff", ".aif"])
+
+
+class Options(StrictConfig):
+    """What is asked, and which share of the clips is taken."""
+
+    question: str = "What sound is this?"
+    """Asked about every clip; its answer is the name of the clip's folder, with spaces for underscores."""
+    part: Literal["all", "train", "test"] = "all"
+    """A clip is in `test` or `train` by the digest of its path below the root, so it never changes sides."""
+    test_share: float = Field(default=0.2, gt=0, lt=1)
+    """Of the clips, about."""
+
+
+@dataset("folder", Options)
+def folder(root: Path, options: Options) -> Iterator[Record]:
+    """One record a clip: which label its folder has."""
+    clips = sorted(path for path in root.glob("*/*") if path.suffix.lower() in SUFFIXES)
+    labels = tuple(sorted({_label(path) for path in clips}))
+    if len(labels) < 2:
+        raise ManifestError(f"{root}: {len(labels)} folders with audio; give one folder of clips for each label")
+    for path in clips:
+        place = path.relative_to(root).as_posix()
+        share = int.from_bytes(hashlib.sha256(place.encode()).digest()[:8], "big") / 2**64
+        if options.part != "all" and (share < options.test_share) != (options.part == "test"):
+            continue
+        yield Record(
+            id=f"folder/{place}",
+            clips=(str(path),),
+            turns=(Turn(options.question, _label(path)),),
+            task="classification",
+            dataset="folder",
+            choices=labels,
+            tags=(TagSpan(_label(path)),),
+        )
+
+
+def _label(path: Path) -> str:
+    return path.parent.name.replace("_", " ")

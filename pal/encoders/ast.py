@@ -1,0 +1,113 @@
+"""The Audio Spectrogram Transformer (Gong et al. 2021) from transformers, on the real part of a clip only."""
+
+from typing import Any
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from pal.config import StrictConfig
+from pal.encoders.base import Encoder
+from pal.encoders.checkpoint import Checkpoint
+from pal.encoders.fbank import HOP, RATE, begun_frames, fbank
+from pal.encoders.patches import Frequency, pad_windows, to_features, tokens_per_step
+from pal.errors import ConfigError
+from pal.registry import register
+from pal.types import AudioFeatures
+
+_TYPE = "audio-spectrogram-transformer"
+
+
+@register("encoder", "ast")
+class AST(Encoder):
+    """Patches of 16 mel bins by 160 ms, one every 10 bins and 100 ms: 12 a step, in order of time.
+
+    They equal those that transformers' ASTModel gives for the same window, without its two class
+    tokens and put from frequency-major into time-major order. The network always sees 1024 frames, as
+    it was trained to, of which 101 steps can be made; they stand for 10.1 s, so that is the window.
+    What comes after a clip is the extractor's own padding and is left out of the result.
+    """
+
+    class Config(StrictConfig):
+        """Options of the encoder `ast`: `path`, or `architecture`, or both."""
+
+        path: str | None = None
+        """Hub id or local folder, such as `MIT/ast-finetuned-audioset-10-10-0.4593`."""
+        revision: str | None = None
+        """Branch, tag or commit on the Hub."""
+        architecture: dict[str, Any] | None = None
+        """Fields of transformers' ASTConfig. Where given, nothing is read from `path`: the network is
+        built with random weights, for a caller that then loads its own."""
+        frequency: Frequency = "tokens"
+        """`tokens`: every patch is a token. `mean`: one token a step, the mean over its 12 frequencies."""
+        mean: float = -4.2677393
+        """Of the log-mel frames; AudioSet's, which the models trained on AudioSet take."""
+        std: float = 4.5689974
+        """Of the log-mel frames; they are divided by twice this."""
+
+        def toy(self) -> "AST.Config":
+            """Windows of a second."""
+            sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+            architecture = {**sizes, "max_length": 128}
+            return self.model_copy(update={"path": None, "revision": None, "architecture": architecture})
+
+    sampling_rate = RATE
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.config = config
+        self.network = _build(config.architecture) if config.architecture is not None else _load(config)
+        ast = self.network.config
+        if not isinstance(ast.patch_size, int) or ast.time_stride > ast.patch_size:
+            raise ConfigError("encoder 'ast': needs square patches without gaps between them; give another model")
+        self.width = ast.hidden_size
+        self._patches = (ast.num_mel_bins - ast.patch_size) // ast.frequency_stride + 1
+        self._steps = (ast.max_length - ast.patch_size) // ast.time_stride + 1
+        self._step_seconds = ast.time_stride * HOP / RATE
+        self.seconds_per_token = self._step_seconds / tokens_per_step(self._patches, config.frequency)
+        self.window_seconds = self._steps * self._step_seconds
+        self._padding = self._normalise(0.0)
+
+    def standalone_config(self) -> Config:
+        """A config that builds the same network without reading `path`, for bundles with all weights."""
+        return self.config.model_copy(update={"architecture": self.network.config.to_diff_dict()})
+
+    def frontend(self, samples_N: Tensor) -> Tensor:
+        """Samples at 16 kHz [N] -> normalised log-mel frames of 10 ms [ceil(N / 160), M].
+
+        They equal those of transformers' ASTFeatureExtractor on the clip with up to 159 zeros behind
+        it, which fill the last frame. The steps of 10 ms in which no frame begins have its padding.
+        """
+        frames_FM = self._normalise(fbank(samples_N, mels=self.network.config.num_mel_bins))
+        rest = begun_frames(len(samples_N)) - len(frames_FM)
+        return F.pad(frames_FM, (0, 0, 0, rest), value=self._padding)
+
+    def forward(self, frames_WFM: Tensor, lengths_W: Tensor) -> AudioFeatures:
+        """Frames as `frontend` makes them, zero-padded, and how many of each -> tokens [W, A, E] and mask."""
+        ast = self.network.config
+        padded_WFM = pad_windows(frames_WFM, lengths_W, ast.max_length, self._padding)
+        x_WAE = self.network(padded_WFM).last_hidden_state[:, 2:]  # after the class and distillation tokens
+        x_WSPE = x_WAE.unflatten(1, (self._patches, self._steps)).transpose(1, 2)
+        steps_W = (lengths_W + ast.time_stride - 1) // ast.time_stride
+        return to_features(x_WSPE, steps_W, self.config.frequency, self._step_seconds)
+
+    def _normalise(self, frames: Any) -> Any:
+        return (frames - self.config.mean) / (2 * self.config.std)
+
+
+def _build(architecture: dict[str, Any]) -> Any:
+    """A network with random weights."""
+    from transformers import ASTConfig, ASTModel
+
+    return ASTModel(ASTConfig(**architecture))
+
+
+def _load(config: AST.Config) -> Any:
+    """The network of a Hub id or folder, in float32. Raises ConfigError where there is none."""
+    if config.path is None:
+        raise ConfigError(
+            "encoder 'ast': missing key 'path'; give a Hub id such as MIT/ast-finetuned-audioset-10-10-0.4593"
+        )
+    from transformers import ASTConfig, ASTModel
+
+    checkpoint = Checkpoint("ast", config.path, config.revision)
+    return checkpoint.load(ASTModel, ASTConfig(**checkpoint.fields({_TYPE: None})), part=_TYPE.replace("-", "_"))

@@ -1,0 +1,156 @@
+"""CLAP's audio encoder (HTSAT) from transformers, fused or not, on the real part of a clip only."""
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from pal.config import StrictConfig
+from pal.encoders.base import Encoder
+from pal.encoders.checkpoint import Checkpoint
+from pal.errors import ConfigError
+from pal.registry import register
+from pal.types import AudioFeatures
+
+# The front-end's numbers are those of laion/clap-htsat-fused and laion/clap-htsat-unfused.
+_RATE = 48_000
+_HOP = 480
+_FFT = 1024
+_LOW_HZ = 50
+_HIGH_HZ = 14_000
+_FLOOR = 1e-10
+"""Power that counts as silence: -100 dB."""
+_WINDOW = 10 * _RATE
+"""Samples that the network was trained on."""
+_FRAMES = _WINDOW // _HOP + 1
+_CHANNELS = 4
+"""Spectrograms that a fused model takes: the whole clip and three pieces of it, or one clip four times."""
+
+
+@register("encoder", "clap")
+class Clap(Encoder):
+    """Tokens of the last feature map of transformers' ClapAudioModel, in order of time.
+
+    Wu et al. 2023, "Large-scale contrastive language-audio pretraining with feature fusion and
+    keyword-to-caption augmentation" (arXiv:2211.06687); Chen et al. 2022, "HTS-AT" (arXiv:2202.00874).
+
+    The network always hears 10 s: a shorter clip is repeated as often as it fits whole and filled up
+    with silence ("repeatpad"), as in training. The tokens of the repetitions are left out of the
+    result: they stand at times that the clip does not have, and a dog that barks once would be heard
+    to bark again. Longer clips are taken in windows of 10 s by `encode`. So no window is "longer", and
+    a fused model's fusion of crops, for which transformers' extractor picks crops and clips at
+    random, is never used; its weights get no gradient.
+    """
+
+    class Config(StrictConfig):
+        """Options of the encoder `clap`: `path`, or `architecture`, or both."""
+
+        path: str | None = None
+        """Hub id or local folder with safetensors of a ClapModel, ClapAudioModelWithProjection or
+        ClapAudioModel, such as `laion/clap-htsat-fused`."""
+        revision: str | None = None
+        """Branch, tag or commit on the Hub."""
+        architecture: dict[str, Any] | None = None
+        """Fields of transformers' ClapAudioConfig. Where given, nothing is read from `path`: the
+        network is built with random weights, for a caller that then loads its own."""
+        frequency: Literal["tokens", "concat"] = "tokens"
+        """What becomes of the feature map's two halves of the spectrum, low and high. `tokens`: each is
+        a token, the low one first, 64 of 0.156 s for 10 s; the LLM can tell them apart and the width
+        stays that of the network. `concat`: one token twice as wide, 32 of 0.3125 s, half the cost."""
+
+        def toy(self) -> "Clap.Config":
+            """One layer at each scale."""
+            sizes = {"depths": [1, 1, 1, 1], "num_attention_heads": [1, 2, 2, 2], "patch_embeds_hidden_size": 8}
+            architecture = {**sizes, "hidden_size": 64, "enable_fusion": True}
+            return self.model_copy(update={"path": None, "revision": None, "architecture": architecture})
+
+    sampling_rate = _RATE
+    window_seconds = _WINDOW / _RATE
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.config = config
+        self.network = _build(config.architecture) if config.architecture is not None else _load(config)
+        htsat = self.network.audio_encoder
+        self._fused = bool(htsat.enable_fusion)
+        self._filters_XM = _mel_filters(self.network.config.num_mel_bins, self._fused)
+        # The spectrogram is cut in time into pieces that are stacked along frequency to make a square.
+        side = htsat.spec_size >> (htsat.num_layers - 1)
+        bands = side // htsat.patch_stride[0] // htsat.freq_ratio
+        self._steps = side // htsat.patch_stride[1] * htsat.freq_ratio
+        self._tokens_per_step = bands if config.frequency == "tokens" else 1
+        self.width = htsat.num_features if config.frequency == "tokens" else bands * htsat.num_features
+        self.seconds_per_token = self.window_seconds / self._steps / self._tokens_per_step
+
+    def standalone_config(self) -> Config:
+        """A config that builds the same network without reading `path`, for bundles with all weights."""
+        fields = self.network.config.to_diff_dict()
+        return self.config.model_copy(update={"architecture": fields})
+
+    def frontend(self, samples_N: Tensor) -> Tensor:
+        """Samples at 48 kHz [N] -> mel power in dB, every 10 ms [1001 + steps, M].
+
+        The first 1001 frames are those of transformers' extractor: the clip repeated to 10 s. As many
+        rows of zeros follow as steps of the feature map (0.3125 s) hold some of the clip itself, so
+        that the number of rows says how much is real.
+        """
+        samples_N = samples_N.cpu().double()
+        repeated_N = samples_N.repeat(_WINDOW // len(samples_N))
+        window_N = F.pad(repeated_N, (0, _WINDOW - len(repeated_N)))
+        hann = torch.hann_window(_FFT, dtype=torch.double)
+        spectrum_XF = torch.stft(window_N, _FFT, _HOP, window=hann, pad_mode="reflect", return_complex=True)
+        power_FM = spectrum_XF.abs().square().T @ self._filters_XM
+        decibel_FM = 10 * power_FM.clamp_min(_FLOOR).log10()
+        steps = -(-len(samples_N) * self._steps // _WINDOW)
+        return F.pad(decibel_FM.float(), (0, 0, 0, steps))
+
+    def forward(self, frames_WFM: Tensor, lengths_W: Tensor) -> AudioFeatures:
+        """Frames as `frontend` makes them, zero-padded, and how many of each -> tokens [W, A, E] and mask."""
+        channels = _CHANNELS if self._fused else 1
+        images_WXFM = frames_WFM[:, None, :_FRAMES].expand(-1, channels, -1, -1)
+        longer_W1 = torch.zeros(len(frames_WFM), 1, dtype=torch.bool, device=frames_WFM.device)
+        # X here and below: halves of the spectrum, low to high
+        map_WEXA = self.network(images_WXFM, is_longer=longer_W1).last_hidden_state
+        map_WAXE = map_WEXA.permute(0, 3, 2, 1)
+        x_WAE = map_WAXE.flatten(1, 2) if self.config.frequency == "tokens" else map_WAXE.flatten(2)
+
+        tokens_W = (lengths_W - _FRAMES) * self._tokens_per_step
+        x_WAE = x_WAE[:, : int(tokens_W.max())]
+        mask_WA = torch.arange(x_WAE.shape[1], device=lengths_W.device) < tokens_W[:, None]
+        return AudioFeatures(x_WAE, mask_WA, self.seconds_per_token)
+
+
+def _mel_filters(mels: int, fused: bool) -> Tensor:
+    """Weights [513, M]: HTK's, as torchaudio makes them, for fused models, Slaney's for the others, as in training."""
+    from transformers.audio_utils import mel_filter_bank
+
+    filters = mel_filter_bank(
+        num_frequency_bins=_FFT // 2 + 1,
+        num_mel_filters=mels,
+        min_frequency=_LOW_HZ,
+        max_frequency=_HIGH_HZ,
+        sampling_rate=_RATE,
+        norm=None if fused else "slaney",
+        mel_scale="htk" if fused else "slaney",
+    )
+    return torch.from_numpy(filters).double()
+
+
+def _build(architecture: dict[str, Any]) -> Any:
+    """A network with random weights."""
+    from transformers import ClapAudioConfig, ClapAudioModel
+
+    return ClapAudioModel(ClapAudioConfig(**architecture))
+
+
+def _load(config: Clap.Config) -> Any:
+    """The network of a Hub id or folder, in float32. Raises ConfigError where there is none."""
+    if config.path is None:
+        raise ConfigError("encoder 'clap': missing key 'path'; give a Hub id such as laion/clap-htsat-fused")
+    from transformers import ClapAudioConfig, ClapAudioModel
+
+    checkpoint = Checkpoint("clap", config.path, config.revision)
+    fields = checkpoint.fields({"clap": "audio_config", "clap_audio_model": None})
+    computed = ("relative_position_index", "num_batches_tracked")
+    return checkpoint.load(ClapAudioModel, ClapAudioConfig(**fields), part="audio_model", computed=computed)

@@ -1,0 +1,55 @@
+"""Whisper's log-mel front-end, for networks that take windows of one length and clips of any."""
+
+import torch
+from torch import Tensor
+
+_AFTER = 3
+"""Frames that follow the real ones: two that the 25 ms window of the transform still reaches with
+its front half, and one of silence, whose value all padding up to the full window has."""
+
+
+class WhisperLogMel:
+    """Frames of 10 ms at 16 kHz, equal to those of transformers' extractor on the padded window.
+
+    What is kept of a clip are its real frames and a few more; `fill` makes the whole window of them.
+    """
+
+    def __init__(self, mels: int, frames: int) -> None:
+        """M, the number of mel bins, and the frames of a full window."""
+        from transformers import WhisperFeatureExtractor
+
+        # Built from the number of mel bins alone: a saved one may carry lengths that cut the audio.
+        self._extractor = WhisperFeatureExtractor(feature_size=mels)
+        self._frames = frames
+        self.sampling_rate: int = self._extractor.sampling_rate
+        self.hop: int = self._extractor.hop_length
+        self.window_seconds = frames * self.hop / self.sampling_rate
+
+    def __call__(self, samples_N: Tensor) -> Tensor:
+        """Samples at 16 kHz [N] -> log-mel frames [F, M]: ceil(N / 160) real ones and `_AFTER` more.
+
+        They equal those of transformers' extractor on the clip padded to the window.
+        """
+        frames = -(-len(samples_N) // self.hop) + _AFTER
+        features = self._extractor(
+            samples_N.cpu().float().numpy(),
+            sampling_rate=self.sampling_rate,
+            padding="max_length",
+            # its default is 30 s, most of it silence; at 30 s it mirrors the end, so no further
+            max_length=min(frames, self._frames) * self.hop,
+            return_tensors="pt",
+        )
+        frames_FM = features.input_features[0].T
+        return torch.cat([frames_FM, frames_FM[-1:].expand(frames - len(frames_FM), -1)])
+
+    def fill(self, frames_WFM: Tensor, lengths_W: Tensor) -> Tensor:
+        """Frames as `__call__` makes them, zero-padded, and how many of each -> full windows.
+
+        Each is continued with its own last frame, which is silence.
+        """
+        index_WF = torch.arange(self._frames, device=lengths_W.device).minimum(lengths_W[:, None] - 1)
+        return frames_WFM.gather(1, index_WF[:, :, None].expand(-1, -1, frames_WFM.shape[2]))
+
+    def real(self, lengths_W: Tensor) -> Tensor:
+        """How many of the frames are real, those with samples at their centre or after it: ceil(N / 160)."""
+        return (lengths_W - _AFTER).clamp(max=self._frames)

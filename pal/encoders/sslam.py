@@ -1,0 +1,242 @@
+"""SSLAM (Alex et al., ICLR 2025), which is EAT's ViT-B/16 (Chen et al. 2024) with weights of its own.
+
+Written from the published description, github.com/ta012/SSLAM and its configuration; no weights of
+SSLAM could be had while it was written. What the tests hold it to: an independent implementation in
+plain matrix products, the number of parameters, and the names of both published layouts.
+"""
+
+from typing import Any
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pal.config import StrictConfig, parse
+from pal.encoders import weights
+from pal.encoders.base import Encoder
+from pal.encoders.fbank import HOP, RATE, begun_frames, fbank
+from pal.encoders.patches import Frequency, pad_windows, to_features, tokens_per_step
+from pal.errors import ConfigError
+from pal.registry import register
+from pal.types import AudioFeatures
+
+PREFIX = "model."
+"""Before every weight's name on the Hub."""
+
+_POSITIONS = "fixed_positional_encoder.positions"
+_MEAN = -4.268
+_STD = 4.569
+
+
+class Architecture(StrictConfig):
+    """Sizes of the network, named as in the `config.json` on the Hub. The defaults are SSLAM's: 85.25M parameters."""
+
+    embed_dim: int = Field(default=768, ge=4)
+    """E."""
+    depth: int = Field(default=12, ge=0, le=1_000)
+    """Blocks."""
+    num_heads: int = Field(default=12, ge=1)
+    """H."""
+    mlp_ratio: float = Field(default=4.0, gt=0)
+    """Width of the feed-forward network by E."""
+    patch_size: int = Field(default=16, ge=1)
+    """Frames and mel bins of a patch."""
+    img_size: tuple[int, int] = (1024, 128)
+    """Frames of a window, and M."""
+    norm_eps: float = 1e-6
+    """Of all layer norms."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> "Architecture":
+        if self.embed_dim % self.num_heads or self.embed_dim % 4:
+            raise ValueError(f"embed_dim {self.embed_dim} is no multiple of 4 and of num_heads {self.num_heads}")
+        if any(size < self.patch_size or size % self.patch_size for size in self.img_size):
+            raise ValueError(f"img_size {self.img_size} is no multiple of patch_size {self.patch_size}")
+        return self
+
+
+class Network(nn.Module):
+    """The network; its parts and their names are those of the Hub's layout without the prefix."""
+
+    def __init__(self, sizes: Architecture) -> None:
+        super().__init__()
+        self.local_encoder = _LocalEncoder(sizes)
+        self.extra_tokens = nn.Parameter(0.02 * torch.randn(1, 1, sizes.embed_dim))
+        self.fixed_positional_encoder = _Positions(sizes)
+        self.pre_norm = nn.LayerNorm(sizes.embed_dim, eps=sizes.norm_eps)
+        self.blocks = nn.ModuleList(_Block(sizes) for _ in range(sizes.depth))
+
+    def forward(self, frames_WFM: Tensor) -> Tensor:
+        """Normalised frames of whole windows -> [W, 1 + A, E]: the class token, then A = step * P + patch."""
+        x_WAE = self.local_encoder.proj(frames_WFM[:, None]).flatten(2).mT
+        x_WAE = x_WAE + self.fixed_positional_encoder.positions
+        x_WAE = self.pre_norm(torch.cat([self.extra_tokens.expand(len(x_WAE), -1, -1), x_WAE], 1))
+        for block in self.blocks:
+            x_WAE = block(x_WAE)
+        return x_WAE
+
+
+@register("encoder", "sslam")
+class Sslam(Encoder):
+    """Patches of 16 mel bins by 160 ms: 8 a step, 50 a second, in order of time and from low to high frequency.
+
+    The network always sees 1024 frames, 10.24 s, as it was trained to, and that is the window. What
+    comes after a clip is the padding it was trained with and is left out of the result.
+    """
+
+    class Config(StrictConfig):
+        """Options of the encoder `sslam`: `path`, or `architecture`, or both."""
+
+        path: str | None = None
+        """Hub id, such as `ta012/SSLAM_pretrain`, or a folder that `pal convert` wrote."""
+        revision: str | None = None
+        """Branch, tag or commit on the Hub."""
+        architecture: Architecture | None = None
+        """Sizes. Where given, nothing is read from `path`: the network is built with random weights, for
+        a caller that then loads its own. `{}` is SSLAM's."""
+        frequency: Frequency = "tokens"
+        """`tokens`: every patch is a token, 50 a second. `mean`: one token a step of 160 ms, the mean over
+        its 8 frequencies, as LTU and GAMA do."""
+
+        def toy(self) -> "Sslam.Config":
+            """One block, windows of two and a half seconds."""
+            sizes = Architecture(embed_dim=16, depth=1, num_heads=2, img_size=(256, 128))
+            return self.model_copy(update={"path": None, "revision": None, "architecture": sizes})
+
+    sampling_rate = RATE
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.config = config
+        sizes, tensors = (config.architecture, None) if config.architecture is not None else _read(config)
+        self._sizes = sizes
+        self._patches = sizes.img_size[1] // sizes.patch_size
+        self._step_seconds = sizes.patch_size * HOP / RATE
+        self.width = sizes.embed_dim
+        self.seconds_per_token = self._step_seconds / tokens_per_step(self._patches, config.frequency)
+        self.window_seconds = sizes.img_size[0] * HOP / RATE
+        self._padding = _normalise(0.0)
+        self.network = Network(sizes)
+        if tensors is not None:
+            self.network.load_state_dict(weights.check(self.network, tensors, f"encoder 'sslam': {config.path}"))
+
+    def standalone_config(self) -> Config:
+        """A config that builds the same network without reading `path`, for bundles with all weights."""
+        return self.config.model_copy(update={"architecture": self._sizes})
+
+    def frontend(self, samples_N: Tensor) -> Tensor:
+        """Samples at 16 kHz [N] -> normalised log-mel frames of 10 ms [ceil(N / 160), M].
+
+        The window's mean is taken off, then Kaldi's filter bank with a hanning window. The steps of
+        10 ms in which no frame begins have the network's padding.
+        """
+        frames_FM = _normalise(fbank(samples_N - samples_N.mean(), mels=self._sizes.img_size[1]))
+        rest = begun_frames(len(samples_N)) - len(frames_FM)
+        return F.pad(frames_FM, (0, 0, 0, rest), value=self._padding)
+
+    def forward(self, frames_WFM: Tensor, lengths_W: Tensor) -> AudioFeatures:
+        """Frames as `frontend` makes them, zero-padded, and how many of each -> tokens [W, A, E] and mask."""
+        padded_WFM = pad_windows(frames_WFM, lengths_W, self._sizes.img_size[0], self._padding)
+        x_WSPE = self.network(padded_WFM)[:, 1:].unflatten(1, (-1, self._patches))
+        steps_W = (lengths_W + self._sizes.patch_size - 1) // self._sizes.patch_size
+        return to_features(x_WSPE, steps_W, self.config.frequency, self._step_seconds)
+
+
+class _LocalEncoder(nn.Module):
+    def __init__(self, sizes: Architecture) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(1, sizes.embed_dim, sizes.patch_size, stride=sizes.patch_size)
+
+
+class _Positions(nn.Module):
+    """Sines and cosines: the first half of the width says at which frequency a patch is, the second at which step."""
+
+    positions: Tensor
+
+    def __init__(self, sizes: Architecture) -> None:
+        super().__init__()
+        steps, patches = (size // sizes.patch_size for size in sizes.img_size)
+        step_A = torch.arange(steps).repeat_interleave(patches)
+        patch_A = torch.arange(patches).repeat(steps)
+        x_AE = torch.cat([_waves(at_A, sizes.embed_dim // 2) for at_A in (patch_A, step_A)], 1)
+        self.register_buffer("positions", x_AE[None])
+
+
+def _waves(at_A: Tensor, width: int) -> Tensor:
+    """Places [A] -> sines, then cosines, of wavelengths from 2 pi to nearly 20,000 pi [A, width]."""
+    rate_C = 10_000 ** -(torch.arange(width // 2, dtype=torch.float64) / (width // 2))
+    angle_AC = at_A[:, None] * rate_C
+    return torch.cat([angle_AC.sin(), angle_AC.cos()], 1).float()
+
+
+class _Block(nn.Module):
+    """Self-attention and a feed-forward network, each with the norm after its sum (`post-norm`)."""
+
+    def __init__(self, sizes: Architecture) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(sizes.embed_dim, eps=sizes.norm_eps)
+        self.attn = _Attention(sizes)
+        self.norm2 = nn.LayerNorm(sizes.embed_dim, eps=sizes.norm_eps)
+        self.mlp = _MLP(sizes)
+
+    def forward(self, x_WAE: Tensor) -> Tensor:
+        x_WAE = self.norm1(x_WAE + self.attn(x_WAE))
+        return self.norm2(x_WAE + self.mlp(x_WAE))
+
+
+class _Attention(nn.Module):
+    def __init__(self, sizes: Architecture) -> None:
+        super().__init__()
+        self.heads = sizes.num_heads
+        self.qkv = nn.Linear(sizes.embed_dim, 3 * sizes.embed_dim)
+        self.proj = nn.Linear(sizes.embed_dim, sizes.embed_dim)
+
+    def forward(self, x_WAE: Tensor) -> Tensor:
+        q_WHAC, k_WHAC, v_WHAC = self.qkv(x_WAE).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        heard_WHAC = F.scaled_dot_product_attention(q_WHAC, k_WHAC, v_WHAC)
+        return self.proj(heard_WHAC.transpose(1, 2).flatten(2))
+
+
+class _MLP(nn.Module):
+    def __init__(self, sizes: Architecture) -> None:
+        super().__init__()
+        inner = round(sizes.embed_dim * sizes.mlp_ratio)
+        self.fc1 = nn.Linear(sizes.embed_dim, inner)
+        self.fc2 = nn.Linear(inner, sizes.embed_dim)
+
+    def forward(self, x_WAE: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x_WAE)))
+
+
+def _normalise(frames: Any) -> Any:
+    return (frames - _MEAN) / (2 * _STD)
+
+
+def _read(config: Sslam.Config) -> tuple[Architecture, dict[str, Tensor]]:
+    """Sizes and tensors of a Hub id or folder. Raises ConfigError where there are none."""
+    if config.path is None:
+        raise ConfigError("encoder 'sslam': missing key 'path'; give a Hub id such as ta012/SSLAM_pretrain")
+    where = f"encoder 'sslam': {config.path}"
+    fields, stored = weights.read(config.path, config.revision, where)
+    sizes = _sizes(fields, where)
+    return sizes, own_layout({name.removeprefix(PREFIX): tensor for name, tensor in stored.items()}, sizes)
+
+
+def own_layout(tensors: dict[str, Tensor], sizes: Architecture) -> dict[str, Tensor]:
+    """Tensors by the names of `Network`, with the positions of one window.
+
+    The published table of positions goes on for two minutes. Without one, the sines and cosines are the same.
+    """
+    own = _Positions(sizes).positions
+    table = tensors.get(_POSITIONS, own)
+    return tensors | {_POSITIONS: table[:, : own.shape[1]]}
+
+
+def _sizes(fields: dict[str, Any], where: str) -> Architecture:
+    known = {name: value for name, value in fields.items() if name in Architecture.model_fields}
+    if fields.get("layer_norm_first"):
+        raise ConfigError(f"{where} has its norms before the attention; this encoder has them after, as SSLAM")
+    if fields.get("stride", known.get("patch_size", 16)) != known.get("patch_size", 16):
+        raise ConfigError(f"{where} has patches that overlap; this encoder has them side by side, as SSLAM")
+    return parse(Architecture, known, f"{where}: {weights.CONFIG}")

@@ -1,0 +1,149 @@
+"""Shapes of public models, for what must know a model's size before anything of it is downloaded.
+
+Each entry has the fields of the model's `config.json` that decide its shape, as its authors publish them; an audio
+encoder that is part of a larger model stands below `audio_config`, as it does there. What is not here is that
+architecture's default.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from pal.errors import ConfigError
+
+
+def _llama(width: int, ffn: int, layers: int, heads: int, head_width: int) -> dict[str, Any]:
+    """Llama 3.2 (model cards of Meta)."""
+    scaling = {
+        "factor": 32.0,
+        "high_freq_factor": 4.0,
+        "low_freq_factor": 1.0,
+        "original_max_position_embeddings": 8192,
+        "rope_type": "llama3",
+    }
+    return {
+        "model_type": "llama",
+        "hidden_size": width,
+        "intermediate_size": ffn,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": 8,
+        "head_dim": head_width,
+        "vocab_size": 128256,
+        "max_position_embeddings": 131072,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 500000.0,
+        "rope_scaling": scaling,
+        "tie_word_embeddings": True,
+    }
+
+
+def _qwen(width: int, ffn: int, layers: int, heads: int, kv_heads: int, vocab: int, tied: bool) -> dict[str, Any]:
+    """Qwen2.5 (arXiv 2412.15115, table 1, and its configurations)."""
+    return {
+        "model_type": "qwen2",
+        "hidden_size": width,
+        "intermediate_size": ffn,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "vocab_size": vocab,
+        "max_position_embeddings": 32768,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1000000.0,
+        "tie_word_embeddings": tied,
+    }
+
+
+def _whisper(width: int, layers: int, heads: int, mels: int = 80) -> dict[str, Any]:
+    """Whisper (arXiv 2212.04356, table 1); the encoder's fields only."""
+    return {
+        "model_type": "whisper",
+        "d_model": width,
+        "encoder_layers": layers,
+        "encoder_attention_heads": heads,
+        "encoder_ffn_dim": 4 * width,
+        "num_mel_bins": mels,
+    }
+
+
+_LLAMA_1B = _llama(2048, 8192, 16, 32, 64)
+_LLAMA_3B = _llama(3072, 8192, 28, 24, 128)
+_QWEN_05B = _qwen(896, 4864, 24, 14, 2, 151936, tied=True)
+_QWEN_15B = _qwen(1536, 8960, 28, 12, 2, 151936, tied=True)
+_QWEN_3B = _qwen(2048, 11008, 36, 16, 2, 151936, tied=True)
+_QWEN_7B = _qwen(3584, 18944, 28, 28, 4, 152064, tied=False)
+
+CONFIGS: dict[str, dict[str, Any]] = {
+    "meta-llama/Llama-3.2-1B": _LLAMA_1B,
+    "meta-llama/Llama-3.2-1B-Instruct": _LLAMA_1B,
+    "meta-llama/Llama-3.2-3B": _LLAMA_3B,
+    "meta-llama/Llama-3.2-3B-Instruct": _LLAMA_3B,
+    "Qwen/Qwen2.5-0.5B": _QWEN_05B,
+    "Qwen/Qwen2.5-0.5B-Instruct": _QWEN_05B,
+    "Qwen/Qwen2.5-1.5B": _QWEN_15B,
+    "Qwen/Qwen2.5-1.5B-Instruct": _QWEN_15B,
+    "Qwen/Qwen2.5-3B": _QWEN_3B,
+    "Qwen/Qwen2.5-3B-Instruct": _QWEN_3B,
+    "Qwen/Qwen2.5-7B": _QWEN_7B,
+    "Qwen/Qwen2.5-7B-Instruct": _QWEN_7B,
+    "openai/whisper-tiny": _whisper(384, 4, 6),
+    "openai/whisper-base": _whisper(512, 6, 8),
+    "openai/whisper-small": _whisper(768, 12, 12),
+    "openai/whisper-medium": _whisper(1024, 24, 16),
+    "openai/whisper-large": _whisper(1280, 32, 20),
+    "openai/whisper-large-v2": _whisper(1280, 32, 20),
+    "openai/whisper-large-v3": _whisper(1280, 32, 20, mels=128),
+    "openai/whisper-large-v3-turbo": _whisper(1280, 32, 20, mels=128),
+    # transformers' ClapAudioConfig has the sizes of these two as its defaults
+    "laion/clap-htsat-fused": {"model_type": "clap", "audio_config": {"enable_fusion": True}},
+    "laion/clap-htsat-unfused": {"model_type": "clap", "audio_config": {"enable_fusion": False}},
+    # AudioFlamingo3EncoderConfig's defaults: 32 layers of 1280, 128 mel bins
+    "nvidia/audio-flamingo-3-hf": {"model_type": "audioflamingo3", "audio_config": {}},
+    # EAT's ViT-B/16, the defaults of the encoder `sslam`
+    "ta012/SSLAM_pretrain": {"embed_dim": 768, "depth": 12, "num_heads": 12, "patch_size": 16},
+    # ASTConfig's defaults
+    "MIT/ast-finetuned-audioset-10-10-0.4593": {"model_type": "audio-spectrogram-transformer"},
+}
+"""Hub id -> fields of its `config.json`."""
+
+
+def config_of(path: str, revision: str | None = None) -> dict[str, Any]:
+    """The fields of a model's `config.json`: a folder's own, else the local cache's, else those known here.
+
+    Nothing is downloaded.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    file = Path(path) / "config.json"
+    if not file.is_file():
+        cached = _cached(path, revision)
+        if cached is None and path in CONFIGS:
+            return dict(CONFIGS[path])
+        if cached is None:
+            raise ConfigError(
+                f"the shape of '{path}' is not known here: no such folder, not in the local cache; "
+                f"fetch it once with: hf download {path} config.json"
+            )
+        file = cached
+    try:
+        fields = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{file}: cannot be read ({error}); fetch it again") from None
+    if not isinstance(fields, dict):
+        raise ConfigError(f"{file}: is no JSON object; fetch it again")
+    return fields
+
+
+def _cached(path: str, revision: str | None) -> Path | None:
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        found = try_to_load_from_cache(path, "config.json", revision=revision)
+    except HFValidationError:  # neither a folder nor a Hub id
+        return None
+    return Path(found) if isinstance(found, str) else None

@@ -1,0 +1,24 @@
+"""What a recipe takes, before anything is loaded: `plan(load_recipe("recipes/paper/llama-3.2-1b/pal.yaml"))`.
+
+The model is built on torch's meta device, where weights have shapes and no numbers, so parameters are counted and not
+estimated. FLOPs of the LLM and of the integrations are closed forms (`pal/backbone/cost.py` and `cost` of each
+integration); those of encoders and connectors are counted on that model. Memory for activations is their sum by the
+same rules. The time of a step is an estimate, and says so.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pal.plan.estimate import Plan
+    from pal.train.recipe import Recipe
+
+__all__ = ["plan"]
+
+
+def plan(recipe: Recipe, gpu: str = "H100", seconds: float = 10.0, text_tokens: int = 128) -> Plan:
+    """The plan of a recipe; see `pal.plan.estimate.make`."""
+    from pal.plan.estimate import make
+
+    return make(recipe, gpu=gpu, seconds=seconds, text_tokens=text_tokens)

@@ -1,0 +1,95 @@
+"""Operations and kept bytes of networks that are not ours to write down in closed form: run once, without numbers."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.flop_counter import FlopCounterMode
+
+from pal.backbone.cost import Cost, total
+from pal.connectors.base import Connector
+from pal.encoders.base import Encoder
+from pal.types import AudioFeatures
+
+
+class Shapes(TorchDispatchMode):
+    """Networks on the meta device run in it although they ask how long their clips are.
+
+    What is computed from numbers stays a number, on the CPU; what a weight or an activation takes part in has a shape
+    alone.
+    """
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        on_meta = str(kwargs.get("device")) == "meta"
+        if any(tensor.is_meta for tensor in given):
+            args, kwargs = tree_map(_without_numbers, (args, kwargs))
+            if "device" in kwargs:
+                kwargs["device"] = torch.device("meta")
+            return func(*args, **kwargs)
+        if not on_meta:
+            return func(*args, **kwargs)
+        made = func(*args, **{**kwargs, "device": torch.device("cpu")})
+        return made.to("meta") if made.is_floating_point() else made
+
+
+def _without_numbers(leaf: Any) -> Any:
+    return leaf.to("meta") if isinstance(leaf, Tensor) else leaf
+
+
+def heard(encoder: Encoder, seconds: float) -> tuple[AudioFeatures, Cost]:
+    """What an encoder on the meta device makes of a clip of so many seconds, and what it costs."""
+    samples = max(1, round(seconds * encoder.sampling_rate))
+    window = samples if encoder.window_seconds is None else round(encoder.window_seconds * encoder.sampling_rate)
+    windows = Counter([window] * (samples // window) + [samples % window] * (samples % window > 0))
+    tokens, parts = 0, []
+    for length, times in windows.items():
+        with FlopCounterMode(display=False) as frontend:
+            frames_1FM = encoder.frontend(torch.zeros(length))[None]
+        features, cost = _counted(encoder, frames_1FM.to("meta"), torch.tensor([frames_1FM.shape[1]]))
+        tokens += times * features.lengths[0]
+        parts.append((cost + Cost(forward=frontend.get_total_flops())).times(times))
+    x_BAE = torch.empty(1, tokens, encoder.width, device="meta")
+    x_BAE.requires_grad_(any(parameter.requires_grad for parameter in encoder.parameters()))
+    mask_BA = torch.ones(1, tokens, dtype=torch.bool)
+    return AudioFeatures(x_BAE, mask_BA, encoder.seconds_per_token), total(parts)
+
+
+def connected(connector: Connector, features: list[AudioFeatures]) -> tuple[AudioFeatures, Cost]:
+    """What a connector on the meta device makes of features of one clip, and what it costs."""
+    out, cost = _counted(connector, *features)
+    x_BAE = torch.empty(out.x_BAE.shape, device="meta").requires_grad_(out.x_BAE.requires_grad)
+    return AudioFeatures(x_BAE, out.mask_BA, out.seconds_per_token), cost
+
+
+def _counted(network: nn.Module, *inputs: Any) -> tuple[AudioFeatures, Cost]:
+    # by storage, since views share it; the weights are there anyway
+    own = {tensor.untyped_storage()._cdata for tensor in (*network.parameters(), *network.buffers())}
+    kept: dict[int, Tensor] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.setdefault(tensor.untyped_storage()._cdata, tensor.detach())
+        return tensor
+
+    counter = FlopCounterMode(display=False)
+    with Shapes(), counter:
+        with saved_tensors_hooks(keep, _unchanged):
+            out: AudioFeatures = network(*inputs)
+        forward = counter.get_total_flops()
+        if out.x_BAE.requires_grad:
+            out.x_BAE.backward(torch.ones_like(out.x_BAE))
+    for parameter in network.parameters():
+        parameter.grad = None
+    saved = sum(tensor.untyped_storage().nbytes() for key, tensor in kept.items() if key not in own)
+    return out, Cost(forward, counter.get_total_flops() - forward, saved)
+
+
+def _unchanged(tensor: Tensor) -> Tensor:
+    return tensor

@@ -1,0 +1,65 @@
+"""A recipe's model with shapes and no numbers, on torch's meta device."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+
+from pal import bundle, known
+from pal.backbone.llm import Backbone, LoRA
+from pal.config import StrictConfig, parse
+from pal.ears import check_ears
+from pal.model import PalModel
+from pal.model_config import LLMConfig, Part
+from pal.registry import check, lookup
+from pal.train.recipe import Recipe
+
+
+def skeleton(recipe: Recipe) -> PalModel:
+    """The model that a recipe starts from. Reads no weights and downloads nothing; it has no tokenizer.
+
+    Raises:
+        ConfigError: a part is unknown, or the shape of one is not known on this machine.
+        BundleError: the recipe goes on from a bundle that cannot be read.
+    """
+    lora = None
+    if recipe.bundle is not None:
+        config, lora = bundle.shape_of(recipe.bundle)
+    else:
+        assert recipe.model is not None
+        config = recipe.model
+    check_ears(config)
+    check("integration", config.integration)
+    config = config.model_copy(update={"encoders": [_bare(part) for part in config.encoders]})
+    with torch.device("meta"):
+        llm = Backbone.load(_fields(config.llm), dtype=getattr(torch, config.llm.dtype))
+        model = PalModel(config, llm, cast(Any, None))
+        if lora is not None:
+            llm.add_lora(parse(LoRA, lora, where=f"bundle {recipe.bundle}"))
+    return model.eval()
+
+
+def _fields(llm: LLMConfig) -> dict[str, Any]:
+    """The LLM's transformers configuration, with the size of its tokenizer where that is made for it."""
+    size = {} if llm.vocabulary is None else {"vocab_size": llm.vocabulary}
+    return size | llm.fields()
+
+
+def _bare(part: Part) -> Part:
+    """An encoder's options with its architecture, for which nothing but a configuration is read."""
+    encoder: Any = lookup("encoder", part["name"])
+    options = encoder.Config.model_fields
+    if "architecture" not in options or part.get("architecture") is not None or part.get("path") is None:
+        return part
+    fields = known.config_of(part["path"], part.get("revision"))
+    # an encoder that is part of a larger model has its fields below this key
+    fields = dict(fields.get("audio_config", fields))
+    sizes = next((t for t in _types(options["architecture"].annotation) if issubclass(t, StrictConfig)), None)
+    if sizes is not None:
+        fields = {name: value for name, value in fields.items() if name in sizes.model_fields}
+    return {**part, "architecture": fields}
+
+
+def _types(annotation: Any) -> list[type]:
+    return [one for one in (annotation, *getattr(annotation, "__args__", ())) if isinstance(one, type)]

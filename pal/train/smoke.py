@@ -1,0 +1,238 @@
+"""`pal train RECIPE --smoke`: the recipe's own classes at toy size, every stage two steps, from random weights.
+
+What a run of days would find out on its last day is tried in seconds: that the parts fit together, that what trains
+changes and what is frozen does not, that a run goes on where it was cut, that its model can be read back and asked.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pal import bundle
+from pal.errors import PalError
+from pal.model import PalModel
+from pal.model_config import ModelConfig, Part
+from pal.registry import toy
+from pal.train import stages
+from pal.train.loop import run
+from pal.train.recipe import PARTS, BatchSize, Keeping, Recipe, Source, Stage, SynthSource
+
+STEPS = 2
+"""Of each stage: the second step is the first whose gradient has passed weights that began at zero."""
+SCENES = 6
+"""Of each source of data."""
+SECONDS = 2.0
+"""Length of a scene."""
+QUESTION = "What do you hear?"
+
+
+class SmokeError(PalError):
+    """What a recipe's toy run has shown to be wrong."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that was found to be right."""
+
+    name: str
+    found: str
+    """What exactly, in a few words."""
+
+
+def smoke(recipe: Recipe, out: Path) -> Iterator[Check]:
+    """Run the toy version of a recipe in the folder `out`, and say what was right as soon as it is known.
+
+    Raises:
+        SmokeError: the first thing that was not.
+        ConfigError: the recipe cannot be made small, or `out` is not empty.
+    """
+    if out.exists() and any(out.iterdir()):
+        raise SmokeError(f"{out} is not empty; give another --out, or none")
+    with _failing("the toy recipe"):
+        small = toy_recipe(recipe)
+    whole = out / "whole"
+    watch = _Watch(small.stages)
+    with _failing("training"):
+        model = run(small, whole, watch=watch)
+    yield Check("trained", f"{len(small.stages)} stages of {STEPS} steps")
+    yield from watch.checks
+    with _failing("reading the bundle back"):
+        again = PalModel.from_pretrained(whole / "model").to(model.device)
+    _same(model.digest, again.digest, "the model's digest changes when it is saved and read back")
+    yield Check("saved and read back", f"digest {again.digest[:12]}")
+    with _failing("asking"):
+        clip = next((whole / "data").glob("*/audio/*.wav"))
+        before, after = (one.ask(str(clip), QUESTION, max_new_tokens=8) for one in (model, again))
+    _same(before, after, "the model that was read back answers another thing")
+    yield Check("asked", f"the same answer before and after, {len(after)} characters")
+    with _failing("resuming"):
+        step = _cut(whole, out / "resumed")
+        resumed = run(small, out / "resumed", resume=True)
+    for name, tensor in model.state_dict().items():
+        if not _equal(tensor, resumed.state_dict()[name]):
+            raise SmokeError(f"cut after step {step} and resumed, '{name}' is not what it is in one go")
+    how = "bit for bit" if model.device.type == "cpu" else "to rounding"
+    yield Check("resumed", f"cut after step {step} of {STEPS * len(small.stages)}, the same weights {how}")
+
+
+def toy_recipe(recipe: Recipe) -> Recipe:
+    """The recipe with small parts and generated data; what its stages do stays."""
+    if recipe.bundle is not None:
+        model, _ = bundle.shape_of(recipe.bundle)
+    else:
+        assert recipe.model is not None
+        model = recipe.model
+    return Recipe(
+        seed=recipe.seed,
+        model=_toy_model(model),
+        data={name: _toy_source(source, i) for i, (name, source) in enumerate(sorted(recipe.data.items()))},
+        stages=[_toy_stage(stage) for stage in recipe.stages],
+        # every step is kept, so that any of them can be gone back to
+        keep=Keeping(checkpoint_every=1, checkpoints=STEPS * len(recipe.stages), log_every=1, workers=0),
+    )
+
+
+def _toy_model(model: ModelConfig) -> ModelConfig:
+    connector: Part | list[Part]
+    if isinstance(model.connector, list):
+        connector = [_toy_connector(part) for part in model.connector]
+    else:
+        connector = toy("connector", model.connector)
+    return ModelConfig(
+        llm=model.llm.toy(),
+        encoders=[toy("encoder", part) for part in model.encoders],
+        connector=connector,
+        integration=toy("integration", model.integration),
+        system=model.system,
+    )
+
+
+def _toy_connector(part: Part) -> Part:
+    options = dict(part)
+    takes = {"encoders": options.pop("encoders")} if "encoders" in options else {}
+    return toy("connector", options) | takes
+
+
+def _toy_source(source: Source, number: int) -> Source:
+    synth = SynthSource(scenes=SCENES, seed=number, seconds=SECONDS, questions_per_scene=4)
+    return Source(synth=synth, weight=source.weight, repeat=source.repeat, augment=source.augment)
+
+
+def _toy_stage(stage: Stage) -> Stage:
+    # a long rise would keep the weights where they are
+    changes = {"steps": STEPS, "epochs": None, "warmup": min(stage.warmup, 1), "batch": _toy_batch(stage.batch)}
+    return Stage(**{**stage.model_dump(), **changes})
+
+
+def _toy_batch(batch: BatchSize) -> BatchSize:
+    accumulate = min(batch.accumulate, 2)
+
+    def least(given: float | None, size: float) -> Any:
+        return None if given is None else min(given, size)
+
+    return BatchSize(
+        rows=least(batch.rows, 2 * accumulate),
+        clips=least(batch.clips, 2 * accumulate),
+        seconds=least(batch.seconds, 2 * accumulate * SECONDS),
+        rows_per_clip=least(batch.rows_per_clip, 2),
+        turns=min(batch.turns, 2),
+        accumulate=accumulate,
+    )
+
+
+class _Watch:
+    """Looks at the weights between the stages."""
+
+    def __init__(self, plan: list[Stage]) -> None:
+        self._stages = iter(plan)
+        self._before: dict[str, Tensor] | None = None
+        self.checks: list[Check] = []
+
+    def __call__(self, model: PalModel) -> None:
+        now = {name: tensor.detach().clone() for name, tensor in stages.named_weights(model).items()}
+        if self._before is not None:
+            self._compare(next(self._stages), model, self._before, now)
+        self._before = now
+
+    def _compare(self, stage: Stage, model: PalModel, before: dict[str, Tensor], now: dict[str, Tensor]) -> None:
+        free = {stages.lasting_name(name) for name, p in model.named_parameters() if p.requires_grad}
+        # adapters that the stage has put in have no weights before it
+        changed = {name for name, tensor in now.items() if name not in before or not torch.equal(tensor, before[name])}
+        trained, frozen = 0, 0
+        for part, names in _names(model).items():
+            names &= set(now)
+            moved = names & changed
+            if not stage.train.part(part):
+                wrong = moved
+            else:
+                # the buffers of what trains, such as batch statistics, may move
+                wrong = {name for name in moved - free if name in dict(_frozen_parameters(model))}
+                if not moved & free:
+                    raise SmokeError(f"stage '{stage.name}' trains the {part}, but none of its weights changed")
+                trained += len(moved & free)
+            if wrong:
+                raise SmokeError(f"stage '{stage.name}' changed '{sorted(wrong)[0]}', which it leaves frozen")
+            frozen += len(names - free)
+        self.checks.append(
+            Check(f"stage {stage.name}", f"{trained} of {len(free)} trained tensors changed, {frozen} frozen did not")
+        )
+
+
+def _names(model: PalModel) -> dict[str, set[str]]:
+    """Part -> the lasting names of its weights and buffers, in the model."""
+    own = {id(module): part for part, module in model.parts().items()}
+    names: dict[str, set[str]] = {part: set() for part in PARTS}
+    for prefix, module in model.named_modules():
+        part = own.get(id(module))
+        if part is not None:
+            held = [*module.named_parameters(prefix=prefix), *module.named_buffers(prefix=prefix)]
+            names[part] = {stages.lasting_name(name) for name, _ in held}
+    return names
+
+
+def _frozen_parameters(model: PalModel) -> Iterator[tuple[str, Tensor]]:
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            yield stages.lasting_name(name), parameter
+
+
+def _cut(whole: Path, folder: Path) -> int:
+    """Make of a finished run one that was cut after its last checkpoint but one; gives that checkpoint's step."""
+    shutil.copytree(whole, folder)
+    shutil.rmtree(folder / "model")
+    (folder / "train.json").unlink()
+    *_, kept, newest = sorted((folder / "checkpoints").glob("step*"))
+    shutil.rmtree(newest)
+    return int(kept.name.removeprefix("step"))
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    """Bit for bit on a CPU; a GPU adds up in another order each time."""
+    if a.device.type == "cpu" or not a.is_floating_point():
+        return torch.equal(a, b)
+    return torch.allclose(a.float(), b.float(), rtol=1e-2, atol=1e-4)
+
+
+def _same(before: object, after: object, fault: str) -> None:
+    if before != after:
+        raise SmokeError(f"{fault}: '{before}' and '{after}'")
+
+
+@contextmanager
+def _failing(doing: str) -> Iterator[None]:
+    """Whatever goes wrong inside becomes one line that says at what it did."""
+    try:
+        yield
+    except PalError as error:
+        raise SmokeError(f"{doing}: {error}") from error
+    except Exception as error:  # of any kind: to find it is what a smoke run is for
+        first = (str(error).splitlines() or [""])[0]
+        raise SmokeError(f"{doing}: {type(error).__name__}: {first}") from error

@@ -1,0 +1,428 @@
+"""Plans: parameters equal those of the model that is built, FLOPs and memory what is counted while it trains."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+from typer.testing import CliRunner
+
+from pal.app.cli import app
+from pal.backbone.cost import Added, Cost, Step, decoder, kv_bytes
+from pal.backbone.tokenizer import train_tokenizer
+from pal.bench.measure import saved_bytes
+from pal.config import parse
+from pal.errors import ConfigError, PalError
+from pal.integrations.base import Route
+from pal.known import CONFIGS, config_of
+from pal.model import PalModel
+from pal.model_config import ModelConfig
+from pal.plan import plan
+from pal.plan.estimate import ANSWER_SHARE, StagePlan
+from pal.plan.gpus import GPUS
+from pal.plan.skeleton import skeleton
+from pal.train.recipe import Recipe, load_recipe
+from pal.train.stages import freeze, set_modes
+from pal.types import AUDIO, IGNORE, Batch, Tokens
+
+ROOT = Path(__file__).parents[1]
+RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
+
+LLM = {
+    "model_type": "llama",
+    "hidden_size": 96,
+    "intermediate_size": 160,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 24,
+    "vocab_size": 320,
+}
+WHISPER = {
+    "name": "whisper",
+    "architecture": {
+        "d_model": 32,
+        "encoder_layers": 2,
+        "encoder_attention_heads": 4,
+        "encoder_ffn_dim": 64,
+        "max_source_positions": 100,
+    },
+}
+INTEGRATIONS: dict[str, Any] = {
+    "plits": "plits",
+    "lal": "lal",
+    "lal, first third": {"name": "lal", "layers": "first_third", "hidden": 40},
+    "lal, last half": {"name": "lal", "layers": {"last": 0.5}, "projector": "low_rank", "rank": 8},
+    "lal, shared": {"name": "lal", "shared": True, "depth": 3},
+    "pal": "pal",
+    "flamingo": {"name": "flamingo", "every": 2},
+    "lal_audio_query": "lal_audio_query",
+    "lal_audio_query, two": {"name": "lal_audio_query", "layers": [1, 3]},
+}
+STAGES: dict[str, dict[str, Any]] = {
+    "connector": {"train": {"connector": True, "projectors": True}},
+    "projectors": {"train": {"projectors": True}},
+    "all": {"train": {"encoder": True, "connector": True, "projectors": True, "llm": "full"}},
+    "llm": {"train": {"llm": "full"}},
+    "attention": {"train": {"connector": True, "projectors": True, "llm": "attention"}},
+    "lora": {"train": {"connector": True, "projectors": True, "llm": "lora", "lora": {"dropout": 0}}},
+}
+SECONDS = 2.0
+TEXT = 64
+
+
+def recipe(integration: Any = "lal", stage: Any = None, llm: Any = None, **model: Any) -> Recipe:
+    stage = {"lr": 1e-3, "steps": 10, "batch": {"rows": 2}} | (stage or STAGES["connector"])
+    fields = {"llm": {"fresh": LLM | (llm or {})}, "encoders": [WHISPER], "integration": integration, **model}
+    return Recipe(model=fields, data={"x": {"manifest": "x"}}, stages=[stage])
+
+
+def built(recipe: Recipe) -> PalModel:
+    """The model of a recipe with weights."""
+    assert recipe.model is not None
+    torch.manual_seed(0)
+    return PalModel.from_config(recipe.model, train_tokenizer(["What is this?"], 280)).eval()
+
+
+def batch_of(model: PalModel, clips: int = 2) -> Batch:
+    """A clip of `SECONDS` for each of the conversations, of `TEXT` tokens after it."""
+    generator = torch.Generator().manual_seed(0)
+    samples = round(SECONDS * model.sampling_rate)
+    waves = [0.1 * torch.randn(samples, generator=generator) for _ in range(clips)]
+    ids = torch.randint(5, 280, (TEXT,), generator=generator).tolist()
+    answer = round(ANSWER_SHARE * TEXT)
+    labels = [IGNORE] * (TEXT + 1 - answer) + ids[-answer:]
+    return Batch(waves, [Tokens([AUDIO, *ids], [i], labels) for i in range(clips)])
+
+
+def prepared(recipe: Recipe) -> tuple[PalModel, Batch]:
+    model, stage = built(recipe), recipe.stages[0]
+    freeze(model, stage.train)
+    model.llm.checkpoint_gradients(stage.gradient_checkpointing)
+    set_modes(model, stage)
+    return model, batch_of(model)
+
+
+# The CPU's fused attention is not among what FlopCounterMode knows; it counts as those of GPUs do.
+_CPU = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *args, out_shape=None, **kwargs: (
+        sdpa_flop_count(q, k, v)
+    ),
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: (
+        lambda out, q, k, v, *args, out_shape=None, **kwargs: sdpa_backward_flop_count(out, q, k, v)
+    ),
+}
+
+
+def counted(recipe: Recipe) -> tuple[int, int]:
+    """Operations of a step's forward and backward pass, counted while they happen."""
+    model, batch = prepared(recipe)
+    counter = FlopCounterMode(display=False, custom_mapping=_CPU)
+    with counter:
+        loss = model.loss(batch).sum
+        forward = counter.get_total_flops()
+        loss.backward()
+    return forward, counter.get_total_flops() - forward
+
+
+def planned(recipe: Recipe) -> StagePlan:
+    return plan(recipe, seconds=SECONDS, text_tokens=TEXT).stages[0]
+
+
+def within(ours: float, theirs: float, share: float = 0.01) -> None:
+    assert ours == pytest.approx(theirs, rel=share), f"{ours:.4g}, not {theirs:.4g}: {ours / theirs - 1:+.1%}"
+
+
+@pytest.mark.parametrize("stage", STAGES.values(), ids=STAGES)
+@pytest.mark.parametrize("integration", INTEGRATIONS.values(), ids=INTEGRATIONS)
+def test_flops(integration: Any, stage: dict[str, Any]) -> None:
+    one = recipe(integration, stage)
+    forward, backward = counted(one)
+    made = planned(one)
+    within(made.forward, forward)
+    within(made.backward, backward)
+
+
+@pytest.mark.parametrize("stage", ["connector", "all", "lora"])
+@pytest.mark.parametrize("integration", INTEGRATIONS.values(), ids=INTEGRATIONS)
+def test_flops_with_gradient_checkpointing(integration: Any, stage: str) -> None:
+    one = recipe(integration, {**STAGES[stage], "gradient_checkpointing": True})
+    forward, backward = counted(one)
+    made = planned(one)
+    within(made.forward, forward)
+    within(made.backward, backward)
+
+
+@pytest.mark.parametrize("stage", ["connector", "all"])
+def test_flops_of_several_encoders(stage: str) -> None:
+    tiny = {"name": "tiny", "width": 16, "channels": [4, 4, 8, 8], "blocks": 1}
+    one = recipe(
+        {"name": "pal_routed", "routes": {"whisper": "plits"}, "default": "lal"},
+        STAGES[stage],
+        encoders=[WHISPER, tiny, {**tiny, "width": 24}],
+        connector=[
+            {"name": "strided_conv", "stride": 5, "encoders": [0]},
+            {"name": "lfst", "width": 32, "encoders": [1, 2]},
+        ],
+    )
+    forward, backward = counted(one)
+    made = planned(one)
+    assert made.audio_tokens == [20, 7]
+    within(made.forward, forward)
+    within(made.backward, backward)
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "qwen3", "gemma", "gemma3_text", "mistral"])
+def test_flops_of_families(kind: str) -> None:
+    for stage in ("connector", "all"):
+        one = recipe("pal", STAGES[stage], llm={"model_type": kind})
+        forward, backward = counted(one)
+        made = planned(one)
+        within(made.forward, forward)
+        within(made.backward, backward)
+
+
+def test_flops_of_objectives_that_leave_parts_out() -> None:
+    text = planned(recipe("plits", {"objective": "text", "train": {"llm": "full"}}))
+    assert text.costs["encoder"] == text.costs["connector"] == Cost()
+    assert text.sequence == TEXT
+    tags = planned(recipe("plits", {"objective": "tags", "train": {"encoder": True}}))
+    assert tags.costs["llm"] == tags.costs["connector"] == Cost()
+    assert tags.backward > tags.forward
+    heard = planned(recipe("plits", {"train": {"encoder": True}}))
+    assert tags.costs["encoder"].forward == heard.costs["encoder"].forward
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("stage", ["connector", "all", "attention"])
+@pytest.mark.parametrize("integration", ["plits", "lal", "pal", "flamingo", "lal_audio_query"])
+def test_kept_activations(integration: str, stage: str, checkpointing: bool) -> None:
+    given = {"name": integration, **({"every": 2} if integration == "flamingo" else {})}
+    # as many key heads as query heads, since the CPU's attention keeps copies for the others
+    heads = {"num_key_value_heads": 6}
+    one = recipe(given, {**STAGES[stage], "gradient_checkpointing": checkpointing}, llm=heads)
+    model, batch = prepared(one)
+    measured = saved_bytes(lambda: model.loss(batch).sum, [*model.parameters(), *model.buffers()])
+    made = planned(one)
+    if checkpointing:
+        # what a layer keeps when it is computed again comes on top at the fullest moment, but not before
+        assert measured < made.memory.activations
+        assert made.memory.activations < planned(recipe(given, STAGES[stage], llm=heads)).memory.activations
+    else:
+        within(made.memory.activations, measured, share=0.15)
+
+
+@pytest.mark.parametrize("integration", INTEGRATIONS.values(), ids=INTEGRATIONS)
+def test_kv_bytes(integration: Any) -> None:
+    one = recipe(integration)
+    model = built(one)
+    batch = batch_of(model, clips=1)
+    index = model.index((batch.waveforms[0].numpy(), model.sampling_rate))
+    stored = sum(stream.k_LBGAC.nbytes + stream.v_LBGAC.nbytes for stream in index.streams)
+    rows = sum(stream.rows_BSD.shape[1] for stream in index.streams)
+    cached = rows * 2 * 4 * LLM["num_hidden_layers"] * LLM["num_key_value_heads"] * LLM["head_dim"]  # type: ignore[operator]
+    # half of it: two bytes a number
+    assert plan(one, seconds=SECONDS).kv_bytes == (stored + cached) / 2
+
+
+def test_closed_forms_by_hand() -> None:
+    """One layer of PLITS and of LAL with the LLM frozen, written out."""
+    shape = {"num_hidden_layers": 1, "vocab_size": 1024}
+    D, F, Wq, Wkv, V, E = 96, 160, 144, 48, 1024, 32
+    A, T, N = 100, TEXT, TEXT // 4
+    plain, injected = (planned(recipe(name, STAGES["projectors"], llm=shape)).costs["llm"] for name in ("plits", "lal"))
+    attention, ffn = 2 * D * Wq + 2 * D * Wkv, 3 * D * F
+    made = 2 * A * (E * D + D * D)
+    forward = 2 * (A + T) * (attention + ffn) + 4 * (A + T) ** 2 * Wq + 2 * N * D * V
+    assert plain.forward == 2 * (made + forward)
+    # dX everywhere, five products of attention; the projector's two dW and one dX
+    backward = 2 * (A + T) * (attention + ffn) + 10 * (A + T) ** 2 * Wq + 2 * N * D * V + made + 2 * A * D * D
+    assert plain.backward == 2 * backward
+    keys = 2 * A * 2 * D * Wkv
+    forward = 2 * T * (attention + ffn) + 4 * T * (A + T) * Wq + 2 * N * D * V
+    assert injected.forward == 2 * (made + keys + forward)
+    # no gradient goes back through q, k and v of the text, as nothing before the only layer trains
+    backward = 2 * T * (D * Wq + ffn) + 10 * T * (A + T) * Wq + 2 * N * D * V + made + 2 * A * D * D + keys
+    assert injected.backward == 2 * backward
+
+
+# What is published: the numbers of parameters on the models' pages, and of Whisper's encoder by hand from its paper.
+PARAMETERS = {
+    "meta-llama/Llama-3.2-1B-Instruct": 1_235_814_400,
+    "meta-llama/Llama-3.2-3B-Instruct": 3_212_749_824,
+    "Qwen/Qwen2.5-0.5B-Instruct": 494_032_768,
+    "Qwen/Qwen2.5-1.5B-Instruct": 1_543_714_304,
+    "Qwen/Qwen2.5-3B-Instruct": 3_085_938_688,
+    "Qwen/Qwen2.5-7B-Instruct": 7_615_616_512,
+}
+
+
+@pytest.mark.parametrize(("path", "count"), PARAMETERS.items())
+def test_published_llms(path: str, count: int) -> None:
+    one = recipe("lal").model_dump(mode="json")
+    one["model"]["llm"] = path
+    one["model"]["encoders"] = ["openai/whisper-small"]
+    parameters = plan(Recipe(**one), seconds=1).parameters
+    fields = config_of(path)
+    D, L, E = fields["hidden_size"], fields["num_hidden_layers"], 768
+    assert parameters == {
+        "encoder": 88_154_112,
+        "connector": 2 * E + 2 * (E * E + E),
+        "projectors": L * (E * D + D + D * D + D),
+        "llm": count,
+    }
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: str(path.relative_to(ROOT / "recipes")))
+def test_recipes(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    one = load_recipe(path)
+    assert one.model is not None
+    made = plan(one)
+    llm = PARAMETERS.get(one.model.llm.path or "")
+    assert llm is None or made.parameters["llm"] == llm
+    assert [stage.name for stage in made.stages] == [stage.name for stage in one.stages]
+    for stage in made.stages:
+        assert 0 < stage.trained_share < 1
+        assert stage.forward > 0 and stage.backward > 0 and math.isfinite(stage.seconds)
+    assert made.fits
+
+
+@pytest.mark.parametrize("integration", INTEGRATIONS.values(), ids=INTEGRATIONS)
+@pytest.mark.parametrize("connector", ["mlp", "qformer", {"name": "strided_conv", "stride": 4}], ids=str)
+def test_parameters_are_those_of_the_model(integration: Any, connector: Any) -> None:
+    one = recipe(integration, connector=connector)
+    with_weights, without = built(one), skeleton(one)
+    shapes = [{name: p.shape for name, p in model.named_parameters()} for model in (with_weights, without)]
+    assert shapes[0] == shapes[1]
+    assert all(p.is_meta for p in without.parameters())
+    parts = {part: sum(p.numel() for p in module.parameters()) for part, module in with_weights.parts().items()}
+    assert plan(one, seconds=1).parameters == parts
+
+
+def test_trained_parameters_of_a_stage() -> None:
+    for name, stage in STAGES.items():
+        one = recipe("pal", stage)
+        model = built(one)
+        trained = freeze(model, one.stages[0].train)
+        made = planned(one)
+        assert made.trained == {part: sum(p.numel() for p in given.values()) for part, given in trained.items()}, name
+        assert made.memory.optimizer == 2 * 4 * sum(made.trained.values())
+        assert made.memory.gradients == 4 * sum(made.trained.values())
+
+
+def test_one_pass_of_a_batch() -> None:
+    batch = {"rows": 24, "rows_per_clip": 6, "turns": 3, "accumulate": 2}
+    made = planned(recipe("plits", {**STAGES["connector"], "batch": batch}))
+    # four clips, in two parts of two; six questions of a clip in two conversations of three
+    assert (made.clips, made.conversations, made.passes) == (2, 4, 2)
+    assert made.sequence == 3 * TEXT + 100
+    half = planned(recipe("plits", {**STAGES["connector"], "batch": {**batch, "rows": 12, "accumulate": 1}}))
+    assert (made.forward, made.backward) == (2 * half.forward, 2 * half.backward)
+    assert made.memory == half.memory
+    seconds = planned(recipe("plits", {**STAGES["connector"], "batch": {"seconds": 11, "clips": 9}}))
+    assert (seconds.clips, seconds.conversations) == (5, 5)
+
+
+def test_long_clips_are_windows() -> None:
+    rest, short, long = (plan(recipe("lal"), seconds=seconds).stages[0] for seconds in (1.0, 2.0, 7.0))
+    assert (rest.audio_tokens, short.audio_tokens, long.audio_tokens) == ([50], [100], [350])
+    # three windows of two seconds, and one of a second
+    whole, window, second = (one.costs["encoder"].forward for one in (long, short, rest))
+    assert whole == 3 * window + second
+
+
+def test_verdict() -> None:
+    one = recipe("plits", {**STAGES["all"], "batch": {"rows": 4096}}).model_dump(mode="json")
+    one["model"]["llm"] = "meta-llama/Llama-3.2-1B-Instruct"
+    assert not plan(Recipe(**one)).fits
+    one["stages"][0]["batch"] = {"rows": 4096, "accumulate": 1024}
+    assert plan(Recipe(**one)).fits
+    small = plan(Recipe(**one), gpu="t4")
+    assert small.gpu.name == "T4" and not small.fits
+    # weights, gradients and two moments in float32 alone
+    assert small.stages[0].memory.total > 16 * 1_235_814_400
+    times = [plan(Recipe(**one), gpu=name).stages[0].seconds for name in ("A100-80", "H100")]
+    assert times[0] > times[1]
+
+
+def test_half_precision_takes_less() -> None:
+    full, half = (
+        planned(recipe("lal", {**STAGES["connector"], "precision": precision})) for precision in ("fp32", "bf16")
+    )
+    assert half.memory.activations < full.memory.activations
+    assert half.seconds < full.seconds
+    assert half.forward == full.forward
+
+
+def test_an_integration_that_does_not_say() -> None:
+    class Silent(Route):
+        def spans(self, features: Any, llm: Any) -> Any:
+            raise NotImplementedError
+
+    with pytest.raises(ConfigError, match="Silent does not say what it costs; give it a method `cost`"):
+        Silent().cost(Step(1, 1, 1, 1), 1, skeleton(recipe()).llm)
+
+
+def test_nothing_added_is_the_text_alone() -> None:
+    llm = skeleton(recipe()).llm
+    step = Step(clips=1, rows=1, text=8, targets=2)
+    assert decoder(llm, step, [Added()]) == decoder(llm, step, [])
+    assert decoder(llm, step, []).backward == 0
+    assert kv_bytes(llm, [Added()], 2) == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"llm": "nobody/nothing"}, r"the shape of 'nobody/nothing' is not known here.*hf download nobody/nothing"),
+        ({"encoders": ["nobody/whisper"]}, "the shape of 'nobody/whisper' is not known here"),
+        ({"encoders": ["wisper"]}, "unknown encoder 'wisper'; known: .*whisper"),
+        ({"llm": {"fresh": {"model_type": "bert"}}}, "LLM family 'bert' is not supported"),
+        ({"integration": "lall"}, "unknown integration 'lall'; known: .*lal"),
+    ],
+)
+def test_faults_are_one_line(change: dict[str, Any], message: str) -> None:
+    one = recipe().model_dump(mode="json")
+    one["model"] = parse(ModelConfig, {**one["model"], **change}, where="test").model_dump(mode="json")
+    with pytest.raises(PalError, match=message) as caught:
+        plan(Recipe(**one))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_folder_and_a_bundle_say_their_shape(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(LLM | {"num_hidden_layers": 2}))
+    assert config_of(str(tmp_path))["num_hidden_layers"] == 2
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        config_of(str(tmp_path))
+    assert config_of("openai/whisper-small")["encoder_layers"] == 12
+    assert all(config_of(name) for name in CONFIGS)
+    stage = {"train": {"projectors": True}, "lr": 1, "steps": 1, "batch": {"rows": 1}}
+    on = Recipe(bundle=ROOT / "pal" / "assets" / "tiny", data={"x": {"manifest": "x"}}, stages=[stage])
+    import pal
+
+    parts = {part: sum(p.numel() for p in module.parameters()) for part, module in pal.load().parts().items()}
+    assert plan(on, seconds=1).parameters == parts
+    with pytest.raises(PalError, match="no such folder"):
+        plan(on.model_copy(update={"bundle": tmp_path / "none"}))
+
+
+def test_the_command(tmp_path: Path) -> None:
+    file = tmp_path / "r.yaml"
+    file.write_text(json.dumps(recipe().model_dump(mode="json", exclude_defaults=True)))
+    runner = CliRunner()
+    done = runner.invoke(app, ["plan", str(file), "--json", "--seconds", "2", "--gpu", "l40s"])
+    assert done.exit_code == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert report["gpu"]["name"] == "L40S" and report["fits"]
+    assert report["stages"][0]["forward_pass"]["audio_tokens"] == [100]
+    text = runner.invoke(app, ["plan", str(file), "--set", "stages.0.batch.rows=8"])
+    assert text.exit_code == 0, text.stderr
+    assert "estimate" in text.stdout and "fits" in text.stdout and "8 clips" in text.stdout
+    wrong = runner.invoke(app, ["plan", str(file), "--gpu", "H1000"])
+    assert wrong.exit_code == 1
+    assert wrong.stderr == f"error: unknown GPU 'H1000'; known: {', '.join(GPUS)}\n"

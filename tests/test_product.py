@@ -1,0 +1,39 @@
+"""A sample of `product.py` in which every two choices meet: each pair of encoder, connector, integration, family."""
+
+from itertools import combinations
+from pathlib import Path
+
+import pytest
+
+from tests.product import CHOICES, ENCODERS, FAMILIES, INTEGRATIONS, Choice, check, name
+
+
+def pairs(choice: Choice) -> set[frozenset[str]]:
+    met = [*choice.encoders, *choice[1:]]
+    return {frozenset(two) for two in combinations(met, 2)}
+
+
+def covering() -> list[Choice]:
+    """The choices that meet most of what has not met yet, one after the other."""
+    missing = set().union(*map(pairs, CHOICES))
+    chosen = []
+    while missing:
+        best = max(CHOICES, key=lambda choice: len(pairs(choice) & missing))
+        chosen.append(best)
+        missing -= pairs(best)
+    return chosen
+
+
+SAMPLE = covering()
+
+
+def test_the_sample_meets_everything() -> None:
+    met = set().union(*map(pairs, SAMPLE))
+    for groups in combinations((ENCODERS, ("mlp", "qformer", "lfst"), INTEGRATIONS, FAMILIES), 2):
+        assert all(frozenset((a, b)) in met for a in groups[0] for b in groups[1])
+    assert len(SAMPLE) < len(CHOICES) / 10
+
+
+@pytest.mark.parametrize("choice", SAMPLE, ids=name)
+def test_choices(choice: Choice, tmp_path: Path) -> None:
+    check(choice, tmp_path)
