@@ -109,7 +109,7 @@ class PalProcessor(ProcessorMixin):
 
     # To tensors
 
-    def __call__(  # type: ignore[override]
+    def __call__(
         self,
         text: str | Sequence[str] | None = None,
         audio: Any = None,
@@ -137,10 +137,9 @@ class PalProcessor(ProcessorMixin):
             raise PromptError("the model takes text and audio only; leave images and videos out")
         if text is None:
             raise PromptError(f"no text; give a prompt with {PLACEHOLDER} where a clip stands")
-        single = isinstance(text, str)
-        texts = [text] if single else list(text)
+        texts = [text] if isinstance(text, str) else list(text)
         clips = _flat(audio)
-        rows = []
+        rows: list[Tokens] = []
         for part, count in zip(texts, _shares(texts, len(clips)), strict=True):
             placed = sum(len(row.clips) for row in rows)
             rows.append(prompts.encode_text(self.tokenizer, part, list(range(placed, placed + count))))
@@ -164,7 +163,7 @@ class PalProcessor(ProcessorMixin):
 
         Args:
             conversation: messages with `role` and `content`, a string or a list of `{"type": "text", "text": ...}` and
-                `{"type": "audio", ...}` with the clip as `audio`, `path`, `url` or `base64`, or without it.
+                `{"type": "audio", ...}` with the clip as `audio`, `path` or `url`, or without it.
             chat_template: in place of the tokenizer's.
             add_generation_prompt: end where the answer begins.
             continue_final_message: not supported.

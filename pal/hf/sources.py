@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import binascii
 import urllib.error
 import urllib.request
 from collections.abc import Mapping
@@ -19,7 +17,7 @@ from pal.errors import AudioError
 
 _SECONDS = 30.0
 """How long a server may take to answer, or to send the next bytes."""
-_KEYS = ("audio", "path", "url", "base64")
+_KEYS = ("audio", "path", "url")
 
 
 def source_of(part: Mapping[str, Any]) -> Any:
@@ -27,14 +25,7 @@ def source_of(part: Mapping[str, Any]) -> Any:
     given = [key for key in _KEYS if part.get(key) is not None]
     if len(given) > 1:
         raise AudioError(f"an audio part has {' and '.join(given)}; give one of {', '.join(_KEYS)}")
-    if not given:
-        return None
-    if given == ["base64"]:
-        try:
-            return base64.b64decode(part["base64"], validate=True)
-        except (binascii.Error, ValueError, TypeError):
-            raise AudioError("an audio part's 'base64' is none; encode the bytes of a file") from None
-    return part[given[0]]
+    return part[given[0]] if given else None
 
 
 def waveform(source: Any, rate: int, source_rate: int | None, allow_urls: bool) -> Tensor:
