@@ -109,7 +109,7 @@ def load(path: str | Path, dtype: torch.dtype | None = None, **hub: Any) -> PalM
 
     folder = find(path, **hub)
     files = verify(folder)
-    description = _description(folder)
+    description = read_description(folder)
     weights = _read_weights(folder, set(files))
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     model = _build(description, {_part_of(name) for name in description["left_out"]}, tokenizer, f"bundle {folder}")
@@ -155,7 +155,7 @@ def upgrade(folder: str | Path) -> None:
     """
     folder = find(folder)
     model = load(folder)
-    description = {**describe(model), **_description(folder)}
+    description = {**describe(model), **read_description(folder)}
     amend(folder, {_CONFIG: _json(description).encode(), _PROCESSOR: _json(_processor(model)).encode()})
 
 
@@ -168,7 +168,7 @@ def shape_of(path: str | Path) -> tuple[ModelConfig, dict[str, Any] | None]:
     if not Path(path).exists():
         raise BundleError(f"{path}: no such folder; give one that save_pretrained wrote")
     folder = find(path)
-    description = _description(folder)
+    description = read_description(folder)
     config = parse(ModelConfig, description["model"], where=f"bundle {folder}")
     llm = LLMConfig(fresh=description["llm"], dtype=config.llm.dtype)
     return config.model_copy(update={"llm": llm, "encoders": description["encoders"]}), description["lora"]
@@ -200,16 +200,11 @@ def find(path: str | Path, **hub: Any) -> Path:
 
 
 def read_description(folder: Path) -> dict[str, Any]:
-    """What the `config.json` of a bundle says, once all its files are checked.
+    """What the `config.json` of a bundle says; see `describe`.
 
     Raises:
-        BundleError: damaged or of another format.
+        BundleError: another format.
     """
-    verify(folder)
-    return _description(folder)
-
-
-def _description(folder: Path) -> dict[str, Any]:
     description: dict[str, Any] = json.loads((folder / _CONFIG).read_text())
     if description.get("format") != FORMAT:
         raise BundleError(

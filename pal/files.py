@@ -102,14 +102,9 @@ def amend(folder: Path, files: Mapping[str, bytes]) -> None:
     write_text(folder / MANIFEST, json.dumps({"sha256": dict(sorted(digests.items()))}, indent=1) + "\n")
 
 
-def strangers(folder: Path) -> list[str]:
+def strangers(folder: Path) -> set[str]:
     """What lies in a folder and is none of the files its manifest names; everything where there is none."""
-    try:
-        own = {MANIFEST, *json.loads((folder / MANIFEST).read_text())["sha256"]}
-    except (OSError, ValueError, KeyError, TypeError):
-        own = set()
-    inside = {str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir()}
-    return sorted(inside - own)
+    return _inside(folder) - _own(folder)
 
 
 def move_into(source: Path, folder: Path) -> None:
@@ -117,17 +112,27 @@ def move_into(source: Path, folder: Path) -> None:
 
     The manifest goes first and comes last, so that what is there half is no bundle.
     """
-    new = json.loads((source / MANIFEST).read_text())["sha256"]
-    old: list[str] = []
-    if (folder / MANIFEST).is_file():
-        old = [name for name in json.loads((folder / MANIFEST).read_text())["sha256"] if name not in new]
-        (folder / MANIFEST).unlink()
-    for name in old:
-        (folder / name).unlink(missing_ok=True)
-    for name in [*new, MANIFEST]:
+    new = _own(source)
+    # only what lies inside: a manifest from elsewhere could name anybody's file
+    old = _own(folder) & _inside(folder)
+    (folder / MANIFEST).unlink(missing_ok=True)
+    for name in old - new - {MANIFEST}:
+        (folder / name).unlink()
+    for name in [*sorted(new - {MANIFEST}), MANIFEST]:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (source / name).replace(folder / name)
     _sync(folder)
+
+
+def _own(folder: Path) -> set[str]:
+    try:
+        return {MANIFEST, *json.loads((folder / MANIFEST).read_text())["sha256"]}
+    except (OSError, ValueError, KeyError, TypeError):
+        return set()
+
+
+def _inside(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir()}
 
 
 def write_text(path: Path, text: str) -> None:

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from pal.errors import BundleError
-from pal.files import MANIFEST, atomic_folder, recover, verify, write_text
+from pal.files import MANIFEST, amend, atomic_folder, move_into, recover, strangers, verify, write_text
 
 
 def write(folder, text="one"):
@@ -82,3 +82,33 @@ def test_write_text_replaces(tmp_path):
     write_text(tmp_path / "x" / "t.txt", "two")
     assert (tmp_path / "x" / "t.txt").read_text() == "two"
     assert len(list((tmp_path / "x").iterdir())) == 1
+
+
+def test_files_are_added_and_replaced(tmp_path):
+    write(tmp_path / "f")
+    amend(tmp_path / "f", {"a.txt": b"new", "c.txt": b"more"})
+    assert set(verify(tmp_path / "f")) == {"a.txt", "sub/b.txt", "c.txt"}
+    assert (tmp_path / "f" / "a.txt").read_text() == "new"
+    (tmp_path / "f" / "c.txt").write_text("changed")
+    with pytest.raises(BundleError, match=r"c\.txt"):
+        amend(tmp_path / "f", {"d.txt": b""})
+    assert set(verify(tmp_path / "f", ["a.txt", "b.txt"])) == {"a.txt", "sub/b.txt", "c.txt"}
+
+
+def test_files_move_beside_others(tmp_path):
+    with atomic_folder(tmp_path / "f") as temporary:
+        (temporary / "old.txt").write_text("old")
+        (temporary / "a.txt").write_text("old")
+    (tmp_path / "f" / "notes").mkdir()
+    (tmp_path / "f" / "notes" / "mine.txt").write_text("mine")
+    (tmp_path / "outside.txt").write_text("somebody's")
+    manifest = json.loads((tmp_path / "f" / MANIFEST).read_text())
+    manifest["sha256"]["../outside.txt"] = ""
+    (tmp_path / "f" / MANIFEST).write_text(json.dumps(manifest))
+    assert strangers(tmp_path / "f") == {"notes/mine.txt"}
+    write(tmp_path / "new")
+    move_into(tmp_path / "new", tmp_path / "f")
+    assert set(verify(tmp_path / "f")) == {"a.txt", "sub/b.txt"}
+    assert strangers(tmp_path / "f") == {"notes/mine.txt"}
+    assert not (tmp_path / "f" / "old.txt").exists()
+    assert (tmp_path / "outside.txt").read_text() == "somebody's"

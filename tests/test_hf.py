@@ -181,6 +181,22 @@ def test_a_model_from_its_configuration_alone_is_untrained(pair):
         PalForConditionalGeneration(PalConfig())
 
 
+def test_all_read_from_the_hub_by_its_id(tmp_path, monkeypatch):
+    """From a cache as huggingface_hub keeps it, since the tests reach no Hub."""
+    commit = "a" * 40
+    cached = tmp_path / "models--me--model"
+    tiny_model(system="Be brief.").save_pretrained(cached / "snapshots" / commit)
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text(commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    for options in ({}, {"revision": commit}):
+        auto = AutoModelForMultimodalLM.from_pretrained("me/model", cache_dir=tmp_path, **options)
+        assert auto.pal.digest == tiny_model().digest
+        assert AutoProcessor.from_pretrained("me/model", cache_dir=tmp_path, **options).system == "Be brief."
+    with pytest.raises(BundleError, match="the Hub did not give it"):
+        PalForConditionalGeneration.from_pretrained("me/model", cache_dir=tmp_path, revision="gone")
+
+
 # The processor
 
 

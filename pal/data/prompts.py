@@ -131,7 +131,7 @@ def encode_as_is(
         PromptError: placeholders and clips differ in number, or the chat template refuses the conversation.
     """
     conversation, typed = _escape_special_tokens(tokenizer, conversation)
-    return _tokens(tokenizer, _render(tokenizer, conversation, prompt), typed, clips)
+    return _tokens(tokenizer, render(tokenizer, conversation, prompt), typed, clips)
 
 
 def encode_text(tokenizer: PreTrainedTokenizerBase, text: str, clips: Sequence[int]) -> Tokens:
@@ -141,11 +141,6 @@ def encode_text(tokenizer: PreTrainedTokenizerBase, text: str, clips: Sequence[i
         PromptError: placeholders and clips differ in number.
     """
     return _tokens(tokenizer, text, {}, clips)
-
-
-def render(tokenizer: PreTrainedTokenizerBase, conversation: Conversation, prompt: bool) -> str:
-    """The text that `encode_as_is` makes ids of, with `<audio>` where clips stand."""
-    return _render(tokenizer, conversation, prompt)
 
 
 def end_of_answer(tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -188,14 +183,14 @@ def _tokens(tokenizer: PreTrainedTokenizerBase, text: str, typed: dict[str, str]
 
 def _pieces(tokenizer: PreTrainedTokenizerBase, conversation: Conversation, train: bool) -> list[tuple[str, bool]]:
     """The rendered text, cut around the answers: (text, is an answer with its end) in order."""
-    whole = _render(tokenizer, conversation, prompt=not train)
+    whole = render(tokenizer, conversation, prompt=not train)
     pieces = []
     done = 0
     for at, message in enumerate(conversation):
         if message["role"] != "assistant":
             continue
-        before = _render(tokenizer, conversation[:at], prompt=True)
-        after = _render(tokenizer, conversation[: at + 1], prompt=False)
+        before = render(tokenizer, conversation[:at], prompt=True)
+        after = render(tokenizer, conversation[: at + 1], prompt=False)
         if not (after.startswith(before) and whole.startswith(after)):
             if train:
                 raise PromptError(
@@ -209,7 +204,12 @@ def _pieces(tokenizer: PreTrainedTokenizerBase, conversation: Conversation, trai
     return [*pieces, (whole[done:], False)]
 
 
-def _render(tokenizer: PreTrainedTokenizerBase, conversation: Conversation, prompt: bool) -> str:
+def render(tokenizer: PreTrainedTokenizerBase, conversation: Conversation, prompt: bool) -> str:
+    """The text of a conversation, with `<audio>` where clips stand; `prompt` ends it where an answer begins.
+
+    Raises:
+        PromptError: the chat template refuses the conversation.
+    """
     if getattr(tokenizer, "chat_template", None) is None:
         return _render_ltu(conversation, prompt)
     try:

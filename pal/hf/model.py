@@ -317,10 +317,6 @@ class PalForConditionalGeneration(PreTrainedModel, GenerationMixin):
         module: nn.Module = self.pal.llm.lm.get_input_embeddings()
         return module
 
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        """Change the LLM's."""
-        self.pal.llm.lm.set_input_embeddings(value)
-
     def get_output_embeddings(self) -> nn.Module:
         """The LLM's head."""
         module: nn.Module = self.pal.llm.lm.get_output_embeddings()

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 _SMALL = (".json", ".jinja", ".txt", ".model")
 """How the names of files end that a processor reads; a bundle's weights are checked by who reads them."""
-_IGNORED = {"images_kwargs", "videos_kwargs", "common_kwargs", "return_mm_token_type_ids", "add_special_tokens"}
+_IGNORED = {"images_kwargs", "videos_kwargs", "common_kwargs", "return_mm_token_type_ids"}
 """Options of other processors that mean nothing here."""
 
 
