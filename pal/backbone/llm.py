@@ -102,6 +102,7 @@ class Backbone(nn.Module):
         key_norm: whether queries and keys are normed before RoPE.
         norms_each: norms that each half of a layer has.
         layer_types: per layer, the key of its rotary embedding in `rope`.
+        dropout: of attention probabilities, while it trains.
         windows: per layer, how many positions back a query sees, itself included; None means all.
     """
 
@@ -118,6 +119,7 @@ class Backbone(nn.Module):
         self.heads: int = config.num_attention_heads
         self.kv_heads: int = config.num_key_value_heads
         self.head_width: int = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        self.dropout: float = config.attention_dropout
         self._typed_rope = config.model_type == "gemma3_text"
         kinds = config.layer_types if self._typed_rope else ["all"] * self.n_layers
         self.layer_types: tuple[str, ...] = tuple(kinds)

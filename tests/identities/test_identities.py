@@ -161,6 +161,20 @@ def test_4_beams_of_a_batch_equal_beams_of_its_items(family, name, side):
     assert together.tolist() == torch.cat(singly).tolist()
 
 
+@both_sides
+@every_integration
+@every_family
+@torch.no_grad()
+def test_4_sets_of_keys_apart_equal_all_keys_under_one_mask(family, name, side, monkeypatch):
+    llm, integration = shared(family, name)
+    rows = [conversation(ids) for ids in PLACEMENTS.values()]
+    inputs = integration(features(7, 11, 5, 9), [rows[0], rows[5], rows[6], rows[4]], llm, side)
+    apart = llm(inputs).logits
+    monkeypatch.setattr(llm, "dropout", 0.5)  # only the latter has dropout
+    real = inputs.attention_mask_BT.bool()
+    close(apart[real], llm(inputs).logits[real])
+
+
 # 5
 
 
