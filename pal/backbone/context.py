@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from pal.backbone.merged import Keys, Piece, masked, prefixes
 from pal.errors import PalError
@@ -30,6 +32,8 @@ class Geometry(Protocol):
 
     dropout: float
     """Of attention probabilities, while it trains."""
+    recomputes_audio: bool
+    """Whether what makes a layer's audio K/V is dropped and made again in the backward pass."""
 
     def rope(self, positions_BA: Tensor) -> Rope:
         """Cos and sin of the LLM's rotary embedding at positions."""
@@ -282,11 +286,14 @@ class AudioView:
         return not (self.context.joined(layer) or self.windows[layer] is not None or self.context.rows_hidden)
 
     def _made(self, which: int, layer: int) -> tuple[Tensor, Tensor]:
-        keys = self.context.keys[which]
+        keys, llm = self.context.keys[which], self.context.llm
         if keys.built is not None:
             k_BGAC, v_BGAC = keys.built[layer]
+        elif llm.recomputes_audio and keys.blocks is None and torch.is_grad_enabled():
+            make = partial(keys.keys_values, layer, llm, self.ropes[which])
+            k_BGAC, v_BGAC = checkpoint(make, use_reentrant=False)
         else:
-            k_BGAC, v_BGAC = keys.keys_values(layer, self.context.llm, self.ropes[which])
+            k_BGAC, v_BGAC = keys.keys_values(layer, llm, self.ropes[which])
         return _expand(k_BGAC, self.beams), _expand(v_BGAC, self.beams)
 
     def cross(self, layer: int, x_BQD: Tensor) -> Tensor:
