@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -17,6 +16,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from pal.backbone.context import AudioView
+from pal.backbone.merged import merged_attention
 from pal.errors import PalError
 
 NAME = "pal"
@@ -45,22 +45,17 @@ def attend(
     Returns:
         [B, Q, H, C] and None (no attention weights).
     """
-    if audio is None:
-        return sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
-        )
-    if not isinstance(audio, AudioView):
-        raise PalError("'audio' reached the attention without its query positions; call the model through Backbone")
     layer: int = module.layer_idx  # type: ignore[assignment]
-    mask = audio.mask(layer, length=key.shape[2])
-    if mask is None:
-        return sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
-        )
-    if heard := audio.keys_values(layer):
-        key = torch.cat((*(k_BGAC.to(key.dtype) for k_BGAC, _ in heard), key), dim=2)
-        value = torch.cat((*(v_BGAC.to(value.dtype) for _, v_BGAC in heard), value), dim=2)
-    return _masked_attention(query, key, value, mask, dropout, scaling), None
+    if audio is not None and not isinstance(audio, AudioView):
+        raise PalError("'audio' reached the attention without its query positions; call the model through Backbone")
+    if audio is None or audio.ordinary(layer):
+        if attention_mask is None:
+            return sdpa_attention_forward(module, query, key, value, None, dropout=dropout, scaling=scaling, **kwargs)
+        return _masked_attention(query, key, value, attention_mask, dropout, scaling), None
+    sets = audio.sets(layer, key, value)
+    if sets is not None:
+        return merged_attention(query, sets, scaling).contiguous(), None
+    return _masked_attention(query, *audio.whole(layer, key, value), dropout, scaling), None
 
 
 def _masked_attention(

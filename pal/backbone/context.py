@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
+from pal.backbone.merged import Keys, Piece, masked, prefixes
 from pal.errors import PalError
 
 Rope = dict[str, tuple[Tensor, Tensor]]
@@ -26,6 +29,11 @@ class Geometry(Protocol):
     """Per layer, the key of its rotary embedding in `rope`."""
     windows: tuple[int | None, ...]
     """Per layer, how many positions back a query sees, itself included; None means all."""
+
+    dropout: float
+    """Of attention probabilities, while it trains."""
+    recomputes_audio: bool
+    """Whether what makes a layer's audio K/V is dropped and made again in the backward pass."""
 
     def rope(self, positions_BA: Tensor) -> Rope:
         """Cos and sin of the LLM's rotary embedding at positions."""
@@ -86,6 +94,16 @@ class AudioKeys:
             return self
         rope = llm.rope(self.turns_BA)
         return replace(self, built={layer: self.keys_values(layer, llm, rope) for layer in self.layers})
+
+    def pieces(self, window: int | None, positions_BQ: Tensor, beams: int) -> tuple[Piece, ...]:
+        """The same as `seen`, as rectangles."""
+        if window is not None:
+            return masked(self.seen(window, positions_BQ, beams))
+        far = torch.iinfo(self.positions_BA.dtype).max
+        positions_BA = _expand(self.positions_BA.masked_fill(~self.mask_BA, far), beams)
+        counts_BQ = torch.searchsorted(positions_BA, positions_BQ.contiguous(), right=True)
+        # padding, whose position is 0, may see what it likes
+        return prefixes(counts_BQ.cummax(1).values.tolist(), counts_BQ.device)
 
     def seen(self, window: int | None, positions_BQ: Tensor, beams: int) -> Tensor:
         """Which keys each query sees, bool [B, 1, Q, A]: the real ones at or before its position."""
@@ -154,23 +172,27 @@ class AudioContext:
                 f"audio of {self.rows_BT.shape[0]} rows does not fit position_ids of {position_ids.shape[0]} rows "
                 f"and attention_mask of {attention_mask.shape[0]}"
             )
-        windows = self.llm.windows
-        joined = {layer: self.joined(layer) for layer in range(len(windows))}
+        far = int(position_ids.max())
+        windows = tuple(None if window is None or window > far else window for window in self.llm.windows)
+        valid_BK = attention_mask.bool()
         rows_seen = {
-            window: self._rows_seen(window, attention_mask.bool(), position_ids, beams)
+            window: self._rows_seen(window, valid_BK, position_ids, beams)
             for layer, window in enumerate(windows)
-            if joined[layer] or window is not None or self.rows_hidden
+            if self.joined(layer) or window is not None or self.rows_hidden
         }
-        all_seen = {}
-        for window, which in {(windows[layer], which) for layer, which in joined.items() if which}:
-            audio = [self.keys[i].seen(window, position_ids, beams) for i in which]
-            all_seen[window, which] = torch.cat((*audio, rows_seen[window]), dim=3)
+        heard = {(i, windows[layer]) for layer in range(len(windows)) for i in self.joined(layer)}
+        apart = position_ids.device.type == "cpu" and not self.llm.dropout
         return AudioView(
             context=self,
             beams=beams,
+            windows=windows,
             ropes=tuple({} if keys.built is not None else self.llm.rope(keys.turns_BA) for keys in self.keys),
             rows_seen=rows_seen,
-            all_seen=all_seen,
+            rows_pieces={window: self._rows_pieces(window, valid_BK, seen) for window, seen in rows_seen.items()}
+            if apart
+            else None,
+            keys_seen={} if apart else {(i, w): self.keys[i].seen(w, position_ids, beams) for i, w in heard},
+            keys_pieces={(i, w): self.keys[i].pieces(w, position_ids, beams) for i, w in heard} if apart else {},
             # a block looks at whole clips, however short the windows of the layer after it
             cross_seen=tuple(
                 None if keys.blocks is None else keys.seen(None, position_ids, beams) for keys in self.keys
@@ -184,6 +206,16 @@ class AudioContext:
         if more <= 0:
             return rows_BT[:, :length]
         return torch.cat((rows_BT, rows_BT[:, -1:] + torch.arange(1, more + 1, device=rows_BT.device)), dim=1)
+
+    def _rows_pieces(self, window: int | None, valid_BK: Tensor, seen_B1QK: Tensor) -> tuple[Piece, ...]:
+        """The same as `_rows_seen`, as rectangles."""
+        B, _, Q, K = seen_B1QK.shape
+        whole = Piece((0, B), (0, Q), (0, K))
+        if window is not None or self.rows_hidden:
+            return masked(seen_B1QK)
+        if Q == K and bool((valid_BK[:, :-1] >= valid_BK[:, 1:]).all()):
+            return (replace(whole, causal=True),)  # padding comes last, where no real row sees it
+        return (whole,) if Q == 1 and bool(valid_BK.all()) else masked(seen_B1QK)
 
     def _rows_seen(self, window: int | None, valid_BK: Tensor, positions_BQ: Tensor, beams: int) -> Tensor:
         """Which rows each query sees, bool [B, 1, Q, K]: causal by order, windows by position."""
@@ -211,23 +243,57 @@ class AudioView:
     beams: int
     ropes: tuple[Rope, ...]
     """For each of the context's `keys`."""
+    windows: tuple[int | None, ...]
+    """Per layer, the LLM's sliding window where it is shorter than what there is."""
     rows_seen: dict[int | None, Tensor]
     """Per sliding window, which rows each query sees: bool [B, 1, Q, K]."""
-    all_seen: dict[tuple[int | None, tuple[int, ...]], Tensor]
-    """Per sliding window and set of `keys`, which audio keys and rows: bool [B, 1, Q, A + K]."""
+    rows_pieces: dict[int | None, tuple[Piece, ...]] | None
+    """The same as rectangles, where attention can take each set of keys by itself; else None."""
+    keys_seen: dict[tuple[int, int | None], Tensor]
+    """Per number in `keys` and sliding window, which of them each query sees: bool [B, 1, Q, A]."""
+    keys_pieces: dict[tuple[int, int | None], tuple[Piece, ...]]
+    """The same as rectangles."""
     cross_seen: tuple[Tensor | None, ...]
     """For each of `keys` with blocks, which of them each query sees: bool [B, 1, Q, A]."""
 
-    def keys_values(self, layer: int) -> list[tuple[Tensor, Tensor]]:
-        """K after RoPE and V that join the layer's own, each [B, G, A, C]; beams share their row's."""
-        return [self._made(i, layer) for i in self.context.joined(layer)]
+    def sets(self, layer: int, key: Tensor, value: Tensor) -> list[Keys] | None:
+        """The layer's own keys, then those that join them, each with the rectangles that are seen.
+
+        None where the layer must be taken under one mask; see `whole`.
+        """
+        if self.rows_pieces is None:
+            return None
+        window = self.windows[layer]
+        rows = self.rows_pieces[window]
+        if key.shape[2] != self.rows_seen[window].shape[3]:  # a windowed cache drops old rows
+            rows = masked(self.rows_seen[window][..., -key.shape[2] :])
+        joined = [(i, self.keys_pieces[i, window]) for i in self.context.joined(layer)]
+        return [Keys(key, value, rows), *(Keys(*self._made(i, layer), pieces) for i, pieces in joined if pieces)]
+
+    def whole(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """All keys and values of a layer as one, and which each query sees: bool [B, 1, Q, A + K]."""
+        window = self.windows[layer]
+        seen = [self.rows_seen[window][..., -key.shape[2] :]]
+        parts = [(key, value)]
+        for i in self.context.joined(layer):
+            seen.append(self.keys_seen[i, window])
+            parts.append(self._made(i, layer))
+        keys, values = (torch.cat([x.to(key.dtype) for x in same], dim=2) for same in zip(*parts, strict=True))
+        return keys, values, torch.cat(seen, dim=3)
+
+    def ordinary(self, layer: int) -> bool:
+        """Whether transformers' own mask says all that this layer's queries see; it counts windows in rows."""
+        return not (self.context.joined(layer) or self.windows[layer] is not None or self.context.rows_hidden)
 
     def _made(self, which: int, layer: int) -> tuple[Tensor, Tensor]:
-        keys = self.context.keys[which]
+        keys, llm = self.context.keys[which], self.context.llm
         if keys.built is not None:
             k_BGAC, v_BGAC = keys.built[layer]
+        elif llm.recomputes_audio and keys.blocks is None and torch.is_grad_enabled():
+            make = partial(keys.keys_values, layer, llm, self.ropes[which])
+            k_BGAC, v_BGAC = checkpoint(make, use_reentrant=False)
         else:
-            k_BGAC, v_BGAC = keys.keys_values(layer, self.context.llm, self.ropes[which])
+            k_BGAC, v_BGAC = keys.keys_values(layer, llm, self.ropes[which])
         return _expand(k_BGAC, self.beams), _expand(v_BGAC, self.beams)
 
     def cross(self, layer: int, x_BQD: Tensor) -> Tensor:
@@ -237,23 +303,6 @@ class AudioView:
             assert blocks is not None and seen_B1QA is not None
             x_BQD = blocks[layer](x_BQD, *self._made(i, layer), seen_B1QA)
         return x_BQD
-
-    def mask(self, layer: int, length: int) -> Tensor | None:
-        """Which keys each query of a layer sees, audio keys first: bool [B, 1, Q, (A +) length].
-
-        `length` text keys are the last of all rows so far, since a windowed cache drops old ones. None
-        where transformers' own mask says it all; it counts windows in rows, not in positions.
-        """
-        window = self.context.llm.windows[layer]
-        joined = self.context.joined(layer)
-        if not joined:
-            seen = self.rows_seen.get(window) if window is not None or self.context.rows_hidden else None
-            return None if seen is None else seen[..., -length:]
-        seen, rows = self.all_seen[window, joined], self.rows_seen[window]
-        dropped = rows.shape[3] - length
-        if not dropped:
-            return seen
-        return torch.cat((seen[..., : seen.shape[3] - rows.shape[3]], rows[..., dropped:]), dim=3)
 
 
 def rotate(x_BGAC: Tensor, cos_BAC: Tensor, sin_BAC: Tensor) -> Tensor:

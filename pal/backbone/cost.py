@@ -13,7 +13,7 @@ reach, and none before it.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from pal.backbone.llm import Backbone, Trained
 
@@ -64,6 +64,8 @@ class Step:
     """Whether a gradient has to reach the features: connector or encoder train."""
     checkpointing: bool = False
     """Whether layers are computed again in the backward pass."""
+    recompute: bool = True
+    """Whether a layer's audio K/V are made again in the backward pass; `checkpointing` does so in any case."""
     autocast: bool = False
     """Whether matrix products run in two bytes whatever the weights are."""
 
@@ -86,6 +88,11 @@ class LayerAdded:
     block: Callable[[bool, int], Cost] | None = None
     """Of a network before the layer that looks at the keys in the layer's place, given whether the rows that go into
     it need gradients, and T, the rows of a conversation."""
+
+    def recomputed(self) -> LayerAdded:
+        """The same where what making it keeps is dropped and made again in the backward pass."""
+        again = self.making.forward * self.grad
+        return replace(self, making=Cost(self.making.forward, self.making.backward + again))
 
 
 @dataclass(frozen=True)
@@ -162,6 +169,9 @@ def decoder(llm: Backbone, step: Step, added: Sequence[Added]) -> Cost:
                 cost = cost + part.block(grad, length)
                 grad = grad or part.grad or step.integration
         joined = [part for part in parts if part.block is None]
+        if step.recompute and not step.checkpointing:
+            largest = max(largest, sum(part.making.saved for part in joined))
+            joined = [part.recomputed() for part in joined]
         own, grad = _layer(llm, step, length, joined, grad)
         if step.checkpointing and grad:
             # the last product of the layer need not be made again: nothing is kept of its result
@@ -206,8 +216,6 @@ def _attention_block(
     out, out_grad = _matrix(llm, step, "o_proj", rows, inner, D, heard, kept=True)
     size = _size(llm, step)
     kept = batch * (2 * length * inner + 2 * (length + keys) * shared) * size + 4 * batch * llm.heads * length
-    if keys or batch > 1:  # a mask of numbers, one for each query that shares a key's head
-        kept += batch * length * (length + keys) * size
     if llm.key_norm:
         kept += rows * (inner + shared) * 4 * (1 + (step.llm == "full"))
     parts = [_norm(llm, step, rows, x_grad), q, k, v, mixed, out, Cost(saved=kept * heard)]

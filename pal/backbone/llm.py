@@ -102,7 +102,10 @@ class Backbone(nn.Module):
         key_norm: whether queries and keys are normed before RoPE.
         norms_each: norms that each half of a layer has.
         layer_types: per layer, the key of its rotary embedding in `rope`.
+        dropout: of attention probabilities, while it trains.
         windows: per layer, how many positions back a query sees, itself included; None means all.
+        recomputes_audio: whether what makes a layer's audio K/V (its projector's activations) is dropped and made
+            again in the backward pass, so that only one layer's lives at a time. K/V and text are kept.
     """
 
     def __init__(self, lm: PreTrainedModel) -> None:
@@ -110,6 +113,7 @@ class Backbone(nn.Module):
         assert isinstance(lm, _Hears), "make it with Backbone.load"
         self.lm: Any = lm  # transformers' classes are too dynamic for types
         self.lora: LoRA | None = None
+        self.recomputes_audio = True
         config = lm.config
         self.width: int = config.hidden_size
         self.n_layers: int = config.num_hidden_layers
@@ -118,6 +122,7 @@ class Backbone(nn.Module):
         self.heads: int = config.num_attention_heads
         self.kv_heads: int = config.num_key_value_heads
         self.head_width: int = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        self.dropout: float = config.attention_dropout
         self._typed_rope = config.model_type == "gemma3_text"
         kinds = config.layer_types if self._typed_rope else ["all"] * self.n_layers
         self.layer_types: tuple[str, ...] = tuple(kinds)
@@ -329,8 +334,14 @@ class Backbone(nn.Module):
         if failures:
             raise failures[0]
 
-    def checkpoint_gradients(self, on: bool) -> None:
-        """Recompute each layer, its audio K/V included, in the backward pass instead of keeping it."""
+    def checkpoint_gradients(self, on: bool, audio: bool = True) -> None:
+        """Recompute each layer, its audio K/V included, in the backward pass instead of keeping it.
+
+        Args:
+            on: whether to.
+            audio: where layers are kept, whether what makes their audio K/V is recomputed all the same.
+        """
+        self.recomputes_audio = audio and not on
         if on:
             # the reentrant kind raises on arguments such as `audio`
             _renamed(self.lm, "activation_checkpointing_enable", "gradient_checkpointing_enable")(

@@ -146,7 +146,7 @@ def training_costs(
     try:
         for name, model in models.items():
             parameters = [p for part in freeze(model, stage.train).values() for p in part.values()]
-            model.llm.checkpoint_gradients(stage.gradient_checkpointing)
+            model.llm.checkpoint_gradients(stage.gradient_checkpointing, audio=stage.recompute_audio)
             set_modes(model, stage)
             trained[name] = sum(p.numel() for p in parameters)
             forward, step = _training_step(model, batch, parameters, stage.precision)

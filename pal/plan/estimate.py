@@ -143,6 +143,7 @@ def _stage(model: PalModel, stage: Stage, gpu: GPU, ears: _Listening, text_token
         integration=stage.train.projectors,
         features=any(stream.x_BAE.requires_grad for stream in streams),
         checkpointing=stage.gradient_checkpointing,
+        recompute=stage.recompute_audio,
         autocast=autocast,
     )
     # an objective may leave out the LLM (tags), or the audio (text, transcripts)

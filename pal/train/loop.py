@@ -174,8 +174,7 @@ class _Run:
             _fill(self.model, objective, found)
         if objective.head():
             parameters["head"] = {f"{_HEAD}{name}": p for name, p in objective.head().items()}
-        if stage.gradient_checkpointing:
-            self.model.llm.checkpoint_gradients(True)
+        self.model.llm.checkpoint_gradients(stage.gradient_checkpointing, audio=stage.recompute_audio)
         objective.train()
         stages.set_modes(self.model, stage)
         data.start(self.model, objective, self.waveforms)
@@ -238,8 +237,7 @@ class _Run:
                         self._leave(path)
                 ready = time.monotonic()
         total["median_step_seconds"] = meter.median()
-        if stage.gradient_checkpointing:
-            self.model.llm.checkpoint_gradients(False)
+        self.model.llm.checkpoint_gradients(False)
         accelerator.free_memory()
         if stage.save_llm and accelerator.is_main_process:
             with atomic_folder(self.out / "llm") as folder:

@@ -155,6 +155,10 @@ class Stage(StrictConfig):
     clip_grad: float | None = Field(default=1.0, gt=0)
     """Largest norm of the gradient."""
     gradient_checkpointing: bool = False
+    """Keep only what goes into the LLM's layers, and compute each again in the backward pass."""
+    recompute_audio: bool = True
+    """Where layers are kept: drop what makes a layer's audio K/V, the projector's activations, and make it again in the
+    backward pass. `pal plan` says what that saves and costs."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Of the computation; weights and optimizer stay as they are stored."""
     save_llm: bool = False

@@ -230,6 +230,23 @@ def test_compiled_whole_it_gives_the_same_loss_and_gradients(name, checkpointing
     assert not torch._dynamo.utils.counters["graph_break"]
 
 
+@every_integration
+def test_compiled_once_it_takes_other_lengths(name):
+    """Seven lengths of audio and text make at most four graphs, none of them broken."""
+    torch._dynamo.reset()
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    llm = make_backbone("qwen3").train()
+    integration = make_integration(name, llm)
+    llm.compile(backend="eager")
+    for audio, text in [(5, 4), (9, 6), (30, 11), (40, 25), (21, 3), (60, 40), (33, 19)]:
+        words = list(range(6, 6 + text))
+        total, _ = llm.loss(integration(features(audio), [Tokens([5, AUDIO, *words], [0], [-100, -100, *words])], llm))
+        total.backward()
+    assert not counters["graph_break"]
+    assert 1 <= counters["stats"]["unique_graphs"] <= 4
+
+
 def test_facts():
     llm, _ = shared("gemma3", "lal")
     assert (llm.width, llm.n_layers, llm.vocab, llm.kv_heads, llm.head_width) == (32, 3, VOCAB, 2, 8)

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM
 
 from pal.backbone.attention import NAME
@@ -29,16 +29,17 @@ def middle(name="lal", family="llama"):
     return llm, integration(features(7), [conversation(PLACEMENTS["middle"])], llm)
 
 
-class Calls(TorchFunctionMode):
-    """Records the arguments of every scaled_dot_product_attention."""
+class Calls(TorchDispatchMode):
+    """Records shapes of queries and keys, and of the mask, of every attention kernel that runs."""
 
     def __init__(self):
         super().__init__()
         self.seen = []
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func is F.scaled_dot_product_attention:
-            self.seen.append((*args, kwargs))
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default:
+            mask = (kwargs or {}).get("attn_mask")
+            self.seen.append((tuple(args[0].shape), tuple(args[1].shape), None if mask is None else tuple(mask.shape)))
         return func(*args, **(kwargs or {}))
 
 
@@ -137,11 +138,23 @@ def test_generate_keeps_the_gap():
     assert seen == [[0, 1, 2, 10, 11, 12], [13], [14]]
 
 
-def test_heads_are_not_repeated():
-    llm, inputs = middle("lal")
+@pytest.mark.parametrize("name", ["plits", "lal", "pal"])
+def test_heads_are_not_repeated(name):
+    llm, integration = shared("llama", name)
+    rows = [conversation(PLACEMENTS["middle"]), conversation(PLACEMENTS["none"])]
+    for side in ("left", "right"):
+        with Calls() as calls, torch.no_grad():
+            llm(integration(features(7, 11), rows, llm, side))
+        assert calls.seen and all(keys[1] == 2 for _, keys, _ in calls.seen)
+
+
+def test_no_mask_of_all_keys():
+    """Text is causal; rows after the audio see all of it, those before it none: nothing is left to say."""
+    llm, integration = shared("llama", "lal")
     with Calls() as calls, torch.no_grad():
-        llm(inputs)
-    assert [key.shape for _, key, *_ in calls.seen] == [(1, 2, 7 + 6, 8)] * 3
+        llm(integration(features(40), [conversation(PLACEMENTS["middle"])], llm))
+    # three queries lie after the audio; with two heads to a group they make six
+    assert calls.seen == [((1, 4, 6, 8), (1, 2, 6, 8), None), ((1, 2, 6, 8), (1, 2, 40, 8), None)] * 3
 
 
 @torch.no_grad()
@@ -213,11 +226,12 @@ def test_checkpointing_recomputes_audio_in_its_layer():
     assert order == ["0", "1", "2", "2", "1", "0"]
 
 
-def test_masks_serve_layers_with_and_without_audio():
+def test_layers_with_and_without_audio_look_at_their_own():
     llm, inputs = middle("lal_some")
     with Calls() as calls, torch.no_grad():
         llm(inputs)
-    assert [key.shape[2] for _, key, *_ in calls.seen] == [13, 6, 13]
+    # six rows of text, and seven tokens of audio in the first layer and the last
+    assert [keys[2] for _, keys, _ in calls.seen] == [6, 7, 6, 6, 7]
 
 
 @pytest.mark.parametrize(

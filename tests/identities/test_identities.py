@@ -161,6 +161,20 @@ def test_4_beams_of_a_batch_equal_beams_of_its_items(family, name, side):
     assert together.tolist() == torch.cat(singly).tolist()
 
 
+@both_sides
+@every_integration
+@every_family
+@torch.no_grad()
+def test_4_sets_of_keys_apart_equal_all_keys_under_one_mask(family, name, side, monkeypatch):
+    llm, integration = shared(family, name)
+    rows = [conversation(ids) for ids in PLACEMENTS.values()]
+    inputs = integration(features(7, 11, 5, 9), [rows[0], rows[5], rows[6], rows[4]], llm, side)
+    apart = llm(inputs).logits
+    monkeypatch.setattr(llm, "dropout", 0.5)  # only the latter has dropout
+    real = inputs.attention_mask_BT.bool()
+    close(apart[real], llm(inputs).logits[real])
+
+
 # 5
 
 
@@ -321,14 +335,16 @@ def test_8_checkpointing_leaves_the_gradients_as_they_are(family, name):
     llm = make_backbone(family)
     integration = make_integration(name, llm)
     llm.train()
+    llm.checkpoint_gradients(False, audio=False)
     plain = gradients(llm, integration)
-    llm.checkpoint_gradients(True)
-    recomputed = gradients(llm, integration)
-    assert plain.keys() == recomputed.keys()
-    for parameter, gradient in plain.items():
-        close(recomputed[parameter], gradient, 1e-5)
-    for parameter, _ in integration.named_parameters():
-        assert recomputed[parameter].abs().sum() > 0, parameter
+    for layers, audio in ((True, False), (False, True)):
+        llm.checkpoint_gradients(layers, audio=audio)
+        recomputed = gradients(llm, integration)
+        assert plain.keys() == recomputed.keys()
+        for parameter, gradient in plain.items():
+            close(recomputed[parameter], gradient, 1e-5)
+        for parameter, _ in integration.named_parameters():
+            assert recomputed[parameter].abs().sum() > 0, parameter
 
 
 @pytest.mark.parametrize("what", ["full", "attention", "lora", "none"])

@@ -1,0 +1,207 @@
+"""Attention to several sets of keys, each by itself, merged by the log-sum-exps of their scores.
+
+`softmax(q [k; k']^T) [v; v']` is the mean of what each set gives alone, weighted by the sums of the exponentials of its
+scores. So text can stay causal and audio can be seen whole: neither needs a mask as large as both, nothing is put into
+one tensor, and no head is repeated. In the backward pass each set's gradients are those of attention to it alone, but
+with the merged result and its log-sum-exp in place of its own; no probabilities are kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import Tensor
+
+BLOCK = 128
+"""Queries of a block in which each sees a few keys more than the one before."""
+UNSEEN = -30_000.0
+"""Added to the score of a key that is not seen. Finite in every precision, since a query without any key would be NaN;
+what such a query gives has no weight beside the other sets."""
+SMALL = 1 << 16
+"""Queries times keys of a row up to which a mask for all rows costs less than a call for each."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A rectangle of queries by keys that is computed at once; each range is its first and the one after its last."""
+
+    rows: tuple[int, int]
+    """Of the batch."""
+    queries: tuple[int, int]
+    keys: tuple[int, int]
+    causal: bool = False
+    """Query i of the piece sees its keys up to i."""
+    mask: Tensor | None = None
+    """What is added to the scores, [1 or rows, 1, queries, keys]."""
+
+    def of(self, x_BHXC: Tensor, place: tuple[int, int]) -> Tensor:
+        """The part of a tensor [B, H, X, ...] that the piece is about."""
+        rows = x_BHXC if self.rows == (0, x_BHXC.shape[0]) else x_BHXC[slice(*self.rows)]
+        return rows if place == (0, x_BHXC.shape[2]) else rows[:, :, slice(*place)]
+
+
+@dataclass(frozen=True)
+class Keys:
+    """One set of keys and values, and which of them the queries see."""
+
+    k_BGKC: Tensor
+    v_BGKC: Tensor
+    pieces: tuple[Piece, ...]
+
+
+def merged_attention(q_BHQC: Tensor, sets: Sequence[Keys], scale: float | None) -> Tensor:
+    """Attention of queries to all sets of keys together -> [B, Q, H, C].
+
+    Every query must see a key of the first set.
+
+    Args:
+        q_BHQC: queries; H may be a multiple of the sets' G, as in grouped-query attention.
+        sets: keys and values.
+        scale: what scores are multiplied with; None is 1 / sqrt(C).
+    """
+    tensors = [x for one in sets for x in (one.k_BGKC.to(q_BHQC.dtype), one.v_BGKC.to(q_BHQC.dtype))]
+    pieces = tuple(one.pieces for one in sets)
+    out_BHQC: Tensor = _Merged.apply(q_BHQC, scale, pieces, *tensors)
+    return out_BHQC.transpose(1, 2)
+
+
+class _Merged(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, q_BHQC: Tensor, scale: float | None, pieces: tuple[tuple[Piece, ...], ...], *tensors: Tensor
+    ) -> Tensor:
+        out_BHQC = lse_BHQ = None
+        for piece, k_BGKC, v_BGKC in _each(pieces, tensors):
+            q, k, v = piece.of(q_BHQC, piece.queries), piece.of(k_BGKC, piece.keys), piece.of(v_BGKC, piece.keys)
+            out, lse = _attend(q, k, v, piece, scale)
+            if out_BHQC is None or lse_BHQ is None:
+                if piece.rows == (0, q_BHQC.shape[0]) and piece.queries == (0, q_BHQC.shape[2]):
+                    out_BHQC, lse_BHQ = out, lse
+                    continue
+                # laid out as the output projection takes it, so that what is kept for it is this, not a copy
+                out_BHQC = q_BHQC.new_zeros(q_BHQC.transpose(1, 2).shape).transpose(1, 2)
+                lse_BHQ = torch.full(q_BHQC.shape[:3], -torch.inf, device=q_BHQC.device)
+            _merge(piece.of(out_BHQC, piece.queries), piece.of(lse_BHQ, piece.queries), out, lse)
+        assert out_BHQC is not None and lse_BHQ is not None
+        ctx.save_for_backward(q_BHQC, out_BHQC, lse_BHQ, *tensors)
+        ctx.scale, ctx.pieces = scale, pieces
+        return out_BHQC
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_BHQC: Tensor) -> Any:
+        q_BHQC, out_BHQC, lse_BHQ, *tensors = ctx.saved_tensors
+        grads = [torch.zeros_like(x) for x in (q_BHQC, *tensors)]
+        into = iter(zip(_each(ctx.pieces, tensors), _each(ctx.pieces, grads[1:]), strict=True))
+        for (piece, k_BGKC, v_BGKC), (_, dk_BGKC, dv_BGKC) in into:
+            k, v = piece.of(k_BGKC, piece.keys), piece.of(v_BGKC, piece.keys)
+            q, grad, out, lse = (piece.of(x, piece.queries) for x in (q_BHQC, grad_BHQC, out_BHQC, lse_BHQ))
+            dq, dk, dv = _attend_backward(grad, q, k, v, out, lse, piece, ctx.scale)
+            piece.of(grads[0], piece.queries).add_(dq)
+            piece.of(dk_BGKC, piece.keys).add_(dk)
+            piece.of(dv_BGKC, piece.keys).add_(dv)
+        return grads[0], None, None, *grads[1:]
+
+
+def _each(pieces: Sequence[Sequence[Piece]], tensors: Sequence[Tensor]) -> Iterator[tuple[Piece, Tensor, Tensor]]:
+    """Every piece with the keys and values of its set."""
+    for own, k_BGKC, v_BGKC in zip(pieces, tensors[::2], tensors[1::2], strict=True):
+        for piece in own:
+            yield piece, k_BGKC, v_BGKC
+
+
+def _merge(into_BHQC: Tensor, into_BHQ: Tensor, out_BHQC: Tensor, lse_BHQ: Tensor) -> None:
+    """Add a result to one that was made of other keys, in place."""
+    together_BHQ = torch.logaddexp(into_BHQ, lse_BHQ)
+    old_BHQ1, new_BHQ1 = ((x - together_BHQ).exp()[..., None] for x in (into_BHQ, lse_BHQ))
+    into_BHQC.copy_(into_BHQC * old_BHQ1 + out_BHQC * new_BHQ1)
+    into_BHQ.copy_(together_BHQ)
+
+
+def _attend(q_BHQC: Tensor, k_BGKC: Tensor, v_BGKC: Tensor, piece: Piece, scale: float | None) -> tuple[Tensor, Tensor]:
+    """Attention to one rectangle -> [B, H, Q, C] and the log-sum-exp of its scores [B, H, Q]."""
+    q = _folded(q_BHQC, k_BGKC, piece)
+    mask = None if piece.mask is None else piece.mask.to(q.dtype)
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        q, k_BGKC, v_BGKC, 0.0, piece.causal, attn_mask=mask, scale=scale
+    )
+    return out.reshape(q_BHQC.shape), lse.reshape(q_BHQC.shape[:3])
+
+
+def _attend_backward(
+    grad_BHQC: Tensor,
+    q_BHQC: Tensor,
+    k_BGKC: Tensor,
+    v_BGKC: Tensor,
+    out_BHQC: Tensor,
+    lse_BHQ: Tensor,
+    piece: Piece,
+    scale: float | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v, given the merged result and its log-sum-exp."""
+    grad, q, out = (_folded(x, k_BGKC, piece) for x in (grad_BHQC, q_BHQC, out_BHQC))
+    mask = None if piece.mask is None else piece.mask.to(q.dtype)
+    lse = lse_BHQ.reshape(q.shape[:3])
+    dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        grad, q, k_BGKC, v_BGKC, out, lse, 0.0, piece.causal, attn_mask=mask, scale=scale
+    )
+    return dq.reshape(q_BHQC.shape), dk, dv
+
+
+def _folded(x_BHQC: Tensor, k_BGKC: Tensor, piece: Piece) -> Tensor:
+    """Where all queries see the same keys, those of a group lie one after the other: fewer and larger products."""
+    if piece.causal or piece.mask is not None:
+        return x_BHQC
+    return x_BHQC.unflatten(1, (k_BGKC.shape[1], -1)).flatten(2, 3)
+
+
+def masked(seen_B1QK: Tensor) -> tuple[Piece, ...]:
+    """Everything at once, where bool [B, 1, Q, K] says what is seen."""
+    mask = torch.zeros(seen_B1QK.shape, device=seen_B1QK.device).masked_fill_(~seen_B1QK, UNSEEN)
+    return (Piece((0, mask.shape[0]), (0, mask.shape[2]), (0, mask.shape[3]), mask=mask),)
+
+
+def prefixes(counts_BQ: list[list[int]], device: torch.device) -> tuple[Piece, ...]:
+    """Where each query sees the first so many keys of its row, never fewer than the query before it."""
+    B, Q = len(counts_BQ), len(counts_BQ[0])
+    if all(row == counts_BQ[0] for row in counts_BQ):
+        return tuple(_staircase(counts_BQ[0], (0, B), device))
+    most = max(row[-1] for row in counts_BQ)
+    if Q * most <= SMALL:
+        counts = torch.tensor(counts_BQ, device=device)
+        return masked((torch.arange(most, device=device) < counts[..., None])[:, None])
+    return tuple(piece for b, row in enumerate(counts_BQ) for piece in _staircase(row, (b, b + 1), device))
+
+
+def _staircase(counts_Q: list[int], rows: tuple[int, int], device: torch.device) -> Iterator[Piece]:
+    """Rectangles that all queries of a block see, and a small mask for the keys that only some of them do."""
+    for first, last in _blocks(counts_Q):
+        low, high = counts_Q[first], counts_Q[last - 1]
+        if high > low and low < BLOCK:
+            low = 0  # too few for a call of their own
+        if low:
+            yield Piece(rows, (first, last), (0, low))
+        if high > low:
+            counts = torch.tensor(counts_Q[first:last], device=device) - low
+            seen_QK = torch.arange(high - low, device=device) < counts[:, None]
+            (piece,) = masked(seen_QK[None, None])
+            yield Piece(rows, (first, last), (low, high), mask=piece.mask)
+
+
+def _blocks(counts_Q: list[int]) -> Iterator[tuple[int, int]]:
+    """Runs of queries that see the same; where run follows run by few keys each, blocks of about `BLOCK` queries."""
+    few = BLOCK // 8
+    start = end = known = 0
+    was_long = False
+    for count, run in groupby(counts_Q):
+        length = len(list(run))
+        if end > start and (was_long or length > few or count - known > few or end - start >= BLOCK):
+            yield start, end
+            start = end
+        end += length
+        known, was_long = count, length > few
+    yield start, end
