@@ -6,6 +6,7 @@ from pydantic import Field, field_validator, model_validator
 
 from pal import known
 from pal.config import StrictConfig
+from pal.registry import lookup, names
 
 _TOY = {
     "hidden_size": 32,
@@ -80,7 +81,8 @@ class ModelConfig(StrictConfig):
     llm: LLMConfig
     """A string is short for `{path: ...}`."""
     encoders: list[Part] = Field(min_length=1)
-    """The audio encoders, by name and options; a Hub id alone is short for a Whisper."""
+    """The audio encoders, by name and options. A Hub id alone is short for the encoder that is published so, and for
+    a Whisper where none is known."""
     connector: Part | list[Part] = {"name": "mlp"}
     """What stands between encoders and integration: one for all of them, or a list, of which each may say by
     `encoders: [0, 2]` which it takes, and else takes the one in its place. Each makes a stream of tokens."""
@@ -112,6 +114,7 @@ class ModelConfig(StrictConfig):
 
 
 def _encoder(text: str) -> Part:
-    if "/" in text:
-        return {"name": "whisper", "path": text}
-    return {"name": text}
+    if "/" not in text:
+        return {"name": text}
+    published = (name for name in names("encoder") if text.startswith(lookup("encoder", name).hub_ids))  # type: ignore[attr-defined]
+    return {"name": next(published, "whisper"), "path": text}

@@ -8,8 +8,10 @@ import soundfile
 import torch
 
 from pal.backbone.audio_kv import AudioKV
+from pal.config import parse
 from pal.data.prompts import encode, user_turn
 from pal.errors import AudioError, BundleError, ConfigError, PalError, PromptError
+from pal.model_config import ModelConfig
 from tests.models import INTEGRATIONS, LLM, noise, pal, tiny_model, tone
 
 QUESTION = "What sound is this?"
@@ -222,3 +224,20 @@ def test_nothing_after_an_integration_asks_which_it_is():
         source = inspect.getsource(module)
         for name in ("PLITS", "LAL", "Hybrid", '"plits"', '"lal"'):
             assert name not in source.replace("integrations with LAL", ""), f"{module.__name__} mentions {name}"
+
+
+@pytest.mark.parametrize(
+    ("hub_id", "name"),
+    [
+        ("openai/whisper-large-v3", "whisper"),
+        ("somebody/whisper-of-theirs", "whisper"),
+        ("nvidia/audio-flamingo-3-hf", "af_whisper"),
+        ("laion/clap-htsat-fused", "clap"),
+        ("laion/larger_clap_general", "clap"),
+        ("ta012/SSLAM_pretrain", "sslam"),
+        ("MIT/ast-finetuned-audioset-10-10-0.4593", "ast"),
+    ],
+)
+def test_a_hub_id_alone_names_its_encoder(hub_id, name):
+    config = parse(ModelConfig, {"llm": "a/b", "encoders": [hub_id]}, where="test")
+    assert config.encoders == [{"name": name, "path": hub_id}]

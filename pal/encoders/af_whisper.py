@@ -45,6 +45,8 @@ class AFWhisper(Encoder):
             architecture = {**sizes, "max_source_positions": 200}
             return self.model_copy(update={"path": None, "revision": None, "architecture": architecture})
 
+    hub_ids = ("nvidia/audio-flamingo-3",)
+
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.config = config

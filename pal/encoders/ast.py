@@ -50,6 +50,7 @@ class AST(Encoder):
             architecture = {**sizes, "max_length": 128}
             return self.model_copy(update={"path": None, "revision": None, "architecture": architecture})
 
+    hub_ids = ("MIT/ast",)
     sampling_rate = RATE
 
     def __init__(self, config: Config) -> None:

@@ -21,6 +21,8 @@ class Encoder(nn.Module, ABC):
     window are taken window by window and their tokens joined in order.
     """
 
+    hub_ids: tuple[str, ...] = ()
+    """How the Hub ids of its published weights begin: such an id alone names the encoder."""
     config: Any
     """The checked options it was built from."""
     sampling_rate: int

@@ -65,6 +65,7 @@ class Clap(Encoder):
             architecture = {**sizes, "hidden_size": 64, "enable_fusion": True}
             return self.model_copy(update={"path": None, "revision": None, "architecture": architecture})
 
+    hub_ids = ("laion/clap", "laion/larger_clap")
     sampling_rate = _RATE
     window_seconds = _WINDOW / _RATE
 

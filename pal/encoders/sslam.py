@@ -104,6 +104,7 @@ class Sslam(Encoder):
             sizes = Architecture(embed_dim=16, depth=1, num_heads=2, img_size=(256, 128))
             return self.model_copy(update={"path": None, "revision": None, "architecture": sizes})
 
+    hub_ids = ("ta012/SSLAM",)
     sampling_rate = RATE
 
     def __init__(self, config: Config) -> None:
