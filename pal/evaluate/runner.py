@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from tqdm import tqdm
 
-from pal.audio import load
+from pal.audio import load, seconds
 from pal.data import prompts
 from pal.data.manifest import PLACEHOLDER
-from pal.errors import ManifestError, PalError
+from pal.errors import AudioError, ManifestError, PalError
 from pal.evaluate.score import Accuracy, ItemResult, Score
 from pal.evaluate.scorers import NORMALISATION, best_choice, exact_match
 
@@ -136,13 +136,13 @@ class _Answerer:
         by_clips: dict[tuple[str, ...], list[int]] = {}
         for index, question in enumerate(questions):
             by_clips.setdefault(question.clips, []).append(index)
+        lengths = {clips: _seconds(clips) for clips in by_clips}
         # Clips of like length lie in one batch: little padding, and the slowest batch comes first,
         # where it shows at once if memory does not suffice.
-        groups = sorted(by_clips.values(), key=lambda group: -_seconds(questions[group[0]].clips))
-        order = [index for group in groups for index in group]
-        yield from self._run(
-            self._batches(order, questions), lambda part: self._answer([questions[i] for i in part]), progress, "audio"
-        )
+        longest_first = sorted(by_clips, key=lengths.__getitem__, reverse=True)
+        order = [index for clips in longest_first for index in by_clips[clips]]
+        batches = self._batches(order, questions, lambda index: lengths[questions[index].clips])
+        yield from self._run(batches, lambda part: self._answer([questions[i] for i in part]), progress, "audio")
 
     def without_audio(self, questions: Sequence[Question], progress: bool) -> Iterator[tuple[int, str, str | None]]:
         """As `with_audio`; a question that comes again about another clip is asked once."""
@@ -162,13 +162,16 @@ class _Answerer:
     def _choices(self, question: Question) -> tuple[str, ...] | None:
         return question.choices if self.scoring == "rank" else None
 
-    def _batches(self, order: Sequence[int], questions: Sequence[Question]) -> list[list[int]]:
-        """Cut `order` so that no batch has more rows than `batch`, except by one question's choices."""
+    def _batches(
+        self, order: Sequence[int], questions: Sequence[Question], length: Callable[[int], float] = lambda index: 0.0
+    ) -> list[list[int]]:
+        """Cut `order`, longest first, so that no batch has more rows than `batch`, except by one question's choices,
+        and none a clip shorter than half its longest: one long recording would pad all others to its length."""
         batches: list[list[int]] = []
         rows = self.batch
         for index in order:
             cost = len(self._choices(questions[index]) or (None,))
-            if rows + cost > self.batch:
+            if rows + cost > self.batch or length(index) < length(batches[-1][0]) / 2:
                 batches.append([])
                 rows = 0
             batches[-1].append(index)
@@ -261,16 +264,11 @@ def _questions(
 
 
 def _seconds(clips: Sequence[str]) -> float:
-    """Length of the clips as their headers state it; 0 where only a decoder could tell."""
-    import soundfile
-
-    total = 0.0
-    for clip in clips:
-        try:
-            total += float(soundfile.info(clip).duration)
-        except soundfile.LibsndfileError:
-            continue
-    return total
+    """Length of the clips by their headers; 0 where one cannot be read, which its item will report."""
+    try:
+        return sum(seconds(clip) for clip in clips)
+    except AudioError:
+        return 0.0
 
 
 def _shown_prompt(model: PalModel, question: Question) -> str:

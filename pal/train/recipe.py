@@ -117,6 +117,11 @@ class BatchSize(StrictConfig):
     """Questions of one clip that become turns of one conversation, which then holds its audio only once."""
     accumulate: int = Field(default=1, gt=0)
     """Parts that a batch is cut into, one forward and backward each, to save memory."""
+    bucket: int | None = Field(default=None, gt=1)
+    """So many batches at a time have their clips sorted by length and are cut anew, so that clips of like length
+    meet and little of a batch is padding; then the batches are mixed. Lengths are those in the files' headers,
+    before augmentation. 100 leave some 3 % of padding where clips of all lengths meeting leave
+    70 % (half a second to half a minute, 16 a batch). Without it the order is that of chance alone."""
 
     @model_validator(mode="after")
     def _some_limit(self) -> BatchSize:
@@ -128,6 +133,11 @@ class BatchSize(StrictConfig):
     def grouped(self) -> bool:
         """Whether a clip's rows are drawn together."""
         return self.rows_per_clip is not None or self.clips is not None
+
+    @property
+    def by_length(self) -> bool:
+        """Whether the lengths of the clips decide what is in a batch."""
+        return self.seconds is not None or self.bucket is not None
 
 
 class Stage(StrictConfig):
@@ -178,6 +188,12 @@ class Stage(StrictConfig):
             missing = [part for part in PARTS if self.train.part(part) and part not in self.lr]
             if missing:
                 raise ValueError(f"'lr' has no entry for '{missing[0]}', which the stage trains")
+        return self
+
+    @model_validator(mode="after")
+    def _has_audio(self) -> Stage:
+        if self.batch.bucket is not None and self.objective == "text":
+            raise ValueError("objective 'text' has no audio to sort by length; leave 'bucket' out")
         return self
 
 

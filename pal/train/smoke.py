@@ -145,6 +145,7 @@ def _toy_batch(batch: BatchSize) -> BatchSize:
         rows_per_clip=least(batch.rows_per_clip, 2),
         turns=min(batch.turns, 2),
         accumulate=accumulate,
+        bucket=batch.bucket,
     )
 
 

@@ -10,7 +10,6 @@ from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
-import soundfile
 from torch import Tensor
 
 from pal import audio
@@ -95,7 +94,7 @@ class StageData:
             if not groups:
                 raise ConfigError(f"data '{name}': no record is left by 'tasks' and 'datasets'")
             seconds = None
-            if batch.seconds is not None:
+            if batch.by_length:
                 seconds = _GroupSeconds(manifests[name], groups)
             pools.append(Pool(groups, source.weight, source.repeat, seconds))
         if not pools:
@@ -182,16 +181,6 @@ class _GroupSeconds:
         return sum(_seconds(path) for path in self.manifest[self.groups[index][0]].clips)
 
 
-@cache
-def _seconds(path: str) -> float:
-    """Length of an audio file, from its header."""
-    try:
-        return soundfile.info(path).duration
-    except soundfile.LibsndfileError:
-        # Formats that soundfile does not know have to be decoded.
-        return audio.load(path, 16_000).seconds_given
-
-
 def _groups(manifest: Manifest, source: Source, grouped: bool) -> Sequence[Sequence[int]]:
     """Records of a manifest that a source lets through, by clip or one by one."""
     if not grouped and source.tasks is None and source.datasets is None:
@@ -204,6 +193,11 @@ def _groups(manifest: Manifest, source: Source, grouped: bool) -> Sequence[Seque
             continue
         groups.setdefault(record.clips if grouped and record.clips else row, []).append(row)
     return list(groups.values())
+
+
+@cache
+def _seconds(path: str) -> float:
+    return audio.seconds(path)
 
 
 class _Singles(Sequence[Sequence[int]]):
