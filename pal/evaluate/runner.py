@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from pal.data.manifest import Manifest, Record
     from pal.data.prompts import Conversation
     from pal.model import PalModel
+    from pal.types import Heard
 
 Scoring = Literal["exact", "rank"]
 
@@ -55,6 +56,7 @@ def evaluate(
     max_new_tokens: int = 32,
     benchmark: str | None = None,
     seed: int = 0,
+    features: Callable[[str], Heard] | None = None,
     options: dict[str, Any] | None = None,
 ) -> Score:
     """Answer every question of `manifest` and score the answers.
@@ -73,6 +75,8 @@ def evaluate(
         max_new_tokens: of an answer.
         benchmark: the name in the score; the manifest's file name without it.
         seed: of the bootstrap.
+        features: gives a clip as the model's encoders hear it, such as a `pal.features.FeatureCache`; without
+            it they are run.
         options: how the benchmark was made, for the record.
 
     Returns:
@@ -85,7 +89,7 @@ def evaluate(
     started = time.perf_counter()
     questions = _questions(manifest, scoring, limit, model.config.system)
     free = sum(not record.choices for record in manifest)
-    answer = _Answerer(model, scoring, batch, max_new_tokens)
+    answer = _Answerer(model, scoring, batch, max_new_tokens, features)
     items = [ItemResult(q.id, q.question, q.reference, task=q.task, group="\n".join(q.clips)) for q in questions]
     with _evaluation_mode(model), torch.no_grad():
         for index, text, error in answer.with_audio(questions, progress):
@@ -125,11 +129,20 @@ def evaluate(
 class _Answerer:
     """Turns questions into answers, in batches that share clips."""
 
-    def __init__(self, model: PalModel, scoring: Scoring, batch: int, max_new_tokens: int) -> None:
+    def __init__(
+        self,
+        model: PalModel,
+        scoring: Scoring,
+        batch: int,
+        max_new_tokens: int,
+        features: Callable[[str], Heard] | None,
+    ) -> None:
         self.model = model
         self.scoring = scoring
         self.batch = batch
         self.max_new_tokens = max_new_tokens
+        self.clip: Callable[[str], Any] = features or (lambda path: load(path, model.sampling_rate).samples_N)
+        """What the model takes of an audio file."""
 
     def with_audio(self, questions: Sequence[Question], progress: bool) -> Iterator[tuple[int, str, str | None]]:
         """Yields (index of the question, raw answer, error) for each question, in any order."""
@@ -193,19 +206,19 @@ class _Answerer:
             for question in questions:
                 for path in question.clips:
                     places.setdefault(path, len(places))
-        waveforms = [load(path, self.model.sampling_rate).samples_N for path in places]
+        heard = [self.clip(path) for path in places]
         spans = [[] if deaf else [places[path] for path in question.clips] for question in questions]
         talks = [question.unheard if deaf else question.heard for question in questions]
         tokenizer = self.model.tokenizer
         if self.scoring == "exact":
             rows = [prompts.encode(tokenizer, talk, clips) for talk, clips in zip(talks, spans, strict=True)]
-            return self.model.generate(waveforms, rows, max_new_tokens=self.max_new_tokens)
+            return self.model.generate(heard, rows, max_new_tokens=self.max_new_tokens)
         rows = [
             prompts.encode(tokenizer, [*talk, {"role": "assistant", "content": choice}], clips, train=True)
             for question, talk, clips in zip(questions, talks, spans, strict=True)
             for choice in question.choices or ()
         ]
-        scores = self.model.answer_scores(waveforms, rows).tolist()
+        scores = self.model.answer_scores(heard, rows).tolist()
         answers = []
         for question in questions:
             choices = question.choices or ()

@@ -167,6 +167,10 @@ class Stage(StrictConfig):
     gradient_checkpointing: bool = False
     precision: Literal["fp32", "bf16"] = "fp32"
     """Of the computation; weights and optimizer stay as they are stored."""
+    cache: Path | None = None
+    """Folder that keeps what the encoders make of each clip, so that none is encoded twice, in this run or in another
+    with the same encoders (`pal.features`). Where they are frozen and no source augments its clips. Losses then
+    differ from those without it in their last bits, as every clip is encoded by itself instead of in a batch."""
     save_llm: bool = False
     """Write the LLM as it is after the stage, with its tokenizer, as transformers' own folder `llm/` of the run."""
 
@@ -194,6 +198,14 @@ class Stage(StrictConfig):
     def _has_audio(self) -> Stage:
         if self.batch.bucket is not None and self.objective == "text":
             raise ValueError("objective 'text' has no audio to sort by length; leave 'bucket' out")
+        return self
+
+    @model_validator(mode="after")
+    def _can_cache(self) -> Stage:
+        if self.cache is not None and self.train.encoder:
+            raise ValueError("'cache' keeps features of frozen encoders, and the stage trains one; leave 'cache' out")
+        if self.cache is not None and self.objective != "answers":
+            raise ValueError(f"objective '{self.objective}' uses no frozen encoder; leave 'cache' out")
         return self
 
 
@@ -239,6 +251,12 @@ class Recipe(StrictConfig):
             for name in stage.data or ():
                 if name not in self.data:
                     raise ValueError(f"stages.{i}: no data source '{name}'; known: {', '.join(self.data)}")
+            augmented = [name for name, source in self.stage_sources(stage).items() if source.augment is not None]
+            if stage.cache is not None and augmented:
+                raise ValueError(
+                    f"stages.{i}: 'cache' keeps features of whole clips, and source '{augmented[0]}' augments them; "
+                    "leave out one of the two"
+                )
         return self
 
     def stage_sources(self, stage: Stage) -> dict[str, Source]:
