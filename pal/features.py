@@ -70,7 +70,7 @@ class FeatureCache:
         """Of encoders, front-ends' options and precision; every entry names it."""
         self._encoding = Lock()
         self._name = lru_cache(maxsize=1 << 16)(lambda path, size, changed: sha256(Path(path)))
-        self._open({f"frames.{i}": _test_frames(encoder) for i, encoder in enumerate(encoders)})
+        self._open({str(i): _test_frames(encoder) for i, encoder in enumerate(encoders)})
 
     def __call__(self, path: str) -> Heard:
         """One clip; encoded where the folder does not have it yet.
@@ -105,9 +105,10 @@ class FeatureCache:
         about, theirs = _load(file, "delete the folder; its features are made anew")
         difference = _difference(json.loads(about), json.loads(self.about))
         if difference is None:
-            for i, (a, b) in enumerate(zip(theirs.values(), frames.values(), strict=True)):
-                if a.shape != b.shape or not torch.allclose(a, b, atol=_CLOSE, rtol=_CLOSE):
-                    difference = f"encoder {i} with another front-end"
+            for name, ours in frames.items():
+                same = theirs[name].shape == ours.shape and torch.allclose(theirs[name], ours, atol=_CLOSE, rtol=_CLOSE)
+                if not same:
+                    difference = f"encoder {name} with another front-end"
         if difference is not None:
             raise BundleError(
                 f"{self.folder}: holds features of {difference}; give the cache another folder, or delete this one"

@@ -136,6 +136,14 @@ def test_another_precision_and_another_folder_are_refused(clips: list[str], tmp_
         half(clips[0])
 
 
+@pytest.mark.parametrize("encoder", names("encoder"))
+def test_the_same_encoder_from_a_bundle_is_the_same(encoder: str, clips: list[str], tmp_path: Path) -> None:
+    model = tiny_model(warm=False, encoders=[toy("encoder", encoder)])
+    FeatureCache(tmp_path / "cache", model.ears)
+    model.save_pretrained(tmp_path / "bundle")
+    FeatureCache(tmp_path / "cache", PalModel.from_pretrained(tmp_path / "bundle").ears)
+
+
 def test_the_llm_and_the_connector_do_not_matter(clips: list[str], tmp_path: Path) -> None:
     FeatureCache(tmp_path, tiny_model("lal", warm=False).ears)(clips[0])
     other = tiny_model("plits", warm=False, connector="qformer")

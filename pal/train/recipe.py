@@ -118,10 +118,10 @@ class BatchSize(StrictConfig):
     accumulate: int = Field(default=1, gt=0)
     """Parts that a batch is cut into, one forward and backward each, to save memory."""
     bucket: int | None = Field(default=None, gt=1)
-    """So many batches at a time have their clips sorted by length and are cut anew, so that clips of like length
-    meet and little of a batch is padding; then the batches are mixed. Lengths are those in the files' headers,
-    before augmentation. 100 leave some 3 % of padding where clips of all lengths meeting leave
-    70 % (half a second to half a minute, 16 a batch). Without it the order is that of chance alone."""
+    """Up to so many batches at a time have their clips sorted by length and are cut anew, so that clips of like length
+    meet and little of a batch is padding; then they are mixed. 100 leave some 3 % of padding where chance alone leaves
+    70 % (2000 clips of half a second to half a minute, 16 a batch). Lengths are those in the files' headers, before
+    augmentation. Without it the order is that of chance alone."""
 
     @model_validator(mode="after")
     def _some_limit(self) -> BatchSize:

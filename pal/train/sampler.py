@@ -11,6 +11,7 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 from threading import Lock
 
 import numpy as np
@@ -52,9 +53,9 @@ class Sampler:
     into batches; large epochs are mixed and cut in rounds. Each source goes through all its groups
     before it repeats one, across rounds and epochs too.
 
-    With `bucket`, so many batches at a time are taken apart again, their groups sorted by length and cut
-    anew, and the new batches mixed: clips of like length meet, and which ones is still chance. What a
-    stretch of `bucket` batches holds of each source stays.
+    With `bucket`, up to so many batches at a time are taken apart again, their groups sorted by length and
+    cut anew, and the new batches mixed: clips of like length meet, and which ones is still chance. What such
+    a stretch holds of each source stays.
     """
 
     def __init__(self, pools: Sequence[Pool], batch: BatchSize, seed: int, stage: int) -> None:
@@ -126,9 +127,12 @@ class Sampler:
         """The same groups in batches of like length."""
         bucket = self.batch.bucket
         assert bucket is not None
+        # Even stretches, and no fewer than two: sorted in one piece, an epoch would be cut like the one before it.
+        stretches = max(2, -(-len(batches) // bucket))
+        edges = [i * len(batches) // stretches for i in range(stretches + 1)]
         out = []
-        for first in range(0, len(batches), bucket):
-            together = [at for batch in batches[first : first + bucket] for at in batch]
+        for first, last in pairwise(edges):
+            together = [at for batch in batches[first:last] for at in batch]
             # the sort is stable: what is of one length stays in the order that chance gave it
             cut = self._cut(groups, lengths, sorted(together, key=lengths.__getitem__))
             out += [cut[i] for i in _permutation(len(cut), *self.key, "bucket", number, first)]
