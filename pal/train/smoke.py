@@ -129,8 +129,7 @@ def _toy_source(source: Source, number: int) -> Source:
 def _toy_stage(stage: Stage) -> Stage:
     # a long rise would keep the weights where they are
     changes = {"steps": STEPS, "epochs": None, "warmup": min(stage.warmup, 1), "batch": _toy_batch(stage.batch)}
-    # a folder of the real encoders' features is none for toy ones
-    changes["cache"] = None
+    changes["cache"] = None  # the folder belongs to the real encoders
     return Stage(**{**stage.model_dump(), **changes})
 
 
