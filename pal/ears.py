@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from pal.audio import resample
 from pal.connectors.base import Connector
@@ -13,7 +16,7 @@ from pal.errors import ConfigError
 from pal.integrations.routed import Stream
 from pal.model_config import ModelConfig, Part
 from pal.registry import build, check, lookup
-from pal.types import AudioFeatures
+from pal.types import AudioFeatures, Heard
 
 
 class Ears(nn.Module):
@@ -56,6 +59,18 @@ class Ears(nn.Module):
         if encoder.sampling_rate != self.sampling_rate:
             waveforms = [resample(samples_N, self.sampling_rate, encoder.sampling_rate) for samples_N in waveforms]
         return encoder.encode(waveforms)
+
+    def recall(self, clips: Sequence[Heard]) -> list[AudioFeatures]:
+        """Clips that these encoders heard before -> the features [B, A, E] that `hear` gives of their waveforms."""
+        features = []
+        for i in range(len(self.encoders)):
+            encoder = self.encoder(i)
+            x_BAE = pad_sequence([clip.x_AE[i] for clip in clips], batch_first=True)
+            lengths_B = torch.tensor([len(clip.x_AE[i]) for clip in clips])
+            mask_BA = torch.arange(x_BAE.shape[1]) < lengths_B[:, None]
+            device = next(encoder.parameters()).device
+            features.append(AudioFeatures(x_BAE.to(device), mask_BA.to(device), encoder.seconds_per_token))
+        return features
 
     def connect(self, heard: list[AudioFeatures]) -> list[AudioFeatures]:
         """What the encoders made -> the features of each stream, [B, A, E]."""

@@ -18,7 +18,7 @@ class ManifestError(PalError):
 
 
 class BundleError(PalError):
-    """A saved model, checkpoint or audio index that cannot be used; names the file."""
+    """A saved model, checkpoint, audio index or feature cache that cannot be used; names the file."""
 
 
 class PromptError(PalError):

@@ -21,13 +21,17 @@ from pal.errors import ConfigError, PromptError
 from pal.integrations.routed import build_integration
 from pal.model_config import ModelConfig
 from pal.registry import check
-from pal.types import AudioFeatures, Batch, LLMInputs, Tokens
+from pal.types import AudioFeatures, Batch, Heard, LLMInputs, Tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from pal.audio import Source
     from pal.integrations.base import Integration
+
+
+Clips = Sequence[Tensor] | Sequence[Heard] | Sequence[AudioKV]
+"""Waveforms [N], clips that the encoders heard before, or clips with their keys and values."""
 
 
 class Loss(NamedTuple):
@@ -129,33 +133,37 @@ class PalModel(nn.Module):
 
     # Audio to LLM inputs
 
-    def features(self, waveforms: list[Tensor]) -> list[AudioFeatures]:
-        """Waveforms [N] at `sampling_rate`, one a clip -> the features [B, A, E] of each stream."""
-        return self.ears.connect(self.ears.hear(waveforms))
+    def features(self, clips: list[Tensor] | list[Heard]) -> list[AudioFeatures]:
+        """Waveforms [N] at `sampling_rate`, or what the encoders made of them -> the features [B, A, E] of each stream.
 
-    def inputs(
-        self, clips: Sequence[Tensor] | Sequence[AudioKV], rows: list[Tokens], padding_side: str = "right"
-    ) -> LLMInputs:
+        One a clip.
+        """
+        known = [clip for clip in clips if isinstance(clip, Heard)]
+        unheard = [clip for clip in clips if isinstance(clip, Tensor)]
+        assert not known or not unheard, "a batch's clips are all waveforms, or all heard before"
+        return self.ears.connect(self.ears.recall(known) if known else self.ears.hear(unheard))
+
+    def inputs(self, clips: Clips, rows: list[Tokens], padding_side: str = "right") -> LLMInputs:
         """Everything the LLM needs for a batch of conversations.
 
         Args:
-            clips: waveforms [N], or what `index` made of them.
+            clips: waveforms [N], what the encoders made of them (`FeatureCache`), or what `index` did.
             rows: conversations; `Tokens.clips` are indices into `clips`.
             padding_side: "right" for training and scoring, "left" for generation.
         """
         audio: Any = list(clips)
-        if audio and isinstance(audio[0], Tensor):
+        if audio and not isinstance(audio[0], AudioKV):
             audio = self.features(audio)
         return self.integration(audio or None, rows, self.llm, padding_side)
 
     def forward(self, batch: Batch, per: Per = "token") -> Loss:
         """Cross-entropy over the trained tokens of a batch (answers only); `per` says what counts alike."""
-        return Loss(*self.llm.loss(self.inputs(batch.waveforms, batch.rows), per))
+        return Loss(*self.llm.loss(self.inputs(batch.clips, batch.rows), per))
 
     loss = forward
 
     @torch.inference_mode()
-    def answer_scores(self, clips: Sequence[Tensor] | Sequence[AudioKV], rows: list[Tokens]) -> Tensor:
+    def answer_scores(self, clips: Clips, rows: list[Tokens]) -> Tensor:
         """Log-likelihood of each row's labelled tokens, summed -> [B]."""
         return self.llm.label_scores(self.inputs(clips, rows))
 
@@ -164,7 +172,7 @@ class PalModel(nn.Module):
     @torch.inference_mode()
     def generate(
         self,
-        clips: Sequence[Tensor] | Sequence[AudioKV],
+        clips: Clips,
         rows: list[Tokens],
         max_new_tokens: int = 64,
         **options: Any,
@@ -176,9 +184,7 @@ class PalModel(nn.Module):
         ids_BT = self.llm.generate(inputs, max_new_tokens=max_new_tokens, **self._generation(options))
         return [text.strip() for text in self.tokenizer.batch_decode(ids_BT, skip_special_tokens=True)]
 
-    def stream(
-        self, clips: Sequence[Tensor] | Sequence[AudioKV], row: Tokens, max_new_tokens: int = 64, **options: Any
-    ) -> Iterator[str]:
+    def stream(self, clips: Clips, row: Tokens, max_new_tokens: int = 64, **options: Any) -> Iterator[str]:
         """The answer to one conversation, in pieces as they are made."""
         with torch.inference_mode():
             inputs = self.inputs(clips, [row], padding_side="left")

@@ -66,16 +66,37 @@ class Tokens:
 
 
 @dataclass(frozen=True)
+class Heard:
+    """One clip as the encoders hear it, in place of its waveform where they need not run again."""
+
+    x_AE: tuple[Tensor, ...]
+    """Of each of the model's encoders the real tokens [A, E], in numbers and widths of their own."""
+    seconds: float
+    """Length of the clip."""
+
+
+@dataclass(frozen=True)
 class Batch:
     """What the trainer and the evaluator hand to the model."""
 
     waveforms: list[Tensor]
-    """Each clip once, mono float32 [N] at the encoder's sampling rate."""
+    """Each clip once, mono float32 [N] at the encoder's sampling rate; none where `heard` has the clips."""
     rows: list[Tokens]
     records: list[str] = field(default_factory=list)
     """The ids of the records the rows were made from."""
     tags: list[list[TagSpan] | None] | None = None
     """Per clip, what is known to sound in it; None where the data says nothing."""
+    heard: list[Heard] = field(default_factory=list)
+    """Each clip once as frozen encoders hear it, instead of the waveforms."""
+
+    @property
+    def clips(self) -> list[Tensor] | list[Heard]:
+        """What the rows' `clips` count in."""
+        return self.heard or self.waveforms
+
+    def seconds(self, rate: int) -> float:
+        """Length of all clips, given the waveforms' rate."""
+        return sum(clip.seconds for clip in self.heard) + sum(len(samples_N) for samples_N in self.waveforms) / rate
 
 
 @dataclass(frozen=True)

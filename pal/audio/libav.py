@@ -44,6 +44,21 @@ class Track:
         elif self._container.duration is not None:
             self.seconds = self._container.duration / self._av.time_base
 
+    def length(self) -> float:
+        """Seconds that the container declares, or else those up to the end of its last packet; nothing is decoded."""
+        if self.seconds is not None:
+            return self.seconds
+        end = 0.0
+        try:
+            for packet in self._container.demux(self._stream):
+                if packet.pts is not None:
+                    end = max(end, float((packet.pts + (packet.duration or 0)) * packet.time_base))
+        except self._av.error.FFmpegError as error:
+            raise DecodeError(f"it is damaged ({error.strerror})") from None
+        finally:
+            self._container.close()
+        return end
+
     def blocks(self) -> Iterator[np.ndarray]:
         """Float32 blocks [n, channels]; raises DecodeError where decoding fails or the length is not the declared."""
         packet_frames = samples = 0

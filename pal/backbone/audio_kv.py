@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -15,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from pal.backbone.stream_kv import StreamKV
+from pal.digest import digest as content_digest
 from pal.errors import BundleError, PalError
 
 _FORMAT = "pal-audio-kv-3"
@@ -120,7 +120,7 @@ class AudioKV:
         """Write one safetensors file, with the digest of the model and of the content."""
         tensors = {name: x.contiguous().cpu() for name, x in self._tensors().items()}
         about = self._about()
-        save_file(tensors, path, metadata={"about": about, "sha256": _content_digest(tensors, about)})
+        save_file(tensors, path, metadata={"about": about, "sha256": content_digest(tensors, about)})
 
     @classmethod
     def load(cls, path: str | Path, digest: str | None = None) -> AudioKV:
@@ -142,7 +142,7 @@ class AudioKV:
         about = metadata.get("about", "")
         if not about.startswith(f'{{"format": "{_FORMAT}"'):
             raise BundleError(f"{path} is not an audio index of this version; index the audio again")
-        if _content_digest(tensors, about) != metadata.get("sha256"):
+        if content_digest(tensors, about) != metadata.get("sha256"):
             raise BundleError(f"{path} is damaged: its content does not match its digest; index the audio again")
         facts: dict[str, Any] = json.loads(about)
         streams = []
@@ -160,12 +160,3 @@ class AudioKV:
 
     def _tensors(self) -> dict[str, Tensor]:
         return {f"{i}.{name}": x for i, stream in enumerate(self.streams) for name, x in stream.tensors().items()}
-
-
-def _content_digest(tensors: dict[str, Tensor], about: str) -> str:
-    content = hashlib.sha256(about.encode())
-    for name in sorted(tensors):
-        x = tensors[name]
-        content.update(f"{name}{x.dtype}{tuple(x.shape)}".encode())
-        content.update(x.contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return content.hexdigest()

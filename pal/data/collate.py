@@ -13,7 +13,7 @@ from torch import Tensor
 import pal.audio
 from pal.data.manifest import Record
 from pal.data.prompts import conversation_of, encode
-from pal.types import Batch, TagSpan
+from pal.types import Batch, Heard, TagSpan
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -63,6 +63,7 @@ class Collator:
         with_audio: False leaves the clips and their placeholders out.
         train: whether rows carry their answers with labels, or end with the generation prompt.
         system: a system message for every conversation.
+        hear: gives a clip as frozen encoders hear it, in place of its waveform; not with `augment`.
         cache_bytes: decoded audio to keep, so that a small corpus is decoded once and not every
             epoch. 0 keeps none.
     """
@@ -75,6 +76,7 @@ class Collator:
         with_audio: bool = True,
         train: bool = True,
         system: str | None = None,
+        hear: Callable[[str], Heard] | None = None,
         cache_bytes: int = 1 << 30,
     ) -> None:
         self.tokenizer = tokenizer
@@ -83,6 +85,7 @@ class Collator:
         self.with_audio = with_audio
         self.train = train
         self.system = system
+        self.hear = hear
         self.cache = WaveformCache(cache_bytes)
 
     def __call__(self, records: Sequence[Record], seeds: Sequence[int] | None = None) -> Batch:
@@ -97,8 +100,10 @@ class Collator:
             AudioError, PromptError: from a clip or a conversation that cannot be used.
         """
         assert self.augment is None or seeds is not None, "augmentation needs a seed for each record"
+        assert self.augment is None or self.hear is None, "what is augmented must be heard anew"
         place: dict[str, int] = {}
         waveforms: list[Tensor] = []
+        heard: list[Heard] = []
         tags: list[Tags] = []
         rows = []
         for number, record in enumerate(records):
@@ -106,9 +111,13 @@ class Collator:
             for at, path in enumerate(clips):
                 if path in place:
                     continue
-                place[path] = len(waveforms)
-                samples_N = self._load(path)
+                place[path] = len(place)
                 known = list(record.tags) if at == 0 and record.tags is not None else None
+                if self.hear is not None:
+                    heard.append(self.hear(path))
+                    tags.append(known)
+                    continue
+                samples_N = self._load(path)
                 if self.augment is not None and seeds is not None:
                     rng = np.random.default_rng([seeds[number], at])
                     samples_N, known = self.augment(samples_N.clone(), self.rate, rng, known)
@@ -117,7 +126,7 @@ class Collator:
             conversation = conversation_of(record, self.with_audio, with_answers=self.train, system=self.system)
             rows.append(encode(self.tokenizer, conversation, [place[path] for path in clips], train=self.train))
         known_tags = tags if any(known is not None for known in tags) else None
-        return Batch(waveforms, rows, [record.id for record in records], known_tags)
+        return Batch(waveforms, rows, [record.id for record in records], known_tags, heard)
 
     def _load(self, path: str) -> Tensor:
         samples_N = self.cache.get(path)

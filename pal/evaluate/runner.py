@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from tqdm import tqdm
 
-from pal.audio import load
+from pal.audio import load, seconds
 from pal.data import prompts
 from pal.data.manifest import PLACEHOLDER
-from pal.errors import ManifestError, PalError
+from pal.errors import AudioError, ManifestError, PalError
 from pal.evaluate.score import Accuracy, ItemResult, Score
 from pal.evaluate.scorers import NORMALISATION, best_choice, exact_match
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from pal.data.manifest import Manifest, Record
     from pal.data.prompts import Conversation
     from pal.model import PalModel
+    from pal.types import Heard
 
 Scoring = Literal["exact", "rank"]
 
@@ -55,6 +56,7 @@ def evaluate(
     max_new_tokens: int = 32,
     benchmark: str | None = None,
     seed: int = 0,
+    features: Callable[[str], Heard] | None = None,
     options: dict[str, Any] | None = None,
 ) -> Score:
     """Answer every question of `manifest` and score the answers.
@@ -73,6 +75,8 @@ def evaluate(
         max_new_tokens: of an answer.
         benchmark: the name in the score; the manifest's file name without it.
         seed: of the bootstrap.
+        features: gives a clip as the model's encoders hear it, such as a `pal.features.FeatureCache`; without
+            it they are run.
         options: how the benchmark was made, for the record.
 
     Returns:
@@ -85,7 +89,7 @@ def evaluate(
     started = time.perf_counter()
     questions = _questions(manifest, scoring, limit, model.config.system)
     free = sum(not record.choices for record in manifest)
-    answer = _Answerer(model, scoring, batch, max_new_tokens)
+    answer = _Answerer(model, scoring, batch, max_new_tokens, features)
     items = [ItemResult(q.id, q.question, q.reference, task=q.task, group="\n".join(q.clips)) for q in questions]
     with _evaluation_mode(model), torch.no_grad():
         for index, text, error in answer.with_audio(questions, progress):
@@ -125,24 +129,33 @@ def evaluate(
 class _Answerer:
     """Turns questions into answers, in batches that share clips."""
 
-    def __init__(self, model: PalModel, scoring: Scoring, batch: int, max_new_tokens: int) -> None:
+    def __init__(
+        self,
+        model: PalModel,
+        scoring: Scoring,
+        batch: int,
+        max_new_tokens: int,
+        features: Callable[[str], Heard] | None,
+    ) -> None:
         self.model = model
         self.scoring = scoring
         self.batch = batch
         self.max_new_tokens = max_new_tokens
+        self.clip: Callable[[str], Any] = features or (lambda path: load(path, model.sampling_rate).samples_N)
+        """What the model takes of an audio file."""
 
     def with_audio(self, questions: Sequence[Question], progress: bool) -> Iterator[tuple[int, str, str | None]]:
         """Yields (index of the question, raw answer, error) for each question, in any order."""
         by_clips: dict[tuple[str, ...], list[int]] = {}
         for index, question in enumerate(questions):
             by_clips.setdefault(question.clips, []).append(index)
+        lengths = {clips: _seconds(clips) for clips in by_clips}
         # Clips of like length lie in one batch: little padding, and the slowest batch comes first,
         # where it shows at once if memory does not suffice.
-        groups = sorted(by_clips.values(), key=lambda group: -_seconds(questions[group[0]].clips))
-        order = [index for group in groups for index in group]
-        yield from self._run(
-            self._batches(order, questions), lambda part: self._answer([questions[i] for i in part]), progress, "audio"
-        )
+        longest_first = sorted(by_clips, key=lengths.__getitem__, reverse=True)
+        order = [index for clips in longest_first for index in by_clips[clips]]
+        batches = self._batches(order, questions, lambda index: lengths[questions[index].clips])
+        yield from self._run(batches, lambda part: self._answer([questions[i] for i in part]), progress, "audio")
 
     def without_audio(self, questions: Sequence[Question], progress: bool) -> Iterator[tuple[int, str, str | None]]:
         """As `with_audio`; a question that comes again about another clip is asked once."""
@@ -162,13 +175,16 @@ class _Answerer:
     def _choices(self, question: Question) -> tuple[str, ...] | None:
         return question.choices if self.scoring == "rank" else None
 
-    def _batches(self, order: Sequence[int], questions: Sequence[Question]) -> list[list[int]]:
-        """Cut `order` so that no batch has more rows than `batch`, except by one question's choices."""
+    def _batches(
+        self, order: Sequence[int], questions: Sequence[Question], length: Callable[[int], float] = lambda index: 0.0
+    ) -> list[list[int]]:
+        """Cut `order`, longest first, so that no batch has more rows than `batch`, except by one question's choices,
+        and none a clip shorter than half its longest: one long recording would pad all others to its length."""
         batches: list[list[int]] = []
         rows = self.batch
         for index in order:
             cost = len(self._choices(questions[index]) or (None,))
-            if rows + cost > self.batch:
+            if rows + cost > self.batch or length(index) < length(batches[-1][0]) / 2:
                 batches.append([])
                 rows = 0
             batches[-1].append(index)
@@ -190,19 +206,19 @@ class _Answerer:
             for question in questions:
                 for path in question.clips:
                     places.setdefault(path, len(places))
-        waveforms = [load(path, self.model.sampling_rate).samples_N for path in places]
+        heard = [self.clip(path) for path in places]
         spans = [[] if deaf else [places[path] for path in question.clips] for question in questions]
         talks = [question.unheard if deaf else question.heard for question in questions]
         tokenizer = self.model.tokenizer
         if self.scoring == "exact":
             rows = [prompts.encode(tokenizer, talk, clips) for talk, clips in zip(talks, spans, strict=True)]
-            return self.model.generate(waveforms, rows, max_new_tokens=self.max_new_tokens)
+            return self.model.generate(heard, rows, max_new_tokens=self.max_new_tokens)
         rows = [
             prompts.encode(tokenizer, [*talk, {"role": "assistant", "content": choice}], clips, train=True)
             for question, talk, clips in zip(questions, talks, spans, strict=True)
             for choice in question.choices or ()
         ]
-        scores = self.model.answer_scores(waveforms, rows).tolist()
+        scores = self.model.answer_scores(heard, rows).tolist()
         answers = []
         for question in questions:
             choices = question.choices or ()
@@ -261,16 +277,11 @@ def _questions(
 
 
 def _seconds(clips: Sequence[str]) -> float:
-    """Length of the clips as their headers state it; 0 where only a decoder could tell."""
-    import soundfile
-
-    total = 0.0
-    for clip in clips:
-        try:
-            total += float(soundfile.info(clip).duration)
-        except soundfile.LibsndfileError:
-            continue
-    return total
+    """Length of the clips by their headers; 0 where one cannot be read, which its item will report."""
+    try:
+        return sum(seconds(clip) for clip in clips)
+    except AudioError:
+        return 0.0
 
 
 def _shown_prompt(model: PalModel, question: Question) -> str:

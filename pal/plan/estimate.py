@@ -151,6 +151,7 @@ def _stage(model: PalModel, stage: Stage, gpu: GPU, ears: _Listening, text_token
     added = _added(model, step, streams) if hears else []
     costs = {"encoder": Cost(), "connector": Cost(), "llm": Cost()}
     if hears or stage.by_clip:
+        # with a cache of features, too: this is a step whose clips are all new
         costs["encoder"] = hearing["encoder"].times(batch.clips)
     if hears:
         costs["connector"] = hearing["connector"].times(batch.clips)

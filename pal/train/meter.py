@@ -21,8 +21,8 @@ def count_in(total: dict[str, float], works: list[Work], seconds: float, rate: i
     for work in works:
         if work.counts:
             total["rows"] += len(work.batch.rows)
-            total["clips"] += len(work.batch.waveforms)
-            total["audio_seconds"] += sum(len(samples_N) for samples_N in work.batch.waveforms) / rate
+            total["clips"] += len(work.batch.clips)
+            total["audio_seconds"] += work.batch.seconds(rate)
             total["tokens"] += trained_tokens(work.batch) if unit == "tokens" else 0
 
 

@@ -11,6 +11,7 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 from threading import Lock
 
 import numpy as np
@@ -42,7 +43,7 @@ class Pool:
     weight: float | None = None
     repeat: float = 1.0
     seconds: Callable[[int], float] | None = None
-    """Length of a group's audio; needed for batches measured in seconds."""
+    """Length of a group's audio; needed for batches measured in seconds or sorted by length."""
 
 
 class Sampler:
@@ -51,6 +52,10 @@ class Sampler:
     An epoch draws a fixed number of groups from each source, mixes them and cuts the row of groups
     into batches; large epochs are mixed and cut in rounds. Each source goes through all its groups
     before it repeats one, across rounds and epochs too.
+
+    With `bucket`, up to so many batches at a time are taken apart again, their groups sorted by length and
+    cut anew, and the new batches mixed: clips of like length meet, and which ones is still chance. What such
+    a stretch holds of each source stays.
     """
 
     def __init__(self, pools: Sequence[Pool], batch: BatchSize, seed: int, stage: int) -> None:
@@ -94,20 +99,44 @@ class Sampler:
             for position in range(number * count // self.rounds, (number + 1) * count // self.rounds):
                 turn, index = self._group_at(source, position)
                 drawn.append((source, index, turn))
-        order = _permutation(len(drawn), *self.key, "order", number)
-        batches: list[list[Group]] = []
-        filling = _Filling(self.batch)
-        for place, i in enumerate(order):
+        groups, lengths = [], []
+        for place, i in enumerate(_permutation(len(drawn), *self.key, "order", number)):
             source, index, turn = drawn[i]
-            group = Group(source, self._rows(source, index, turn), _hash(*self.key, number, place))
-            seconds = self._seconds(source, index)
-            if filling.groups and not filling.fits(group, seconds):
-                batches.append(filling.groups)
+            groups.append(Group(source, self._rows(source, index, turn), _hash(*self.key, number, place)))
+            lengths.append(self._seconds(source, index))
+        batches = self._cut(groups, lengths, range(len(groups)))
+        if self.batch.bucket is not None:
+            batches = self._bucketed(groups, lengths, batches, number)
+        return [[groups[at] for at in batch] for batch in batches]
+
+    def _cut(self, groups: Sequence[Group], lengths: Sequence[float], order: Sequence[int]) -> list[list[int]]:
+        """Groups, in this order and by number, as batches within the limits."""
+        batches: list[list[int]] = []
+        filling = _Filling(self.batch)
+        for at in order:
+            if not batches or not filling.fits(groups[at], lengths[at]):
+                batches.append([])
                 filling = _Filling(self.batch)
-            filling.add(group, seconds)
-        if filling.groups:
-            batches.append(filling.groups)
+            batches[-1].append(at)
+            filling.add(groups[at], lengths[at])
         return batches
+
+    def _bucketed(
+        self, groups: Sequence[Group], lengths: Sequence[float], batches: list[list[int]], number: int
+    ) -> list[list[int]]:
+        """The same groups in batches of like length."""
+        bucket = self.batch.bucket
+        assert bucket is not None
+        # Even stretches, and no fewer than two: sorted in one piece, an epoch would be cut like the one before it.
+        stretches = max(2, -(-len(batches) // bucket))
+        edges = [i * len(batches) // stretches for i in range(stretches + 1)]
+        out = []
+        for first, last in pairwise(edges):
+            together = [at for batch in batches[first:last] for at in batch]
+            # the sort is stable: what is of one length stays in the order that chance gave it
+            cut = self._cut(groups, lengths, sorted(together, key=lengths.__getitem__))
+            out += [cut[i] for i in _permutation(len(cut), *self.key, "bucket", number, first)]
+        return out
 
     def _group_at(self, source: int, position: int) -> tuple[int, int]:
         """(pass, group) at a position of the source's endless row of permutations."""
@@ -131,32 +160,33 @@ class Sampler:
         return tuple(chosen)
 
     def _seconds(self, source: int, index: int) -> float:
-        if self.batch.seconds is None:
+        if not self.batch.by_length:
             return 0.0
         seconds = self.pools[source].seconds
-        assert seconds is not None, "batches in seconds need the lengths of clips"
+        assert seconds is not None, "batches by length need the lengths of clips"
         return seconds(index)
 
 
 class _Filling:
-    """A batch that is being filled."""
+    """How full a batch is."""
 
     def __init__(self, size: BatchSize) -> None:
         self.size = size
-        self.groups: list[Group] = []
+        self.clips = 0
         self.rows = 0
         self.seconds = 0.0
 
     def fits(self, group: Group, seconds: float) -> bool:
+        """Whether the group may be added; one that is too large by itself has a batch of its own."""
         size = self.size
-        return not (
+        return not self.clips or not (
             (size.rows is not None and self.rows + len(group.rows) > size.rows)
-            or (size.clips is not None and len(self.groups) + 1 > size.clips)
+            or (size.clips is not None and self.clips + 1 > size.clips)
             or (size.seconds is not None and self.seconds + seconds > size.seconds)
         )
 
     def add(self, group: Group, seconds: float) -> None:
-        self.groups.append(group)
+        self.clips += 1
         self.rows += len(group.rows)
         self.seconds += seconds
 

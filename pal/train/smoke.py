@@ -129,6 +129,7 @@ def _toy_source(source: Source, number: int) -> Source:
 def _toy_stage(stage: Stage) -> Stage:
     # a long rise would keep the weights where they are
     changes = {"steps": STEPS, "epochs": None, "warmup": min(stage.warmup, 1), "batch": _toy_batch(stage.batch)}
+    changes["cache"] = None  # the folder belongs to the real encoders
     return Stage(**{**stage.model_dump(), **changes})
 
 
@@ -145,6 +146,7 @@ def _toy_batch(batch: BatchSize) -> BatchSize:
         rows_per_clip=least(batch.rows_per_clip, 2),
         turns=min(batch.turns, 2),
         accumulate=accumulate,
+        bucket=batch.bucket,
     )
 
 

@@ -10,7 +10,6 @@ from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
-import soundfile
 from torch import Tensor
 
 from pal import audio
@@ -18,11 +17,12 @@ from pal.config import parse
 from pal.data.collate import Collator, WaveformCache
 from pal.data.manifest import Manifest, Record
 from pal.errors import ConfigError
+from pal.features import FeatureCache
 from pal.model import PalModel
 from pal.train.objectives import Objective, Work
 from pal.train.recipe import Recipe, Source
 from pal.train.sampler import Group, Pool, Sampler, share
-from pal.types import IGNORE, Batch, Tokens
+from pal.types import IGNORE, Batch, Heard, Tokens
 
 logger = logging.getLogger(__name__)
 
@@ -95,7 +95,7 @@ class StageData:
             if not groups:
                 raise ConfigError(f"data '{name}': no record is left by 'tasks' and 'datasets'")
             seconds = None
-            if batch.seconds is not None:
+            if batch.by_length:
                 seconds = _GroupSeconds(manifests[name], groups)
             pools.append(Pool(groups, source.weight, source.repeat, seconds))
         if not pools:
@@ -113,7 +113,10 @@ class StageData:
                     yield manifest[row]
 
     def start(self, model: PalModel, objective: Objective, waveforms: WaveformCache) -> None:
-        """Get ready to load: the model's tokenizer and rate, each source's augmentation."""
+        """Get ready to load: the model's tokenizer and rate, each source's augmentation, the features kept."""
+        hear = None
+        if self.stage.cache is not None:
+            hear = FeatureCache(self.stage.cache, model.ears, self.stage.precision)
         for source in self.sources:
             augment = None
             if source.augment is not None:
@@ -126,6 +129,7 @@ class StageData:
                 augment if objective.with_audio else None,
                 with_audio=objective.with_audio,
                 system=model.config.system,
+                hear=hear,
             )
             collator.cache = waveforms
             self._collators.append(collator)
@@ -182,16 +186,6 @@ class _GroupSeconds:
         return sum(_seconds(path) for path in self.manifest[self.groups[index][0]].clips)
 
 
-@cache
-def _seconds(path: str) -> float:
-    """Length of an audio file, from its header."""
-    try:
-        return soundfile.info(path).duration
-    except soundfile.LibsndfileError:
-        # Formats that soundfile does not know have to be decoded.
-        return audio.load(path, 16_000).seconds_given
-
-
 def _groups(manifest: Manifest, source: Source, grouped: bool) -> Sequence[Sequence[int]]:
     """Records of a manifest that a source lets through, by clip or one by one."""
     if not grouped and source.tasks is None and source.datasets is None:
@@ -204,6 +198,11 @@ def _groups(manifest: Manifest, source: Source, grouped: bool) -> Sequence[Seque
             continue
         groups.setdefault(record.clips if grouped and record.clips else row, []).append(row)
     return list(groups.values())
+
+
+@cache
+def _seconds(path: str) -> float:
+    return audio.seconds(path)
 
 
 class _Singles(Sequence[Sequence[int]]):
@@ -220,7 +219,7 @@ class _Singles(Sequence[Sequence[int]]):
 
 
 def _clip_datasets(batch: Batch, records: Sequence[Record]) -> list[str]:
-    datasets = [""] * len(batch.waveforms)
+    datasets = [""] * len(batch.clips)
     for row, record in zip(batch.rows, records, strict=True):
         for clip in row.clips[:1]:
             datasets[clip] = record.dataset
@@ -232,17 +231,19 @@ def join(batches: Sequence[Batch]) -> Batch:
     if len(batches) == 1:
         return batches[0]
     waveforms: list[Tensor] = []
+    heard: list[Heard] = []
     rows: list[Tokens] = []
     records: list[str] = []
     for batch in batches:
-        first = len(waveforms)
+        first = len(heard) + len(waveforms)
         rows += [Tokens(row.ids, [first + clip for clip in row.clips], row.labels) for row in batch.rows]
         waveforms += batch.waveforms
+        heard += batch.heard
         records += batch.records
     tags = None
     if any(batch.tags is not None for batch in batches):
-        tags = [spans for batch in batches for spans in batch.tags or [None] * len(batch.waveforms)]
-    return Batch(waveforms, rows, records, tags)
+        tags = [spans for batch in batches for spans in batch.tags or [None] * len(batch.clips)]
+    return Batch(waveforms, rows, records, tags, heard)
 
 
 def trained_tokens(batch: Batch) -> int:

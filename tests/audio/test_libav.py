@@ -2,11 +2,12 @@
 
 import builtins
 import io
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from pal.audio import load
+from pal.audio import load, seconds
 from pal.errors import AudioError
 from tests.audio.test_load import sine
 
@@ -49,6 +50,16 @@ def test_a_cut_file_is_refused(format: str, codec: str, left: float) -> None:
 
 def test_a_browser_recording_declares_nothing_and_is_taken() -> None:
     assert load(encoded("webm", "libopus", live="1"), 16_000).seconds_given == pytest.approx(2.0, abs=0.03)
+
+
+@pytest.mark.parametrize(("format", "codec", "live"), [(*file, "") for file in FILES] + [("webm", "libopus", "1")])
+def test_the_length_is_known_without_decoding(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, format: str, codec: str, live: str
+) -> None:
+    path = tmp_path / "clip"
+    path.write_bytes(encoded(format, codec, **({"live": live} if live else {})))
+    monkeypatch.setattr("pal.audio.libav.Track.blocks", None)
+    assert seconds(path) == pytest.approx(2.0, abs=0.06)
 
 
 def test_two_tracks_are_refused() -> None:

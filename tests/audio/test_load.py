@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from pal.audio import load
+from pal.audio import load, seconds
 from pal.errors import AudioError
 
 LOSSLESS = [
@@ -177,3 +177,23 @@ def test_mp3_has_its_exact_length(rate: int, channels: int, length: int, mode: s
     samples = np.random.default_rng(length).uniform(-0.5, 0.5, (length, channels))
     data = encoded(samples, rate, "MP3", "MPEG_LAYER_III", bitrate_mode=mode)
     assert load(data, rate).samples_N.shape == (length,)
+
+
+@pytest.mark.parametrize(("format", "subtype"), [("WAV", "PCM_16"), ("FLAC", "PCM_24"), *LOSSY])
+def test_the_length_is_known_from_the_header(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, format: str, subtype: str
+) -> None:
+    path = tmp_path / "clip"
+    path.write_bytes(encoded(sine(16_000, 1.5), 16_000, format, subtype))
+    given = load(path, 16_000).seconds_given
+    monkeypatch.setattr(soundfile.SoundFile, "read", None)
+    assert seconds(path) == pytest.approx(given, abs=0.05)
+
+
+@pytest.mark.parametrize(("content", "fault"), [(None, "no such file"), (b"", "empty"), (b"RIFF....WAVE", "damaged")])
+def test_a_length_that_cannot_be_known_is_an_error(tmp_path: Path, content: bytes | None, fault: str) -> None:
+    path = tmp_path / "clip.wav"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(AudioError, match=rf"clip\.wav: it is {fault}|clip\.wav: there is {fault}"):
+        seconds(path)

@@ -138,6 +138,47 @@ def test_batches_do_not_change_answers(folder):
     assert len({json.dumps([item.prediction for item in score.items]) for score in scores}) == 1
 
 
+def recording_model():
+    """A model whose answer says how long the clip is, and the lengths of the clips of each call."""
+    model, calls = Fake(), []
+
+    def generate(clips, rows, max_new_tokens):
+        calls.append([len(clip) for clip in clips])
+        return [str(len(clips[row.clips[0]])) if row.clips else "-" for row in rows]
+
+    model.generate = generate
+    return model, calls
+
+
+def test_clips_of_like_length_are_asked_together(tmp_path):
+    lengths = [int(length) for length in np.geomspace(100, 6000, 60)]
+    for length in lengths:
+        soundfile.write(tmp_path / f"{length}.wav", np.full(length, 0.1), 1000 * 8)
+    shuffled = [lengths[i] for i in np.random.default_rng(0).permutation(60)]
+    made = manifest(tmp_path, [record(f"{length}.wav", str(length)) for length in shuffled])
+    model, calls = recording_model()
+    score = evaluate(model, made, batch=8, no_audio=False, progress=False)
+    # in the manifest's order, each with its own answer
+    assert [int(item.prediction) for item in score.items] == shuffled
+    assert score.score == 1.0
+    assert sorted(length for call in calls for length in call) == lengths
+    padded = sum(len(call) * max(call) for call in calls)
+    unsorted = sum(len(part) * max(part) for part in (shuffled[i : i + 8] for i in range(0, 60, 8)))
+    assert 1 - sum(lengths) / unsorted > 0.5
+    assert 1 - sum(lengths) / padded < 0.25
+
+
+def test_one_long_recording_does_not_pad_the_short_ones(tmp_path):
+    for name, length in (("long", 8000), ("a", 100), ("b", 90), ("c", 70)):
+        soundfile.write(tmp_path / f"{name}.wav", np.full(length, 0.1), 1000 * 8)
+    (tmp_path / "none.wav").write_text("no audio")
+    records = [record(f"{name}.wav", "x") for name in ("a", "none", "b", "long", "c")]
+    model, calls = recording_model()
+    score = evaluate(model, manifest(tmp_path, records), no_audio=False, progress=False)
+    assert calls == [[8000], [100, 90, 70]]
+    assert [item.error is None for item in score.items] == [True, False, True, True, True]
+
+
 def test_an_item_that_raises_is_wrong_and_reported(folder):
     (folder / "not.wav").write_text("no audio at all")
     records = [record("dog.wav", "dog"), record("broken.wav", "dog"), record("cat.wav", "cat")]

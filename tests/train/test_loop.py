@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -89,9 +90,13 @@ def test_the_same_step_in_another_way(manifest: Path, tmp_path: Path, base: Path
 
 def test_two_processes_do_what_one_does(manifest: Path, tmp_path: Path, base: Path) -> None:
     data = {"scenes": {"manifest": str(manifest)}}
-    stages = [stage(train={"projectors": True}, batch={"rows": 3}), stage(train={"connector": True, "llm": "full"})]
+    stages = [
+        stage(train={"projectors": True}, batch={"rows": 3, "bucket": 2}),
+        stage(train={"connector": True, "llm": "full"}, cache=str(tmp_path / "cache")),
+    ]
     made = recipe(manifest, stages, model=None, bundle=base, data=data)
     one = run(made, tmp_path / "one").state_dict()
+    shutil.rmtree(tmp_path / "cache")  # for the two to fill it at once
     settings = tmp_path / "recipe.json"
     settings.write_text(made.model_dump_json())
     with socket.socket() as free:

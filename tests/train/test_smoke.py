@@ -71,7 +71,7 @@ def test_stages_keep_what_they_do() -> None:
         "options": {"per": "answer"},
         "train": {"encoder": [1], "connector": True, "llm": "lora", "lora": {"r": 3, "targets": ["k_proj"]}},
         "lr": {"encoder": 1e-5, "connector": 1e-3, "llm": 1e-4},
-        "batch": {"rows": 256, "accumulate": 16, "rows_per_clip": 5, "turns": 3},
+        "batch": {"rows": 256, "accumulate": 16, "rows_per_clip": 5, "turns": 3, "bucket": 50},
         "precision": "bf16",
         "gradient_checkpointing": True,
         "clip_grad": None,
@@ -93,8 +93,15 @@ def test_stages_keep_what_they_do() -> None:
         "steps": 2,
         "epochs": None,
         "warmup": 1,
-        "batch": {"rows": 4, "clips": None, "seconds": None, "rows_per_clip": 2, "turns": 2, "accumulate": 2},
+        "batch": {
+            **{"rows": 4, "clips": None, "seconds": None, "rows_per_clip": 2},
+            **{"turns": 2, "accumulate": 2, "bucket": 50},
+        },
     }
+    kept = {"train": {"connector": True}, "lr": 1e-3, "steps": 9, "batch": {"rows": 2}, "cache": "features"}
+    kept_small = toy_recipe(Recipe(model=model, data={"a": {"manifest": "a.json"}}, stages=[kept]))
+    # a folder of the real encoders' features is none for toy ones
+    assert kept_small.stages[0].cache is None
     source = small.data["b"]
     assert source.synth is not None
     assert (source.manifest, source.tasks, source.datasets) == (None, None, None)
