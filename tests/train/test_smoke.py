@@ -94,10 +94,6 @@ def test_stages_keep_what_they_do() -> None:
         "epochs": None,
         "warmup": 1,
         "batch": {
-<<<<<<< HEAD
-            "rows": 4, "clips": None, "seconds": None, "rows_per_clip": 2,
-            "turns": 2, "accumulate": 2, "bucket": 50,
-=======
             "rows": 4,
             "clips": None,
             "seconds": None,
@@ -105,7 +101,6 @@ def test_stages_keep_what_they_do() -> None:
             "turns": 2,
             "accumulate": 2,
             "bucket": 50,
->>>>>>> issue-data
         },
     }
     kept = {"train": {"connector": True}, "lr": 1e-3, "steps": 9, "batch": {"rows": 2}, "cache": "features"}
