@@ -84,9 +84,14 @@ def verify(folder: Path) -> dict[str, str]:
 
 def write_text(path: Path, text: str) -> None:
     """Write a text file so that it is there whole or not at all."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """The same for any bytes."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text)
+    temporary.write_bytes(data)
     _sync(temporary)
     temporary.replace(path)
 

@@ -103,9 +103,11 @@ def _mllama(step: Step, tokens: int, width: int, llm: Backbone) -> Added:
                 linear(rows, D, F, mixed, own, size),
                 linear(rows, D, F, mixed, own, size, kept=True),
                 linear(rows, F, D, mixed, own, size),
-                # queries and what attention gives, keys and values; what the activation takes, gives, and is
-                # multiplied with; the inputs of both gates; both norms, and those of queries and keys
-                Cost(saved=(2 * rows * inner + 2 * audio * shared + 3 * rows * F + 2 * rows * D) * size * mixed),
+                # queries and what attention gives, keys and values repeated for every head, the mask; what the
+                # activation takes, gives, and is multiplied with; the inputs of both gates; both norms, and those of
+                # queries and keys
+                Cost(saved=(2 * rows * inner + 2 * audio * inner + rows * tokens) * size * mixed),
+                Cost(saved=(3 * rows * F + 2 * rows * D) * size * mixed),
                 Cost(saved=(2 * rows * D + rows * inner + audio * shared) * (4 + size * own) * mixed),
             ]
         )

@@ -98,6 +98,8 @@ PRESETS = {
             shape="4 layers of 32",
             llm=_SMALL,
             encoder=_encoder(16, 1, 2, mels=80),
+            # at 15000 PLITS alone takes a minute, whatever the width: attention's exponentials are what it does
+            audio_tokens=(64, 256, 750, 1500),
             repeats=0,
         ),
         Preset(
