@@ -257,6 +257,8 @@ def bench(
     if out is not None:
         for path in write(result, out):
             typer.echo(f"written: {path}", err=True)
+    if result.interrupted:
+        raise KeyboardInterrupt("interrupted; what had been measured by then is above")
 
 
 def _listed(text: str | None) -> list[str] | None:

@@ -40,16 +40,20 @@ def on_paper(subject: Subject, scene: Scene, preset: Preset, phase: Phase) -> On
         # in two bytes as with autocast, where the weights have two
         autocast=size == 2,
     )
+    extra = Cost()
     if isinstance(subject, Qwen2Audio) and scene.frames is not None and phase != "decode":
-        # its own forward pass makes logits of every row
+        # its own forward pass makes logits of every row, and projects windows in full before it drops what is empty
         step = replace(step, targets=scene.text_tokens + scene.audio_tokens)
+        window = preset.encoder["max_source_positions"] // 2
+        empty = len(scene.frames.lengths_W) * window - scene.batch * scene.audio_tokens
+        extra = linear(empty, preset.width, llm.width, False, step.integration, step.own_bytes)
     added = _added(subject, step, scene.audio_tokens, preset.width)
     hearing = _hearing(scene, preset) if added else 0.0
     text_kv = 2 * llm.kv_heads * llm.head_width * size * llm.n_layers * scene.text_tokens
     kept = scene.batch * (text_kv + kv_bytes(llm, added, size))
     if phase == "decode":
         return OnPaper(_token(subject, scene, preset.width), 0.0, kept)
-    cost = decoder(llm, step, added)
+    cost = decoder(llm, step, added) + extra
     if trains:
         return OnPaper(hearing + cost.forward + cost.backward, cost.saved, 0.0)
     return OnPaper(hearing + cost.forward, 0.0, kept)

@@ -147,9 +147,7 @@ class Qwen2Audio(Peer):
             return Made(out.logits, out.past_key_values)
         assert self.own is not None
         rows_BTD = between(self.lm.get_input_embeddings(), scene, self.own)
-        out = self.lm(
-            inputs_embeds=rows_BTD, attention_mask=self.mask(scene), use_cache=use_cache, logits_to_keep=keep
-        )
+        out = self.lm(inputs_embeds=rows_BTD, attention_mask=self.mask(scene), use_cache=use_cache, logits_to_keep=keep)
         return Made(out.logits, out.past_key_values)
 
     def loss(self, scene: Scene) -> Tensor:

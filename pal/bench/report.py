@@ -57,8 +57,8 @@ def to_markdown(result: Result) -> str:
     lines = [
         f"# pal bench --preset {facts['preset']}",
         "",
-        f"{facts['shape']}; {facts['dtype']}, {result.preset.text_tokens} text tokens, projectors {facts['projector_width']}"
-        f" wide, training stage `{facts['train']}`.",
+        f"{facts['shape']}; {facts['dtype']}, {result.preset.text_tokens} text tokens, "
+        f"projectors {facts['projector_width']} wide, training stage `{facts['train']}`.",
         f"{facts['device']}, {facts['threads']} threads; torch {facts['torch']}, transformers {facts['transformers']},"
         f" pal {facts['pal']}; {facts['date']}.",
     ]
@@ -134,17 +134,17 @@ def _paper_rows(made: Sequence[Check]) -> list[tuple[str, ...]]:
     for check in made:
         place = (check.variant, check.scope, check.phase, str(check.audio_tokens), str(check.batch))
         found.setdefault(place, {})[check.quantity] = check
-    rows = []
-    for place, checks_of_row in found.items():
+    rows: list[tuple[str, ...]] = []
+    for row, of_row in found.items():
         cells: list[str] = []
         for quantity, scale in (("flops", 1e-9), ("saved_bytes", 1e-6), ("kv_bytes", 1e-6)):
-            check = checks_of_row.get(quantity)
-            if check is None:
+            if quantity not in of_row:
                 cells += ["", "", ""]
                 continue
-            mark = "" if check.ok else " **off**"
-            cells += [_number(check.value, scale), _number(check.reference, scale), f"{check.ratio:.3f}{mark}"]
-        rows.append((*place, *cells))
+            one = of_row[quantity]
+            mark = "" if one.ok else " **off**"
+            cells += [_number(one.value, scale), _number(one.reference, scale), f"{one.ratio:.3f}{mark}"]
+        rows.append((*row, *cells))
     return rows
 
 
@@ -153,7 +153,9 @@ _CHECK_HEAD = ("variant", "against", "scope", "phase", "quantity", "audio tokens
 
 def _check_row(check: Check) -> tuple[str, ...]:
     bounds = [
-        f"{sign} {_number(bound)}" for sign, bound in ((">=", check.at_least), ("<=", check.at_most)) if bound is not None
+        f"{sign} {_number(bound)}"
+        for sign, bound in ((">=", check.at_least), ("<=", check.at_most))
+        if bound is not None
     ]
     return (
         check.variant,

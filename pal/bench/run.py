@@ -25,7 +25,7 @@ from pal.bench.measure import Counts, Seconds, counts, round_seconds
 from pal.bench.peers import Mllama, Plain, Qwen2Audio, plain_lm
 from pal.bench.presets import Phase, Preset, Scope
 from pal.bench.scene import Scene, make_scene
-from pal.bench.subjects import Attached, Subject, attached
+from pal.bench.subjects import Attached, Reading, Subject, attached
 from pal.encoders.base import Encoder
 from pal.errors import PalError
 from pal.integrations.plits import PLITS
@@ -77,10 +77,14 @@ class Result:
     """(variant, place) -> closed forms, those of saved bytes and of keys and values too."""
     left_out: list[dict[str, Any]] = field(default_factory=list)
     """Rows that were asked for and are not there, and why."""
+    interrupted: bool = False
+    """Whether it was stopped; what is there is whole all the same."""
 
 
 def run(preset: Preset, progress: bool = False) -> Result:
     """Measure all that a preset names. Weights are random: time and memory do not depend on them.
+
+    Ctrl-C ends it with the rows that are complete by then.
 
     Raises:
         PalError: the preset needs an accelerator that is not there.
@@ -96,8 +100,11 @@ def run(preset: Preset, progress: bool = False) -> Result:
         desc="bench", unit="FLOP", unit_scale=True, delay=2, disable=None if progress else True, file=sys.stderr
     ) as bar:
         bench = _Bench(preset, llm, plain, result, bar)
-        for scope in preset.scopes:
-            bench.measure(scope)
+        try:
+            for scope in preset.scopes:
+                bench.measure(scope)
+        except KeyboardInterrupt:
+            result.interrupted = True
     return result
 
 
@@ -151,7 +158,12 @@ class _Bench:
         preset = self.preset
         encoder = self._encoder() if scope == "end_to_end" else None
         subjects = self._subjects(encoder)
-        places = [(batch, tokens, phase) for batch in preset.batch for tokens in preset.audio_tokens for phase in preset.phases]
+        places = [
+            (batch, tokens, phase)
+            for batch in preset.batch
+            for tokens in preset.audio_tokens
+            for phase in preset.phases
+        ]
         papers = {}
         for place in places:
             batch, tokens, phase = place
@@ -177,13 +189,13 @@ class _Bench:
         """Each variant, and next to `plits` and `text` the plain LLM on the same rows."""
         preset, llm = self.preset, self.llm
         found: list[Subject] = []
-        for name in preset.variants:
-            if name == "qwen2audio":
+        for variant in preset.variants:
+            if variant == "qwen2audio":
                 found.append(Qwen2Audio(llm, self.plain, preset, encoder))
-            elif name == "mllama":
+            elif variant == "mllama":
                 found.append(Mllama(llm, self.plain, preset))
             else:
-                found.append(attached(name, llm, preset))
+                found.append(attached(variant, llm, preset))
         for subject in list(found):
             for name, checked in BASELINES.items():
                 if subject.name == checked and encoder is None:
@@ -196,6 +208,9 @@ class _Bench:
                 parameter.requires_grad_(False)
         if encoder is not None:  # whose weights Qwen2Audio took over as trainable ones
             encoder.requires_grad_(False)
+        if preset.compiled:
+            for subject in found:
+                subject.compile()
         return found
 
 
@@ -203,7 +218,13 @@ class _Place:
     """One phase on one scene: each variant is looked at once, then all are timed in turns."""
 
     def __init__(
-        self, bench: _Bench, scope: Scope, scene: Scene, phase: Phase, encoder: Encoder | None, papers: Mapping[str, OnPaper]
+        self,
+        bench: _Bench,
+        scope: Scope,
+        scene: Scene,
+        phase: Phase,
+        encoder: Encoder | None,
+        papers: Mapping[str, OnPaper],
     ) -> None:
         self.bench = bench
         self.preset = bench.preset
@@ -212,6 +233,8 @@ class _Place:
         self.phase: Phase = phase
         self.encoder = encoder
         self.papers = papers
+        self._readings: dict[str, Reading] = {}
+        """Prompts that were read, to be written on."""
 
     def measure(self, subjects: Sequence[Subject]) -> None:
         """Add a row for each variant that can be measured here."""
@@ -264,7 +287,7 @@ class _Place:
                 )
                 return found, kept[-1].kv_bytes()
             with _eager():
-                reading = subject.read(self.scene)
+                reading = self._readings[subject.name] = subject.read(self.scene)
                 kv = reading.kv_bytes()
                 found = counts(lambda: subject.write(reading, 1), weights=weights, device=self.bench.device)
             return found, kv
@@ -279,8 +302,7 @@ class _Place:
             return step
         if self.phase == "prefill":
             return torch.inference_mode()(lambda: subject.read(self.scene))
-        with torch.inference_mode(), _eager():
-            reading = subject.read(self.scene)
+        reading = self._readings[subject.name]
         return torch.inference_mode()(lambda: subject.write(reading, self.preset.decode_tokens))
 
     def _time(self, timed: dict[str, Callable[[], object]]) -> dict[str, Seconds]:

@@ -92,7 +92,12 @@ def make_scene(preset: Preset, batch: int, audio_tokens: int, vocab: int, encode
 
 
 def _frames(
-    encoder: Encoder, batch: int, audio_tokens: int, generator: torch.Generator, device: torch.device, dtype: torch.dtype
+    encoder: Encoder,
+    batch: int,
+    audio_tokens: int,
+    generator: torch.Generator,
+    device: torch.device,
+    dtype: torch.dtype,
 ) -> Frames:
     assert encoder.window_seconds is not None
     window = round(encoder.window_seconds / encoder.seconds_per_token)
