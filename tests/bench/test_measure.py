@@ -61,7 +61,7 @@ def test_peak_bytes_does_not_see_what_was_there():
 
 def test_steps_take_turns_and_the_median_counts(monkeypatch):
     order = []
-    clock = iter([0, 0, 0, 1, 0, 2, 0, 50, 0, 4, 0, 3, 0, 6])
+    clock = iter([0, 9, 0, 9, 0, 1, 0, 2, 0, 50, 0, 4, 0, 3, 0, 6])
     monkeypatch.setattr("pal.bench.measure.time", SimpleNamespace(perf_counter=lambda: next(clock)))
     found = step_seconds({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, rounds=3)
     assert order == ["a", "b"] * 4
