@@ -21,7 +21,7 @@ from tqdm import tqdm
 import pal
 from pal.backbone.llm import Backbone
 from pal.bench.closed_form import OnPaper, on_paper
-from pal.bench.measure import Counts, Seconds, counts, round_seconds
+from pal.bench.measure import Counts, Seconds, counts, keep_freed_memory, round_seconds
 from pal.bench.peers import Mllama, Plain, Qwen2Audio, plain_lm
 from pal.bench.presets import Phase, Preset, Scope
 from pal.bench.scene import Scene, make_scene
@@ -91,6 +91,8 @@ def run(preset: Preset, progress: bool = False) -> Result:
     """
     check_device(preset)
     result = Result(preset, machine(preset))
+    if preset.device == "cpu" and preset.repeats:
+        result.machine["keeps_freed_memory"] = keep_freed_memory()
     torch.manual_seed(0)
     device, dtype = torch.device(preset.device), getattr(torch, preset.dtype)
     with device:
