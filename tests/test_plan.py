@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 from typer.testing import CliRunner
 
 from pal.app.cli import app
 from pal.backbone.cost import Added, Cost, Step, decoder, kv_bytes
 from pal.backbone.tokenizer import train_tokenizer
+from pal.bench.flops import flop_counter
 from pal.bench.measure import saved_bytes
 from pal.config import parse
 from pal.errors import ConfigError, PalError
@@ -106,21 +106,10 @@ def prepared(recipe: Recipe) -> tuple[PalModel, Batch]:
     return model, batch_of(model)
 
 
-# The CPU's fused attention is not among what FlopCounterMode knows; it counts as those of GPUs do.
-_CPU = {
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *args, out_shape=None, **kwargs: (
-        sdpa_flop_count(q, k, v)
-    ),
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: (
-        lambda out, q, k, v, *args, out_shape=None, **kwargs: sdpa_backward_flop_count(out, q, k, v)
-    ),
-}
-
-
 def counted(recipe: Recipe) -> tuple[int, int]:
     """Operations of a step's forward and backward pass, counted while they happen."""
     model, batch = prepared(recipe)
-    counter = FlopCounterMode(display=False, custom_mapping=_CPU)
+    counter = flop_counter()
     with counter:
         loss = model.loss(batch).sum
         forward = counter.get_total_flops()

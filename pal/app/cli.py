@@ -219,6 +219,52 @@ def plan(
         typer.echo(to_text(made))
 
 
+@app.command()
+def bench(
+    preset: Annotated[str, typer.Option(help="cpu-small (counts only), cpu, gpu or gpu-3b.")] = "cpu",
+    variants: Annotated[str | None, typer.Option(help="Which, with commas: plits,lal.")] = None,
+    tokens: Annotated[str | None, typer.Option(help="Audio tokens, with commas: 750,1500.")] = None,
+    phases: Annotated[str | None, typer.Option(help="Of prefill,decode,train.")] = None,
+    scopes: Annotated[str | None, typer.Option(help="Of llm,end_to_end.")] = None,
+    batch: Annotated[str | None, typer.Option(help="Conversations at once, with commas.")] = None,
+    repeats: Annotated[int | None, typer.Option(help="Timed rounds; 0 only counts.")] = None,
+    train: Annotated[str | None, typer.Option(help="What a step trains: joint (with the LLM) or projectors.")] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Write the numbers here; '-' prints them.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder for JSON, tables and pictures.")] = None,
+) -> None:
+    """Measure time, memory and operations of every integration and of peers, in one run."""
+    from pal.bench.presets import preset_of
+    from pal.bench.report import to_json, to_markdown, write
+    from pal.bench.run import run
+    from pal.files import write_text
+
+    chosen = preset_of(
+        preset,
+        variants=_listed(variants),
+        audio_tokens=_listed(tokens),
+        phases=_listed(phases),
+        scopes=_listed(scopes),
+        batch=_listed(batch),
+        repeats=repeats,
+        train=train,
+    )
+    result = run(chosen, progress=_progress())
+    if json_file is not None and str(json_file) != "-":
+        write_text(json_file, to_json(result))
+    typer.echo(to_json(result) if str(json_file) == "-" else to_markdown(result), nl=False)
+    if out is not None:
+        for path in write(result, out):
+            typer.echo(f"written: {path}", err=True)
+    if result.interrupted:
+        raise KeyboardInterrupt("interrupted; what had been measured by then is above")
+
+
+def _listed(text: str | None) -> list[str] | None:
+    return None if text is None else [part.strip() for part in text.split(",") if part.strip()]
+
+
 @app.command("eval")
 def eval_(
     model: Annotated[str, typer.Argument(help="Bundle folder or Hub id; 'tiny' ships with the package.")],

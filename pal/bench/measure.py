@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import statistics
@@ -9,15 +10,16 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from pal.bench.flops import flop_counter
 from pal.types import AUDIO, Batch, Tokens
 
 if TYPE_CHECKING:
@@ -34,18 +36,34 @@ def saved_bytes(forward: Callable[[], object], weights: Iterable[Tensor] = ()) -
         forward: makes the loss; it must not run the backward pass.
         weights: parameters and buffers; they are there anyway and do not count.
     """
-    own = {tensor.untyped_storage().data_ptr() for tensor in weights}
-    held: dict[int, Tensor] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        # keeping the tensor keeps its address from being given to another one
-        held.setdefault(tensor.untyped_storage().data_ptr(), tensor.detach())
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    held = _Held(weights)
+    with held.hooks():
         graph = forward()
     del graph
-    return sum(tensor.untyped_storage().nbytes() for address, tensor in held.items() if address not in own)
+    return held.total()
+
+
+class _Held:
+    """What autograd saves while its hooks are on."""
+
+    def __init__(self, weights: Iterable[Tensor]) -> None:
+        self._own = {tensor.untyped_storage().data_ptr() for tensor in weights}
+        self._held: dict[int, Tensor] = {}
+
+    def hooks(self) -> AbstractContextManager[None]:
+        """Look at what is saved inside; nothing is changed."""
+        return torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor)
+
+    def total(self) -> int:
+        """Bytes so far; lets go of the tensors."""
+        found = sum(x.untyped_storage().nbytes() for address, x in self._held.items() if address not in self._own)
+        self._held.clear()
+        return found
+
+    def _pack(self, tensor: Tensor) -> Tensor:
+        # keeping the tensor keeps its address from being given to another one
+        self._held.setdefault(tensor.untyped_storage().data_ptr(), tensor.detach())
+        return tensor
 
 
 def peak_bytes(step: Callable[[], object], device: torch.device | str = "cpu") -> int:
@@ -78,6 +96,20 @@ def peak_bytes(step: Callable[[], object], device: torch.device | str = "cpu") -
     return peak
 
 
+def keep_freed_memory() -> bool:
+    """Let the C library keep what is freed, for the life of the process; gives whether it can (glibc).
+
+    By default it gives large blocks back to the system at once, and the next step has to have every page made again:
+    for the gradients of a large vocabulary that is seconds of a step, the same for everything that is measured.
+    """
+    try:
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+    except (OSError, AttributeError):
+        return False
+    # from malloc.h: M_MMAP_MAX, how many blocks lie outside of the heap; M_TRIM_THRESHOLD, where -1 is never
+    return bool(mallopt(-4, 0)) and bool(mallopt(-1, -1))
+
+
 @contextmanager
 def _quiet() -> Iterator[None]:
     """The profiler's C++ part writes to the standard error of the process, past Python; let it not."""
@@ -93,24 +125,110 @@ def _quiet() -> Iterator[None]:
         os.close(nowhere)
 
 
-def step_seconds(
-    steps: Mapping[str, Callable[[], object]], rounds: int = 7, device: torch.device | str = "cpu"
-) -> dict[str, float]:
-    """Median seconds of each step. They take turns, so that a busy moment of the machine hits all alike.
+@dataclass(frozen=True)
+class Counts:
+    """What can be counted of a step, and comes out alike however busy the machine is."""
 
-    One round before the first is not counted: it pays for what is made once.
+    flops: int
+    saved_bytes: int
+    """Held for the backward pass at the end of the forward pass."""
+    peak_bytes: int
+    """The most at once above what was there before; gradients included."""
+
+
+def counts(
+    forward: Callable[[], Any],
+    *,
+    backward: Callable[[Any], object] | None = None,
+    weights: Iterable[Tensor] = (),
+    device: torch.device | str = "cpu",
+    compiled: bool = False,
+) -> Counts:
+    """Run a step once, and count.
+
+    Args:
+        forward: the step, or its forward pass.
+        backward: given what `forward` returned, the rest.
+        weights: parameters and buffers, which do not count as saved.
+        device: where it runs.
+        compiled: `forward` runs compiled code. Its operations cannot be seen, so they are counted in a run of its own
+            in which nothing is compiled.
+    """
+    counter, held = flop_counter(), _Held(weights)
+    if compiled:
+        with torch.compiler.set_stance("force_eager"), counter:
+            made = forward()
+            if backward is not None:
+                backward(made)
+        del made
+
+    def step() -> None:
+        with nullcontext() if compiled else counter:
+            with held.hooks():
+                made = forward()
+            saved.append(held.total())
+            if backward is not None:
+                backward(made)
+
+    saved: list[int] = []
+    if compiled:
+        step()  # compiles, which is not the step's own work
+    peak = peak_bytes(step, device)
+    return Counts(counter.get_total_flops(), saved[-1], peak)
+
+
+@dataclass(frozen=True)
+class Seconds:
+    """Of several rounds."""
+
+    median: float
+    spread: float
+    """From the first quartile to the third."""
+
+
+def round_seconds(
+    steps: Mapping[str, Callable[[], object]],
+    rounds: int,
+    device: torch.device | str = "cpu",
+    *,
+    each: int = 1,
+    done: Callable[[str], object] = lambda name: None,
+) -> dict[str, Seconds]:
+    """Seconds of each step. They take turns, so that a busy moment of the machine hits all alike.
+
+    Args:
+        steps: by name; each has run before, so that what is made once is there.
+        rounds: how often each runs.
+        device: where.
+        each: what one run of a step is divided by.
+        done: called with a step's name after each of its runs.
     """
     device = torch.device(device)
     times: dict[str, list[float]] = {name: [] for name in steps}
-    for number in range(rounds + 1):
+    for _ in range(rounds):
         for name, step in steps.items():
             started = time.perf_counter()
             step()
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
-            if number:
-                times[name].append(time.perf_counter() - started)
-    return {name: statistics.median(values) for name, values in times.items()}
+            times[name].append((time.perf_counter() - started) / each)
+            done(name)
+    return {name: Seconds(statistics.median(found), _between_quartiles(found)) for name, found in times.items()}
+
+
+def _between_quartiles(values: list[float]) -> float:
+    if len(values) < 2:
+        return 0.0
+    first, _, third = statistics.quantiles(values, n=4, method="inclusive")
+    return third - first
+
+
+def step_seconds(
+    steps: Mapping[str, Callable[[], object]], rounds: int = 7, device: torch.device | str = "cpu"
+) -> dict[str, float]:
+    """Median seconds of each step, after one round that is not counted: it pays for what is made once."""
+    round_seconds(steps, 1, device)
+    return {name: found.median for name, found in round_seconds(steps, rounds, device).items()}
 
 
 @dataclass(frozen=True)

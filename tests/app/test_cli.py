@@ -39,7 +39,7 @@ def test_help_and_doctor_import_nothing_heavy():
     program = (
         "import sys\n"
         "from pal.app import cli\n"
-        "for arguments in (['--help'], ['ask', '--help'], ['train', '--help'], ['data', 'check', '--help'], ['convert', '--help'], ['doctor']):\n"
+        "for arguments in (['--help'], ['ask', '--help'], ['train', '--help'], ['data', 'check', '--help'], ['convert', '--help'], ['bench', '--help'], ['doctor']):\n"
         "    try:\n"
         "        cli.app(arguments)\n"
         "    except SystemExit:\n"
@@ -49,7 +49,7 @@ def test_help_and_doctor_import_nothing_heavy():
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert "heavy: []" in done.stdout
-    for command in ("ask", "train", "eval", "demo", "doctor", "index", "data", "convert"):
+    for command in ("ask", "train", "eval", "demo", "doctor", "index", "data", "convert", "bench"):
         assert command in done.stdout
 
 

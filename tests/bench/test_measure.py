@@ -1,5 +1,8 @@
 """Measurements against sizes that can be counted by hand."""
 
+import platform
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -61,7 +64,7 @@ def test_peak_bytes_does_not_see_what_was_there():
 
 def test_steps_take_turns_and_the_median_counts(monkeypatch):
     order = []
-    clock = iter([0, 0, 0, 1, 0, 2, 0, 50, 0, 4, 0, 3, 0, 6])
+    clock = iter([0, 9, 0, 9, 0, 1, 0, 2, 0, 50, 0, 4, 0, 3, 0, 6])
     monkeypatch.setattr("pal.bench.measure.time", SimpleNamespace(perf_counter=lambda: next(clock)))
     found = step_seconds({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, rounds=3)
     assert order == ["a", "b"] * 4
@@ -110,3 +113,24 @@ def test_training_costs_leave_the_model_as_it_was(integration):
     rows = stream.rows_BSD.shape[1]
     stored = stream.k_LBGAC.nbytes + stream.v_LBGAC.nbytes
     assert audio_cache_bytes(model, batch.waveforms[0], row) == stored + rows * 3 * 2 * 1 * 8 * 4
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the allocator is glibc's")
+def test_freed_memory_is_kept():
+    program = (
+        "import torch, resource\n"
+        "from pal.bench.measure import keep_freed_memory\n"
+        "def faults():\n"
+        "    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "    torch.zeros(1 << 26, dtype=torch.uint8).add_(1)\n"
+        "    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before\n"
+        "faults()\n"
+        "before = faults()\n"
+        "assert keep_freed_memory()\n"
+        "faults()\n"
+        "print(before, faults())\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    before, after = map(int, done.stdout.split())
+    # a page may be as large as 2 MB
+    assert before >= 32 and after < before / 10

@@ -1,0 +1,136 @@
+"""What a variant's phase costs on paper: `pal/backbone/cost.py` and the integrations' own `cost`, and the peers'.
+
+Reading a prompt is the forward pass of a step that trains nothing. Writing a token is that of one row whose layers find
+their keys and values made, those of earlier rows and of audio; it looks at all of them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from pal.backbone.cost import Added, Cost, LayerAdded, Step, attention, decoder, kv_bytes, linear, total
+from pal.backbone.llm import Backbone
+from pal.bench.peers import Mllama, Plain, Qwen2Audio, cross_layers
+from pal.bench.presets import Phase, Preset
+from pal.bench.scene import Scene
+from pal.bench.subjects import Attached, Subject
+
+
+@dataclass(frozen=True)
+class OnPaper:
+    """What is compared with what is measured."""
+
+    flops: float
+    saved_bytes: float
+    kv_bytes: float
+    """Kept while an answer is written; 0 in a training step."""
+
+
+def on_paper(subject: Subject, scene: Scene, preset: Preset, phase: Phase) -> OnPaper:
+    """Of one phase of a variant."""
+    trains = phase == "train"
+    llm, size = subject.llm, subject.llm.dtype.itemsize
+    step = Step(
+        clips=scene.batch,
+        rows=scene.batch,
+        text=scene.text_tokens,
+        targets=scene.answer if trains else 1,
+        llm="full" if trains and preset.train == "joint" else "none",
+        integration=trains,
+        # in two bytes as with autocast, where the weights have two
+        autocast=size == 2,
+    )
+    extra = Cost()
+    if isinstance(subject, Qwen2Audio) and scene.frames is not None and phase != "decode":
+        # its own forward pass makes logits of every row, and projects windows in full before it drops what is empty
+        step = replace(step, targets=scene.text_tokens + scene.audio_tokens)
+        window = preset.encoder["max_source_positions"] // 2
+        empty = len(scene.frames.lengths_W) * window - scene.batch * scene.audio_tokens
+        extra = linear(empty, preset.width, llm.width, False, step.integration, step.own_bytes)
+    added = _added(subject, step, scene.audio_tokens, preset.width)
+    hearing = _hearing(scene, preset) if added else 0.0
+    text_kv = 2 * llm.kv_heads * llm.head_width * size * llm.n_layers * scene.text_tokens
+    kept = scene.batch * (text_kv + kv_bytes(llm, added, size))
+    if phase == "decode":
+        return OnPaper(_token(subject, scene, preset.width), 0.0, kept)
+    cost = decoder(llm, step, added) + extra
+    if trains:
+        return OnPaper(hearing + cost.forward + cost.backward, cost.saved, 0.0)
+    return OnPaper(hearing + cost.forward, 0.0, kept)
+
+
+def _token(subject: Subject, scene: Scene, width: int) -> float:
+    """One row of each conversation; nothing of the clips is made again."""
+    llm = subject.llm
+    step = Step(clips=0, rows=scene.batch, text=1, targets=1)
+    added = _added(subject, step, scene.audio_tokens, width)
+    earlier = scene.text_tokens + sum(one.rows for one in added)
+    rows = attention(scene.batch, llm.heads, 1, earlier, llm.head_width, grad=False).times(llm.n_layers)
+    return (decoder(llm, step, [replace(one, rows=0, making=Cost()) for one in added]) + rows).forward
+
+
+def _added(subject: Subject, step: Step, tokens: int, width: int) -> list[Added]:
+    """What clips of so many tokens of that width add; nothing where a variant hears none."""
+    llm = subject.llm
+    if isinstance(subject, Attached):
+        return [route.cost(step, tokens, llm) for route in subject.routes()]
+    if isinstance(subject, Qwen2Audio):
+        return [Added(rows=tokens, rows_grad=step.integration, making=_projected(step, tokens, width, llm))]
+    if isinstance(subject, Mllama):
+        return [_mllama(step, tokens, width, llm)]
+    assert isinstance(subject, Plain)
+    # the rows and the projector are those of PLITS
+    return [] if subject.route is None else [subject.route.cost(step, tokens, llm)]
+
+
+def _projected(step: Step, tokens: int, width: int, llm: Backbone) -> Cost:
+    """The one linear layer that a peer's projector is."""
+    return linear(step.clips * tokens, width, llm.width, step.features, step.integration, step.own_bytes)
+
+
+def _mllama(step: Step, tokens: int, width: int, llm: Backbone) -> Added:
+    """A layer of cross-attention before the last of each group of the LLM's layers."""
+    audio = step.clips * tokens
+    D, F, inner, shared = llm.width, llm.ffn_width, llm.heads * llm.head_width, llm.kv_heads * llm.head_width
+    own, size = step.integration, step.own_bytes
+
+    def block(x_grad: bool, length: int) -> Cost:
+        rows = step.rows * length
+        mixed = x_grad or own
+        return total(
+            [
+                linear(audio, D, shared, own, own, size),
+                linear(audio, D, shared, own, own, size, kept=True),
+                linear(rows, D, inner, mixed, own, size),
+                attention(step.rows, llm.heads, length, tokens, llm.head_width, mixed),
+                linear(rows, inner, D, mixed, own, size, kept=True),
+                linear(rows, D, F, mixed, own, size),
+                linear(rows, D, F, mixed, own, size, kept=True),
+                linear(rows, F, D, mixed, own, size),
+                # queries and what attention gives, keys and values repeated for every head, the mask; what the
+                # activation takes, gives, and is multiplied with; the inputs of both gates; both norms, and those of
+                # queries and keys
+                Cost(saved=(2 * rows * inner + 2 * audio * inner + rows * tokens) * size * mixed),
+                Cost(saved=(3 * rows * F + 2 * rows * D) * size * mixed),
+                Cost(saved=(2 * rows * D + rows * inner + audio * shared) * (4 + size * own) * mixed),
+            ]
+        )
+
+    places = [layer - number for number, layer in enumerate(cross_layers(llm.n_layers))]
+    # before the LLM's layer of that number; with fewer layers than a group has, after the last, which costs the same
+    return Added(
+        making=_projected(step, tokens, width, llm),
+        layers={min(place, llm.n_layers - 1): LayerAdded(keys=tokens, grad=own, block=block) for place in places},
+    )
+
+
+def _hearing(scene: Scene, preset: Preset) -> float:
+    """The encoder over every window, which is always full: two convolutions, then layers; it does not train."""
+    if scene.frames is None:
+        return 0.0
+    shape = preset.encoder
+    D, F, M = shape["hidden_size"], shape["intermediate_size"], shape["num_mel_bins"]
+    T = shape["max_source_positions"]
+    convolved = 2 * T * M * 3 * D + T * D * 3 * D
+    layer = T * (4 * D * D + 2 * D * F) + 2 * T * T * D
+    return 2.0 * len(scene.frames.lengths_W) * (convolved + shape["num_hidden_layers"] * layer)

@@ -1,0 +1,132 @@
+"""What `pal bench` measures: shapes, lengths and repeats under a name."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, get_args
+
+from pydantic import Field
+
+from pal import known
+from pal.config import StrictConfig, parse
+from pal.errors import ConfigError
+
+Variant = Literal["text", "plits", "lal", "lal_third", "pal", "flamingo", "qwen2audio", "mllama"]
+Scope = Literal["llm", "end_to_end"]
+Phase = Literal["prefill", "decode", "train"]
+VARIANTS: tuple[Variant, ...] = get_args(Variant)
+SCOPES: tuple[Scope, ...] = get_args(Scope)
+PHASES: tuple[Phase, ...] = get_args(Phase)
+
+
+class Preset(StrictConfig):
+    """One benchmark."""
+
+    name: str
+    shape: str
+    """What the LLM is, in words."""
+    llm: dict[str, Any]
+    """transformers' configuration of the LLM; a Llama, since the peers share its weights."""
+    encoder: dict[str, Any]
+    """transformers' AudioFlamingo3EncoderConfig (Qwen2Audio's encoder has the same layers); its width is that of the
+    features, and of the layer inside each projector."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    variants: tuple[Variant, ...] = Field(default=VARIANTS, min_length=1)
+    audio_tokens: tuple[int, ...] = Field(default=(64, 256, 750, 1500, 15000), min_length=1)
+    """A of a clip; each row of a batch has a clip of its own."""
+    text_tokens: int = Field(default=128, ge=16)
+    """T of a conversation: an eighth of them before the clip, and at the end a quarter that is the answer."""
+    phases: tuple[Phase, ...] = Field(default=PHASES, min_length=1)
+    scopes: tuple[Scope, ...] = Field(default=SCOPES, min_length=1)
+    """The default one first."""
+    batch: tuple[int, ...] = Field(default=(1,), min_length=1)
+    """Conversations."""
+    repeats: int = Field(default=5, ge=0)
+    """Timed rounds; 0 times nothing and only counts operations and bytes."""
+    decode_tokens: int = Field(default=8, ge=1)
+    """Tokens of a timed round of `decode`."""
+    train: Literal["joint", "projectors"] = "joint"
+    """What a training step trains: the LLM and the integration's weights (the paper's joint stage), or the latter."""
+    compiled: bool = False
+    """Whether `torch.compile` compiles the LLM for prefill and training; decoding, whose cache grows, runs as it is."""
+
+    @property
+    def width(self) -> int:
+        """E, of the features."""
+        return int(self.encoder["hidden_size"])
+
+
+def _encoder(width: int, layers: int, heads: int, mels: int = 128, positions: int = 1500) -> dict[str, Any]:
+    return {
+        "hidden_size": width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "intermediate_size": 4 * width,
+        "num_mel_bins": mels,
+        "max_source_positions": positions,
+    }
+
+
+_SMALL = {
+    "model_type": "llama",
+    "hidden_size": 32,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "vocab_size": 512,
+    "max_position_embeddings": 32768,
+    "tie_word_embeddings": True,
+}
+_LLAMA_1B = known.CONFIGS["meta-llama/Llama-3.2-1B-Instruct"]
+_LLAMA_3B = known.CONFIGS["meta-llama/Llama-3.2-3B-Instruct"]
+_AF_WHISPER = _encoder(1280, 32, 20)
+_GPU: dict[str, Any] = {
+    "encoder": _AF_WHISPER,
+    "device": "cuda",
+    "dtype": "bfloat16",
+    "audio_tokens": (64, 256, 750, 1500, 7500, 15000),
+    "batch": (1, 8, 32),
+    "compiled": True,
+}
+
+PRESETS = {
+    preset.name: preset
+    for preset in (
+        Preset(
+            name="cpu-small",
+            shape="4 layers of 32",
+            llm=_SMALL,
+            encoder=_encoder(16, 1, 2, mels=80),
+            # at 15000 PLITS alone takes a minute, whatever the width: attention's exponentials are what it does
+            audio_tokens=(64, 256, 750, 1500),
+            repeats=0,
+        ),
+        Preset(
+            name="cpu",
+            shape="Llama-3.2-1B cut to 4 layers, with an encoder of Whisper-small's size",
+            llm={**_LLAMA_1B, "num_hidden_layers": 4},
+            encoder=_encoder(768, 12, 12),
+            audio_tokens=(750, 1500),
+        ),
+        Preset(name="gpu", shape="Llama-3.2-1B, with an encoder of AF-Whisper's size", llm=_LLAMA_1B, **_GPU),
+        Preset(name="gpu-3b", shape="Llama-3.2-3B, with an encoder of AF-Whisper's size", llm=_LLAMA_3B, **_GPU),
+    )
+}
+
+
+def preset_of(name: str, **changes: Any) -> Preset:
+    """A preset by name, with some of its fields changed; what is None stays.
+
+    Raises:
+        ConfigError: no such preset, or a value that a field does not take.
+    """
+    if name not in PRESETS:
+        raise ConfigError(f"unknown preset '{name}'; known: {', '.join(PRESETS)}")
+    given = {key: value for key, value in changes.items() if value is not None}
+    preset = parse(Preset, {**PRESETS[name].model_dump(), **given}, where="bench")
+    if min(preset.audio_tokens) < 1 or min(preset.batch) < 1:
+        raise ConfigError("bench: audio tokens and batch sizes count from 1")
+    # a row that is asked for twice is measured once, in the order that was asked for
+    lists = ("variants", "audio_tokens", "phases", "scopes", "batch")
+    return preset.model_copy(update={key: tuple(dict.fromkeys(getattr(preset, key))) for key in lists})

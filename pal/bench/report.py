@@ -1,0 +1,248 @@
+"""A run as JSON, as Markdown, and as pictures."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from pal.bench.checks import Check, checks
+from pal.bench.run import Result, Row
+from pal.errors import PalError
+from pal.files import write_bytes, write_text
+
+_REFERENCE = "plits"
+_RATIOS = ("seconds", "peak_bytes", "saved_bytes", "flops", "kv_bytes")
+
+
+def to_dict(result: Result) -> dict[str, Any]:
+    """Plain data.
+
+    `rows` are what was measured. `ratios` say how each compares with PLITS at the same place: times faster in
+    `speed`, shares of PLITS's in the others. `checks` compare with the plain LLM, the cost model and the goals.
+    """
+    return {
+        "machine": result.machine,
+        "rows": [asdict(row) for row in result.rows],
+        "ratios": [_ratios(row, result.rows) for row in result.rows],
+        "baselines": [asdict(row) for row in result.baselines],
+        "checks": [{**asdict(check), "ratio": check.ratio, "ok": check.ok} for check in checks(result)],
+        "left_out": result.left_out,
+    }
+
+
+def to_json(result: Result) -> str:
+    """`to_dict` as text."""
+    return json.dumps(to_dict(result), indent=1) + "\n"
+
+
+def write(result: Result, folder: Path) -> list[Path]:
+    """`bench.json`, `bench.md` and a picture for each scope and size of batch, whole or not at all.
+
+    Raises:
+        PalError: matplotlib is not installed; JSON and Markdown are written all the same.
+    """
+    files = {folder / "bench.json": to_json(result), folder / "bench.md": to_markdown(result)}
+    for path, text in files.items():
+        write_text(path, text)
+    return [*files, *_draw(result, folder)]
+
+
+def to_markdown(result: Result) -> str:
+    """Tables: one for each scope, phase and size of batch, then the checks."""
+    facts = result.machine
+    lines = [
+        f"# pal bench --preset {facts['preset']}",
+        "",
+        f"{facts['shape']}; {facts['dtype']}, {result.preset.text_tokens} text tokens, "
+        f"projectors {facts['projector_width']} wide, training stage `{facts['train']}`.",
+        f"{facts['device']}, {facts['threads']} threads; torch {facts['torch']}, transformers {facts['transformers']},"
+        f" pal {facts['pal']}; {facts['date']}.",
+    ]
+    for scope, phase, batch in dict.fromkeys((row.scope, row.phase, row.batch) for row in result.rows):
+        rows = [row for row in result.rows if (row.scope, row.phase, row.batch) == (scope, phase, batch)]
+        lines += ["", f"## {_SCOPES[scope]}: {_PHASES[phase]}, batch {batch}", "", *_table(rows)]
+    lines += _check_lines(result)
+    if result.left_out:
+        lines += ["", "## Left out", ""]
+        lines += [
+            f"- {one['variant']}, {one['scope']}, {one['phase']}, {one['audio_tokens']} audio tokens, "
+            f"batch {one['batch']}: {one['why']}"
+            for one in result.left_out
+        ]
+    return "\n".join(lines) + "\n"
+
+
+_SCOPES = {"llm": "LLM only", "end_to_end": "End to end"}
+_PHASES = {"prefill": "prefill", "decode": "a token of decoding", "train": "a training step"}
+_HEAD = (
+    *("audio tokens", "variant", "ms", "spread", "x PLITS", "peak MB", "saved MB", "% of PLITS"),
+    *("GFLOP", "x closed form", "KV MB", "parameters"),
+)
+
+
+def _table(rows: Sequence[Row]) -> list[str]:
+    lines = []
+    for row in rows:
+        ratios = _ratios(row, rows)
+        lines.append(
+            (
+                str(row.audio_tokens),
+                row.variant,
+                _number(row.seconds, 1e3),
+                _number(row.seconds_spread, 1e3),
+                _number(ratios["speed"]),
+                _number(row.peak_bytes, 1e-6),
+                _number(row.saved_bytes, 1e-6) if row.saved_bytes else "",
+                _number(ratios["saved_bytes"], 100),
+                _number(row.flops, 1e-9),
+                _number(row.flops / row.flops_closed_form),
+                _number(row.kv_bytes, 1e-6) if row.kv_bytes else "",
+                f"{row.parameters:,}",
+            )
+        )
+    return _markdown(_HEAD, lines, left=2)
+
+
+def _check_lines(result: Result) -> list[str]:
+    made = checks(result)
+    lines: list[str] = []
+    titles = {"goal": "Goals", "baseline": "PLITS and text against the plain LLM on the same rows"}
+    for kind, title in titles.items():
+        of_kind = [check for check in made if check.kind == kind]
+        if of_kind:
+            lines += ["", f"## {title}", "", *_markdown(_CHECK_HEAD, [_check_row(check) for check in of_kind], left=5)]
+    on_paper = [check for check in made if check.kind == "closed form"]
+    off = [check for check in on_paper if not check.ok]
+    lines += ["", "## The cost model, counted operations and measured bytes", ""]
+    lines += [f"{len(on_paper) - len(off)} of {len(on_paper)} agree; the others are marked.", ""]
+    return lines + _markdown(_PAPER_HEAD, _paper_rows(on_paper), left=3)
+
+
+_PAPER_HEAD = (
+    *("variant", "scope", "phase", "audio tokens", "batch", "GFLOP", "on paper", "ratio"),
+    *("saved MB", "on paper", "ratio", "KV MB", "on paper", "ratio"),
+)
+
+
+def _paper_rows(made: Sequence[Check]) -> list[tuple[str, ...]]:
+    """What was measured, what the closed form says, and their ratio, by row of the run."""
+    found: dict[tuple[str, ...], dict[str, Check]] = {}
+    for check in made:
+        place = (check.variant, check.scope, check.phase, str(check.audio_tokens), str(check.batch))
+        found.setdefault(place, {})[check.quantity] = check
+    rows: list[tuple[str, ...]] = []
+    for row, of_row in found.items():
+        cells: list[str] = []
+        for quantity, scale in (("flops", 1e-9), ("saved_bytes", 1e-6), ("kv_bytes", 1e-6)):
+            if quantity not in of_row:
+                cells += ["", "", ""]
+                continue
+            one = of_row[quantity]
+            mark = "" if one.ok else " **off**"
+            cells += [_number(one.value, scale), _number(one.reference, scale), f"{one.ratio:.3f}{mark}"]
+        rows.append((*row, *cells))
+    return rows
+
+
+_CHECK_HEAD = ("variant", "against", "scope", "phase", "quantity", "audio tokens", "batch", "ratio", "bound", "")
+
+
+def _check_row(check: Check) -> tuple[str, ...]:
+    bounds = [
+        f"{sign} {_number(bound)}"
+        for sign, bound in ((">=", check.at_least), ("<=", check.at_most))
+        if bound is not None
+    ]
+    return (
+        check.variant,
+        check.against,
+        check.scope,
+        check.phase,
+        check.quantity,
+        str(check.audio_tokens),
+        str(check.batch),
+        f"{check.ratio:.3f}",
+        ", ".join(bounds),
+        "ok" if check.ok else "missed" if check.kind == "goal" else "off",
+    )
+
+
+def _markdown(head: Sequence[str], rows: Iterable[Sequence[str]], left: int) -> list[str]:
+    """A Markdown table whose first columns are words and whose others are numbers."""
+    rule = ["---" if i < left else "--:" for i in range(len(head))]
+    return ["| " + " | ".join(cells) + " |" for cells in (head, rule, *rows)]
+
+
+def _number(value: float | None, scale: float = 1.0) -> str:
+    """Three digits that count."""
+    if value is None:
+        return ""
+    scaled = value * scale
+    return f"{scaled:,.0f}" if abs(scaled) >= 100 else f"{scaled:.3g}"
+
+
+def _ratios(row: Row, rows: Iterable[Row]) -> dict[str, Any]:
+    """A row against PLITS at the same place; None where there is no number to compare with."""
+    plits = next((one for one in rows if one.variant == _REFERENCE and one.place == row.place), None)
+    found: dict[str, Any] = {
+        "variant": row.variant,
+        "scope": row.scope,
+        "phase": row.phase,
+        "audio_tokens": row.audio_tokens,
+        "batch": row.batch,
+    }
+    for quantity in _RATIOS:
+        value, reference = getattr(row, quantity), getattr(plits, quantity, None)
+        both = value is not None and reference
+        if quantity == "seconds":
+            found["speed"] = reference / value if both else None
+        else:
+            found[quantity] = value / reference if both else None
+    return found
+
+
+def _draw(result: Result, folder: Path) -> list[Path]:
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise PalError("pictures need matplotlib; install it with: pip install 'pal-audio[plots]'") from None
+
+    paths = []
+    timed = any(row.seconds is not None for row in result.rows)
+    quantities = [("seconds", "seconds")] if timed else [("flops", "operations")]
+    quantities += [("peak_bytes", "peak bytes"), ("saved_bytes", "saved bytes"), ("kv_bytes", "bytes of K and V")]
+    for scope, batch in dict.fromkeys((row.scope, row.batch) for row in result.rows):
+        rows = [row for row in result.rows if (row.scope, row.batch) == (scope, batch)]
+        phases = list(dict.fromkeys(row.phase for row in rows))
+        figure = Figure(figsize=(4.2 * len(quantities), 3.2 * len(phases)), layout="constrained")
+        FigureCanvasAgg(figure)
+        grid = figure.subplots(len(phases), len(quantities), squeeze=False)
+        for axes_of_phase, phase in zip(grid, phases, strict=True):
+            for axes, (quantity, title) in zip(axes_of_phase, quantities, strict=True):
+                for variant in dict.fromkeys(row.variant for row in rows):
+                    points = [
+                        (row.audio_tokens, getattr(row, quantity))
+                        for row in rows
+                        if (row.variant, row.phase) == (variant, phase) and getattr(row, quantity)
+                    ]
+                    if points:
+                        axes.plot(*zip(*sorted(points), strict=True), marker=".", label=variant)
+                axes.set(title=f"{phase}: {title}", xlabel="audio tokens")
+                if axes.lines:
+                    axes.set(xscale="log", yscale="log")
+                else:
+                    axes.set_axis_off()
+        handles, labels = grid[0][0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside right upper")
+        figure.suptitle(f"{_SCOPES[scope]}, batch {batch}: {result.machine['shape']}")
+        picture = io.BytesIO()
+        figure.savefig(picture, format="png", dpi=110)
+        path = folder / f"{scope.replace('_', '-')}-batch{batch}.png"
+        write_bytes(path, picture.getvalue())
+        paths.append(path)
+    return paths

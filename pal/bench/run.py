@@ -1,0 +1,422 @@
+"""`pal bench`: every variant on the same scenes, in one process, in turns."""
+
+from __future__ import annotations
+
+import gc
+import os
+import platform
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from tqdm import tqdm
+
+import pal
+from pal.backbone.llm import Backbone
+from pal.bench.closed_form import OnPaper, on_paper
+from pal.bench.measure import Counts, Seconds, counts, keep_freed_memory, round_seconds
+from pal.bench.peers import Mllama, Plain, Qwen2Audio, plain_lm
+from pal.bench.presets import Phase, Preset, Scope
+from pal.bench.scene import Scene, make_scene
+from pal.bench.subjects import Attached, Reading, Subject, attached
+from pal.encoders.base import Encoder
+from pal.errors import PalError
+from pal.integrations.plits import PLITS
+from pal.registry import build
+
+BASELINES = {"plain": "plits", "plain_text": "text"}
+"""The plain LLM on the same rows -> the variant that it checks."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One variant in one phase on one scene. Seconds and FLOPs of `decode` are those of one token."""
+
+    variant: str
+    scope: Scope
+    phase: Phase
+    audio_tokens: int
+    """Of a clip; `text` hears none of them."""
+    text_tokens: int
+    batch: int
+    seconds: float | None
+    """Median; None where nothing was timed."""
+    seconds_spread: float | None
+    """Between the quartiles."""
+    peak_bytes: int
+    saved_bytes: int
+    flops: int
+    flops_closed_form: float
+    kv_bytes: int
+    """0 in a training step, which keeps none."""
+    parameters: int
+
+    @property
+    def place(self) -> tuple[str, str, int, int]:
+        """What rows that can be compared have in common."""
+        return self.scope, self.phase, self.batch, self.audio_tokens
+
+
+@dataclass
+class Result:
+    """All of a run."""
+
+    preset: Preset
+    machine: dict[str, Any]
+    rows: list[Row] = field(default_factory=list)
+    baselines: list[Row] = field(default_factory=list)
+    """Of the plain LLM."""
+    paper: dict[tuple[str, tuple[str, str, int, int]], OnPaper] = field(default_factory=dict)
+    """(variant, place) -> closed forms, those of saved bytes and of keys and values too."""
+    left_out: list[dict[str, Any]] = field(default_factory=list)
+    """Rows that were asked for and are not there, and why."""
+    interrupted: bool = False
+    """Whether it was stopped; what is there is whole all the same."""
+
+
+def run(preset: Preset, progress: bool = False) -> Result:
+    """Measure all that a preset names. Weights are random: time and memory do not depend on them.
+
+    Ctrl-C ends it with the rows that are complete by then.
+
+    Raises:
+        PalError: the preset needs an accelerator that is not there.
+    """
+    check_device(preset)
+    result = Result(preset, machine(preset))
+    if preset.device == "cpu" and preset.repeats:
+        result.machine["keeps_freed_memory"] = keep_freed_memory()
+    torch.manual_seed(0)
+    device, dtype = torch.device(preset.device), getattr(torch, preset.dtype)
+    with device:
+        llm = Backbone.load(preset.llm, dtype=dtype).eval().requires_grad_(False)
+    plain = plain_lm(llm)
+    with tqdm(
+        desc="bench", unit="FLOP", unit_scale=True, delay=2, disable=None if progress else True, file=sys.stderr
+    ) as bar:
+        bench = _Bench(preset, llm, plain, result, bar)
+        try:
+            for scope in preset.scopes:
+                bench.measure(scope)
+        except KeyboardInterrupt:
+            result.interrupted = True
+    return result
+
+
+def check_device(preset: Preset) -> None:
+    """Raises PalError where the preset's device is not there."""
+    if preset.device == "cuda" and not torch.cuda.is_available():
+        raise PalError(
+            f"preset '{preset.name}' needs a CUDA GPU and torch {torch.__version__} sees none here; "
+            "use --preset cpu, or run it where there is one"
+        )
+
+
+def machine(preset: Preset) -> dict[str, Any]:
+    """Where and with what the run is done, and what is measured."""
+    facts: dict[str, Any] = {
+        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "device": _cpu() if preset.device == "cpu" else torch.cuda.get_device_name(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "pal": pal.__version__,
+    }
+    kept = ("name", "shape", "dtype", "train", "repeats", "decode_tokens", "compiled")
+    measured = {("preset" if key == "name" else key): getattr(preset, key) for key in kept}
+    return {**facts, **measured, "projector_width": preset.width}
+
+
+def _cpu() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+class _Bench:
+    """A run: what all its rows share."""
+
+    def __init__(self, preset: Preset, llm: Backbone, plain: Any, result: Result, bar: Any) -> None:
+        self.preset = preset
+        self.llm = llm
+        self.plain = plain
+        self.result = result
+        self.bar = bar
+        self.device = torch.device(preset.device)
+
+    def measure(self, scope: Scope) -> None:
+        """All rows of a scope."""
+        preset = self.preset
+        encoder = self._encoder() if scope == "end_to_end" else None
+        subjects = self._subjects(encoder)
+        places = [
+            (batch, tokens, phase)
+            for batch in preset.batch
+            for tokens in preset.audio_tokens
+            for phase in preset.phases
+        ]
+        papers = {}
+        for place in places:
+            batch, tokens, phase = place
+            scene = make_scene(preset, batch, tokens, self.llm.vocab, encoder)
+            papers[place] = {subject.name: on_paper(subject, scene, preset, phase) for subject in subjects}
+        ahead = sum(paper.flops * self._passes(place[2]) for place, found in papers.items() for paper in found.values())
+        self.bar.total = (self.bar.total or 0) + ahead
+        for batch, tokens, phase in places:
+            scene = make_scene(preset, batch, tokens, self.llm.vocab, encoder)
+            _Place(self, scope, scene, phase, encoder, papers[batch, tokens, phase]).measure(subjects)
+
+    def _passes(self, phase: Phase) -> int:
+        """Of a phase: one that is counted, and the timed ones."""
+        return 1 + self.preset.repeats * (self.preset.decode_tokens if phase == "decode" else 1)
+
+    def _encoder(self) -> Encoder:
+        with self.device:
+            encoder = build("encoder", {"name": "af_whisper", "architecture": self.preset.encoder})
+        assert isinstance(encoder, Encoder)
+        return encoder.to(getattr(torch, self.preset.dtype)).eval()
+
+    def _subjects(self, encoder: Encoder | None) -> list[Subject]:
+        """Each variant, and next to `plits` and `text` the plain LLM on the same rows."""
+        preset, llm = self.preset, self.llm
+        found: list[Subject] = []
+        for variant in preset.variants:
+            if variant == "qwen2audio":
+                found.append(Qwen2Audio(llm, self.plain, preset, encoder))
+            elif variant == "mllama":
+                found.append(Mllama(llm, self.plain, preset))
+            else:
+                found.append(attached(variant, llm, preset))
+        for subject in list(found):
+            for name, checked in BASELINES.items():
+                if subject.name == checked and encoder is None:
+                    assert isinstance(subject, Attached)
+                    route = subject.integration if name == "plain" else None
+                    assert route is None or isinstance(route, PLITS)
+                    found.insert(found.index(subject) + 1, Plain(name, llm, self.plain, route))
+        for subject in found:
+            for parameter in subject.weights():
+                parameter.requires_grad_(False)
+        if encoder is not None:  # whose weights Qwen2Audio took over as trainable ones
+            encoder.requires_grad_(False)
+        if preset.compiled:
+            for subject in found:
+                subject.compile()
+        return found
+
+
+class _Place:
+    """One phase on one scene: each variant is looked at once, then all are timed in turns."""
+
+    def __init__(
+        self,
+        bench: _Bench,
+        scope: Scope,
+        scene: Scene,
+        phase: Phase,
+        encoder: Encoder | None,
+        papers: Mapping[str, OnPaper],
+    ) -> None:
+        self.bench = bench
+        self.preset = bench.preset
+        self.scope: Scope = scope
+        self.scene = scene
+        self.phase: Phase = phase
+        self.encoder = encoder
+        self.papers = papers
+        self._readings: dict[str, Reading] = {}
+        """Prompts that were read, to be written on."""
+
+    def measure(self, subjects: Sequence[Subject]) -> None:
+        """Add a row for each variant that can be measured here."""
+        if self.preset.compiled:
+            # what was compiled for other shapes only makes looking it up slower
+            torch.compiler.reset()
+        looked: dict[str, tuple[Subject, Counts, int]] = {}
+        timed: dict[str, Callable[[], object]] = {}
+        for subject in subjects:
+            why = self._obstacle(subject)
+            if why is None:
+                with self._memory_guard() as guard:
+                    looked[subject.name] = (subject, *self._look_at(subject))
+                    if self.preset.repeats:
+                        timed[subject.name] = self._timed(subject)
+                why = guard.why
+            self._advance(subject, 1 if why is None else self.bench._passes(self.phase))
+            if why is not None:
+                looked.pop(subject.name, None)
+                self._leave_out(subject, why)
+        seconds = self._time(timed)
+        for name, (subject, found, kv) in looked.items():
+            row = self._row(subject, found, kv, seconds.get(name))
+            (self.bench.result.baselines if name in BASELINES else self.bench.result.rows).append(row)
+            self.bench.result.paper[name, row.place] = self.papers[name]
+        timed.clear()
+        self._tidy()
+
+    def _look_at(self, subject: Subject) -> tuple[Counts, int]:
+        """Operations and bytes of the phase, and the bytes of its keys and values."""
+        weights = self._weights(subject)
+        if self.phase == "train":
+            with _training(subject, self.preset.train):
+                found = counts(
+                    lambda: subject.loss(self.scene),
+                    backward=lambda loss: loss.backward(),
+                    weights=weights,
+                    device=self.bench.device,
+                    compiled=self.preset.compiled,
+                )
+            return found, 0
+        with torch.inference_mode():
+            if self.phase == "prefill":
+                kept = []
+                found = counts(
+                    lambda: kept.append(subject.read(self.scene)),
+                    weights=weights,
+                    device=self.bench.device,
+                    compiled=self.preset.compiled,
+                )
+                return found, kept[-1].kv_bytes()
+            with _eager():
+                reading = self._readings[subject.name] = subject.read(self.scene)
+                kv = reading.kv_bytes()
+                found = counts(lambda: subject.write(reading, 1), weights=weights, device=self.bench.device)
+            return found, kv
+
+    def _timed(self, subject: Subject) -> Callable[[], object]:
+        if self.phase == "train":
+
+            def step() -> None:
+                with _training(subject, self.preset.train):
+                    subject.loss(self.scene).backward()
+
+            return step
+        if self.phase == "prefill":
+            return torch.inference_mode()(lambda: subject.read(self.scene))
+        reading = self._readings[subject.name]
+        return torch.inference_mode()(lambda: subject.write(reading, self.preset.decode_tokens))
+
+    def _time(self, timed: dict[str, Callable[[], object]]) -> dict[str, Seconds]:
+        tokens = self.preset.decode_tokens if self.phase == "decode" else 1
+        subjects = {name: self.papers[name].flops * tokens for name in timed}
+        with _eager() if self.phase == "decode" else nullcontext():
+            return round_seconds(
+                timed,
+                self.preset.repeats,
+                self.bench.device,
+                each=tokens,
+                done=lambda name: self.bench.bar.update(subjects[name]),
+            )
+
+    def _row(self, subject: Subject, found: Counts, kv: int, seconds: Seconds | None) -> Row:
+        return Row(
+            variant=subject.name,
+            scope=self.scope,
+            phase=self.phase,
+            audio_tokens=self.scene.audio_tokens,
+            text_tokens=self.scene.text_tokens,
+            batch=self.scene.batch,
+            seconds=None if seconds is None else seconds.median,
+            seconds_spread=None if seconds is None else seconds.spread,
+            peak_bytes=found.peak_bytes,
+            saved_bytes=found.saved_bytes,
+            flops=found.flops,
+            flops_closed_form=self.papers[subject.name].flops,
+            kv_bytes=kv,
+            parameters=sum(p.numel() for p in self._parameters(subject)),
+        )
+
+    def _parameters(self, subject: Subject) -> list[nn.Parameter]:
+        hears = self.encoder is not None and subject.own is not None
+        return [*subject.weights(), *(self.encoder.parameters() if self.encoder is not None and hears else ())]
+
+    def _weights(self, subject: Subject) -> list[torch.Tensor]:
+        buffers = [*self.bench.llm.buffers(), *self.bench.plain.buffers()]
+        return [*self._parameters(subject), *buffers]
+
+    def _obstacle(self, subject: Subject) -> str | None:
+        """Why a variant is not even tried."""
+        if self.phase == "train" and not subject.trained(self.preset.train):
+            return f"nothing to train in stage '{self.preset.train}'"
+        if self.bench.device.type == "cuda" or self.phase != "train":
+            return None
+        # a process that runs out of the machine's memory is killed with all it has measured
+        needed = self.papers[subject.name].saved_bytes + sum(p.nbytes for p in subject.trained(self.preset.train))
+        free = _free_bytes()
+        if needed > free:
+            return f"needs about {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free"
+        return None
+
+    @contextmanager
+    def _memory_guard(self) -> Iterator[_Guard]:
+        """A variant that does not fit leaves its row out and the run goes on."""
+        guard = _Guard()
+        try:
+            yield guard
+        except torch.OutOfMemoryError:
+            guard.why = "out of memory"
+            self._tidy()
+
+    def _tidy(self) -> None:
+        if self.bench.device.type == "cuda":
+            gc.collect()
+            torch.cuda.empty_cache()
+
+    def _advance(self, subject: Subject, passes: int) -> None:
+        self.bench.bar.update(self.papers[subject.name].flops * passes)
+
+    def _leave_out(self, subject: Subject, why: str) -> None:
+        self.bench.result.left_out.append(
+            {
+                "variant": subject.name,
+                "scope": self.scope,
+                "phase": self.phase,
+                "audio_tokens": self.scene.audio_tokens,
+                "batch": self.scene.batch,
+                "why": why,
+            }
+        )
+
+
+@dataclass
+class _Guard:
+    why: str | None = None
+
+
+@contextmanager
+def _training(subject: Subject, train: str) -> Iterator[None]:
+    """What is trained requires gradients inside; afterwards nothing does, and none is kept."""
+    trained = subject.trained(train)
+    for parameter in trained:
+        parameter.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(False)
+            parameter.grad = None
+
+
+def _eager() -> Any:
+    return torch.compiler.set_stance("force_eager")
+
+
+def _free_bytes() -> int:
+    """Memory that a process can still have without pushing others out."""
+    info = Path("/proc/meminfo")
+    if info.is_file():
+        for line in info.read_text(encoding="utf-8").splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -1,0 +1,344 @@
+"""`pal bench`: its schema, its counts against the closed forms, its checks."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from pal.app.cli import app
+from pal.bench.checks import GOALS, checks
+from pal.bench.flops import _packed, _packed_backward, flop_counter
+from pal.bench.measure import counts, peak_bytes, round_seconds, saved_bytes
+from pal.bench.presets import PHASES, PRESETS, VARIANTS, preset_of
+from pal.bench.report import to_dict, to_markdown
+from pal.bench.run import Result, Row, run
+from pal.errors import ConfigError
+
+ROW = {
+    *("variant", "scope", "phase", "audio_tokens", "text_tokens", "batch", "seconds", "seconds_spread"),
+    *("peak_bytes", "saved_bytes", "flops", "flops_closed_form", "kv_bytes", "parameters"),
+}
+
+
+def pal(*arguments: str | Path) -> Any:
+    return CliRunner().invoke(app, ["bench", *map(str, arguments)])
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What the command writes for the preset that CI runs, whole."""
+    folder = tmp_path_factory.mktemp("bench")
+    done = pal("--preset", "cpu-small", "--json", folder / "rows.json", "--out", folder / "out")
+    assert done.exit_code == 0, done.output
+    found: dict[str, Any] = json.loads((folder / "rows.json").read_text())
+    assert json.loads((folder / "out" / "bench.json").read_text()) == found
+    assert (folder / "out" / "bench.md").read_text() in done.stdout
+    for name in ("llm-batch1.png", "end-to-end-batch1.png"):
+        assert (folder / "out" / name).read_bytes().startswith(b"\x89PNG")
+    return found
+
+
+def by_place(rows: list[dict[str, Any]]) -> dict[tuple[Any, ...], dict[str, Any]]:
+    return {(r["scope"], r["phase"], r["audio_tokens"], r["variant"]): r for r in rows}
+
+
+def test_schema(small: dict[str, Any]) -> None:
+    preset = PRESETS["cpu-small"]
+    rows = small["rows"]
+    assert all(set(row) == ROW for row in rows)
+    assert [*dict.fromkeys(row["scope"] for row in rows)] == ["llm", "end_to_end"]
+    assert len(by_place(rows)) == len(rows) == 2 * len(PHASES) * len(VARIANTS) * len(preset.audio_tokens)
+    assert small["left_out"] == []
+    for row in rows:
+        assert row["seconds"] is None and row["seconds_spread"] is None
+        assert row["flops"] > 0 and row["peak_bytes"] > 0 and row["parameters"] > 0
+        assert (row["saved_bytes"] > 0) == (row["phase"] == "train") == (row["kv_bytes"] == 0)
+    assert {"device", "date", "torch", "transformers", "preset", "projector_width"} <= set(small["machine"])
+
+
+def test_counted_operations_are_the_closed_forms(small: dict[str, Any]) -> None:
+    for row in small["rows"] + small["baselines"]:
+        assert row["flops"] == pytest.approx(row["flops_closed_form"], rel=0.01), row
+
+
+def test_closed_forms_of_saved_bytes_and_of_keys_and_values(small: dict[str, Any]) -> None:
+    compared = [check for check in small["checks"] if check["kind"] == "closed form"]
+    assert {check["quantity"] for check in compared} == {"flops", "saved_bytes", "kv_bytes"}
+    for check in compared:
+        limit = {"flops": 0.01, "kv_bytes": 0.0, "saved_bytes": 0.2}[check["quantity"]]
+        assert check["ratio"] == pytest.approx(1, abs=limit), check
+
+
+def test_keys_and_values_by_hand(small: dict[str, Any]) -> None:
+    rows = by_place(small["rows"])
+    A, T, L = 750, 128, 4
+    pair = 2 * 16 * 4  # K and V, one head of 16, four bytes
+    of = {name: rows["llm", "prefill", A, name]["kv_bytes"] / pair for name in VARIANTS}
+    assert of["text"] == L * T
+    assert of["plits"] == of["qwen2audio"] == of["lal"] == L * (T + A)
+    assert of["lal_third"] == of["flamingo"] == of["mllama"] == L * T + A
+    assert of["pal"] == L * (T + A // 3) + A
+
+
+def test_baselines_are_honest(small: dict[str, Any]) -> None:
+    compared = [check for check in small["checks"] if check["kind"] == "baseline"]
+    assert {(check["variant"], check["against"]) for check in compared} == {("plits", "plain"), ("text", "plain_text")}
+    for check in compared:
+        assert check["quantity"] == "saved_bytes" and check["ok"], check
+    plain = by_place(small["baselines"])
+    for place, row in by_place(small["rows"]).items():
+        name = {"plits": "plain", "text": "plain_text"}.get(place[3])
+        if name is not None and place[0] == "llm":
+            assert plain[*place[:3], name]["flops"] == row["flops"]
+
+
+def test_ratios_to_plits(small: dict[str, Any]) -> None:
+    rows, ratios = by_place(small["rows"]), by_place(small["ratios"])
+    assert list(rows) == list(ratios)
+    for place, ratio in ratios.items():
+        plits = rows[*place[:3], "plits"]
+        assert ratio["flops"] == rows[place]["flops"] / plits["flops"]
+        assert ratio["speed"] is None
+        if place[3] == "plits":
+            assert ratio["flops"] == ratio["peak_bytes"] == 1
+    # the order that the paper and the closed forms promise
+    step = {name: ratios["llm", "train", 1500, name] for name in VARIANTS}
+    assert step["lal_third"]["flops"] < step["lal"]["flops"] < step["pal"]["flops"] < 1
+    assert step["lal"]["saved_bytes"] < 1
+
+
+def test_the_encoder_is_the_difference_of_the_scopes(small: dict[str, Any]) -> None:
+    rows = by_place(small["rows"])
+    for A, windows in ((64, 1), (1500, 2)):
+        hearing = {
+            (phase, name): rows["end_to_end", phase, A, name]["flops"] - rows["llm", phase, A, name]["flops"]
+            for phase in PHASES
+            for name in VARIANTS
+            if name != "qwen2audio"  # whose own forward pass does more: see below
+        }
+        D, F, M, frames = 16, 64, 80, 1500
+        layer = frames * (4 * D * D + 2 * D * F) + 2 * frames * frames * D
+        encoder = 2 * windows * (2 * frames * M * 3 * D + frames * D * 3 * D + layer)
+        for (phase, name), more in hearing.items():
+            assert more == (encoder if name != "text" and phase != "decode" else 0), (phase, name)
+        empty = 2 * (windows * 750 - A) * D * 32  # projected all the same
+        logits = 2 * 512 * 32 * (A + 128 - 1) + empty
+        assert (
+            rows["end_to_end", "prefill", A, "qwen2audio"]["flops"] - encoder - logits
+            == (rows["llm", "prefill", A, "qwen2audio"]["flops"])
+        )
+
+
+def test_batches_count_as_so_many_conversations() -> None:
+    preset = preset_of(
+        "cpu-small", variants=["plits", "lal", "pal", "mllama"], audio_tokens=[20], batch=[1, 3], scopes=["llm"]
+    )
+    rows = {(row.variant, row.phase, row.batch): row for row in run(preset).rows}
+    for (variant, phase, batch), row in rows.items():
+        one = rows[variant, phase, 1]
+        assert row.flops == pytest.approx(batch * one.flops, rel=1e-6), (variant, phase)
+        assert row.kv_bytes == batch * one.kv_bytes
+        assert row.flops == pytest.approx(row.flops_closed_form, rel=0.01)
+
+
+def test_a_long_clip_in_little_memory() -> None:
+    """Ten minutes: nothing that LAL keeps or holds at once grows with the clip's length but in proportion."""
+    preset = preset_of(
+        "cpu-small", variants=["lal", "lal_third", "flamingo"], audio_tokens=[1500, 15000], scopes=["llm"]
+    )
+    rows = {(row.variant, row.phase, row.audio_tokens): row for row in run(preset).rows}
+    for (variant, phase, tokens), long in rows.items():
+        if tokens == 15000:
+            short = rows[variant, phase, 1500]
+            assert long.flops <= 10 * short.flops
+            assert long.saved_bytes <= 10 * short.saved_bytes
+            assert long.peak_bytes <= 12 * short.peak_bytes
+
+
+def test_projectors_alone() -> None:
+    preset = preset_of("cpu-small", audio_tokens=[40], phases=["train"], scopes=["llm"], train="projectors")
+    found = run(preset)
+    assert [(one["variant"], one["why"]) for one in found.left_out] == [
+        ("text", "nothing to train in stage 'projectors'"),
+        ("plain_text", "nothing to train in stage 'projectors'"),
+    ]
+    joint = {row.variant: row for row in run(preset.model_copy(update={"train": "joint"})).rows}
+    for row in found.rows:
+        assert row.flops == pytest.approx(row.flops_closed_form, rel=0.01), row
+        assert row.flops < joint[row.variant].flops
+
+
+def test_timed_rows() -> None:
+    preset = preset_of("cpu-small", variants=["plits", "lal"], audio_tokens=[40], scopes=["llm"], repeats=2)
+    found = to_dict(run(preset))
+    for row in found["rows"] + found["baselines"]:
+        assert row["seconds"] > 0 and row["seconds_spread"] >= 0
+    for ratio in found["ratios"]:
+        assert ratio["speed"] > 0
+    compared = {(check["kind"], check["quantity"]) for check in found["checks"]}
+    assert ("baseline", "seconds") in compared
+
+
+def test_counts_do_not_depend_on_the_run() -> None:
+    torch.manual_seed(0)
+    preset = preset_of("cpu-small", variants=["lal", "mllama"], audio_tokens=[20], scopes=["llm"])
+    first, second = run(preset).rows, run(preset).rows
+    assert [row.flops for row in first] == [row.flops for row in second]
+    assert [row.saved_bytes for row in first] == [row.saved_bytes for row in second]
+
+
+def test_what_does_not_fit_is_left_out_and_the_run_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    preset = preset_of("cpu-small", variants=["lal", "pal"], audio_tokens=[20], scopes=["llm"])
+    calls = iter(range(100))
+
+    def full(*args: Any, **kwargs: Any) -> Any:
+        if next(calls) == 0:
+            raise torch.OutOfMemoryError("no room")
+        return counts(*args, **kwargs)
+
+    monkeypatch.setattr("pal.bench.run.counts", full)
+    monkeypatch.setattr("pal.bench.run._free_bytes", lambda: 0)
+    found = run(preset)
+    assert [(row.variant, row.phase) for row in found.rows] == [
+        ("pal", "prefill"),
+        ("lal", "decode"),
+        ("pal", "decode"),
+    ]
+    left = [(one["variant"], one["phase"], one["why"]) for one in found.left_out]
+    assert left[0] == ("lal", "prefill", "out of memory")
+    assert [one[:2] for one in left[1:]] == [("lal", "train"), ("pal", "train")]
+    assert all("GB are free" in one[2] for one in left[1:])
+    assert "out of memory" in to_markdown(found)
+
+
+def test_an_interrupted_run_keeps_what_is_complete(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    calls = iter(range(100))
+
+    def stopped(*args: Any, **kwargs: Any) -> Any:
+        if next(calls) == 3:
+            raise KeyboardInterrupt
+        return counts(*args, **kwargs)
+
+    monkeypatch.setattr("pal.bench.run.counts", stopped)
+    done = pal("--preset", "cpu-small", "--variants", "lal,pal", "--tokens", "20", "--json", tmp_path / "rows.json")
+    assert done.exit_code == 130 and done.stderr.startswith("error: interrupted")
+    rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    assert [(row["variant"], row["phase"]) for row in rows] == [("lal", "prefill"), ("pal", "prefill")]
+
+
+def test_goals_are_checked_where_they_are_set() -> None:
+    def row(variant: str, seconds: float, saved: int) -> Row:
+        return Row(variant, "llm", "train", 1500, 128, 1, seconds, 0.0, 1, saved, 1, 1.0, 0, 1)
+
+    result = Result(PRESETS["cpu"], {}, [row("plits", 9.0, 1000), row("lal", 2.0, 119), row("pal", 4.5, 501)])
+    made = [check for check in checks(replace(result, paper=_Anything())) if check.kind == "goal"]
+    assert {(check.variant, check.quantity): check.ok for check in made} == {
+        ("lal", "seconds"): True,
+        ("lal", "saved_bytes"): True,
+        ("pal", "seconds"): False,
+        ("pal", "saved_bytes"): False,
+    }
+    assert len(GOALS) == 14
+
+
+class _Anything(dict):  # type: ignore[type-arg]
+    def __missing__(self, key: Any) -> Any:
+        from pal.bench.closed_form import OnPaper
+
+        return OnPaper(1, 1, 1)
+
+
+def test_markdown_marks_what_is_off(small: dict[str, Any]) -> None:
+    preset = preset_of("cpu-small", variants=["lal"], audio_tokens=[20], phases=["prefill"], scopes=["llm"])
+    result = run(preset)
+    assert "**off**" not in to_markdown(result)
+    result.rows[0] = replace(result.rows[0], flops=2 * result.rows[0].flops)
+    assert "2.000 **off**" in to_markdown(result)
+
+
+def test_counts_are_those_of_each_alone() -> None:
+    first, second = torch.nn.Linear(64, 128), torch.nn.Linear(128, 32)
+    x_BD = torch.randn(10, 64)
+    weights = [*first.parameters(), *second.parameters()]
+
+    def forward() -> torch.Tensor:
+        return second(torch.relu(first(x_BD))).sum()
+
+    def step() -> None:
+        forward().backward()
+
+    step()
+    for weight in weights:
+        weight.grad = None
+    found = counts(forward, backward=lambda loss: loss.backward(), weights=weights)
+    assert found.flops == 2 * 10 * (2 * 64 * 128 + 3 * 128 * 32)
+    assert found.saved_bytes == saved_bytes(forward, weights)
+    for weight in weights:
+        weight.grad = None
+    assert found.peak_bytes == peak_bytes(step)
+
+
+def test_spread_is_between_quartiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([0, 1, 0, 2, 0, 3, 0, 4, 0, 50])
+    monkeypatch.setattr("pal.bench.measure.time.perf_counter", lambda: next(clock))
+    seen: list[str] = []
+    found = round_seconds({"a": lambda: None}, 5, each=2, done=seen.append)["a"]
+    assert (found.median, found.spread, seen) == (1.5, 1.0, ["a"] * 5)
+
+
+def test_attention_counts_in_full_on_the_cpu() -> None:
+    q_BHQC = torch.randn(2, 4, 10, 8, requires_grad=True)
+    k_BHKC = torch.randn(2, 4, 10, 8, requires_grad=True)
+    with flop_counter() as counter:
+        out = torch.nn.functional.scaled_dot_product_attention(q_BHQC, k_BHKC, k_BHKC, is_causal=True)
+        forward = counter.get_total_flops()
+        out.sum().backward()
+    product = 2 * 2 * 4 * 10 * 10 * 8
+    assert (forward, counter.get_total_flops()) == (2 * product, 7 * product)
+
+
+def test_packed_sequences_count_one_by_one() -> None:
+    q_NHC = torch.zeros(7, 4, 8)
+    first_q, first_k = torch.tensor([0, 3, 7]), torch.tensor([0, 3, 13])
+    product = 2 * (3 * 3 + 4 * 10) * 4 * 8
+    assert _packed(q_NHC, q_NHC, q_NHC, first_q, first_k, 4, 10) == 2 * product
+    assert _packed_backward(q_NHC, q_NHC, q_NHC, q_NHC, q_NHC, q_NHC, first_q, first_k, 4, 10) == 5 * product
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--preset", "big"], "unknown preset 'big'; known: cpu-small, cpu, gpu, gpu-3b"),
+        (["--variants", "plits,wisper"], "bench: variants.1: Input should be 'text', 'plits'"),
+        (["--tokens", "many"], "bench: audio_tokens.0"),
+        (["--tokens", "0"], "count from 1"),
+        (["--phases", ""], "bench: phases"),
+        (["--repeats", "-1"], "bench: repeats"),
+        (["--train", "all"], "bench: train"),
+    ],
+)
+def test_errors_in_one_line(arguments: list[str], said: str) -> None:
+    done = pal(*arguments)
+    assert done.exit_code == 1
+    assert done.stderr.startswith("error: ") and said in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is an accelerator")
+@pytest.mark.parametrize("preset", ["gpu", "gpu-3b"])
+def test_gpu_presets_say_that_there_is_none(preset: str) -> None:
+    done = pal("--preset", preset)
+    assert done.exit_code == 1
+    assert done.stderr.count("\n") == 1 and f"preset '{preset}' needs a CUDA GPU" in done.stderr
+
+
+def test_presets_are_of_published_shapes() -> None:
+    layers = {name: (preset.llm["hidden_size"], preset.llm["num_hidden_layers"]) for name, preset in PRESETS.items()}
+    assert layers == {"cpu-small": (32, 4), "cpu": (2048, 4), "gpu": (2048, 16), "gpu-3b": (3072, 28)}
+    assert preset_of("cpu", audio_tokens=["64", "64", "15000"]).audio_tokens == (64, 15000)
+    with pytest.raises(ConfigError, match="unknown key"):
+        preset_of("cpu", tokens=[1])
