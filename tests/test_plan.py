@@ -235,9 +235,10 @@ def test_kv_bytes(integration: Any) -> None:
 def test_closed_forms_by_hand() -> None:
     """One layer of PLITS and of LAL with the LLM frozen, written out."""
     shape = {"num_hidden_layers": 1, "vocab_size": 1024}
+    stage = {**STAGES["projectors"], "recompute_audio": False}
     D, F, Wq, Wkv, V, E = 96, 160, 144, 48, 1024, 32
     A, T, N = 100, TEXT, TEXT // 4
-    plain, injected = (planned(recipe(name, STAGES["projectors"], llm=shape)).costs["llm"] for name in ("plits", "lal"))
+    plain, injected = (planned(recipe(name, stage, llm=shape)).costs["llm"] for name in ("plits", "lal"))
     attention, ffn = 2 * D * Wq + 2 * D * Wkv, 3 * D * F
     made = 2 * A * (E * D + D * D)
     forward = 2 * (A + T) * (attention + ffn) + 4 * (A + T) ** 2 * Wq + 2 * N * D * V

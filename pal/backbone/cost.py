@@ -27,13 +27,20 @@ class Cost:
     forward: float = 0.0
     backward: float = 0.0
     saved: float = 0.0
+    again: float = 0.0
+    """Bytes on top of these at the fullest moment of the backward pass, while something is computed again."""
 
     def __add__(self, other: Cost) -> Cost:
-        return Cost(self.forward + other.forward, self.backward + other.backward, self.saved + other.saved)
+        return Cost(
+            self.forward + other.forward,
+            self.backward + other.backward,
+            self.saved + other.saved,
+            max(self.again, other.again),
+        )
 
     def times(self, factor: float) -> Cost:
         """So many of them at once."""
-        return Cost(self.forward * factor, self.backward * factor, self.saved * factor)
+        return Cost(self.forward * factor, self.backward * factor, self.saved * factor, self.again * factor)
 
 
 def total(costs: Iterable[Cost]) -> Cost:
@@ -56,6 +63,8 @@ class Step:
     """Text tokens of a conversation."""
     targets: int
     """Tokens of a conversation that are trained."""
+    before: int = 0
+    """Text tokens that stand before the clip, and do not see its keys."""
     llm: Trained = "none"
     """What of the LLM trains."""
     integration: bool = False
@@ -83,6 +92,8 @@ class LayerAdded:
     """K/V pairs of a clip."""
     grad: bool = False
     """Whether they need gradients."""
+    pairs: float | None = None
+    """Of a row and a key that attention computes in a conversation; None where every row from the clip on sees all."""
     making: Cost = field(default_factory=Cost)
     """Of making them in the layer, where gradient checkpointing drops what is kept and makes it again."""
     block: Callable[[bool, int], Cost] | None = None
@@ -127,7 +138,7 @@ def linear(
     return Cost(once, once * (x_grad + trained), saved)
 
 
-def attention(batch: int, heads: int, queries: int, keys: int, width: int, grad: bool) -> Cost:
+def attention(batch: int, heads: int, queries: int, keys: float, width: int, grad: bool) -> Cost:
     """Scaled dot-product attention: two products forward, five backward. What it keeps is counted by the caller."""
     product = 2.0 * batch * heads * queries * keys * width
     return Cost(2 * product, 5 * product * grad)
@@ -179,15 +190,16 @@ def decoder(llm: Backbone, step: Step, added: Sequence[Added]) -> Cost:
             largest = max(largest, own.saved)
             own = Cost(own.forward, own.backward + again, step.rows * length * llm.width * llm.dtype.itemsize)
         cost = cost + own
-    return cost + Cost(saved=largest) + _norm(llm, step, step.rows * length, grad) + _head(llm, step, grad)
+    return cost + Cost(again=largest) + _norm(llm, step, step.rows * length, grad) + _head(llm, step, grad)
 
 
 def _layer(llm: Backbone, step: Step, length: int, joined: Sequence[LayerAdded], x_grad: bool) -> tuple[Cost, bool]:
     """One layer, with the making of the keys that join its own; and whether its result needs gradients."""
     rows = step.rows * length
     keys = sum(part.keys for part in joined)
+    pairs = sum((length - step.before) * part.keys if part.pairs is None else part.pairs for part in joined)
     keys_grad = any(part.grad for part in joined)
-    attended, heard = _attention_block(llm, step, step.rows, length, keys, rows, x_grad, keys_grad)
+    attended, heard = _attention_block(llm, step, step.rows, length, keys, rows, x_grad, keys_grad, pairs)
     middle = x_grad or heard
     normed = middle or step.llm == "full"
     D, F = llm.width, llm.ffn_width
@@ -202,7 +214,15 @@ def _layer(llm: Backbone, step: Step, length: int, joined: Sequence[LayerAdded],
 
 
 def _attention_block(
-    llm: Backbone, step: Step, batch: int, length: int, keys: int, rows: int, x_grad: bool, keys_grad: bool
+    llm: Backbone,
+    step: Step,
+    batch: int,
+    length: int,
+    keys: int,
+    rows: int,
+    x_grad: bool,
+    keys_grad: bool,
+    pairs: float = 0.0,
 ) -> tuple[Cost, bool]:
     """Norm, projections, attention of `length` rows to themselves and to more keys; whether the result needs grads."""
     D, inner, shared = llm.width, llm.heads * llm.head_width, _kv_width(llm)
@@ -211,7 +231,7 @@ def _attention_block(
     k, k_grad = _matrix(llm, step, "k_proj", rows, D, shared, normed, kept=True)
     v, v_grad = _matrix(llm, step, "v_proj", rows, D, shared, normed, kept=True)
     heard = q_grad or k_grad or v_grad or keys_grad
-    mixed = attention(batch, llm.heads, length, length + keys, llm.head_width, heard)
+    mixed = attention(batch, llm.heads, 1, length * length + pairs, llm.head_width, heard)
     # its result is laid out as the output projection takes it
     out, out_grad = _matrix(llm, step, "o_proj", rows, inner, D, heard, kept=True)
     size = _size(llm, step)
@@ -226,8 +246,9 @@ def _head(llm: Backbone, step: Step, x_grad: bool) -> Cost:
     """Logits of the rows that predict a trained token, and their loss."""
     rows = step.rows * step.targets
     full = step.llm == "full"
-    # logits, their float32 copy and the gradient of it
-    logits = rows * llm.vocab * (_size(llm, step) + 8)
+    # the logarithms of their softmax, and the logits where those are of another type
+    size = _size(llm, step)
+    logits = rows * llm.vocab * (4 + size * (size != 4))
     return linear(rows, llm.width, llm.vocab, x_grad or full, full, _size(llm, step)) + Cost(saved=logits)
 
 

@@ -177,6 +177,12 @@ def prefixes(counts_BQ: list[list[int]], device: torch.device) -> tuple[Piece, .
     return tuple(piece for b, row in enumerate(counts_BQ) for piece in _staircase(row, (b, b + 1), device))
 
 
+def pairs_of(counts_Q: list[int]) -> int:
+    """Pairs of a query and a key that are computed for one row of the batch; see `prefixes`."""
+    pieces = _staircase(counts_Q, (0, 1), torch.device("cpu"))
+    return sum((p.queries[1] - p.queries[0]) * (p.keys[1] - p.keys[0]) for p in pieces)
+
+
 def _staircase(counts_Q: list[int], rows: tuple[int, int], device: torch.device) -> Iterator[Piece]:
     """Rectangles that all queries of a block see, and a small mask for the keys that only some of them do."""
     for first, last in _blocks(counts_Q):

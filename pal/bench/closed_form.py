@@ -34,6 +34,7 @@ def on_paper(subject: Subject, scene: Scene, preset: Preset, phase: Phase) -> On
         clips=scene.batch,
         rows=scene.batch,
         text=scene.text_tokens,
+        before=scene.before,
         targets=scene.answer if trains else 1,
         llm="full" if trains and preset.train == "joint" else "none",
         integration=trains,
@@ -66,7 +67,13 @@ def _token(subject: Subject, scene: Scene, width: int) -> float:
     added = _added(subject, step, scene.audio_tokens, width)
     earlier = scene.text_tokens + sum(one.rows for one in added)
     rows = attention(scene.batch, llm.heads, 1, earlier, llm.head_width, grad=False).times(llm.n_layers)
-    return (decoder(llm, step, [replace(one, rows=0, making=Cost()) for one in added]) + rows).forward
+    return (decoder(llm, step, [_made_before(one) for one in added]) + rows).forward
+
+
+def _made_before(one: Added) -> Added:
+    """What is left for a later row: the keys, each of which it sees."""
+    layers = {layer: replace(part, pairs=None) for layer, part in one.layers.items()}
+    return replace(one, rows=0, making=Cost(), layers=layers)
 
 
 def _added(subject: Subject, step: Step, tokens: int, width: int) -> list[Added]:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from pal.backbone.cost import Added, Step, linear
 from pal.backbone.llm import Backbone
+from pal.backbone.merged import pairs_of
 from pal.backbone.stream_kv import Layout
 from pal.integrations.base import ClipSpans, Route
 from pal.integrations.keys import ProjectedKeys, zeroed
@@ -63,11 +64,13 @@ class PAL(Route):
         # what comes out of the convolution needs gradients where the convolution trains
         behind = replace(step, features=step.features or step.integration)
         summary = projector_cost(self.config, behind, rows, E, llm.width)
+        layers = self.projectors.cost(step, tokens, llm, self.layers)
+        seen = [0] * step.before + [min((i + 1) * r, tokens) for i in range(S)] + [tokens] * (step.text - step.before)
         return Added(
             rows=S,
             rows_grad=behind.features,
             making=conv + summary,
-            layers=self.projectors.cost(step, tokens, llm, self.layers),
+            layers={layer: replace(part, pairs=pairs_of(seen)) for layer, part in layers.items()},
         )
 
     def _summary(self, features: AudioFeatures) -> Tensor:
