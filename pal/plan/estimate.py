@@ -158,7 +158,8 @@ def _stage(model: PalModel, stage: Stage, gpu: GPU, ears: _Listening, text_token
     if not stage.by_clip:
         costs["llm"] = decoder(model.llm, step, added)
     # the audio parts were counted in four bytes a number
-    kept = costs["llm"].saved + costs["llm"].again + (costs["encoder"].saved + costs["connector"].saved) * (0.5 if autocast else 1.0)
+    heard = (costs["encoder"].saved + costs["connector"].saved) * (0.5 if autocast else 1.0)
+    kept = costs["llm"].saved + costs["llm"].again + heard
     counts = {part: sum(p.numel() for p in weights.values()) for part, weights in trained.items()}
     sizes = [p.numel() * p.itemsize for weights in trained.values() for p in weights.values()]
     memory = Memory(
