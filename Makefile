@@ -21,7 +21,7 @@ format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# A quarter of an hour and 12 GB; `pal bench --preset cpu-small` only counts, in a minute.
+# Long, and more than 24 GB of memory; `pal bench --preset cpu-small` only counts, in a minute.
 bench: $(STAMP)
 	$(BIN)/pal bench --preset cpu --out runs/bench-cpu
 
