@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Literal, Protocol
 
 import torch
@@ -79,7 +78,11 @@ class AudioKeys:
 
     def keys_values(self, layer: int, llm: Geometry, rope: Rope) -> tuple[Tensor, Tensor]:
         """K after RoPE and V of every row, each [B, G, A, C]; clips are projected once, then shared by rows."""
-        k_UGAC, v_UGAC = self.source.keys_values(layer)
+        if llm.recomputes_audio and self.blocks is None and torch.is_grad_enabled():
+            # without rotation and rows, which keep nothing large, the values' product need not be made again
+            k_UGAC, v_UGAC = checkpoint(self.source.keys_values, layer, use_reentrant=False)
+        else:
+            k_UGAC, v_UGAC = self.source.keys_values(layer)
         cos_BAC, sin_BAC = rope[llm.layer_types[layer]]
         return rotate(self._to_rows(k_UGAC), cos_BAC, sin_BAC), self._to_rows(v_UGAC)
 
@@ -289,9 +292,6 @@ class AudioView:
         keys, llm = self.context.keys[which], self.context.llm
         if keys.built is not None:
             k_BGAC, v_BGAC = keys.built[layer]
-        elif llm.recomputes_audio and keys.blocks is None and torch.is_grad_enabled():
-            make = partial(keys.keys_values, layer, llm, self.ropes[which])
-            k_BGAC, v_BGAC = checkpoint(make, use_reentrant=False)
         else:
             k_BGAC, v_BGAC = keys.keys_values(layer, llm, self.ropes[which])
         return _expand(k_BGAC, self.beams), _expand(v_BGAC, self.beams)

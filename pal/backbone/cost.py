@@ -96,13 +96,15 @@ class LayerAdded:
     """Of a row and a key that attention computes in a conversation; None where every row from the clip on sees all."""
     making: Cost = field(default_factory=Cost)
     """Of making them in the layer, where gradient checkpointing drops what is kept and makes it again."""
+    last: float = 0.0
+    """Operations of its last products, which need not be made again, since nothing is kept of what they give."""
     block: Callable[[bool, int], Cost] | None = None
     """Of a network before the layer that looks at the keys in the layer's place, given whether the rows that go into
     it need gradients, and T, the rows of a conversation."""
 
     def recomputed(self) -> LayerAdded:
         """The same where what making it keeps is dropped and made again in the backward pass."""
-        again = self.making.forward * self.grad
+        again = (self.making.forward - self.last) * self.grad
         return replace(self, making=Cost(self.making.forward, self.making.backward + again))
 
 
@@ -150,14 +152,25 @@ def kv_bytes(llm: Backbone, added: Iterable[Added], size: int) -> int:
     return 2 * llm.kv_heads * llm.head_width * size * pairs
 
 
-def project_kv(llm: Backbone, step: Step, tokens: int, u_grad: bool) -> tuple[Cost, bool]:
-    """`Backbone.project_kv` of clips of so many tokens, and whether the result needs gradients."""
+def project_kv(llm: Backbone, step: Step, tokens: int, making: Cost, u_grad: bool) -> LayerAdded:
+    """`Backbone.project_kv` of clips of so many tokens, on top of what `u` costs in the layer."""
     rows, shared = step.clips * tokens, _kv_width(llm)
     normed = u_grad or step.llm == "full"
     keys, keys_grad = _matrix(llm, step, "k_proj", rows, llm.width, shared, normed)
     values, values_grad = _matrix(llm, step, "v_proj", rows, llm.width, shared, normed, kept=True)
     kept = rows * shared * 4 * (normed + (step.llm == "full")) if llm.key_norm else 0
-    return _norm(llm, step, rows, u_grad) + keys + values + Cost(saved=kept), keys_grad or values_grad
+    last = _last(llm, "v_proj", rows) if values_grad else values.forward
+    if not values_grad and not llm.key_norm:
+        last += _last(llm, "k_proj", rows)
+    making = making + _norm(llm, step, rows, u_grad) + keys + values + Cost(saved=kept)
+    return LayerAdded(keys=tokens, grad=keys_grad or values_grad, making=making, last=last)
+
+
+def _last(llm: Backbone, name: str, rows: int) -> float:
+    """Operations of the last product of k_proj or v_proj: its own, or that of the adapter's second matrix."""
+    adapted = llm.lora is not None and name in llm.lora.targets
+    inputs = llm.lora.rank if adapted and llm.lora is not None else llm.width
+    return 2.0 * rows * inputs * _kv_width(llm)
 
 
 def attend_among(llm: Backbone, step: Step, tokens: int, u_grad: bool) -> tuple[Cost, bool]:

@@ -23,6 +23,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from pal.backbone.attention import NAME
 from pal.backbone.context import AudioContext, AudioView, Rope
+from pal.backbone.tied import TiedRows
 from pal.config import StrictConfig
 from pal.errors import ConfigError, PalError
 from pal.types import IGNORE, LLMInputs
@@ -114,6 +115,7 @@ class Backbone(nn.Module):
         self.lm: Any = lm  # transformers' classes are too dynamic for types
         self.lora: LoRA | None = None
         self.recomputes_audio = True
+        self._tied: TiedRows | None = None
         config = lm.config
         self.width: int = config.hidden_size
         self.n_layers: int = config.num_hidden_layers
@@ -190,8 +192,30 @@ class Backbone(nn.Module):
         return embedding
 
     def embed(self, ids: Tensor) -> Tensor:
-        """Token ids [...] -> embeddings [..., D] as the first layer gets them (Gemma's are scaled)."""
-        return self._embedding(ids)
+        """Token ids [...] -> embeddings [..., D] as the first layer gets them (Gemma's are scaled).
+
+        Where the LM head has the same weights, their gradients are made together; see `TiedRows`.
+        """
+        table = self._embedding
+        tied = self._tied_rows()
+        if tied is None:
+            return table(ids)
+        x = tied(ids, table.padding_idx)
+        scale = getattr(table, "embed_scale", None)
+        return x if scale is None else x * scale.to(x.dtype)
+
+    def _tied_rows(self) -> TiedRows | None:
+        """For embeddings that train together with the head; None where the module itself has to be called."""
+        table, head = self._embedding, self.lm.get_output_embeddings()
+        weight = table.weight
+        if not (torch.is_grad_enabled() and weight.requires_grad and head is not None and head.weight is weight):
+            return None
+        # hooks, such as those that put a sharded weight together, belong to the module
+        if type(weight) is not nn.Parameter or table._forward_hooks or table._forward_pre_hooks:
+            return None
+        if self._tied is None or self._tied.weight_VD is not weight:
+            self._tied = TiedRows(weight)
+        return self._tied
 
     def project_kv(self, layer: int, u_BAD: Tensor) -> tuple[Tensor, Tensor]:
         """What `layer` would make of `u` as its input, each [B, G, A, C]: keys before RoPE (after k_norm), values."""
@@ -199,10 +223,11 @@ class Backbone(nn.Module):
         attention = block.self_attn
         x_BAD = block.input_layernorm(u_BAD.to(self.dtype))
         k_BAGC = attention.k_proj(x_BAD).unflatten(-1, (self.kv_heads, self.head_width))
-        v_BAGC = attention.v_proj(x_BAD).unflatten(-1, (self.kv_heads, self.head_width))
         norm = getattr(attention, "k_norm", None)  # Qwen3 and Gemma3 have one
         if norm is not None:
             k_BAGC = norm(k_BAGC)
+        # last, since a product of which nothing is kept is not made again in the backward pass
+        v_BAGC = attention.v_proj(x_BAD).unflatten(-1, (self.kv_heads, self.head_width))
         return k_BAGC.transpose(1, 2), v_BAGC.transpose(1, 2)
 
     def attend_among(self, layer: int, u_BAD: Tensor, mask_BA: Tensor) -> Tensor:
@@ -275,8 +300,18 @@ class Backbone(nn.Module):
         hidden_BTD = self._hidden(inputs)
         next_BT = inputs.labels_BT[:, 1:]
         row_N, column_N = (next_BT != IGNORE).nonzero(as_tuple=True)
-        logits_NV = self.lm.lm_head(hidden_BTD[row_N, column_N])
+        logits_NV = self._logits(hidden_BTD[row_N, column_N])
         return F.cross_entropy(logits_NV.float(), next_BT[row_N, column_N], reduction="none"), row_N, column_N
+
+    def _logits(self, hidden_ND: Tensor) -> Tensor:
+        """The head on a few rows."""
+        head = self.lm.lm_head
+        if type(head) is not nn.Linear or head.bias is not None or head._forward_hooks or head._forward_pre_hooks:
+            logits_NV: Tensor = head(hidden_ND)
+            return logits_NV
+        # the long side first: on a CPU up to 1.6 times as fast, and the weight's gradient comes out as it is stored,
+        # so that autograd adds to it in place
+        return (head.weight @ hidden_ND.T).T
 
     def logits_at(self, inputs: LLMInputs, rows_BK: Tensor) -> Tensor:
         """Logits of some rows of each sequence [B, K, vocab]; the head runs on these alone."""

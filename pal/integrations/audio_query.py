@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from pal.backbone.cost import Added, LayerAdded, Step, attend_among, project_kv
+from pal.backbone.cost import Added, Cost, Step, attend_among, project_kv
 from pal.backbone.llm import Backbone
 from pal.backbone.stream_kv import Layout
 from pal.integrations.base import ClipSpans, Route
@@ -60,8 +60,7 @@ class LALAudioQuery(Route):
         making = projector_cost(self.config, step, step.clips * tokens, self.in_width, llm.width)
         layers = {}
         for layer in self.layers:
-            projected, keys_grad = project_kv(llm, step, tokens, grad)
-            layers[layer] = LayerAdded(keys=tokens, grad=keys_grad, making=projected)
+            layers[layer] = project_kv(llm, step, tokens, Cost(), grad)
             if layer != self.layers[-1]:
                 updated, grad = attend_among(llm, step, tokens, grad)
                 making = making + updated

@@ -101,6 +101,5 @@ class LayerProjectors(nn.ModuleDict):
         u_grad = step.integration or step.features
         for layer in layers:
             mapped = projector_cost(self.options, step, rows, *self.widths, kept=layer != layers[0])
-            projected, grad = project_kv(llm, step, tokens, u_grad)
-            added[layer] = LayerAdded(keys=tokens, grad=grad, making=mapped + projected)
+            added[layer] = project_kv(llm, step, tokens, mapped, u_grad)
         return added
