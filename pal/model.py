@@ -196,6 +196,15 @@ class PalModel(nn.Module):
         pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else (ends or [0])[0]
         return {"do_sample": False, "pad_token_id": pad, "eos_token_id": ends or None, **options}
 
+    def fold(self) -> int:
+        """Prepare for many answers: put together what can be done in one product; in how many layers that was.
+
+        Where projectors are narrower inside than the LLM, a layer's norm and k and v projections go into the
+        projector's last linear layer, equal to 1e-5. It takes a moment, holds until a weight changes or moves, and is
+        never used in training.
+        """
+        return sum(route.fold(self.llm) for route in self.integration.routes())
+
     @torch.inference_mode()
     def index(self, audio: Source | AudioKV) -> AudioKV:
         """A clip's audio as the keys and values of all injected layers, made once for many questions."""

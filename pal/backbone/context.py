@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from pal.backbone.kernels import takes_apart
 from pal.backbone.merged import Keys, Piece, masked, prefixes
 from pal.errors import PalError
 
@@ -29,10 +30,17 @@ class Geometry(Protocol):
     windows: tuple[int | None, ...]
     """Per layer, how many positions back a query sees, itself included; None means all."""
 
+    head_width: int
+    """C."""
     dropout: float
     """Of attention probabilities, while it trains."""
     recomputes_audio: bool
     """Whether what makes a layer's audio K/V is dropped and made again in the backward pass."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of its numbers."""
+        ...
 
     def rope(self, positions_BA: Tensor) -> Rope:
         """Cos and sin of the LLM's rotary embedding at positions."""
@@ -184,7 +192,10 @@ class AudioContext:
             if self.joined(layer) or window is not None or self.rows_hidden
         }
         heard = {(i, windows[layer]) for layer in range(len(windows)) for i in self.joined(layer)}
-        apart = position_ids.device.type == "cpu" and not self.llm.dropout
+        device = position_ids.device
+        autocast = torch.is_autocast_enabled(device.type)
+        dtype = torch.get_autocast_dtype(device.type) if autocast else self.llm.dtype
+        apart = not self.llm.dropout and takes_apart(device, dtype, self.llm.head_width)
         return AudioView(
             context=self,
             beams=beams,

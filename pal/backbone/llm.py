@@ -23,6 +23,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from pal.backbone.attention import NAME
 from pal.backbone.context import AudioContext, AudioView, Rope
+from pal.backbone.folded import FoldedKV, fold
 from pal.backbone.tied import TiedRows
 from pal.config import StrictConfig
 from pal.errors import ConfigError, PalError
@@ -220,15 +221,28 @@ class Backbone(nn.Module):
     def project_kv(self, layer: int, u_BAD: Tensor) -> tuple[Tensor, Tensor]:
         """What `layer` would make of `u` as its input, each [B, G, A, C]: keys before RoPE (after k_norm), values."""
         block = self.lm.model.layers[layer]
-        attention = block.self_attn
         x_BAD = block.input_layernorm(u_BAD.to(self.dtype))
-        k_BAGC = attention.k_proj(x_BAD).unflatten(-1, (self.kv_heads, self.head_width))
-        norm = getattr(attention, "k_norm", None)  # Qwen3 and Gemma3 have one
-        if norm is not None:
-            k_BAGC = norm(k_BAGC)
+        k_BGAC = self._keys(layer, block.self_attn.k_proj(x_BAD))
         # last, since a product of which nothing is kept is not made again in the backward pass
-        v_BAGC = attention.v_proj(x_BAD).unflatten(-1, (self.kv_heads, self.head_width))
-        return k_BAGC.transpose(1, 2), v_BAGC.transpose(1, 2)
+        return k_BGAC, self._heads(block.self_attn.v_proj(x_BAD))
+
+    def fold_kv(self, layer: int, last: nn.Linear) -> FoldedKV | None:
+        """A projector's last layer and `project_kv` as one product; None where that does not pay or cannot be."""
+        block = self.lm.model.layers[layer]
+        return fold(last, block.input_layernorm, block.self_attn.k_proj, block.self_attn.v_proj)
+
+    def folded_kv(self, layer: int, folded: FoldedKV, h_BAM: Tensor) -> tuple[Tensor, Tensor]:
+        """`project_kv` of what the projector's last layer makes of h."""
+        k_BAX, v_BAX = folded(h_BAM)
+        return self._keys(layer, k_BAX.to(self.dtype)), self._heads(v_BAX.to(self.dtype))
+
+    def _keys(self, layer: int, k_BAX: Tensor) -> Tensor:
+        norm = getattr(self.lm.model.layers[layer].self_attn, "k_norm", None)  # Qwen3 and Gemma3 have one
+        k_BAGC = k_BAX.unflatten(-1, (self.kv_heads, self.head_width))
+        return (k_BAGC if norm is None else norm(k_BAGC)).transpose(1, 2)
+
+    def _heads(self, x_BAX: Tensor) -> Tensor:
+        return x_BAX.unflatten(-1, (self.kv_heads, self.head_width)).transpose(1, 2)
 
     def attend_among(self, layer: int, u_BAD: Tensor, mask_BA: Tensor) -> Tensor:
         """`u` after `layer`'s attention among itself, without its feed-forward network -> [B, A, D].

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pal.backbone import kernels
+
 BLOCK = 128
 """Queries of a block in which each sees a few keys more than the one before."""
 UNSEEN = -30_000.0
@@ -63,7 +65,11 @@ def merged_attention(q_BHQC: Tensor, sets: Sequence[Keys], scale: float | None) 
         sets: keys and values.
         scale: what scores are multiplied with; None is 1 / sqrt(C).
     """
-    tensors = [x for one in sets for x in (one.k_BGKC.to(q_BHQC.dtype), one.v_BGKC.to(q_BHQC.dtype))]
+    device = q_BHQC.device.type
+    # rotary embeddings make queries float32 again under autocast, which knows no rule for these kernels
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else q_BHQC.dtype
+    q_BHQC = q_BHQC.to(dtype)
+    tensors = [x.to(dtype) for one in sets for x in (one.k_BGKC, one.v_BGKC)]
     pieces = tuple(one.pieces for one in sets)
     out_BHQC: Tensor = _Merged.apply(q_BHQC, scale, pieces, *tensors)
     return out_BHQC.transpose(1, 2)
@@ -126,9 +132,7 @@ def _attend(q_BHQC: Tensor, k_BGKC: Tensor, v_BGKC: Tensor, piece: Piece, scale:
     """Attention to one rectangle -> [B, H, Q, C] and the log-sum-exp of its scores [B, H, Q]."""
     q = _folded(q_BHQC, k_BGKC, piece)
     mask = None if piece.mask is None else piece.mask.to(q.dtype)
-    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        q, k_BGKC, v_BGKC, 0.0, piece.causal, attn_mask=mask, scale=scale
-    )
+    out, lse = kernels.attend(q, k_BGKC, v_BGKC, piece.causal, mask, scale)
     return out.reshape(q_BHQC.shape), lse.reshape(q_BHQC.shape[:3])
 
 
@@ -146,9 +150,7 @@ def _attend_backward(
     grad, q, out = (_folded(x, k_BGKC, piece) for x in (grad_BHQC, q_BHQC, out_BHQC))
     mask = None if piece.mask is None else piece.mask.to(q.dtype)
     lse = lse_BHQ.reshape(q.shape[:3])
-    dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        grad, q, k_BGKC, v_BGKC, out, lse, 0.0, piece.causal, attn_mask=mask, scale=scale
-    )
+    dq, dk, dv = kernels.attend_backward(grad, q, k_BGKC, v_BGKC, out, lse, piece.causal, mask, scale)
     return dq.reshape(q_BHQC.shape), dk, dv
 
 

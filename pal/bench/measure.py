@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import json
 import os
 import statistics
@@ -101,6 +102,7 @@ def keep_freed_memory() -> bool:
 
     By default it gives large blocks back to the system at once, and the next step has to have every page made again:
     for the gradients of a large vocabulary that is seconds of a step, the same for everything that is measured.
+    `give_back_freed_memory` does it at a time of one's choice.
     """
     try:
         mallopt = ctypes.CDLL("libc.so.6").mallopt
@@ -108,6 +110,15 @@ def keep_freed_memory() -> bool:
         return False
     # from malloc.h: M_MMAP_MAX, how many blocks lie outside of the heap; M_TRIM_THRESHOLD, where -1 is never
     return bool(mallopt(-4, 0)) and bool(mallopt(-1, -1))
+
+
+def give_back_freed_memory() -> None:
+    """Let the system have what is kept, before it is in too many pieces to be of use (glibc)."""
+    gc.collect()
+    try:
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+    except (OSError, AttributeError):
+        return
 
 
 @contextmanager

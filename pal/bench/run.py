@@ -21,7 +21,7 @@ from tqdm import tqdm
 import pal
 from pal.backbone.llm import Backbone
 from pal.bench.closed_form import OnPaper, on_paper
-from pal.bench.measure import Counts, Seconds, counts, keep_freed_memory, round_seconds
+from pal.bench.measure import Counts, Seconds, counts, give_back_freed_memory, keep_freed_memory, round_seconds
 from pal.bench.peers import Mllama, Plain, Qwen2Audio, plain_lm
 from pal.bench.presets import Phase, Preset, Scope
 from pal.bench.scene import Scene, make_scene
@@ -253,6 +253,7 @@ class _Place:
                     if self.preset.repeats:
                         timed[subject.name] = self._timed(subject)
                 why = guard.why
+                self._tidy()
             self._advance(subject, 1 if why is None else self.bench._passes(self.phase))
             if why is not None:
                 looked.pop(subject.name, None)
@@ -263,6 +264,7 @@ class _Place:
             (self.bench.result.baselines if name in BASELINES else self.bench.result.rows).append(row)
             self.bench.result.paper[name, row.place] = self.papers[name]
         timed.clear()
+        self._readings.clear()
         self._tidy()
 
     def _look_at(self, subject: Subject) -> tuple[Counts, int]:
@@ -372,6 +374,8 @@ class _Place:
         if self.bench.device.type == "cuda":
             gc.collect()
             torch.cuda.empty_cache()
+        elif self.preset.repeats:
+            give_back_freed_memory()
 
     def _advance(self, subject: Subject, passes: int) -> None:
         self.bench.bar.update(self.papers[subject.name].flops * passes)

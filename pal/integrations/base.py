@@ -136,6 +136,13 @@ class Route(Integration):
         """
         raise ConfigError(f"{type(self).__name__} does not say what it costs; give it a method `cost`")
 
+    def fold(self, llm: Backbone) -> int:
+        """Put together for inference what can be done in one product; in how many layers that was.
+
+        It holds until a weight changes or moves; training never uses it.
+        """
+        return 0
+
     def stored(self, stream: StreamKV) -> ClipSpans:
         """What `spans` gave when the clips were indexed."""
         return ClipSpans(

@@ -56,6 +56,10 @@ class PAL(Route):
             width_A=features.x_BAE.shape[1],
         )
 
+    def fold(self, llm: Backbone) -> int:
+        """Its projectors."""
+        return self.projectors.fold(llm, self.layers)
+
     def cost(self, step: Step, tokens: int, llm: Backbone) -> Added:
         """Ceil(A / r) rows through all layers, and A keys by LAL in the early ones."""
         S, r, E = -(-tokens // self.config.stride), self.config.stride, self.in_width

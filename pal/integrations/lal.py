@@ -46,6 +46,10 @@ class LAL(Route):
             width_A=features.x_BAE.shape[1],
         )
 
+    def fold(self, llm: Backbone) -> int:
+        """Its projectors."""
+        return self.projectors.fold(llm, self.layers)
+
     def cost(self, step: Step, tokens: int, llm: Backbone) -> Added:
         """In each of its layers: A rows through P_l, k_proj and v_proj, and T (A + T) in attention."""
         return Added(layers=self.projectors.cost(step, tokens, llm, self.layers))

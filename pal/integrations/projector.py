@@ -6,10 +6,12 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Literal, Self
 
+import torch
 from pydantic import Field, model_validator
 from torch import nn
 
 from pal.backbone.cost import Cost, LayerAdded, Step, linear, project_kv, total
+from pal.backbone.folded import FoldedKV
 from pal.backbone.llm import Backbone
 from pal.config import StrictConfig
 
@@ -89,10 +91,33 @@ class LayerProjectors(nn.ModuleDict):
         self.is_shared = options.shared
         self.options = options
         self.widths = (in_width, out_width)
+        self._folds: dict[int, FoldedKV] = {}
 
     def of(self, layer: int) -> nn.Module:
         """P of one layer."""
         return self["shared" if self.is_shared else str(layer)]
+
+    def inside(self, layer: int) -> nn.Module:
+        """P of one layer without its last linear layer."""
+        whole = self.of(layer)
+        return whole[:-1] if isinstance(whole, nn.Sequential) else nn.Identity()
+
+    def fold(self, llm: Backbone, layers: Sequence[int]) -> int:
+        """Fold each layer's norm and projections into P's last linear layer, where that pays; number of layers."""
+        self._folds = {}
+        for layer in layers:
+            whole = self.of(layer)
+            last = whole[-1] if isinstance(whole, nn.Sequential) else whole
+            assert isinstance(last, nn.Linear)
+            folded = llm.fold_kv(layer, last)
+            if folded is not None:
+                self._folds[layer] = folded
+        return len(self._folds)
+
+    def folded(self, layer: int) -> FoldedKV | None:
+        """What `fold` made for a layer, as long as no gradients are needed and no weight has changed since."""
+        found = None if torch.is_grad_enabled() else self._folds.get(layer)
+        return found if found is not None and found.fresh() else None
 
     def cost(self, step: Step, tokens: int, llm: Backbone, layers: Sequence[int]) -> dict[int, LayerAdded]:
         """What `ProjectedKeys` of clips of so many tokens adds to each of the layers."""
