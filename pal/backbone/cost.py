@@ -2,8 +2,9 @@
 
 Counted as torch's FlopCounterMode counts: matrix products only, a multiply-add as two operations, no norms,
 activations or rotary embeddings. Attention of the rows to one another is a whole square: a causal kernel saves up to
-half of it. Attention to audio is what is computed apart, as on a CPU; one mask over all keys computes more, and keeps
-the mask. Its backward pass is five products, as in fused kernels, which make the scores a second time.
+half of it. Attention to audio is what is computed apart, as on a CPU, or in 16 bits on a GPU; one mask over all keys
+computes more, and keeps the mask. Its backward pass is five products, as in fused kernels, which make the scores a
+second time.
 
 A product `y = x W` of n rows costs `2 n in out` forward, as much again backward if something before it trains, and
 once more if W does. So a frozen LLM still costs a backward pass from the first layer on into which a gradient has to

@@ -178,8 +178,9 @@ class _Bench:
             _Place(self, scope, scene, phase, encoder, papers[batch, tokens, phase]).measure(subjects)
 
     def _passes(self, phase: Phase) -> int:
-        """Of a phase: one that is counted, and the timed ones."""
-        return 1 + self.preset.repeats * (self.preset.decode_tokens if phase == "decode" else 1)
+        """Of a phase: one that is counted, one that warms up, and the timed ones."""
+        rounds = self.preset.repeats and 1 + self.preset.repeats
+        return 1 + rounds * (self.preset.decode_tokens if phase == "decode" else 1)
 
     def _encoder(self) -> Encoder:
         with self.device:
@@ -258,7 +259,7 @@ class _Place:
             if why is not None:
                 looked.pop(subject.name, None)
                 self._leave_out(subject, why)
-        seconds = self._time(timed)
+        seconds = self._time(timed) if timed else {}
         for name, (subject, found, kv) in looked.items():
             row = self._row(subject, found, kv, seconds.get(name))
             (self.bench.result.baselines if name in BASELINES else self.bench.result.rows).append(row)
@@ -312,14 +313,18 @@ class _Place:
     def _time(self, timed: dict[str, Callable[[], object]]) -> dict[str, Seconds]:
         tokens = self.preset.decode_tokens if self.phase == "decode" else 1
         subjects = {name: self.papers[name].flops * tokens for name in timed}
+        found: dict[str, Seconds] = {}
         with _eager() if self.phase == "decode" else nullcontext():
-            return round_seconds(
-                timed,
-                self.preset.repeats,
-                self.bench.device,
-                each=tokens,
-                done=lambda name: self.bench.bar.update(subjects[name]),
-            )
+            # memory was given back after each was looked at; a round that does not count has it made again
+            for rounds in (1, self.preset.repeats):
+                found = round_seconds(
+                    timed,
+                    rounds,
+                    self.bench.device,
+                    each=tokens,
+                    done=lambda name: self.bench.bar.update(subjects[name]),
+                )
+        return found
 
     def _row(self, subject: Subject, found: Counts, kv: int, seconds: Seconds | None) -> Row:
         return Row(
