@@ -129,7 +129,13 @@ def test_freed_memory_is_kept():
         "assert keep_freed_memory()\n"
         "print(before, min(faults() for _ in range(4)))\n"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    before, after = map(int, done.stdout.split())
-    # the least of some rounds, since a block may first have to find its place; a page may be as large as 2 MB
-    assert before >= 32 and after < before / 10
+    found = []
+    for _ in range(4):
+        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+        found.append(tuple(map(int, done.stdout.split())))
+        before, after = found[-1]
+        # the least of some rounds, since a block may first have to find its place; a page may be as large as 2 MB
+        if before >= 32 and after < before / 10:
+            return
+        # in rare processes the heap lies where it cannot grow by as much
+    pytest.fail(f"page faults of a block before and after: {found}")
