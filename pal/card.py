@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from pal import bundle
-from pal.errors import ConfigError
+from pal.errors import BundleError, ConfigError
+from pal.evaluate.folder import RunFolder
 from pal.evaluate.score import Score
 from pal.files import amend
 
@@ -79,7 +80,7 @@ def write_card(
 
     Args:
         path: the bundle, or the run that made it, whose `train.json` then says what it was trained on.
-        scores: files that `pal eval --json` wrote, of this model.
+        scores: files that `pal eval --json` wrote, or folders of `pal eval --out`, of this model.
         data: what it was trained on, in words.
         license_name: of the weights, as the Hub names it.
         into_bundle: write it there as `README.md`, into the manifest, too.
@@ -139,10 +140,12 @@ def card(
 
 def _score(path: Path, digest: str) -> Score:
     try:
-        score = Score.load(path)
+        score = RunFolder(path).as_score() if path.is_dir() else Score.load(path)
         of = score.settings["model_digest"]
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror or error}; give a file that pal eval --json wrote") from None
+    except BundleError:
+        raise
     except (ValueError, KeyError, TypeError, AttributeError):
         raise ConfigError(f"{path}: no score; give a file that pal eval --json wrote") from None
     if of != digest:

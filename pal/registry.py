@@ -1,4 +1,4 @@
-"""Names for the exchangeable parts: encoders, connectors, integrations.
+"""Names for the exchangeable parts: encoders, connectors, integrations, benchmarks, scoring rules.
 
 A part is one class in one file with one decorator line. Its options stand beside it as a nested
 `Config`, so that a recipe's `{name: lal, layers: all}` is checked against the class it builds.
@@ -16,7 +16,13 @@ from pal.errors import ConfigError
 
 T = TypeVar("T", bound=type)
 
-_PACKAGES = {"encoder": "pal.encoders", "connector": "pal.connectors", "integration": "pal.integrations"}
+_PACKAGES = {
+    "encoder": "pal.encoders",
+    "connector": "pal.connectors",
+    "integration": "pal.integrations",
+    "task": "pal.evaluate.tasks",
+    "rule": "pal.evaluate.rules",
+}
 _CLASSES: dict[str, dict[str, type]] = {kind: {} for kind in _PACKAGES}
 
 

@@ -1,8 +1,8 @@
-"""What `pal eval` can be given: a manifest, or a data set's name and folder."""
+"""What `pal eval` can be given: a manifest, or a benchmark's or data set's name and folder."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -11,6 +11,27 @@ from typing import Any
 from pal.data import prepare as data_sets
 from pal.data.manifest import Manifest
 from pal.errors import ConfigError, ManifestError
+from pal.evaluate.benchmark import Benchmark, changed_rule, from_records, open_task
+from pal.registry import names as registered
+
+TODAY = ("esc50",)
+"""Benchmarks that are data sets of the same name, too: without --out they are scored as those, by exact match."""
+
+_RULE = "rule."
+
+
+def names() -> list[str]:
+    """The known benchmarks, sorted."""
+    return registered("task")
+
+
+def rule_of(options: dict[str, Any], scoring: str | None) -> dict[str, Any]:
+    """The rule that is asked for: its name unless it is the official one, and options out of `rule.KEY`.
+
+    They are taken out of `options`, whose other keys are the benchmark's.
+    """
+    rule = {key.removeprefix(_RULE): options.pop(key) for key in list(options) if key.startswith(_RULE)}
+    return rule if scoring in (None, "official") else {"name": scoring, **rule}
 
 
 def options_of(settings: Sequence[str], **named: str | None) -> dict[str, Any]:
@@ -43,7 +64,7 @@ def open_benchmark(benchmark: str, data: Path | None, options: dict[str, Any]) -
     """
     if benchmark not in data_sets.names():
         if not Path(benchmark).is_file():
-            known = ", ".join(data_sets.names())
+            known = ", ".join(sorted({*data_sets.names(), *names()}))
             raise ManifestError(f"{benchmark}: no such manifest; give a .jsonl or .json file, or one of: {known}")
         if options:
             raise ConfigError(f"a manifest has no option '{next(iter(options))}'; leave it out")
@@ -55,3 +76,30 @@ def open_benchmark(benchmark: str, data: Path | None, options: dict[str, Any]) -
         path = Path(folder) / f"{benchmark}.jsonl"
         data_sets.prepare(benchmark, data, path, **options)
         yield Manifest(path)
+
+
+@contextmanager
+def open_for_run(
+    benchmark: str, data: Path | None, options: dict[str, Any], rule: Mapping[str, Any]
+) -> Iterator[Benchmark]:
+    """A benchmark whose answers go into a folder, while the block lasts.
+
+    Args:
+        benchmark: a name of `names()`, or what `open_benchmark` takes.
+        data: the benchmark's folder, or the root of the manifest's audio paths.
+        options: the benchmark's own.
+        rule: what `rule_of` says; manifests have exact match by default.
+
+    Raises:
+        ConfigError: unknown rule or option, or a benchmark without its folder.
+        ManifestError: no such manifest or data set, or a folder that is not laid out as expected.
+    """
+    if benchmark in names():
+        if data is None:
+            raise ConfigError(f"benchmark '{benchmark}' needs its folder: --data DIR")
+        yield open_task(benchmark, data, options, rule)
+        return
+    with open_benchmark(benchmark, data, options) as manifest:
+        chosen = changed_rule({"name": "exact"}, rule)
+        root = data or Path(benchmark).parent.absolute()
+        yield from_records(Path(benchmark).stem, list(manifest), root, chosen, options)

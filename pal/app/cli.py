@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import os
-import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -12,10 +10,12 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 from typer.core import TyperGroup
 
+from pal.app import evaluating
+from pal.app.options import AsJson, Exclude, Folds, Settings, Speakers
+from pal.app.output import note, one_line, print_json, shows_progress
 from pal.errors import ConfigError, PalError, PromptError
 
 if TYPE_CHECKING:
-    from pal.evaluate.score import Score
     from pal.train.recipe import Recipe
 
 INTERRUPTED = 130
@@ -51,13 +51,6 @@ data_app = typer.Typer(no_args_is_help=True, help="Make and check manifests.")
 app.add_typer(data_app, name="data")
 
 Model = Annotated[str, typer.Option("--model", "-m", help="Bundle folder or Hub id; 'tiny' ships with the package.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-Folds = Annotated[str | None, typer.Option(help="esc50: folds to take, with commas.")]
-Speakers = Annotated[str | None, typer.Option(help="fsdd: speakers to take, with commas.")]
-Exclude = Annotated[str | None, typer.Option(help="fsdd: speakers to leave out, with commas.")]
-Settings = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Another option of the data set.")
-]
 
 
 def main() -> None:
@@ -94,7 +87,7 @@ def ask(
 
     loaded = pal.load(model)
     if loaded.config.notice:
-        _note(loaded.config.notice)
+        note(loaded.config.notice)
     audio = [_clip(clip) for clip in clips]
     if len(audio) > 1 and "<audio>" not in question:
         question = "<audio>" * len(audio) + question
@@ -103,7 +96,7 @@ def ask(
     if not as_json:
         typer.echo(answer.text)
         return
-    _print_json(
+    print_json(
         {
             "answer": answer.text,
             "model": loaded.source,
@@ -133,7 +126,7 @@ def index(
     clip.save(out)
     seconds, tokens, size = clip.seconds, clip.tokens, out.stat().st_size
     if as_json:
-        _print_json({"out": str(out), "audio_seconds": seconds, "audio_tokens": tokens, "bytes": size})
+        print_json({"out": str(out), "audio_seconds": seconds, "audio_tokens": tokens, "bytes": size})
     else:
         typer.echo(f"{out}: {seconds:.1f} s of audio, {tokens} tokens, {size:,} bytes")
 
@@ -171,7 +164,7 @@ def train(
     model = run(parsed, folder, resume=resume, overwrite=overwrite)
     facts = {"out": str(folder), "model": str(folder), "integration": model.config.integration["name"]}
     if as_json:
-        _print_json({**facts, "model_digest": model.digest})
+        print_json({**facts, "model_digest": model.digest})
     else:
         typer.echo(f'trained: {folder}; ask it with: pal ask AUDIO "QUESTION" --model {folder}')
 
@@ -191,7 +184,7 @@ def _smoke(recipe: Recipe, out: Path | None, as_json: bool) -> None:
                 typer.echo(f"ok  {check.name}: {check.found}")
     seconds = time.perf_counter() - started
     if as_json:
-        _print_json({"ok": True, "seconds": round(seconds, 2), "checks": checks})
+        print_json({"ok": True, "seconds": round(seconds, 2), "checks": checks})
     else:
         typer.echo(f"smoke: {len(checks)} checks passed in {seconds:.1f} s")
 
@@ -214,7 +207,7 @@ def plan(
 
     made = make_plan(load_recipe(recipe, settings or []), gpu=gpu, seconds=seconds, text_tokens=text_tokens)
     if as_json:
-        _print_json(to_dict(made))
+        print_json(to_dict(made))
     else:
         typer.echo(to_text(made))
 
@@ -250,7 +243,7 @@ def bench(
         repeats=repeats,
         train=train,
     )
-    result = run(chosen, progress=_progress())
+    result = run(chosen, progress=shows_progress())
     if json_file is not None and str(json_file) != "-":
         write_text(json_file, to_json(result))
     typer.echo(to_json(result) if str(json_file) == "-" else to_markdown(result), nl=False)
@@ -265,52 +258,8 @@ def _listed(text: str | None) -> list[str] | None:
     return None if text is None else [part.strip() for part in text.split(",") if part.strip()]
 
 
-@app.command("eval")
-def eval_(
-    model: Annotated[str, typer.Argument(help="Bundle folder or Hub id; 'tiny' ships with the package.")],
-    benchmark: Annotated[str, typer.Argument(help="A manifest file, or esc50 or fsdd with --data.")],
-    data: Annotated[
-        Path | None, typer.Option("--data", help="Root of the manifest's paths, or the benchmark's folder.")
-    ] = None,
-    json_file: Annotated[
-        Path | None, typer.Option("--json", metavar="FILE", help="Write the score here; '-' prints it.")
-    ] = None,
-    scoring: Annotated[str, typer.Option(help="exact (generate and compare) or rank (likelihood).")] = "exact",
-    no_audio: Annotated[bool, typer.Option("--no-audio/--only-audio", help="The same model without audio too.")] = True,
-    limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many questions.")] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Rows in a forward pass.")] = 32,
-    folds: Folds = None,
-    speakers: Speakers = None,
-    exclude: Exclude = None,
-    settings: Settings = None,
-) -> None:
-    """Score a model, with intervals and beside the same model without audio."""
-    if scoring not in ("exact", "rank"):
-        raise typer.BadParameter("choose exact or rank", param_hint="--scoring")
-    from pal.app.benchmarks import open_benchmark, options_of
-
-    options = options_of(settings or [], folds=folds, speakers=speakers, exclude=exclude)
-    with open_benchmark(benchmark, data, options) as manifest:
-        import pal
-        from pal.evaluate import evaluate
-
-        score = evaluate(
-            pal.load(model),
-            manifest,
-            scoring=scoring,  # type: ignore[arg-type]
-            no_audio=no_audio,
-            limit=limit,
-            batch=batch,
-            progress=_progress(),
-            benchmark=Path(benchmark).stem,
-            options=options,
-        )
-    if json_file is not None and str(json_file) == "-":
-        _print_json(score.to_dict())
-        return
-    if json_file is not None:
-        score.save(json_file)
-    _print_score(score)
+app.command("eval")(evaluating.eval_)
+app.command()(evaluating.compare)
 
 
 @app.command()
@@ -325,7 +274,7 @@ def convert(
 
     facts = convert_checkpoint(source, out, layout)
     if as_json:
-        _print_json(facts)
+        print_json(facts)
     else:
         typer.echo(f"{out}: {facts['numbers']:,} numbers; {facts['left_out']} tensors left out")
 
@@ -344,7 +293,7 @@ def demo(
 
     results = run_demo(out, quick=quick, seed=seed)
     if as_json:
-        _print_json(results)
+        print_json(results)
 
 
 @app.command()
@@ -354,7 +303,7 @@ def doctor(as_json: AsJson = False) -> None:
 
     findings = examine()
     if as_json:
-        _print_json({"ok": all(f.ok or not f.required for f in findings), "checks": [f.to_dict() for f in findings]})
+        print_json({"ok": all(f.ok or not f.required for f in findings), "checks": [f.to_dict() for f in findings]})
     else:
         typer.echo(report(findings))
     if any(f.required and not f.ok for f in findings):
@@ -366,7 +315,9 @@ def card(
     bundle: Annotated[str, typer.Argument(help="Bundle folder, or the folder of the run that made it.")],
     scores: Annotated[
         list[Path] | None,
-        typer.Option("--scores", metavar="FILE", help="A file of `pal eval --json`; may come often."),
+        typer.Option(
+            "--scores", metavar="FILE", help="A file of `pal eval --json`, or a folder of its --out; may come often."
+        ),
     ] = None,
     data: Annotated[
         list[str] | None, typer.Option("--data", metavar="TEXT", help="What it was trained on; may come often.")
@@ -380,7 +331,7 @@ def card(
 
     made = write_card(bundle, scores or [], data=data or [], license_name=license_, into_bundle=write)
     if as_json:
-        _print_json({"out": made.out, "scores": len(scores or []), "card": made.text})
+        print_json({"out": made.out, "scores": len(scores or []), "card": made.text})
     else:
         typer.echo(made.text if made.out is None else made.out)
 
@@ -398,14 +349,16 @@ def push(
 
     pushed = upload(bundle, repo, private=True if private else None, message=message)
     if as_json:
-        _print_json(pushed.to_dict())
+        print_json(pushed.to_dict())
     else:
         typer.echo(f"{pushed.url}: {len(pushed.files)} files, {pushed.size:,} bytes")
 
 
 @data_app.command("prepare")
 def data_prepare(
-    name: Annotated[str, typer.Argument(help="The data set: esc50 or fsdd.")],
+    name: Annotated[
+        str, typer.Argument(help="The data set, such as esc50, clotho or librispeech; an unknown one lists all.")
+    ],
     root: Annotated[Path, typer.Option("--root", help="Its folder.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="The manifest to write, .jsonl.")],
     folds: Folds = None,
@@ -422,7 +375,7 @@ def data_prepare(
     options = options_of(settings or [], folds=folds, speakers=speakers, exclude=exclude)
     count = len(Manifest(prepare(name, root, out, **options)))
     if as_json:
-        _print_json({"out": str(out), "records": count})
+        print_json({"out": str(out), "records": count})
     else:
         typer.echo(f"{out}: {count} records")
 
@@ -441,7 +394,7 @@ def data_synth(
     manifest = synthesise(out, scenes=scenes, seed=seed)
     count = len(Manifest(manifest))
     if as_json:
-        _print_json({"manifest": str(manifest), "scenes": scenes, "records": count})
+        print_json({"manifest": str(manifest), "scenes": scenes, "records": count})
     else:
         typer.echo(f"{manifest}: {scenes} scenes, {count} records")
 
@@ -462,7 +415,7 @@ def data_check(
     from pal.data.check import check
 
     source = str(pal.SHIPPED) if tokenizer == "tiny" else tokenizer
-    report = check(file, AutoTokenizer.from_pretrained(source), root=root, progress=_progress())
+    report = check(file, AutoTokenizer.from_pretrained(source), root=root, progress=shows_progress())
     typer.echo(report.to_json() if as_json else report.to_text())
     if not report.ok:
         raise typer.Exit(1)
@@ -479,41 +432,6 @@ def _clip(path: str) -> Any:
     return AudioKV.load(path)
 
 
-def _print_score(score: Score) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title=f"{score.benchmark}: {score.metric}, {score.overall.n} questions")
-    table.add_column("task")
-    for heading in ("n", "score", "95 % interval", "no audio"):
-        table.add_column(heading, justify="right")
-    for task, accuracy in [*score.per_task.items(), ("all", score.overall)]:
-        low, high = accuracy.ci95
-        deaf = "" if accuracy.no_audio_score is None else f"{accuracy.no_audio_score:.3f}"
-        table.add_row(task, str(accuracy.n), f"{accuracy.score:.3f}", f"{low:.3f} to {high:.3f}", deaf)
-    Console().print(table)
-    for item in score.errors[:5]:
-        _note(f"wrong because it raised: {item.id}: {item.error or item.no_audio_error}")
-    if len(score.errors) > 5:
-        _note(f"and {len(score.errors) - 5} more that raised")
-
-
-def _progress() -> bool:
-    return sys.stderr.isatty()
-
-
-def _print_json(value: Any) -> None:
-    typer.echo(json.dumps(value, indent=1, ensure_ascii=False))
-
-
-def _note(text: str) -> None:
-    typer.echo(f"note: {_one_line(text)}", err=True)
-
-
 def _fail(text: str, status: int) -> NoReturn:
-    typer.echo(f"error: {_one_line(text)}", err=True)
+    typer.echo(f"error: {one_line(text)}", err=True)
     raise typer.Exit(status)
-
-
-def _one_line(text: str) -> str:
-    return " ".join(text.split())

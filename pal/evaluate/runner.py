@@ -89,9 +89,9 @@ def evaluate(
     started = time.perf_counter()
     questions = _questions(manifest, scoring, limit, model.config.system)
     free = sum(not record.choices for record in manifest)
-    answer = _Answerer(model, scoring, batch, max_new_tokens, features)
+    answer = Answerer(model, scoring, batch, max_new_tokens, features)
     items = [ItemResult(q.id, q.question, q.reference, task=q.task, group="\n".join(q.clips)) for q in questions]
-    with _evaluation_mode(model), torch.no_grad():
+    with evaluation_mode(model), torch.no_grad():
         for index, text, error in answer.with_audio(questions, progress):
             items[index].prediction, items[index].error = text, error
             items[index].correct = error is None and exact_match(text, questions[index].reference)
@@ -108,7 +108,7 @@ def evaluate(
         overall=Accuracy.of(items, seed),
         per_task={task: Accuracy.of([item for item in items if item.task == task], seed) for task in tasks},
         settings={
-            "prompt": _shown_prompt(model, questions[0]),
+            "prompt": shown_prompt(model, questions[0]),
             "decoding": f"greedy, at most {max_new_tokens} new tokens" if scoring == "exact" else "none",
             "scoring": f"exact match; {NORMALISATION}"
             if scoring == "exact"
@@ -126,7 +126,7 @@ def evaluate(
     )
 
 
-class _Answerer:
+class Answerer:
     """Turns questions into answers, in batches that share clips."""
 
     def __init__(
@@ -284,7 +284,7 @@ def _seconds(clips: Sequence[str]) -> float:
         return 0.0
 
 
-def _shown_prompt(model: PalModel, question: Question) -> str:
+def shown_prompt(model: PalModel, question: Question) -> str:
     """The first question as the LLM gets it, with `<audio>` where the clips stand."""
     tokens = prompts.encode(model.tokenizer, question.heard, list(range(len(question.clips))))
     text = ""
@@ -304,7 +304,8 @@ def _decode(model: PalModel, ids: list[int]) -> str:
 
 
 @contextmanager
-def _evaluation_mode(model: PalModel) -> Iterator[None]:
+def evaluation_mode(model: PalModel) -> Iterator[None]:
+    """The model in evaluation mode, and as it was afterwards."""
     training = model.training
     model.eval()
     try:

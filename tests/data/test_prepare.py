@@ -36,7 +36,10 @@ def digits(folder: Path) -> Path:
 
 
 def test_known_data_sets():
-    assert names() == ["esc50", "folder", "fsdd"]
+    assert names() == [
+        *("audiocaps", "clotho", "clothoaqa", "dcase2017", "esc50", "folder", "fsd50k", "fsdd", "gtzan"),
+        *("librispeech", "musiccaps", "nsynth", "vggsound"),
+    ]
 
 
 def test_esc50_record(tmp_path):
@@ -114,7 +117,7 @@ def test_fsdd_speakers(tmp_path, options, left):
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("esc", {}, "unknown data set 'esc'; known: esc50, folder, fsdd"),
+        ("esc", {}, "unknown data set 'esc'; known: audiocaps, clotho, clothoaqa, dcase2017, esc50, folder"),
         ("esc50", {"fold": "1"}, "data set 'esc50': unknown key 'fold'; known: esc10, folds, paraphrase"),
         ("esc50", {"folds": "1,9"}, "unknown fold '9'; known: 1, 2, 3"),
         ("fsdd", {"speakers": "dora"}, "unknown speaker 'dora'; known: anna, bert, cleo"),

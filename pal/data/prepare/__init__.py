@@ -38,13 +38,12 @@ def names() -> list[str]:
     return sorted(_READERS)
 
 
-def prepare(name: str, root: str | Path, out: str | Path, **options: Any) -> Path:
-    """Write the manifest of a data set and return its path.
+def read(name: str, root: str | Path, **options: Any) -> list[Record]:
+    """The records of a data set.
 
     Args:
         name: one of `names()`.
         root: the data set's folder.
-        out: the JSON Lines file; audio below its folder is written relative to it.
         options: the data set's own; strings are understood, as they come from a command line.
 
     Raises:
@@ -62,7 +61,15 @@ def prepare(name: str, root: str | Path, out: str | Path, **options: Any) -> Pat
     records = list(reader(root, checked))
     if not records:
         raise ManifestError(f"{root}: no clip is left by the options {checked.model_dump(exclude_none=True)}")
-    write_manifest(out, records)
+    return records
+
+
+def prepare(name: str, root: str | Path, out: str | Path, **options: Any) -> Path:
+    """Write the manifest of a data set and return its path; `read` says what is taken and what is raised.
+
+    Audio below the folder of `out`, a JSON Lines file, is written relative to it.
+    """
+    write_manifest(out, read(name, root, **options))
     return Path(out)
 
 

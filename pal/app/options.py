@@ -1,0 +1,13 @@
+"""Options that several commands have."""
+
+from typing import Annotated
+
+import typer
+
+Folds = Annotated[str | None, typer.Option(help="esc50: folds to take, with commas.")]
+Speakers = Annotated[str | None, typer.Option(help="fsdd: speakers to take, with commas.")]
+Exclude = Annotated[str | None, typer.Option(help="fsdd: speakers to leave out, with commas.")]
+Settings = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Another option of the data set.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]

@@ -1,0 +1,47 @@
+"""GTZAN: music of ten genres, 30 s a clip (Tzanetakis & Cook, 2002). It has no official split."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from pal.config import StrictConfig
+from pal.data.manifest import Record, Turn
+from pal.data.prepare import dataset, question_for
+from pal.data.tables import SUFFIXES
+from pal.errors import ManifestError
+from pal.types import TagSpan
+
+GENRES = ("blues", "classical", "country", "disco", "hiphop", "jazz", "metal", "pop", "reggae", "rock")
+
+QUESTIONS = (
+    "Which genre of music is this?",
+    "What is the genre of this music?",
+    "Name the genre of the music.",
+)
+
+
+class Options(StrictConfig):
+    """How the clips are asked about."""
+
+    paraphrase: bool = False
+    """Vary the question from clip to clip, for training."""
+
+
+@dataset("gtzan", Options)
+def gtzan(root: Path, options: Options) -> Iterator[Record]:
+    """One record a clip: the genre whose folder it lies in, below `genres/`, `genres_original/` or `root` itself."""
+    places = [root / "genres", root / "genres_original", root]
+    folder = next((place for place in places if all((place / genre).is_dir() for genre in GENRES)), None)
+    if folder is None:
+        raise ManifestError(f"{root}: the ten folders blues to rock are not there, nor in genres/; give GTZAN's folder")
+    for genre in GENRES:
+        for clip in sorted(path for path in (folder / genre).iterdir() if path.suffix.lower() in SUFFIXES):
+            record_id = f"gtzan/{clip.stem}"
+            yield Record(
+                id=record_id,
+                clips=(str(clip),),
+                turns=(Turn(question_for(record_id, QUESTIONS, options.paraphrase), genre),),
+                task="genre",
+                dataset="gtzan",
+                choices=GENRES,
+                tags=(TagSpan(genre),),
+            )

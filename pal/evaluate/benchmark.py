@@ -1,0 +1,100 @@
+"""A benchmark that is ready to be asked: its questions, its rule, and what it was made from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pal.data.manifest import Record
+from pal.errors import ConfigError, ManifestError
+from pal.evaluate import items as contract
+from pal.evaluate.items import Item, one_reference
+from pal.evaluate.rules.base import Rule
+from pal.evaluate.tasks.base import Task
+from pal.registry import build, lookup
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """Questions with a rule."""
+
+    name: str
+    items: tuple[Item, ...]
+    rule: Mapping[str, Any]
+    """Name and options of the rule, as `registry.build` takes them."""
+    root: Path
+    """What the clips' names in the digest are relative to."""
+    max_new_tokens: int = 32
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """How it was made, for the record."""
+
+    def __post_init__(self) -> None:
+        if not self.items:
+            raise ManifestError(f"{self.name} has no questions to evaluate")
+        ids = [item.id for item in self.items]
+        if len(set(ids)) != len(ids):
+            twice = next(name for name in ids if ids.count(name) > 1)
+            raise ManifestError(f"{self.name}: two questions have the id '{twice}'")
+        if self.ranked and any(not item.choices for item in self.items):
+            raise ConfigError(f"{self.name} has questions without choices; scoring 'rank' needs them")
+
+    @property
+    def ranked(self) -> bool:
+        """Whether the model ranks the choices instead of generating."""
+        return self.rule["name"] == "rank"
+
+    @property
+    def digest(self) -> str:
+        """Of everything but the model and the rule; see `items.digest`."""
+        return contract.digest(self.items, self.root)
+
+    def build_rule(self) -> Rule:
+        """The rule itself. Raises ConfigError where a package or an option does not fit."""
+        rule: Rule = build("rule", self.rule)
+        return rule
+
+
+def open_task(
+    name: str, root: str | Path, options: Mapping[str, Any] | None = None, rule: Mapping[str, Any] | None = None
+) -> Benchmark:
+    """A published benchmark.
+
+    Args:
+        name: one of `registry.names("task")`.
+        root: the folder of its data as it was unpacked.
+        options: the task's own.
+        rule: another rule than the official one, by its `name`, or options that change the official one.
+
+    Raises:
+        ConfigError: unknown benchmark, rule or option, with the known ones.
+        ManifestError: the folder is not laid out as expected; names the file and the fault.
+    """
+    root = Path(root).expanduser()
+    task: Task = build("task", {"name": name, **(options or {})})
+    if not root.is_dir():
+        raise ManifestError(f"{root}: no such folder; give the folder of {name} as it was unpacked")
+    chosen = changed_rule(task.rule, rule or {})
+    return Benchmark(name, tuple(task.items(root)), chosen, root, task.max_new_tokens, dict(options or {}))
+
+
+def from_records(
+    name: str, records: Sequence[Record], root: Path, rule: Mapping[str, Any], options: Mapping[str, Any] | None = None
+) -> Benchmark:
+    """Records of one turn as a benchmark; those without choices are left out where others have some."""
+    closed = any(record.choices for record in records)
+    kept = [record for record in records if record.choices or not closed]
+    several = [record.id for record in kept if len(record.turns) > 1]
+    if several:
+        raise ManifestError(f"{name}: '{several[0]}' has several turns; a run folder takes questions of one turn")
+    items = [one_reference(record, record.turns[0].question, {"task": (record.task,)}) for record in kept]
+    return Benchmark(name, tuple(items), dict(rule), root, options=dict(options or {}))
+
+
+def changed_rule(official: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str, Any]:
+    """The official rule with other options, or another rule where `wanted` names one."""
+    if "name" in wanted and wanted["name"] != official["name"]:
+        lookup("rule", wanted["name"])
+        return dict(wanted)
+    return {**official, **wanted}

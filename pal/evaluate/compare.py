@@ -1,0 +1,106 @@
+"""Two or more runs on the same questions: which is better, and is the difference more than chance?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pal.errors import ConfigError
+from pal.evaluate.figures import Groups, interval, redraw
+from pal.evaluate.folder import RunFolder
+from pal.evaluate.rules.base import Rule
+from pal.registry import build
+
+
+@dataclass
+class Row:
+    """One run against the first one."""
+
+    folder: str
+    model: str
+    score: float
+    ci95: tuple[float, float]
+    difference: float | None = None
+    """score - the first run's; None for the first."""
+    difference_ci95: tuple[float, float] | None = None
+    """Paired: both runs' answers about a clip are drawn together."""
+    p_bootstrap: float | None = None
+    """Two-sided, from the same draws; never below one by their number."""
+    only_first: int | None = None
+    """Items that only the first run got right; None where items are not right or wrong."""
+    only_this: int | None = None
+    p_mcnemar: float | None = None
+    """McNemar's exact test on these two counts. It takes items for independent, so with several questions a clip
+    the bootstrap is the one to believe."""
+
+
+@dataclass
+class Comparison:
+    """What `pal compare` says."""
+
+    benchmark: str
+    metric: str
+    n: int
+    rows: list[Row]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON has it."""
+        return asdict(self)
+
+
+def compare(folders: Sequence[str | Path], seed: int = 0) -> Comparison:
+    """Compare complete runs of one benchmark with the first of them.
+
+    Raises:
+        BundleError: one of them is no complete run.
+        ConfigError: fewer than two, other questions, or another rule.
+    """
+    if len(folders) < 2:
+        raise ConfigError("give at least two folders to compare")
+    runs = [RunFolder(folder) for folder in folders]
+    settings = [run.settings() for run in runs]
+    for key, what in (("benchmark", "benchmark"), ("rule", "rule"), ("data_digest", "data")):
+        for run, its in zip(runs, settings, strict=True):
+            if its[key] != settings[0][key]:
+                raise ConfigError(f"{run.path} and {runs[0].path} cannot be compared: the {what} differs")
+    answered = [run.items() for run in runs]
+    if any([item.id for item in items] != [item.id for item in answered[0]] for items in answered):
+        raise ConfigError(f"{runs[0].path} and the others hold different questions; evaluate with the same --limit")
+    labels = settings[0]["labels"]
+    items = [one.item(labels) for one in answered[0]]
+    rule: Rule = build("rule", settings[0]["rule"])
+    verdicts = [rule.judge(items, [one.output for one in run]) for run in answered]
+    metric = next(iter(verdicts[0].figures))
+    figures = [verdict.figures[metric] for verdict in verdicts]
+    drawn_RF = redraw(figures, Groups(["\n".join(item.clips) for item in items]), seed)
+    rows = []
+    for place, (folder, its, figure, verdict) in enumerate(zip(folders, settings, figures, verdicts, strict=True)):
+        row = Row(str(folder), str(its["model"]), figure.value(), interval(drawn_RF[:, place]))
+        if place:
+            apart_R = drawn_RF[:, place] - drawn_RF[:, 0]
+            row.difference = figure.value() - figures[0].value()
+            row.difference_ci95 = interval(apart_R)
+            tail = min(float(np.mean(apart_R <= 0)), float(np.mean(apart_R >= 0)))
+            row.p_bootstrap = min(1.0, max(2 * tail, 1 / len(apart_R)))
+            if None not in verdict.correct:
+                pairs = list(zip(verdicts[0].correct, verdict.correct, strict=True))
+                row.only_first = sum(bool(a) and not b for a, b in pairs)
+                row.only_this = sum(bool(b) and not a for a, b in pairs)
+                row.p_mcnemar = _mcnemar(row.only_first, row.only_this)
+        rows.append(row)
+    return Comparison(settings[0]["benchmark"], metric, len(items), rows)
+
+
+def _mcnemar(only_first: int, only_this: int) -> float:
+    """Exact two-sided p: of the items that one run alone got right, each is either one's with even chance."""
+    if only_first + only_this == 0:
+        return 1.0
+    try:
+        from scipy.stats import binomtest
+    except ImportError:
+        raise ConfigError("McNemar's test needs scipy: pip install 'pal-audio[scores]'") from None
+    return float(binomtest(min(only_first, only_this), only_first + only_this).pvalue)

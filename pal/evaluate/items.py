@@ -1,0 +1,65 @@
+"""The contract between benchmarks, models and rules: one question, and what is right about it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from pal.data.manifest import Record
+
+
+@dataclass(frozen=True)
+class Item:
+    """One question of a benchmark."""
+
+    id: str
+    """Unique in the benchmark, the same whenever it is read."""
+    clips: tuple[str, ...]
+    """Paths of the audio; the bootstrap draws all questions about the same clips together."""
+    prompt: str
+    """What the model is asked, choices included where the benchmark shows them."""
+    references: tuple[str, ...]
+    """What is right: the one option, all labels that hold, every caption, or the transcript."""
+    choices: tuple[str, ...] | None = None
+    """The options in the order shown, or all labels of the set; None where any text may be right."""
+    category: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Axis -> the item's values on it, such as {"difficulty": ("hard",)}; each gets a score of its own."""
+
+
+def one_reference(record: Record, prompt: str, category: Mapping[str, tuple[str, ...]] | None = None) -> Item:
+    """A record of one turn as an item whose answer is the reference."""
+    return Item(record.id, record.clips, prompt, (record.turns[0].answer,), record.choices, category or {})
+
+
+def all_captions(records: Iterable[Record], prompt: str) -> list[Item]:
+    """Records of captions as one item a clip, with all its captions as references."""
+    of_clip: dict[tuple[str, ...], list[Record]] = {}
+    for record in records:
+        of_clip.setdefault(record.clips, []).append(record)
+    return [
+        Item(first.id.split("#")[0], clips, prompt, tuple(one.turns[0].answer for one in (first, *others)))
+        for clips, (first, *others) in of_clip.items()
+    ]
+
+
+def digest(items: Sequence[Item], root: Path) -> str:
+    """SHA-256 of all that decides the score but the model: questions, references, the clips' names and sizes.
+
+    The clips' content is not read; a file of another length is noticed.
+    """
+    sha = hashlib.sha256()
+    sizes: dict[str, int] = {}
+    for item in items:
+        clips = []
+        for clip in item.clips:
+            path = Path(clip)
+            if clip not in sizes:
+                sizes[clip] = path.stat().st_size if path.is_file() else -1
+            name = path.relative_to(root).as_posix() if path.is_relative_to(root) else path.name
+            clips.append([name, sizes[clip]])
+        content = [item.id, clips, item.prompt, item.references, item.choices, sorted(item.category.items())]
+        sha.update(json.dumps(content, ensure_ascii=False).encode())
+    return sha.hexdigest()

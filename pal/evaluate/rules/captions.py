@@ -1,0 +1,108 @@
+"""CIDEr-D, BLEU, METEOR, ROUGE-L, SPICE and SPIDEr, by pycocoevalcap."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shutil
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from pal.errors import ConfigError
+from pal.evaluate.figures import Figure, Ratio
+from pal.evaluate.items import Item
+from pal.evaluate.rules.base import Plain, Rule, Verdict
+from pal.registry import register
+
+_NO_JAVA = "needs Java on the PATH, 8 or later"
+_PARSER = "spice/lib/stanford-corenlp-3.6.0-models.jar"
+_PLAIN_WORD = re.compile(r"[\w']+")
+
+Captions = dict[str, list[str]]
+
+
+@register("rule", "captions")
+class CaptionScores(Rule):
+    """COCO's caption metrics, which AudioCaps, Clotho and MusicCaps are scored with.
+
+    The tokenizer, METEOR and SPICE are Java programs. Without Java the rest is computed on plain words
+    in lower case, under names that say so, since it differs a little. SPICE needs Stanford's parser
+    beside the package, which is never downloaded here.
+    """
+
+    Config = Plain
+    says = "COCO caption metrics (pycocoevalcap) after the Penn Treebank tokenizer, punctuation removed"
+    quirks = ("document frequencies of CIDEr-D are those of this set's references, so its value depends on the set",)
+
+    def __init__(self, config: Plain) -> None:
+        del config
+        package = importlib.util.find_spec("pycocoevalcap")
+        if package is None or not package.submodule_search_locations:
+            raise ConfigError("scores of captions need pycocoevalcap: pip install 'pal-audio[scores]'")
+        self.java = shutil.which("java") is not None
+        self.spice = self.java and (Path(package.submodule_search_locations[0]) / _PARSER).is_file()
+        if not self.java:
+            self.says = "COCO caption metrics (pycocoevalcap) on plain words in lower case; no Java here"
+
+    def judge(self, items: Sequence[Item], texts: Sequence[str | None]) -> Verdict:
+        """CIDEr-D first; an item that raised is an empty caption."""
+        from pycocoevalcap.bleu.bleu import Bleu
+        from pycocoevalcap.cider.cider import Cider
+        from pycocoevalcap.rouge.rouge import Rouge
+
+        ids = [str(index) for index in range(len(items))]
+        said = self._tokens({key: [text or ""] for key, text in zip(ids, texts, strict=True)})
+        right = self._tokens({key: list(item.references) for key, item in zip(ids, items, strict=True)})
+        note = "" if self.java else " (plain words)"
+        _, each_cider = Cider().compute_score(right, said)
+        _, each_rouge = Rouge().compute_score(right, said)
+        bleu, _ = Bleu(4).compute_score(right, said, verbose=0)
+        figures: dict[str, Figure] = {
+            f"CIDEr-D{note}": Ratio.mean(each_cider),
+            f"ROUGE-L{note}": Ratio.mean(each_rouge),
+        }
+        single = {f"BLEU-{n}{note}": float(score) for n, score in enumerate(bleu, start=1)}
+        missing: dict[str, str] = {}
+        if self.java:
+            score, _ = self._meteor.compute_score(right, said)
+            single["METEOR"] = float(score)
+        else:
+            missing["METEOR"] = _NO_JAVA
+        if self.spice:
+            each_spice = _spice(right, said)
+            figures["SPICE"] = Ratio.mean(each_spice)
+            figures["SPIDEr"] = Ratio.mean([(c + s) / 2 for c, s in zip(each_cider, each_spice, strict=True)])
+        else:
+            remedy = "Stanford CoreNLP 3.6.0 in pycocoevalcap/spice/lib, by pycocoevalcap's get_stanford_models"
+            missing["SPICE"] = missing["SPIDEr"] = f"needs {remedy}" if self.java else f"{_NO_JAVA}, and {remedy}"
+        parsed = [None if text is None else said[key][0] for key, text in zip(ids, texts, strict=True)]
+        values = [float(score) for score in each_cider]
+        return Verdict(parsed, [None] * len(items), values, figures, single, {"not_computed": missing})
+
+    @cached_property
+    def _meteor(self) -> Any:
+        """One process for all sets that are scored: it takes seconds and a gigabyte to start."""
+        from pycocoevalcap.meteor.meteor import Meteor
+
+        return Meteor()
+
+    def _tokens(self, captions: Captions) -> Captions:
+        if not self.java:
+            return {key: [" ".join(_PLAIN_WORD.findall(c.lower())) for c in some] for key, some in captions.items()}
+        from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
+
+        # the tokenizer takes a line a caption
+        lines = {key: [{"caption": " ".join(c.split())} for c in some] for key, some in captions.items()}
+        found: Captions = PTBTokenizer().tokenize(lines)
+        return found
+
+
+def _spice(right: Captions, said: Captions) -> list[float]:
+    from pycocoevalcap.spice.spice import Spice
+
+    _, each = Spice().compute_score(right, said)
+    # sorted by key as text; put back into the items' order
+    of_key: dict[str, Any] = dict(zip(sorted(right), each, strict=True))
+    return [float(of_key[key]["All"]["f"]) for key in right]

@@ -1,0 +1,129 @@
+"""Free text to labels by the similarity of embeddings, as LTU, GAMA and PAL classify."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pal.config import StrictConfig
+from pal.errors import ConfigError
+from pal.evaluate.embed import NGRAMS, Embedder, open_embedder
+from pal.evaluate.figures import Figure, Ratio, Rows, Statistic
+from pal.evaluate.items import Item
+from pal.evaluate.rules.base import Rule, Verdict, share
+from pal.registry import register
+
+
+@register("rule", "labels")
+class Labels(Rule):
+    """The label whose embedding is nearest to the answer's.
+
+    Scikit-learn computes F1 and mAP. An item that raised has no label, and the lowest score for all.
+    """
+
+    class Config(StrictConfig):
+        """How texts are compared, and what is made of the similarities."""
+
+        metric: Literal["accuracy", "f1", "map"] = "accuracy"
+        """Accuracy and F1 take the most similar label; mAP ranks by the similarity to each."""
+        answer: str = "sound of {}"
+        """What is embedded of an answer, in lower case (LTU's)."""
+        label: str = "sound of {}"
+        """What is embedded of a label, in lower case (LTU's)."""
+        embedding: str = NGRAMS
+        """A folder or Hub id of a sentence-transformers model (pal-audio[embeddings]), or "ngrams": no download, and it
+        compares spelling, not meaning, so that a puppy is no dog to it."""
+
+    def __init__(self, config: Config, embedder: Embedder | None = None) -> None:
+        self.config = config
+        self.embedder = embedder if embedder is not None else open_embedder(config.embedding)
+        self.says = (
+            f"cosine similarity of '{config.answer}' and '{config.label}' in lower case, by {self.embedder.name}"
+        )
+
+    def describe(self) -> dict[str, Any]:
+        """With the embedding that stands in for the original's."""
+        return {
+            **super().describe(),
+            "embedding": {"name": self.embedder.name, "digest": self.embedder.digest},
+            "deviations": [
+                f"LTU, GAMA and PAL embed with text-embedding-ada-002; scores by {self.embedder.name} differ"
+            ],
+        }
+
+    def judge(self, items: Sequence[Item], texts: Sequence[str | None]) -> Verdict:
+        """Accuracy, micro and macro F1, or mAP."""
+        labels = items[0].choices
+        if not labels or any(item.choices != labels for item in items):
+            raise ConfigError("similarity to labels needs the same labels for all items; use another rule")
+        scores_NL = self._similarities(labels, texts)
+        nearest = scores_NL.argmax(1)
+        truth_NL = np.asarray([[label in item.references for label in labels] for item in items])
+        parsed = [None if text is None else labels[best] for text, best in zip(texts, nearest, strict=True)]
+        heard = np.asarray([text is not None for text in texts])
+        correct = [bool(truth_NL[row, best]) and bool(heard[row]) for row, best in enumerate(nearest)]
+        values = [float(right) for right in correct]
+        if self.config.metric == "map":
+            scores_NL = np.where(heard[:, None], scores_NL, -1.0)  # the lowest cosine there is
+            figures: dict[str, Figure] = {"mAP": mean_average_precision(truth_NL, scores_NL)}
+            empty = int((~truth_NL.any(0)).sum())
+            return Verdict(parsed, list(correct), values, figures, facts={"labels_without_items": empty})
+        if self.config.metric == "accuracy":
+            return Verdict(parsed, list(correct), values, {"accuracy": Ratio.mean(values)})
+        said_NL = (np.arange(len(labels)) == nearest[:, None]) & heard[:, None]
+        hits = 2.0 * (said_NL & truth_NL).sum(1)
+        figures = {
+            # pooled over labels: 2 TP by the number of labels said and held
+            "micro_f1": share(hits.tolist(), (said_NL.sum(1) + truth_NL.sum(1)).tolist()),
+            "macro_f1": macro_f1(truth_NL, said_NL),
+        }
+        return Verdict(parsed, list(correct), values, figures)
+
+    def _similarities(self, labels: Sequence[str], texts: Sequence[str | None]) -> NDArray[np.float64]:
+        of_label = self.embedder.embed([self.config.label.format(label.lower()) for label in labels])
+        # each different answer once: models repeat themselves
+        said = [self.config.answer.format(_caption(text or "").lower()) for text in texts]
+        different = list(dict.fromkeys(said))
+        places = {text: place for place, text in enumerate(different)}
+        of_text = self.embedder.embed(different)
+        similarities: NDArray[np.float64] = (of_text @ of_label.T)[[places[text] for text in said]]
+        return similarities
+
+
+def _caption(answer: str) -> str:
+    """The answer without the heading that models trained on LTU's data put before a caption."""
+    return answer.rpartition("Audio caption:")[2].strip()
+
+
+def macro_f1(truth_NL: NDArray[np.bool_], said_NL: NDArray[np.bool_]) -> Statistic:
+    """Mean over the labels of F1; a label neither said nor held counts 0, as in scikit-learn."""
+    metrics = _sklearn()
+
+    def score(rows: Rows) -> float:
+        return float(metrics.f1_score(truth_NL[rows], said_NL[rows], average="macro", zero_division=0))
+
+    return Statistic(score, len(truth_NL))
+
+
+def mean_average_precision(truth_NL: NDArray[np.bool_], scores_NL: NDArray[np.float64]) -> Statistic:
+    """Mean over the labels of average precision; a label that no item has counts 0, as in scikit-learn."""
+    metrics = _sklearn()
+
+    def score(rows: Rows) -> float:
+        with warnings.catch_warnings():  # of labels without items, which are counted in the facts
+            warnings.simplefilter("ignore", UserWarning)
+            return float(metrics.average_precision_score(truth_NL[rows], scores_NL[rows], average="macro"))
+
+    return Statistic(score, len(truth_NL))
+
+
+def _sklearn() -> Any:
+    try:
+        from sklearn import metrics
+    except ImportError:
+        raise ConfigError("F1 and mAP need scikit-learn: pip install 'pal-audio[scores]'") from None
+    return metrics

@@ -1,0 +1,25 @@
+"""Likelihood ranking: the choice that the LLM itself finds likeliest."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from pal.evaluate.items import Item
+from pal.evaluate.rules.base import Plain, Rule, Verdict, right_or_wrong
+from pal.registry import register
+
+
+@register("rule", "rank")
+class Rank(Rule):
+    """Right if the likeliest choice is among the references. The model does not generate."""
+
+    Config = Plain
+    says = "argmax over the choices of the answer's summed log-likelihood, end of turn included"
+
+    def __init__(self, config: Plain) -> None:
+        del config
+
+    def judge(self, items: Sequence[Item], texts: Sequence[str | None]) -> Verdict:
+        """Accuracy; an answer is one of the item's choices."""
+        correct = [text in item.references for item, text in zip(items, texts, strict=True)]
+        return right_or_wrong("rank_accuracy", list(texts), correct)

@@ -1,0 +1,55 @@
+"""MMAU's rule: words of the right option against words of the others; MMAR took it over."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from pal.evaluate.figures import Ratio
+from pal.evaluate.items import Item
+from pal.evaluate.rules.base import Plain, Rule, Verdict, right_or_wrong
+from pal.evaluate.rules.options import REPAIR, meant
+from pal.registry import register
+
+_WORD = re.compile(r"\b\w+\b")
+
+
+def words(text: str) -> set[str]:
+    """The different words of a text, in lower case."""
+    return set(_WORD.findall(text.lower()))
+
+
+def matches(answer: str, reference: str, choices: Sequence[str]) -> bool:
+    """Every word of the reference is in the answer, and no word that only other choices have."""
+    said, right = words(answer), words(reference)
+    others = {word for choice in choices for word in words(choice)} - right
+    return bool(said) and right <= said and not said & others
+
+
+@register("rule", "token_sets")
+class TokenSets(Rule):
+    """Accuracy by `matches`, as MMAU's and MMAR's evaluation scripts have it."""
+
+    Config = Plain
+    says = f"official: all words of the right option are in the answer, and none that only others have; {REPAIR}"
+    quirks = (
+        "an answer such as '(B) text' fails where a wrong option has the word 'b', and '(A) text' where one has 'a'",
+        "an answer that names a wrong option to rule it out is wrong",
+        "the official script skips items without an answer; here they count as wrong",
+    )
+
+    def __init__(self, config: Plain) -> None:
+        del config
+
+    def judge(self, items: Sequence[Item], texts: Sequence[str | None]) -> Verdict:
+        """Accuracy, and the repaired one beside it."""
+        pairs = list(zip(items, texts, strict=True))
+        correct = [text is not None and matches(text, item.references[0], item.choices or ()) for item, text in pairs]
+        chosen = [None if text is None else meant(text, item.choices or ()) for item, text in pairs]
+        parsed = [
+            None if index is None else (item.choices or ())[index] for index, item in zip(chosen, items, strict=True)
+        ]
+        verdict = right_or_wrong("accuracy", parsed, correct)
+        repaired = [name is not None and name in item.references for name, item in zip(parsed, items, strict=True)]
+        verdict.figures["repaired_accuracy"] = Ratio.mean([float(right) for right in repaired])
+        return verdict

@@ -1,0 +1,42 @@
+"""AIR-Bench Foundation: 19 audio tasks as questions with two to four options (Yang et al., 2024)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from pal.data.tables import find_clip, records
+from pal.errors import ManifestError
+from pal.evaluate.items import Item
+from pal.evaluate.tasks.base import Task, ask_by_letter
+from pal.evaluate.tasks.mmsu import ByLetter
+from pal.registry import register
+
+
+@register("task", "air_bench")
+class AirBench(Task):
+    """The letter rule of its script, without the step in which GPT-3.5 maps free answers to letters."""
+
+    Config = ByLetter
+    rule = {"name": "letters", "of": "air_bench"}
+
+    def __init__(self, config: ByLetter) -> None:
+        self.config = config
+
+    def items(self, root: Path) -> Iterator[Item]:
+        """One a question, with its task and the task's data set. The clips lie in `TASK_DATASET/`.
+
+        Options that an item lacks are not shown; the official loop writes "C. None".
+        """
+        path = root / "Foundation_meta.json"
+        keys = ("uniq_id", "path", "question", "choice_a", "choice_b", "answer_gt", "task_name", "dataset_name")
+        for number, one in enumerate(records(path, keys, "AIR-Bench Foundation"), 1):
+            choices = tuple(str(one[f"choice_{letter}"]) for letter in "abcd" if one.get(f"choice_{letter}"))
+            if str(one["answer_gt"]) not in choices:
+                raise ManifestError(f"{path}, item {number}: the answer '{one['answer_gt']}' is not among the choices")
+            task = f"{one['task_name']}_{one['dataset_name']}"
+            # the clips of Audio_Grounding are FLAC under names in .wav, which find_clip sees
+            clip = find_clip([root / task], [one["path"]], path)
+            prompt = ask_by_letter(self.config.prompt, str(one["question"]), choices)
+            category = {"task": (str(one["task_name"]),), "task and data set": (task,)}
+            yield Item(f"air_bench/{one['uniq_id']}", (str(clip),), prompt, (str(one["answer_gt"]),), choices, category)

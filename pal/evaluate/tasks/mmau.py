@@ -1,0 +1,52 @@
+"""MMAU: questions with options about sound, music and speech, in 27 skills (Sakshi et al., 2025)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from pal.data.tables import find_clip, records
+from pal.errors import ManifestError
+from pal.evaluate.items import Item
+from pal.evaluate.tasks.base import Choosing, Task, ask
+from pal.registry import register
+
+
+@register("task", "mmau")
+class Mmau(Task):
+    """The token-set rule over the 1000 questions of test-mini."""
+
+    class Config(Choosing):
+        """Which questions, and how they are put."""
+
+        file: str = "mmau-test-mini.json"
+        """Another list of the same form; the large test set has no answers and cannot be scored here."""
+
+    rule = {"name": "token_sets"}
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+
+    def items(self, root: Path) -> Iterator[Item]:
+        """One a question, with its task, category, sub-category and difficulty."""
+        path = root / self.config.file
+        for number, one in enumerate(records(path, ("id", "audio_id", "question", "choices", "answer"), "MMAU"), 1):
+            yield item_of(one, one["id"], one["audio_id"], f"{path}, item {number}", path, self.config.prompt)
+
+
+def item_of(one: dict[str, Any], name: str, audio: str, where: str, listed_in: Path, prompt: str) -> Item:
+    """An item of MMAU's form, which MMAR took over; `category` may be a list."""
+    choices = tuple(str(choice) for choice in one["choices"])
+    answer = str(one["answer"])
+    if answer not in choices:
+        raise ManifestError(f"{where}: the answer '{answer}' is not among the choices")
+    root = listed_in.parent
+    axes = ("task", "modality", "category", "sub-category", "difficulty", "language")
+    category = {}
+    for axis in axes:
+        value = one.get(axis)
+        if value:
+            category[axis] = tuple(str(v) for v in value) if isinstance(value, list) else (str(value),)
+    clip = find_clip([root, root / "audio"], [audio, Path(audio).name], listed_in)
+    return Item(str(name), (str(clip),), ask(prompt, str(one["question"]), choices), (answer,), choices, category)

@@ -1,0 +1,150 @@
+"""lmms-eval's interface of a model (its version 0.7.3), filled by a `PalModel`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from lmms_eval.api.model import lmms
+from torch import Tensor
+from tqdm import tqdm
+
+import pal
+from pal.audio import load
+from pal.data.prompts import encode, user_turn
+from pal.errors import ConfigError
+from pal.types import IGNORE, Tokens
+
+_IGNORED = frozenset({"until", "max_new_tokens", "image_aspect_ratio"})
+"""Keys of generation that are handled here, or about images."""
+
+
+class Pal(lmms):
+    """A bundle or run folder as a model of lmms-eval.
+
+    Args:
+        pretrained: what `pal.load` takes: a folder or Hub id, or "tiny" for the one that ships with the package.
+        batch_size: questions in a forward pass.
+        device: torch's name of it; by default the process's own under accelerate.
+    """
+
+    is_simple = True
+
+    def __init__(self, pretrained: str = "tiny", batch_size: int | str = 1, device: str | None = None) -> None:
+        super().__init__()
+        from accelerate import PartialState
+
+        state = PartialState()
+        self._rank, self._world_size = state.process_index, state.num_processes
+        self.batch_size = int(batch_size)
+        self.model = pal.load(pretrained).eval().to(device or state.device)
+
+    def generate_until(self, requests: Sequence[Any]) -> list[str]:
+        """One answer a request (context, generation options, doc_to_visual, doc_id, task, split), cut at `until`."""
+        arguments = [request.args for request in requests]
+        answers = [""] * len(arguments)
+        # one set of options a batch; questions about one document stand together and share its clip
+        order = sorted(range(len(arguments)), key=lambda at: (repr(arguments[at][1]), *map(str, arguments[at][3:6])))
+        with tqdm(total=len(order), desc="pal", unit="question", disable=self._rank != 0) as bar:
+            for part in self._batches(order, arguments):
+                options = dict(arguments[part[0]][1])
+                for at, answer in zip(part, self._answer([arguments[at] for at in part], options), strict=True):
+                    answers[at] = answer
+                    self.cache_hook.add_partial("generate_until", (arguments[at][0], options), answer)
+                bar.update(len(part))
+        return answers
+
+    def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
+        """Of each continuation (context, target, doc_to_visual, doc_id, task, split): its sum, and if it is greedy.
+
+        The continuation is an answer of the conversation, its end of turn included.
+        """
+        found = []
+        for request in requests:
+            context, target, to_visual, doc_id, task, split = request.args
+            document = self.task_dict[task][split][doc_id]
+            continuation = target if isinstance(target, str) else target(document)
+            clips = self._clips(to_visual, document)
+            row = self._row(context, list(range(len(clips))), continuation)
+            found.append(self._scored(clips, row))
+        return found
+
+    def generate_until_multi_round(self, requests: Sequence[Any]) -> list[str]:
+        """Not offered: lmms-eval's rounds are about images."""
+        raise NotImplementedError("pal answers single questions in lmms-eval; choose a task of one round")
+
+    def _answer(self, arguments: list[Any], options: dict[str, Any]) -> list[str]:
+        waveforms: list[Tensor] = []
+        rows = []
+        spans: dict[tuple[str, str, str], list[int]] = {}
+        for context, _, to_visual, doc_id, task, split in arguments:
+            document = (str(task), str(split), str(doc_id))
+            if document not in spans:
+                clips = self._clips(to_visual, self.task_dict[task][split][doc_id])
+                spans[document] = list(range(len(waveforms), len(waveforms) + len(clips)))
+                waveforms += clips
+            rows.append(self._row(context, spans[document]))
+        until = options.get("until", [])
+        stops = [until] if isinstance(until, str) else list(until)
+        answers = self.model.generate(
+            waveforms, rows, max_new_tokens=int(options.get("max_new_tokens", 256)), **_generation(options)
+        )
+        return [_cut(answer, stops) for answer in answers]
+
+    @torch.inference_mode()
+    def _scored(self, clips: list[Tensor], row: Tokens) -> tuple[float, bool]:
+        total = float(self.model.answer_scores(clips, [row])[0])
+        assert row.labels is not None
+        wanted = [label for label in row.labels if label != IGNORE]
+        first = next(place for place, label in enumerate(row.labels) if label != IGNORE)
+        asked = Tokens(row.ids[:first], row.clips)
+        inputs = self.model.inputs(clips, [asked], padding_side="left")
+        said = self.model.llm.generate(inputs, max_new_tokens=len(wanted), do_sample=False, pad_token_id=0)
+        return total, said[0].tolist()[: len(wanted)] == wanted
+
+    def _row(self, context: str, clips: list[int], answer: str | None = None) -> Tokens:
+        system = self.model.config.system
+        talk = [{"role": "system", "content": system}] if system else []
+        talk.append(user_turn(context, len(clips)))
+        if answer is not None:
+            talk.append({"role": "assistant", "content": answer.strip()})
+        return encode(self.model.tokenizer, talk, clips, train=answer is not None)
+
+    def _clips(self, to_visual: Any, document: Any) -> list[Tensor]:
+        """A document's audio, each `{"array", "sampling_rate"}`, at the model's rate."""
+        clips = []
+        for clip in to_visual(document) or []:
+            try:
+                audio = (clip["array"], int(clip["sampling_rate"]))
+            except (TypeError, KeyError, IndexError):
+                raise ConfigError(
+                    f"a document's medium is a {type(clip).__name__}, not audio with array and sampling_rate; "
+                    "choose a task about audio"
+                ) from None
+            clips.append(load(audio, self.model.sampling_rate).samples_N)
+        return clips
+
+    def _batches(self, order: list[int], arguments: list[Any]) -> list[list[int]]:
+        batches: list[list[int]] = []
+        for at in order:
+            if not batches or len(batches[-1]) == self.batch_size or arguments[batches[-1][0]][1] != arguments[at][1]:
+                batches.append([])
+            batches[-1].append(at)
+        return batches
+
+
+def _generation(options: dict[str, Any]) -> dict[str, Any]:
+    """lmms-eval's options as transformers' own; a temperature of 0 is greedy decoding."""
+    kept = {key: value for key, value in options.items() if key not in _IGNORED and value is not None}
+    if not kept.get("do_sample") or not kept.get("temperature"):
+        for key in ("temperature", "top_p", "top_k", "do_sample"):
+            kept.pop(key, None)
+    return kept
+
+
+def _cut(answer: str, stops: list[str]) -> str:
+    for stop in stops:
+        if stop:
+            answer = answer.split(stop)[0]
+    return answer

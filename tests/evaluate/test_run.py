@@ -1,0 +1,381 @@
+"""Run folders: what they hold, how they go on after a kill, how they are scored again, joined and compared."""
+
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pal.errors import BundleError, ConfigError, PalError
+from pal.evaluate.benchmark import Benchmark, from_records, open_task
+from pal.evaluate.compare import compare
+from pal.evaluate.folder import Journal, RunFolder
+from pal.evaluate.items import Item
+from pal.evaluate.run import join, rescore, run
+from tests import published
+from tests.models import tiny_model
+
+CHOICES = ("yes", "no", "a loud siren")
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model("lal")
+
+
+@pytest.fixture
+def benchmark(tmp_path):
+    return made(tmp_path)
+
+
+def made(root, clips=5, questions=4, rule="exact"):
+    items = []
+    for number in range(clips):
+        path = root / "audio" / f"{number}.wav"
+        published.clip(path, 0.1 + 0.05 * number)
+        items += [
+            Item(f"{number}-{q}", (str(path),), f"Is it {q}?", ("yes",), CHOICES, {"asks": (str(q),)})
+            for q in range(questions)
+        ]
+    return Benchmark("made", tuple(items), {"name": rule}, root)
+
+
+class Scripted:
+    """The model, but its answers come from a function of the prompt; counts what it was asked."""
+
+    def __init__(self, model, say):
+        self._model, self._say = model, say
+        self.asked = 0
+
+    def __getattr__(self, name):
+        return getattr(self._model, name)
+
+    def generate(self, clips, rows, **options):
+        texts = [self._say(self._model.tokenizer.decode([i for i in r.ids if i >= 0]), bool(r.clips)) for r in rows]
+        self.asked += len(rows)
+        return texts
+
+
+def files(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_the_folder(model, benchmark, tmp_path):
+    out = tmp_path / "run"
+    say = Scripted(model, lambda prompt, heard: "Yes." if heard and "Is it 1" in prompt else "no")
+    result = run(say, benchmark, out, progress=False)
+    assert files(out) == ["items.jsonl", "score.json", "settings.json"]
+    score = json.loads((out / "score.json").read_text())
+    assert (score["n"], score["metric"], score["score"], score["no_audio_score"], score["gain"]) == (
+        *(20, "exact_match"),
+        *(0.25, 0.0, 0.25),
+    )
+    assert score == json.loads(json.dumps(result.to_dict()))
+    assert score["ci95"] == [0.25, 0.25]  # each clip has one right answer of four
+    assert {value: part["score"] for value, part in score["categories"]["asks"].items()} == {
+        "0": 0.0,
+        "1": 1.0,
+        "2": 0.0,
+        "3": 0.0,
+    }
+    assert {name: part["n"] for name, part in score["durations"].items()} == {"0 to 2 s": 20}
+    assert score["errors"] == {"count": 0, "items": []}
+    lines = [json.loads(line) for line in (out / "items.jsonl").read_text().splitlines()]
+    assert [line["id"] for line in lines] == [item.id for item in benchmark.items]
+    assert lines[1] == {
+        "id": "0-1",
+        "clips": ["audio/0.wav"],
+        "category": {"asks": ["1"]},
+        "seconds": 0.1,
+        "prompt": "Is it 1?",
+        "references": ["yes"],
+        "choices": None,
+        "error": None,
+        "no_audio_error": None,
+        "output": "Yes.",
+        "parsed": "yes",
+        "correct": True,
+        "value": 1.0,
+        "no_audio_output": "no",
+        "no_audio_parsed": "no",
+        "no_audio_correct": False,
+        "no_audio_value": 0.0,
+    }
+    settings = json.loads((out / "settings.json").read_text())
+    assert settings["labels"] == list(CHOICES)
+    assert settings["model_digest"] == model.digest
+    assert settings["data_digest"] == benchmark.digest
+    assert settings["prompt"] == "<user><audio>\nIs it 0?<assistant>"
+    assert settings["decoding"] == "greedy, at most 32 new tokens"
+    assert {"torch", "transformers"} <= set(settings["versions"])
+
+
+def test_a_finished_run_is_not_asked_again(model, benchmark, tmp_path):
+    first = Scripted(model, lambda prompt, heard: "yes")
+    run(first, benchmark, tmp_path / "run", progress=False)
+    assert first.asked == 20 + 4  # without audio each different question once
+    before = (tmp_path / "run/items.jsonl").read_bytes()
+    again = Scripted(model, lambda prompt, heard: "no")
+    run(again, benchmark, tmp_path / "run", progress=False)
+    assert again.asked == 0
+    assert (tmp_path / "run/items.jsonl").read_bytes() == before
+    run(again, benchmark, tmp_path / "run", progress=False, overwrite=True)
+    assert again.asked == 24
+
+
+def test_what_raised_is_wrong_counted_and_asked_again(model, benchmark, tmp_path):
+    broken = [True]
+
+    def say(prompt, heard):
+        if broken[0] and heard and "Is it 2" in prompt:
+            raise RuntimeError("out of luck")
+        return "yes"
+
+    result = run(Scripted(model, say), benchmark, tmp_path / "run", progress=False, batch=3)
+    assert result.overall.score == 0.75
+    assert len(result.errors) == 5
+    assert result.errors[0] == {"id": "0-2", "error": "RuntimeError: out of luck"}
+    assert [one.correct for one in result.items[:4]] == [True, True, False, True]
+    broken[0] = False
+    mended = Scripted(model, say)
+    result = run(mended, benchmark, tmp_path / "run", progress=False)
+    assert (mended.asked, result.overall.score, result.errors) == (5, 1.0, [])
+
+
+def test_every_question_raising_is_an_error(model, benchmark, tmp_path):
+    def say(prompt, heard):
+        raise RuntimeError("always")
+
+    with pytest.raises(PalError, match="none of 20 questions could be answered; the first: RuntimeError: always"):
+        run(Scripted(model, say), benchmark, tmp_path / "run", progress=False, no_audio=False)
+
+
+def test_another_run_in_the_folder_is_refused(model, benchmark, tmp_path):
+    run(model, benchmark, tmp_path / "run", progress=False, limit=1)
+    with pytest.raises(ConfigError, match="another run: 'limit' differs"):
+        run(model, benchmark, tmp_path / "run", progress=False, limit=2)
+    with pytest.raises(ConfigError, match="'model_digest' differs"):
+        run(tiny_model("lal", seed=1), benchmark, tmp_path / "run", progress=False, limit=1)
+    published.clip(Path(benchmark.items[0].clips[0]), 0.7)
+    with pytest.raises(ConfigError, match="'data_digest' differs"):
+        run(model, benchmark, tmp_path / "run", progress=False, limit=1)
+    run(model, benchmark, tmp_path / "run", progress=False, limit=1, overwrite=True)
+
+
+KILLED = """
+import os, sys
+from pathlib import Path
+from tests.evaluate.test_run import made
+from tests.models import tiny_model
+from pal.evaluate import folder, run
+root, left = Path(sys.argv[1]), int(sys.argv[2])
+add = folder.Journal.add
+def dying(self, answers):
+    global left
+    for answer in answers:
+        if left == 0:
+            self._file.write('{"id": "half')  # what a kill in the middle of a write leaves
+            self._file.flush()
+            os.kill(os.getpid(), 9)
+        left -= 1
+        add(self, [answer])
+folder.Journal.add = dying
+run.run(tiny_model("lal"), made(root), root / "killed", progress=False, batch=3)
+"""
+
+
+class KilledError(BaseException):
+    """No `except Exception` stops it."""
+
+
+def test_killed_anywhere_it_ends_with_the_same_files(model, benchmark, tmp_path, monkeypatch):
+    run(model, benchmark, tmp_path / "whole", progress=False, batch=3)
+    chance = random.Random(0)
+    add = Journal.add
+    for number in range(20):
+        left = [chance.randrange(24)]
+
+        def dying(self, answers, left=left):
+            if left[0] == 0:
+                self._file.write('{"id": "half')
+                self._file.flush()
+                raise KilledError
+            left[0] -= 1
+            add(self, answers)
+
+        folder = tmp_path / f"killed{number % 10}"  # half of them die twice
+        monkeypatch.setattr(Journal, "add", dying)
+        try:
+            run(model, benchmark, folder, progress=False, batch=chance.randrange(1, 6))
+        except KilledError:
+            assert not (folder / "score.json").exists()
+        monkeypatch.setattr(Journal, "add", add)
+    for number in range(10):
+        folder = tmp_path / f"killed{number}"
+        asked = Scripted(model, None)
+        asked.generate = lambda clips, rows, asked=asked, **options: counted(asked, model, clips, rows, options)
+        done = len(RunFolder(folder).answers())
+        run(asked, benchmark, folder, progress=False, batch=5)
+        # 20 with audio; without it 4 different questions, of which each answer counts for 5 items
+        assert asked.asked <= 40 - done
+        for name in ("items.jsonl", "score.json"):
+            assert (folder / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_killed_by_the_system(model, benchmark, tmp_path):
+    run(model, benchmark, tmp_path / "whole", progress=False, batch=3)
+    done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path), "7"], cwd=Path(__file__).parents[2])
+    assert done.returncode == -9
+    assert not (tmp_path / "killed/score.json").exists()
+    assert len(RunFolder(tmp_path / "killed").answers()) == 7
+    run(model, benchmark, tmp_path / "killed", progress=False)
+    assert (tmp_path / "killed/items.jsonl").read_bytes() == (tmp_path / "whole/items.jsonl").read_bytes()
+
+
+def counted(asked, model, clips, rows, options):
+    asked.asked += len(rows)
+    return model.generate(clips, rows, **options)
+
+
+@pytest.mark.parametrize("batch", [1, 7, 64])
+def test_neither_batch_nor_time_changes_a_byte(model, benchmark, tmp_path, batch):
+    run(model, benchmark, tmp_path / "a", progress=False, batch=4)
+    run(model, benchmark, tmp_path / "b", progress=False, batch=batch)
+    for name in ("items.jsonl", "score.json", "settings.json"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+def test_rank_takes_one_of_the_choices(model, tmp_path):
+    result = run(model, made(tmp_path, rule="rank"), tmp_path / "run", progress=False)
+    assert result.metric == "rank_accuracy"
+    assert {one.output for one in result.items} <= set(CHOICES)
+    with pytest.raises(ConfigError, match="made by 'rank'"):
+        rescore(tmp_path / "run", {"name": "exact"})
+
+
+def test_rescore_needs_no_model(model, tmp_path):
+    root = published.mmau(tmp_path / "mmau")
+    say = Scripted(model, lambda prompt, heard: "(B) a car horn" if "last sound" in prompt else "a man")
+    result = run(say, open_task("mmau", root), tmp_path / "run", progress=False)
+    before = {name: (tmp_path / "run" / name).read_bytes() for name in files(tmp_path / "run")}
+    assert result.figures["accuracy"].score == 1.0  # no option has a lone 'b' here
+    assert rescore(tmp_path / "run").to_dict() == result.to_dict()
+    assert {name: (tmp_path / "run" / name).read_bytes() for name in files(tmp_path / "run")} == before
+    other = rescore(tmp_path / "run", {"name": "exact"})
+    assert (other.metric, other.overall.score) == ("exact_match", 0.5)
+    settings = json.loads((tmp_path / "run/settings.json").read_text())
+    assert settings["rule"] == {"name": "exact"}
+    assert settings["model_digest"] == model.digest
+    with pytest.raises(BundleError, match="give a folder that pal eval wrote"):
+        rescore(tmp_path / "mmau")
+
+
+def test_join_makes_folds_one_score(model, tmp_path):
+    root = published.esc50(tmp_path / "esc")
+    rule = {"name": "exact"}
+    for fold, answer in (("1", "dog"), ("2", "door wood knock"), ("3", "dog")):
+        say = Scripted(model, lambda prompt, heard, answer=answer: answer)
+        run(say, open_task("esc50", root, {"folds": fold}, rule), tmp_path / fold, progress=False)
+    result = join([tmp_path / fold for fold in "123"], tmp_path / "all")
+    assert result.n == 4
+    assert result.overall.score == 0.75
+    assert {fold: part["score"] for fold, part in result.categories["fold"].items()} == {"1": 0.5, "2": 1.0, "3": 1.0}
+    assert files(tmp_path / "all") == ["items.jsonl", "score.json", "settings.json"]
+    with pytest.raises(ConfigError, match="share questions"):
+        join([tmp_path / "1", tmp_path / "1"], tmp_path / "twice")
+
+
+def test_compare(model, benchmark, tmp_path):
+    say = Scripted(model, lambda prompt, heard: "yes" if "Is it 1" in prompt else "no")
+    run(say, benchmark, tmp_path / "a", progress=False)
+    say = Scripted(model, lambda prompt, heard: "yes" if "Is it 0" not in prompt else "no")
+    run(say, benchmark, tmp_path / "b", progress=False)
+    found = compare([tmp_path / "a", tmp_path / "b", tmp_path / "a"])
+    assert [row.score for row in found.rows] == [0.25, 0.75, 0.25]
+    second, third = found.rows[1:]
+    assert (second.difference, second.only_first, second.only_this) == (0.5, 0, 10)
+    assert second.difference_ci95 == (0.5, 0.5)
+    # ten that only the second has: the two tails of ten fair coins that all fall alike
+    assert second.p_mcnemar == pytest.approx(2 / 2**10)
+    assert second.p_bootstrap == 1 / 2000
+    assert (third.difference, third.p_mcnemar, third.p_bootstrap) == (0.0, 1.0, 1.0)
+    with pytest.raises(ConfigError, match="at least two"):
+        compare([tmp_path / "a"])
+    run(say, benchmark, tmp_path / "short", progress=False, limit=3)
+    with pytest.raises(ConfigError, match="different questions"):
+        compare([tmp_path / "a", tmp_path / "short"])
+    rescore(tmp_path / "b", {"name": "token_sets"})
+    with pytest.raises(ConfigError, match="the rule differs"):
+        compare([tmp_path / "a", tmp_path / "b"])
+
+
+def test_a_folder_as_a_score_for_model_cards(model, benchmark, tmp_path):
+    result = run(model, benchmark, tmp_path / "run", progress=False)
+    score = RunFolder(tmp_path / "run").as_score()
+    assert (score.benchmark, score.metric, score.overall.n) == ("made", "exact_match", 20)
+    assert score.overall.ci95 == result.overall.ci95
+    assert score.overall.gain == result.overall.gain
+    assert sorted(score.per_task) == [f"asks {number}" for number in range(4)]
+    assert score.settings["model_digest"] == model.digest
+    (tmp_path / "run/score.json").write_text("{}")
+    with pytest.raises(BundleError, match="score it again with pal eval --rescore"):
+        RunFolder(tmp_path / "run").as_score()
+    (tmp_path / "run/score.json").unlink()
+    with pytest.raises(BundleError, match="not complete"):
+        RunFolder(tmp_path / "run").as_score()
+
+
+def test_records_as_a_benchmark(tmp_path):
+    from pal.data.prepare import read
+
+    records = read("fsdd", digits(tmp_path))
+    made_of = from_records("fsdd", records, tmp_path, {"name": "exact"})
+    assert made_of.items[0].category == {"task": ("spoken digit",)}
+    assert made_of.items[0].references == ("three",)
+    with pytest.raises(PalError, match="no questions"):
+        from_records("none", [], tmp_path, {"name": "exact"})
+    with pytest.raises(PalError, match="two questions have the id"):
+        from_records("twice", [*records, *records], tmp_path, {"name": "exact"})
+
+
+def digits(root):
+    for name in ("3_ann_0", "4_ann_0"):
+        published.clip(root / f"{name}.wav")
+    return root
+
+
+def test_a_line_that_a_kill_cut_is_dropped(tmp_path):
+    path = tmp_path / "answers.0.jsonl"
+    path.write_text('{"id": "a", "heard": true, "text": "x\\u2028y", "error": null}\n{"id": "b", "he')
+    with Journal(path) as journal:
+        journal.add([])
+    folder = RunFolder(tmp_path)
+    assert folder.answers() == {("a", True): "x\u2028y"}
+
+
+@pytest.mark.parametrize("processes", [2])
+def test_several_processes_give_the_same_files(model, benchmark, tmp_path, processes):
+    run(model, benchmark, tmp_path / "one", progress=False)
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import sys\nfrom pathlib import Path\nfrom tests.evaluate.test_run import made\n"
+        "from tests.models import tiny_model\nfrom pal.evaluate.run import run\n"
+        "root = Path(sys.argv[1])\nrun(tiny_model('lal'), made(root), root / 'two', progress=False)\n"
+    )
+    arguments = ["--cpu", "--num_processes", str(processes), "--num_machines", "1", "--mixed_precision", "no"]
+    arguments += ["--dynamo_backend", "no", "--main_process_port", "0"]
+    import os
+
+    here = str(Path(__file__).parents[2])
+    done = subprocess.run(
+        [sys.executable, "-m", "accelerate.commands.launch", *arguments, str(program), str(tmp_path)],
+        cwd=here,
+        env={**os.environ, "PYTHONPATH": here, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    for name in ("items.jsonl", "score.json"):
+        assert (tmp_path / "two" / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
