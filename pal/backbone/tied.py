@@ -28,6 +28,7 @@ class TiedRows:
 
     def __call__(self, ids: Tensor, padding: int | None) -> Tensor:
         """Rows [..., D] of ids [...]; `padding` is an id whose row gets no gradient."""
+        self._waiting.clear()  # of a backward pass that was broken off
         rows: Tensor = _Lookup.apply(self.weight_VD, ids, padding, self)
         return rows
 

@@ -86,6 +86,16 @@ def test_gradient_is_there_where_the_head_took_no_part():
         torch.testing.assert_close(llm.lm.lm_head.weight.grad, times * expected)
 
 
+def test_nothing_is_left_of_a_backward_pass_that_broke_off():
+    llm = model()
+    ids_BT = some_ids()
+    expected = plain_gradient(llm, ids_BT)
+    llm.zero_grad()
+    tied = llm._tied_rows()
+    tied.remember(ids_BT[0], torch.ones(T, llm.width, dtype=torch.float64))
+    torch.testing.assert_close(gradient(llm, ids_BT), expected)
+
+
 def test_autograd_grad_sees_it():
     llm = model()
     ids_BT = some_ids()
