@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from string import ascii_uppercase
 from typing import Any, ClassVar
 
 from pal.config import StrictConfig
@@ -57,8 +58,8 @@ def ask(template: str, question: str, choices: Sequence[str]) -> str:
 
 
 def ask_by_letter(template: str, question: str, choices: Sequence[str]) -> str:
-    """The same with `A. ` to `D. ` before the choices."""
-    lines = (f"{letter}. {choice}" for letter, choice in zip("ABCDEFGHIJ", choices, strict=False))
+    """The same with a letter before each choice, `A. ` for the first; ValueError where the alphabet ends."""
+    lines = (f"{letter}. {choice}" for letter, choice in zip(ascii_uppercase[: len(choices)], choices, strict=True))
     return _filled(template, question, "\n".join(lines))
 
 
