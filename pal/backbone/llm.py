@@ -32,7 +32,7 @@ from pal.types import IGNORE, LLMInputs
 FAMILIES = ("gemma", "gemma3_text", "llama", "mistral", "qwen2", "qwen3")
 """transformers' `model_type` of the supported LLMs (Qwen2.5 is qwen2)."""
 
-Trained = Literal["full", "lora", "attention", "none"]
+Trained = Literal["full", "no_ffn", "lora", "attention", "none"]
 Per = Literal["token", "answer"]
 """What counts alike in a loss: every token, so that long answers count most, or every answer."""
 
@@ -444,8 +444,8 @@ class Backbone(nn.Module):
     def train_only(self, what: Trained) -> list[nn.Parameter]:
         """Make one part trainable and freeze the rest; returns what is trained.
 
-        "full": everything. "lora": the adapters. "attention": the attention blocks, their adapters
-        included, so that the feed-forward networks stay frozen. "none": nothing.
+        "full": everything. "no_ffn": everything but the feed-forward networks (the paper's frozen FFN). "lora": the
+        adapters. "attention": the attention blocks alone, their adapters included. "none": nothing.
         """
         if what == "lora" and self.lora is None:
             raise ConfigError("the LLM has no LoRA adapters to train; add them first")
@@ -453,7 +453,13 @@ class Backbone(nn.Module):
         for name, parameter in self.lm.named_parameters():
             parts = name.split(".")
             adapter = any(part.startswith("lora_") for part in parts)
-            train = {"full": True, "lora": adapter, "attention": "self_attn" in parts, "none": False}[what]
+            train = {
+                "full": True,
+                "no_ffn": "mlp" not in parts,
+                "lora": adapter,
+                "attention": "self_attn" in parts,
+                "none": False,
+            }[what]
             parameter.requires_grad_(train)
             if train:
                 chosen.append(parameter)

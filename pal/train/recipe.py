@@ -22,7 +22,7 @@ PARTS = ("encoder", "connector", "projectors", "llm")
 _WORDS = {"full": True, "none": False}
 _Switch = Annotated[bool, BeforeValidator(lambda value: _WORDS.get(value, value) if isinstance(value, str) else value)]
 _LLM = Annotated[
-    Literal["none", "full", "lora", "attention"],
+    Literal["none", "full", "no_ffn", "lora", "attention"],
     BeforeValidator(lambda value: {True: "full", False: "none"}.get(value, value)),
 ]
 
@@ -94,7 +94,7 @@ class Trained(StrictConfig):
     projectors: _Switch = False
     """The integration's own weights."""
     llm: _LLM = "none"
-    """"attention" trains the attention layers and leaves the feed-forward networks frozen."""
+    """"no_ffn" leaves the feed-forward networks frozen, "attention" everything but the attention layers."""
     lora: LoRA = LoRA()
 
     def part(self, name: str) -> bool:
