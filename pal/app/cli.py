@@ -13,6 +13,7 @@ from typer.core import TyperGroup
 from pal.app import evaluating
 from pal.app.options import AsJson, Exclude, Folds, Settings, Speakers
 from pal.app.output import note, one_line, print_json, shows_progress
+from pal.app.probing import probe_app
 from pal.errors import ConfigError, PalError, PromptError
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ app = typer.Typer(
 )
 data_app = typer.Typer(no_args_is_help=True, help="Make and check manifests.")
 app.add_typer(data_app, name="data")
+app.add_typer(probe_app, name="probe")
 
 Model = Annotated[str, typer.Option("--model", "-m", help="Bundle folder or Hub id; 'tiny' ships with the package.")]
 

@@ -347,7 +347,7 @@ def test_8_checkpointing_leaves_the_gradients_as_they_are(family, name):
             assert recomputed[parameter].abs().sum() > 0, parameter
 
 
-@pytest.mark.parametrize("what", ["full", "attention", "lora", "none"])
+@pytest.mark.parametrize("what", ["full", "no_ffn", "attention", "lora", "none"])
 @every_integration
 @some_families
 def test_9_what_is_trained_gets_a_gradient_and_nothing_else_does(family, name, what):
@@ -367,7 +367,7 @@ def test_9_what_is_trained_gets_a_gradient_and_nothing_else_does(family, name, w
         assert (found[parameter_name] is not None and bool(found[parameter_name].any())) == parameter.requires_grad
     for parameter_name, _ in integration.named_parameters():
         assert found[parameter_name].any(), parameter_name
-    if what == "attention":
+    if what in ("attention", "no_ffn"):
         assert not any("mlp" in n for n, p in llm.named_parameters() if p.requires_grad)
 
 
