@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from pal import audio as audio_io
 from pal.backbone.audio_kv import AudioKV
+from pal.backbone.context import Hide
 from pal.backbone.llm import Backbone, Per
 from pal.data.prompts import Conversation, encode, end_of_answer, user_turn
 from pal.ears import Ears, check_ears
@@ -72,6 +74,7 @@ class PalModel(nn.Module):
         self.integration: Integration = build_integration(config.integration, self.ears.streams, llm)
         self.source = "untrained"
         """What the model is called in answers and scores."""
+        self._hidden: tuple[Hide, ...] = ()
         self.trained: set[str] = set()
         """Names of the parameters that training has changed since they came from their source."""
 
@@ -154,7 +157,31 @@ class PalModel(nn.Module):
         audio: Any = list(clips)
         if audio and not isinstance(audio[0], AudioKV):
             audio = self.features(audio)
-        return self.integration(audio or None, rows, self.llm, padding_side)
+        inputs = self.integration(audio or None, rows, self.llm, padding_side, located=bool(self._hidden))
+        for what in self._hidden if inputs.audio is not None else ():
+            inputs = replace(inputs, audio=inputs.audio.without(what))
+        return inputs
+
+    @contextmanager
+    def hiding(self, *what: Hide) -> Iterator[None]:
+        """While the block lasts, some of the audio is hidden from every query, in whatever is asked or scored.
+
+        Raises:
+            ConfigError: a stream or a layer that the model does not have.
+        """
+        for one in what:
+            if one.stream is not None and not 0 <= one.stream < len(self.ears.streams):
+                raise ConfigError(
+                    f"stream {one.stream} cannot be hidden; the model has 0 to {len(self.ears.streams) - 1}"
+                )
+            wrong = sorted(set(one.layers or ()) - set(range(self.llm.n_layers)))
+            if wrong:
+                raise ConfigError(f"layer {wrong[0]} cannot be hidden; the LLM has 0 to {self.llm.n_layers - 1}")
+        before, self._hidden = self._hidden, (*self._hidden, *what)
+        try:
+            yield
+        finally:
+            self._hidden = before
 
     def forward(self, batch: Batch, per: Per = "token") -> Loss:
         """Cross-entropy over the trained tokens of a batch (answers only); `per` says what counts alike."""

@@ -48,6 +48,8 @@ def attend(
     layer: int = module.layer_idx  # type: ignore[assignment]
     if audio is not None and not isinstance(audio, AudioView):
         raise PalError("'audio' reached the attention without its query positions; call the model through Backbone")
+    if audio is not None:
+        audio.show(layer, query, key, scaling)
     if audio is None or audio.ordinary(layer):
         if attention_mask is None:
             return sdpa_attention_forward(module, query, key, value, None, dropout=dropout, scaling=scaling, **kwargs)

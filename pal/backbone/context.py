@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, fields, replace
 from typing import Literal, Protocol
 
 import torch
@@ -13,13 +13,24 @@ from torch.utils.checkpoint import checkpoint
 
 from pal.backbone.kernels import takes_apart
 from pal.backbone.merged import Keys, Piece, masked, prefixes
-from pal.errors import PalError
+from pal.errors import ConfigError, PalError
 
 Rope = dict[str, tuple[Tensor, Tensor]]
 """Layer type -> cos and sin, each [B, A, C]."""
+Kind = tuple[int | None, tuple[int, ...]]
+"""Layers of one kind see the same rows; see `AudioContext.rows_kind`."""
 
-Block = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-"""A network between two layers: rows [B, Q, D], K and V [B, G, A, C], which keys each row sees [B, 1, Q, A] -> rows."""
+
+class Block(Protocol):
+    """A network between two layers, through which rows look at keys."""
+
+    def __call__(self, x_BQD: Tensor, k_BGAC: Tensor, v_BGAC: Tensor, seen_B1QA: Tensor) -> Tensor:
+        """Rows, K and V, and which keys each row sees -> rows [B, Q, D]."""
+        ...
+
+    def weights(self, x_BQD: Tensor, k_BGAC: Tensor, seen_B1QA: Tensor) -> Tensor:
+        """How each row's attention is shared among the keys: [B, H, Q, A], all 0 where it sees none."""
+        ...
 
 
 class Geometry(Protocol):
@@ -60,6 +71,83 @@ class KeySource(Protocol):
 
 
 @dataclass(frozen=True)
+class Hide:
+    """Audio that no query sees. Positions, and what is computed of the audio itself, stay as they are.
+
+    What is given narrows it down; without anything it is all audio.
+    """
+
+    pathway: Literal["keys", "rows"] | None = None
+    """Audio K/V (LAL), or audio rows of the sequence (PLITS, summaries)."""
+    stream: int | None = None
+    """Number of a connector's output, counted from 0; a model with one encoder has one."""
+    layers: Collection[int] | None = None
+    """Layers whose queries do not see it."""
+    seconds: tuple[float, float] | None = None
+    """Tokens that sound at any time between these two, counted from the start of their clip."""
+
+
+@dataclass(frozen=True)
+class Places:
+    """What rows of the sequence, or keys, stand for; all [B, X]."""
+
+    stream_BX: Tensor
+    """Number of the stream they are made from; -1 for text and padding."""
+    clip_BX: Tensor
+    """Number of the clip within its conversation; -1 for text and padding."""
+    start_BX: Tensor
+    """Seconds from the start of the clip; NaN where tokens stand for no time of their own, and for text."""
+    end_BX: Tensor
+
+    def chosen(self, what: Hide) -> Tensor:
+        """Those of the stream and the time that `what` names: bool [B, X].
+
+        Raises:
+            ConfigError: a time, of tokens that have none.
+        """
+        chosen_BX = self.stream_BX >= 0
+        if what.stream is not None:
+            chosen_BX = self.stream_BX == what.stream
+        if what.seconds is not None:
+            if bool(self.start_BX[chosen_BX].isnan().any()):
+                raise ConfigError(
+                    "a span of time cannot be hidden here: the connector's tokens have no time of their own"
+                )
+            start, end = what.seconds
+            chosen_BX = chosen_BX & (self.start_BX < end) & (self.end_BX > start)
+        return chosen_BX
+
+    def ordered(self, order_BT: Tensor) -> Places:
+        """The same in another order ([B, T] of indices)."""
+        return Places(*(getattr(self, part.name).gather(1, order_BT) for part in fields(self)))
+
+
+@dataclass(frozen=True)
+class Weights:
+    """How the attention of some rows of one layer is shared; over `rows` and all `keys` together it sums to 1."""
+
+    rows_BHNK: Tensor
+    """Over the rows of the sequence, causal."""
+    keys_BHNA: Mapping[int, Tensor]
+    """Over each of the context's `keys` that joins the layer, by its number."""
+
+
+class Watch(Protocol):
+    """Is shown the attention of every layer in turn, and keeps of it what it likes; nothing is stored for it."""
+
+    rows_BN: Tensor
+    """Which rows of the sequence it is shown: their numbers, N the same for all."""
+
+    def attended(self, layer: int, weights: Weights) -> None:
+        """The LLM's own attention in a layer."""
+        ...
+
+    def crossed(self, layer: int, which: int, weights_BHNA: Tensor) -> None:
+        """Attention of a block before a layer to number `which` of the context's keys alone; sums to 1 or to 0."""
+        ...
+
+
+@dataclass(frozen=True)
 class AudioKeys:
     """Keys and values of one kind of token (one integration, one encoder) for a batch of rows.
 
@@ -83,6 +171,25 @@ class AudioKeys:
     """What stands before a layer and looks at them there; None where the layer's own attention does."""
     built: dict[int, tuple[Tensor, Tensor]] | None = None
     """K after RoPE and V per layer, each [B, G, A, C], when they were made ahead."""
+    places: Places | None = None
+    """What each key stands for, where that was asked for."""
+    gaps: bool = False
+    """Whether keys between real ones may be masked."""
+
+    def without(self, what: Hide) -> tuple[AudioKeys, ...]:
+        """The same keys as far as they are still seen: none, one set, or one for each of two groups of layers."""
+        hidden_BA = self.mask_BA
+        if what.stream is not None or what.seconds is not None:
+            assert self.places is not None, "made without `located`"
+            hidden_BA = self.places.chosen(what) & self.mask_BA
+        if not bool(hidden_BA.any()):
+            return (self,)
+        layers = self.layers if what.layers is None else what.layers
+        parts = [replace(self, layers=tuple(layer for layer in self.layers if layer not in layers))]
+        if not torch.equal(hidden_BA, self.mask_BA):
+            inside = tuple(layer for layer in self.layers if layer in layers)
+            parts.append(replace(self, layers=inside, mask_BA=self.mask_BA & ~hidden_BA, gaps=True))
+        return tuple(part for part in parts if part.layers)
 
     def keys_values(self, layer: int, llm: Geometry, rope: Rope) -> tuple[Tensor, Tensor]:
         """K after RoPE and V of every row, each [B, G, A, C]; clips are projected once, then shared by rows."""
@@ -108,7 +215,7 @@ class AudioKeys:
 
     def pieces(self, window: int | None, positions_BQ: Tensor, beams: int) -> tuple[Piece, ...]:
         """The same as `seen`, as rectangles."""
-        if window is not None:
+        if window is not None or self.gaps:
             return masked(self.seen(window, positions_BQ, beams))
         far = torch.iinfo(self.positions_BA.dtype).max
         positions_BA = _expand(self.positions_BA.masked_fill(~self.mask_BA, far), beams)
@@ -133,8 +240,12 @@ class AudioContext:
     """Position ids of the prompt, which windows need when the cache holds only keys."""
     audio_rows_BT: Tensor
     """True where a row of the sequence is audio (summary tokens)."""
-    rows_hidden: bool = False
-    """True: no text row sees the audio rows."""
+    hidden_rows: tuple[tuple[frozenset[int], Tensor], ...] = ()
+    """Layers, and rows [B, T] that no other row sees there."""
+    places: Places | None = None
+    """What each row stands for, where that was asked for."""
+    watch: Watch | None = None
+    """Who is shown the attention of a forward without a cache."""
 
     def joined(self, layer: int) -> tuple[int, ...]:
         """Which of `keys` join the layer's own."""
@@ -149,16 +260,36 @@ class AudioContext:
         """The same context with every layer's K/V made now, once; without gradients."""
         return replace(self, keys=tuple(keys.prebuilt(self.llm) for keys in self.keys))
 
-    def without(self, path: Literal["keys", "rows"]) -> AudioContext:
-        """The same context with one pathway masked: audio K/V ("keys") or audio rows ("rows"); positions stay."""
-        if path == "rows":
-            return replace(self, rows_hidden=True)
-        return replace(self, keys=tuple(replace(keys, mask_BA=torch.zeros_like(keys.mask_BA)) for keys in self.keys))
+    def without(self, what: Hide) -> AudioContext:
+        """The same context with some of the audio hidden.
+
+        Raises:
+            ConfigError: a span of time, where the tokens have none.
+        """
+        keys, rows = self.keys, self.hidden_rows
+        if what.pathway != "rows":
+            keys = tuple(part for one in keys for part in one.without(what))
+        if what.pathway != "keys" and bool(self.audio_rows_BT.any()):
+            hidden_BT = self.audio_rows_BT
+            if what.stream is not None or what.seconds is not None:
+                assert self.places is not None, "made without `located`"
+                hidden_BT = self.places.chosen(what)
+            everywhere = range(len(self.llm.windows))
+            rows = (*rows, (frozenset(everywhere if what.layers is None else what.layers), hidden_BT))
+        return replace(self, keys=keys, hidden_rows=rows)
+
+    def rows_kind(self, layer: int, window: int | None) -> Kind:
+        """What decides which rows a layer's queries see: a sliding window, and which of `hidden_rows` hold there."""
+        return window, tuple(i for i, (layers, _) in enumerate(self.hidden_rows) if layer in layers)
 
     def pad_left(self, order_BT: Tensor) -> AudioContext:
         """The context after the rows of the sequence were put in another order ([B, T] of indices)."""
         return replace(
-            self, rows_BT=self.rows_BT.gather(1, order_BT), audio_rows_BT=self.audio_rows_BT.gather(1, order_BT)
+            self,
+            rows_BT=self.rows_BT.gather(1, order_BT),
+            audio_rows_BT=self.audio_rows_BT.gather(1, order_BT),
+            hidden_rows=tuple((layers, hidden_BT.gather(1, order_BT)) for layers, hidden_BT in self.hidden_rows),
+            places=None if self.places is None else self.places.ordered(order_BT),
         )
 
     def view(self, attention_mask: Tensor | None, position_ids: Tensor | None) -> AudioView:
@@ -186,10 +317,11 @@ class AudioContext:
         far = int(position_ids.max())
         windows = tuple(None if window is None or window > far else window for window in self.llm.windows)
         valid_BK = attention_mask.bool()
+        kinds = tuple(self.rows_kind(layer, window) for layer, window in enumerate(windows))
         rows_seen = {
-            window: self._rows_seen(window, valid_BK, position_ids, beams)
-            for layer, window in enumerate(windows)
-            if self.joined(layer) or window is not None or self.rows_hidden
+            kind: self._rows_seen(kind, valid_BK, position_ids, beams)
+            for layer, kind in enumerate(kinds)
+            if self.joined(layer) or kind != (None, ()) or self.watch is not None
         }
         heard = {(i, windows[layer]) for layer in range(len(windows)) for i in self.joined(layer)}
         device = position_ids.device
@@ -200,12 +332,15 @@ class AudioContext:
             context=self,
             beams=beams,
             windows=windows,
+            kinds=kinds,
             ropes=tuple({} if keys.built is not None else self.llm.rope(keys.turns_BA) for keys in self.keys),
             rows_seen=rows_seen,
-            rows_pieces={window: self._rows_pieces(window, valid_BK, seen) for window, seen in rows_seen.items()}
+            rows_pieces={kind: self._rows_pieces(kind, valid_BK, seen) for kind, seen in rows_seen.items()}
             if apart
             else None,
-            keys_seen={} if apart else {(i, w): self.keys[i].seen(w, position_ids, beams) for i, w in heard},
+            keys_seen={}
+            if apart and self.watch is None
+            else {(i, w): self.keys[i].seen(w, position_ids, beams) for i, w in heard},
             keys_pieces={(i, w): self.keys[i].pieces(w, position_ids, beams) for i, w in heard} if apart else {},
             # a block looks at whole clips, however short the windows of the layer after it
             cross_seen=tuple(
@@ -221,18 +356,19 @@ class AudioContext:
             return rows_BT[:, :length]
         return torch.cat((rows_BT, rows_BT[:, -1:] + torch.arange(1, more + 1, device=rows_BT.device)), dim=1)
 
-    def _rows_pieces(self, window: int | None, valid_BK: Tensor, seen_B1QK: Tensor) -> tuple[Piece, ...]:
+    def _rows_pieces(self, kind: Kind, valid_BK: Tensor, seen_B1QK: Tensor) -> tuple[Piece, ...]:
         """The same as `_rows_seen`, as rectangles."""
         B, _, Q, K = seen_B1QK.shape
         whole = Piece((0, B), (0, Q), (0, K))
-        if window is not None or self.rows_hidden:
+        if kind != (None, ()):
             return masked(seen_B1QK)
         if Q == K and bool((valid_BK[:, :-1] >= valid_BK[:, 1:]).all()):
             return (replace(whole, causal=True),)  # padding comes last, where no real row sees it
         return (whole,) if Q == 1 and bool(valid_BK.all()) else masked(seen_B1QK)
 
-    def _rows_seen(self, window: int | None, valid_BK: Tensor, positions_BQ: Tensor, beams: int) -> Tensor:
+    def _rows_seen(self, kind: Kind, valid_BK: Tensor, positions_BQ: Tensor, beams: int) -> Tensor:
         """Which rows each query sees, bool [B, 1, Q, K]: causal by order, windows by position."""
+        window, hiding = kind
         K, Q = valid_BK.shape[1], positions_BQ.shape[1]
         index_K = torch.arange(K, device=valid_BK.device)
         index_Q = index_K[-Q:]
@@ -240,8 +376,8 @@ class AudioContext:
         if window is not None:
             distance_BQK = positions_BQ[:, :, None] - self._row_positions(K, beams)[:, None, :]
             seen_BQK = seen_BQK & (distance_BQK < window)
-        if self.rows_hidden:
-            hidden_BK = _expand(self.audio_rows_BT, beams)[:, :K]
+        for i in hiding:
+            hidden_BK = _expand(self.hidden_rows[i][1], beams)[:, :K]
             hidden_BK = F.pad(hidden_BK, (0, K - hidden_BK.shape[1]))
             # a hidden row still sees itself, since a row without any key would be NaN
             seen_BQK = seen_BQK & (~hidden_BK[:, None, :] | (index_K == index_Q[:, None]))
@@ -259,9 +395,11 @@ class AudioView:
     """For each of the context's `keys`."""
     windows: tuple[int | None, ...]
     """Per layer, the LLM's sliding window where it is shorter than what there is."""
-    rows_seen: dict[int | None, Tensor]
-    """Per sliding window, which rows each query sees: bool [B, 1, Q, K]."""
-    rows_pieces: dict[int | None, tuple[Piece, ...]] | None
+    kinds: tuple[Kind, ...]
+    """Per layer, its place in `rows_seen`."""
+    rows_seen: dict[Kind, Tensor]
+    """Per kind of layer, which rows each query sees: bool [B, 1, Q, K]."""
+    rows_pieces: dict[Kind, tuple[Piece, ...]] | None
     """The same as rectangles, where attention can take each set of keys by itself; else None."""
     keys_seen: dict[tuple[int, int | None], Tensor]
     """Per number in `keys` and sliding window, which of them each query sees: bool [B, 1, Q, A]."""
@@ -277,17 +415,17 @@ class AudioView:
         """
         if self.rows_pieces is None:
             return None
-        window = self.windows[layer]
-        rows = self.rows_pieces[window]
-        if key.shape[2] != self.rows_seen[window].shape[3]:  # a windowed cache drops old rows
-            rows = masked(self.rows_seen[window][..., -key.shape[2] :])
+        window, kind = self.windows[layer], self.kinds[layer]
+        rows = self.rows_pieces[kind]
+        if key.shape[2] != self.rows_seen[kind].shape[3]:  # a windowed cache drops old rows
+            rows = masked(self.rows_seen[kind][..., -key.shape[2] :])
         joined = [(i, self.keys_pieces[i, window]) for i in self.context.joined(layer)]
         return [Keys(key, value, rows), *(Keys(*self._made(i, layer), pieces) for i, pieces in joined if pieces)]
 
     def whole(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """All keys and values of a layer as one, and which each query sees: bool [B, 1, Q, A + K]."""
         window = self.windows[layer]
-        seen = [self.rows_seen[window][..., -key.shape[2] :]]
+        seen = [self.rows_seen[self.kinds[layer]][..., -key.shape[2] :]]
         parts = [(key, value)]
         for i in self.context.joined(layer):
             seen.append(self.keys_seen[i, window])
@@ -297,7 +435,22 @@ class AudioView:
 
     def ordinary(self, layer: int) -> bool:
         """Whether transformers' own mask says all that this layer's queries see; it counts windows in rows."""
-        return not (self.context.joined(layer) or self.windows[layer] is not None or self.context.rows_hidden)
+        return not self.context.joined(layer) and self.kinds[layer] == (None, ())
+
+    def show(self, layer: int, query: Tensor, key: Tensor, scale: float | None) -> None:
+        """Let the context's watch see how a layer's attention is shared; computed here, beside the layer's own."""
+        watch = self.context.watch
+        if watch is None:
+            return
+        window, rows_BN = self.windows[layer], watch.rows_BN
+        joined = self.context.joined(layer)
+        keys = [key, *(self._made(i, layer)[0] for i in joined)]
+        seen = [self.rows_seen[self.kinds[layer]], *(self.keys_seen[i, window] for i in joined)]
+        weights_BHNX = attention_weights(
+            _rows(query, rows_BN), torch.cat(keys, 2), _rows(torch.cat(seen, 3), rows_BN), scale
+        )
+        rows_BHNK, *keys_BHNA = weights_BHNX.split([k.shape[2] for k in keys], dim=3)
+        watch.attended(layer, Weights(rows_BHNK, dict(zip(joined, keys_BHNA, strict=True))))
 
     def _made(self, which: int, layer: int) -> tuple[Tensor, Tensor]:
         keys, llm = self.context.keys[which], self.context.llm
@@ -312,8 +465,28 @@ class AudioView:
         for i in self.context.crossing(layer):
             blocks, seen_B1QA = self.context.keys[i].blocks, self.cross_seen[i]
             assert blocks is not None and seen_B1QA is not None
-            x_BQD = blocks[layer](x_BQD, *self._made(i, layer), seen_B1QA)
+            k_BGAC, v_BGAC = self._made(i, layer)
+            if self.context.watch is not None:
+                weights_BHQA = blocks[layer].weights(x_BQD, k_BGAC, seen_B1QA)
+                self.context.watch.crossed(layer, i, _rows(weights_BHQA, self.context.watch.rows_BN))
+            x_BQD = blocks[layer](x_BQD, k_BGAC, v_BGAC, seen_B1QA)
         return x_BQD
+
+
+def attention_weights(q_BHQC: Tensor, k_BGKC: Tensor, seen_B1QK: Tensor, scale: float | None) -> Tensor:
+    """Softmax of the scores, float32 [B, H, Q, K]: queries H, which may be a multiple of the keys' G.
+
+    A query that sees no key gets zeros. Nothing of the attention that models run is used.
+    """
+    q_BGRQC = q_BHQC.float().unflatten(1, (k_BGKC.shape[1], -1))
+    scores_BHQK = (q_BGRQC @ k_BGKC.float()[:, :, None].mT).flatten(1, 2)
+    scores_BHQK = scores_BHQK * (q_BHQC.shape[-1] ** -0.5 if scale is None else scale)
+    return scores_BHQK.masked_fill(~seen_B1QK, -torch.inf).softmax(-1).nan_to_num(0.0)
+
+
+def _rows(x_BHQX: Tensor, rows_BN: Tensor) -> Tensor:
+    """Some of the rows of each item -> [B, H, N, X]."""
+    return x_BHQX.gather(2, rows_BN[:, None, :, None].expand(-1, x_BHQX.shape[1], -1, x_BHQX.shape[3]))
 
 
 def rotate(x_BGAC: Tensor, cos_BAC: Tensor, sin_BAC: Tensor) -> Tensor:

@@ -56,6 +56,18 @@ class Layout:
         """Positions by which RoPE turns the keys of a clip at position `start`: long [A], or [0] without keys."""
         return torch.arange(tokens * self.keys) if self.beside else start + self.key_offsets(tokens)
 
+    def key_times(self, tokens: int) -> Tensor:
+        """Seconds from the start of a clip at which its keys start and end: [A, 2]; NaN where tokens have no time."""
+        return self._seconds(torch.arange(tokens * self.keys)[:, None] + torch.tensor([0, 1]))
+
+    def row_times(self, tokens: int) -> Tensor:
+        """The same of a clip's rows, which stand for their group: [S, 2]."""
+        group_S = torch.arange(self.groups(tokens)).repeat_interleave(self.rows)
+        return self._seconds(((group_S[:, None] + torch.tensor([0, 1])) * self.tokens).clamp(max=tokens))
+
+    def _seconds(self, tokens_X: Tensor) -> Tensor:
+        return tokens_X * (self.seconds_per_token or math.nan)
+
     def row_offsets(self, tokens: int) -> Tensor:
         """Positions of a clip's rows, counted from its start: long [S]."""
         group_S = torch.arange(self.groups(tokens)).repeat_interleave(self.rows)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pal.backbone.audio_kv import AudioKV
-from pal.backbone.context import AudioContext, AudioKeys, Block, KeySource, gather
+from pal.backbone.context import AudioContext, AudioKeys, Block, KeySource, Places, gather
 from pal.backbone.cost import Added, Step
 from pal.backbone.llm import Backbone
 from pal.backbone.stream_kv import Layout, StreamKV
@@ -57,6 +57,7 @@ class Integration(nn.Module, ABC):
         rows: Sequence[Tokens],
         llm: Backbone,
         padding_side: Literal["left", "right"] = "right",
+        located: bool = False,
     ) -> LLMInputs:
         """Place clips among the text of conversations.
 
@@ -68,11 +69,13 @@ class Integration(nn.Module, ABC):
             rows: conversations; their `clips` count into `audio`.
             llm: the backbone, for embeddings and K/V.
             padding_side: where shorter rows are filled up.
+            located: also say whose audio each row and key is and when it sounds (`Places`), for what hides some of
+                it or watches the attention to it. There is then a context wherever there is a clip.
 
         Raises:
             PromptError: a row that is empty or names a clip that is not there.
         """
-        return _assemble(self._spans_of(audio, llm), rows, llm, padding_side)
+        return _assemble(self._spans_of(audio, llm), rows, llm, padding_side, located)
 
     def _spans_of(
         self, audio: AudioFeatures | Sequence[AudioFeatures] | AudioKV | Sequence[AudioKV] | None, llm: Backbone
@@ -180,15 +183,18 @@ def _stored(spans: ClipSpans, llm: Backbone) -> StreamKV:
 class _Row:
     """One conversation being laid out: where each row's embedding and each key comes from, at which position."""
 
-    def __init__(self, streams: int) -> None:
+    def __init__(self, streams: int, located: bool) -> None:
+        self.located = located
         self.table: list[Tensor] = []
         self.positions: list[Tensor] = []
         self.labels: list[Tensor] = []
         self.is_audio: list[Tensor] = []
+        self.row_places = [_no_places(0)]
         nothing = torch.zeros(0, dtype=torch.long)
         self.keys = [[nothing] for _ in range(streams)]
         self.key_positions = [[nothing] for _ in range(streams)]
         self.key_turns = [[nothing] for _ in range(streams)]
+        self.key_places = [[_no_places(0)] for _ in range(streams)]
         self.next = 0
 
     def add_text(self, table_first: int, count: int, labels: list[int] | None) -> None:
@@ -196,9 +202,12 @@ class _Row:
         self.positions.append(torch.arange(self.next, self.next + count))
         self.labels.append(torch.full((count,), IGNORE) if labels is None else torch.tensor(labels, dtype=torch.long))
         self.is_audio.append(torch.zeros(count, dtype=torch.bool))
+        if self.located:
+            self.row_places.append(_no_places(count))
         self.next += count
 
-    def add_clip(self, clip: int, stream: int, spans: ClipSpans, rows_first: int) -> None:
+    def add_clip(self, clip: int, number: int, stream: int, spans: ClipSpans, rows_first: int) -> None:
+        """Clip `clip` of the batch, as number `number` of the conversation."""
         tokens = spans.lengths[clip]
         if spans.rows_USD is not None:
             offsets_S = spans.layout.row_offsets(tokens)
@@ -207,16 +216,20 @@ class _Row:
             self.positions.append(self.next + offsets_S)
             self.labels.append(torch.full((len(offsets_S),), IGNORE))
             self.is_audio.append(torch.ones(len(offsets_S), dtype=torch.bool))
+            if self.located:
+                self.row_places.append(_places(stream, number, spans.layout.row_times(tokens)))
         if spans.keys is not None:
             self.keys[stream].append(clip * spans.width_A + torch.arange(tokens))
             self.key_positions[stream].append(self.next + spans.layout.key_offsets(tokens))
             self.key_turns[stream].append(spans.layout.key_turns(tokens, self.next))
+            if self.located:
+                self.key_places[stream].append(_places(stream, number, spans.layout.key_times(tokens)))
         # reserved even where nothing stands, so that text after the clip has the ids PLITS would give
         self.next += spans.layout.groups(tokens) * spans.layout.span
 
 
 def _assemble(
-    streams: Sequence[ClipSpans], rows: Sequence[Tokens], llm: Backbone, side: Literal["left", "right"]
+    streams: Sequence[ClipSpans], rows: Sequence[Tokens], llm: Backbone, side: Literal["left", "right"], located: bool
 ) -> LLMInputs:
     text = [token for row in rows for token in row.ids if token != AUDIO]
     # one table of embeddings: the text's, then each stream's rows
@@ -226,7 +239,7 @@ def _assemble(
     laid = []
     first = 0
     for row in rows:
-        laid.append(_lay_out(row, first, rows_first, streams))
+        laid.append(_lay_out(row, first, rows_first, streams, located))
         first += len(row.ids) - len(row.clips)
 
     device = llm.device
@@ -242,17 +255,18 @@ def _assemble(
         labels_BT = _stack([torch.cat(row.labels) for row in laid], left, fill=IGNORE)[0].to(device)
 
     context = None
-    if any(spans.keys is not None for spans in streams) and any(row.clips for row in rows):
+    if any(spans.keys is not None or located for spans in streams) and any(row.clips for row in rows):
         audio_rows_BT, _ = _stack([torch.cat(row.is_audio) for row in laid], left, fill=False)
         context = AudioContext(
             llm=llm,
             keys=tuple(
-                _audio_keys(spans, spans.keys, i, rows, laid, device)
+                _audio_keys(spans, spans.keys, i, rows, laid, device, located)
                 for i, spans in enumerate(streams)
                 if spans.keys is not None
             ),
             rows_BT=positions_BT.to(device),
             audio_rows_BT=audio_rows_BT.to(device),
+            places=_stacked_places([row.row_places for row in laid], left, device) if located else None,
         )
     return LLMInputs(
         inputs_embeds_BTD=gather(table_XD, table_BT.to(device)),
@@ -264,7 +278,13 @@ def _assemble(
 
 
 def _audio_keys(
-    spans: ClipSpans, source: KeySource, stream: int, rows: Sequence[Tokens], laid: Sequence[_Row], device: torch.device
+    spans: ClipSpans,
+    source: KeySource,
+    stream: int,
+    rows: Sequence[Tokens],
+    laid: Sequence[_Row],
+    device: torch.device,
+    located: bool,
 ) -> AudioKeys:
     def stacked(lists: Sequence[list[Tensor]]) -> tuple[Tensor, Tensor]:
         matrix, mask = _stack([torch.cat(parts) for parts in lists], left=False, fill=0)
@@ -281,24 +301,44 @@ def _audio_keys(
         turns_BA=turns_BA,
         mask_BA=mask_BA,
         blocks=spans.blocks,
+        places=_stacked_places([row.key_places[stream] for row in laid], False, device) if located else None,
     )
 
 
-def _lay_out(row: Tokens, text_first: int, rows_first: Sequence[int], streams: Sequence[ClipSpans]) -> _Row:
-    laid = _Row(len(streams))
+def _places(stream: int, clip: int, times_X2: Tensor) -> Tensor:
+    """The columns of `Places` for one clip's rows or keys: [X, 4]."""
+    about_X2 = torch.tensor([float(stream), float(clip)]).expand(len(times_X2), 2)
+    return torch.cat((about_X2, times_X2), dim=1)
+
+
+def _no_places(count: int) -> Tensor:
+    return torch.tensor([-1.0, -1.0, torch.nan, torch.nan]).expand(count, 4)
+
+
+def _stacked_places(rows: Sequence[list[Tensor]], left: bool, device: torch.device) -> Places:
+    columns = [[torch.cat(parts)[:, column] for parts in rows] for column in range(4)]
+    stream, clip = (_stack(column, left, fill=-1)[0].long() for column in columns[:2])
+    start, end = (_stack(column, left, fill=torch.nan)[0] for column in columns[2:])
+    return Places(stream.to(device), clip.to(device), start.to(device), end.to(device))
+
+
+def _lay_out(
+    row: Tokens, text_first: int, rows_first: Sequence[int], streams: Sequence[ClipSpans], located: bool
+) -> _Row:
+    laid = _Row(len(streams), located)
     known = len(streams[0].lengths) if streams else 0
-    clips = iter(row.clips)
+    clips = enumerate(row.clips)
     start = 0
     for end in [*(i for i, token in enumerate(row.ids) if token == AUDIO), len(row.ids)]:
         laid.add_text(text_first, end - start, None if row.labels is None else row.labels[start:end])
         text_first += end - start
         start = end + 1
         if end < len(row.ids):
-            clip = next(clips)
+            number, clip = next(clips)
             if not 0 <= clip < known:
                 raise PromptError(f"a conversation names clip {clip}, but the batch has {known}")
             for stream, spans in enumerate(streams):
-                laid.add_clip(clip, stream, spans, rows_first[stream])
+                laid.add_clip(clip, number, stream, spans, rows_first[stream])
     if not sum(len(part) for part in laid.table):
         raise PromptError("a conversation needs some text")
     return laid
@@ -308,7 +348,7 @@ def _one_clip_each(rows: Sequence[Tokens], spans: ClipSpans) -> bool:
     return [row.clips for row in rows] == [[clip] for clip in range(len(spans.lengths))]
 
 
-def _stack(rows: list[Tensor], left: bool, fill: int | bool) -> tuple[Tensor, Tensor]:
+def _stack(rows: list[Tensor], left: bool, fill: float) -> tuple[Tensor, Tensor]:
     """Rows of different lengths as one matrix, and a mask that is True where they are."""
     longest = max(len(row) for row in rows)
     matrix = rows[0].new_full((len(rows), longest), fill)

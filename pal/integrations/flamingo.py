@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from pal.backbone.context import Block
+from pal.backbone.context import Block, attention_weights
 from pal.backbone.cost import Added, Cost, LayerAdded, Step, attention, linear
 from pal.backbone.llm import Backbone
 from pal.backbone.stream_kv import Layout
@@ -55,7 +56,7 @@ class Flamingo(Route):
 
     def blocks(self) -> Mapping[int, Block]:
         """Its gated blocks, by the layer they stand before."""
-        return {layer: self.cross[str(layer)] for layer in self.layers}
+        return {layer: cast(GatedBlock, self.cross[str(layer)]) for layer in self.layers}
 
     def spans(self, features: AudioFeatures, llm: Backbone) -> ClipSpans:
         """One key per token for each block, no rows."""
@@ -136,7 +137,7 @@ class GatedBlock(nn.Module):
     def forward(self, x_BQD: Tensor, k_BGAC: Tensor, v_BGAC: Tensor, seen_B1QA: Tensor) -> Tensor:
         """Rows [B, Q, D], keys after RoPE, values, and which keys each row sees -> rows [B, Q, D]."""
         dtype = self.q.weight.dtype
-        q_BHQC = self.q(self.norm(x_BQD.to(dtype))).unflatten(-1, (-1, self.width)).transpose(1, 2)
+        q_BHQC = self._queries(x_BQD)
         hears_B1Q1 = seen_B1QA.any(-1, keepdim=True)
         # a row without any key would be NaN; what comes of it is not used
         mixed_BHQC = F.scaled_dot_product_attention(
@@ -149,3 +150,11 @@ class GatedBlock(nn.Module):
         y_BQD = x_BQD + (self.gate.tanh() * self.out(mixed_BHQC.transpose(1, 2).flatten(2))).to(x_BQD.dtype)
         y_BQD = y_BQD + (self.ffn_gate.tanh() * self.ffn(y_BQD.to(dtype))).to(x_BQD.dtype)
         return torch.where(hears_B1Q1[:, 0], y_BQD, x_BQD)
+
+    def weights(self, x_BQD: Tensor, k_BGAC: Tensor, seen_B1QA: Tensor) -> Tensor:
+        """How each row's attention is shared among the keys: [B, H, Q, A], all 0 where it sees none."""
+        return attention_weights(self._queries(x_BQD), k_BGAC, seen_B1QA, None)
+
+    def _queries(self, x_BQD: Tensor) -> Tensor:
+        q_BQX = self.q(self.norm(x_BQD.to(self.q.weight.dtype)))
+        return q_BQX.unflatten(-1, (-1, self.width)).transpose(1, 2)
