@@ -119,9 +119,9 @@ def conversation(ids, clips=(0, 1), labels=None):
     return Tokens(list(ids), list(clips[: list(ids).count(AUDIO)]), labels)
 
 
-def expected_logits(llm, integration, row, audio, keys=True, rows=True):
+def expected_logits(llm, integration, row, audio, keys=True, rows=True, decoder=None):
     """The reference's logits of a conversation's text rows."""
-    decoder = Decoder(llm.lm.config, llm.lm.state_dict())
+    decoder = decoder or Decoder(llm.lm.config, llm.lm.state_dict())
     weights = [route.state_dict() for route in integration.routes()]
     streams = [
         Stream(type(route).__name__, own, getattr(route, "layers", ()), STRIDE)

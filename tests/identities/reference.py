@@ -113,6 +113,10 @@ class Decoder:
         self.kind = config.model_type
         self.gemma = self.kind.startswith("gemma")
         self.C = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        self.hidden = lambda layer, which: torch.zeros(0, dtype=torch.bool)
+        """What no other entity sees in a layer: of "rows", "keys" or "crossed", True for each that is hidden."""
+        self.weights = {}
+        """Layer -> softmax of the rows over rows, then keys [H, N, K]; "crossed" and layer -> those of a block."""
 
     def embed(self, token):
         e = self.w["model.embed_tokens.weight"][token]
@@ -153,7 +157,7 @@ class Decoder:
             k = self.norm(p + "self_attn.k_norm", k)
         return self.rope(k, positions, layer), v
 
-    def attention(self, layer, x, positions, extra):
+    def attention(self, layer, x, positions, extra, updating=False):
         p = f"model.layers.{layer}."
         k, v = self.keys_values(layer, x, positions)
         key_positions = positions
@@ -171,11 +175,20 @@ class Decoder:
         seen = distance >= 0
         if self.layer_kind(layer) == "sliding_attention":
             seen = seen & (distance < self.c.sliding_window)
+        if not updating:
+            hidden = [self.hidden(layer, which) for which in ("rows", "keys")]
+            for number in hidden[0].nonzero()[:, 0].tolist() if len(hidden[0]) else ():
+                seen[torch.arange(len(x)) != number, number] = False
+            if extra and len(hidden[1]):
+                seen[:, len(x) :] &= ~hidden[1]
         groups = q.shape[1] // k.shape[1]
-        out = []
+        out, weights = [], []
         for head in range(q.shape[1]):
             score = q[:, head] @ k[:, head // groups].T * scale
-            out.append(torch.softmax(score.masked_fill(~seen, -torch.inf), -1) @ v[:, head // groups])
+            weights.append(torch.softmax(score.masked_fill(~seen, -torch.inf), -1))
+            out.append(weights[-1] @ v[:, head // groups])
+        if not updating:
+            self.weights[layer] = torch.stack(weights)
         return self.linear(p + "self_attn.o_proj", torch.cat(out, -1))
 
     def cross(self, layer, x, positions, clips):
@@ -192,11 +205,16 @@ class Decoder:
         k, v = self.rope(torch.cat(k), torch.tensor(turns), layer), torch.cat(v)
         q = (layer_norm(w, block + "norm", x) @ w[block + "q.weight"].T).view(len(x), -1, width)
         seen = positions[:, None] >= torch.tensor(at)[None]
+        hidden = self.hidden(layer, "crossed")
+        if len(hidden):
+            seen = seen & ~hidden
         groups = q.shape[1] // k.shape[1]
-        heads = []
+        heads, weights = [], []
         for head in range(q.shape[1]):
             score = q[:, head] @ k[:, head // groups].T / math.sqrt(width)
-            heads.append(torch.softmax(score.masked_fill(~seen, -1e30), -1) @ v[:, head // groups])
+            weights.append(torch.softmax(score.masked_fill(~seen, -1e30), -1))
+            heads.append(weights[-1] @ v[:, head // groups])
+        self.weights["crossed", layer] = torch.stack(weights) * seen.any(1)[:, None]
         y = x + torch.tanh(w[block + "gate"]) * (torch.cat(heads, -1) @ w[block + "out.weight"].T)
         f = layer_norm(w, block + "ffn.0", y) @ w[block + "ffn.1.weight"].T
         f = 0.5 * f * (1 + torch.erf(f / math.sqrt(2)))
@@ -228,7 +246,7 @@ class Decoder:
                     continue
                 at = start + torch.arange(len(u))
                 extra += zip(u, at.tolist(), strict=True)
-                change = self.attention(layer, u, at, [])
+                change = self.attention(layer, u, at, [], updating=True)
                 if self.kind == "gemma3_text":
                     change = self.norm(p + "post_attention_layernorm", change)
                 scene.updated[i] = (layers, start, u + change)

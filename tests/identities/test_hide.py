@@ -1,0 +1,245 @@
+"""What is hidden from queries, and what a watch is shown, against the reference in plain matmuls."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from pal.backbone.context import Hide
+from pal.errors import ConfigError
+from pal.types import AUDIO, AudioFeatures, Tokens
+from tests.identities.models import (
+    INTEGRATIONS,
+    PLACEMENTS,
+    STRIDE,
+    conversation,
+    expected_logits,
+    features,
+    make_backbone,
+    make_integration,
+    shared,
+)
+from tests.identities.reference import Decoder
+from tests.models import tiny_model, tone
+
+LENGTHS = (7, 11)
+"""Tokens of the clips, 0.04 s each."""
+
+every_family = pytest.mark.parametrize("family", ["llama", "qwen3", "mistral", "gemma3"])
+every_integration = pytest.mark.parametrize("name", INTEGRATIONS)
+
+HIDES = {
+    "keys": Hide(pathway="keys"),
+    "rows": Hide(pathway="rows"),
+    "a layer": Hide(layers=(1,)),
+    "later layers": Hide(layers=range(1, 3)),
+    "a span": Hide(seconds=(0.1, 0.22)),
+    "a span of keys in a layer": Hide(pathway="keys", layers=(0,), seconds=(0.0, 0.1)),
+    "another stream": Hide(stream=1),
+}
+
+
+class Watching:
+    """Keeps everything it is shown."""
+
+    def __init__(self, rows_BN):
+        self.rows_BN = rows_BN
+        self.seen = {}
+        self.cross = {}
+
+    def attended(self, layer, weights):
+        self.seen[layer] = weights
+
+    def crossed(self, layer, which, weights_BHNA):
+        self.cross[layer] = weights_BHNA
+
+
+def hidden_entities(what, clips, layer, group):
+    """Whether each audio entity of a conversation, a group of so many tokens each, is hidden in a layer."""
+    out = []
+    for clip in clips:
+        for i in range(math.ceil(LENGTHS[clip] / group)):
+            start, end = i * group * 0.04, min((i + 1) * group, LENGTHS[clip]) * 0.04
+            timely = what.seconds is None or (start < what.seconds[1] - 1e-6 and end > what.seconds[0] + 1e-6)
+            out.append(timely and what.stream in (None, 0) and (what.layers is None or layer in what.layers))
+    return out
+
+
+def hiding(what, name, row):
+    """The reference's `hidden` for one conversation."""
+
+    def hidden(layer, which):
+        if (which == "rows") == (what.pathway == "keys") and what.pathway is not None:
+            return torch.zeros(0, dtype=torch.bool)
+        if which != "rows":
+            return torch.tensor(hidden_entities(what, row.clips, layer, 1))
+        group = {"plits": 1, "pal": STRIDE}.get(name)
+        clips = iter(row.clips)
+        flags = []
+        for token in row.ids:
+            if token != AUDIO:
+                flags.append(False)
+            elif group:
+                flags += hidden_entities(what, [next(clips)], layer, group)
+        return torch.tensor(flags)
+
+    return hidden
+
+
+@pytest.mark.parametrize("which", HIDES)
+@every_integration
+@every_family
+@torch.no_grad()
+def test_what_is_hidden_is_not_seen(family, name, which):
+    llm, integration = shared(family, name)
+    what, audio = HIDES[which], features(*LENGTHS)
+    rows = [conversation(PLACEMENTS[place]) for place in ("two", "middle", "none")]
+    inputs = integration(audio, rows, llm, "left", located=True)
+    full = llm(inputs).logits
+    logits = llm(replace(inputs, audio=inputs.audio.without(what))).logits
+    changed = False
+    for at, row in enumerate(rows):
+        decoder = Decoder(llm.lm.config, llm.lm.state_dict())
+        decoder.hidden = hiding(what, name, row)
+        text = inputs.attention_mask_BT[at].bool() & ~inputs.audio.audio_rows_BT[at]
+        expected = expected_logits(llm, integration, row, audio, decoder=decoder)
+        torch.testing.assert_close(logits[at][text].double(), expected, atol=2e-4, rtol=2e-4)
+        changed |= bool((logits[at][text] - full[at][text]).abs().max() > 1e-3)
+    touched = [layer for layer in range(3) for part in ("rows", "keys") if _touches(what, name, layer, part)]
+    assert changed == bool(touched)
+
+
+def _touches(what, name, layer, part):
+    """Whether the integration has such audio in the layer for the hide to take away."""
+    has = {"plits": ("rows",), "pal": ("rows", "keys")}.get(name, ("keys",))
+    layers = {"lal_first": (0,), "pal": (0,), "lal_some": (0, 2), "flamingo": (1,)}.get(name, (0, 1, 2))
+    here = part in has and (part == "rows" or layer in layers)
+    return here and what.stream is None and what.pathway in (None, part) and layer in (what.layers or range(3))
+
+
+@every_integration
+@every_family
+@torch.no_grad()
+def test_a_watch_sees_the_softmax_of_every_layer(family, name):
+    llm, integration = shared(family, name)
+    audio = features(*LENGTHS)
+    rows = [conversation(PLACEMENTS[place]) for place in ("two", "turns", "middle")]
+    inputs = integration(audio, rows, llm, "left", located=True)
+    T = inputs.position_ids_BT.shape[1]
+    watch = Watching(torch.arange(T).expand(len(rows), T))
+    shown = llm(replace(inputs, audio=replace(inputs.audio, watch=watch))).logits
+    assert torch.equal(shown, llm(inputs).logits)
+    for at, row in enumerate(rows):
+        decoder = Decoder(llm.lm.config, llm.lm.state_dict())
+        expected_logits(llm, integration, row, audio, decoder=decoder)
+        real = inputs.attention_mask_BT[at].bool()
+        for layer in range(3):
+            weights = watch.seen[layer]
+            parts = [weights.rows_BHNK[at][:, real][..., real]]
+            for i, keys_BHNA in weights.keys_BHNA.items():
+                parts.append(keys_BHNA[at][:, real][..., inputs.audio.keys[i].mask_BA[at]])
+            ours = torch.cat(parts, -1).double()
+            torch.testing.assert_close(ours, decoder.weights[layer], atol=1e-5, rtol=1e-4)
+            torch.testing.assert_close(ours.sum(-1), torch.ones_like(ours[..., 0]), atol=1e-5, rtol=0)
+        for layer, cross_BHNA in watch.cross.items():
+            ours = cross_BHNA[at][:, real][..., inputs.audio.keys[0].mask_BA[at]]
+            torch.testing.assert_close(ours.double(), decoder.weights["crossed", layer], atol=1e-5, rtol=1e-4)
+    assert bool(watch.cross) == (name == "flamingo")
+
+
+@torch.no_grad()
+def test_a_watch_is_shown_the_rows_it_asks_for():
+    llm, integration = shared("llama", "pal")
+    inputs = integration(features(*LENGTHS), [conversation(PLACEMENTS["two"])], llm, located=True)
+    T = inputs.position_ids_BT.shape[1]
+    every, some = Watching(torch.arange(T)[None]), Watching(torch.tensor([[T - 1, 3]]))
+    for watch in (every, some):
+        llm(replace(inputs, audio=replace(inputs.audio, watch=watch)))
+    for layer in range(3):
+        torch.testing.assert_close(some.seen[layer].rows_BHNK, every.seen[layer].rows_BHNK[:, :, [T - 1, 3]])
+
+
+@every_integration
+def test_places_name_clip_stream_and_time(name):
+    llm, integration = shared("llama", name)
+    inputs = integration(features(*LENGTHS), [conversation(PLACEMENTS["two"])], llm, "left", located=True)
+    group = {"plits": 1, "pal": STRIDE}.get(name)
+    if group:
+        places, audio_T = inputs.audio.places, inputs.audio.audio_rows_BT[0]
+        expected = [
+            (clip, i * group * 0.04, min((i + 1) * group, n) * 0.04)
+            for clip, n in enumerate(LENGTHS)
+            for i in range(-(-n // group))
+        ]
+        found = zip(
+            places.clip_BX[0][audio_T].tolist(),
+            places.start_BX[0][audio_T].tolist(),
+            places.end_BX[0][audio_T].tolist(),
+            strict=True,
+        )
+        assert [pytest.approx(one) for one in expected] == list(found)
+        assert (places.stream_BX[0][~audio_T] == -1).all() and places.start_BX[0][~audio_T].isnan().all()
+    for keys in inputs.audio.keys:
+        expected = [j * 0.04 for n in LENGTHS for j in range(n)]
+        assert keys.places.start_BX[0].tolist() == pytest.approx(expected)
+        assert keys.places.clip_BX[0].tolist() == [0] * 7 + [1] * 11
+    assert bool(inputs.audio.keys) == (name != "plits")
+
+
+@torch.no_grad()
+def test_one_stream_of_two_is_hidden():
+    llm = make_backbone("llama")
+    first, second = (make_integration("lal", llm, seed=seed) for seed in (1, 5))
+    from pal.integrations.routed import Routed, Stream
+
+    routed = Routed(Routed.Config(routes={}, default="lal"), [Stream(10, ("a",)), Stream(10, ("b",))], llm)
+    routed.streams = torch.nn.ModuleList([first, second])
+    one, two, other = features(7, seed=2), features(5, seed=3), features(5, seed=4)
+    row = [Tokens([5, AUDIO, 6, 7], [0])]
+
+    def logits(stream, b):
+        inputs = routed([one, b], row, llm, located=True)
+        audio = inputs.audio if stream is None else inputs.audio.without(Hide(stream=stream))
+        return llm(replace(inputs, audio=audio)).logits
+
+    assert torch.equal(logits(1, two), logits(1, other))
+    assert not torch.allclose(logits(0, two), logits(0, other))
+    assert not torch.allclose(logits(None, two), logits(1, two))
+
+
+def test_generation_under_a_hide_is_that_of_one_full_pass():
+    # cached decoding grows the rows, which the hidden ones are padded for
+    model = tiny_model("pal")
+    clip, ids = tone(1.0, 400.0), [20, AUDIO, 30, 40]
+    with model.hiding(Hide(pathway="rows", seconds=(0.2, 0.6)), Hide(pathway="keys", layers=(0,))):
+        inputs = model.inputs([clip], [Tokens(ids, [0])], padding_side="left")
+        made = model.llm.generate(inputs, max_new_tokens=5, do_sample=False, eos_token_id=None, pad_token_id=0)[0]
+        inputs = model.inputs([clip], [Tokens(ids + made.tolist(), [0])])
+        with torch.no_grad():
+            again = model.llm(inputs).logits[0, -6:-1].argmax(-1)
+    assert made.tolist() == again.tolist()
+
+
+def test_hiding_ends_with_its_block_and_names_what_is_not_there():
+    model = tiny_model("lal")
+    clip, row = tone(0.5, 300.0), Tokens([20, AUDIO, 25, 30], [0], [-100, -100, -100, 30])
+    before = model.answer_scores([clip], [row])
+    with model.hiding(Hide()):
+        hidden = model.answer_scores([clip], [row])
+        with model.hiding(Hide(layers=(2,))):
+            assert torch.equal(model.answer_scores([tone(0.5, 900.0)], [row]), hidden)
+    assert torch.equal(model.answer_scores([clip], [row]), before) and not torch.equal(before, hidden)
+    with pytest.raises(ConfigError, match=r"layer 3 .* 0 to 2"), model.hiding(Hide(layers=(3,))):
+        pass
+    with pytest.raises(ConfigError, match=r"stream 1 .* 0 to 0"), model.hiding(Hide(stream=1)):
+        pass
+
+
+def test_tokens_without_time_have_no_span_to_hide():
+    llm, integration = shared("llama", "lal")
+    timeless = AudioFeatures(torch.randn(1, 4, 10), torch.ones(1, 4, dtype=torch.bool), 0.0)
+    inputs = integration(timeless, [Tokens([5, AUDIO, 6], [0])], llm, located=True)
+    with pytest.raises(ConfigError, match="no time of their own"):
+        inputs.audio.without(Hide(seconds=(0.0, 1.0)))
+    inputs.audio.without(Hide(layers=(1,)))
