@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -146,18 +146,25 @@ class PalModel(nn.Module):
         assert not known or not unheard, "a batch's clips are all waveforms, or all heard before"
         return self.ears.connect(self.ears.recall(known) if known else self.ears.hear(unheard))
 
-    def inputs(self, clips: Clips, rows: list[Tokens], padding_side: str = "right") -> LLMInputs:
+    def inputs(
+        self,
+        clips: Clips,
+        rows: Sequence[Tokens],
+        padding_side: Literal["left", "right"] = "right",
+        located: bool = False,
+    ) -> LLMInputs:
         """Everything the LLM needs for a batch of conversations.
 
         Args:
             clips: waveforms [N], what the encoders made of them (`FeatureCache`), or what `index` did.
             rows: conversations; `Tokens.clips` are indices into `clips`.
             padding_side: "right" for training and scoring, "left" for generation.
+            located: also say whose audio each row and key is, and when it sounds.
         """
         audio: Any = list(clips)
         if audio and not isinstance(audio[0], AudioKV):
             audio = self.features(audio)
-        inputs = self.integration(audio or None, rows, self.llm, padding_side, located=bool(self._hidden))
+        inputs = self.integration(audio or None, rows, self.llm, padding_side, located=located or bool(self._hidden))
         for what in self._hidden if inputs.audio is not None else ():
             inputs = replace(inputs, audio=inputs.audio.without(what))
         return inputs

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pal.app.output import print_json
+from pal.app.options import AsJson
+from pal.app.output import print_json, shows_progress
 
 if TYPE_CHECKING:
     from pal.probe.finding import Finding
@@ -24,6 +26,47 @@ Out = Annotated[
 ]
 Limit = Annotated[int, typer.Option(min=1, help="Most questions of a manifest, taken evenly from all of it.")]
 Seed = Annotated[int | None, typer.Option(min=0, help="Of what is made up or drawn.", show_default=False)]
+
+
+@probe_app.command("attention")
+def attention(
+    model: Model,
+    manifests: Manifests = None,
+    audio: Annotated[
+        Path | None, typer.Option("--audio", help="Ask about this file instead.", show_default=False)
+    ] = None,
+    question: Annotated[
+        str | None, typer.Option("--ask", help="The question about --audio.", show_default=False)
+    ] = None,
+    limit: Limit = 128,
+    examples: Annotated[int, typer.Option(min=0, help="Clips with heat-maps.")] = 3,
+    batch: Annotated[int, typer.Option(min=1, help="Conversations in a forward pass.")] = 16,
+    seed: Seed = None,
+    out: Out = None,
+    as_json: AsJson = False,
+) -> None:
+    """How much attention goes to audio, by layer, head, pathway, word and second."""
+    import pal
+    from pal.data.manifest import Record, Turn
+    from pal.probe.attention_mass import probe_attention
+    from pal.probe.material import SCENES_SEED, material
+
+    if (audio is None) != (question is None):
+        raise typer.BadParameter("give both, or none", param_hint="--audio --ask")
+    if audio is not None and manifests:
+        raise typer.BadParameter("takes no manifest", param_hint="--audio")
+    loaded = pal.load(model)
+    if audio is not None and question is not None:
+        one = Record("audio", (str(audio),), (Turn(question, ""),), task="", dataset="")
+        finding = probe_attention(
+            loaded, [one], examples, batch, progress=shows_progress(), settings={"audio": str(audio)}
+        )
+    else:
+        drawn = SCENES_SEED if seed is None else seed
+        facts = {"manifests": [str(path) for path in manifests or []], "limit": limit, "seed": drawn}
+        with material(manifests or [], limit, drawn) as records:
+            finding = probe_attention(loaded, records, examples, batch, progress=shows_progress(), settings=facts)
+    finish(finding, model, out, as_json)
 
 
 def finish(finding: Finding, model: str, out: Path | None, as_json: bool) -> None:
@@ -47,16 +90,23 @@ def _print_tables(finding: Finding) -> None:
         if not rows:
             continue
         table = Table(title=title)
-        for place, heading in enumerate(rows[0]):
+        shown = [heading for heading in rows[0] if not heading.endswith("ci95")]
+        for place, heading in enumerate(shown):
             table.add_column(heading.replace("_", " "), justify="right" if place else "left")
         for row in rows:
-            table.add_row(*(_cell(value) for value in row.values()))
+            table.add_row(*(_cell(row, heading) for heading in shown))
         Console().print(table)
 
 
-def _cell(value: object) -> str:
+def _cell(row: Mapping[str, Any], heading: str) -> str:
+    """A value, with its interval where the row has one: under "X ci95", or "ci95" right after X."""
+    headings = list(row)
+    after = headings[headings.index(heading) + 1 : headings.index(heading) + 2]
+    ends = row.get(f"{heading} ci95", row["ci95"] if after == ["ci95"] else None)
+    return _shown(row[heading]) if ends is None else f"{_shown(row[heading])} ({' to '.join(map(_shown, ends))})"
+
+
+def _shown(value: object) -> str:
     if value is None:
         return ""
-    if isinstance(value, tuple | list):
-        return " to ".join(_cell(part) for part in value)
     return f"{value:.3f}" if isinstance(value, float) else str(value)

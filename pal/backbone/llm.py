@@ -311,7 +311,7 @@ class Backbone(nn.Module):
     def _token_losses(self, inputs: LLMInputs) -> tuple[Tensor, Tensor, Tensor]:
         """Cross-entropy of each labelled token, its row and column; the head runs on the rows that predict one."""
         assert inputs.labels_BT is not None, "inputs without labels"
-        hidden_BTD = self._hidden(inputs)
+        hidden_BTD = self.hidden(inputs)
         next_BT = inputs.labels_BT[:, 1:]
         row_N, column_N = (next_BT != IGNORE).nonzero(as_tuple=True)
         logits_NV = self._logits(hidden_BTD[row_N, column_N])
@@ -329,12 +329,13 @@ class Backbone(nn.Module):
 
     def logits_at(self, inputs: LLMInputs, rows_BK: Tensor) -> Tensor:
         """Logits of some rows of each sequence [B, K, vocab]; the head runs on these alone."""
-        hidden_BTD = self._hidden(inputs)
+        hidden_BTD = self.hidden(inputs)
         index_BKD = rows_BK[..., None].expand(-1, -1, hidden_BTD.shape[-1])
         logits: Tensor = self.lm.lm_head(hidden_BTD.gather(1, index_BKD))
         return logits
 
-    def _hidden(self, inputs: LLMInputs) -> Tensor:
+    def hidden(self, inputs: LLMInputs) -> Tensor:
+        """What the head gets: [B, T, D] after the last norm."""
         audio = inputs.audio
         extra = {} if audio is None else {"audio": audio.view(inputs.attention_mask_BT, inputs.position_ids_BT)}
         hidden_BTD: Tensor = self.lm.model(

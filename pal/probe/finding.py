@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 FILE = "probe.json"
 
 Row = Mapping[str, Any]
-"""A line of a table: heading -> value. A value with an interval stands before `ci95`, its ends."""
+"""A line of a table: heading -> value. A value's interval stands right after it as `ci95`, or as `HEADING ci95`."""
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,442 @@
+"""`pal probe attention`: how much of the attention goes to audio, by layer, head, pathway, word and second.
+
+The paper's figure 5. Each conversation is answered first and then read once more, answer included; the weights of one
+layer live at a time (`pal.probe.record`).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from pal import audio as audio_io
+from pal.data import prompts
+from pal.data.manifest import Record
+from pal.errors import PalError
+from pal.evaluate.runner import evaluation_mode
+from pal.evaluate.scorers import bootstrap_ci, exact_match
+from pal.probe.finding import Finding, Picture, about
+from pal.probe.record import PATHWAYS, Attention, record
+from pal.types import IGNORE, Tokens
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from torch import Tensor
+
+    from pal.model import PalModel
+
+NAMES = {"keys": "audio K/V (LAL)", "rows": "audio rows (PLITS, summaries)", "text": "text", "cross": "cross-attention"}
+_COLOURS = {"keys": "#0b6e99", "rows": "#b3541e", "text": "#777777", "cross": "#5b3fa0"}
+BINS = 40
+"""Pieces of a clip's time."""
+
+
+@dataclass(frozen=True)
+class Read:
+    """One question, its answer, and the attention of the rows after the clip."""
+
+    record: Record
+    answer: str
+    attention: Attention
+    samples_N: Tensor
+    """Of the first clip."""
+    seconds: float
+    """Its length."""
+
+
+def probe_attention(
+    model: PalModel,
+    records: Sequence[Record],
+    examples: int = 3,
+    batch: int = 16,
+    max_new_tokens: int = 32,
+    progress: bool = False,
+    settings: dict[str, Any] | None = None,
+) -> Finding:
+    """Where the attention of the answers' rows goes.
+
+    Args:
+        model: any; the last turn of each record is asked.
+        records: with a clip each.
+        examples: of the first records, each with other clips, in pictures: heat-maps over the spectrogram.
+        batch: conversations in a forward pass.
+        max_new_tokens: of an answer.
+        progress: show a bar with the time left.
+        settings: what else decided the records, for the folder.
+
+    Raises:
+        PalError: no record has a clip.
+    """
+    started = time.perf_counter()
+    asked = [one for one in records if one.clips]
+    if not asked:
+        raise PalError("no question has a clip; attention to audio needs one")
+    with evaluation_mode(model):
+        read = _read(model, asked, batch, max_new_tokens, progress)
+    clips = [one.record.clips for one in read]
+    paths = [p for p in range(len(PATHWAYS)) if any(one.attention.visible_LNP[..., p].any() for one in read)]
+    by_layer = [_layer_row(read, clips, layer, paths) for layer in range(model.llm.n_layers)]
+    roles = [_role_row(read, clips, layer) for layer in range(model.llm.n_layers)]
+    pointing = [row for layer in range(model.llm.n_layers) if (row := _pointing_row(read, layer)) is not None]
+    shown = _examples(read, examples)
+    pictures = {
+        "by-layer": Picture(
+            "Attention mass on audio by layer",
+            "Share of the attention of the rows that predict the answer, mean of heads; bands are 95 % intervals over "
+            "clips. Dashed: what even attention to all that is seen would give.",
+            lambda figure: _draw_layers(figure, by_layer, paths),
+        ),
+        "by-head": Picture(
+            "Attention mass on audio by layer and head",
+            "All audio pathways together. Columns that stand out are heads that listen.",
+            lambda figure: _draw_heads(figure, _heads(read)),
+        ),
+    }
+    sounds = {}
+    for number, one in enumerate(shown, 1):
+        name = f"example-{number}"
+        sounds[name] = one.samples_N, model.sampling_rate
+        pictures[name] = _example_picture(model, one, name)
+    tables: dict[str, Any] = {"attention of the answer's rows by layer": by_layer, "audio share by kind of row": roles}
+    if pointing:
+        tables["does attention to audio point at the sound that the answer names?"] = pointing
+    return Finding(
+        probe="attention",
+        model=about(model),
+        settings={"questions": len(read), "batch": batch, "bins": BINS, **(settings or {})},
+        reading=_reading(by_layer, roles, pointing, paths),
+        tables=tables,
+        details={
+            "pathways": [PATHWAYS[p] for p in paths],
+            "by_layer_and_head": _heads(read).tolist(),
+            "examples": [_example_details(model, one) for one in shown],
+            "items": [
+                {"id": one.record.id, "answer": one.answer, "audio_by_layer": _audio(one).mean(1).tolist()}
+                for one in read
+            ],
+        },
+        pictures=pictures,
+        clips=sounds,
+        seconds=time.perf_counter() - started,
+    )
+
+
+def _read(model: PalModel, records: Sequence[Record], batch: int, max_new_tokens: int, progress: bool) -> list[Read]:
+    """Every record answered and read once more; clips of like length together."""
+    system, tokenizer = model.config.system, model.tokenizer
+    order = sorted(range(len(records)), key=lambda i: sum(audio_io.seconds(path) for path in records[i].clips))
+    read: list[Read | None] = [None] * len(records)
+    with tqdm(total=len(records), desc="attention", unit="question", disable=not progress, leave=False) as bar:
+        for first in range(0, len(order), batch):
+            part = order[first : first + batch]
+            paths = list(dict.fromkeys(path for i in part for path in records[i].clips))
+            waves = [audio_io.load(path, model.sampling_rate).samples_N for path in paths]
+            spans = [[paths.index(path) for path in records[i].clips] for i in part]
+            talks = [prompts.conversation_of(records[i], with_answers=False, system=system) for i in part]
+            rows = [prompts.encode(tokenizer, talk, span) for talk, span in zip(talks, spans, strict=True)]
+            answers = model.generate(waves, rows, max_new_tokens=max_new_tokens)
+            whole = [
+                prompts.encode(tokenizer, [*talk, {"role": "assistant", "content": answer}], span, train=True)
+                for talk, span, answer in zip(talks, spans, answers, strict=True)
+            ]
+            with torch.inference_mode():
+                found = record(model, waves, [_last_answer(row) for row in whole], BINS)
+            for i, answer, span, attention in zip(part, answers, spans, found, strict=True):
+                samples_N = waves[span[0]]
+                seconds = len(samples_N) / model.sampling_rate
+                read[i] = Read(records[i], answer, attention, samples_N, seconds)
+            bar.update(len(part))
+    return [one for one in read if one is not None]
+
+
+def _last_answer(row: Tokens) -> Tokens:
+    """The row with only its last answer labelled: earlier ones are part of the question."""
+    labels = list(row.labels or ())
+    end = max(i for i, label in enumerate(labels) if label != IGNORE)
+    start = end
+    while start and labels[start - 1] != IGNORE:
+        start -= 1
+    return replace(row, labels=[IGNORE] * start + labels[start:])
+
+
+def _audio(one: Read) -> NDArray[np.float64]:
+    """Share on audio of the rows that predict the answer, a block's counted to its layer: [L, H]."""
+    mass_LHNP = one.attention.mass_LHNP[:, :, one.attention.answer].double().numpy()
+    text = PATHWAYS.index("text")
+    shares = {p: mass_LHNP[..., p] for p in range(len(PATHWAYS)) if p != text}
+    return np.sum(list(shares.values()), axis=0).mean(-1)
+
+
+def _heads(read: Sequence[Read]) -> NDArray[np.float64]:
+    return np.mean([_audio(one) for one in read], axis=0)
+
+
+def _layer_row(
+    read: Sequence[Read], clips: Sequence[tuple[str, ...]], layer: int, paths: Sequence[int]
+) -> dict[str, Any]:
+    row: dict[str, Any] = {"layer": layer}
+    for p in paths:
+        values = [one.attention.mass_LHNP[layer][:, one.attention.answer, p].mean().item() for one in read]
+        row[PATHWAYS[p]] = float(np.mean(values))
+        row[f"{PATHWAYS[p]} ci95"] = bootstrap_ci(values, clips)
+        row[f"{PATHWAYS[p]} if even"] = float(np.mean([_even(one, layer, p) for one in read]))
+    return row
+
+
+def _even(one: Read, layer: int, pathway: int) -> float:
+    """Share of a pathway where all that is seen gets the same."""
+    visible_NP = one.attention.visible_LNP[layer, one.attention.answer].double()
+    cross = PATHWAYS.index("cross")
+    if pathway == cross:
+        return float((visible_NP[:, cross] > 0).double().mean())
+    inside_N = visible_NP.sum(-1) - visible_NP[:, cross]
+    return float((visible_NP[:, pathway] / inside_N).mean())
+
+
+def _role_row(read: Sequence[Read], clips: Sequence[tuple[str, ...]], layer: int) -> dict[str, Any]:
+    """Question against answer: rows after the clip that predict the answer, and those before them."""
+    text = PATHWAYS.index("text")
+    row: dict[str, Any] = {"layer": layer}
+    for role in ("question", "answer"):
+        values = []
+        for one in read:
+            first = one.attention.answer[0]
+            rows = one.attention.answer if role == "answer" else list(range(first))
+            if rows:
+                mass_HNP = one.attention.mass_LHNP[layer][:, rows]
+                values.append((mass_HNP.sum(-1) - mass_HNP[..., text]).mean().item())
+            else:
+                values.append(float("nan"))
+        kept = [(value, clip) for value, clip in zip(values, clips, strict=True) if not np.isnan(value)]
+        row[role] = float(np.mean([value for value, _ in kept])) if kept else None
+        row[f"{role} ci95"] = bootstrap_ci([value for value, _ in kept], [clip for _, clip in kept]) if kept else None
+    return row
+
+
+def _pointing_row(read: Sequence[Read], layer: int) -> dict[str, Any] | None:
+    """Attention within the time of the sound that the right answer names, by what even attention would put there."""
+    lifts, clips = [], []
+    for one in read:
+        spans = _named_spans(one)
+        if one.attention.time_LNX is None or not spans:
+            continue
+        time_X = one.attention.time_LNX[layer, one.attention.answer].mean(0).numpy()
+        if time_X.sum() <= 0:
+            continue
+        middle_X = (np.arange(len(time_X)) + 0.5) * one.seconds / len(time_X)
+        inside_X = np.any([(middle_X >= start) & (middle_X < end) for start, end in spans], axis=0)
+        if inside_X.any() and not inside_X.all():
+            lifts.append(float(time_X[inside_X].sum() / time_X.sum() / inside_X.mean()))
+            clips.append(one.record.clips)
+    if not lifts:
+        return None
+    return {
+        "layer": layer,
+        "questions": len(lifts),
+        "times even": float(np.mean(lifts)),
+        "ci95": bootstrap_ci(lifts, clips),
+    }
+
+
+def _named_spans(one: Read) -> list[tuple[float, float]]:
+    """When the sound sounds that is the right answer, where the tags say so."""
+    answer = one.record.turns[-1].answer
+    tags = one.record.tags or ()
+    return [
+        (tag.start, tag.end)
+        for tag in tags
+        if tag.start is not None and tag.end is not None and exact_match(tag.label, answer)
+    ]
+
+
+def _reading(
+    by_layer: Sequence[dict[str, Any]],
+    roles: Sequence[dict[str, Any]],
+    pointing: Sequence[dict[str, Any]],
+    paths: Sequence[int],
+) -> list[str]:
+    said = []
+    for p in paths:
+        name = PATHWAYS[p]
+        if name == "text":
+            continue
+        layers = [row for row in by_layer if row[f"{name} if even"] > 0]
+        if name == "cross":
+            said.append(
+                f"Cross-attention blocks stand before layers {[row['layer'] for row in layers]}; they see audio alone."
+            )
+            continue
+        top = max(layers, key=lambda row: row[name])
+        low, high = top[f"{name} ci95"]
+        said.append(
+            f"{NAMES[name]}: most in layer {top['layer']}, {top[name]:.1%} of the attention ({low:.1%} to {high:.1%}) "
+            f"where even attention would give {top[f'{name} if even']:.1%}; by layer "
+            + ", ".join(f"{row[name]:.1%}" for row in by_layer)
+            + "."
+        )
+    if pointing:
+        best = max(pointing, key=lambda row: row["times even"])
+        low, high = best["ci95"]
+        verdict = "more than even" if low > 1 else "no more than even attention would, within the interval"
+        said.append(
+            f"The sound that the right answer names gets {best['times even']:.2f} times its share of the clip "
+            f"({low:.2f} to {high:.2f}) in layer {best['layer']}, the highest: {verdict}."
+        )
+    answers, questions = (
+        np.mean([row[role] for row in roles if row[role] is not None]) for role in ("answer", "question")
+    )
+    said.append(
+        f"Rows of the question give audio {questions:.1%} of their attention, rows that predict the answer "
+        f"{answers:.1%}, mean of the layers."
+    )
+    return said
+
+
+# Examples
+
+
+def _examples(read: Sequence[Read], count: int) -> list[Read]:
+    """The first question of each of the first clips."""
+    seen: dict[tuple[str, ...], Read] = {}
+    for one in read:
+        if one.attention.time_LNX is not None:
+            seen.setdefault(one.record.clips, one)
+    return list(seen.values())[:count]
+
+
+def words(model: PalModel, attention: Attention) -> list[tuple[str, list[int]]]:
+    """The answer's words, each with the rows that predict its tokens; the token that ends the answer is left out."""
+    tokenizer = model.tokenizer
+    ids = [attention.tokens[n + 1] for n in attention.answer]
+    special = set(tokenizer.all_special_ids) | set(prompts.end_of_answer(tokenizer))
+    found: list[tuple[str, list[int]]] = []
+    text = ""
+    for at, (token, row) in enumerate(zip(ids, attention.answer, strict=True)):
+        if token in special:
+            continue
+        longer = str(tokenizer.decode([i for i in ids[: at + 1] if i not in special]))
+        piece, text = longer[len(text) :], longer
+        if found and not piece[:1].isspace():
+            found[-1] = found[-1][0] + piece, [*found[-1][1], row]
+        else:
+            found.append((piece, [row]))
+    return [(_printable(word.strip()), rows) for word, rows in found]
+
+
+def _printable(text: str) -> str:
+    """Text for a picture, whose fonts have no control characters."""
+    return "".join(letter if letter.isprintable() else "·" for letter in text)
+
+
+def _word_times(model: PalModel, one: Read) -> tuple[list[str], NDArray[np.float64]]:
+    """The answer's words and, for each, its attention over time [words, X]: mean of heads and layers."""
+    assert one.attention.time_LNX is not None
+    time_NX = one.attention.time_LNX.mean(0).double().numpy()
+    spoken = words(model, one.attention) or [("(nothing)", one.attention.answer)]
+    return [word for word, _ in spoken], np.stack([time_NX[rows].mean(0) for _, rows in spoken])
+
+
+def _example_details(model: PalModel, one: Read) -> dict[str, Any]:
+    said, word_times = _word_times(model, one)
+    time_LNX = one.attention.time_LNX
+    assert time_LNX is not None
+    return {
+        "id": one.record.id,
+        "question": one.record.turns[-1].question,
+        "answer": one.answer,
+        "reference": one.record.turns[-1].answer,
+        "seconds": one.seconds,
+        "words": said,
+        "word_by_time": word_times.tolist(),
+        "layer_by_time": time_LNX[:, one.attention.answer].mean(1).tolist(),
+        "audio_tokens": [
+            {"pathway": pathway, "stream": stream, "start": start, "end": end, "by_layer": shares}
+            for (pathway, stream, start, end), shares in zip(
+                one.attention.tokens_audio, one.attention.token_LA.T.tolist(), strict=True
+            )
+        ],
+    }
+
+
+def _example_picture(model: PalModel, one: Read, name: str) -> Picture:
+    said, word_times = _word_times(model, one)
+    assert one.attention.time_LNX is not None
+    layers = one.attention.time_LNX[:, one.attention.answer].mean(1).double().numpy()
+    question = one.record.turns[-1].question.replace(prompts.PLACEHOLDER, "").strip()
+    return Picture(
+        _printable(f"“{question}” – “{one.answer}”"),
+        f"{_truth(one)}Upper panels: the spectrogram under the attention of the rows that predict each word of the "
+        "answer, mean of layers and heads; yellow is the most. Below: the same by layer.",
+        lambda figure: _draw_example(figure, one, said, word_times, layers, model.sampling_rate),
+        size=(8.0, 1.6 * min(len(said), _WORDS) + 1.8),
+        clip=name,
+    )
+
+
+def _truth(one: Read) -> str:
+    truth = one.record.turns[-1].answer
+    return f"The right answer is “{truth}”. " if truth else ""
+
+
+# Pictures
+
+_WORDS = 6
+"""Most words of an answer that are drawn; the JSON has all."""
+
+
+def _draw_layers(figure: Figure, by_layer: Sequence[dict[str, Any]], paths: Sequence[int]) -> None:
+    axes = figure.subplots()
+    layers = [row["layer"] for row in by_layer]
+    for p in paths:
+        name = PATHWAYS[p]
+        ends = np.array([row[f"{name} ci95"] for row in by_layer])
+        axes.plot(layers, [row[name] for row in by_layer], marker="o", color=_COLOURS[name], label=NAMES[name])
+        axes.fill_between(layers, ends[:, 0], ends[:, 1], color=_COLOURS[name], alpha=0.2)
+        axes.plot(layers, [row[f"{name} if even"] for row in by_layer], "--", color=_COLOURS[name], linewidth=0.9)
+    axes.set(xlabel="layer", ylabel="share of attention", ylim=(0, 1.02), xticks=layers)
+    axes.grid(alpha=0.25)
+    axes.legend()
+
+
+def _draw_heads(figure: Figure, heads_LH: NDArray[np.float64]) -> None:
+    axes = figure.subplots()
+    image = axes.imshow(heads_LH, aspect="auto", cmap="viridis", vmin=0, vmax=max(1e-9, float(heads_LH.max())))
+    axes.set(xlabel="head", ylabel="layer", xticks=range(heads_LH.shape[1]), yticks=range(heads_LH.shape[0]))
+    figure.colorbar(image, label="share of attention on audio")
+
+
+def _draw_example(
+    figure: Figure,
+    one: Read,
+    said: Sequence[str],
+    word_times: NDArray[np.float64],
+    layer_times: NDArray[np.float64],
+    rate: int,
+) -> None:
+    shown = min(len(said), _WORDS)
+    panels = figure.subplots(shown + 1, 1, sharex=True, squeeze=False)[:, 0]
+    most = max(1e-9, float(word_times.max()))
+    for axes, word, time_X in zip(panels, said, word_times, strict=False):
+        axes.specgram(one.samples_N.numpy() + 1e-9, NFFT=512, Fs=rate, noverlap=384, cmap="gray", vmin=-140)
+        axes.imshow(
+            time_X[None] / most,
+            extent=(0, one.seconds, 0, rate / 2),
+            aspect="auto",
+            cmap="plasma",
+            alpha=0.55,
+            vmin=0,
+            vmax=1,
+            interpolation="nearest",
+        )
+        axes.set_ylabel(word, rotation=0, ha="right", va="center")
+        axes.set(ylim=(0, rate / 2), yticks=[])
+    panels[-1].imshow(layer_times, extent=(0, one.seconds, len(layer_times) - 0.5, -0.5), aspect="auto", cmap="plasma")
+    panels[-1].set(xlabel="seconds", ylabel="layer", yticks=range(len(layer_times)))
+    panels[-1].set_xlim(0, one.seconds)
