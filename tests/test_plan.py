@@ -68,6 +68,7 @@ STAGES: dict[str, dict[str, Any]] = {
     "all": {"train": {"encoder": True, "connector": True, "projectors": True, "llm": "full"}},
     "llm": {"train": {"llm": "full"}},
     "attention": {"train": {"connector": True, "projectors": True, "llm": "attention"}},
+    "no_ffn": {"train": {"connector": True, "projectors": True, "llm": "no_ffn"}},
     "lora": {"train": {"connector": True, "projectors": True, "llm": "lora", "lora": {"dropout": 0}}},
 }
 SECONDS = 2.0
@@ -192,7 +193,7 @@ KEPT: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("stage", ["connector", "all", "attention"])
+@pytest.mark.parametrize("stage", ["connector", "all", "no_ffn", "attention"])
 @pytest.mark.parametrize("integration", ["plits", "lal", "pal", "flamingo", "lal_audio_query"])
 def test_kept_activations(integration: str, stage: str) -> None:
     given = {"name": integration, **({"every": 2} if integration == "flamingo" else {})}

@@ -80,6 +80,11 @@ class Step:
     """Whether matrix products run in two bytes whatever the weights are."""
 
     @property
+    def rest(self) -> bool:
+        """Whether norms, embeddings and head of the LLM train."""
+        return self.llm in ("full", "no_ffn")
+
+    @property
     def own_bytes(self) -> int:
         """Of a number in the integration's matrix products; its weights have four."""
         return 2 if self.autocast else 4
@@ -156,10 +161,10 @@ def kv_bytes(llm: Backbone, added: Iterable[Added], size: int) -> int:
 def project_kv(llm: Backbone, step: Step, tokens: int, making: Cost, u_grad: bool) -> LayerAdded:
     """`Backbone.project_kv` of clips of so many tokens, on top of what `u` costs in the layer."""
     rows, shared = step.clips * tokens, _kv_width(llm)
-    normed = u_grad or step.llm == "full"
+    normed = u_grad or step.rest
     keys, keys_grad = _matrix(llm, step, "k_proj", rows, llm.width, shared, normed)
     values, values_grad = _matrix(llm, step, "v_proj", rows, llm.width, shared, normed, kept=True)
-    kept = rows * shared * 4 * (normed + (step.llm == "full")) if llm.key_norm else 0
+    kept = rows * shared * 4 * (normed + step.rest) if llm.key_norm else 0
     last = _last(llm, "v_proj", rows) if values_grad else values.forward
     if not values_grad and not llm.key_norm:
         last += _last(llm, "k_proj", rows)
@@ -184,7 +189,7 @@ def attend_among(llm: Backbone, step: Step, tokens: int, u_grad: bool) -> tuple[
 def decoder(llm: Backbone, step: Step, added: Sequence[Added]) -> Cost:
     """The LLM over the rows of a step, and all that the routes add to it."""
     length = step.text + sum(one.rows for one in added)
-    grad = step.llm == "full" or any(one.rows_grad for one in added)
+    grad = step.rest or any(one.rows_grad for one in added)
     cost = total(one.making for one in added)
     largest = 0.0
     for layer in range(llm.n_layers):
@@ -215,7 +220,7 @@ def _layer(llm: Backbone, step: Step, length: int, joined: Sequence[LayerAdded],
     keys_grad = any(part.grad for part in joined)
     attended, heard = _attention_block(llm, step, step.rows, length, keys, rows, x_grad, keys_grad, pairs)
     middle = x_grad or heard
-    normed = middle or step.llm == "full"
+    normed = middle or step.rest
     D, F = llm.width, llm.ffn_width
     gate, gate_grad = _matrix(llm, step, "gate_proj", rows, D, F, normed)
     up, up_grad = _matrix(llm, step, "up_proj", rows, D, F, normed, kept=True)
@@ -240,7 +245,7 @@ def _attention_block(
 ) -> tuple[Cost, bool]:
     """Norm, projections, attention of `length` rows to themselves and to more keys; whether the result needs grads."""
     D, inner, shared = llm.width, llm.heads * llm.head_width, _kv_width(llm)
-    normed = x_grad or step.llm == "full"
+    normed = x_grad or step.rest
     q, q_grad = _matrix(llm, step, "q_proj", rows, D, inner, normed)
     k, k_grad = _matrix(llm, step, "k_proj", rows, D, shared, normed, kept=True)
     v, v_grad = _matrix(llm, step, "v_proj", rows, D, shared, normed, kept=True)
@@ -251,7 +256,7 @@ def _attention_block(
     size = _size(llm, step)
     kept = batch * (2 * length * inner + 2 * (length + keys) * shared) * size + 4 * batch * llm.heads * length
     if llm.key_norm:
-        kept += rows * (inner + shared) * 4 * (1 + (step.llm == "full"))
+        kept += rows * (inner + shared) * 4 * (1 + step.rest)
     parts = [_norm(llm, step, rows, x_grad), q, k, v, mixed, out, Cost(saved=kept * heard)]
     return total(parts), out_grad
 
@@ -259,7 +264,7 @@ def _attention_block(
 def _head(llm: Backbone, step: Step, x_grad: bool) -> Cost:
     """Logits of the rows that predict a trained token, and their loss."""
     rows = step.rows * step.targets
-    full = step.llm == "full"
+    full = step.rest
     # the logarithms of their softmax, and the logits where those are of another type
     size = _size(llm, step)
     logits = rows * llm.vocab * (4 + size * (size != 4))
@@ -270,7 +275,7 @@ def _matrix(
     llm: Backbone, step: Step, name: str, rows: int, inputs: int, outputs: int, x_grad: bool, kept: bool = False
 ) -> tuple[Cost, bool]:
     """One of a layer's linear layers with its adapter, and whether its result needs gradients."""
-    trained = step.llm == "full" or (step.llm == "attention" and name in _ATTENTION)
+    trained = step.llm == "full" or (step.llm in ("attention", "no_ffn") and name in _ATTENTION)
     size = _size(llm, step)
     # autocast makes a copy of x for each product, and one of the matrix
     copied = step.autocast and llm.dtype.itemsize > size
@@ -288,7 +293,7 @@ def _matrix(
 
 def _norm(llm: Backbone, step: Step, rows: int, x_grad: bool) -> Cost:
     """What a norm keeps: its input in float32, and the normed one where its weight trains."""
-    full = step.llm == "full"
+    full = step.rest
     return Cost(saved=rows * llm.width * (4 * (x_grad or full) + llm.dtype.itemsize * full) * llm.norms_each)
 
 

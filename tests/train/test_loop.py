@@ -52,6 +52,10 @@ def trained(manifest: Path, out: Path, base: Path, **fields: Any) -> dict[str, T
         ({"encoder": True}, {"encoders"}),
         ({"connector": True, "projectors": True}, {"connectors", "integration"}),
         ({"llm": "attention"}, {"self_attn"}),
+        (
+            {"llm": "no_ffn"},
+            {"self_attn", "input_layernorm", "post_attention_layernorm", "norm", "embed_tokens", "lm_head"},
+        ),
         ({"llm": "lora"}, {"lora_B"}),
     ],
 )
