@@ -69,6 +69,28 @@ def attention(
     finish(finding, model, out, as_json)
 
 
+@probe_app.command("health")
+def health(
+    model: Model,
+    manifests: Manifests = None,
+    limit: Limit = 200,
+    batch: Annotated[int, typer.Option(min=1, help="Rows in a forward pass.")] = 32,
+    seed: Seed = None,
+    out: Out = None,
+    as_json: AsJson = False,
+) -> None:
+    """Look for the faults that an audio LLM can have and still answer; status 1 where there is one."""
+    import pal
+    from pal.probe.health import probe_health
+    from pal.probe.material import SCENES_SEED, material
+
+    with material(manifests or [], limit, SCENES_SEED if seed is None else seed) as records:
+        finding = probe_health(pal.load(model), records, batch, progress=shows_progress())
+    finish(finding, model, out, as_json)
+    if any(row["status"] == "fault" for row in finding.tables["checks"]):
+        raise typer.Exit(1)
+
+
 def finish(finding: Finding, model: str, out: Path | None, as_json: bool) -> None:
     """Write the finding's folder and show it."""
     folder = out or Path("runs/probe") / f"{finding.probe}-{Path(model).name}"

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from threading import Thread
 from typing import Any, Literal
@@ -346,6 +348,22 @@ class Backbone(nn.Module):
             **extra,
         ).last_hidden_state
         return hidden_BTD
+
+    @contextmanager
+    def counting_ffn_rows(self) -> Iterator[list[int]]:
+        """Counts, while the block lasts, the rows that each layer's feed-forward network is given."""
+        counts = [0] * self.n_layers
+
+        def count(layer: int, network: nn.Module, given: tuple[Tensor, ...]) -> None:
+            counts[layer] += given[0].shape[:-1].numel()
+
+        blocks = self.lm.model.layers
+        hooks = [block.mlp.register_forward_pre_hook(partial(count, layer)) for layer, block in enumerate(blocks)]
+        try:
+            yield counts
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     @torch.no_grad()
     def generate(self, inputs: LLMInputs, **kwargs: Any) -> Tensor:
