@@ -73,7 +73,7 @@ def draw(logs: dict[str, Path], picture: Path) -> bool:
         lines = read_log(path)
         steps, losses = [line["step"] for line in lines], [line["loss"] for line in lines]
         (curve,) = axes.plot(steps, losses, alpha=0.35, linewidth=0.8)
-        axes.plot(steps, _smooth(losses), color=curve.get_color(), label=name)
+        axes.plot(steps, smooth(losses), color=curve.get_color(), label=name)
     if len(logs) == 1:
         for before, after in pairwise(lines):
             if before["stage"] != after["stage"]:
@@ -90,7 +90,7 @@ def draw(logs: dict[str, Path], picture: Path) -> bool:
     return True
 
 
-def _smooth(values: list[float], weight: float = 0.9) -> list[float]:
+def smooth(values: list[float], weight: float = 0.9) -> list[float]:
     """Running mean that forgets exponentially, without a bias to its start."""
     smooth, total, seen = [], 0.0, 0.0
     for value in values:

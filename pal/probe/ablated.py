@@ -1,0 +1,372 @@
+"""What an ablation found: tables, sentences made of the numbers, and pictures."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from pal.evaluate import Score
+from pal.probe.axes import Cell
+from pal.probe.crossed import INTERVALS, Draws, Estimate
+from pal.probe.finding import Picture, Row
+from pal.train.curves import smooth
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What all runs of the grid answered to one manifest's questions."""
+
+    name: str
+    scores: Sequence[Sequence[Score]]
+    """Of each cell, with each seed."""
+    parts: Mapping[str, Sequence[int]]
+    """Domains and tasks in words, with their questions."""
+
+    @property
+    def questions(self) -> int:
+        """How many each run was asked."""
+        return len(self.scores[0][0].items)
+
+    @property
+    def errors(self) -> int:
+        """Answers that raised, over all runs."""
+        return sum(len(score.errors) for row in self.scores for score in row)
+
+    def draws(self, some: Sequence[int] | None = None) -> Draws:
+        """The scores of all questions, or of some."""
+        chosen = range(self.questions) if some is None else some
+        items = [[[score.items[i] for i in chosen] for score in row] for row in self.scores]
+        right_XKI = np.array([[[item.correct for item in run] for run in row] for row in items], float)
+        deaf_XKI = np.array([[[bool(item.no_audio_correct) for item in run] for run in row] for row in items], float)
+        return Draws(right_XKI, deaf_XKI, [item.group for item in items[0][0]])
+
+
+@dataclass(frozen=True)
+class Spent:
+    """What a cell took."""
+
+    trained_parameters: int
+    flops: int
+    """Of a training step."""
+    saved_bytes: int
+    """That it holds for the backward pass."""
+    peak_bytes: int
+    step_seconds: float
+    """Median over steps and seeds, on whatever else the machine did."""
+
+
+_KEPT = {"kept": "ci95", "kept_above_no_audio": "kept_above_no_audio ci95"}
+"""Shares in the table of frozen networks, and where their intervals stand."""
+
+Curve = tuple[list[int], list[float]]
+"""Steps and losses."""
+
+
+@dataclass(frozen=True)
+class Ablated:
+    """Everything that an ablation has to say."""
+
+    cells: Sequence[Cell]
+    answers: Sequence[Answers]
+    spent: Sequence[Spent]
+    curves: Sequence[Sequence[Curve]]
+    """Of each cell, with each seed."""
+
+    @cached_property
+    def draws(self) -> list[Draws]:
+        """Of each manifest."""
+        return [one.draws() for one in self.answers]
+
+    # Tables
+
+    def tables(self) -> dict[str, list[Row]]:
+        """The finding's."""
+        tables = {
+            f"{one.name}, {one.questions} questions": self._score_rows(draws)
+            for one, draws in zip(self.answers, self.draws, strict=True)
+        }
+        if self.frozen():
+            tables["Kept with frozen feed-forward networks"] = self._frozen_rows()
+        tables["A training step"] = [
+            {
+                "cell": cell.label,
+                "trained_parameters": spent.trained_parameters,
+                "gigaflops": spent.flops / 1e9,
+                "saved_megabytes": spent.saved_bytes / 1e6,
+                "peak_megabytes": spent.peak_bytes / 1e6,
+                "seconds": spent.step_seconds,
+            }
+            for cell, spent in zip(self.cells, self.spent, strict=True)
+        ]
+        for one in self.answers:
+            if one.parts:
+                tables[f"{one.name} by domain and task"] = [
+                    {"questions_about": part, "n": len(some)}
+                    | dict(zip((cell.label for cell in self.cells), one.draws(some).score_X.tolist(), strict=True))
+                    for part, some in one.parts.items()
+                ]
+        return tables
+
+    def _score_rows(self, draws: Draws) -> list[Row]:
+        rows: list[Row] = []
+        for place, cell in enumerate(self.cells):
+            score, ci95 = draws.score(place)
+            row = {
+                "cell": cell.label,
+                "score": score,
+                "ci95": ci95,
+                "lowest_seed": float(draws.by_seed_XK[place].min()),
+                "highest_seed": float(draws.by_seed_XK[place].max()),
+                "without_audio": float(draws.deaf_X[place]),
+            }
+            difference = draws.difference(place, 0) if place else (None, None)
+            rows.append({**row, "minus_first": difference[0], "minus_first ci95": difference[1]})
+        return rows
+
+    def frozen(self) -> list[tuple[int, int]]:
+        """Cells with frozen feed-forward networks, each with the one that differs in nothing else."""
+        places = {tuple(sorted(cell.values.items())): place for place, cell in enumerate(self.cells)}
+        pairs = []
+        for place, cell in enumerate(self.cells):
+            trained = places.get(tuple(sorted({**cell.values, "ffn": "trained"}.items())))
+            if cell.values.get("ffn") == "frozen" and trained is not None:
+                pairs.append((place, trained))
+        return pairs
+
+    def _frozen_rows(self) -> list[Row]:
+        rows: list[Row] = []
+        for frozen, trained in self.frozen():
+            for one, draws in zip(self.answers, self.draws, strict=True):
+                kept = draws.kept(frozen, trained) or (None, None)
+                gain = draws.gain_kept(frozen, trained) or (None, None)
+                rows.append(
+                    {
+                        "cell": self.cells[frozen].label,
+                        "on": one.name,
+                        "trained": float(draws.score_X[trained]),
+                        "frozen": float(draws.score_X[frozen]),
+                        "kept": kept[0],
+                        "ci95": kept[1],
+                        "kept_above_no_audio": gain[0],
+                        "kept_above_no_audio ci95": gain[1],
+                    }
+                )
+        return rows
+
+    def markdown(self) -> str:
+        """The tables that documents want."""
+        first = self.cells[0].label
+        headings = ["cell"]
+        for one in self.answers:
+            headings += [f"{one.name} ({one.questions})", f"less {first}", "no audio"]
+        headings += ["parameters trained", "GFLOP a step", "MB saved", "s a step"]
+        rows = []
+        for place, (cell, spent) in enumerate(zip(self.cells, self.spent, strict=True)):
+            row = [cell.label]
+            for draws in self.draws:
+                low, high = float(draws.by_seed_XK[place].min()), float(draws.by_seed_XK[place].max())
+                row.append(f"{_shown(draws.score(place))} ({low:.3f} to {high:.3f})")
+                row.append(_shown(draws.difference(place, 0), signed=True) if place else "")
+                row.append(f"{draws.deaf_X[place]:.3f}")
+            row += [f"{spent.trained_parameters:,}", f"{spent.flops / 1e9:.3g}", f"{spent.saved_bytes / 1e6:.3g}"]
+            rows.append([*row, f"{spent.step_seconds:.3g}"])
+        text = _markdown(headings, rows)
+        if self.frozen():
+            kept = []
+            for pair in self._frozen_rows():
+                whole, above = ((pair[key], pair[ends]) for key, ends in _KEPT.items())
+                shares = ["" if share[0] is None else _percent(share) for share in (whole, above)]
+                kept.append([pair["cell"], pair["on"], f"{pair['trained']:.3f}", f"{pair['frozen']:.3f}", *shares])
+            text += "\n" + _markdown(["cell", "on", "trained", "frozen", "kept", "kept above no audio"], kept)
+        seeds = len(self.answers[0].scores[0])
+        runs = f"{seeds} seeds" if seeds > 1 else "one seed"
+        return f"{text}\nExact match: mean of {runs} [95 % interval] (lowest to highest seed). {INTERVALS}\n"
+
+    # Sentences
+
+    def reading(self) -> list[str]:
+        """What the numbers say."""
+        said = []
+        if len(self.answers[0].scores[0]) == 1:
+            said.append("There is one seed: the intervals are over clips alone, and other seeds may say the opposite.")
+        for frozen, trained in self.frozen():
+            for one, draws in zip(self.answers, self.draws, strict=True):
+                kept = draws.kept(frozen, trained)
+                if kept is not None:
+                    mine, theirs = self.cells[frozen].label, self.cells[trained].label
+                    said.append(f"{mine} keeps {_percent(kept)} of what {theirs} has on {one.name}.")
+        for one, draws in zip(self.answers, self.draws, strict=True):
+            said += self._compared(one.name, draws)
+            for place, cell in enumerate(self.cells):
+                gain, (low, high) = draws.gain(place)
+                if low <= 0:
+                    said.append(
+                        f"On {one.name}, {cell.label} is not better than the same models without audio by more than "
+                        f"chance ({_points(gain)}, interval {_points(low)} to {_points(high)})."
+                    )
+        if len(self.cells) > 1:
+            said.append(self._cost_sentence())
+        failed = sum(one.errors for one in self.answers)
+        if failed:
+            said.append(f"{failed} answers raised and count as wrong; the runs' folders 'on' say why.")
+        return said
+
+    def _compared(self, name: str, draws: Draws) -> Iterator[str]:
+        first = self.cells[0].label
+        alike = []
+        for place, cell in enumerate(self.cells[1:], 1):
+            by, (low, high) = draws.difference(place, 0)
+            ends = f"paired interval {_points(low)} to {_points(high)}"
+            if low <= 0 <= high:
+                alike.append(f"{cell.label} ({_points(by)}, {ends})")
+            else:
+                side = "above" if by > 0 else "below"
+                yield f"{cell.label} is {abs(100 * by):.1f} points {side} {first} on {name} ({ends}): more than chance."
+        if alike:
+            yield f"Within chance of {first} on {name}, in points: {', '.join(alike)}."
+
+    def _cost_sentence(self) -> str:
+        first = self.spent[0]
+        shares = [
+            f"{cell.label} {spent.flops / first.flops:.2f} and {spent.saved_bytes / first.saved_bytes:.2f}"
+            for cell, spent in zip(self.cells[1:], self.spent[1:], strict=True)
+        ]
+        return f"A training step's operations and saved bytes, {self.cells[0].label} being 1: {', '.join(shares)}."
+
+    # Numbers too many for a table
+
+    def details(self) -> dict[str, Any]:
+        """Of each cell: scores by seed, intervals of parts, costs."""
+        return {
+            "cells": [
+                {
+                    "name": cell.name,
+                    "label": cell.label,
+                    "values": dict(cell.values),
+                    "overrides": list(cell.overrides),
+                    "spent": vars(self.spent[place]),
+                    "by_seed": {
+                        one.name: draws.by_seed_XK[place].tolist()
+                        for one, draws in zip(self.answers, self.draws, strict=True)
+                    },
+                    "gain": {one.name: draws.gain(place) for one, draws in zip(self.answers, self.draws, strict=True)},
+                }
+                for place, cell in enumerate(self.cells)
+            ],
+            "parts": {
+                one.name: {part: self._score_rows(one.draws(some)) for part, some in one.parts.items()}
+                for one in self.answers
+            },
+            "errors": sum(one.errors for one in self.answers),
+            "intervals": INTERVALS,
+        }
+
+    # Pictures
+
+    def pictures(self) -> dict[str, Picture]:
+        """Scores, costs and losses."""
+        rows, columns = len(self.cells), len(self.answers)
+        return {
+            "score": Picture(
+                "Score of each cell",
+                "A dot is one seed, the bar their mean, the line its 95 % interval over clips and seeds, the cross the "
+                "same models without audio.",
+                self._draw_scores,
+                size=(2.0 + 3.2 * columns, 1.6 + 0.4 * rows),
+            ),
+            "cost": Picture(
+                "Score against the cost of a training step",
+                "Left is cheaper, up is better; the line is the score's 95 % interval.",
+                self._draw_costs,
+                size=(9.0, 1.0 + 2.8 * columns),
+            ),
+            "loss": Picture(
+                "Loss while training", "Thin: a seed, smoothed. Thick: the mean of the seeds.", self._draw_losses
+            ),
+        }
+
+    def _draw_scores(self, figure: Figure) -> None:
+        panels: Any = figure.subplots(1, len(self.answers), sharey=True, squeeze=False)[0]
+        for axes, one, draws in zip(panels, self.answers, self.draws, strict=True):
+            for place in range(len(self.cells)):
+                score, ends = draws.score(place)
+                axes.plot(ends, [place, place], color=_color(place), linewidth=1)
+                axes.plot([score], [place], "|", color=_color(place), markersize=14, markeredgewidth=2.5)
+                by_seed_K = draws.by_seed_XK[place]
+                axes.plot(by_seed_K, np.full(len(by_seed_K), place), "o", color=_color(place), markersize=4, alpha=0.6)
+                axes.plot([draws.deaf_X[place]], [place], "x", color="grey", markersize=5)
+            axes.set_title(one.name, fontsize=10)
+            axes.set_xlabel("exact match")
+            axes.grid(alpha=0.25)
+            axes.set_yticks(range(len(self.cells)), [cell.label for cell in self.cells])
+        panels[0].invert_yaxis()
+
+    def _draw_costs(self, figure: Figure) -> None:
+        panels: Any = figure.subplots(len(self.answers), 2, sharey="row", sharex="col", squeeze=False)
+        for row, one, draws in zip(panels, self.answers, self.draws, strict=True):
+            for axes, costs in zip(row, (self._gigaflops(), self._saved()), strict=True):
+                for place, cell in enumerate(self.cells):
+                    score, ends = draws.score(place)
+                    axes.plot([costs[place]] * 2, ends, color=_color(place), linewidth=1)
+                    axes.plot([costs[place]], [score], "o", color=_color(place), label=cell.label)
+                axes.grid(alpha=0.25)
+                axes.set_xlim(0, 1.08 * max(costs))
+            row[0].set_ylabel(f"{one.name}, exact match", fontsize=9)
+        figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=4, fontsize=8)
+        panels[-1][0].set_xlabel("gigaflops of a training step")
+        panels[-1][1].set_xlabel("megabytes saved for the backward pass")
+
+    def _gigaflops(self) -> list[float]:
+        return [spent.flops / 1e9 for spent in self.spent]
+
+    def _saved(self) -> list[float]:
+        return [spent.saved_bytes / 1e6 for spent in self.spent]
+
+    def _draw_losses(self, figure: Figure) -> None:
+        axes: Axes = figure.subplots()
+        for place, (cell, curves) in enumerate(zip(self.cells, self.curves, strict=True)):
+            for steps, losses in curves:
+                axes.plot(steps, smooth(losses), color=_color(place), linewidth=0.6, alpha=0.5)
+            if len({tuple(steps) for steps, _ in curves}) == 1:
+                mean = [statistics.mean(at) for at in zip(*(losses for _, losses in curves), strict=True)]
+                axes.plot(curves[0][0], smooth(mean), color=_color(place), linewidth=1.8, label=cell.label)
+            else:
+                axes.plot([], [], color=_color(place), label=cell.label)
+        axes.set_xlabel("step")
+        axes.set_ylabel("loss")
+        axes.set_ylim(bottom=0)
+        axes.grid(alpha=0.25)
+        axes.legend(fontsize=8)
+
+
+def _color(place: int) -> str:
+    return f"C{place % 10}"
+
+
+def _points(share: float) -> str:
+    return f"{100 * share:+.1f}"
+
+
+def _shown(estimate: Estimate, signed: bool = False) -> str:
+    form = "+.3f" if signed else ".3f"
+    value, (low, high) = estimate
+    return f"{value:{form}} [{low:{form}}, {high:{form}}]"
+
+
+def _percent(estimate: Estimate) -> str:
+    value, (low, high) = estimate
+    return f"{100 * value:.1f} % ({100 * low:.1f} to {100 * high:.1f})"
+
+
+def _markdown(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [headings, ["---"] * len(headings), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
