@@ -12,7 +12,7 @@ from pal.backbone.tokenizer import train_tokenizer
 from pal.data.manifest import Manifest
 from pal.errors import ManifestError, PalError
 from pal.evaluate import Score, evaluate
-from pal.types import AUDIO, IGNORE
+from pal.types import AUDIO, IGNORE, Heard
 
 QUESTION = "What is this?"
 
@@ -23,6 +23,7 @@ class Fake:
     sampling_rate = 1000
     digest = "d" * 64
     training = True
+    llm = SimpleNamespace(dtype=torch.float32)
 
     def __init__(self):
         self.tokenizer = train_tokenizer(["what is this dog cat yes no is it first?"] * 3, 300)
@@ -35,13 +36,16 @@ class Fake:
     def train(self, mode):
         self.training = mode
 
-    def generate(self, clips, rows, max_new_tokens):
+    def hear(self, samples_N):
+        return Heard((samples_N[:, None],), len(samples_N) / self.sampling_rate)
+
+    def generate(self, clips, rows, **options):
         assert not self.training
         self.calls.append((len(clips), len(rows)))
         return [self.answer(clips, row) for row in rows]
 
     def answer(self, clips, row):
-        heard = [len(clips[clip]) for clip in row.clips]
+        heard = [len(clips[clip].x_AE[0]) for clip in row.clips]
         if 500 in heard:
             raise RuntimeError("this clip breaks the model")
         return {0: "dog", 100: " Dog. ", 200: "cat", 300: "a bell"}[sum(heard)]
@@ -142,9 +146,10 @@ def recording_model():
     """A model whose answer says how long the clip is, and the lengths of the clips of each call."""
     model, calls = Fake(), []
 
-    def generate(clips, rows, max_new_tokens):
-        calls.append([len(clip) for clip in clips])
-        return [str(len(clips[row.clips[0]])) if row.clips else "-" for row in rows]
+    def generate(clips, rows, **options):
+        lengths = [len(clip.x_AE[0]) for clip in clips]
+        calls.append(lengths)
+        return [str(lengths[row.clips[0]]) if row.clips else "-" for row in rows]
 
     model.generate = generate
     return model, calls
@@ -222,7 +227,7 @@ def test_each_turn_is_asked_after_the_reference_answers_before_it(folder):
     fields = {"audio_id": "dog.wav", "input": "", "dataset": "d", "task": "what", "id": "r", "turns": turns}
     model = Fake()
     rows = []
-    model.generate = lambda clips, more, max_new_tokens: rows.extend(more) or ["dog"] * len(more)
+    model.generate = lambda clips, more, **options: rows.extend(more) or ["dog"] * len(more)
     score = evaluate(model, manifest(folder, [fields]), no_audio=False, progress=False)
     assert [(item.id, item.correct) for item in score.items] == [("r#0", False), ("r#1", True)]
     texts = sorted(model.tokenizer.decode([i for i in row.ids if i != AUDIO]) for row in rows)
