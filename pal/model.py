@@ -136,6 +136,12 @@ class PalModel(nn.Module):
 
     # Audio to LLM inputs
 
+    @torch.inference_mode()
+    def hear(self, samples_N: Tensor) -> Heard:
+        """One clip at `sampling_rate` as the encoders hear it by itself, for many questions in any batches."""
+        heard = self.ears.hear([samples_N])
+        return Heard(tuple(stream.x_BAE[stream.mask_BA] for stream in heard), len(samples_N) / self.sampling_rate)
+
     def features(self, clips: list[Tensor] | list[Heard]) -> list[AudioFeatures]:
         """Waveforms [N] at `sampling_rate`, or what the encoders made of them -> the features [B, A, E] of each stream.
 

@@ -155,8 +155,10 @@ def musiccaps(root: Path) -> Path:
         columns,
         '-0Gj8-vB1q4,30,40,"/m/0140xf","[\'low quality\']","The song is slow, sad.",4,False,True',
         '-0SdAVK79lg,30,40,"/m/0155w","[\'guitar song\']","This song features a guitar.",0,False,False',
+        '-0vPFx-wRRI,30,40,"/m/025_jnm","[\'fast\']","A fast drum solo.",0,False,True',
     )
     clip(root / "audio/[-0Gj8-vB1q4]-[30-40].wav")
+    clip(root / "audio/-0vPFx-wRRI.wav")
     clip(root / "audio/-0SdAVK79lg.wav")
     return root
 

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from pal.evaluate.compare import Comparison
     from pal.evaluate.result import Result
     from pal.evaluate.score import Score
+    from pal.features import FeatureCache
+    from pal.model import PalModel
 
 _SHOWN = 5
 """Errors that are printed; the files hold all."""
@@ -45,6 +47,9 @@ def eval_(
     no_audio: Annotated[bool, typer.Option("--no-audio/--only-audio", help="The same model without audio too.")] = True,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many questions.")] = None,
     batch: Annotated[int, typer.Option(min=1, help="Rows in a forward pass.")] = 32,
+    cache: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Keep here what the encoders make of each clip, for later runs.")
+    ] = None,
     folds: Folds = None,
     speakers: Speakers = None,
     exclude: Exclude = None,
@@ -83,7 +88,7 @@ def eval_(
     if model is None or benchmark is None:
         raise typer.BadParameter("give a model and a benchmark", param_hint="MODEL BENCHMARK")
     if out is None and scoring in (None, "exact", "rank") and (benchmark not in names() or benchmark in TODAY):
-        _in_memory(model, benchmark, data, options, scoring or "exact", no_audio, limit, batch, json_file)
+        _in_memory(model, benchmark, data, options, scoring or "exact", no_audio, limit, batch, cache, json_file)
         return
     from pal.app.benchmarks import open_for_run
 
@@ -92,8 +97,9 @@ def eval_(
         import pal
         from pal.evaluate.run import run
 
+        loaded = pal.load(model)
         result = run(
-            pal.load(model),
+            loaded,
             opened,
             folder,
             no_audio=no_audio,
@@ -101,6 +107,7 @@ def eval_(
             batch=batch,
             progress=shows_progress(),
             overwrite=overwrite,
+            features=_cached(cache, loaded),
         )
     if result is not None:  # the first of several processes
         _finish(result, folder, json_file)
@@ -129,6 +136,7 @@ def _in_memory(
     no_audio: bool,
     limit: int | None,
     batch: int,
+    cache: Path | None,
     json_file: Path | None,
 ) -> None:
     """A manifest, or a data set's: all turns, one file at the end."""
@@ -138,8 +146,9 @@ def _in_memory(
         import pal
         from pal.evaluate import evaluate
 
+        loaded = pal.load(model)
         score = evaluate(
-            pal.load(model),
+            loaded,
             manifest,
             scoring=scoring,  # type: ignore[arg-type]
             no_audio=no_audio,
@@ -147,6 +156,7 @@ def _in_memory(
             batch=batch,
             progress=shows_progress(),
             benchmark=Path(benchmark).stem,
+            features=_cached(cache, loaded),
             options=options,
         )
     if json_file is not None and str(json_file) == "-":
@@ -157,6 +167,12 @@ def _in_memory(
         _print_score(score)
     if score.errors:
         raise typer.Exit(1)
+
+
+def _cached(folder: Path | None, model: PalModel) -> FeatureCache | None:
+    from pal.features import FeatureCache
+
+    return None if folder is None else FeatureCache(folder, model.ears)
 
 
 def _finish(result: Result, folder: Path, json_file: Path | None) -> None:

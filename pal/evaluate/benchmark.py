@@ -10,7 +10,7 @@ from typing import Any
 from pal.data.manifest import Record
 from pal.errors import ConfigError, ManifestError
 from pal.evaluate import items as contract
-from pal.evaluate.items import Item, one_reference
+from pal.evaluate.items import Item
 from pal.evaluate.rules.base import Rule
 from pal.evaluate.tasks.base import Task
 from pal.registry import build, lookup
@@ -82,13 +82,10 @@ def open_task(
 def from_records(
     name: str, records: Sequence[Record], root: Path, rule: Mapping[str, Any], options: Mapping[str, Any] | None = None
 ) -> Benchmark:
-    """Records of one turn as a benchmark; those without choices are left out where others have some."""
+    """The turns of records as a benchmark; records without choices are left out where others have some."""
     closed = any(record.choices for record in records)
     kept = [record for record in records if record.choices or not closed]
-    several = [record.id for record in kept if len(record.turns) > 1]
-    if several:
-        raise ManifestError(f"{name}: '{several[0]}' has several turns; a run folder takes questions of one turn")
-    items = [one_reference(record, record.turns[0].question, {"task": (record.task,)}) for record in kept]
+    items = [item for record in kept for item in contract.each_turn(record, last=rule["name"] == "rank")]
     return Benchmark(name, tuple(items), dict(rule), root, options=dict(options or {}))
 
 

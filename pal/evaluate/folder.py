@@ -155,12 +155,12 @@ class RunFolder:
         path = self.path / ITEMS
         if not path.is_file():
             raise BundleError(f"{self.path}: no {ITEMS}; the run is not complete, start the same pal eval again")
-        known = {one.name for one in fields(Answered)}
+        known = {one.name for one in fields(Answered)} - {"before"}
         found = []
         for number, line in enumerate(_whole_lines(path), start=1):
             try:
                 raw = json.loads(line)
-                found.append(Answered(**{key: raw[key] for key in known}))
+                found.append(Answered(**{key: raw[key] for key in known}, before=raw.get("before", [])))
             except (ValueError, KeyError, TypeError):
                 raise BundleError(f"{path}, line {number}: damaged; copy the folder again, or evaluate anew") from None
         return found

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pal.data.manifest import Record
+from pal.data.manifest import PLACEHOLDER, Record, Turn
 
 
 @dataclass(frozen=True)
@@ -27,11 +27,34 @@ class Item:
     """The options in the order shown, or all labels of the set; None where any text may be right."""
     category: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Axis -> the item's values on it, such as {"difficulty": ("hard",)}; each gets a score of its own."""
+    before: tuple[Turn, ...] = ()
+    """Earlier turns of the conversation, which the model is given with their reference answers."""
 
 
 def one_reference(record: Record, prompt: str, category: Mapping[str, tuple[str, ...]] | None = None) -> Item:
     """A record of one turn as an item whose answer is the reference."""
     return Item(record.id, record.clips, prompt, (record.turns[0].answer,), record.choices, category or {})
+
+
+def each_turn(record: Record, last: bool = False) -> Iterator[Item]:
+    """The turns of a record, each as an item after those before it, named `record#turn`; or only its last turn.
+
+    The choices are the last turn's.
+    """
+    placed = [turn.question.count(PLACEHOLDER) for turn in record.turns]
+    end = len(record.turns) - 1
+    for number, turn in enumerate(record.turns):
+        if last and number != end:
+            continue
+        yield Item(
+            id=f"{record.id}#{number}" if end else record.id,
+            clips=record.clips[: sum(placed[: number + 1])] if any(placed) else record.clips,
+            prompt=turn.question,
+            references=(turn.answer,),
+            choices=record.choices if number == end else None,
+            category={"task": (record.task,)},
+            before=record.turns[:number],
+        )
 
 
 def all_captions(records: Iterable[Record], prompt: str) -> list[Item]:
@@ -61,5 +84,6 @@ def digest(items: Sequence[Item], root: Path) -> str:
             name = path.relative_to(root).as_posix() if path.is_relative_to(root) else path.name
             clips.append([name, sizes[clip]])
         content = [item.id, clips, item.prompt, item.references, item.choices, sorted(item.category.items())]
+        content += [[turn.question, turn.answer] for turn in item.before]
         sha.update(json.dumps(content, ensure_ascii=False).encode())
     return sha.hexdigest()

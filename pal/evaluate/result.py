@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from pal.data.manifest import Turn
 from pal.evaluate.figures import RESAMPLES, SLOW_RESAMPLES, Figure, Groups, Ratio, Rows, interval, redraw
 from pal.evaluate.items import Item
 from pal.evaluate.rules.base import Rule, Verdict
@@ -40,6 +41,8 @@ class Answered:
     no_audio_correct: bool | None = None
     no_audio_value: float | None = None
     no_audio_error: str | None = None
+    before: list[dict[str, str]] = field(default_factory=list)
+    """Earlier turns with their reference answers; left out of the line where there are none."""
 
     def item(self, labels: Sequence[str] | None) -> Item:
         """The question again."""
@@ -52,11 +55,15 @@ class Answered:
             tuple(self.references),
             None if choices is None else tuple(choices),
             category,
+            tuple(Turn(**turn) for turn in self.before),
         )
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON has it."""
-        return asdict(self)
+        fields = asdict(self)
+        if not self.before:
+            del fields["before"]
+        return fields
 
 
 @dataclass

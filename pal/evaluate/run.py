@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,18 +11,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from pal.audio import seconds
-from pal.data import prompts
 from pal.errors import AudioError, ConfigError, PalError
 from pal.evaluate.benchmark import Benchmark, changed_rule
 from pal.evaluate.folder import Answer, RunFolder
 from pal.evaluate.items import Item
 from pal.evaluate.result import Answered, Result, score
 from pal.evaluate.rules.base import Rule
-from pal.evaluate.runner import Answerer, Question, evaluation_mode, shown_prompt
+from pal.evaluate.runner import Answerer, Question, evaluation_mode, question_of, shown_prompt
 from pal.registry import build
 
 if TYPE_CHECKING:
     from pal.model import PalModel
+    from pal.types import Heard
 
 _PACKAGES = ("pal-audio", "torch", "transformers", "tokenizers", "numpy", "soundfile", "soxr")
 _SCORING = ("scikit-learn", "jiwer", "whisper-normalizer", "pycocoevalcap", "sentence-transformers")
@@ -39,6 +39,7 @@ def run(
     progress: bool = True,
     seed: int = 0,
     overwrite: bool = False,
+    features: Callable[[str], Heard] | None = None,
 ) -> Result | None:
     """Ask every question of a benchmark and write the run's folder.
 
@@ -55,6 +56,8 @@ def run(
         progress: show a bar with the time left.
         seed: of the bootstrap.
         overwrite: forget another run in the folder.
+        features: gives a clip as the model's encoders hear it by itself, such as a `pal.features.FeatureCache`;
+            without it they are run.
 
     Returns:
         The score; None in all processes but the first.
@@ -70,7 +73,7 @@ def run(
     rule = benchmark.build_rule()  # a missing package is said before an hour of answers, not after
     model.to(state.device)
     kept = RunFolder(folder)
-    questions = [_question(item, model.config.system) for item in items]
+    questions = [question_of(item, model.config.system) for item in items]
     if state.is_main_process:
         kept.open(_settings(model, benchmark, items, questions[0], rule, limit, seed, no_audio), overwrite)
         kept.forget_errors()
@@ -78,7 +81,7 @@ def run(
     done = kept.answers()
     state.wait_for_everyone()  # nobody writes before all have read
     mine = _share(items, state.process_index, state.num_processes)
-    answerer = Answerer(model, "rank" if benchmark.ranked else "exact", batch, benchmark.max_new_tokens, None)
+    answerer = Answerer(model, "rank" if benchmark.ranked else "exact", batch, benchmark.max_new_tokens, features)
     with evaluation_mode(model), torch.no_grad(), kept.journal(state.process_index) as journal:
         for heard in (True, False) if no_audio else (True,):
             open_ones = [questions[row] for row in mine if (items[row].id, heard) not in done]
@@ -151,20 +154,6 @@ def join(folders: Sequence[str | Path], out: str | Path, overwrite: bool = False
     return result
 
 
-def _question(item: Item, system: str | None) -> Question:
-    before = [{"role": "system", "content": system}] if system else []
-    return Question(
-        id=item.id,
-        clips=item.clips,
-        question=item.prompt,
-        reference=item.references[0] if item.references else "",
-        task="",
-        choices=item.choices,
-        heard=[*before, prompts.user_turn(item.prompt, len(item.clips))],
-        unheard=[*before, {"role": "user", "content": prompts.without_audio(item.prompt)}],
-    )
-
-
 def _share(items: Sequence[Item], process: int, processes: int) -> list[int]:
     """The items of one process: whole clips, so that their encoding stays shared."""
     places: dict[tuple[str, ...], int] = {}
@@ -197,6 +186,7 @@ def _answered(
         error=None if output is not None else errors.get((item.id, True)),
         no_audio_output=deaf,
         no_audio_error=None if deaf is not None else errors.get((item.id, False)),
+        before=[{"question": turn.question, "answer": turn.answer} for turn in item.before],
     )
 
 

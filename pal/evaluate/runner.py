@@ -6,26 +6,36 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from pal.audio import load, seconds
 from pal.data import prompts
-from pal.data.manifest import PLACEHOLDER
+from pal.data.manifest import PLACEHOLDER, Record, Turn
 from pal.errors import AudioError, ManifestError, PalError
+from pal.evaluate.items import Item, each_turn
 from pal.evaluate.score import Accuracy, ItemResult, Score
 from pal.evaluate.scorers import NORMALISATION, best_choice, exact_match
+from pal.types import IGNORE
 
 if TYPE_CHECKING:
-    from pal.data.manifest import Manifest, Record
+    from pal.data.manifest import Manifest
     from pal.data.prompts import Conversation
     from pal.model import PalModel
     from pal.types import Heard
 
 Scoring = Literal["exact", "rank"]
+
+_MARGINS = {torch.float64: 1e-10, torch.float32: 4e-4}
+_MARGIN_OF_HALF = 0.5
+"""Between the logits of two tokens, more than what they change by in batches of other questions: the shipped model's
+change by 1.4e-5 at most, layers of full width by 1e-4. In half precision a logit's own steps are coarser than many
+margins, so this is a compromise there, and answers may depend on the batch."""
 
 
 @dataclass(frozen=True)
@@ -126,8 +136,36 @@ def evaluate(
     )
 
 
+class Hearing:
+    """Clips as a model's encoders hear them, each by itself, the last ones kept.
+
+    In a padded batch the same sums are done in another order, so what a clip sounds like would depend on the others.
+    """
+
+    def __init__(self, model: PalModel, most_bytes: int = 256 << 20) -> None:
+        self.model = model
+        self.most_bytes = most_bytes
+        self._kept: dict[str, Heard] = {}
+        self._bytes = 0
+
+    def __call__(self, path: str) -> Heard:
+        """One clip. Raises AudioError for a file that cannot be used."""
+        heard = self._kept.pop(path, None)
+        if heard is None:
+            heard = self.model.hear(load(path, self.model.sampling_rate).samples_N)
+            self._bytes += _bytes(heard)
+        self._kept[path] = heard  # the last to go
+        while len(self._kept) > 1 and self._bytes > self.most_bytes:
+            self._bytes -= _bytes(self._kept.pop(next(iter(self._kept))))
+        return heard
+
+
 class Answerer:
-    """Turns questions into answers, in batches that share clips."""
+    """Turns questions into answers, in batches that share clips.
+
+    An answer does not hang on which questions it was asked with: where a batch leaves so little between the best and
+    the second-best that round-off could decide, the question is asked again alone.
+    """
 
     def __init__(
         self,
@@ -141,8 +179,9 @@ class Answerer:
         self.scoring = scoring
         self.batch = batch
         self.max_new_tokens = max_new_tokens
-        self.clip: Callable[[str], Any] = features or (lambda path: load(path, model.sampling_rate).samples_N)
+        self.clip: Callable[[str], Heard] = features or Hearing(model)
         """What the model takes of an audio file."""
+        self._margin = _MARGINS.get(model.llm.dtype, _MARGIN_OF_HALF)
 
     def with_audio(self, questions: Sequence[Question], progress: bool) -> Iterator[tuple[int, str, str | None]]:
         """Yields (index of the question, raw answer, error) for each question, in any order."""
@@ -210,21 +249,65 @@ class Answerer:
         spans = [[] if deaf else [places[path] for path in question.clips] for question in questions]
         talks = [question.unheard if deaf else question.heard for question in questions]
         tokenizer = self.model.tokenizer
+        alone = len(questions) == 1
         if self.scoring == "exact":
             rows = [prompts.encode(tokenizer, talk, clips) for talk, clips in zip(talks, spans, strict=True)]
-            return self.model.generate(heard, rows, max_new_tokens=self.max_new_tokens)
+            if alone:
+                return self.model.generate(heard, rows, max_new_tokens=self.max_new_tokens)
+            watch = _Close(len(rows), prompts.end_of_answer(tokenizer), self._margin)
+            texts = self.model.generate(heard, rows, max_new_tokens=self.max_new_tokens, logits_processor=[watch])
+            return self._surely(questions, texts, watch.close_B.tolist(), deaf)
         rows = [
             prompts.encode(tokenizer, [*talk, {"role": "assistant", "content": choice}], clips, train=True)
             for question, talk, clips in zip(questions, talks, spans, strict=True)
             for choice in question.choices or ()
         ]
         scores = self.model.answer_scores(heard, rows).tolist()
-        answers = []
+        tokens = [sum(label != IGNORE for label in row.labels or ()) for row in rows]
+        answers, close = [], []
         for question in questions:
             choices = question.choices or ()
-            answers.append(best_choice(scores[: len(choices)], choices))
-            scores = scores[len(choices) :]
-        return answers
+            own, scores = scores[: len(choices)], scores[len(choices) :]
+            longest, tokens = max(tokens[: len(choices)]), tokens[len(choices) :]
+            answers.append(best_choice(own, choices))
+            close.append(not alone and _near(own, longest * self._margin))
+        return self._surely(questions, answers, close, deaf)
+
+    def _surely(
+        self, questions: Sequence[Question], answers: list[str], close: Sequence[bool], deaf: bool
+    ) -> list[str]:
+        """The answers, those to close questions as they are alone."""
+        return [
+            self._answer([question], deaf)[0] if doubtful else answer
+            for question, answer, doubtful in zip(questions, answers, close, strict=True)
+        ]
+
+
+class _Close:
+    """A logits processor that changes nothing and notes the rows in which round-off could have chosen a token."""
+
+    def __init__(self, rows: int, ends: Sequence[int], margin: float) -> None:
+        self.ends_X = torch.tensor(ends, dtype=torch.long)
+        self.margin = margin
+        self.close_B = torch.zeros(rows, dtype=torch.bool)
+
+    def __call__(self, said_BN: Tensor, logits_BV: Tensor) -> Tensor:
+        best_B2 = logits_BV.float().topk(2).values
+        ended_B = torch.isin(said_BN, self.ends_X.to(said_BN.device)).any(1)
+        # not <=, which a NaN would pass
+        close_B = ~ended_B & ~(best_B2[:, 0] - best_B2[:, 1] > self.margin)
+        self.close_B |= close_B.cpu()
+        return logits_BV
+
+
+def _near(scores: Sequence[float], margin: float) -> bool:
+    """Whether the best two are no further apart."""
+    best = sorted(scores)[-2:]
+    return len(best) == 2 and not best[1] - best[0] > margin
+
+
+def _bytes(heard: Heard) -> int:
+    return sum(x_AE.nbytes for x_AE in heard.x_AE)
 
 
 def _one_by_one_on_error(
@@ -242,38 +325,38 @@ def _one_by_one_on_error(
 def _questions(
     manifest: Manifest | Sequence[Record], scoring: Scoring, limit: int | None, system: str | None
 ) -> list[Question]:
-    questions: list[Question] = []
     closed = any(record.choices for record in manifest)  # without any, every record is asked
-    for record in manifest:
-        if closed and not record.choices:
-            continue  # a free answer has no single right wording
-        heard = prompts.conversation_of(record, with_audio=True, system=system)
-        unheard = prompts.conversation_of(record, with_audio=False, system=system)
-        asked = [place for place, message in enumerate(heard) if message["role"] == "user"]
-        last = len(record.turns) - 1
-        for number, (turn, place) in enumerate(zip(record.turns, asked, strict=True)):
-            if scoring == "rank" and (number != last or not record.choices):
-                continue  # with "exact", every turn of a record with choices is asked
-            if limit is not None and len(questions) >= limit:
-                return questions
-            placed = sum(message["content"].count(PLACEHOLDER) for message in heard[: place + 1])
-            questions.append(
-                Question(
-                    id=record.id if last == 0 else f"{record.id}#{number}",
-                    clips=record.clips[:placed],
-                    question=turn.question,
-                    reference=turn.answer,
-                    task=record.task or "all",
-                    choices=record.choices if number == last else None,
-                    heard=heard[: place + 1],
-                    unheard=unheard[: place + 1],
-                )
-            )
+    items = (
+        item
+        for record in manifest
+        if record.choices or not closed  # a free answer has no single right wording
+        for item in each_turn(record, last=scoring == "rank")
+        if scoring == "exact" or item.choices
+    )
+    questions = [question_of(item, system) for item in islice(items, limit)]
     if not questions:
         where = getattr(manifest, "path", "the manifest")
         remedy = "; none has 'choices', use scoring 'exact'" if scoring == "rank" and len(manifest) else ""
         raise ManifestError(f"{where} has no questions to evaluate{remedy}")
     return questions
+
+
+def question_of(item: Item, system: str | None = None) -> Question:
+    """An item as the model is asked, with a system message where there is one."""
+    reference = item.references[0] if item.references else ""
+    task = next(iter(item.category.get("task", ())), "") or "all"
+    turns = (*item.before, Turn(item.prompt, reference))
+    record = Record(item.id, item.clips, turns, task, "", item.choices)
+    return Question(
+        id=item.id,
+        clips=item.clips,
+        question=item.prompt,
+        reference=reference,
+        task=task,
+        choices=item.choices,
+        heard=prompts.conversation_of(record, with_answers=False, system=system),
+        unheard=prompts.conversation_of(record, with_audio=False, with_answers=False, system=system),
+    )
 
 
 def _seconds(clips: Sequence[str]) -> float:

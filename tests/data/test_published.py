@@ -119,7 +119,7 @@ def test_captions(tmp_path):
     assert found[4].turns[0] == Turn(clotho_reader.QUESTIONS[0], "Caption 5 of development, with a comma.")
     root = published.musiccaps(tmp_path / "musiccaps")
     assert answers("musiccaps", root) == ["This song features a guitar."]
-    evaluation = one("musiccaps", root, split="eval")
+    evaluation, _ = read("musiccaps", root, split="eval")
     assert evaluation.clips == (str(root / "audio/[-0Gj8-vB1q4]-[30-40].wav"),)
 
 

@@ -4,16 +4,20 @@ import json
 import random
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from pal.data.manifest import Record, Turn
 from pal.errors import BundleError, ConfigError, PalError
+from pal.evaluate import evaluate
 from pal.evaluate.benchmark import Benchmark, from_records, open_task
 from pal.evaluate.compare import compare
 from pal.evaluate.folder import Journal, RunFolder
 from pal.evaluate.items import Item
 from pal.evaluate.run import join, rescore, run
+from pal.features import FeatureCache
 from tests import published
 from tests.models import tiny_model
 
@@ -234,17 +238,106 @@ def test_killed_by_the_system(model, benchmark, tmp_path):
     assert (tmp_path / "killed/items.jsonl").read_bytes() == (tmp_path / "whole/items.jsonl").read_bytes()
 
 
+FORKED = """
+import os, random, sys, time
+from pathlib import Path
+from tests.evaluate.test_run import made
+from tests.models import tiny_model
+from pal.evaluate.run import run
+root = Path(sys.argv[1])
+model, benchmark, folder = tiny_model("pal"), made(root), root / "forked"
+journal, chance = folder / "answers.0.jsonl", random.Random(0)
+kills = 0
+for number in range(8):
+    child = os.fork()
+    if not child:
+        run(model, benchmark, folder, progress=False, batch=chance.randrange(1, 4))
+        os._exit(0)
+    # at random moments: a few once it has begun, the others on the way through the 24 answers
+    size = 220 * number
+    while not os.waitpid(child, os.WNOHANG)[0]:
+        if journal.is_file() and journal.stat().st_size >= size:
+            time.sleep(chance.uniform(0, 0.02))
+            os.kill(child, 9)
+            kills += os.WTERMSIG(os.waitpid(child, 0)[1]) == 9
+            break
+    assert not (folder / "score.json").exists()
+print(kills)
+run(model, benchmark, folder, progress=False)
+"""
+
+
+def test_killed_again_and_again_by_the_system(benchmark, tmp_path):
+    """Processes of their own, forked from one that has imported everything, since that takes the longest."""
+    here = str(Path(__file__).parents[2])
+    done = subprocess.run([sys.executable, "-c", FORKED, str(tmp_path)], cwd=here, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.split() == ["8"]
+    run(tiny_model("pal"), benchmark, tmp_path / "whole", progress=False)
+    for name in ("items.jsonl", "score.json"):
+        assert (tmp_path / "forked" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
 def counted(asked, model, clips, rows, options):
     asked.asked += len(rows)
     return model.generate(clips, rows, **options)
 
 
-@pytest.mark.parametrize("batch", [1, 7, 64])
-def test_neither_batch_nor_time_changes_a_byte(model, benchmark, tmp_path, batch):
-    run(model, benchmark, tmp_path / "a", progress=False, batch=4)
-    run(model, benchmark, tmp_path / "b", progress=False, batch=batch)
-    for name in ("items.jsonl", "score.json", "settings.json"):
-        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+@pytest.mark.parametrize("integration", ["plits", "lal", "pal", "flamingo", "lal_audio_query"])
+@pytest.mark.parametrize("rule", ["exact", "rank"])
+def test_neither_batch_nor_time_changes_a_byte(integration, rule, tmp_path):
+    model, benchmark = tiny_model(integration), made(tmp_path, rule=rule)
+    for batch in (4, 1, 7, 64):
+        run(model, benchmark, tmp_path / f"{batch}", progress=False, batch=batch)
+        for name in ("items.jsonl", "score.json", "settings.json"):
+            assert (tmp_path / "4" / name).read_bytes() == (tmp_path / f"{batch}" / name).read_bytes()
+
+
+def test_features_that_were_kept_change_nothing(model, benchmark, tmp_path, monkeypatch):
+    run(model, benchmark, tmp_path / "without", progress=False)
+    for number in range(2):
+        kept = FeatureCache(tmp_path / "cache", model.ears)
+        run(model, benchmark, tmp_path / f"{number}", progress=False, features=kept)
+        for name in ("items.jsonl", "score.json"):
+            assert (tmp_path / f"{number}" / name).read_bytes() == (tmp_path / "without" / name).read_bytes()
+        monkeypatch.setattr(model.ears, "hear", None)  # the second time no encoder runs
+
+
+def test_each_turn_is_an_item_after_the_turns_before_it(model, tmp_path):
+    for name in ("a", "b"):
+        published.clip(tmp_path / f"{name}.wav")
+    first, second = str(tmp_path / "a.wav"), str(tmp_path / "b.wav")
+    records = [
+        Record("r", (first,), (Turn("What is it?", "a dog"), Turn("Is it loud?", "no")), "", "d", ("yes", "no")),
+        Record(
+            "s", (first, second), (Turn("<audio>\nYes?", "no"), Turn("<audio>\nAnd this?", "yes")), "t", "d", ("no",)
+        ),
+        Record("one", (second,), (Turn("Yes?", "yes"),), "t", "d", ("yes",)),
+    ]
+    benchmark = from_records("turns", records, tmp_path, {"name": "exact"})
+    result = run(model, benchmark, tmp_path / "run", progress=False)
+    assert [one.id for one in result.items] == ["r#0", "r#1", "s#0", "s#1", "one"]
+    assert [one.clips for one in result.items] == [["a.wav"], ["a.wav"], ["a.wav"], ["a.wav", "b.wav"], ["b.wav"]]
+    assert [one.choices for one in result.items] == [None, ["yes", "no"], None, ["no"], ["yes"]]
+    lines = [json.loads(line) for line in (tmp_path / "run/items.jsonl").read_text().splitlines()]
+    assert lines[1]["before"] == [{"question": "What is it?", "answer": "a dog"}]
+    assert "before" not in lines[0]
+    in_memory = evaluate(model, records, progress=False)
+    for one, other in zip(result.items, in_memory.items, strict=True):
+        assert (one.id, one.output, one.correct) == (other.id, other.prediction, other.correct)
+        assert (one.no_audio_output, one.prompt) == (other.no_audio_prediction, other.question)
+    # against the conversation itself
+    talk = [
+        {"role": "user", "content": "<audio>\nYes?"},
+        {"role": "assistant", "content": "no"},
+        {"role": "user", "content": "<audio>\nAnd this?"},
+    ]
+    assert result.items[3].output == model.ask([first, second], talk, max_new_tokens=32)
+    assert rescore(tmp_path / "run").to_dict() == result.to_dict()
+    other = replace(records[0], turns=(Turn("What is it?", "a cat"), records[0].turns[1]))
+    assert from_records("turns", [other, *records[1:]], tmp_path, {"name": "exact"}).digest != benchmark.digest
+    ranked = from_records("turns", records, tmp_path, {"name": "rank"})
+    assert [item.id for item in ranked.items] == ["r#1", "s#1", "one"]
 
 
 def test_rank_takes_one_of_the_choices(model, tmp_path):

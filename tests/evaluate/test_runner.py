@@ -12,7 +12,8 @@ from pal.backbone.tokenizer import train_tokenizer
 from pal.data.manifest import Manifest
 from pal.errors import ManifestError, PalError
 from pal.evaluate import Score, evaluate
-from pal.types import AUDIO, IGNORE
+from pal.evaluate.runner import Hearing
+from pal.types import AUDIO, IGNORE, Heard
 
 QUESTION = "What is this?"
 
@@ -23,6 +24,7 @@ class Fake:
     sampling_rate = 1000
     digest = "d" * 64
     training = True
+    llm = SimpleNamespace(dtype=torch.float32)
 
     def __init__(self):
         self.tokenizer = train_tokenizer(["what is this dog cat yes no is it first?"] * 3, 300)
@@ -35,13 +37,16 @@ class Fake:
     def train(self, mode):
         self.training = mode
 
-    def generate(self, clips, rows, max_new_tokens):
+    def hear(self, samples_N):
+        return Heard((samples_N[:, None],), len(samples_N) / self.sampling_rate)
+
+    def generate(self, clips, rows, **options):
         assert not self.training
         self.calls.append((len(clips), len(rows)))
         return [self.answer(clips, row) for row in rows]
 
     def answer(self, clips, row):
-        heard = [len(clips[clip]) for clip in row.clips]
+        heard = [len(clips[clip].x_AE[0]) for clip in row.clips]
         if 500 in heard:
             raise RuntimeError("this clip breaks the model")
         return {0: "dog", 100: " Dog. ", 200: "cat", 300: "a bell"}[sum(heard)]
@@ -142,9 +147,10 @@ def recording_model():
     """A model whose answer says how long the clip is, and the lengths of the clips of each call."""
     model, calls = Fake(), []
 
-    def generate(clips, rows, max_new_tokens):
-        calls.append([len(clip) for clip in clips])
-        return [str(len(clips[row.clips[0]])) if row.clips else "-" for row in rows]
+    def generate(clips, rows, **options):
+        lengths = [len(clip.x_AE[0]) for clip in clips]
+        calls.append(lengths)
+        return [str(lengths[row.clips[0]]) if row.clips else "-" for row in rows]
 
     model.generate = generate
     return model, calls
@@ -222,7 +228,7 @@ def test_each_turn_is_asked_after_the_reference_answers_before_it(folder):
     fields = {"audio_id": "dog.wav", "input": "", "dataset": "d", "task": "what", "id": "r", "turns": turns}
     model = Fake()
     rows = []
-    model.generate = lambda clips, more, max_new_tokens: rows.extend(more) or ["dog"] * len(more)
+    model.generate = lambda clips, more, **options: rows.extend(more) or ["dog"] * len(more)
     score = evaluate(model, manifest(folder, [fields]), no_audio=False, progress=False)
     assert [(item.id, item.correct) for item in score.items] == [("r#0", False), ("r#1", True)]
     texts = sorted(model.tokenizer.decode([i for i in row.ids if i != AUDIO]) for row in rows)
@@ -250,3 +256,61 @@ def test_free_answers_are_left_out_where_others_have_choices(folder):
     assert (score.overall.n, score.score, score.settings["left_out"]) == (1, 1.0, 2)
     score = evaluate(Fake(), manifest(folder, [free, free]), progress=False)
     assert (score.overall.n, score.score, score.settings["left_out"]) == (2, 0.0, 0)
+
+
+def test_each_clip_is_heard_once_however_its_questions_are_cut(folder):
+    records = [record(f"{name}.wav", "x", f"Is it {q}?") for q in "abcdefg" for name in ("dog", "cat", "bell")]
+    made = manifest(folder, records)
+    for batch in (1, 2, 5, 64):
+        model = Fake()
+        heard = []
+        model.hear = lambda samples_N, heard=heard: heard.append(len(samples_N)) or Fake.hear(Fake, samples_N)
+        evaluate(model, made, batch=batch, progress=False)
+        assert sorted(heard) == [100, 200, 300]
+
+
+def test_clips_are_kept_until_they_are_too_many_bytes(folder):
+    model = Fake()
+    heard = []
+    model.hear = lambda samples_N: heard.append(len(samples_N)) or Fake.hear(Fake, samples_N)
+    hearing = Hearing(model, most_bytes=4 * 400)
+    for name in ("dog", "bell", "dog", "cat", "dog", "bell"):
+        hearing(str(folder / f"{name}.wav"))
+    # cat's 200 samples put out bell's 300, since dog's 100 were asked for later
+    assert heard == [100, 300, 200, 300]
+
+
+class Rounding(Fake):
+    """Among others it says "cat", by less than round-off or by far, as the clip's length says; alone it says "dog"."""
+
+    apart = {200: 1e-5, 300: 1.0, 250: float("nan")}
+
+    def generate(self, clips, rows, logits_processor=(), **options):
+        self.calls.append(len(rows))
+        for watch in logits_processor:
+            margins = [self.apart[len(clips[row.clips[0]].x_AE[0])] for row in rows]
+            logits_BV = torch.stack([torch.tensor([1.0, 1.0 + margin, 0.0]) for margin in margins])
+            assert watch(torch.zeros(len(rows), 0, dtype=torch.long), logits_BV) is logits_BV
+            ended_B1 = torch.full((len(rows), 1), self.tokenizer.eos_token_id)
+            watch(ended_B1, torch.zeros(len(rows), 3))  # what stands after an answer's end does not count
+        return ["cat" if len(rows) > 1 else "dog"] * len(rows)
+
+    def answer_scores(self, clips, rows):
+        self.calls.append(len(rows))
+        alone = len({row.clips[0] for row in rows}) == 1
+        scores = []
+        for row in rows:
+            said = self.tokenizer.decode([label for label in row.labels if label != IGNORE], skip_special_tokens=True)
+            apart = self.apart[len(clips[row.clips[0]].x_AE[0])]
+            scores.append((-apart if alone else apart) if said.strip() == "cat" else 0.0)
+        return torch.tensor(scores)
+
+
+@pytest.mark.parametrize(("scoring", "calls"), [("exact", [3, 1, 1]), ("rank", [6, 2, 2])])
+def test_what_round_off_could_decide_is_asked_again_alone(folder, scoring, calls):
+    soundfile.write(folder / "none.wav", np.full(250, 0.1), 1000 * 8)
+    records = [record(f"{name}.wav", "dog", choices=["dog", "cat"]) for name in ("cat", "bell", "none")]
+    model = Rounding()
+    score = evaluate(model, manifest(folder, records), scoring, no_audio=False, batch=64, progress=False)
+    assert [item.prediction for item in score.items] == ["dog", "cat", "dog"]
+    assert model.calls == calls

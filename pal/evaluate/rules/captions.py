@@ -17,6 +17,10 @@ from pal.evaluate.rules.base import Plain, Rule, Verdict
 from pal.registry import register
 
 _NO_JAVA = "needs Java on the PATH, 8 or later"
+_NO_PARSER = (
+    "Stanford CoreNLP 3.6.0 in pycocoevalcap's folder spice/lib, which "
+    "'python get_stanford_models.py', run in its folder spice, downloads"
+)
 _PARSER = "spice/lib/stanford-corenlp-3.6.0-models.jar"
 _PLAIN_WORD = re.compile(r"[\w']+")
 
@@ -75,8 +79,9 @@ class CaptionScores(Rule):
             figures["SPICE"] = Ratio.mean(each_spice)
             figures["SPIDEr"] = Ratio.mean([(c + s) / 2 for c, s in zip(each_cider, each_spice, strict=True)])
         else:
-            remedy = "Stanford CoreNLP 3.6.0 in pycocoevalcap/spice/lib, by pycocoevalcap's get_stanford_models"
-            missing["SPICE"] = missing["SPIDEr"] = f"needs {remedy}" if self.java else f"{_NO_JAVA}, and {remedy}"
+            missing["SPICE"] = missing["SPIDEr"] = (
+                f"needs {_NO_PARSER}" if self.java else f"{_NO_JAVA}, and {_NO_PARSER}"
+            )
         parsed = [None if text is None else said[key][0] for key, text in zip(ids, texts, strict=True)]
         values = [float(score) for score in each_cider]
         return Verdict(parsed, [None] * len(items), values, figures, single, {"not_computed": missing})

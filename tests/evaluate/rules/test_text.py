@@ -3,6 +3,7 @@
 import math
 import shutil
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -239,8 +240,29 @@ def test_without_java_the_names_say_so(monkeypatch):
     verdict = rule.judge(captioned(), [f"{text.capitalize()}." for text in SAID])
     assert list(verdict.figures) == ["CIDEr-D (plain words)", "ROUGE-L (plain words)"]
     assert "no Java" in rule.describe()["says"]
-    assert {"METEOR", "SPICE", "SPIDEr"} == set(verdict.facts["not_computed"])
+    missing = verdict.facts["not_computed"]
+    assert {"METEOR", "SPICE", "SPIDEr"} == set(missing)
+    assert missing["METEOR"] == "needs Java on the PATH, 8 or later"
+    assert missing["SPICE"] == missing["SPIDEr"] == f"{missing['METEOR']}, and {_SPICE_REMEDY}"
     assert verdict.value == pytest.approx(cider_d(SAID, REFERENCES), abs=1e-6)
+
+
+_SPICE_REMEDY = (
+    "Stanford CoreNLP 3.6.0 in pycocoevalcap's folder spice/lib, which "
+    "'python get_stanford_models.py', run in its folder spice, downloads"
+)
+
+
+def test_with_java_alone_spice_names_its_remedy(monkeypatch):
+    monkeypatch.setattr("shutil.which", lambda name: "/usr/bin/java")
+    rule = build("rule", "captions")
+    if rule.spice:
+        pytest.skip("the parser is there")
+    monkeypatch.setattr(rule, "_tokens", lambda captions: captions)
+    rule._meteor = SimpleNamespace(compute_score=lambda right, said: (0.5, None))
+    verdict = rule.judge(captioned(), list(SAID))
+    assert verdict.single["METEOR"] == 0.5
+    assert verdict.facts["not_computed"] == dict.fromkeys(("SPICE", "SPIDEr"), f"needs {_SPICE_REMEDY}")
 
 
 @pytest.mark.skipif(shutil.which("java") is None, reason="METEOR and the tokenizer are Java programs")
