@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 from typer.core import TyperGroup
 
-from pal.app import ablating, evaluating
+from pal.app import ablating, evaluating, reporting
 from pal.app.options import AsJson, Exclude, Folds, Settings, Speakers
 from pal.app.output import note, one_line, print_json, shows_progress
 from pal.app.probing import probe_app
@@ -263,6 +263,7 @@ def _listed(text: str | None) -> list[str] | None:
 app.command("eval")(evaluating.eval_)
 app.command()(evaluating.compare)
 app.command()(ablating.ablate)
+app.command()(reporting.report)
 
 
 @app.command()

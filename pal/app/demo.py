@@ -17,7 +17,6 @@ from rich.console import Console
 
 import pal
 from pal import SHIPPED, TEXT_LLM, train
-from pal.app.report import table, write_page
 from pal.bench.measure import audio_cache_bytes, training_costs
 from pal.config import parse
 from pal.data.collate import Collator
@@ -27,6 +26,7 @@ from pal.errors import BundleError
 from pal.evaluate import Score, evaluate
 from pal.evaluate.score import write_json
 from pal.evaluate.scorers import bootstrap_ci, exact_match
+from pal.report.demo import table, write_page
 from pal.train.curves import read_log
 from pal.train.recipe import Recipe, Stage, load_recipe
 

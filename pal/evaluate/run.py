@@ -146,8 +146,9 @@ def join(folders: Sequence[str | Path], out: str | Path, overwrite: bool = False
         raise ConfigError(f"{runs[0].path} and the others share questions; join runs of different ones")
     rule: Rule = build("rule", first["rule"])
     result = score(first["benchmark"], answered, first["labels"], rule, first["seed"], first["no_audio"])
-    per_run = ("options", "limit", "data_digest", "model", "model_digest", "prompt")
-    joined = {**first, **{key: [its[key] for its in settings] for key in per_run}, "joined": [str(f) for f in folders]}
+    per_run = ("options", "limit", "data_digest", "root", "model", "model_digest", "prompt")
+    lists = {key: [its.get(key) for its in settings] for key in per_run}
+    joined = {**first, **lists, "joined": [str(f) for f in folders]}
     kept = RunFolder(out)
     kept.open(joined, overwrite)
     kept.finish(result)
@@ -221,6 +222,7 @@ def _settings(
         "limit": limit,
         "items": len(items),
         "data_digest": benchmark.digest,
+        "root": str(benchmark.root.absolute()),
         "data_digest_of": "questions, references, choices, names and sizes of the clips",
         "model": model.source,
         "model_digest": model.digest,

@@ -22,7 +22,7 @@ from pal.data.manifest import Record
 from pal.errors import PalError
 from pal.evaluate.runner import evaluation_mode
 from pal.evaluate.scorers import bootstrap_ci, exact_match
-from pal.probe.finding import Finding, Picture, about
+from pal.probe.finding import TIME, Finding, Picture, about
 from pal.probe.record import PATHWAYS, Attention, record
 from pal.types import IGNORE, Tokens
 
@@ -437,6 +437,8 @@ def _draw_example(
         )
         axes.set_ylabel(word, rotation=0, ha="right", va="center")
         axes.set(ylim=(0, rate / 2), yticks=[])
+    for axes in panels:
+        axes.set_gid(TIME)
     panels[-1].imshow(layer_times, extent=(0, one.seconds, len(layer_times) - 0.5, -0.5), aspect="auto", cmap="plasma")
     panels[-1].set(xlabel="seconds", ylabel="layer", yticks=range(len(layer_times)))
     panels[-1].set_xlim(0, one.seconds)

@@ -13,6 +13,7 @@ import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,6 +34,12 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 FILE = "probe.json"
+
+TIME = "time"
+"""What `Picture.draw` gives to `set_gid` of the axes whose x are the seconds of the picture's clip. `probe.json` then
+says of each picture under `axes` where they lie, `[{"left", "right", "top", "bottom", "start", "end"}, ...]`: the sides
+as fractions of the picture's width and height from its upper left corner, and the seconds at the left and right side.
+`pal report` moves a line along them while the clip plays."""
 
 Row = Mapping[str, Any]
 """A line of a table: heading -> value. A value's interval stands right after it as `ci95`, or as `HEADING ci95`."""
@@ -76,6 +83,12 @@ class Finding:
     seconds: float = 0.0
     """That it took."""
 
+    @cached_property
+    def drawings(self) -> dict[str, tuple[bytes, list[dict[str, float]]]]:
+        """What `drawn` makes of the pictures, by name; drawn once, and empty without matplotlib."""
+        made = {name: drawn(picture) for name, picture in self.pictures.items()}
+        return {name: one for name, one in made.items() if one is not None}
+
     def to_dict(self) -> dict[str, Any]:
         """What `probe.json` holds."""
         found: dict[str, Any] = jsonable(
@@ -91,6 +104,7 @@ class Finding:
                         "title": picture.title,
                         "caption": picture.caption,
                         "clip": None if picture.clip is None else f"{picture.clip}.wav",
+                        "axes": self.drawings[name][1] if name in self.drawings else [],
                     }
                     for name, picture in self.pictures.items()
                 ],
@@ -120,15 +134,13 @@ class Finding:
             file = BytesIO()
             soundfile.write(file, samples_N.numpy(), rate, format="WAV", subtype="PCM_16")
             write_bytes(folder / f"{name}.wav", file.getvalue())
-        for name, picture in self.pictures.items():
-            png = drawn(picture)
-            if png is not None:
-                write_bytes(folder / f"{name}.png", png)
+        for name, (png, _) in self.drawings.items():
+            write_bytes(folder / f"{name}.png", png)
         write_json(folder / FILE, self.to_dict())
 
 
-def drawn(picture: Picture) -> bytes | None:
-    """The picture as PNG; None, with a line in the log, where matplotlib is missing."""
+def drawn(picture: Picture) -> tuple[bytes, list[dict[str, float]]] | None:
+    """The picture as PNG and its axes of `TIME`; None, with a line in the log, where matplotlib is missing."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -138,7 +150,18 @@ def drawn(picture: Picture) -> bytes | None:
     picture.draw(figure)
     file = BytesIO()
     figure.savefig(file, format="png", metadata={"Software": None})
-    return file.getvalue()
+    return file.getvalue(), _time_axes(figure)
+
+
+def _time_axes(figure: Figure) -> list[dict[str, float]]:
+    """Of a figure that has been drawn, which is when its layout is known."""
+    places = []
+    for axes in figure.axes:
+        if axes.get_gid() == TIME:
+            box, (start, end) = axes.get_position(), axes.get_xlim()
+            ends = {"left": box.x0, "right": box.x1, "top": 1 - box.y1, "bottom": 1 - box.y0}
+            places.append({name: float(value) for name, value in {**ends, "start": start, "end": end}.items()})
+    return places
 
 
 def read(folder: Path) -> dict[str, Any]:

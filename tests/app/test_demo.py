@@ -2,12 +2,13 @@
 
 import base64
 import json
-from html.parser import HTMLParser
 
 import pytest
 
 from pal.app import demo
 from pal.errors import BundleError
+from pal.report.join import make
+from tests.html_page import Page
 
 
 @pytest.fixture(scope="module")
@@ -62,37 +63,9 @@ def test_all_start_from_the_same_encoder_and_llm(out, small):
     assert settings[0] == settings[1] == settings[2]
 
 
-class _Page(HTMLParser):
-    """Checks that tags close in order and notes where things come from."""
-
-    void = frozenset({"meta", "br", "img", "input", "link", "hr"})
-
-    def __init__(self):
-        super().__init__()
-        self.open, self.sources, self.text, self.tags = [], [], [], []
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append(tag)
-        self.sources += [value for name, value in attrs if name in ("src", "href")]
-        if tag not in self.void:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attrs):
-        self.tags.append(tag)
-        self.sources += [value for name, value in attrs if name in ("src", "href")]
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        self.text.append(data)
-
-
 def test_page_stands_alone_and_says_what_the_results_say(out, results):
     source = (out / "report.html").read_text()
-    page = _Page()
-    page.feed(source)
-    assert page.open == []
+    page = Page(source)
     assert len(page.sources) == 2
     assert all(one.startswith("data:") for one in page.sources)
     assert "http" not in source.replace("http-equiv", "")
@@ -107,6 +80,19 @@ def test_page_stands_alone_and_says_what_the_results_say(out, results):
     for question in results["fresh_scene"]["questions"]:
         assert question["question"] in text
         assert question["truth"] in text
+
+
+def test_it_can_be_joined_with_others(out, results, tmp_path):
+    made = make([out], tmp_path / "page.html")
+    assert made.faults == []
+    assert [one["kind"] for one in made.found] == [*["Training"] * 3, *["Scores"] * 3, "The demo"]
+    page = Page((tmp_path / "page.html").read_text())
+    text = " ".join(page.text)
+    for question in results["fresh_scene"]["questions"]:
+        assert question["question"] in text
+    accuracy = results["integrations"]["lal"]["accuracy"]["score"]
+    assert next(row for row in page.rows if row[0] == "lal" and len(row) == 8)[1] == f"{accuracy:.3f}"
+    assert page.tags.count("svg") == 4  # losses, scores of all and by task, the fresh scene
 
 
 def test_a_second_run_does_nothing_again(out, small, results, monkeypatch):

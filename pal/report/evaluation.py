@@ -1,0 +1,390 @@
+"""Scores of `pal eval`: with intervals and without audio, by category and duration, run against run, and answers."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from pal.errors import BundleError, ConfigError
+from pal.evaluate.compare import compare
+from pal.evaluate.folder import SCORE, SETTINGS, RunFolder
+from pal.evaluate.result import Answered
+from pal.evaluate.score import ItemResult, Score
+from pal.evaluate.scorers import bootstrap_ci
+from pal.report.embed import Embedder
+from pal.report.figures import score_intervals
+from pal.report.numbers import chance, figure
+from pal.report.page import Cell, Fold, Part, Picture, Points, Prose, Question, Section, Sound, Table
+
+TITLE = "Scores"
+UNDERSTANDS = "evaluations (score.json, with or without settings.json and items.jsonl)"
+
+_SHOWN = 12
+"""Questions of each set that are shown with their answers."""
+_ROWS = 40
+"""Most rows of a figure; beyond, there is the table alone."""
+_ERRORS = 20
+"""Most errors that are shown of a run."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One question and what became of it."""
+
+    id: str
+    clips: Sequence[str]
+    question: str
+    truth: Sequence[str]
+    answer: str | None
+    correct: bool | None
+    value: float | None
+    deaf_answer: str | None
+    error: str | None
+
+
+@dataclass(frozen=True)
+class Run:
+    """One evaluation, of a folder or of a file."""
+
+    path: Path
+    benchmark: str
+    metric: str
+    model: str
+    n: int
+    overall: Mapping[str, Any]
+    figures: Mapping[str, Mapping[str, Any]]
+    """The others that the rule gives."""
+    parts: Mapping[str, Mapping[str, Mapping[str, Any]]]
+    """Axis -> value -> the headline over its items."""
+    errors: Sequence[str]
+    intervals: str
+    items: Sequence[Asked]
+    roots: Sequence[Path]
+    """What the clips' names may be relative to."""
+    folder: bool
+    """Whether it is a run's folder, which `compare` takes."""
+    key: str
+    """The same for runs on the same questions by the same rule."""
+    settings: Mapping[str, Any]
+
+
+def find(path: Path) -> list[Path]:
+    """The run's folder, or files of `pal eval --json`: `score*.json` of a folder, or the file itself if it is one."""
+    if path.is_dir():
+        if _is_run(path):
+            return [path]
+        return [file for file in sorted(path.glob("score*.json")) if file.is_file()]
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        return []
+    if not isinstance(found, dict) or not {"benchmark", "metric"} <= set(found):
+        return []
+    return [path] if "per_task" in found or "figures" in found else []
+
+
+def read(path: Path) -> Run:
+    """What `pal eval` wrote.
+
+    Raises:
+        BundleError: the run is not complete, or a file is damaged.
+    """
+    if path.is_dir():
+        return _of_folder(RunFolder(path))
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        raise BundleError(f"{path}: damaged; evaluate again") from None
+    return _of_result(path, found, {}, []) if "figures" in found else _of_score(path, Score.load(path))
+
+
+def chapter(found: Sequence[tuple[str, Run]], embed: Embedder) -> tuple[list[Section], list[dict[str, Any]]]:
+    """A section for each set of questions, with all runs that were asked it."""
+    sets: dict[str, dict[str, Run]] = {}
+    for name, run in found:
+        sets.setdefault(run.key, {})[name] = run
+    sections = []
+    for runs in sets.values():
+        first = next(iter(runs.values()))
+        sections.append(Section(f"{first.benchmark}: {first.n:,} questions", _parts(runs, embed)))
+    facts = [
+        {
+            "benchmark": run.benchmark,
+            "metric": run.metric,
+            "n": run.n,
+            **{key: run.overall[key] for key in ("score", "ci95", "no_audio_score", "gain", "gain_ci95")},
+            "errors": len(run.errors),
+        }
+        for _, run in found
+    ]
+    return sections, facts
+
+
+# Reading
+
+
+def _is_run(path: Path) -> bool:
+    """Whether it is a folder of `pal eval --out`: other settings.json files have no benchmark, damaged ones count."""
+    file = path / SETTINGS
+    if not file.is_file():
+        return False
+    try:
+        return "benchmark" in json.loads(file.read_text(encoding="utf-8"))
+    except ValueError:
+        return True
+
+
+def _of_folder(folder: RunFolder) -> Run:
+    settings = folder.settings()
+    path = folder.path / SCORE
+    if not path.is_file():
+        raise BundleError(f"{folder.path}: no {SCORE}; the run is not complete, start the same pal eval again")
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        raise BundleError(f"{path}: damaged; score it again with pal eval --rescore {folder.path}") from None
+    return _of_result(path, found, settings, folder.items())
+
+
+def _of_result(path: Path, found: Mapping[str, Any], settings: Mapping[str, Any], items: Sequence[Answered]) -> Run:
+    """Of a file in the form of `Result.to_dict`; the settings and items lie in the run's folder only."""
+    others = {name: _part(one) for name, one in found["figures"].items() if name != found["metric"]}
+    others |= {name: {**_part({}), **pair} for name, pair in found["single"].items()}
+    parts = {axis: {value: _part(part) for value, part in of.items()} for axis, of in found["categories"].items()}
+    parts["duration of the clips"] = {value: _part(part) for value, part in found["durations"].items()}
+    roots, models = _list(settings.get("root")), _list(settings.get("model"))
+    return Run(
+        path=path.parent if settings else path,
+        benchmark=found["benchmark"],
+        metric=found["metric"],
+        model=", ".join(models),
+        n=found["n"],
+        overall=_part(found),
+        figures=others,
+        parts={axis: of for axis, of in parts.items() if of},
+        errors=[f"{one['id']}: {one['error']}" for one in found["errors"]["items"]],
+        intervals=found["intervals"],
+        items=[
+            Asked(
+                id=one.id,
+                clips=one.clips,
+                question=one.prompt,
+                truth=one.references,
+                answer=one.output,
+                correct=one.correct,
+                value=one.value,
+                deaf_answer=one.no_audio_output,
+                error=one.error,
+            )
+            for one in items
+        ],
+        roots=[Path(one) for one in roots],
+        folder=bool(settings),
+        key=_key(found, settings, [one.id for one in items]),
+        settings=settings,
+    )
+
+
+def _of_score(path: Path, score: Score) -> Run:
+    found = {"benchmark": score.benchmark, "metric": score.metric, "n": score.overall.n}
+    return Run(
+        path=path,
+        benchmark=score.benchmark,
+        metric=score.metric,
+        model="",
+        n=score.overall.n,
+        overall=asdict(score.overall),
+        figures={},
+        parts={"task": {task: asdict(part) for task, part in score.per_task.items()}},
+        errors=[f"{item.id}: {item.error or item.no_audio_error}" for item in score.errors],
+        intervals=score.settings.get("intervals", ""),
+        items=[_asked(item) for item in score.items],
+        roots=[],
+        folder=False,
+        key=_key(found, score.settings, [item.id for item in score.items]),
+        settings=score.settings,
+    )
+
+
+def _asked(item: ItemResult) -> Asked:
+    return Asked(
+        id=item.id,
+        clips=item.group.split("\n") if item.group else [],
+        question=item.question,
+        truth=[item.reference],
+        answer=None if item.error else item.prediction,
+        correct=item.correct,
+        value=None,
+        deaf_answer=item.no_audio_prediction,
+        error=item.error,
+    )
+
+
+def _part(found: Mapping[str, Any]) -> dict[str, Any]:
+    keys = ("n", "score", "ci95", "no_audio_score", "no_audio_ci95", "gain", "gain_ci95")
+    return {key: found.get(key) for key in keys}
+
+
+def _list(value: str | Sequence[str | None] | None) -> list[str]:
+    """A setting that is one for each run where several were joined."""
+    return [one for one in ([value] if value is None or isinstance(value, str) else value) if one is not None]
+
+
+def _key(found: Mapping[str, Any], settings: Mapping[str, Any], ids: Sequence[str]) -> str:
+    same = [found["benchmark"], found["metric"], found["n"], settings.get("rule"), settings.get("data_digest"), ids]
+    return hashlib.sha256(json.dumps(same).encode()).hexdigest()
+
+
+# Showing
+
+
+def _parts(runs: Mapping[str, Run], embed: Embedder) -> list[Part]:
+    first = next(iter(runs.values()))
+    alt = f"{first.metric} of each run with its interval and without audio; the numbers are in the table"
+    rows = [[name, *_cells(run.overall), f"{len(run.errors)}", run.model] for name, run in runs.items()]
+    parts: list[Part] = [
+        Prose(f"{first.metric}, beside the same model asked without its audio. Intervals: {first.intervals}."),
+        Table.of("The score of each run", ["run", *_HEADINGS, "errors", "model"], rows),
+    ]
+    if len(runs) > 1:
+        parts += _compared(runs)
+    parts += _axis("overall", {"all": {name: run.overall for name, run in runs.items()}}, alt)[:1]
+    others: dict[str, dict[str, Mapping[str, Any]]] = {}
+    for name, run in runs.items():
+        for metric, one in run.figures.items():
+            others.setdefault(metric, {})[name] = one
+    if others:
+        parts.append(Fold("Other figures", [_table("Other figures of the same answers", others)]))
+    for axis in dict.fromkeys(axis for run in runs.values() for axis in run.parts):
+        values = dict.fromkeys(value for run in runs.values() for value in run.parts.get(axis, {}))
+        by_value = {
+            value: {name: run.parts[axis][value] for name, run in runs.items() if value in run.parts.get(axis, {})}
+            for value in values
+        }
+        parts += _axis(axis, by_value, f"{first.metric} by {axis}; the numbers are in the table below")
+    for name, run in runs.items():
+        if run.errors:
+            shown = list(run.errors[:_ERRORS])
+            more = len(run.errors) - len(shown)
+            shown += [f"and {more} more, in {run.path.name}"] if more else []
+            parts.append(Fold(f"{name}: {len(run.errors)} raised and count as wrong", [Points(shown)]))
+    return parts + _sample(runs, embed)
+
+
+_HEADINGS = ("score", "95 % interval", "without audio", "gain", "its 95 % interval")
+
+
+def _cells(one: Mapping[str, Any]) -> list[str]:
+    return [figure(one[key]) for key in ("score", "ci95", "no_audio_score", "gain", "gain_ci95")]
+
+
+def _axis(axis: str, by_value: Mapping[str, Mapping[str, Mapping[str, Any]]], alt: str) -> list[Part]:
+    table = Fold(f"By {axis}, in numbers", [_table(f"Score by {axis}", by_value)])
+    if len(by_value) > _ROWS:
+        return [table]
+    return [Picture(alt, score_intervals(by_value, alt), title="" if axis == "overall" else f"By {axis}"), table]
+
+
+def _table(caption: str, by_value: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Table:
+    several = any(len(by_run) > 1 for by_run in by_value.values())
+    groups = []
+    lines: list[list[str]] = []
+    for value, by_run in by_value.items():
+        of_value = [[name if several else value, figure(one.get("n")), *_cells(one)] for name, one in by_run.items()]
+        if several:
+            groups.append((value, of_value))
+        else:
+            lines += of_value
+    return Table(caption, ["", "n", *_HEADINGS], groups if several else [("", lines)])
+
+
+def _compared(runs: Mapping[str, Run]) -> list[Part]:
+    """Each run against the first one, paired by question."""
+    names = list(runs)
+    headings = ["run", "difference", "95 % interval"]
+    title = f"Each run against {names[0]}, paired by question"
+    if not all(run.folder for run in runs.values()):
+        if not all(run.items for run in runs.values()):
+            return []
+        first = runs[names[0]].items
+        rows = []
+        for name in names[1:]:
+            pairs = zip(first, runs[name].items, strict=True)
+            gains = [float(bool(its.correct)) - float(bool(firsts.correct)) for firsts, its in pairs]
+            ends = bootstrap_ci(gains, ["\n".join(item.clips) for item in first])
+            rows.append([name, figure(sum(gains) / len(gains)), figure(ends)])
+        return [Table.of(title, headings, rows)]
+    try:
+        found = compare([run.path for run in runs.values()])
+    except ConfigError as error:
+        return [Prose(f"No comparison: {error}", "warning")]
+    cells = [
+        [
+            name,
+            figure(row.difference),
+            figure(row.difference_ci95),
+            chance(row.p_bootstrap),
+            figure(row.only_first),
+            figure(row.only_this),
+            chance(row.p_mcnemar),
+        ]
+        for name, row in zip(names, found.rows, strict=True)
+    ]
+    more = ["p, bootstrap", f"only {names[0]} right", "only this right", "p, McNemar"]
+    return [Table.of(title, [*headings, *more], cells[1:])]
+
+
+def _sample(runs: Mapping[str, Run], embed: Embedder) -> list[Part]:
+    """Some questions with every run's answers, taken evenly from each way in which the runs were right or wrong."""
+    with_items = {name: run for name, run in runs.items() if run.items}
+    if not with_items:
+        return []
+    first = next(iter(with_items.values()))
+    ways: dict[tuple[bool | None, ...], list[int]] = {}
+    for row in range(len(first.items)):
+        ways.setdefault(tuple(run.items[row].correct for run in with_items.values()), []).append(row)
+    chosen = _evenly(sorted(ways.values(), key=len), _SHOWN)
+    questions = [_question(row, with_items, embed) for row in sorted(chosen)]
+    note = Prose(
+        "Chosen so that right and wrong answers are among them, not in their true proportion. “Without audio” is the "
+        "same model with nothing to hear."
+    )
+    return [Fold(f"{len(chosen)} of {len(first.items):,} questions with their answers", [note, *questions])]
+
+
+def _evenly(groups: Sequence[Sequence[int]], count: int) -> list[int]:
+    """So many members, as even as can be over the groups, smallest group first, and evenly from each."""
+    chosen: list[int] = []
+    for place, group in enumerate(groups):
+        take = min(len(group), (count - len(chosen)) // (len(groups) - place)) if count > len(chosen) else 0
+        chosen += [group[i * len(group) // take] for i in range(take)]
+    return chosen
+
+
+def _question(row: int, runs: Mapping[str, Run], embed: Embedder) -> Question:
+    item = next(iter(runs.values())).items[row]
+    roots = [*embed.roots, *dict.fromkeys(root for run in runs.values() for root in run.roots)]
+    answers = []
+    for name, run in runs.items():
+        asked = run.items[row]
+        mark = "" if asked.correct is None else "right" if asked.correct else "wrong"
+        text = f"raised: {asked.error}" if asked.answer is None else asked.answer
+        if asked.correct is None and asked.value is not None:
+            text += f" ({figure(asked.value)})"
+        who, deaf = (name, f"{name}, without audio") if len(runs) > 1 else ("answer", "without audio")
+        answers.append((who, Cell(text, mark)))
+        if asked.deaf_answer is not None:
+            answers.append((deaf, Cell(asked.deaf_answer)))
+    sounds = [_sound(clip, roots, embed) for clip in item.clips]
+    return Question(item.question, sounds, " | ".join(item.truth), answers)
+
+
+def _sound(clip: str, roots: Sequence[Path], embed: Embedder) -> Sound:
+    for path in (Path(clip), *(root / clip for root in roots)):
+        if path.is_file():
+            return embed.sound(path)
+    return Sound(clip, None, f"{clip} is not here; say where the clips lie with --data")

@@ -1,0 +1,147 @@
+"""Folders of `pal train`: losses of all runs in one figure, and what distinguishes the runs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from pal.errors import BundleError
+from pal.report.embed import Embedder
+from pal.report.figures import loss_curves
+from pal.report.numbers import figure, milliseconds, three_digits
+from pal.report.page import Part, Picture, Prose, Section, Table
+from pal.train.curves import read_log
+from pal.train.recipe import differences
+
+TITLE = "Training"
+UNDERSTANDS = "training runs (train.json, log.jsonl)"
+
+_DIFFERENCES = 40
+"""Most settings in the table of what distinguishes the runs."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run, finished or not."""
+
+    recipe: Mapping[str, Any]
+    curve: Sequence[tuple[float, float]]
+    borders: Sequence[tuple[float, str]]
+    """(last step before it, stage) of each stage but the first."""
+    stages: Sequence[Mapping[str, Any]]
+    seconds: float | None
+    """None while it is not finished, as are the others."""
+    device: str
+    fault: str | None = None
+
+
+def find(path: Path) -> list[Path]:
+    """The folder, if a run was begun in it."""
+    return [path] if any((path / name).is_file() for name in ("train.json", "log.jsonl")) else []
+
+
+def read(path: Path) -> Run:
+    """What `pal train` wrote; of a run that is not finished its curve so far, and a fault that says so.
+
+    Raises:
+        BundleError: a file is damaged or missing.
+    """
+    log = read_log(path / "log.jsonl")
+    curve = [(line["step"], line["loss"]) for line in log]
+    borders = [(one["step"], two["stage"]) for one, two in pairwise(log) if one["stage"] != two["stage"]]
+    if (path / "train.json").is_file():
+        report = _json(path / "train.json")
+        stages = [{key: stage[key] for key in _STAGE} for stage in report["stages"]]
+        return Run(report["recipe"], curve, borders, stages, report["seconds"], report["device"])
+    recipe = _json(path / "recipe.json")["recipe"]
+    fault = f"{path}: not finished, at step {int(curve[-1][0]) if curve else 0}; go on with pal train --resume"
+    return Run(recipe, curve, borders, [], None, "", fault)
+
+
+_STAGE = ("name", "objective", "steps", "seconds", "loss", "trained_parameters", "median_step_seconds")
+
+
+def chapter(found: Sequence[tuple[str, Run]], embed: Embedder) -> tuple[list[Section], list[dict[str, Any]]]:
+    """The curves, what each run did, and where the recipes differ."""
+    runs = dict(found)
+    sections = []
+    if any(run.curve for run in runs.values()):
+        caption = (
+            "Pale is every logged value, bold the running mean; long curves are drawn by means of stretches. Upright "
+            "lines are the borders of stages. Stages with another objective have losses that cannot be compared."
+        )
+        svg = loss_curves(
+            {name: run.curve for name, run in runs.items()}, {name: run.borders for name, run in runs.items()}
+        )
+        alt = "Training loss over the steps; the losses at the end are in the table"
+        sections.append(Section("Losses", [Picture(alt, svg, caption=caption)]))
+    sections.append(Section("What was done", [_done(runs)]))
+    if len(runs) > 1:
+        sections.append(Section("What distinguishes the runs", _distinguished(runs)))
+    facts = [
+        {
+            "finished": run.seconds is not None,
+            "steps": int(run.curve[-1][0]) if run.curve else 0,
+            "loss": run.curve[-1][1] if run.curve else None,
+            "seconds": run.seconds,
+        }
+        for run in runs.values()
+    ]
+    return sections, facts
+
+
+def _done(runs: Mapping[str, Run]) -> Table:
+    headings = ("run, stage", "objective", "steps", "last loss", "median step", "seconds", "trained", "device")
+    rows = []
+    for name, run in runs.items():
+        for stage in run.stages:
+            cells = [f"{name}, {stage['name']}", stage["objective"], f"{stage['steps']:,}", figure(stage["loss"])]
+            cells += [milliseconds(stage["median_step_seconds"]), three_digits(stage["seconds"])]
+            rows.append([*cells, f"{stage['trained_parameters']:,}", run.device])
+        if run.seconds is None:
+            step, loss = run.curve[-1] if run.curve else (0, None)
+            rows.append([name, "not finished", f"{step:,.0f}", figure(loss), "", "", "", ""])
+    return Table.of("Stages of each run", headings, rows)
+
+
+def _distinguished(runs: Mapping[str, Run]) -> list[Part]:
+    first = next(iter(runs.values())).recipe
+    keys = list(dict.fromkeys(key for run in runs.values() for key in differences(first, run.recipe)))
+    if not keys:
+        return [Prose("Nothing: all runs have the same recipe.")]
+    shown = keys[:_DIFFERENCES]
+    rows = [[name, *(_setting(run.recipe, key) for key in shown)] for name, run in runs.items()]
+    parts: list[Part] = [Table.of("Settings that are not the same in all runs", ["run", *shown], rows, words=True)]
+    if len(keys) > len(shown):
+        parts.append(Prose(f"{len(keys) - len(shown)} more settings differ and are not shown."))
+    return parts
+
+
+def _setting(recipe: Any, key: str) -> str:
+    """The value at a dotted key, as `differences` names it; a dash where there is none."""
+    at = recipe
+    for name in key.split("."):
+        try:
+            at = at[int(name)] if isinstance(at, list) else at[name]
+        except (KeyError, IndexError, ValueError, TypeError):
+            return "–"
+    return at if isinstance(at, str) else json.dumps(_without_null(at), ensure_ascii=False)
+
+
+def _without_null(value: Any) -> Any:
+    if not isinstance(value, dict):
+        return value
+    return {key: _without_null(one) for key, one in value.items() if one is not None}
+
+
+def _json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise BundleError(f"{path.parent}: no {path.name}; copy the folder again") from None
+    except ValueError:
+        raise BundleError(f"{path}: damaged; copy the folder again") from None
