@@ -14,6 +14,7 @@ from pal.integrations.hybrid import PAL
 from pal.integrations.lal import LAL
 from pal.probe.health import probe_health, swapped
 from pal.registry import names
+from pal.types import Heard
 from tests.models import noise, tiny_model, tone
 
 
@@ -184,18 +185,19 @@ class Scripted:
     def __getattr__(self, name):
         return getattr(self.model, name)
 
-    def generate(self, clips, rows, max_new_tokens):
-        return [self.rule([clips[i] for i in row.clips]) for row in rows]
+    def generate(self, clips, rows, max_new_tokens, **options):
+        return [self.rule(max((float(clips[i].x_AE[0]) for i in row.clips), default=0.0)) for row in rows]
+
+    def hear(self, samples_N):
+        return Heard((samples_N.abs().max()[None, None],), len(samples_N) / 16_000)
 
 
 def test_a_model_that_says_yes_to_silence_is_over_eager(records):
-    eager = status(Scripted(tiny_model("lal"), lambda clips: "yes"), records)
+    eager = status(Scripted(tiny_model("lal"), lambda heard: "yes"), records)
     assert eager["over-eager"][0] == "warning" and "yes to 100% of 6" in eager["over-eager"][1]
     assert eager["deaf"][0] == "fault"
     # loud is yes: right by ear, and no to silence
-    hearing = status(
-        Scripted(tiny_model("lal"), lambda clips: "yes" if clips and clips[0].abs().max() > 0.1 else "no"), records
-    )
+    hearing = status(Scripted(tiny_model("lal"), lambda heard: "yes" if heard > 0.1 else "no"), records)
     assert "yes to 0% of 6" in hearing["over-eager"][1]
 
 
