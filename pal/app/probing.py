@@ -132,3 +132,73 @@ def _shown(value: object) -> str:
     if value is None:
         return ""
     return f"{value:.3f}" if isinstance(value, float) else str(value)
+
+
+@probe_app.command("time")
+def time_(
+    models: Annotated[
+        list[str], typer.Argument(help="Bundle folders or Hub ids, to be compared; 'tiny' ships with the package.")
+    ],
+    out: Out = None,
+    pairs: Annotated[int, typer.Option(min=2, help="Pairs of sounds; each is in every clip of a sweep once.")] = 20,
+    wordings: Annotated[int, typer.Option(min=1, help="Ways of asking each question.")] = 1,
+    seed: Seed = None,
+    batch: Annotated[int, typer.Option(min=1, help="Rows in a forward pass.")] = 64,
+    as_json: AsJson = False,
+) -> None:
+    """Are order and time kept? Accuracy against the gap between two sounds, their length, and the distance to a border.
+
+    What ignores time scores exactly one half. One line a model.
+    """
+    import pal
+    from pal.probe import time
+    from pal.probe.material import SCENES_SEED
+
+    names = labels(models)
+    # all before the first clip is made: a name that is wrong is said at once
+    loaded = [(name, pal.load(model)) for name, model in zip(names, models, strict=True)]
+    chosen = SCENES_SEED if seed is None else seed
+    finding = time.probe(loaded, pairs, wordings, chosen, batch, shows_progress())
+    finish(finding, models[0] if len(models) == 1 else "+".join(names).replace("/", "-"), out, as_json)
+
+
+def labels(models: list[str]) -> list[str]:
+    """What tells the models apart: their paths without what all begin and end with.
+
+    Raises:
+        ConfigError: a model is given twice.
+    """
+    from pal.errors import ConfigError
+
+    if len(set(models)) < len(models):
+        raise ConfigError("a model is given twice; give each once")
+    if len(models) == 1:
+        return [Path(models[0]).name]
+    paths = [list(Path(model).parts) for model in models]
+    while all(len(path) > 1 for path in paths) and len({path[-1] for path in paths}) == 1:
+        paths = [path[:-1] for path in paths]
+    while all(len(path) > 1 for path in paths) and len({path[0] for path in paths}) == 1:
+        paths = [path[1:] for path in paths]
+    return ["/".join(path) for path in paths]
+
+
+@probe_app.command("layers")
+def layers_(
+    model: Model,
+    manifests: Manifests = None,
+    out: Out = None,
+    clips: Annotated[int, typer.Option(min=1, help="Most clips of a data set, taken evenly from all of it.")] = 200,
+    question: Annotated[str | None, typer.Option(help="Asked about every clip.", show_default=False)] = None,
+    seed: Seed = None,
+    batch: Annotated[int, typer.Option(min=1, help="Clips in a forward pass.")] = 16,
+    as_json: AsJson = False,
+) -> None:
+    """Where does audio enter the LLM's own rows? Linear probes for what sounds, on text rows after each layer."""
+    import pal
+    from pal.probe import layers
+    from pal.probe.material import SCENES_SEED
+
+    chosen = SCENES_SEED if seed is None else seed
+    asked = layers.QUESTION if question is None else question
+    finding = layers.probe(pal.load(model), manifests or [], clips, chosen, asked, batch, shows_progress())
+    finish(finding, model, out, as_json)

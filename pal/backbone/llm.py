@@ -9,7 +9,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from threading import Thread
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -35,6 +35,7 @@ FAMILIES = ("gemma", "gemma3_text", "llama", "mistral", "qwen2", "qwen3")
 """transformers' `model_type` of the supported LLMs (Qwen2.5 is qwen2)."""
 
 Trained = Literal["full", "no_ffn", "lora", "attention", "none"]
+Kept = TypeVar("Kept")
 Per = Literal["token", "answer"]
 """What counts alike in a loss: every token, so that long answers count most, or every answer."""
 
@@ -364,6 +365,24 @@ class Backbone(nn.Module):
         finally:
             for hook in hooks:
                 hook.remove()
+
+    @torch.no_grad()
+    def hidden_rows(self, inputs: LLMInputs, keep: Callable[[Tensor], Kept]) -> list[Kept]:
+        """What `keep` takes of the rows [B, T, D] that enter the first layer and that leave each layer: L + 1 results.
+
+        The rows are those of the residual stream; the last layer's are not normed yet. `keep` is called as each layer
+        is done, so that one layer's rows live at a time.
+        """
+        kept = [keep(inputs.inputs_embeds_BTD)]
+        hooks = [
+            block.register_forward_hook(lambda _, __, out: kept.append(keep(out))) for block in self.lm.model.layers
+        ]
+        try:
+            self._hidden(inputs)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return kept
 
     @torch.no_grad()
     def generate(self, inputs: LLMInputs, **kwargs: Any) -> Tensor:

@@ -175,7 +175,8 @@ class Chooser:
             self.forms[best.form] += 1
             self.answers[best.form, best.balance] += 1
             self.subjects[best.form, best.first, best.balance] += 1
-        return [_worded(chosen[i], rng) for i in rng.permutation(len(chosen))]
+        chosen = [chosen[i] for i in rng.permutation(len(chosen))]
+        return [worded(candidate, int(rng.integers(len(PARAPHRASES[candidate.form])))) for candidate in chosen]
 
     def _is_fair(self, candidate: Candidate) -> bool:
         """Whether asking it keeps the answers of a form with few answers about equally frequent."""
@@ -201,8 +202,8 @@ def _answers(candidate: Candidate) -> tuple[str, ...]:
     return candidate.choices or (candidate.balance,)
 
 
-def _worded(candidate: Candidate, rng: Rng) -> Question:
-    forms = PARAPHRASES[candidate.form]
+def worded(candidate: Candidate, paraphrase: int = 0) -> Question:
+    """The candidate in the words of one of its form's `PARAPHRASES`."""
     words = {}
     if candidate.first:
         kind = KINDS[candidate.first]
@@ -211,7 +212,7 @@ def _worded(candidate: Candidate, rng: Rng) -> Question:
         words |= {"is": is_, "Is": is_.capitalize()}
     if candidate.second:
         words["b"] = f"the {candidate.second}"
-    text = forms[int(rng.integers(len(forms)))].format(**words)
+    text = PARAPHRASES[candidate.form][paraphrase].format(**words)
     return Question(candidate.task, text, candidate.answer, candidate.choices, candidate.form)
 
 

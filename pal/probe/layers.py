@@ -1,0 +1,402 @@
+"""`pal probe layers`: in which layers the LLM's own rows say what sounds.
+
+Every clip is heard with the same question, so text rows of two clips differ by what was heard and nothing else. A
+linear probe reads the clip's labels off a row as it leaves each layer: where that works better than with shuffled
+labels, audio has entered the LLM's representation. Rows that are probed:
+
+- `last`: the last row of the prompt, which predicts the answer;
+- `after`: the mean of all text rows behind the audio;
+- `before`: the last text row in front of the audio, which cannot have heard it;
+- `no audio`: the last row of the prompt without the audio.
+
+The last two are controls: they are the same for all clips, and a probe is exactly at chance there. Points of reference
+are the mean over time of what the encoders give, and of what the connectors make of it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from pal import audio
+from pal.data.manifest import Record
+from pal.data.prompts import encode, user_turn
+from pal.data.synth.questions import PARAPHRASES
+from pal.errors import ManifestError
+from pal.evaluate.runner import evaluation_mode
+from pal.probe.finding import Finding, Picture, about
+from pal.probe.linear import FOLDS, INNER_FOLDS, ROUND_OFF, STRENGTHS, Labels, Probed, check, probed
+from pal.probe.material import SCENES_SEED, material, spread
+from pal.probe.style import style_of
+from pal.types import AUDIO, AudioFeatures, Tokens
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from pal.model import PalModel
+
+QUESTION = PARAPHRASES["caption"][0]
+"""Asked about every clip. It names no sound, and models trained on scenes know it."""
+CLIPS = 200
+MOST_LABELS = 16
+FEWEST = 2 * FOLDS
+"""Clips that have a label, and clips that do not, at least."""
+SHUFFLE_SEED = 1
+
+ROWS = ("last", "after", "before", "no audio")
+_CONTROL_ROWS = ("before", "no audio")
+
+
+@dataclass
+class Rows:
+    """What a model makes of N clips."""
+
+    by_layer: dict[str, list[NDArray[np.float32]]] = field(default_factory=dict)
+    """For each of `ROWS` that the prompt has: its embedding, and as it leaves each layer, [N, D] each."""
+    reference: dict[str, NDArray[np.float32]] = field(default_factory=dict)
+    """Means over time of what encoders and connectors give, side by side where there are several: [N, E]."""
+
+
+def probe(
+    model: PalModel,
+    manifests: Sequence[Path] = (),
+    clips: int = CLIPS,
+    seed: int = SCENES_SEED,
+    question: str = QUESTION,
+    batch: int = 16,
+    progress: bool = False,
+) -> Finding:
+    """Probe every layer for the labels of some clips.
+
+    A clip's labels are its tags, or its answer where it has none. Each data set is probed by itself: where every clip
+    has one label by balanced accuracy, else by average precision, averaged over the commonest labels.
+
+    Args:
+        model: the model.
+        manifests: of the clips; made-up scenes without any.
+        clips: most of a data set, taken evenly from all of it.
+        seed: of the scenes.
+        question: asked about every clip.
+        batch: clips in a forward pass.
+        progress: show how far it is.
+
+    Raises:
+        ConfigError: scikit-learn is missing.
+        ManifestError: no clip has labels, or none of them is frequent enough.
+        AudioError: a clip cannot be used.
+    """
+    check()
+    started = time.perf_counter()
+    with material(manifests, 4 * clips, seed) as records:
+        chosen = _chosen(records, clips)
+        sets = {title: labels_of(title, part) for title, part in chosen.items()}
+        found: dict[str, _Found] = {}
+        for title, labels in sets.items():
+            paths = [record.clips[0] for record in chosen[title]]
+            rows = collect(model, paths, question, batch, progress)
+            found[title] = _found(rows, labels, paths, progress)
+    n_layers = model.llm.n_layers
+    return Finding(
+        probe="layers",
+        model=about(model),
+        settings={
+            "question": question,
+            "clips": {title: len(part) for title, part in chosen.items()},
+            "labels": {title: labels.names for title, labels in sets.items()},
+            "metric": {title: labels.metric for title, labels in sets.items()},
+            "probe": f"logistic regression, L2, C of {STRENGTHS} by {INNER_FOLDS} folds within the training clips",
+            "held_out": f"whole clips, {FOLDS} folds",
+            "constant_below": ROUND_OFF,
+            "seed": seed,
+            "intervals": "percentile bootstrap over clips",
+        },
+        reading=[sentence for one in found.values() for sentence in _reading(one, n_layers)],
+        tables={f"{title}: {one.labels.metric}": list(_table(one)) for title, one in found.items()},
+        details={title: _details(one) for title, one in found.items()},
+        pictures=_pictures(found),
+        seconds=time.perf_counter() - started,
+    )
+
+
+def _chosen(records: Sequence[Record], most: int) -> dict[str, list[Record]]:
+    """For each data set its clips with labels, each once."""
+    by_set: dict[str, dict[str, Record]] = {}
+    for record in records:
+        if len(record.clips) == 1 and _names(record):
+            by_set.setdefault(record.dataset, {}).setdefault(record.clips[0], record)
+    if not by_set:
+        raise ManifestError("no clip has labels; give a manifest with 'tags', or with 'choices'")
+    return {title: spread(list(part.values()), most) for title, part in by_set.items()}
+
+
+def _names(record: Record) -> set[str]:
+    if record.tags:
+        return {tag.label for tag in record.tags}
+    return {record.turns[-1].answer} if record.choices else set()
+
+
+def labels_of(title: str, records: Sequence[Record]) -> Labels:
+    """The labels of a data set's clips, the commonest first.
+
+    Raises:
+        ManifestError: none holds of enough clips and is missing from enough.
+    """
+    has = [_names(record) for record in records]
+    counts = Counter(name for names in has for name in names)
+    usable = [name for name, n in counts.items() if FEWEST <= n <= len(records) - FEWEST]
+    names = sorted(usable, key=lambda name: (-counts[name], name))[:MOST_LABELS]
+    if not names:
+        raise ManifestError(
+            f"{title}: of {len(counts)} labels of {len(records)} clips none is had by {FEWEST} clips and not had by "
+            f"{FEWEST}; give more clips"
+        )
+    truth_NK = np.array([[name in one for name in names] for one in has])
+    return Labels(title, tuple(names), truth_NK, exclusive=len(names) > 1 and bool((truth_NK.sum(1) == 1).all()))
+
+
+@torch.inference_mode()
+def collect(model: PalModel, paths: Sequence[str], question: str, batch: int, progress: bool = False) -> Rows:
+    """What the model makes of some clips. The order of the result is that of `paths`."""
+    from tqdm import tqdm
+
+    lengths = [audio.seconds(path) for path in paths]
+    order = sorted(range(len(paths)), key=lambda i: -lengths[i])
+    kept: dict[str, list[list[Tensor]]] = {}
+    references: dict[str, list[Tensor]] = {}
+    with evaluation_mode(model), tqdm(total=len(paths), unit="clip", disable=not progress, leave=False) as bar:
+        for start in range(0, len(paths), batch):
+            part = order[start : start + batch]
+            heard = model.ears.hear([audio.load(paths[i], model.sampling_rate).samples_N for i in part])
+            streams = model.ears.connect(heard)
+            references.setdefault("encoder", []).append(_means(heard))
+            references.setdefault("connector", []).append(_means(streams))
+            tokens = [_prompt(model, question, [i]) for i in range(len(part))]
+            for name, layers in _text_rows(model, streams, tokens).items():
+                kept.setdefault(name, []).append(layers)
+            bar.update(len(part))
+        deaf = _text_rows(model, None, [_prompt(model, question, [])])
+    back = np.argsort(order)
+    rows = Rows()
+    for name, parts in kept.items():
+        rows.by_layer[name] = [torch.cat(layer).numpy()[back] for layer in zip(*parts, strict=True)]
+    rows.by_layer["no audio"] = [layer.numpy().repeat(len(paths), 0) for layer in deaf["last"]]
+    for name, means in references.items():
+        rows.reference[name] = torch.cat(means).numpy()[back]
+    return rows
+
+
+def _prompt(model: PalModel, question: str, clips: list[int]) -> Tokens:
+    system = [{"role": "system", "content": model.config.system}] if model.config.system else []
+    return encode(model.tokenizer, [*system, user_turn(question, len(clips))], clips)
+
+
+def _text_rows(model: PalModel, streams: list[AudioFeatures] | None, tokens: list[Tokens]) -> dict[str, list[Tensor]]:
+    """`last`, and with audio `after` and `before`, by layer: float32 [B, D] each. All prompts have the same text."""
+    ids = tokens[0].ids
+    inputs = model.integration(streams, tokens, model.llm, "left")
+    mask_BT = inputs.attention_mask_BT
+    # with padding on the left, text behind the audio is the end of every sequence and text before it the start of its
+    # real rows, whatever an integration puts between them
+    first_B = mask_BT.shape[1] - mask_BT.long().sum(1)
+    at = ids.index(AUDIO) if AUDIO in ids else len(ids)
+
+    def keep(hidden_BTD: Tensor) -> dict[str, Tensor]:
+        kept = {"last": hidden_BTD[:, -1]}
+        if at < len(ids) - 1:
+            kept["after"] = hidden_BTD[:, at + 1 - len(ids) :].mean(1)
+        if 0 < at < len(ids):
+            kept["before"] = hidden_BTD[torch.arange(len(tokens)), first_B + at - 1]
+        return {name: rows_BD.float().cpu() for name, rows_BD in kept.items()}
+
+    layers = model.llm.hidden_rows(inputs, keep)
+    return {name: [layer[name] for layer in layers] for name in layers[0]}
+
+
+def _means(streams: list[AudioFeatures]) -> Tensor:
+    """Means over the real tokens [B, E], streams side by side."""
+    means = [
+        (stream.x_BAE * stream.mask_BA[..., None]).sum(1) / stream.mask_BA.sum(1, keepdim=True) for stream in streams
+    ]
+    return torch.cat(means, dim=1).float().cpu()
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What probes said about one data set."""
+
+    labels: Labels
+    by_layer: Mapping[str, list[Probed]]
+    control: Mapping[str, list[Probed]]
+    """With shuffled labels."""
+    reference: Mapping[str, Probed]
+    differing: float
+    """The largest difference of rows before the audio between two clips, by the size of the rows."""
+
+
+def _found(rows: Rows, labels: Labels, groups: Sequence[str], progress: bool) -> _Found:
+    from tqdm import tqdm
+
+    shuffled = labels.shuffled(SHUFFLE_SEED)
+    total = sum(2 * len(layers) for layers in rows.by_layer.values()) + len(rows.reference)
+    with tqdm(total=total, desc=labels.title, unit="probe", disable=not progress, leave=False) as bar:
+
+        def of(x_ND: NDArray[np.float32], truth: Labels) -> Probed:
+            bar.update()
+            return probed(x_ND, truth, groups)
+
+        return _Found(
+            labels,
+            {name: [of(x_ND, labels) for x_ND in layers] for name, layers in rows.by_layer.items()},
+            {name: [of(x_ND, shuffled) for x_ND in layers] for name, layers in rows.by_layer.items()},
+            {name: of(x_ND, labels) for name, x_ND in rows.reference.items()},
+            max((_difference(x_ND) for x_ND in rows.by_layer.get("before", [])), default=0.0),
+        )
+
+
+def _difference(x_ND: NDArray[np.float32]) -> float:
+    size = float(np.sqrt(np.mean(x_ND.astype(np.float64) ** 2)))
+    return float(np.abs(x_ND - x_ND[0]).max()) / size if size else 0.0
+
+
+def _table(one: _Found) -> Iterator[dict[str, Any]]:
+    for name, layers in one.by_layer.items():
+        for layer, (real, control) in enumerate(zip(layers, one.control[name], strict=True)):
+            yield {
+                "rows": name,
+                "layer": str(layer) if layer else "embeddings",
+                "score": real.score,
+                "ci95": real.ci95,
+                "shuffled": control.score,
+                "selectivity": real.score - control.score,
+            }
+    for name, real in one.reference.items():
+        yield {
+            "rows": name,
+            "layer": None,
+            "score": real.score,
+            "ci95": real.ci95,
+            "shuffled": None,
+            "selectivity": None,
+        }
+
+
+def _details(one: _Found) -> dict[str, Any]:
+    return {
+        "chance": one.labels.chance,
+        "clips_with_label": dict(zip(one.labels.names, one.labels.truth_NK.sum(0).tolist(), strict=True)),
+        "by_label": {
+            name: [dict(zip(one.labels.names, layer.by_label, strict=True)) for layer in layers]
+            for name, layers in one.by_layer.items()
+        },
+        "shuffled_ci95": {name: [layer.ci95 for layer in layers] for name, layers in one.control.items()},
+        "first_layer": {name: first_above(one.by_layer[name], one.control[name]) for name in one.by_layer},
+        "rows_before_audio_differ_by": one.differing,
+    }
+
+
+def first_above(real: Sequence[Probed], control: Sequence[Probed]) -> int | None:
+    """The first layer (0: the embeddings) whose interval lies above that of the shuffled labels."""
+    pairs = enumerate(zip(real, control, strict=True))
+    return next((layer for layer, (one, other) in pairs if one.ci95[0] > other.ci95[1]), None)
+
+
+def _reading(one: _Found, n_layers: int) -> Iterator[str]:
+    title, metric, chance = one.labels.title, one.labels.metric, one.labels.chance
+    for name, layers in one.by_layer.items():
+        if name in _CONTROL_ROWS:
+            continue
+        first = first_above(layers, one.control[name])
+        what = "the row that predicts the answer" if name == "last" else "text rows behind the audio"
+        if first is None:
+            yield f"{title}: in {what} no layer says more of what sounds than shuffled labels do."
+            continue
+        peak = max(range(len(layers)), key=lambda layer: layers[layer].score)
+        place = f"after layer {first}" if first else "already in the embeddings"
+        yield (
+            f"{title}: {what} first say what sounds {place} of {n_layers} ({metric} {layers[first].score:.2f}, "
+            f"chance {chance:.2f}), and most after layer {peak} ({layers[peak].score:.2f}, {layers[peak].ci95[0]:.2f} "
+            f"to {layers[peak].ci95[1]:.2f})."
+        ).replace("the row that predicts the answer first say", "the row that predicts the answer first says")
+    references = ", ".join(f"the {name}'s {real.score:.2f}" for name, real in one.reference.items())
+    yield f"{title}: what is there to be heard, the mean over time of the features: {references}."
+    for name in _CONTROL_ROWS:
+        layers = one.by_layer.get(name, [])
+        heard = [layer for layer, real in enumerate(layers) if not _at(chance, real)]
+        if heard:
+            yield f"{title}: rows '{name}' are not at chance in layers {heard}, as they must be: something leaks."
+    if "before" in one.by_layer and all(_at(chance, real) for real in one.by_layer["before"]):
+        yield (
+            f"{title}: the row before the audio is at chance in every layer ({chance:.2f}), as it must be; between "
+            f"clips it differs by {one.differing:.0e} of its size."
+        )
+
+
+def _at(chance: float, real: Probed) -> bool:
+    return abs(real.score - chance) < 1e-9  # the same sum in another order
+
+
+def _pictures(found: Mapping[str, _Found]) -> dict[str, Picture]:
+    pictures = {}
+    for number, (title, one) in enumerate(found.items(), start=1):
+        tail = f"-{number}" if len(found) > 1 else ""
+        pictures[f"layers{tail}"] = Picture(
+            f"{title}: sound labels in text rows, by layer",
+            "How well a linear probe reads the labels off rows of clips that it has not seen, with intervals over "
+            "clips. Grey: the same with shuffled labels. Dashed across: the encoder's and the connector's features.",
+            lambda figure, one=one: _draw(figure, one),  # type: ignore[misc]
+        )
+        pictures[f"labels{tail}"] = Picture(
+            f"{title}: each label in the rows behind the audio, by layer",
+            "Labels from the best to the worst in the last layer; their number of clips is in brackets.",
+            lambda figure, one=one: _draw_labels(figure, one),  # type: ignore[misc]
+            size=(8.0, 2.2 + 0.26 * len(one.labels.names)),
+        )
+    return pictures
+
+
+def _draw(figure: Figure, one: _Found) -> None:
+    axes: Axes = figure.add_subplot()
+    names = {"last": "last row of the prompt", "after": "text behind the audio", "before": "text before the audio"}
+    for place, (name, words) in enumerate(names.items()):
+        if name not in one.by_layer:
+            continue
+        layers, x, style = one.by_layer[name], np.arange(len(one.by_layer[name])), style_of(place)
+        y = np.array([real.score for real in layers])
+        ends = np.abs(np.array([[y[i] - p.ci95[0], p.ci95[1] - y[i]] for i, p in enumerate(layers)])).T
+        axes.errorbar(x, y, yerr=ends, label=words, capsize=2, lw=1.8, ms=5, **style)
+        if name not in _CONTROL_ROWS:
+            low, high = np.array([control.ci95 for control in one.control[name]]).T
+            axes.fill_between(
+                x, low, high, color="0.85", lw=0, label="shuffled labels" if not place else None, zorder=0
+            )
+    for (name, real), dashes in zip(one.reference.items(), ("--", "-."), strict=False):
+        axes.axhline(real.score, color="0.25", lw=1.2, ls=dashes, label=f"{name}, mean over time")
+    axes.set_xticks(x, ["embed-\ndings", *(str(layer) for layer in x[1:])])
+    axes.set_xlabel("after layer")
+    axes.set_ylabel(one.labels.metric)
+    axes.set_ylim(0, 1.03)
+    axes.set_title(f"{one.labels.title}: labels in text rows")
+    axes.legend(fontsize=8, framealpha=0.95)
+
+
+def _draw_labels(figure: Figure, one: _Found) -> None:
+    axes: Axes = figure.add_subplot()
+    score_LK = np.array([real.by_label for real in one.by_layer["after"]])
+    order_K = np.argsort(-score_LK[-1], kind="stable")
+    image = axes.imshow(score_LK.T[order_K], aspect="auto", cmap="viridis", vmin=0, vmax=1)
+    counts_K = one.labels.truth_NK.sum(0)
+    axes.set_yticks(range(len(order_K)), [f"{one.labels.names[k]} ({counts_K[k]})" for k in order_K])
+    axes.set_xticks(range(len(score_LK)), ["embeddings", *(str(layer) for layer in range(1, len(score_LK)))])
+    axes.set_xlabel("after layer")
+    axes.set_title(f"{one.labels.title}: each label behind the audio")
+    figure.colorbar(image, ax=axes, label="recall" if one.labels.exclusive else "average precision")

@@ -1,0 +1,162 @@
+"""Linear probes: how well labels can be read off features by a plane, on clips that the probe has not seen."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pal.errors import ConfigError
+
+FOLDS, INNER_FOLDS = 4, 2
+STRENGTHS = (1e-3, 1e-2, 1e-1)
+"""Of scikit-learn's C: from strong to weak regularisation."""
+RESAMPLES = 1000
+ROUND_OFF = 1e-5
+"""Features that vary by less than this share of their size are taken as constant: floating point makes that much."""
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Labels:
+    """What holds of some clips."""
+
+    title: str
+    names: tuple[str, ...]
+    """K of them."""
+    truth_NK: NDArray[np.bool_]
+    exclusive: bool
+    """Exactly one of them holds of each clip."""
+
+    @property
+    def metric(self) -> str:
+        """What `score` gives."""
+        return "balanced accuracy" if self.exclusive else "macro average precision"
+
+    @property
+    def chance(self) -> float:
+        """The score of a probe that cannot tell clips apart."""
+        return 1 / len(self.names) if self.exclusive else float(self.truth_NK.mean(0).mean())
+
+    def shuffled(self, seed: int) -> Labels:
+        """The same labels handed to other clips."""
+        order_N = np.random.default_rng(seed).permutation(len(self.truth_NK))
+        return Labels(self.title, self.names, self.truth_NK[order_N], self.exclusive)
+
+
+@dataclass(frozen=True)
+class Probed:
+    """A score on held-out clips."""
+
+    score: float
+    ci95: tuple[float, float]
+    """Percentile bootstrap over clips."""
+    by_label: tuple[float, ...]
+    """Average precision or recall of each label."""
+
+
+def check() -> None:
+    """Raises ConfigError where scikit-learn is missing."""
+    try:
+        import sklearn.linear_model  # noqa: F401
+    except ImportError:
+        raise ConfigError("linear probes need scikit-learn: pip install 'pal-audio[scores]'") from None
+
+
+def probed(x_ND: NDArray[Any], labels: Labels, groups: Sequence[str], seed: int = 0) -> Probed:
+    """How well `labels` are read off the features, by logistic regression with whole groups held out.
+
+    One probe a label. Features are standardised, and the strength of regularisation is chosen, within the training
+    folds. A probe's score is its weighted sum without the constant: which is the same order within a fold, does not
+    depend on how often a label is in the fold, and is exactly chance where features tell nothing.
+
+    Args:
+        x_ND: features of N clips.
+        labels: their labels.
+        groups: what each clip belongs to; clips of a group are held out together.
+        seed: of the bootstrap.
+    """
+    scores_NK = held_out(x_ND, labels, groups)
+    by_label_K = _scores(scores_NK, labels, np.ones((1, len(x_ND))))[0]
+    weights_RN = (
+        np.random.default_rng(seed)
+        .multinomial(len(x_ND), np.full(len(x_ND), 1 / len(x_ND)), size=RESAMPLES)
+        .astype(float)
+    )
+    drawn_R = np.nanmean(_scores(scores_NK, labels, weights_RN), axis=1)
+    low, high = np.quantile(drawn_R, [0.025, 0.975])
+    return Probed(float(by_label_K.mean()), (float(low), float(high)), tuple(by_label_K.tolist()))
+
+
+def held_out(x_ND: NDArray[Any], labels: Labels, groups: Sequence[str]) -> Floats:
+    """Each clip's score for each label [N, K] by probes that were trained without its group."""
+    from sklearn.model_selection import GroupKFold
+
+    truth_NK, group_N = labels.truth_NK, np.asarray(groups)
+    scores_NK = np.zeros(truth_NK.shape)
+    for train, test in GroupKFold(FOLDS).split(x_ND, groups=group_N):
+        best, best_score = STRENGTHS[0], -np.inf
+        for strength in STRENGTHS:
+            inner_NK = np.zeros((len(train), truth_NK.shape[1]))
+            for fit, hold in GroupKFold(INNER_FOLDS).split(train, groups=group_N[train]):
+                inner_NK[hold] = _fitted(x_ND[train[fit]], truth_NK[train[fit]], x_ND[train[hold]], strength)
+            part = Labels(labels.title, labels.names, truth_NK[train], labels.exclusive)
+            score = float(np.nanmean(_scores(inner_NK, part, np.ones((1, len(train))))))
+            if score > best_score:
+                best, best_score = strength, score
+        scores_NK[test] = _fitted(x_ND[train], truth_NK[train], x_ND[test], best)
+    return scores_NK
+
+
+def _fitted(x_ND: NDArray[Any], truth_NK: NDArray[np.bool_], new_MD: NDArray[Any], strength: float) -> Floats:
+    """Scores [M, K] of new clips."""
+    from sklearn.linear_model import LogisticRegression
+
+    x_ND, new_MD = x_ND.astype(np.float64), new_MD.astype(np.float64)
+    mean_D, spread_D = x_ND.mean(0), x_ND.std(0)
+    told_D = spread_D > ROUND_OFF * np.sqrt(np.mean(x_ND**2))
+    scores_MK = np.zeros((len(new_MD), truth_NK.shape[1]))
+    if not told_D.any():
+        return scores_MK
+    x_ND = ((x_ND - mean_D) / np.where(told_D, spread_D, 1.0))[:, told_D]
+    new_MD = ((new_MD - mean_D) / np.where(told_D, spread_D, 1.0))[:, told_D]
+    for k, truth_N in enumerate(truth_NK.T):
+        if truth_N.any() and not truth_N.all():
+            probe = LogisticRegression(C=strength, max_iter=1000).fit(x_ND, truth_N)
+            scores_MK[:, k] = new_MD @ probe.coef_[0]
+    return scores_MK
+
+
+def _scores(scores_NK: Floats, labels: Labels, weights_RN: Floats) -> Floats:
+    """The score of each label [R, K] with each clip counting `weights_RN` times; NaN where no clip has the label."""
+    if labels.exclusive:
+        return _recall(scores_NK, labels.truth_NK, weights_RN)
+    return np.stack([_precision(s, t, weights_RN) for s, t in zip(scores_NK.T, labels.truth_NK.T, strict=True)], axis=1)
+
+
+def _precision(score_N: Floats, truth_N: NDArray[np.bool_], weights_RN: Floats) -> Floats:
+    """Average precision of one label [R], as scikit-learn's; equal scores are one step."""
+    order_N = np.argsort(-score_N, kind="stable")
+    ends = np.append(np.flatnonzero(np.diff(score_N[order_N])), len(order_N) - 1)
+    sorted_RN = weights_RN[:, order_N]
+    hits_RS = np.cumsum(sorted_RN * truth_N[order_N], axis=1)[:, ends]
+    all_RS = np.cumsum(sorted_RN, axis=1)[:, ends]
+    gained_RS = np.diff(hits_RS, axis=1, prepend=0.0)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        # where nothing was drawn yet there is no precision, and nothing gained to weigh with it
+        precision_RS = np.where(all_RS > 0, hits_RS / all_RS, 0.0)
+        found_R: Floats = (gained_RS * precision_RS).sum(1) / hits_RS[:, -1]
+    return found_R
+
+
+def _recall(scores_NK: Floats, truth_NK: NDArray[np.bool_], weights_RN: Floats) -> Floats:
+    """Of each label's clips, the share for which it scores highest [R, K]; the best of equals is drawn by lot."""
+    best_NK = scores_NK == scores_NK.max(1, keepdims=True)
+    hit_N = (best_NK & truth_NK).sum(1) / best_NK.sum(1)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        recall_RK: Floats = ((weights_RN * hit_N) @ truth_NK) / (weights_RN @ truth_NK)
+    return recall_RK
