@@ -180,9 +180,14 @@ class PalModel(nn.Module):
         """While the block lasts, some of the audio is hidden from every query, in whatever is asked or scored.
 
         Raises:
-            ConfigError: a stream or a layer that the model does not have.
+            ConfigError: a stream or a layer that the model does not have, or an empty time.
         """
         for one in what:
+            for times in (one.seconds, one.share):
+                if times is not None and not 0 <= times[0] < times[1]:
+                    raise ConfigError(
+                        f"{times[0]:g} to {times[1]:g} cannot be hidden: the end must lie after the start"
+                    )
             if one.stream is not None and not 0 <= one.stream < len(self.ears.streams):
                 raise ConfigError(
                     f"stream {one.stream} cannot be hidden; the model has 0 to {len(self.ears.streams) - 1}"

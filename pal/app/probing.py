@@ -25,6 +25,7 @@ Out = Annotated[
     typer.Option("--out", "-o", help="Folder to write; runs/probe/PROBE-MODEL without.", show_default=False),
 ]
 Limit = Annotated[int, typer.Option(min=1, help="Most questions of a manifest, taken evenly from all of it.")]
+Batch = Annotated[int, typer.Option(min=1, help="Rows in a forward pass.")]
 Seed = Annotated[int | None, typer.Option(min=0, help="Of what is made up or drawn.", show_default=False)]
 
 
@@ -40,7 +41,7 @@ def attention(
     ] = None,
     limit: Limit = 128,
     examples: Annotated[int, typer.Option(min=0, help="Clips with heat-maps.")] = 3,
-    batch: Annotated[int, typer.Option(min=1, help="Conversations in a forward pass.")] = 16,
+    batch: Batch = 16,
     seed: Seed = None,
     out: Out = None,
     as_json: AsJson = False,
@@ -74,7 +75,7 @@ def health(
     model: Model,
     manifests: Manifests = None,
     limit: Limit = 200,
-    batch: Annotated[int, typer.Option(min=1, help="Rows in a forward pass.")] = 32,
+    batch: Batch = 32,
     seed: Seed = None,
     out: Out = None,
     as_json: AsJson = False,
@@ -89,6 +90,120 @@ def health(
     finish(finding, model, out, as_json)
     if any(row["status"] == "fault" for row in finding.tables["checks"]):
         raise typer.Exit(1)
+
+
+@probe_app.command("time")
+def time_(
+    models: Annotated[
+        list[str], typer.Argument(help="Bundle folders or Hub ids, to be compared; 'tiny' ships with the package.")
+    ],
+    out: Out = None,
+    pairs: Annotated[int, typer.Option(min=2, help="Pairs of sounds; each is in every clip of a sweep once.")] = 20,
+    wordings: Annotated[int, typer.Option(min=1, help="Ways of asking each question.")] = 1,
+    seed: Seed = None,
+    batch: Batch = 64,
+    as_json: AsJson = False,
+) -> None:
+    """Are order and time kept? Accuracy against the gap between two sounds, their length, and the distance to a border.
+
+    What ignores time scores exactly one half. One line a model.
+    """
+    import pal
+    from pal.probe import time
+    from pal.probe.material import SCENES_SEED
+
+    names = labels(models)
+    # all before the first clip is made: a name that is wrong is said at once
+    loaded = [(name, pal.load(model)) for name, model in zip(names, models, strict=True)]
+    chosen = SCENES_SEED if seed is None else seed
+    finding = time.probe(loaded, pairs, wordings, chosen, batch, shows_progress())
+    finish(finding, models[0] if len(models) == 1 else "+".join(names).replace("/", "-"), out, as_json)
+
+
+@probe_app.command("layers")
+def layers_(
+    model: Model,
+    manifests: Manifests = None,
+    out: Out = None,
+    clips: Annotated[int, typer.Option(min=1, help="Most clips of a data set, taken evenly from all of it.")] = 200,
+    question: Annotated[str | None, typer.Option(help="Asked about every clip.", show_default=False)] = None,
+    seed: Seed = None,
+    batch: Annotated[int, typer.Option(min=1, help="Clips in a forward pass.")] = 16,
+    as_json: AsJson = False,
+) -> None:
+    """Where does audio enter the LLM's own rows? Linear probes for what sounds, on text rows after each layer."""
+    import pal
+    from pal.probe import layers
+    from pal.probe.material import SCENES_SEED
+
+    chosen = SCENES_SEED if seed is None else seed
+    asked = layers.QUESTION if question is None else question
+    finding = layers.probe(pal.load(model), manifests or [], clips, chosen, asked, batch, shows_progress())
+    finish(finding, model, out, as_json)
+
+
+@probe_app.command("mask")
+def mask(
+    model: Model,
+    manifests: Manifests = None,
+    pathway: Annotated[
+        list[str] | None, typer.Option(help="Hide this way in: keys (LAL) or rows (PLITS, summaries).")
+    ] = None,
+    encoder: Annotated[
+        list[int] | None, typer.Option(min=0, help="Hide what one encoder heard (or several that are fused), from 0.")
+    ] = None,
+    layers: Annotated[
+        list[str] | None, typer.Option(metavar="FROM-TO", help="Hide it in these layers, both included.")
+    ] = None,
+    seconds: Annotated[
+        list[str] | None, typer.Option(metavar="FROM-TO", help="Hide what sounds then, from the start of the clip.")
+    ] = None,
+    limit: Limit = 120,
+    batch: Batch = 32,
+    seed: Seed = None,
+    out: Out = None,
+    as_json: AsJson = False,
+) -> None:
+    """What is lost when a part of the audio is hidden, by domain and by task.
+
+    Options of different names narrow it down together, the same option again widens it. Without any: each way in, each
+    encoder, each layer (or quarter of many), each quarter of the time, and everything, one after the other.
+    """
+    from pal.probe.mask import chosen_condition
+    from pal.probe.mask import mask as probe
+
+    chosen = chosen_condition(pathway or (), encoder or (), layers or (), seconds or ())
+    import pal
+    from pal.probe.material import SCENES_SEED, material
+
+    seed = SCENES_SEED if seed is None else seed
+    with material(manifests or (), limit, seed) as records:
+        finding = probe(pal.load(model), records, chosen, seed=seed, batch=batch, progress=shows_progress())
+    finish(finding, model, out, as_json)
+
+
+@probe_app.command("depth")
+def depth(
+    model: Model,
+    manifests: Manifests = None,
+    alone: Annotated[
+        bool, typer.Option("--alone", help="Also restrict each way in by itself, where there are several.")
+    ] = False,
+    limit: Limit = 120,
+    batch: Batch = 32,
+    seed: Seed = None,
+    out: Out = None,
+    as_json: AsJson = False,
+) -> None:
+    """The same weights with audio in the first 1/4, 1/3, 1/2 or all of the layers, or a window: accuracy and cost."""
+    import pal
+    from pal.probe.depth import depth as probe
+    from pal.probe.material import SCENES_SEED, material
+
+    seed = SCENES_SEED if seed is None else seed
+    with material(manifests or (), limit, seed) as records:
+        finding = probe(pal.load(model), records, alone, seed=seed, batch=batch, progress=shows_progress())
+    finish(finding, model, out, as_json)
 
 
 def finish(finding: Finding, model: str, out: Path | None, as_json: bool) -> None:
@@ -134,34 +249,6 @@ def _shown(value: object) -> str:
     return f"{value:.3f}" if isinstance(value, float) else str(value)
 
 
-@probe_app.command("time")
-def time_(
-    models: Annotated[
-        list[str], typer.Argument(help="Bundle folders or Hub ids, to be compared; 'tiny' ships with the package.")
-    ],
-    out: Out = None,
-    pairs: Annotated[int, typer.Option(min=2, help="Pairs of sounds; each is in every clip of a sweep once.")] = 20,
-    wordings: Annotated[int, typer.Option(min=1, help="Ways of asking each question.")] = 1,
-    seed: Seed = None,
-    batch: Annotated[int, typer.Option(min=1, help="Rows in a forward pass.")] = 64,
-    as_json: AsJson = False,
-) -> None:
-    """Are order and time kept? Accuracy against the gap between two sounds, their length, and the distance to a border.
-
-    What ignores time scores exactly one half. One line a model.
-    """
-    import pal
-    from pal.probe import time
-    from pal.probe.material import SCENES_SEED
-
-    names = labels(models)
-    # all before the first clip is made: a name that is wrong is said at once
-    loaded = [(name, pal.load(model)) for name, model in zip(names, models, strict=True)]
-    chosen = SCENES_SEED if seed is None else seed
-    finding = time.probe(loaded, pairs, wordings, chosen, batch, shows_progress())
-    finish(finding, models[0] if len(models) == 1 else "+".join(names).replace("/", "-"), out, as_json)
-
-
 def labels(models: list[str]) -> list[str]:
     """What tells the models apart: their paths without what all begin and end with.
 
@@ -180,25 +267,3 @@ def labels(models: list[str]) -> list[str]:
     while all(len(path) > 1 for path in paths) and len({path[0] for path in paths}) == 1:
         paths = [path[1:] for path in paths]
     return ["/".join(path) for path in paths]
-
-
-@probe_app.command("layers")
-def layers_(
-    model: Model,
-    manifests: Manifests = None,
-    out: Out = None,
-    clips: Annotated[int, typer.Option(min=1, help="Most clips of a data set, taken evenly from all of it.")] = 200,
-    question: Annotated[str | None, typer.Option(help="Asked about every clip.", show_default=False)] = None,
-    seed: Seed = None,
-    batch: Annotated[int, typer.Option(min=1, help="Clips in a forward pass.")] = 16,
-    as_json: AsJson = False,
-) -> None:
-    """Where does audio enter the LLM's own rows? Linear probes for what sounds, on text rows after each layer."""
-    import pal
-    from pal.probe import layers
-    from pal.probe.material import SCENES_SEED
-
-    chosen = SCENES_SEED if seed is None else seed
-    asked = layers.QUESTION if question is None else question
-    finding = layers.probe(pal.load(model), manifests or [], clips, chosen, asked, batch, shows_progress())
-    finish(finding, model, out, as_json)

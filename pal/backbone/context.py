@@ -19,6 +19,8 @@ Rope = dict[str, tuple[Tensor, Tensor]]
 """Layer type -> cos and sin, each [B, A, C]."""
 Kind = tuple[int | None, tuple[int, ...]]
 """Layers of one kind see the same rows; see `AudioContext.rows_kind`."""
+EDGE = 1e-4
+"""Seconds by which a token must reach into a span: more than round-off, less than any token."""
 
 
 class Block(Protocol):
@@ -85,6 +87,18 @@ class Hide:
     """Layers whose queries do not see it."""
     seconds: tuple[float, float] | None = None
     """Tokens that sound at any time between these two, counted from the start of their clip."""
+    share: tuple[float, float] | None = None
+    """The same in shares of their clip, from 0 to 1, so that clips of any length lose as much."""
+
+    @property
+    def timed(self) -> bool:
+        """Whether it asks when tokens sound."""
+        return self.seconds is not None or self.share is not None
+
+    @property
+    def placed(self) -> bool:
+        """Whether it asks what each token stands for."""
+        return self.stream is not None or self.timed
 
 
 @dataclass(frozen=True)
@@ -108,14 +122,23 @@ class Places:
         chosen_BX = self.stream_BX >= 0
         if what.stream is not None:
             chosen_BX = self.stream_BX == what.stream
+        if what.timed and bool(self.start_BX[chosen_BX].isnan().any()):
+            raise ConfigError("a span of time cannot be hidden here: the connector's tokens have no time of their own")
         if what.seconds is not None:
-            if bool(self.start_BX[chosen_BX].isnan().any()):
-                raise ConfigError(
-                    "a span of time cannot be hidden here: the connector's tokens have no time of their own"
-                )
             start, end = what.seconds
-            chosen_BX = chosen_BX & (self.start_BX < end) & (self.end_BX > start)
+            chosen_BX = chosen_BX & (self.start_BX < end - EDGE) & (self.end_BX > start + EDGE)
+        if what.share is not None:
+            lengths_BX = self.lengths()
+            start_BX, end_BX = (share * lengths_BX for share in what.share)
+            chosen_BX = chosen_BX & (self.start_BX < end_BX - EDGE) & (self.end_BX > start_BX + EDGE)
         return chosen_BX
+
+    def lengths(self) -> Tensor:
+        """Seconds of the clip that each is from: where its last token ends; [B, X]."""
+        clips = int(self.clip_BX.max()) + 2 if self.clip_BX.numel() else 1
+        ends_BY = self.end_BX.new_zeros(len(self.end_BX), clips)
+        ends_BY = ends_BY.scatter_reduce(1, self.clip_BX + 1, self.end_BX.nan_to_num(), "amax")
+        return ends_BY.gather(1, self.clip_BX + 1)
 
     def ordered(self, order_BT: Tensor) -> Places:
         """The same in another order ([B, T] of indices)."""
@@ -179,7 +202,7 @@ class AudioKeys:
     def without(self, what: Hide) -> tuple[AudioKeys, ...]:
         """The same keys as far as they are still seen: none, one set, or one for each of two groups of layers."""
         hidden_BA = self.mask_BA
-        if what.stream is not None or what.seconds is not None:
+        if what.placed:
             assert self.places is not None, "made without `located`"
             hidden_BA = self.places.chosen(what) & self.mask_BA
         if not bool(hidden_BA.any()):
@@ -271,7 +294,7 @@ class AudioContext:
             keys = tuple(part for one in keys for part in one.without(what))
         if what.pathway != "keys" and bool(self.audio_rows_BT.any()):
             hidden_BT = self.audio_rows_BT
-            if what.stream is not None or what.seconds is not None:
+            if what.placed:
                 assert self.places is not None, "made without `located`"
                 hidden_BT = self.places.chosen(what)
             everywhere = range(len(self.llm.windows))
@@ -282,7 +305,7 @@ class AudioContext:
         """What decides which rows a layer's queries see: a sliding window, and which of `hidden_rows` hold there."""
         return window, tuple(i for i, (layers, _) in enumerate(self.hidden_rows) if layer in layers)
 
-    def pad_left(self, order_BT: Tensor) -> AudioContext:
+    def reordered(self, order_BT: Tensor) -> AudioContext:
         """The context after the rows of the sequence were put in another order ([B, T] of indices)."""
         return replace(
             self,

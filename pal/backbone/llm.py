@@ -190,6 +190,12 @@ class Backbone(nn.Module):
         return self._embedding.weight.dtype
 
     @property
+    def layers(self) -> nn.ModuleList:
+        """Its layers, in order, for who hooks onto them."""
+        found: nn.ModuleList = self.lm.model.layers
+        return found
+
+    @property
     def _embedding(self) -> nn.Embedding:
         embedding = self.lm.get_input_embeddings()
         assert isinstance(embedding, nn.Embedding)
@@ -374,11 +380,9 @@ class Backbone(nn.Module):
         is done, so that one layer's rows live at a time.
         """
         kept = [keep(inputs.inputs_embeds_BTD)]
-        hooks = [
-            block.register_forward_hook(lambda _, __, out: kept.append(keep(out))) for block in self.lm.model.layers
-        ]
+        hooks = [block.register_forward_hook(lambda _, __, out: kept.append(keep(out))) for block in self.layers]
         try:
-            self._hidden(inputs)
+            self.hidden(inputs)
         finally:
             for hook in hooks:
                 hook.remove()
@@ -533,6 +537,12 @@ def _padded_left(inputs: LLMInputs) -> LLMInputs:
     order_BT = mask_BT.long().argsort(dim=1, stable=True)
     if bool((mask_BT[:, -1] != 0).all()):
         return inputs
+    return reordered(inputs, order_BT)
+
+
+def reordered(inputs: LLMInputs, order_BT: Tensor) -> LLMInputs:
+    """The rows of each sequence in another order, or only some of them: [B, T] of their numbers."""
+    mask_BT = inputs.attention_mask_BT
     return replace(
         inputs,
         inputs_embeds_BTD=inputs.inputs_embeds_BTD.gather(
@@ -540,7 +550,7 @@ def _padded_left(inputs: LLMInputs) -> LLMInputs:
         ),
         position_ids_BT=inputs.position_ids_BT.gather(1, order_BT),
         attention_mask_BT=mask_BT.gather(1, order_BT),
-        audio=None if inputs.audio is None else inputs.audio.pad_left(order_BT),
+        audio=None if inputs.audio is None else inputs.audio.reordered(order_BT),
         labels_BT=None if inputs.labels_BT is None else inputs.labels_BT.gather(1, order_BT),
     )
 

@@ -1,0 +1,385 @@
+"""The same questions again and again, each time with another part of the audio hidden; and what each time costs."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from tqdm import tqdm
+
+from pal.audio import load, seconds
+from pal.backbone.context import AudioContext, Hide
+from pal.data import prompts
+from pal.errors import AudioError, ConfigError
+from pal.evaluate.runner import evaluate, evaluation_mode
+from pal.evaluate.scorers import bootstrap_ci
+from pal.probe.material import domain_of
+from pal.types import Heard, Tokens
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+    from pal.data.manifest import Record
+    from pal.evaluate.score import Score
+    from pal.model import PalModel
+
+ROOM = 1 << 30
+"""Bytes of encoded clips that are kept between one asking and the next."""
+
+SCORING = "exact match of greedy answers, as in pal eval"
+
+Seen = Mapping[tuple[int, str, int], tuple[int, ...]]
+"""What queries see of a conversation's audio: layer, pathway, stream -> numbers of keys, or of rows."""
+
+
+@dataclass(frozen=True)
+class Condition:
+    """What is hidden while the questions are asked once."""
+
+    name: str
+    hides: tuple[Hide, ...] = ()
+    """All of it at once."""
+
+
+WHOLE = Condition("nothing")
+DEAF = Condition("everything", (Hide(),))
+
+
+class Remembered:
+    """Gives clips as the model's encoders hear them, and keeps them as long as there is room.
+
+    Each is encoded by itself, so that it is the same whether it was kept or not.
+
+    Args:
+        model: whose encoders.
+        room: bytes; clips that come when it is full are encoded each time.
+    """
+
+    def __init__(self, model: PalModel, room: int = ROOM) -> None:
+        self._model = model
+        self._room = room
+        self._kept: dict[str, Heard] = {}
+
+    @torch.no_grad()
+    def __call__(self, path: str) -> Heard:
+        """One clip. Raises AudioError for a file that cannot be used."""
+        known = self._kept.get(path)
+        if known is not None:
+            return known
+        ears = self._model.ears
+        samples_N = load(path, ears.sampling_rate).samples_N
+        tokens = tuple(features.x_BAE[features.mask_BA].cpu() for features in ears.hear([samples_N]))
+        heard = Heard(tokens, len(samples_N) / ears.sampling_rate)
+        size = sum(x_AE.nbytes for x_AE in tokens)
+        if size <= self._room:
+            self._room -= size
+            self._kept[path] = heard
+        return heard
+
+
+@dataclass(frozen=True)
+class Example:
+    """One question over its clips, to see what conditions hide: the one with the longest clip."""
+
+    clips: tuple[Heard, ...]
+    row: Tokens
+    """Without an answer."""
+
+    @classmethod
+    def of(cls, model: PalModel, records: Sequence[Record], hear: Remembered) -> Example:
+        """The first question of the record with the longest clip; what hides none of that one hides nothing at all.
+
+        Raises:
+            ConfigError: no record has a clip.
+            AudioError: the clip cannot be used.
+        """
+        heard = [record for record in records if record.clips]
+        if not heard:
+            raise ConfigError("none of the questions has a clip, so there is nothing to hide; give other manifests")
+        record = max(heard, key=lambda record: max(map(_length, record.clips)))
+        talk = prompts.conversation_of(record, with_audio=True, system=model.config.system)
+        asked = [place for place, turn in enumerate(talk) if turn["role"] == "user"]
+        row = prompts.encode(model.tokenizer, talk[: asked[-1] + 1], list(range(len(record.clips))))
+        with evaluation_mode(model):
+            return cls(tuple(hear(path) for path in record.clips), row)
+
+    @torch.no_grad()
+    def context(self, model: PalModel, condition: Condition) -> AudioContext:
+        """What of the audio queries see under a condition.
+
+        Raises:
+            ConfigError: the condition names a layer or stream that is not there, or times of tokens without any.
+        """
+        # hiding it in no layer hides nothing, but says of every token what it stands for
+        with model.hiding(*condition.hides, Hide(layers=())), evaluation_mode(model):
+            audio = model.inputs(list(self.clips), [self.row]).audio
+        assert audio is not None
+        return audio
+
+    def seen(self, model: PalModel, condition: Condition) -> Seen:
+        """The same, token by token."""
+        return seen(self.context(model, condition))
+
+
+def seen(audio: AudioContext) -> Seen:
+    """What the queries of a context's first conversation see; it was made with `located`."""
+    found: dict[tuple[int, str, int], tuple[int, ...]] = {}
+    for keys in audio.keys:
+        assert keys.places is not None
+        tokens = _numbers(keys.mask_BA[0])
+        for layer in keys.layers if tokens else ():
+            found[layer, "keys", int(keys.places.stream_BX[0, tokens[0]])] = tokens
+    if bool(audio.audio_rows_BT[0].any()):
+        assert audio.places is not None
+        streams_T = audio.places.stream_BX[0]
+        for layer in range(len(audio.llm.windows)):
+            left_T = audio.audio_rows_BT[0].clone()
+            for layers, hidden_BT in audio.hidden_rows:
+                if layer in layers:
+                    left_T &= ~hidden_BT[0]
+            for stream in streams_T[left_T].unique().tolist():
+                found[layer, "rows", stream] = _numbers(left_T & (streams_T == stream))
+    return found
+
+
+def pathways(all_seen: Seen) -> list[str]:
+    """The ways by which audio comes in, of "keys" and "rows"."""
+    return sorted({pathway for _, pathway, _ in all_seen})
+
+
+@dataclass(frozen=True)
+class Item:
+    """One question."""
+
+    id: str
+    task: str
+    domain: str
+    clip: int
+    """Its clips as a number; questions with the same one are about the same audio."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Which questions were answered right under each condition; lists are in the order of `items`."""
+
+    items: list[Item]
+    no_audio: list[bool]
+    """Of the same questions without audio in the prompt."""
+    correct: dict[str, list[bool]]
+    """By condition; those that hide the same share a list."""
+    same_as: dict[str, str]
+    """Condition -> the one before it that hides the same, which was asked in its place."""
+    hidden: dict[str, float]
+    """Condition -> share of the tokens, each counted in every layer that sees it, that it hides in the example."""
+    raised: list[str] = field(default_factory=list)
+    """Questions that raised, and why; they count as wrong."""
+
+    def right(self, name: str) -> list[bool]:
+        """Under a condition."""
+        return self.correct[self.same_as.get(name, name)]
+
+    def among(self, **what: str) -> list[int]:
+        """Numbers of the items of a domain or a task."""
+        return [i for i, item in enumerate(self.items) if all(getattr(item, k) == v for k, v in what.items())]
+
+    def values(self, key: str) -> list[str]:
+        """The domains or the tasks that there are."""
+        return sorted({getattr(item, key) for item in self.items})
+
+    def score(self, right: Sequence[bool], items: Sequence[int], seed: int) -> tuple[float, tuple[float, float]]:
+        """Accuracy over some items, and its interval."""
+        values = [float(right[i]) for i in items]
+        return sum(values) / len(values), bootstrap_ci(values, self._clips(items), seed=seed)
+
+    def drop(self, name: str, items: Sequence[int], seed: int, whole: str = WHOLE.name) -> Drop:
+        """What a condition costs over some items, against another one."""
+        before = [self.right(whole)[i] for i in items]
+        after = [self.right(name)[i] for i in items]
+        apart = [float(a) - float(b) for a, b in zip(before, after, strict=True)]
+        return Drop(
+            n=len(items),
+            whole=sum(before) / len(items),
+            score=sum(after) / len(items),
+            drop=sum(apart) / len(items),
+            ci95=bootstrap_ci(apart, self._clips(items), seed=seed),
+            lost=sum(a and not b for a, b in zip(before, after, strict=True)),
+            gained=sum(b and not a for a, b in zip(before, after, strict=True)),
+        )
+
+    def details(self) -> dict[str, Any]:
+        """Every answer, for `probe.json`."""
+        return {
+            "items": [vars(item) for item in self.items],
+            "no_audio": [int(right) for right in self.no_audio],
+            "correct": {name: [int(right) for right in rights] for name, rights in self.correct.items()},
+            "same_as": self.same_as,
+            "raised": self.raised,
+        }
+
+    def _clips(self, items: Sequence[int]) -> list[int]:
+        return [self.items[i].clip for i in items]
+
+
+@dataclass(frozen=True)
+class Drop:
+    """What hiding something costs."""
+
+    n: int
+    whole: float
+    """Score with nothing hidden."""
+    score: float
+    drop: float
+    """whole - score"""
+    ci95: tuple[float, float]
+    """Of the drop; both answers to a question are drawn together, and all questions about a clip."""
+    lost: int
+    """Questions that only the whole audio got right."""
+    gained: int
+    """And only the audio with a part hidden."""
+
+    @property
+    def relative(self) -> float | None:
+        """The drop as a share of the score with nothing hidden."""
+        return self.drop / self.whole if self.whole else None
+
+    @property
+    def sure(self) -> bool:
+        """Whether the interval excludes 0."""
+        return self.ci95[0] > 0 or self.ci95[1] < 0
+
+    def points(self) -> str:
+        """In words: "12 points (8 to 16)"."""
+        drop, low, high = (round(100 * share) for share in (self.drop, *self.ci95))
+        return f"{drop} point{'' if abs(drop) == 1 else 's'} ({low} to {high})"
+
+
+def ask(
+    model: PalModel,
+    records: Sequence[Record],
+    conditions: Sequence[Condition],
+    example: Example,
+    hear: Remembered,
+    batch: int = 32,
+    progress: bool = False,
+) -> Asked:
+    """Ask all questions once under each condition; first with nothing hidden, and without audio in the prompt.
+
+    Args:
+        model: whom.
+        records: the questions.
+        conditions: with names of their own; those that hide the same are asked once.
+        example: where it is seen what they hide.
+        hear: keeps the clips from one condition to the next.
+        batch: rows of a forward pass.
+        progress: show a bar.
+
+    Raises:
+        ConfigError: a condition that the model or the tokens do not allow; nothing was asked then.
+    """
+    runs = [WHOLE, *(condition for condition in conditions if condition.name != WHOLE.name)]
+    views = {condition.name: example.seen(model, condition) for condition in runs}
+    total = sum(map(len, views[WHOLE.name].values()))
+    same_as: dict[str, str] = {}
+    for place, condition in enumerate(runs):
+        for earlier in runs[:place]:
+            if earlier.name not in same_as and _hide_the_same(earlier, condition, views):
+                same_as[condition.name] = earlier.name
+                break
+    # captions and other free answers are no reason to leave questions with choices out, nor the other way round
+    closed = [record for record in records if record.choices]
+    free = [record for record in records if not record.choices]
+    parts = [part for part in (closed, free) if part]
+    clips: dict[tuple[str, ...], int] = {}
+    correct: dict[str, list[bool]] = {}
+    items: list[Item] = []
+    no_audio: list[bool] = []
+    raised: list[str] = []
+    todo = [condition for condition in runs if condition.name not in same_as]
+    for condition in tqdm(todo, unit="condition", disable=not progress, leave=False):
+        first = condition.name == WHOLE.name
+        with model.hiding(*condition.hides):
+            scores = [
+                evaluate(model, part, no_audio=first, batch=batch, progress=False, features=hear) for part in parts
+            ]
+        answered = [item for score in scores for item in score.items]
+        correct[condition.name] = [item.correct for item in answered]
+        raised += [f"{condition.name}: {item.id}: {item.error}" for item in answered if item.error is not None]
+        if first:
+            no_audio = [bool(item.no_audio_correct) for item in answered]
+            items = [item for part, score in zip(parts, scores, strict=True) for item in _items(part, score, clips)]
+    hidden = {name: 1 - sum(map(len, view.values())) / total for name, view in views.items()}
+    return Asked(items, no_audio, correct, same_as, hidden, raised)
+
+
+def settings_of(records: Sequence[Record], asked: Asked, seed: int, batch: int) -> dict[str, Any]:
+    """What a finding says of its questions."""
+    text = repr([(r.id, r.dataset, r.task, r.turns, r.choices, len(r.clips)) for r in records])
+    return {
+        "questions": len(asked.items),
+        "clips": len({item.clip for item in asked.items}),
+        "questions_digest": hashlib.sha256(text.encode()).hexdigest(),
+        "scoring": SCORING,
+        "intervals": f"percentile bootstrap of 95 %, 2000 resamples of whole clips, paired, seed {seed}",
+        "seed": seed,
+        "batch": batch,
+    }
+
+
+def remarks(asked: Asked) -> list[str]:
+    """Sentences about conditions that were not asked, and questions that raised."""
+    nothing = [name for name, other in asked.same_as.items() if other == WHOLE.name]
+    again = [f"'{name}' as '{other}'" for name, other in asked.same_as.items() if other != WHOLE.name]
+    said = [f"None of this model's audio is hidden by: {', '.join(nothing)}."] if nothing else []
+    said += [f"Asked once, since the same is hidden: {', '.join(again)}."] if again else []
+    if asked.raised:
+        said.append(f"{len(asked.raised)} answers raised and count as wrong; the first: {asked.raised[0]}.")
+    return said
+
+
+def errors(value: Sequence[float], ends: Sequence[tuple[float, float]]) -> list[list[float]]:
+    """Intervals as matplotlib takes them: how far below and above each value they reach."""
+    below = [max(0.0, v - low) for v, (low, _) in zip(value, ends, strict=True)]
+    above = [max(0.0, high - v) for v, (_, high) in zip(value, ends, strict=True)]
+    return [below, above]
+
+
+def lines(axes: Axes, x: Sequence[float], series: Mapping[str, Sequence[tuple[float, tuple[float, float]]]]) -> None:
+    """A line of values with their intervals for each name, beside one another so that none hides another."""
+    step = 0.06 * min((b - a for a, b in zip(sorted(x), sorted(x)[1:], strict=False) if b > a), default=1.0)
+    for place, (name, points) in enumerate(series.items()):
+        values = [value for value, _ in points]
+        shifted = [at + (place - (len(series) - 1) / 2) * step for at in x]
+        bars = errors(values, [ends for _, ends in points])
+        axes.errorbar(shifted, values, yerr=bars, marker="o", capsize=3, lw=2 if name == "all" else 1.2, label=name)
+    axes.grid(axis="y", alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _items(records: Sequence[Record], score: Score, clips: dict[tuple[str, ...], int]) -> list[Item]:
+    of_item = [record for record in records for _ in record.turns]
+    return [
+        Item(item.id, item.task, domain_of(record), clips.setdefault(record.clips, len(clips)))
+        for record, item in zip(of_item, score.items, strict=True)
+    ]
+
+
+def _hide_the_same(one: Condition, other: Condition, views: Mapping[str, Seen]) -> bool:
+    """Whether they do in every clip. Of the longest one they may hide the same by chance, where they name times."""
+    if views[one.name] != views[other.name]:
+        return False
+    times = [{(hide.seconds, hide.share) for hide in condition.hides} for condition in (one, other)]
+    return not one.hides or times[0] == times[1]
+
+
+def _numbers(chosen_X: torch.Tensor) -> tuple[int, ...]:
+    return tuple(chosen_X.nonzero().flatten().tolist())
+
+
+def _length(path: str) -> float:
+    try:
+        return seconds(path)
+    except AudioError:
+        return 0.0

@@ -1,0 +1,389 @@
+"""`pal probe mask`: what a model loses when a part of the audio is hidden from it, by domain and by task.
+
+The paper masks one pathway of the hybrid at inference (its tables 5 and 6); here also an encoder, layers, or a time.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from itertools import pairwise, product
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+from pal.backbone.context import Hide
+from pal.errors import ConfigError
+from pal.probe.finding import Finding, Picture, about
+from pal.probe.hiding import (
+    DEAF,
+    WHOLE,
+    Asked,
+    Condition,
+    Drop,
+    Example,
+    Remembered,
+    ask,
+    lines,
+    pathways,
+    remarks,
+    settings_of,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from pal.data.manifest import Record
+    from pal.model import PalModel
+
+EACH = 8
+"""Layers up to which each is hidden by itself; of more, each quarter."""
+
+_QUARTERS = ("1st", "2nd", "3rd", "4th")
+_WORDS = {"keys": "the keys", "rows": "the audio rows"}
+
+
+def default_conditions(model: PalModel, example: Example) -> dict[str, list[Condition]]:
+    """What is hidden where nobody says: kind -> conditions.
+
+    Each pathway and each stream that there is, each layer (of more than `EACH` each quarter of them), each quarter
+    of the clips' time where tokens have one, and everything.
+    """
+    context = example.context(model, WHOLE)
+    found = example.seen(model, WHOLE)
+    kinds: dict[str, list[Condition]] = {
+        "pathway": [Condition(_WORDS[name], (Hide(pathway=_pathway(name)),)) for name in pathways(found)],
+        "encoder": [],
+        "layers": [
+            Condition(_layers_name(layers), (Hide(layers=layers),)) for layers in layer_groups(model.llm.n_layers)
+        ],
+        "time": [],
+        "all": [DEAF],
+    }
+    streams = model.ears.streams
+    if len(streams) > 1:
+        kinds["encoder"] = [
+            Condition(f"encoder {number} ({' and '.join(stream.encoders)})", (Hide(stream=number),))
+            for number, stream in enumerate(streams)
+        ]
+    every = [keys.places for keys in context.keys] + [context.places]
+    if not any(bool(places.start_BX[places.stream_BX >= 0].isnan().any()) for places in every if places is not None):
+        kinds["time"] = [
+            Condition(f"the {name} quarter", (Hide(share=(i / 4, (i + 1) / 4)),)) for i, name in enumerate(_QUARTERS)
+        ]
+    return kinds
+
+
+def layer_groups(total: int) -> list[range]:
+    """Each layer, or of many each quarter of them, from the first on."""
+    if total <= EACH:
+        return [range(layer, layer + 1) for layer in range(total)]
+    ends = [round(i * total / 4) for i in range(5)]
+    return [range(a, b) for a, b in pairwise(ends)]
+
+
+def chosen_condition(
+    pathways: Collection[str] = (),
+    encoders: Collection[int] = (),
+    layers: Collection[str] = (),
+    seconds: Collection[str] = (),
+) -> Condition | None:
+    """One condition that hides what all of these name together; None where they name nothing.
+
+    Args:
+        pathways: of "keys" and "rows".
+        encoders: numbers of streams.
+        layers: "FROM-TO", both included, or one number.
+        seconds: "FROM-TO".
+
+    Raises:
+        ConfigError: one that is no such thing.
+    """
+    if not (pathways or encoders or layers or seconds):
+        return None
+    spans = [span(text, "--seconds") for text in seconds]
+    numbers = sorted({layer for text in layers for layer in _layers(text)})
+    ways: list[Literal["keys", "rows"] | None] = [_pathway(name) for name in dict.fromkeys(pathways)]
+    streams: list[int | None] = [*dict.fromkeys(encoders)]
+    times: list[tuple[float, float] | None] = [*spans]
+    hides = tuple(
+        Hide(pathway=way, stream=stream, layers=numbers or None, seconds=when)
+        for way, stream, when in product(ways or [None], streams or [None], times or [None])
+    )
+    parts = [" and ".join(_WORDS[name] for name in dict.fromkeys(pathways)) or "the audio"]
+    parts += [f"of encoder {' and '.join(map(str, dict.fromkeys(encoders)))}"] if encoders else []
+    parts += [f"in layers {' and '.join(layers)}"] if layers else []
+    parts += [f"at {' and '.join(f'{a:g} to {b:g}' for a, b in spans)} s"] if spans else []
+    return Condition(" ".join(parts), hides)
+
+
+def span(text: str, option: str) -> tuple[float, float]:
+    """Seconds "FROM-TO". Raises ConfigError for what is none."""
+    start, _, end = text.partition("-")
+    try:
+        found = float(start), float(end)
+    except ValueError:
+        found = (1.0, 0.0)
+    if not 0 <= found[0] < found[1]:
+        raise ConfigError(f"{option} {text}: give FROM-TO, such as 0.5-2, the second the larger")
+    return found
+
+
+def mask(
+    model: PalModel,
+    records: Sequence[Record],
+    chosen: Condition | None = None,
+    *,
+    seed: int = 0,
+    batch: int = 32,
+    progress: bool = False,
+) -> Finding:
+    """Ask the questions with parts of the audio hidden.
+
+    Args:
+        model: whom.
+        records: the questions; only their own answers count, compared exactly.
+        chosen: what to hide; without it `default_conditions`.
+        seed: of the intervals.
+        batch: rows of a forward pass.
+        progress: show a bar.
+
+    Raises:
+        ConfigError: a layer, an encoder or a time that cannot be hidden, or no clips.
+    """
+    started = time.perf_counter()
+    hear = Remembered(model)
+    example = Example.of(model, records, hear)
+    kinds = default_conditions(model, example) if chosen is None else {"chosen": [chosen], "all": [DEAF]}
+    conditions = [condition for same in kinds.values() for condition in same]
+    asked = ask(model, records, conditions, example, hear, batch, progress)
+    drops = _drops(asked, [condition.name for condition in conditions], seed)
+    whole = asked.score(asked.right(WHOLE.name), range(len(asked.items)), seed)
+    floor = asked.score(asked.no_audio, range(len(asked.items)), seed)
+    return Finding(
+        probe="mask",
+        model=about(model),
+        settings={
+            **settings_of(records, asked, seed, batch),
+            "conditions": {condition.name: [_written(hide) for hide in condition.hides] for condition in conditions},
+        },
+        reading=_reading(asked, kinds, drops, whole, floor),
+        tables=_tables(asked, kinds, drops, whole, floor, seed),
+        details={
+            "kinds": {kind: [condition.name for condition in same] for kind, same in kinds.items()},
+            "drops": [
+                {"condition": name, "of": of, "which": which, "relative": drop.relative, **vars(drop)}
+                for (name, of, which), drop in drops.items()
+            ],
+            **asked.details(),
+        },
+        pictures=_pictures(asked, kinds, drops),
+        seconds=time.perf_counter() - started,
+    )
+
+
+Drops = Mapping[tuple[str, str, str], Drop]
+"""Condition, "all" or "domain" or "task", and which -> what it costs there."""
+
+
+def _drops(asked: Asked, names: Sequence[str], seed: int) -> Drops:
+    found = {}
+    for name in names:
+        found[name, "all", "all"] = asked.drop(name, range(len(asked.items)), seed)
+        for key in ("domain", "task"):
+            for value in asked.values(key):
+                found[name, key, value] = asked.drop(name, asked.among(**{key: value}), seed)
+    return found
+
+
+def _tables(
+    asked: Asked,
+    kinds: Mapping[str, Sequence[Condition]],
+    drops: Drops,
+    whole: tuple[float, tuple[float, float]],
+    floor: tuple[float, tuple[float, float]],
+    seed: int,
+) -> dict[str, list[dict[str, Any]]]:
+    conditions = [condition for same in kinds.values() for condition in same]
+    everywhere = range(len(asked.items))
+    nothing = {"condition": WHOLE.name, "share_hidden": 0.0, "score": whole[0], "ci95": whole[1]}
+    unasked = {"condition": "no audio in the prompt", "share_hidden": None, "score": floor[0], "ci95": floor[1]}
+    of_drop: dict[str, Any] = {"drop": None, "drop_ci95": None, "relative": None, "lost": None, "gained": None}
+    overall = [{**nothing, **of_drop}]
+    for condition in conditions:
+        drop = drops[condition.name, "all", "all"]
+        score, ends = asked.score(asked.right(condition.name), everywhere, seed)
+        overall.append(
+            {
+                "condition": condition.name,
+                "share_hidden": asked.hidden[condition.name],
+                "score": score,
+                "ci95": ends,
+                "drop": drop.drop,
+                "drop_ci95": drop.ci95,
+                "relative": drop.relative,
+                "lost": drop.lost,
+                "gained": drop.gained,
+            }
+        )
+    overall.append({**unasked, **of_drop})
+    # by task only what answers how audio comes in: every layer and time for every task is for `details`
+    brief = {c.name for kind in ("pathway", "encoder", "chosen", "all") for c in kinds.get(kind, ())}
+    return {
+        "What hiding costs": overall,
+        **{
+            f"What hiding costs by {key}": [
+                {
+                    "condition": condition.name,
+                    key: value,
+                    "n": drop.n,
+                    "score": drop.score,
+                    "drop": drop.drop,
+                    "ci95": drop.ci95,
+                    "relative": drop.relative,
+                }
+                for condition in conditions
+                if condition.name not in asked.same_as and (key == "domain" or condition.name in brief)
+                for value in asked.values(key)
+                for drop in [drops[condition.name, key, value]]
+            ]
+            for key in ("domain", "task")
+        },
+    }
+
+
+def _reading(
+    asked: Asked,
+    kinds: Mapping[str, Sequence[Condition]],
+    drops: Drops,
+    whole: tuple[float, tuple[float, float]],
+    floor: tuple[float, tuple[float, float]],
+) -> list[str]:
+    deaf = drops[DEAF.name, "all", "all"]
+    said = [
+        f"{100 * whole[0]:.0f} % of {len(asked.items)} questions are right with the whole audio, "
+        f"{100 * deaf.score:.0f} % with all of it hidden, {100 * floor[0]:.0f} % without audio in the prompt."
+    ]
+    domains = asked.values("domain")
+    for kind in ("pathway", "encoder", "chosen"):
+        for condition in kinds.get(kind, ()):
+            if asked.same_as.get(condition.name) == WHOLE.name:
+                continue
+            parts = [f"{domain} {drops[condition.name, 'domain', domain].points()}" for domain in domains]
+            costs = [*parts[:-2], " and ".join(parts[-2:])]
+            said.append(f"Hiding {condition.name} costs {', '.join(costs)}.")
+    for kind, what in (("layers", "layers"), ("time", "quarters of the time")):
+        asked_for = [c.name for c in kinds.get(kind, ()) if asked.same_as.get(c.name) != WHOLE.name]
+        if not asked_for:
+            continue
+        sure = [name for name in asked_for if drops[name, "all", "all"].sure]
+        most = max(asked_for, key=lambda name: drops[name, "all", "all"].drop)
+        if len(asked_for) == 1:
+            said.append(f"Hiding {most} costs {drops[most, 'all', 'all'].points()} over all questions.")
+        elif sure:
+            said.append(
+                f"Of the {what}, hiding {most} costs most: {drops[most, 'all', 'all'].points()} over all questions; "
+                f"{len(sure)} of {len(asked_for)} cost anything beyond chance."
+            )
+        else:
+            said.append(f"Of the {what}, none costs anything beyond chance when it alone is hidden.")
+    said += remarks(asked)
+    said.append(
+        "A drop says what these weights lean on as they are: a model trained without the part might do without it. "
+        "Keys are hidden from every query, so from summary rows too."
+    )
+    return said
+
+
+def _pictures(asked: Asked, kinds: Mapping[str, Sequence[Condition]], drops: Drops) -> dict[str, Picture]:
+    asked_for = {
+        kind: [c.name for c in same if asked.same_as.get(c.name) != WHOLE.name] for kind, same in kinds.items()
+    }
+    names = [name for same in asked_for.values() for name in same]
+    domains = asked.values("domain")
+    columns = [("all", "all"), *(("domain", domain) for domain in domains)]
+    pictures = {
+        "drops": Picture(
+            "What hiding costs",
+            "Points of accuracy lost, with 95 % intervals below; bold where the interval excludes 0. "
+            "The last row is what audio brings in all.",
+            partial(_heat_map, names=names, columns=columns, drops=drops),
+            size=(2.6 + 1.5 * len(columns), 1.2 + 0.5 * len(names)),
+        )
+    }
+    for kind, title, caption in (
+        ("layers", "What hiding costs, by layer", "Points lost when the audio is hidden in these layers alone."),
+        ("time", "What hiding costs, by time", "Points lost when a quarter of each clip's time is hidden."),
+    ):
+        same = [condition.name for condition in kinds.get(kind, ())]
+        if len(same) > 1:
+            pictures[kind] = Picture(
+                title,
+                f"{caption} Bars are 95 % intervals, paired over clips.",
+                partial(_profile, names=same, columns=columns, drops=drops),
+            )
+    return pictures
+
+
+def _heat_map(figure: Figure, names: Sequence[str], columns: Sequence[tuple[str, str]], drops: Drops) -> None:
+    axes = figure.add_subplot()
+    values = [[100 * drops[name, *column].drop for column in columns] for name in names]
+    top = max(10.0, *(abs(value) for row in values for value in row))
+    image = axes.imshow(values, cmap="RdBu_r", vmin=-top, vmax=top, aspect="auto")
+    for y, name in enumerate(names):
+        for x, column in enumerate(columns):
+            drop = drops[name, *column]
+            low, high = (100 * end for end in drop.ci95)
+            axes.text(
+                x,
+                y,
+                f"{round(100 * drop.drop)}\n({round(low)} to {round(high)})",
+                ha="center",
+                va="center",
+                fontsize=8,
+                weight="bold" if drop.sure else "normal",
+                color="white" if abs(100 * drop.drop) > 0.6 * top else "black",
+            )
+    axes.set_xticks(range(len(columns)), [value for _, value in columns])
+    axes.set_yticks(range(len(names)), names)
+    axes.xaxis.tick_top()
+    figure.colorbar(image, label="points lost")
+
+
+def _profile(figure: Figure, names: Sequence[str], columns: Sequence[tuple[str, str]], drops: Drops) -> None:
+    axes = figure.add_subplot()
+    series = {
+        column[1]: [
+            (100 * drop.drop, (100 * drop.ci95[0], 100 * drop.ci95[1]))
+            for drop in (drops[name, *column] for name in names)
+        ]
+        for column in columns
+    }
+    lines(axes, range(len(names)), series)
+    axes.axhline(0, color="grey", lw=0.8)
+    axes.set_xticks(range(len(names)), [name.removeprefix("the ") for name in names])
+    axes.set_ylabel("points lost")
+    axes.legend(frameon=False)
+
+
+def _pathway(name: str) -> Literal["keys", "rows"]:
+    if name not in _WORDS:
+        raise ConfigError(f"--pathway {name}: give keys or rows")
+    return cast(Literal["keys", "rows"], name)
+
+
+def _layers(text: str) -> range:
+    first, dash, last = text.partition("-")
+    if not first.isdecimal() or (dash and not last.isdecimal()) or (dash and int(last) < int(first)):
+        raise ConfigError(f"--layers {text}: give FROM-TO, such as 0-3, both included, or one number")
+    return range(int(first), int(last or first) + 1)
+
+
+def _layers_name(layers: range) -> str:
+    return f"layer {layers[0]}" if len(layers) == 1 else f"layers {layers[0]} to {layers[-1]}"
+
+
+def _written(hide: Hide) -> dict[str, Any]:
+    layers = None if hide.layers is None else list(hide.layers)
+    found = vars(replace(hide, layers=layers))
+    return {key: value for key, value in found.items() if value is not None}
