@@ -370,6 +370,7 @@ def probe(
         },
         reading=_reading(seen),
         tables={
+            **_over_seeds(seen),
             "Where accuracy crosses 75 %": [row for label, one in seen.items() for row in _crossings(label, one)],
             **{
                 sweep.title: [row for label, one in seen.items() for row in _rows(label, sweep, one.points[name])]
@@ -424,6 +425,33 @@ def _rows(label: str, sweep: Sweep, points: Sequence[Point]) -> Iterator[dict[st
             row["named"] = point.named
         inside = sweep.trained[0] <= at <= sweep.trained[1]
         yield row | {"no_audio": point.no_audio, "trained": "yes" if inside else "no"}
+
+
+def _over_seeds(seen: Mapping[str, _Seen]) -> dict[str, list[dict[str, Any]]]:
+    """Models whose labels differ after the last slash alone, such as seeds of one recipe, side by side."""
+    groups: dict[str, list[_Seen]] = {}
+    for label, one in seen.items():
+        groups.setdefault(label.rpartition("/")[0], []).append(one)
+    rows = []
+    for group, members in groups.items():
+        for name, sweep in SWEEPS.items():
+            inside = [sweep.trained[0] <= at <= sweep.trained[1] for at in sweep.points]
+            for where, wanted in (("yes", True), ("no", False)):
+                kept = [place for place, within in enumerate(inside) if within == wanted]
+                if not group or len(members) < 2 or not kept:
+                    continue
+                means = [float(np.mean([one.points[name][place].accuracy for place in kept])) for one in members]
+                rows.append(
+                    {
+                        "models": f"{group} ({len(members)})",
+                        "sweep": name,
+                        "trained": where,
+                        "accuracy": float(np.mean(means)),
+                        "lowest": min(means),
+                        "highest": max(means),
+                    }
+                )
+    return {"Over the points of each sweep, mean of the models of a folder": rows} if rows else {}
 
 
 def _crossings(label: str, one: _Seen) -> Iterator[dict[str, Any]]:

@@ -159,3 +159,23 @@ def test_a_probe_of_two_models_is_the_same_twice(small, tmp_path):
 def test_wrong_use(wrong):
     with pytest.raises(ConfigError, match="give"):
         time.probe([], **wrong)
+
+
+def test_seeds_of_a_folder_stand_side_by_side():
+    models = [(f"lal/seed-{seed}", tiny_model("lal", seed=seed)) for seed in (0, 1)] + [("pal", tiny_model("pal"))]
+    finding = time.probe(models, pairs=2)
+    (title,) = [title for title in finding.tables if title.endswith("mean of the models of a folder")]
+    assert {row["models"] for row in finding.tables[title]} == {"lal (2)"}
+    for row in finding.tables[title]:
+        sweep = SWEEPS[row["sweep"]]
+        inside = [
+            at for at in sweep.points if (sweep.trained[0] <= at <= sweep.trained[1]) == (row["trained"] == "yes")
+        ]
+        means = [
+            np.mean(
+                [r["accuracy"] for r in finding.tables[sweep.title] if r["model"] == label and r["seconds"] in inside]
+            )
+            for label in ("lal/seed-0", "lal/seed-1")
+        ]
+        assert [row["lowest"], row["highest"]] == pytest.approx(sorted(means))
+        assert row["accuracy"] == pytest.approx(np.mean(means))
