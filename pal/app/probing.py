@@ -169,16 +169,18 @@ def mask(
     Options of different names narrow it down together, the same option again widens it. Without any: each way in, each
     encoder, each layer (or quarter of many), each quarter of the time, and everything, one after the other.
     """
-    from pal.probe.mask import chosen_condition
-    from pal.probe.mask import mask as probe
+    from pal.probe.mask import chosen_condition, probe_mask
 
     chosen = chosen_condition(pathway or (), encoder or (), layers or (), seconds or ())
     import pal
     from pal.probe.material import SCENES_SEED, material
 
-    seed = SCENES_SEED if seed is None else seed
-    with material(manifests or (), limit, seed) as records:
-        finding = probe(pal.load(model), records, chosen, seed=seed, batch=batch, progress=shows_progress())
+    drawn = SCENES_SEED if seed is None else seed
+    facts = {"manifests": [str(path) for path in manifests or []], "limit": limit}
+    with material(manifests or [], limit, drawn) as records:
+        finding = probe_mask(
+            pal.load(model), records, chosen, seed=drawn, batch=batch, progress=shows_progress(), settings=facts
+        )
     finish(finding, model, out, as_json)
 
 
@@ -197,12 +199,15 @@ def depth(
 ) -> None:
     """The same weights with audio in the first 1/4, 1/3, 1/2 or all of the layers, or a window: accuracy and cost."""
     import pal
-    from pal.probe.depth import depth as probe
+    from pal.probe.depth import probe_depth
     from pal.probe.material import SCENES_SEED, material
 
-    seed = SCENES_SEED if seed is None else seed
-    with material(manifests or (), limit, seed) as records:
-        finding = probe(pal.load(model), records, alone, seed=seed, batch=batch, progress=shows_progress())
+    drawn = SCENES_SEED if seed is None else seed
+    facts = {"manifests": [str(path) for path in manifests or []], "limit": limit}
+    with material(manifests or [], limit, drawn) as records:
+        finding = probe_depth(
+            pal.load(model), records, alone, seed=drawn, batch=batch, progress=shows_progress(), settings=facts
+        )
     finish(finding, model, out, as_json)
 
 

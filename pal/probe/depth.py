@@ -137,7 +137,7 @@ class _Group:
         return "" if self.pathway is None else f", {self.pathway} alone restricted"
 
 
-def depth(
+def probe_depth(
     model: PalModel,
     records: Sequence[Record],
     alone: bool = False,
@@ -145,6 +145,7 @@ def depth(
     seed: int = 0,
     batch: int = 32,
     progress: bool = False,
+    settings: Mapping[str, Any] | None = None,
 ) -> Finding:
     """Ask the questions with the audio seen in some layers only.
 
@@ -155,6 +156,7 @@ def depth(
         seed: of the intervals.
         batch: rows of a forward pass.
         progress: show a bar.
+        settings: where the questions came from, for the finding.
 
     Raises:
         ConfigError: no question has a clip.
@@ -179,6 +181,7 @@ def depth(
         probe="depth",
         model=about(model),
         settings={
+            **(settings or {}),
             **settings_of(records, asked, seed, batch),
             "cost_of": {
                 "clip_seconds": sum(clip.seconds for clip in example.clips),
@@ -241,7 +244,7 @@ def _tables(
     def scored(items: Sequence[int], name: str) -> dict[str, Any]:
         score, ends = asked.score(asked.right(name), items, seed)
         drop = asked.drop(name, items, seed)
-        return {"score": score, "ci95": ends, "drop": drop.drop, "drop_ci95": drop.ci95}
+        return {"score": score, "ci95": ends, "drop": drop.drop, "drop ci95": drop.ci95}
 
     def overall(shown: str, name: str) -> dict[str, Any]:
         of = costs[name]

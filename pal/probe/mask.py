@@ -129,7 +129,7 @@ def span(text: str, option: str) -> tuple[float, float]:
     return found
 
 
-def mask(
+def probe_mask(
     model: PalModel,
     records: Sequence[Record],
     chosen: Condition | None = None,
@@ -137,6 +137,7 @@ def mask(
     seed: int = 0,
     batch: int = 32,
     progress: bool = False,
+    settings: Mapping[str, Any] | None = None,
 ) -> Finding:
     """Ask the questions with parts of the audio hidden.
 
@@ -147,6 +148,7 @@ def mask(
         seed: of the intervals.
         batch: rows of a forward pass.
         progress: show a bar.
+        settings: where the questions came from, for the finding.
 
     Raises:
         ConfigError: a layer, an encoder or a time that cannot be hidden, or no clips.
@@ -164,6 +166,7 @@ def mask(
         probe="mask",
         model=about(model),
         settings={
+            **(settings or {}),
             **settings_of(records, asked, seed, batch),
             "conditions": {condition.name: [_written(hide) for hide in condition.hides] for condition in conditions},
         },
@@ -208,7 +211,7 @@ def _tables(
     everywhere = range(len(asked.items))
     nothing = {"condition": WHOLE.name, "share_hidden": 0.0, "score": whole[0], "ci95": whole[1]}
     unasked = {"condition": "no audio in the prompt", "share_hidden": None, "score": floor[0], "ci95": floor[1]}
-    of_drop: dict[str, Any] = {"drop": None, "drop_ci95": None, "relative": None, "lost": None, "gained": None}
+    of_drop: dict[str, Any] = {"drop": None, "drop ci95": None, "relative": None, "lost": None, "gained": None}
     overall = [{**nothing, **of_drop}]
     for condition in conditions:
         drop = drops[condition.name, "all", "all"]
@@ -220,7 +223,7 @@ def _tables(
                 "score": score,
                 "ci95": ends,
                 "drop": drop.drop,
-                "drop_ci95": drop.ci95,
+                "drop ci95": drop.ci95,
                 "relative": drop.relative,
                 "lost": drop.lost,
                 "gained": drop.gained,

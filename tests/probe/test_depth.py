@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from pal.probe.depth import Cost, Restriction, cost, depth, depths, windows
+from pal.probe.depth import Cost, Restriction, cost, depths, probe_depth, windows
 from pal.probe.finding import read
 from pal.probe.hiding import DEAF, WHOLE, Example
 from pal.registry import names
@@ -124,7 +124,7 @@ def needs_layer_0(record, hidden):
 def test_a_finding(tmp_path, monkeypatch):
     model = listener("pal")
     answered(monkeypatch, needs_layer_0)
-    found = depth(model, questions(tmp_path), alone=True)
+    found = probe_depth(model, questions(tmp_path), alone=True)
     found.save(tmp_path / "out")
     written = read(tmp_path / "out")
     assert {picture["file"] for picture in written["pictures"]} == {
@@ -138,7 +138,7 @@ def test_a_finding(tmp_path, monkeypatch):
     firsts = written["tables"]["Audio seen in the first layers"]
     assert [row["depth"] for row in firsts] == ["none", "1/4, 1/3", "1/2", "all"]
     assert [row["score"] for row in firsts] == [1 / 8, 1.0, 1.0, 1.0]
-    assert (firsts[-1]["drop"], firsts[-1]["drop_ci95"]) == (0.0, [0.0, 0.0])
+    assert (firsts[-1]["drop"], firsts[-1]["drop ci95"]) == (0.0, [0.0, 0.0])
     assert firsts[0]["drop"] == 7 / 8
     sliding = written["tables"]["Audio seen in a window of layers"]
     assert [row["seen"] for row in sliding] == [f"audio in layer {i}" for i in range(3)]
@@ -154,5 +154,5 @@ def test_a_finding(tmp_path, monkeypatch):
 
 def test_where_audio_comes_in_one_way_there_is_nothing_to_restrict_alone(tmp_path, monkeypatch):
     answered(monkeypatch, needs_layer_0)
-    found = depth(listener("lal"), questions(tmp_path, clips=1), alone=True)
+    found = probe_depth(listener("lal"), questions(tmp_path, clips=1), alone=True)
     assert not [title for title in found.tables if "alone" in title]

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from pal.backbone.context import Hide
+from pal.errors import ConfigError
 from pal.evaluate import evaluate
 from pal.probe.hiding import DEAF, WHOLE, Asked, Condition, Example, Item, Remembered, ask, pathways, remarks, seen
 from pal.registry import names
@@ -208,3 +209,9 @@ def test_seen_leaves_out_padding():
         context = model.inputs([noise(0.5), noise(1.0)], [ROW, Tokens(ROW.ids, [1])]).audio
     count = len(example(model, 0.5).clips[0].x_AE[0])
     assert set(seen(context).values()) == {tuple(range(2, 2 + count))}
+
+
+@pytest.mark.parametrize("hide", [Hide(seconds=(2.0, 1.0)), Hide(share=(0.5, 0.5)), Hide(seconds=(-1.0, 1.0))])
+def test_times_that_are_none_are_refused(hide):
+    with pytest.raises(ConfigError, match="the end must lie after the start"), listener("lal").hiding(hide):
+        pass

@@ -8,7 +8,7 @@ from pal.backbone.context import Hide
 from pal.errors import ConfigError
 from pal.probe.finding import read
 from pal.probe.hiding import WHOLE, Example, Remembered
-from pal.probe.mask import chosen_condition, default_conditions, layer_groups, mask
+from pal.probe.mask import chosen_condition, default_conditions, layer_groups, probe_mask
 from pal.registry import names
 from tests.models import ENCODER, tiny_model
 from tests.probe.listeners import answered, listener, questions
@@ -87,9 +87,9 @@ def test_what_the_model_does_not_have_is_refused_before_anything_is_asked(tmp_pa
     model = listener("lal")
     records = questions(tmp_path, clips=2)
     with pytest.raises(ConfigError, match="layer 3 cannot be hidden"):
-        mask(model, records, chosen_condition(layers=["1-7"]))
+        probe_mask(model, records, chosen_condition(layers=["1-7"]))
     with pytest.raises(ConfigError, match="stream 3 cannot be hidden"):
-        mask(model, records, chosen_condition(encoders=[3]))
+        probe_mask(model, records, chosen_condition(encoders=[3]))
 
 
 def loses(record, hidden):
@@ -107,7 +107,7 @@ def loses(record, hidden):
 def test_a_finding(tmp_path, monkeypatch):
     model = listener("pal")
     answered(monkeypatch, loses)
-    found = mask(model, questions(tmp_path), seed=3)
+    found = probe_mask(model, questions(tmp_path), seed=3)
     found.save(tmp_path / "out")
     written = read(tmp_path / "out")
     assert {picture["file"] for picture in written["pictures"]} == {"drops.png", "layers.png", "time.png"}
@@ -148,7 +148,7 @@ def test_one_chosen_condition_that_hides_nothing_is_said(tmp_path, monkeypatch):
     model = listener("lal")
     answered(monkeypatch, loses)
     records = questions(tmp_path, clips=2)
-    found = mask(model, records, chosen_condition(["rows"]))
+    found = probe_mask(model, records, chosen_condition(["rows"]))
     assert "None of this model's audio is hidden by: the audio rows." in found.reading
     assert list(found.details["correct"]) == ["nothing", "everything"]
 
