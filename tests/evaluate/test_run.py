@@ -334,6 +334,7 @@ def test_rescore_needs_no_model(model, tmp_path):
     settings = json.loads((tmp_path / "run/settings.json").read_text())
     assert settings["rule"] == {"name": "exact"}
     assert settings["model_digest"] == model.digest
+    assert rescore(tmp_path / "run", {"name": "official"}).to_dict() == result.to_dict()
     with pytest.raises(BundleError, match="give a folder that pal eval wrote"):
         rescore(tmp_path / "mmau")
 
