@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: demo test lint format bench bench-gpu full-size cross-product install
+.PHONY: demo test lint format bench bench-gpu full-size full-evaluation cross-product install
 .DEFAULT_GOAL := demo
 
 demo: $(STAMP)
@@ -33,6 +33,10 @@ bench-gpu: $(STAMP)
 # Llama-3.2-1B's shape with Whisper-small's on this machine: minutes, and several gigabytes.
 full-size: $(STAMP)
 	$(BIN)/python -m pytest -s tests/full_size.py
+
+# The shipped model, 1,000 questions, killed 20 times on the way.
+full-evaluation: $(STAMP)
+	OMP_NUM_THREADS=2 $(BIN)/python -m pytest -s tests/full_evaluation.py
 
 cross-product: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests/product.py

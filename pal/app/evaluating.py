@@ -79,6 +79,7 @@ def eval_(
         from pal.evaluate import run as runs
 
         if rescore is not None:
+            rule = {"name": "official", **rule} if scoring == "official" else rule  # not the one of its last scoring
             _finish(runs.rescore(rescore, rule), rescore, json_file)
         elif out is None:
             raise typer.BadParameter("needs the folder to make: --out", param_hint="--join")

@@ -83,14 +83,7 @@ def digest(items: Sequence[Item], root: Path) -> str:
                 sizes[clip] = path.stat().st_size if path.is_file() else -1
             name = path.relative_to(root).as_posix() if path.is_relative_to(root) else path.name
             clips.append([name, sizes[clip]])
-        content: list[object] = [
-            item.id,
-            clips,
-            item.prompt,
-            item.references,
-            item.choices,
-            sorted(item.category.items()),
-        ]
-        content += [[turn.question, turn.answer] for turn in item.before]
+        category, before = sorted(item.category.items()), [(turn.question, turn.answer) for turn in item.before]
+        content = [item.id, clips, item.prompt, item.references, item.choices, category, *before]
         sha.update(json.dumps(content, ensure_ascii=False).encode())
     return sha.hexdigest()

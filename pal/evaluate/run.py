@@ -18,7 +18,7 @@ from pal.evaluate.items import Item
 from pal.evaluate.result import Answered, Result, score
 from pal.evaluate.rules.base import Rule
 from pal.evaluate.runner import Answerer, Question, evaluation_mode, question_of, shown_prompt
-from pal.registry import build
+from pal.registry import build, lookup, names
 
 if TYPE_CHECKING:
     from pal.model import PalModel
@@ -107,7 +107,7 @@ def rescore(folder: str | Path, rule: Mapping[str, Any] | None = None) -> Result
 
     Args:
         folder: of the run; its items and score are written anew.
-        rule: another rule by its `name`, or options that change the run's.
+        rule: another rule by its `name` ("official" is the benchmark's own), or options that change the run's.
 
     Raises:
         BundleError: no complete run.
@@ -115,7 +115,12 @@ def rescore(folder: str | Path, rule: Mapping[str, Any] | None = None) -> Result
     """
     kept = RunFolder(folder)
     settings = kept.settings()
-    chosen = changed_rule(settings["rule"], rule or {})
+    before, wanted = settings["rule"], dict(rule or {})
+    if wanted.get("name") == "official":
+        del wanted["name"]
+        name = settings["benchmark"]
+        before = lookup("task", name).rule if name in names("task") else {"name": "exact"}
+    chosen = changed_rule(before, wanted)
     if (chosen["name"] == "rank") != (settings["asks"] == "rank"):
         raise ConfigError(f"{folder}: the answers were made by '{settings['asks']}', which this rule cannot score")
     built: Rule = build("rule", chosen)

@@ -39,6 +39,8 @@ def test_a_benchmark(shipped, mmau, tmp_path):
     assert json.loads(succeed("eval", "--rescore", out, "--json", "-").stdout) == score
     other = json.loads(succeed("eval", "--rescore", out, "--scoring", "exact", "--json", "-").stdout)
     assert other["metric"] == "exact_match"
+    back = succeed("eval", "--rescore", out, "--scoring", "official", "--json", "-")
+    assert json.loads(back.stdout) == score
 
 
 def test_options_of_benchmark_and_rule(shipped, tmp_path):
@@ -60,6 +62,17 @@ def test_esc50_without_a_folder_is_scored_as_before(shipped, tmp_path):
     root = published.esc50(tmp_path / "esc")
     found = json.loads(succeed("eval", "tiny", "esc50", "--data", root, "--folds", "1", "--json", "-").stdout)
     assert (found["metric"], len(found["items"])) == ("exact_match", 2)
+
+
+def test_features_are_kept_for_later_runs(shipped, mmau, tmp_path):
+    arguments = ("eval", "tiny", "mmau", "--data", mmau, "--cache", tmp_path / "cache", "--out")
+    succeed(*arguments, tmp_path / "first")
+    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*.safetensors")}
+    assert len(kept) == 1 + 2
+    succeed(*arguments, tmp_path / "second")
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*.safetensors")} == kept
+    first, second = ((tmp_path / run / "items.jsonl").read_bytes() for run in ("first", "second"))
+    assert first == second
 
 
 def test_a_manifest_into_a_folder_and_ranked(shipped, tmp_path):
