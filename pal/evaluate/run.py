@@ -18,6 +18,7 @@ from pal.evaluate.items import Item
 from pal.evaluate.result import Answered, Result, score
 from pal.evaluate.rules.base import Rule
 from pal.evaluate.runner import Answerer, Question, evaluation_mode, question_of, shown_prompt
+from pal.evaluate.tasks.base import Task
 from pal.registry import build, lookup, names
 
 if TYPE_CHECKING:
@@ -118,8 +119,10 @@ def rescore(folder: str | Path, rule: Mapping[str, Any] | None = None) -> Result
     before, wanted = settings["rule"], dict(rule or {})
     if wanted.get("name") == "official":
         del wanted["name"]
-        name = settings["benchmark"]
-        before = lookup("task", name).rule if name in names("task") else {"name": "exact"}
+        before = {"name": "exact"}
+        if settings["benchmark"] in names("task"):
+            task: type[Task] = lookup("task", settings["benchmark"])
+            before = dict(task.rule)
     chosen = changed_rule(before, wanted)
     if (chosen["name"] == "rank") != (settings["asks"] == "rank"):
         raise ConfigError(f"{folder}: the answers were made by '{settings['asks']}', which this rule cannot score")
