@@ -289,13 +289,14 @@ def _reading(
             f"The sound that the right answer names gets {best['times even']:.2f} times its share of the clip "
             f"({low:.2f} to {high:.2f}) in layer {best['layer']}, the highest: {verdict}."
         )
-    answers, questions = (
-        np.mean([row[role] for row in roles if row[role] is not None]) for role in ("answer", "question")
-    )
-    said.append(
-        f"Rows of the question give audio {questions:.1%} of their attention, rows that predict the answer "
-        f"{answers:.1%}, mean of the layers."
-    )
+    if any(PATHWAYS[p] in ("keys", "rows") for p in paths):
+        questions, answers = (
+            np.mean([row[role] for row in roles if row[role] is not None]) for role in ("question", "answer")
+        )
+        said.append(
+            f"Rows of the question give audio {questions:.1%} of their attention, rows that predict the answer "
+            f"{answers:.1%}, mean of the layers."
+        )
     return said
 
 
