@@ -48,8 +48,9 @@ IGNORED = 0.05
 UNMOVED = 0.01
 """Total variation between the attention to a clip and to another one below which a layer looks wherever it looks
 whatever sounds."""
-MEMORY = 0.10
-"""Largest difference of saved bytes from the closed form."""
+MEMORY = 0.15
+"""Saved bytes beyond the closed form, as a share of it, that are put down to masks and other small things that it does
+not count; they weigh most in small models."""
 EAGER = 0.5
 """Share of yes to "is there ...?" asked of silence from which on a model is over-eager."""
 SURE = 0.9
@@ -209,7 +210,7 @@ def _memory(model: PalModel, row: Tokens, features: Sequence[AudioFeatures]) -> 
     ratio = measured / expected
     return Check(
         "memory",
-        "ok" if abs(ratio - 1) <= MEMORY else "warning",
+        "ok" if ratio <= 1 + MEMORY else "warning",
         f"a step keeps {measured:,} bytes for the backward pass, {ratio:.2f} times the closed form",
         "Look for audio that is kept as rows, or for activations that Route.cost does not name; pal bench shows where.",
     )
