@@ -13,7 +13,7 @@ import torch
 from pal.backbone.context import Hide
 from pal.backbone.llm import Backbone, reordered
 from pal.bench.flops import flop_counter
-from pal.evaluate.runner import evaluation_mode
+from pal.evaluate.runner import Hearing, evaluation_mode
 from pal.integrations.layers import LayerRange, chosen_layers
 from pal.probe.finding import Finding, Picture, about
 from pal.probe.hiding import (
@@ -22,7 +22,6 @@ from pal.probe.hiding import (
     Asked,
     Condition,
     Example,
-    Remembered,
     Seen,
     ask,
     errors,
@@ -162,7 +161,7 @@ def probe_depth(
         ConfigError: no question has a clip.
     """
     started = time.perf_counter()
-    hear = Remembered(model)
+    hear = Hearing(model)
     example = Example.of(model, records, hear)
     whole = example.seen(model, WHOLE)
     ways: list[Pathway] = [None]

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from tqdm import tqdm
 
-from pal.audio import load, seconds
+from pal.audio import seconds
 from pal.backbone.context import AudioContext, Hide
 from pal.data import prompts
 from pal.errors import AudioError, ConfigError
-from pal.evaluate.runner import evaluate, evaluation_mode
+from pal.evaluate.runner import Hearing, evaluate, evaluation_mode
 from pal.evaluate.scorers import bootstrap_ci
 from pal.probe.material import domain_of
 from pal.types import Heard, Tokens
@@ -25,9 +25,6 @@ if TYPE_CHECKING:
     from pal.data.manifest import Record
     from pal.evaluate.score import Score
     from pal.model import PalModel
-
-ROOM = 1 << 30
-"""Bytes of encoded clips that are kept between one asking and the next."""
 
 SCORING = "exact match of greedy answers, as in pal eval"
 
@@ -48,38 +45,6 @@ WHOLE = Condition("nothing")
 DEAF = Condition("everything", (Hide(),))
 
 
-class Remembered:
-    """Gives clips as the model's encoders hear them, and keeps them as long as there is room.
-
-    Each is encoded by itself, so that it is the same whether it was kept or not.
-
-    Args:
-        model: whose encoders.
-        room: bytes; clips that come when it is full are encoded each time.
-    """
-
-    def __init__(self, model: PalModel, room: int = ROOM) -> None:
-        self._model = model
-        self._room = room
-        self._kept: dict[str, Heard] = {}
-
-    @torch.no_grad()
-    def __call__(self, path: str) -> Heard:
-        """One clip. Raises AudioError for a file that cannot be used."""
-        known = self._kept.get(path)
-        if known is not None:
-            return known
-        ears = self._model.ears
-        samples_N = load(path, ears.sampling_rate).samples_N
-        tokens = tuple(features.x_BAE[features.mask_BA].cpu() for features in ears.hear([samples_N]))
-        heard = Heard(tokens, len(samples_N) / ears.sampling_rate)
-        size = sum(x_AE.nbytes for x_AE in tokens)
-        if size <= self._room:
-            self._room -= size
-            self._kept[path] = heard
-        return heard
-
-
 @dataclass(frozen=True)
 class Example:
     """One question over its clips, to see what conditions hide: the one with the longest clip."""
@@ -89,7 +54,7 @@ class Example:
     """Without an answer."""
 
     @classmethod
-    def of(cls, model: PalModel, records: Sequence[Record], hear: Remembered) -> Example:
+    def of(cls, model: PalModel, records: Sequence[Record], hear: Hearing) -> Example:
         """The first question of the record with the longest clip; what hides none of that one hides nothing at all.
 
         Raises:
@@ -261,7 +226,7 @@ def ask(
     records: Sequence[Record],
     conditions: Sequence[Condition],
     example: Example,
-    hear: Remembered,
+    hear: Hearing,
     batch: int = 32,
     progress: bool = False,
 ) -> Asked:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 from pal.backbone.context import Hide
 from pal.errors import ConfigError
+from pal.evaluate.runner import Hearing
 from pal.probe.finding import Finding, Picture, about
 from pal.probe.hiding import (
     DEAF,
@@ -22,7 +23,6 @@ from pal.probe.hiding import (
     Condition,
     Drop,
     Example,
-    Remembered,
     ask,
     lines,
     pathways,
@@ -154,7 +154,7 @@ def probe_mask(
         ConfigError: a layer, an encoder or a time that cannot be hidden, or no clips.
     """
     started = time.perf_counter()
-    hear = Remembered(model)
+    hear = Hearing(model)
     example = Example.of(model, records, hear)
     kinds = default_conditions(model, example) if chosen is None else {"chosen": [chosen], "all": [DEAF]}
     conditions = [condition for same in kinds.values() for condition in same]

@@ -6,7 +6,8 @@ import torch
 from pal.backbone.context import Hide
 from pal.errors import ConfigError
 from pal.evaluate import evaluate
-from pal.probe.hiding import DEAF, WHOLE, Asked, Condition, Example, Item, Remembered, ask, pathways, remarks, seen
+from pal.evaluate.runner import Hearing
+from pal.probe.hiding import DEAF, WHOLE, Asked, Condition, Example, Item, ask, pathways, remarks, seen
 from pal.registry import names
 from pal.types import AUDIO, Heard, Tokens
 from tests.models import ENCODER, noise, tiny_model
@@ -148,28 +149,10 @@ def test_a_batch_hides_the_share_of_every_clip():
     assert keys.mask_BA.sum(1).tolist() == [count // 2 for count in whole]
 
 
-@torch.no_grad()
-def test_clips_are_kept_while_there_is_room(tmp_path, monkeypatch):
-    model = listener("lal")
-    records = questions(tmp_path, clips=2)
-    paths = [records[0].clips[0], records[2].clips[0]]
-    encoded = []
-    hear = model.ears.hear
-    monkeypatch.setattr(model.ears, "hear", lambda clips: encoded.append(len(clips)) or hear(clips))
-    first = Remembered(model)(paths[0])
-    remembered = Remembered(model, room=first.x_AE[0].nbytes)
-    encoded.clear()
-    for _ in range(2):
-        found = [remembered(path) for path in paths]
-    assert len(encoded) == 3  # the second clip did not fit, and was encoded again
-    assert torch.equal(found[0].x_AE[0], first.x_AE[0])
-    assert found[0].seconds == first.seconds == 0.6
-
-
 def test_answers_are_those_of_an_evaluation(tmp_path):
     model = listener("pal")
     records = questions(tmp_path, model)
-    hear = Remembered(model)
+    hear = Hearing(model)
     shown = Example.of(model, records, hear)
     assert shown.clips[0].seconds == pytest.approx(0.9)  # the longest
     late = Condition("late", (Hide(seconds=(2.0, 3.0)),))
@@ -194,7 +177,7 @@ def test_answers_are_those_of_an_evaluation(tmp_path):
 def test_what_raises_counts_as_wrong_and_is_said(tmp_path):
     model = listener("lal")
     records = questions(tmp_path, model, clips=2)
-    hear = Remembered(model)
+    hear = Hearing(model)
     shown = Example.of(model, records, hear)
     (tmp_path / "0.wav").write_bytes(b"no sound")
     found = ask(model, records, [], shown, hear)

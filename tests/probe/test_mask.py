@@ -7,7 +7,7 @@ import pytest
 from pal.backbone.context import Hide
 from pal.errors import ConfigError
 from pal.probe.finding import read
-from pal.probe.hiding import WHOLE, Example, Remembered
+from pal.probe.hiding import WHOLE, Example
 from pal.probe.mask import chosen_condition, default_conditions, layer_groups, probe_mask
 from pal.registry import names
 from tests.models import ENCODER, tiny_model
@@ -157,4 +157,4 @@ def test_without_clips(tmp_path):
     model = listener("lal")
     records = [replace(record, clips=()) for record in questions(tmp_path, clips=1)]
     with pytest.raises(ConfigError, match="none of the questions has a clip"):
-        Example.of(model, records, Remembered(model))
+        Example.of(model, records(model))
