@@ -213,7 +213,9 @@ def depth(
 
 def finish(finding: Finding, model: str, out: Path | None, as_json: bool) -> None:
     """Write the finding's folder and show it."""
-    folder = out or Path("runs/probe") / f"{finding.probe}-{Path(model).name}"
+    # the whole path: runs of several recipes end alike, in "seed-1" or "model"
+    name = "-".join(part for part in Path(model).parts if part not in ("/", ".", ".."))
+    folder = out or Path("runs/probe") / f"{finding.probe}-{name}"
     finding.save(folder)
     if as_json:
         print_json(finding.to_dict())

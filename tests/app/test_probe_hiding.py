@@ -1,6 +1,8 @@
 """`pal probe mask` and `pal probe depth` from the command line."""
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
@@ -51,3 +53,12 @@ def test_faults_are_one_line(options, says, shipped, tmp_path):
     assert says in shown.output
     assert shown.output.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_findings_of_models_whose_folders_end_alike_stand_apart(shipped, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for recipe in ("lal", "pal"):
+        shutil.copytree(shipped.bundle, Path(recipe) / "seed-1")
+        shown = run("mask", f"{recipe}/seed-1", shipped.scenes, "--pathway", "keys", "--limit", 2)
+        assert shown.exit_code == 0, shown.output
+    assert sorted(path.name for path in Path("runs/probe").iterdir()) == ["mask-lal-seed-1", "mask-pal-seed-1"]
