@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: demo test lint format bench bench-gpu full-size full-evaluation cross-product install
+.PHONY: demo test lint format bench bench-gpu full-size full-evaluation cross-product mutants install
 .DEFAULT_GOAL := demo
 
 demo: $(STAMP)
@@ -40,6 +40,10 @@ full-evaluation: $(STAMP)
 
 cross-product: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests/product.py
+
+# Deliberate mistakes in a copy of the project, and the test that must notice each; `make mutants ONLY="mpeg fold"`.
+mutants: $(STAMP)
+	$(BIN)/python -m tests.mutants $(ONLY)
 
 install: $(STAMP)
 
