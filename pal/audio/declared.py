@@ -1,9 +1,15 @@
-"""What a file's own headers say it holds, and the exception for what is wrong with it."""
+"""What a file's own headers say it holds, and the exception for what is wrong with it.
+
+Each container has a reader `declared(data: bytes) -> Declared`. It raises a DecodeError for what is wrong, and sets
+`doubt` where the sound is there but its end cannot be known; `load` then asks whether that is wanted (`read_to_end`).
+"""
 
 from dataclasses import dataclass, field
 
 REENCODE = "fetch it again, or if it plays to its end re-encode it: ffmpeg -i IN OUT.wav"
 """Remedy for damage that a player would hide."""
+TO_THE_END = "fetch it again, or take it as far as it goes: read_to_end=True, --read-to-end"
+"""Remedy for a length that nobody can know."""
 
 
 class DecodeError(Exception):
@@ -28,3 +34,6 @@ class Declared:
     bits: int | None = None
     payload: bytes | None = field(default=None, repr=False)
     """What the decoding library gets instead of the file."""
+    doubt: str | None = None
+    """Why the end of the sound cannot be known, as "its header gives no length, ...". Such a file is refused with
+    this line unless the caller asked to read to the end; then all fields describe what is there."""

@@ -19,7 +19,7 @@ import soundfile
 from torch import Tensor
 
 from pal.audio import flac, mpeg, ogg, riff
-from pal.audio.declared import Declared, DecodeError
+from pal.audio.declared import TO_THE_END, Declared, DecodeError
 from pal.audio.libav import Track
 from pal.audio.pcm import Mixer, to_float
 from pal.errors import AudioError
@@ -56,9 +56,13 @@ class Waveform:
     """Length of the source, by its own rate."""
     name: str
     """The path, or what else the source was."""
+    note: str | None = None
+    """With `read_to_end`, where the length could not be checked: one sentence that says why."""
 
 
-def load(source: Source, rate: int, limits: Limits = Limits(), name: str | None = None) -> Waveform:
+def load(
+    source: Source, rate: int, limits: Limits = Limits(), name: str | None = None, read_to_end: bool = False
+) -> Waveform:
     """Decode a clip, mix it down to mono and resample it.
 
     Args:
@@ -67,6 +71,8 @@ def load(source: Source, rate: int, limits: Limits = Limits(), name: str | None 
         rate: Hz of the result.
         limits: what to refuse.
         name: what messages call the source, where it has no path.
+        read_to_end: take a file whose end cannot be known (a WAV or FLAC written to a stream, a recording that was
+            cut) as far as it goes; `note` of the result then says so.
 
     Files may be WAV, FLAC, MP3, Ogg Vorbis and Opus, and with the `av` package m4a, mp4 and webm.
 
@@ -75,17 +81,18 @@ def load(source: Source, rate: int, limits: Limits = Limits(), name: str | None 
             before its declared end, or declares none (a streamed WAV or FLAC), is refused.
     """
     shown = _printable(name or _name(source))
+    note = None
     try:
         if isinstance(source, tuple):
             samples_N, seconds = _from_array(source, rate, limits)
         else:
-            samples_N, seconds = _from_file(_read(source, limits), rate, limits)
+            samples_N, seconds, note = _from_file(_read(source, limits), rate, limits, read_to_end)
     except DecodeError as error:
         raise AudioError(f"{shown}: {error.what}; {error.remedy}") from None
-    return Waveform(samples_N, seconds, shown)
+    return Waveform(samples_N, seconds, shown, note)
 
 
-def seconds(path: str | os.PathLike[str], limits: Limits = Limits()) -> float:
+def seconds(path: str | os.PathLike[str], limits: Limits = Limits(), read_to_end: bool = False) -> float:
     """Length of a file by its header, or by its packets where the header gives none; nothing is decoded.
 
     Good for sorting clips and for planning: only `load` finds out whether a file keeps what it promises.
@@ -129,13 +136,15 @@ def _from_array(source: tuple[Any, ...], rate: int, limits: Limits) -> tuple[Ten
     return mixer.finish(), mixer.frames / source_rate
 
 
-def _from_file(data: bytes, rate: int, limits: Limits) -> tuple[Tensor, float]:
+def _from_file(data: bytes, rate: int, limits: Limits, read_to_end: bool) -> tuple[Tensor, float, str | None]:
     kind = _kind(data)
     if kind is None:
-        return _from_track(Track(data), rate, limits)
+        return *_from_track(Track(data), rate, limits), None
     if kind is flac.declared:
         data = data[mpeg.id3_size(data) :]  # taggers put one before FLAC too
     declared = kind(data)
+    if declared.doubt is not None and not read_to_end:
+        raise DecodeError(declared.doubt, TO_THE_END)
     if declared.rate is not None and declared.channels is not None:
         _mixer(declared.rate, declared.channels, declared.frames, rate, limits)
     try:
@@ -153,7 +162,8 @@ def _from_file(data: bytes, rate: int, limits: Limits) -> tuple[Tensor, float]:
         raise DecodeError(f"it is damaged or of an unknown kind ({_reason(error)})") from None
     if mixer.frames != frames:
         raise DecodeError(f"it declares {frames} samples and {mixer.frames} can be decoded")
-    return mixer.finish(), mixer.frames / file.samplerate
+    note = None if declared.doubt is None else f"read as far as it goes, since {declared.doubt}"
+    return mixer.finish(), mixer.frames / file.samplerate, note
 
 
 def _blocks(file: soundfile.SoundFile, declared: Declared) -> Iterator[np.ndarray]:
