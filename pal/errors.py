@@ -1,8 +1,18 @@
 """Errors that a user can mend: one line, what is wrong and the remedy."""
 
+_LONGEST = 290
+"""Characters of an error's text; with the command line's "error: " before it, the line stays below 300."""
+
 
 class PalError(ValueError):
-    """Base of every error caused by input; the command line prints it as one line and exits with 1."""
+    """Base of every error caused by input; the command line prints it as one line and exits with 1.
+
+    Whatever a message quotes, it stays one printable line of at most 290 characters: the middle of a longer one is
+    left out, where "…" stands, since the name is at its start and the remedy at its end.
+    """
+
+    def __init__(self, message: object = "") -> None:
+        super().__init__(shortened(str(message), _LONGEST))
 
 
 class AudioError(PalError):
@@ -23,3 +33,16 @@ class BundleError(PalError):
 
 class PromptError(PalError):
     """A conversation that cannot be used, such as a placeholder without a clip."""
+
+
+def shortened(text: str, longest: int) -> str:
+    """The text on one printable line of at most `longest` characters, "…" for the middle of a longer one.
+
+    White space other than a blank becomes a blank, and what cannot be printed a question mark.
+    """
+    if len(text) > longest:
+        end = longest // 2
+        text = f"{text[: longest - end - 1]}…{text[-end:]}"
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else " " if c.isspace() else "?" for c in text)

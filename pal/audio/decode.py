@@ -6,6 +6,7 @@ says nothing. So each container's own header or checksums are read first (`riff`
 and resampled on the way, so that no header can ask for memory.
 """
 
+import errno
 import hashlib
 import io
 import os
@@ -22,10 +23,14 @@ from pal.audio import flac, mpeg, ogg, riff
 from pal.audio.declared import TO_THE_END, Declared, DecodeError
 from pal.audio.libav import Track
 from pal.audio.pcm import Mixer, to_float
-from pal.errors import AudioError
+from pal.errors import AudioError, shortened
 
 _BLOCK = 1 << 16
 _CONVERT = "convert it: ffmpeg -i IN OUT.wav"
+_APPLE_DOUBLE = b"\x00\x05\x16\x07"
+"""RFC 1740, appendix B: the file ._x beside x, which macOS writes on foreign file systems and into archives."""
+_NAME = 140
+"""Characters of a name that an error shows."""
 
 
 Source = str | os.PathLike[str] | bytes | IO[bytes] | tuple[Any, int]
@@ -213,6 +218,8 @@ def _kind(data: bytes) -> Callable[[bytes], Declared] | None:
     """The reader of this container's header; None where `av` is needed. Raises DecodeError on unknown data."""
     if not data:
         raise DecodeError("it is empty", "record or download it again")
+    if data[:4] == _APPLE_DOUBLE:
+        raise DecodeError("it is macOS' AppleDouble metadata of another file, not sound", "delete it")
     if data[:4] in (b"RIFF", b"RIFX", b"RF64", b"BW64") and data[8:12] == b"WAVE":
         return riff.declared
     if data[:4] == b"OggS":
@@ -235,7 +242,10 @@ def _read(source: Any, limits: Limits) -> bytes:
     elif isinstance(source, (str, os.PathLike)):
         data = _read_path(os.fspath(source), limits)
     elif callable(getattr(source, "read", None)):
-        data = _read_stream(source, limits)
+        try:
+            data = _read_stream(source, limits)
+        except OSError as error:
+            raise DecodeError(f"the file object cannot be read ({error})", "open it anew with mode 'rb'") from None
     else:
         raise DecodeError(
             f"{type(source).__name__} is no source of audio", "pass a path, bytes, a file object or (array, rate)"
@@ -262,6 +272,8 @@ def _read_path(path: str | bytes, limits: Limits) -> bytes:
         with file.open("rb") as stream:
             return _read_stream(stream, limits)
     except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            raise DecodeError("no file has so long a name", "pass a path; base64 goes as a data: address") from None
         raise DecodeError(f"it cannot be read ({error.strerror})", "check the path and its permissions") from None
     except ValueError:  # a zero byte in the path
         raise DecodeError("there is no such file", "check the path") from None
@@ -271,7 +283,10 @@ def _read_stream(stream: IO[bytes], limits: Limits) -> bytes:
     parts = []
     left = limits.max_bytes + 1
     while left > 0:
-        part = stream.read(left)
+        try:
+            part = stream.read(left)
+        except ValueError as error:  # closed, or no text in its encoding
+            raise DecodeError(f"the file object cannot be read ({error})", "open it with mode 'rb'") from None
         if not isinstance(part, (bytes, bytearray)):
             raise DecodeError("the file object gives no bytes", "open it with mode 'rb'")
         if not part:
@@ -298,7 +313,7 @@ def _name(source: Any) -> str:
 
 def _printable(name: str) -> str:
     """The name on one line, whatever a file was called."""
-    return "".join(character if character.isprintable() else "?" for character in name)
+    return shortened(name, _NAME)
 
 
 def _reason(error: Exception) -> str:
