@@ -35,14 +35,14 @@ class PromptError(PalError):
     """A conversation that cannot be used, such as a placeholder without a clip."""
 
 
-def shortened(text: str, longest: int) -> str:
+def shortened(text: str, longest: int, space: str = " ") -> str:
     """The text on one printable line of at most `longest` characters, "…" for the middle of a longer one.
 
-    White space other than a blank becomes a blank, and what cannot be printed a question mark.
+    White space other than a blank becomes `space`, and what cannot be printed a question mark.
     """
     if len(text) > longest:
         end = longest // 2
         text = f"{text[: longest - end - 1]}…{text[-end:]}"
     if text.isprintable():
         return text
-    return "".join(c if c.isprintable() else " " if c.isspace() else "?" for c in text)
+    return "".join(c if c.isprintable() else space if c.isspace() else "?" for c in text)

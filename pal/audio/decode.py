@@ -313,7 +313,7 @@ def _name(source: Any) -> str:
 
 def _printable(name: str) -> str:
     """The name on one line, whatever a file was called."""
-    return shortened(name, _NAME)
+    return shortened(name, _NAME, space="?")
 
 
 def _reason(error: Exception) -> str:
