@@ -34,6 +34,16 @@ class Declared:
     bits: int | None = None
     payload: bytes | None = field(default=None, repr=False)
     """What the decoding library gets instead of the file."""
+    raw: tuple[str, str] | None = None
+    """(subtype, byte order) as libsndfile names them, where `payload` is samples without a header."""
+    av_format: str | None = None
+    """FFmpeg's name of the format, where only the av package decodes it."""
+    skip: int = 0
+    """Samples that `payload` holds before the sound; then it also may hold some behind it."""
+    slack: int = 0
+    """Samples by which the sound may be shorter than declared, where only decoding can tell."""
+    rest: tuple["Declared", ...] = ()
+    """What follows in the file, decoded by itself (the links of a chained Ogg file)."""
     doubt: str | None = None
     """Why the end of the sound cannot be known, as "its header gives no length, ...". Such a file is refused with
     this line unless the caller asked to read to the end; then all fields describe what is there."""

@@ -16,27 +16,25 @@ _RATES = {
     11: 96000,
 }
 _BITS = {1: 8, 2: 12, 4: 16, 5: 20, 6: 24, 7: 32}
+_KNOWN = (8, 16, 24)
+"""Bits of a sample that libsndfile takes in STREAMINFO."""
 
 
 def declared(data: bytes) -> Declared:
     """Read STREAMINFO and compare it with the first frame, which repeats rate, channels and bits.
 
-    The layout is that of RFC 9639, sections 8.2 and 9.1.
+    The layout is that of RFC 9639, sections 8.2 and 9.1. A file written to a stream declares no length; its end is in
+    doubt unless it gives the MD5 of its samples.
 
     Raises:
-        DecodeError: cut in the metadata, no declared length, or a header that contradicts the first frame.
+        DecodeError: cut in the metadata, or a header that contradicts the first frame.
     """
     if len(data) < 42 or data[4] & 0x7F != 0:
         raise DecodeError("its header is cut or damaged")
     packed = int.from_bytes(data[18:26], "big")
     rate, channels = packed >> 44, (packed >> 41 & 7) + 1
     bits, frames = (packed >> 36 & 31) + 1, packed & (1 << 36) - 1
-    if frames == 0:
-        raise DecodeError(
-            "its header gives no length, so a cut could not be noticed",
-            "write it to a file instead of a stream: ffmpeg -i IN OUT.flac",
-        )
-    md5 = data[26:42]
+    md5 = data[26:42] if any(data[26:42]) else None
 
     start = _audio_start(data)
     header = data[start : start + 16].ljust(16, b"\0")  # a frame of silence is shorter
@@ -49,7 +47,23 @@ def declared(data: bytes) -> Declared:
         raise DecodeError(f"its header says {channels} channels, its first frame does not")
     if _BITS.get(header[3] >> 1 & 7, bits) != bits:
         raise DecodeError(f"its header says {bits} bits, its first frame {_BITS[header[3] >> 1 & 7]}")
-    return Declared(frames, rate, channels, md5 if any(md5) else None, bits)
+    doubt = None
+    if frames == 0 and md5 is None:
+        doubt = "its header gives no length (a FLAC written to a stream), so a cut could not be noticed"
+    payload = None
+    if bits not in _KNOWN and bits in _BITS.values():
+        # libsndfile refuses the header, and then decodes by the bits that each frame names
+        payload = data[:20] + bytes([data[20] | 1, 0x70 | data[21] & 0x0F]) + data[22:]
+    return Declared(
+        frames or None,
+        rate,
+        channels,
+        md5,
+        bits,
+        payload=payload,
+        av_format=None if payload is not None or bits in _KNOWN else "flac",
+        doubt=doubt,
+    )
 
 
 def _audio_start(data: bytes) -> int:

@@ -2,86 +2,153 @@
 
 import io
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 
+from pal.audio import opus
 from pal.audio.boxes import check
-from pal.audio.declared import DecodeError
+from pal.audio.declared import TO_THE_END, Declared, DecodeError
 from pal.audio.pcm import to_float
+from pal.audio.sndfile import Md5
 
 _PACKETS = 2
 """Packets by which a container's duration may miss the samples: encoders pad the first and the last."""
+_NEED = "m4a, mp4 and webm need the av package"
+_ENDLESS = 1e9
+"""Seconds that no file has."""
 _SECONDS = 0.02
 """Beside them: webm gives its duration in milliseconds, of packet starts rather than ends."""
 
 
 class Track:
-    """The one sound track of a file in memory: `rate`, `channels`, `seconds` and its blocks."""
+    """The one sound track of a file in memory.
 
-    def __init__(self, data: bytes) -> None:
-        self._av = _library()
-        check(data)
+    Args:
+        data: the file.
+        declared: what its own header says, for a FLAC of an odd number of bits.
+        read_to_end: whether a file that is cut is taken as far as it goes; `doubt` then says what is wrong.
+
+    Raises:
+        DecodeError: no `av`, no sound or several tracks of it, or a file that is cut.
+    """
+
+    def __init__(self, data: bytes, declared: Declared | None = None, read_to_end: bool = False) -> None:
+        self._av = _library(
+            _NEED if declared is None else f"FLAC of {declared.bits} bits a sample needs the av package"
+        )
+        self._declared, self._read_to_end = declared, read_to_end
+        self.doubt: str | None = None
+        """Why the end of the sound cannot be known; final once all blocks are taken."""
         try:
+            check(data)
+        except DecodeError as error:
+            self._doubt(error.what)
+        format = _format(data) if declared is None else declared.av_format
+        with self._errors("it cannot be opened"):
             # named, so that FFmpeg does not guess at its hundreds of formats
-            self._container = self._av.open(io.BytesIO(data), format=_format(data), metadata_errors="ignore")
-        except self._av.error.FFmpegError as error:
-            raise DecodeError(f"it cannot be opened ({error.strerror})") from None
+            self._container = self._av.open(io.BytesIO(data), format=format, metadata_errors="ignore")
         tracks = self._container.streams.audio
         if len(tracks) != 1:
             self._container.close()
             what = f"it holds {len(tracks)} sound tracks" if tracks else "it holds no sound"
             raise DecodeError(what, "write the one you mean to a file of its own: ffmpeg -i IN -map 0:a:0 OUT.wav")
         self._stream = tracks[0]
-        self.rate: int = self._stream.codec_context.sample_rate
-        self.channels: int = self._stream.codec_context.channels
+        context = self._stream.codec_context
+        # FFmpeg believes the container, whose rate for Opus is that before encoding
+        self.rate: int = opus.RATE if context.name.endswith("opus") else context.sample_rate
+        self.channels: int = context.channels
         self.seconds: float | None = None
         """What the container declares; recordings made by browsers declare nothing, and bare AAC is guessed at."""
-        if self._container.format.name == "aac":
-            return
-        if self._stream.duration is not None:
+        if declared is not None and declared.frames is not None:
+            self.seconds = declared.frames / self.rate
+        elif format == "aac" or declared is not None:
+            pass
+        elif self._stream.duration is not None:
             self.seconds = float(self._stream.duration * self._stream.time_base)
         elif self._container.duration is not None:
             self.seconds = self._container.duration / self._av.time_base
+        if self.rate < 1 or (self.seconds is not None and not 0 <= self.seconds < _ENDLESS):
+            self._container.close()
+            raise DecodeError("its header gives no rate or no possible length")
+
+    @property
+    def frames(self) -> int | None:
+        """Samples a channel that are declared, about."""
+        return None if self.seconds is None else round(self.seconds * self.rate)
 
     def length(self) -> float:
         """Seconds that the container declares, or else those up to the end of its last packet; nothing is decoded."""
-        if self.seconds is not None:
+        if self.seconds is not None and self.doubt is None:
+            self._container.close()
             return self.seconds
         end = 0.0
-        try:
-            for packet in self._container.demux(self._stream):
-                if packet.pts is not None:
-                    end = max(end, float((packet.pts + (packet.duration or 0)) * packet.time_base))
-        except self._av.error.FFmpegError as error:
-            raise DecodeError(f"it is damaged ({error.strerror})") from None
-        finally:
-            self._container.close()
+        with self._errors("it is damaged"):
+            try:
+                for packet in self._container.demux(self._stream):
+                    if packet.pts is not None:
+                        end = max(end, float((packet.pts + (packet.duration or 0)) * packet.time_base))
+            finally:
+                self._container.close()
         return end
 
     def blocks(self) -> Iterator[np.ndarray]:
         """Float32 blocks [n, channels]; raises DecodeError where decoding fails or the length is not the declared."""
         packet_frames = samples = 0
+        md5 = None
+        if self._declared is not None and self._declared.md5 is not None and self._declared.bits is not None:
+            md5 = Md5(self._declared.bits)
+        frames = self._decoded()
         try:
-            for frame in self._container.decode(self._stream):
+            while True:
+                try:
+                    with self._errors(f"it is damaged {samples / self.rate:.2f} s after its start"):
+                        frame = next(frames, None)
+                        if frame is None:
+                            break
+                        block_NC = _block(frame)
+                except DecodeError as error:
+                    self._doubt(error.what)
+                    break
                 if (frame.sample_rate, frame.layout.nb_channels) != (self.rate, self.channels):
                     raise DecodeError("its rate or number of channels changes on the way")
                 packet_frames = max(packet_frames, frame.samples)
                 samples += frame.samples
-                yield _block(frame)
-        except self._av.error.FFmpegError as error:
-            raise DecodeError(f"it is damaged {samples / self.rate:.2f} s after its start ({error.strerror})") from None
+                if md5 is not None:
+                    md5.add(block_NC.astype(np.int32) << (32 - 8 * block_NC.dtype.itemsize))
+                yield to_float(block_NC)
         finally:
             self._container.close()
-        slack = _SECONDS + _PACKETS * packet_frames / self.rate
+        slack = _SECONDS + _PACKETS * packet_frames / self.rate if self._declared is None else 0.0
         if self.seconds is not None and abs(samples / self.rate - self.seconds) > slack:
-            raise DecodeError(f"it declares {self.seconds:.2f} s and holds {samples / self.rate:.2f} s")
+            self._doubt(f"it declares {self.seconds:.2f} s and holds {samples / self.rate:.2f} s")
+        elif md5 is not None and self._declared is not None:
+            md5.check(self._declared)
+
+    def _decoded(self) -> Iterator[Any]:
+        yield from self._container.decode(self._stream)
+
+    def _doubt(self, what: str) -> None:
+        if not self._read_to_end:
+            raise DecodeError(what, TO_THE_END)
+        self.doubt = self.doubt or what
+
+    @contextmanager
+    def _errors(self, what: str) -> Iterator[None]:
+        """FFmpeg's errors, and those of the bindings on values that they cannot hold, as DecodeError."""
+        try:
+            yield
+        except self._av.error.FFmpegError as error:
+            raise DecodeError(f"{what} ({error.strerror})") from None
+        except (ValueError, OverflowError, ArithmeticError, MemoryError, NotImplementedError) as error:
+            raise DecodeError(f"{what} ({' '.join(str(error).split())[:60]})") from None
 
 
 def _block(frame: Any) -> np.ndarray:
-    block = frame.to_ndarray()
+    block: np.ndarray = frame.to_ndarray()
     channels = frame.layout.nb_channels
-    return to_float(block.T if frame.format.is_planar else block.reshape(-1, channels))
+    return block.T if frame.format.is_planar else block.reshape(-1, channels)
 
 
 def _format(data: bytes) -> str:
@@ -90,9 +157,9 @@ def _format(data: bytes) -> str:
     return "matroska" if data[:4] == b"\x1a\x45\xdf\xa3" else "aac"
 
 
-def _library() -> Any:
+def _library(need: str) -> Any:
     try:
         import av
     except ImportError:
-        raise DecodeError("m4a, mp4 and webm need the av package", "pip install 'pal-audio[av]'") from None
+        raise DecodeError(need, "pip install 'pal-audio[av]'") from None
     return av

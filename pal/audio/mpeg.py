@@ -1,168 +1,264 @@
-"""The frames of MP3 files. A decoder skips what it cannot read; this counts what must be there."""
+"""The frames of an MPEG audio file (MP3, and layers I and II). A decoder skips what it cannot read; this counts it."""
 
+import itertools
 from dataclasses import dataclass
 
+from pal.audio import mpeg_frames
 from pal.audio.declared import Declared, DecodeError
+from pal.audio.mpeg_frames import LAYER_3, Header, Info
 
-_KBPS = {
-    1: (0, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320),
-    2: (0, 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160),
-}
-_RATES = {3: (44100, 48000, 32000), 2: (22050, 24000, 16000), 0: (11025, 12000, 8000)}
-"""By version code: 3 is MPEG 1, 2 is MPEG 2, 0 is MPEG 2.5."""
 _DECODER_DELAY = 529
-"""Samples by which every MP3 decoder lags; mpg123 drops them where it knows the number of frames."""
-_TAGS = (b"TAG", b"APETAGEX", b"LYRICSBEGIN", b"ID3")
+"""Samples by which every decoder of layer III lags; mpg123 drops them where it knows the number of frames."""
+_SURE = 4
+"""Frames in a row that chance does not make."""
+_FAR = 1 << 16
+"""Bytes that are searched for the first frame, and after a hole for the next."""
+_NEAR = 3
+"""Bits of a frame header that damage may have changed; of the 19 that are compared chance changes nine."""
+_SPLIT = "split it there, or re-encode it: ffmpeg -i IN OUT.wav"
 
 
 @dataclass(frozen=True)
-class _Header:
-    rate: int
-    channels: int
-    samples: int
-    """Of one frame, a channel."""
-    bytes: int
-    protected: bool
+class _Run:
+    """Frames of one stream that follow one another."""
 
-    @property
-    def side(self) -> int:
-        """Bytes of side information, after which a Xing or Info mark stands."""
-        return {(1152, 2): 32, (1152, 1): 17, (576, 2): 17, (576, 1): 9}[self.samples, self.channels]
-
-    @property
-    def stream(self) -> tuple[int, int]:
-        """What may not change from frame to frame."""
-        return self.rate, self.channels
-
-
-@dataclass(frozen=True)
-class _Info:
-    """What an encoder says of the whole file in its first frame; None where it does not."""
-
-    frames: int | None
-    bytes: int | None
-    delay: int | None = None
-    """Samples the encoder put before the sound."""
-    padding: int | None = None
-    """Samples it put after."""
+    start: int
+    end: int
+    count: int
+    first: Header
+    missing: int = 0
+    """Bytes that the file lacks of one more frame, which begins at `end`."""
 
 
 def declared(data: bytes) -> Declared:
     """Walk the frames from the first to the last.
 
-    They must follow one another without a gap, keep one rate and number of channels, and the last
-    must be whole. Where the first is a Xing, Info or VBRI frame, their number must be the one it
-    gives. A file without such a frame that was cut exactly between two frames cannot be told from
-    a whole one, and a changed byte inside a frame changes the sound but not the length.
+    Before the first and behind the last there may be tags and other bytes. Between frames there may be tags; other
+    bytes there are a hole, and no loss only where an Info frame's count says that all frames are there. Where the
+    first frame is a Xing, Info or VBRI frame, their number must be the one it gives. A file that ends inside a frame
+    has lost sound, unless the count is reached, what is missing is stuffing, or all of it is the encoder's padding.
+
+    A file without such a frame that was cut exactly between two frames cannot be told from a whole one, nor can a last
+    frame that was overwritten; a changed byte inside a frame changes the sound but not the length.
 
     Raises:
-        DecodeError: for anything else.
+        DecodeError: no frames, a hole, or a stream that changes.
     """
-    start = id3_size(data)
-    while start < len(data) and data[start] == 0:
-        start += 1  # some taggers leave padding after the tag
-    first = _header(data, start)
-    if first is None:
-        raise DecodeError(f"no MP3 frame stands at byte {start}")
-    count = 0
-    end = start
-    while (header := _header(data, end)) is not None:
-        if header.stream != first.stream:
-            raise DecodeError(f"its rate or number of channels changes at byte {end}")
-        if end + header.bytes > len(data):
-            raise DecodeError(f"it is cut: its last frame needs {end + header.bytes - len(data)} more bytes")
-        end += header.bytes
-        count += 1
-    rest = data[end : end + (1 << 16)]
-    if rest.strip(b"\0") and not rest.startswith(_TAGS):
-        raise DecodeError(f"it is damaged: no MP3 frame stands at byte {end} of {len(data)}")
-
-    info = _info(data[start : start + first.bytes], first)
+    runs = _runs(data, _first_frame(data))
+    first, last = runs[0].first, runs[-1]
+    parts = [data[run.start : run.end] for run in runs]
+    count = sum(run.count for run in runs)
+    info = mpeg_frames.info(data[runs[0].start : runs[0].start + first.bytes], first)
     if info is not None:
-        count -= 1  # the frame that holds the count has no sound
-        # some programs count that frame too; then the bytes must agree
-        counts_itself = info.frames == count + 1 and info.bytes == end - start
-        if info.frames not in (None, count) and not counts_itself:
-            raise DecodeError(f"it is cut or damaged: it declares {info.frames} frames and holds {count}")
-        if info.frames == count and info.delay is not None and info.padding is not None:
-            trimmed = info.delay + _DECODER_DELAY + max(0, info.padding - _DECODER_DELAY)
-            return Declared(count * first.samples - trimmed, first.rate, first.channels, payload=data[start:end])
-        start += first.bytes
+        count -= 1  # the frame that says it has no sound
+    doubt = None
+    if info is not None and info.frames is not None:
+        claimed = _claimed(info, count, parts, first, len(data))
+        if last.missing and claimed == count + 1 and _dropped(info) >= first.samples:
+            parts.append(_filled(data, last))  # all of it is padding
+            count += 1
+        if claimed != count:
+            doubt = f"it is cut or damaged: it declares {claimed} frames and holds {count}"
+    else:
+        if last.missing and _is_stuffing(data, last):
+            parts.append(_filled(data, last))
+            count += 1
+        elif last.missing:
+            doubt = f"it is cut: its last frame needs {last.missing} more bytes"
+        elif _is_near(data[last.end : last.end + 4], data[last.start : last.start + 4]):
+            doubt = f"it is cut or damaged: its last bytes, from {last.end}, look like a frame"
+    _check_holes(data, runs, whole=info is not None and info.frames == count)
+    if count < 1:
+        raise DecodeError("it holds no frame of sound", "record or export it again")
+    if first.layer != LAYER_3:
+        return _of_low_layer(parts, first, count, doubt)
+    if doubt is None and info is not None and info.frames == count and info.delay is not None:
+        frames = count * first.samples - info.delay - _DECODER_DELAY - _dropped(info)
+        if frames > 0:
+            return Declared(frames, first.rate, first.channels, payload=b"".join(parts))
+    if info is not None:
+        parts[0] = parts[0][first.bytes :]
     # without a count mpg123 guesses the length from the size: tell it
-    payload = _info_frame(data[start : start + 4], first, count) + data[start:end]
-    return Declared(count * first.samples - _DECODER_DELAY, first.rate, first.channels, payload=payload)
-
-
-def id3_size(data: bytes) -> int:
-    """Bytes of the ID3v2 tag at the start; 0 when there is none."""
-    if data[:3] != b"ID3" or len(data) < 10:
-        return 0
-    size = 0
-    for byte in data[6:10]:
-        size = size << 7 | byte & 0x7F
-    return 10 + size + (10 if data[5] & 0x10 else 0)
-
-
-def _header(data: bytes, offset: int) -> _Header | None:
-    """The frame header at `offset`; None when there is none."""
-    if offset + 4 > len(data) or data[offset] != 0xFF or data[offset + 1] & 0xE0 != 0xE0:
-        return None
-    second, third, fourth = data[offset + 1 : offset + 4]
-    version, layer = second >> 3 & 3, second >> 1 & 3
-    kbps_code, rate_code = third >> 4, third >> 2 & 3
-    if version == 1 or layer == 0 or rate_code == 3 or kbps_code == 15:
-        return None
-    if layer != 1:
-        raise DecodeError("it is MPEG audio of layer I or II", "convert it: ffmpeg -i IN OUT.wav")
-    if kbps_code == 0:
-        raise DecodeError("it is an MP3 of free bit rate", "convert it: ffmpeg -i IN OUT.wav")
-    generation = 1 if version == 3 else 2
-    rate = _RATES[version][rate_code]
-    samples = 1152 // generation
-    size = samples // 8 * 1000 * _KBPS[generation][kbps_code] // rate + (third >> 1 & 1)
-    return _Header(rate, 1 if fourth >> 6 == 3 else 2, samples, size, not second & 1)
-
-
-def _info(frame: bytes, header: _Header) -> _Info | None:
-    """What a Xing, Info or VBRI frame says; None when it is another."""
-    if frame[36:40] == b"VBRI":
-        return _Info(int.from_bytes(frame[50:54], "big"), int.from_bytes(frame[46:50], "big"))
-    at = 4 + header.side
-    if header.protected and frame[at + 2 : at + 6] in (b"Xing", b"Info"):
-        at += 2
-    if frame[at : at + 4] not in (b"Xing", b"Info"):
-        return None
-    flags = int.from_bytes(frame[at + 4 : at + 8], "big")
-    at += 8
-    fields: list[int | None] = []
-    for bit, size in ((1, 4), (2, 4), (4, 100), (8, 4)):
-        fields.append(int.from_bytes(frame[at : at + 4], "big") if flags & bit else None)
-        at += size if flags & bit else 0
-    if frame[at : at + 4] not in (b"LAME", b"Lavf", b"Lavc"):
-        return _Info(fields[0], fields[1])
-    check = int.from_bytes(frame[at + 34 : at + 36], "big")
-    if frame[at : at + 4] == b"LAME" and check not in (0, _crc16(frame[: at + 34])):
-        raise DecodeError("it is damaged: its first frame, which gives its length, has a wrong checksum")
-    packed = int.from_bytes(frame[at + 21 : at + 24], "big")
-    return _Info(fields[0], fields[1], packed >> 12, packed & 0xFFF)
-
-
-def _info_frame(header: bytes, parsed: _Header, count: int) -> bytes:
-    """An Info frame that gives the number of frames, for a stream whose frames begin with `header`."""
-    # no checksum, the highest bit rate (so that it all fits), no padding
-    own = bytes([header[0], header[1] | 1, 0xE0 | header[2] & 0x0D, header[3]])
-    size = _header(own, 0)
-    assert size is not None
-    return (own + bytes(parsed.side) + b"Info" + bytes([0, 0, 0, 1]) + count.to_bytes(4, "big")).ljust(
-        size.bytes, b"\0"
+    joined = b"".join(parts)
+    skip = (info.delay or 0) if doubt is not None and info is not None else 0
+    return Declared(
+        count * first.samples - _DECODER_DELAY - skip,
+        first.rate,
+        first.channels,
+        payload=mpeg_frames.info_frame(joined[:4], count) + joined,
+        skip=skip,
+        doubt=doubt,
     )
 
 
-def _crc16(data: bytes) -> int:
-    """CRC-16 with the bits reversed, start 0: what LAME puts behind its tag."""
-    value = 0
-    for byte in data:
-        value ^= byte
-        for _ in range(8):
-            value = value >> 1 ^ (0xA001 if value & 1 else 0)
-    return value
+def looks_like_frames(data: bytes) -> bool:
+    """Whether frames of MPEG audio stand near the start, behind tags or other bytes."""
+    start = tags_end(data)
+    return mpeg_frames.header(data, start) is not None or _search(data, start, start + _FAR) is not None
+
+
+def id3_size(data: bytes, start: int = 0) -> int:
+    """Bytes of the ID3v2 tag at `start`; 0 when there is none."""
+    head = data[start : start + 10]
+    if head[:3] != b"ID3" or len(head) < 10:
+        return 0
+    size = 0
+    for byte in head[6:10]:
+        size = size << 7 | byte & 0x7F
+    return 10 + size + (10 if head[5] & 0x10 else 0)
+
+
+def tags_end(data: bytes) -> int:
+    """Offset behind the ID3v2 tags at the start, of which there may be several."""
+    start = 0
+    while size := id3_size(data, start):
+        start += size
+    return start
+
+
+def _first_frame(data: bytes) -> int:
+    """Where the frames begin: behind the tags, or behind other bytes that are no damaged frame."""
+    start = tags_end(data)
+    own = mpeg_frames.header(data, start)
+    if own is not None and (not own.bytes or _is_sure(data, start)):
+        return start
+    found = _search(data, start, start + _FAR)
+    if found is None and own is None:
+        raise DecodeError(f"no MP3 frame stands at byte {start}")
+    if found is None or _is_near(data[start : start + 4], data[found : found + 4]):
+        if own is None:
+            raise DecodeError(f"it is damaged: no MP3 frame stands at byte {start}")
+        return start
+    return found
+
+
+def _search(data: bytes, start: int, end: int) -> int | None:
+    """Where enough frames in a row begin, at `start` or between there and `end`."""
+    while (start := data.find(b"\xff", start, end)) >= 0:
+        if _is_sure(data, start):
+            return start
+        start += 1
+    return None
+
+
+def _is_sure(data: bytes, start: int) -> bool:
+    """Whether enough frames in a row begin here, or as many as there are up to the end of the file or a tag."""
+    run = _walk(data, start, limit=_SURE)
+    return run is not None and (run.count >= _SURE or (run.count > 0 and _ends(data, run.end)))
+
+
+def _ends(data: bytes, offset: int) -> bool:
+    rest = data[offset : offset + 11]
+    return not rest.strip(b"\0\r\n") or rest.startswith((b"TAG", b"APETAGEX", b"LYRICSBEGIN"))
+
+
+def _walk(data: bytes, start: int, limit: int | None = None) -> _Run | None:
+    """The frames in a row from `start` on, at most `limit`; None where none begins there, whole or cut."""
+    first = mpeg_frames.header(data, start)
+    if first is None or (not first.bytes and limit is not None):
+        return None
+    if not first.bytes:
+        raise DecodeError("it is MPEG audio of free bit rate", "convert it: mpg123 -w OUT.wav IN")
+    end, count, missing = start, 0, 0
+    while (header := mpeg_frames.header(data, end)) is not None and count != limit:
+        if header.stream != first.stream or not header.bytes:
+            break
+        if end + header.bytes > len(data):
+            missing = end + header.bytes - len(data)
+            break
+        end += header.bytes
+        count += 1
+    return _Run(start, end, count, first, missing)
+
+
+def _runs(data: bytes, start: int) -> list[_Run]:
+    """All frames of the file, from the first on."""
+    run = _walk(data, start)
+    assert run is not None
+    runs = [run]
+    while not run.missing:
+        after = run.end + _tag_size(data, run.end)
+        begin = after if _is_sure(data, after) else _search(data, run.end, len(data))
+        following = None if begin is None else _walk(data, begin)
+        if following is None:
+            break
+        if following.first.stream != run.first.stream:
+            raise DecodeError(f"its layer, rate or number of channels changes at byte {following.start}", _SPLIT)
+        run = following
+        runs.append(run)
+    if not run.missing and 0 < len(data) - run.end < 4:
+        tail, head = data[run.end :], data[run.start : run.start + 4]
+        if tail == head[: len(tail)]:  # cut inside the next frame's header
+            runs[-1] = _Run(run.start, run.end, run.count, run.first, missing=run.first.bytes - len(tail))
+    return runs
+
+
+def _tag_size(data: bytes, offset: int) -> int:
+    """Bytes of the tag between two files that were joined; 0 where there is none."""
+    if data[offset : offset + 3] == b"TAG":
+        return 128 + id3_size(data, offset + 128)
+    if data[offset : offset + 8] == b"APETAGEX":
+        return 32 + int.from_bytes(data[offset + 12 : offset + 16], "little")
+    return id3_size(data, offset)
+
+
+def _check_holes(data: bytes, runs: list[_Run], whole: bool) -> None:
+    for run, following in itertools.pairwise(runs):
+        gap = following.start - run.end
+        if not whole and gap != _tag_size(data, run.end):
+            raise DecodeError(f"it is damaged: the {gap} bytes at {run.end} are no MP3 frames")
+
+
+def _claimed(info: Info, count: int, parts: list[bytes], first: Header, size: int) -> int:
+    """The number of frames that a file declares, without the one that says it.
+
+    Some programs count that frame, too; then the bytes they give must agree.
+    """
+    held = sum(map(len, parts))
+    assert info.frames is not None
+    if info.frames == count + 1 and info.bytes in (held, held - first.bytes, size):
+        return count
+    return info.frames
+
+
+def _dropped(info: Info) -> int:
+    """Samples that the decoder leaves out at the end."""
+    return max(0, (info.padding or 0) - _DECODER_DELAY)
+
+
+def _filled(data: bytes, run: _Run) -> bytes:
+    """The frame that the file ends in, with zeros for what is missing."""
+    return data[run.end :] + bytes(run.missing)
+
+
+def _is_stuffing(data: bytes, run: _Run) -> bool:
+    """Whether the bytes that are missing of the last frame hold no sound."""
+    frame = data[run.end :]
+    header = mpeg_frames.header(frame)
+    if header is None or header.layer != LAYER_3:
+        return False
+    end = mpeg_frames.main_data_end(frame, header)
+    return end is not None and end <= len(frame)
+
+
+def _is_near(tail: bytes, head: bytes) -> bool:
+    """Whether bytes behind the last frame are a frame header with a few bits changed."""
+    if len(tail) < 4:
+        return False
+    # bit rate, padding and what follows the channels differ from frame to frame
+    mask = 0xFFFE_0CC0
+    different = (int.from_bytes(tail, "big") ^ int.from_bytes(head, "big")) & mask
+    return different.bit_count() <= _NEAR
+
+
+def _of_low_layer(parts: list[bytes], first: Header, count: int, doubt: str | None) -> Declared:
+    """Layers I and II, whose files say nothing of their length.
+
+    libsndfile takes it from the size and the first frame's bit rate, and stops there. So a silent frame of the lowest
+    bit rate comes first, which makes its guess too long, and some come last for frames that are shorter than they
+    should be; the first's samples are left out, and the last are not read.
+    """
+    joined = b"".join(parts)
+    silent = mpeg_frames.silent_frame(joined[:4])
+    payload = silent + joined + silent * (2 + count // 16)
+    return Declared(count * first.samples, first.rate, first.channels, payload=payload, skip=first.samples, doubt=doubt)

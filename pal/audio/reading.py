@@ -1,0 +1,122 @@
+"""The bytes of a source of audio, and what messages call it."""
+
+import errno
+import mmap
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any, cast
+
+from pal.audio.declared import DecodeError
+from pal.audio.limits import Limits
+from pal.errors import shortened
+
+_NAME = 140
+"""Characters of a name that an error shows."""
+
+
+def read(source: Any, limits: Limits) -> bytes:
+    """The bytes of a path, of bytes or of a file object, at most `limits.max_bytes` of them.
+
+    Raises:
+        DecodeError: it cannot be read, or holds more.
+    """
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        data = bytes(source)
+    elif isinstance(source, (str, os.PathLike)):
+        with _opened(source, limits) as stream:
+            data = _read_stream(stream, limits)
+    elif callable(getattr(source, "read", None)):
+        try:
+            data = _read_stream(source, limits)
+        except DecodeError:
+            raise
+        except Exception as error:  # of whatever library's object
+            raise DecodeError(f"the file object cannot be read ({error})", "open it anew with mode 'rb'") from None
+    else:
+        raise DecodeError(
+            f"{type(source).__name__} is no source of audio", "pass a path, bytes, a file object or (array, rate)"
+        )
+    if len(data) > limits.max_bytes:
+        raise _too_big(limits)
+    return data
+
+
+@contextmanager
+def mapped(path: str | os.PathLike[str], limits: Limits) -> Iterator[bytes]:
+    """The bytes of a file without reading those that are not asked for: indexed, sliced and searched like bytes.
+
+    Raises:
+        DecodeError: as `read`.
+    """
+    with _opened(path, limits) as stream:
+        try:
+            data: Any = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+        except (OSError, ValueError):  # an empty file, or a file system that cannot
+            data = _read_stream(stream, limits)
+    try:
+        yield cast(bytes, data)
+    finally:
+        if isinstance(data, mmap.mmap):
+            data.close()
+
+
+def name_of(source: Any) -> str:
+    """What messages call a source."""
+    if isinstance(source, (str, os.PathLike)):
+        return os.fsdecode(source)
+    if isinstance(source, tuple):
+        return "array"
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        return "bytes"
+    name = getattr(source, "name", None)
+    return name if isinstance(name, str) else "audio"
+
+
+def printable(name: str) -> str:
+    """The name on one line, whatever a file was called."""
+    return shortened(name, _NAME, space="?")
+
+
+@contextmanager
+def _opened(source: str | os.PathLike[str], limits: Limits) -> Iterator[IO[bytes]]:
+    shown = os.fsdecode(source)
+    if "://" in shown:
+        raise DecodeError("it is an address, not a file", "download it and give its path")
+    try:
+        file = Path(shown)
+        if file.is_dir():
+            raise DecodeError("it is a folder", "name one file in it")
+        if not file.exists():
+            raise DecodeError("there is no such file", "check the path")
+        if not file.is_file():
+            raise DecodeError("it is no ordinary file", "write it to a file first")
+        if file.stat().st_size > limits.max_bytes:
+            raise _too_big(limits)
+        with file.open("rb") as stream:
+            yield stream
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            raise DecodeError("no file has so long a name", "pass a path; base64 goes as a data: address") from None
+        raise DecodeError(f"it cannot be read ({error.strerror})", "check the path and its permissions") from None
+    except ValueError:  # a zero byte in the path
+        raise DecodeError("there is no such file", "check the path") from None
+
+
+def _read_stream(stream: IO[bytes], limits: Limits) -> bytes:
+    parts = []
+    left = limits.max_bytes + 1
+    while left > 0:
+        part = stream.read(left)
+        if not isinstance(part, (bytes, bytearray)):
+            raise DecodeError("the file object gives no bytes", "open it with mode 'rb'")
+        if not part:
+            break
+        parts.append(part)
+        left -= len(part)
+    return b"".join(parts)
+
+
+def _too_big(limits: Limits) -> DecodeError:
+    return DecodeError(f"it is larger than {limits.max_bytes} bytes", "split it, or raise max_bytes")
