@@ -14,21 +14,22 @@ import torch
 from torch import Tensor, nn
 
 from pal import audio as audio_io
+from pal.backbone import adapters
 from pal.backbone.audio_kv import AudioKV
 from pal.backbone.context import Hide
 from pal.backbone.llm import Backbone, Per
+from pal.backbone.sources import load_tokenizer
 from pal.data.prompts import Conversation, encode, end_of_answer, user_turn
 from pal.ears import Ears, check_ears
 from pal.errors import ConfigError, PromptError
 from pal.integrations.routed import build_integration
 from pal.model_config import ModelConfig
 from pal.registry import check
-from pal.types import AudioFeatures, Batch, Heard, LLMInputs, Tokens
+from pal.types import AUDIO, AudioFeatures, Batch, Heard, LLMInputs, Tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from pal.audio import Source
     from pal.integrations.base import Integration
 
 
@@ -80,9 +81,11 @@ class PalModel(nn.Module):
 
     @classmethod
     def from_config(cls, config: ModelConfig, tokenizer: PreTrainedTokenizerBase | None = None) -> PalModel:
-        """A model with the LLM and encoder weights that `config` names and everything else untrained."""
-        from transformers import AutoTokenizer
+        """A model with the LLM and encoder weights that `config` names and everything else untrained.
 
+        It is in evaluation mode. A tokenizer may have more entries than the LLM has embeddings, as Gemma3's has;
+        `place` refuses their use.
+        """
         # An LLM can take minutes to load; a misspelt name is said before that.
         check_ears(config)
         check("integration", config.integration)
@@ -94,13 +97,8 @@ class PalModel(nn.Module):
             name = llm.tokenizer or llm.path
             if name is None:
                 raise ConfigError("a fresh LLM needs a tokenizer; give 'llm.tokenizer' or 'llm.vocabulary'")
-            try:
-                tokenizer = AutoTokenizer.from_pretrained(name, revision=None if llm.tokenizer else llm.revision)
-            except OSError as error:
-                raise ConfigError(f"cannot load the tokenizer '{name}': {str(error).splitlines()[0]}") from None
-        if len(tokenizer) > backbone.vocab:
-            raise ConfigError(f"the tokenizer has {len(tokenizer)} entries, the LLM's vocabulary {backbone.vocab}")
-        return cls(config, backbone, tokenizer)
+            tokenizer = load_tokenizer(name, None if llm.tokenizer else llm.revision)
+        return cls(config, backbone, tokenizer).eval()
 
     # Parts
 
@@ -126,12 +124,17 @@ class PalModel(nn.Module):
     def train(self, mode: bool = True) -> PalModel:
         """Training mode for the parts that train; frozen ones stay in evaluation mode.
 
-        Otherwise the dropout of a frozen part would stay on and its batch statistics would move.
+        Otherwise the dropout of a frozen part would stay on. Batch statistics move only where the layer's own weights
+        are trained: where adapters are, beside frozen weights, nothing that is saved with them would hold the
+        statistics.
         """
         super().train(mode)
         for part in (*self.ears.encoders, *self.ears.connectors, self.integration, self.llm):
             if not any(p.requires_grad for p in part.parameters()):
                 part.eval()
+            for layer in part.modules():
+                if getattr(layer, "track_running_stats", False) and not _trains(layer, part):
+                    layer.eval()
         return self
 
     # Audio to LLM inputs
@@ -170,7 +173,25 @@ class PalModel(nn.Module):
         audio: Any = list(clips)
         if audio and not isinstance(audio[0], AudioKV):
             audio = self.features(audio)
-        inputs = self.integration(audio or None, rows, self.llm, padding_side, located=located or bool(self._hidden))
+        return self.place(audio or None, rows, padding_side, located)
+
+    def place(
+        self,
+        audio: Sequence[AudioFeatures] | Sequence[AudioKV] | None,
+        rows: Sequence[Tokens],
+        padding_side: Literal["left", "right"] = "right",
+        located: bool = False,
+    ) -> LLMInputs:
+        """`inputs` of clips that are features of each stream already, or indexed; None without any.
+
+        All that is asked or scored goes through here, so that what `hiding` names is hidden from all of it.
+
+        Raises:
+            PromptError: an id that the LLM has no embedding for.
+        """
+        self._check_ids(rows)
+        given: Any = audio
+        inputs = self.integration(given, rows, self.llm, padding_side, located=located or bool(self._hidden))
         for what in self._hidden if inputs.audio is not None else ():
             inputs = replace(inputs, audio=inputs.audio.without(what))
         return inputs
@@ -237,8 +258,11 @@ class PalModel(nn.Module):
 
     def _generation(self, options: dict[str, Any]) -> dict[str, Any]:
         ends = end_of_answer(self.tokenizer)
+        ends = [token for token in ends if token < self.llm.vocab]
         # Generation needs some id for padding; which one is never seen.
-        pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else (ends or [0])[0]
+        pad = self.tokenizer.pad_token_id
+        if pad is None or pad >= self.llm.vocab:
+            pad = (ends or [0])[0]
         return {"do_sample": False, "pad_token_id": pad, "eos_token_id": ends or None, **options}
 
     def fold(self) -> int:
@@ -251,22 +275,24 @@ class PalModel(nn.Module):
         return sum(route.fold(self.llm) for route in self.integration.routes())
 
     @torch.inference_mode()
-    def index(self, audio: Source | AudioKV) -> AudioKV:
+    def index(self, audio: Any, allow_urls: bool = False) -> AudioKV:
         """A clip's audio as the keys and values of all injected layers, made once for many questions."""
         if isinstance(audio, AudioKV):
             audio.check(self.digest)
             return audio
-        wave = audio_io.load(audio, self.sampling_rate)
+        wave = audio_io.read_clip(audio, self.sampling_rate, allow_urls=allow_urls)
         return self.integration.index(self.features([wave.samples_N]), self.llm, self.digest, [wave.seconds_given])
 
-    def ask(self, audio: Any, question: Any, stream: bool = False, **options: Any) -> Any:
+    def ask(self, audio: Any, question: Any, stream: bool = False, allow_urls: bool = False, **options: Any) -> Any:
         """Answer questions about audio.
 
         Args:
-            audio: a clip (path, bytes, file object, `(array, rate)` or an `AudioKV`), or a list of clips.
+            audio: a clip (a path, `(array, rate)`, another form of `pal.audio.sources`, or an `AudioKV`), or a list of
+                clips.
             question: a string, a list of strings, or chat turns (`[{"role", "content"}, ...]`) with
                 `<audio>` where each clip stands.
             stream: yield the text of a single answer piece by piece.
+            allow_urls: follow http, https and file addresses of clips.
             options: transformers' generation options, such as `max_new_tokens` or `do_sample`.
 
         Returns:
@@ -279,7 +305,7 @@ class PalModel(nn.Module):
             PromptError: clips and placeholders do not match.
         """
         single, clips, rows = self._conversations(audio, question)
-        loaded, _ = self._load(clips)
+        loaded, _ = self._load(clips, allow_urls)
         if stream:
             if len(rows) != 1:
                 raise PromptError("stream=True takes one conversation; ask the others one by one")
@@ -288,10 +314,12 @@ class PalModel(nn.Module):
         return answers[0] if single else answers
 
     @torch.inference_mode()
-    def ask_detailed(self, audio: Any, question: Any, max_new_tokens: int = 64, **options: Any) -> list[Answer]:
+    def ask_detailed(
+        self, audio: Any, question: Any, max_new_tokens: int = 64, allow_urls: bool = False, **options: Any
+    ) -> list[Answer]:
         """As `ask`, with seconds used, audio tokens and the time of each step; always a list."""
         _, clips, rows = self._conversations(audio, question)
-        loaded, seconds = self._load(clips)
+        loaded, seconds = self._load(clips, allow_urls)
         start = time.perf_counter()
         clips_heard: Any = loaded
         used = seconds
@@ -301,7 +329,7 @@ class PalModel(nn.Module):
             # the encoders' tokens tell what was heard; a connector's may stand for no time of their own
             used = [min(s, *(f.lengths[i] * f.seconds_per_token for f in heard)) for i, s in enumerate(seconds)]
         encoded = time.perf_counter()
-        inputs = self.integration(clips_heard or None, rows, self.llm, "left")
+        inputs = self.place(clips_heard or None, rows, "left")
         first = _FirstToken()
         ids_BT = self.llm.generate(
             inputs, max_new_tokens=max_new_tokens, logits_processor=[first], **self._generation(options)
@@ -324,21 +352,21 @@ class PalModel(nn.Module):
             for text, row in zip(texts, rows, strict=True)
         ]
 
-    def _load(self, clips: list[Any]) -> tuple[list[Tensor] | list[AudioKV], list[float]]:
+    def _load(self, clips: list[Any], allow_urls: bool) -> tuple[list[Tensor] | list[AudioKV], list[float]]:
         """Waveforms (or indexed clips, if all are) and the seconds of each."""
         if clips and all(isinstance(clip, AudioKV) for clip in clips):
             for clip in clips:
                 clip.check(self.digest)
             return clips, [clip.seconds for clip in clips]
         if any(isinstance(clip, AudioKV) for clip in clips):
-            indexed = [self.index(clip) for clip in clips]
+            indexed = [self.index(clip, allow_urls) for clip in clips]
             return indexed, [clip.seconds for clip in indexed]
-        waves = [audio_io.load(clip, self.sampling_rate) for clip in clips]
+        waves = [audio_io.read_clip(clip, self.sampling_rate, allow_urls=allow_urls) for clip in clips]
         return [wave.samples_N for wave in waves], [wave.seconds_given for wave in waves]
 
     def _conversations(self, audio: Any, question: Any) -> tuple[bool, list[Any], list[Tokens]]:
         """Whether one plain answer is wanted, the clips, and the conversations about them."""
-        clips = list(audio) if isinstance(audio, list) else [audio]
+        clips = list(audio) if audio_io.is_list(audio) else [audio]
         turns = isinstance(question, list) and bool(question) and isinstance(question[0], dict)
         questions = question if isinstance(question, list) and not turns else [question]
         if turns:
@@ -362,6 +390,18 @@ class PalModel(nn.Module):
             conversation = [{"role": "system", "content": self.config.system}, *conversation]
         return encode(self.tokenizer, conversation, clips)
 
+    def _check_ids(self, rows: Sequence[Tokens]) -> None:
+        known = self.llm.vocab
+        for row in rows:
+            for number in row.ids:
+                if not (0 <= number < known or number == AUDIO):
+                    entry = self.tokenizer.convert_ids_to_tokens(number) if number >= 0 else None
+                    named = f"'{str(entry)[:60]}' (id {number})" if entry else f"id {number}"
+                    raise PromptError(
+                        f"{named} is outside of the LLM's vocabulary of {known}; leave it out, or give the LLM a row "
+                        "for it with resize_token_embeddings"
+                    )
+
     # Identity
 
     @property
@@ -374,8 +414,8 @@ class PalModel(nn.Module):
         return sha.hexdigest()
 
     def merge_adapters(self) -> None:
-        """Fold LoRA adapters into the LLM's weights, which a bundle then holds."""
-        changed = {f"llm.{name}" for name in self.llm.merge_adapters()}
+        """Fold adapters into the weights beside them, which a bundle then holds."""
+        changed = {f"llm.{name}" for name in self.llm.merge_adapters()} | adapters.merge(self)
         self.trained = {name for name in self.trained if not {"base_layer", "lora_A", "lora_B"} & set(name.split("."))}
         self.trained |= changed
 
@@ -401,6 +441,12 @@ class PalModel(nn.Module):
         from pal import bundle
 
         return bundle.load(path)
+
+
+def _trains(layer: nn.Module, part: nn.Module) -> bool:
+    """Whether a layer with batch statistics is trained: itself, or, where it has no weights, its part."""
+    own = list(layer.parameters(recurse=False))
+    return all(weight.requires_grad for weight in own or part.parameters())
 
 
 class _FirstToken:

@@ -368,7 +368,7 @@ def test_addresses_are_fetched_only_when_allowed(processor, address, tmp_path):
     with pytest.raises(AudioError, match=r"gone\.wav: it cannot be fetched \(.*File not found"):
         tensors(processor, [say({"type": "audio", "url": f"{address}/gone.wav"}, QUESTION)], allow_urls=True)
     with pytest.raises(AudioError, match="only http and https"):
-        tensors(processor, [say({"type": "audio", "url": f"file://{tmp_path}/a.wav"}, QUESTION)], allow_urls=True)
+        tensors(processor, [say({"type": "audio", "url": f"ftp://{tmp_path}/a.wav"}, QUESTION)], allow_urls=True)
 
 
 def test_a_folder_cannot_allow_addresses(tmp_path):

@@ -11,7 +11,7 @@ import typer
 from typer.core import TyperGroup
 
 from pal.app import ablating, evaluating, reporting
-from pal.app.options import AsJson, Exclude, Folds, Settings, Speakers
+from pal.app.options import AllowUrls, AsJson, Exclude, Folds, Settings, Speakers
 from pal.app.output import note, one_line, print_json, shows_progress
 from pal.app.probing import probe_app
 from pal.errors import ConfigError, PalError, PromptError
@@ -76,6 +76,7 @@ def ask(
     items: Annotated[list[str], typer.Argument(metavar='AUDIO... "QUESTION"', help="Clips, then one question.")],
     model: Model = "tiny",
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 64,
+    allow_urls: AllowUrls = False,
     as_json: AsJson = False,
 ) -> None:
     """Answer a question about audio files, or about a FILE.safetensors that `pal index` wrote."""
@@ -94,7 +95,7 @@ def ask(
     if len(audio) > 1 and "<audio>" not in question:
         question = "<audio>" * len(audio) + question
     load_seconds = time.perf_counter() - started
-    answer = loaded.ask_detailed(audio, question, max_new_tokens=max_new_tokens)[0]
+    answer = loaded.ask_detailed(audio, question, max_new_tokens=max_new_tokens, allow_urls=allow_urls)[0]
     if not as_json:
         typer.echo(answer.text)
         return
@@ -116,6 +117,7 @@ def index(
     audio: Annotated[str, typer.Argument(help="An audio file.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="The .safetensors file to write.")],
     model: Model = "tiny",
+    allow_urls: AllowUrls = False,
     as_json: AsJson = False,
 ) -> None:
     """Make a clip's keys and values once, for many questions (models with LAL)."""
@@ -123,7 +125,7 @@ def index(
         raise typer.BadParameter(f"'{out}' must end in .safetensors", param_hint="--out")
     import pal
 
-    clip = pal.load(model).index(audio)
+    clip = pal.load(model).index(audio, allow_urls)
     out.parent.mkdir(parents=True, exist_ok=True)
     clip.save(out)
     seconds, tokens, size = clip.seconds, clip.tokens, out.stat().st_size

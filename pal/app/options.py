@@ -10,4 +10,5 @@ Exclude = Annotated[str | None, typer.Option(help="fsdd: speakers to leave out, 
 Settings = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Another option of the data set.")
 ]
+AllowUrls = Annotated[bool, typer.Option("--allow-urls", help="Follow http, https and file addresses of clips.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]

@@ -153,6 +153,8 @@ def end_of_answer(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 def _check(conversation: Conversation, n_clips: int, train: bool) -> None:
     for message in conversation:
+        if not isinstance(message.get("content"), str) or "role" not in message:
+            raise PromptError("a message needs 'role' and a text as 'content'; chats with parts go to the processor")
         if message["role"] not in _ROLES:
             raise PromptError(f"unknown role '{message['role']}'; known: {', '.join(_ROLES)}")
         if message["role"] == "assistant" and PLACEHOLDER in message["content"]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,12 +13,13 @@ from torch import Tensor
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import ProcessorMixin
 
+from pal.audio import is_list, read_clip
 from pal.data import prompts
 from pal.data.manifest import PLACEHOLDER
-from pal.errors import AudioError, ConfigError, PromptError
+from pal.errors import ConfigError, PromptError
 from pal.files import MANIFEST, amend, verify
+from pal.hf.chats import read_chat
 from pal.hf.inputs import stack_prompts
-from pal.hf.sources import source_of, waveform
 from pal.types import AUDIO, IGNORE, Tokens
 
 if TYPE_CHECKING:
@@ -122,8 +122,7 @@ class PalProcessor(ProcessorMixin):
         Args:
             text: a prompt or several. Chats are made into prompts by `apply_chat_template`.
             audio: a clip, or a list of clips in the order of their places, or a list of such lists for each prompt.
-                A clip is a path, bytes, a file object, `(array, rate)`, a dict with `array` and `sampling_rate`, or an
-                array at `sampling_rate`.
+                A clip is in any of the forms of `pal.audio.sources`; a bare array is at `sampling_rate`.
             images: none.
             videos: none.
             kwargs: `sampling_rate` of bare arrays, `padding`, `padding_side`, `max_length` (at least so wide, with
@@ -162,8 +161,7 @@ class PalProcessor(ProcessorMixin):
         """A chat or several as text, or with `tokenize=True, return_dict=True` as all the tensors the model takes.
 
         Args:
-            conversation: messages with `role` and `content`, a string or a list of `{"type": "text", "text": ...}` and
-                `{"type": "audio", ...}` with the clip as `audio`, `path` or `url`, or without it.
+            conversation: messages with `role` and `content`, a string or a list of parts as in `pal.hf.chats`.
             chat_template: in place of the tokenizer's.
             add_generation_prompt: end where the answer begins.
             continue_final_message: not supported.
@@ -186,7 +184,7 @@ class PalProcessor(ProcessorMixin):
         options = {**kwargs, **(processor_kwargs or {}), "return_tensors": return_tensors}
         batched = bool(conversation) and not isinstance(conversation[0], Mapping)
         tokenizer = self._tokenizer(chat_template)
-        talks = [_talk(messages, self.system) for messages in (conversation if batched else [conversation])]
+        talks = [read_chat(messages, self.system) for messages in (conversation if batched else [conversation])]
         if not tokenize:
             texts = [prompts.render(tokenizer, talk, add_generation_prompt) for talk, _ in talks]
             return texts if batched else texts[0]
@@ -240,7 +238,10 @@ class PalProcessor(ProcessorMixin):
         width = width if padding == "max_length" and width else 0
         if width and any(len(row.ids) > width for row in rows):
             raise PromptError(f"a conversation has more than max_length {width} ids, and nothing is cut; raise it")
-        waves = [waveform(clip, self.sampling_rate, source_rate, allow_urls) for clip in clips]
+        waves = [
+            read_clip(clip, self.sampling_rate, source_rate=source_rate, allow_urls=allow_urls).samples_N
+            for clip in clips
+        ]
         ids_BT, mask_BT = stack_prompts(rows, self._pad(), side, width)
         data = {"input_ids": ids_BT, "attention_mask": mask_BT}
         if masks:
@@ -284,41 +285,6 @@ class PalProcessor(ProcessorMixin):
         return self.batch_decode(generated_outputs, skip_special_tokens=skip_special_tokens, **kwargs)
 
 
-def _talk(messages: Any, system: str | None) -> tuple[Conversation, list[Any]]:
-    """A chat as `pal.data.prompts` takes it, and what each of its audio parts holds."""
-    if not isinstance(messages, Sequence) or not messages:
-        raise PromptError("a chat is a list of messages with 'role' and 'content'")
-    talk: Conversation = []
-    sources: list[Any] = []
-    for message in messages:
-        if not isinstance(message, Mapping) or "role" not in message or message.get("content") is None:
-            raise PromptError(f"a message needs 'role' and 'content', not {json.dumps(message, default=str)[:80]}")
-        content, found = _content(message["content"])
-        talk.append({"role": message["role"], "content": content})
-        sources += found
-    if system and all(message["role"] != "system" for message in talk):
-        talk.insert(0, {"role": "system", "content": system})
-    return talk, sources
-
-
-def _content(content: Any) -> tuple[str, list[Any]]:
-    if isinstance(content, str):
-        return content, [None] * content.count(PLACEHOLDER)
-    text = ""
-    sources: list[Any] = []
-    for at, part in enumerate(content):
-        kind = part.get("type") if isinstance(part, Mapping) else None
-        if kind == "text":
-            text += str(part["text"])
-            sources += [None] * str(part["text"]).count(PLACEHOLDER)
-        elif kind == "audio":
-            text += PLACEHOLDER + ("\n" if at + 1 < len(content) else "")
-            sources.append(source_of(part))
-        else:
-            raise PromptError(f"a part of type '{kind}' is unknown; known: audio, text")
-    return text, sources
-
-
 def _encode(tokenizer: Any, talk: Conversation, clips: list[int], prompt: bool) -> Tokens:
     last = talk[-1]["role"]
     if prompt and last == "user":
@@ -342,11 +308,9 @@ def _flat(audio: Any) -> list[Any]:
     """Clips given alone, in a list, or in a list for each prompt."""
     if audio is None:
         return []
-    if not isinstance(audio, list):
+    if not is_list(audio):
         return [audio]
-    if audio and isinstance(audio[0], int | float):
-        raise AudioError("a list of numbers is no clip; give an array, or (array, rate)")
-    return [clip for part in audio for clip in (part if isinstance(part, list) else [part])]
+    return [clip for part in audio for clip in (part if is_list(part) else [part])]
 
 
 def _shares(texts: Sequence[str], clips: int) -> list[int]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import pal
-from pal.audio import load
+from pal.audio import is_clip, read_clip
 from pal.data.prompts import encode, user_turn
 from pal.errors import ConfigError
 from pal.types import IGNORE, Tokens
@@ -112,17 +112,15 @@ class Pal(lmms):
         return encode(self.model.tokenizer, talk, clips, train=answer is not None)
 
     def _clips(self, to_visual: Any, document: Any) -> list[Tensor]:
-        """A document's audio, each `{"array", "sampling_rate"}`, at the model's rate."""
+        """A document's audio at the model's rate, in whatever form its data set gives it."""
         clips = []
         for clip in to_visual(document) or []:
-            try:
-                audio = (clip["array"], int(clip["sampling_rate"]))
-            except (TypeError, KeyError, IndexError):
+            if not is_clip(clip):
                 raise ConfigError(
                     f"a document's medium is a {type(clip).__name__}, not audio with array and sampling_rate; "
                     "choose a task about audio"
-                ) from None
-            clips.append(load(audio, self.model.sampling_rate).samples_N)
+                )
+            clips.append(read_clip(clip, self.model.sampling_rate).samples_N)
         return clips
 
     def _batches(self, order: list[int], arguments: list[Any]) -> list[list[int]]:
