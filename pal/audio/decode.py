@@ -107,7 +107,7 @@ def _length(data: bytes, limits: Limits, read_to_end: bool) -> float:
                 frames, rate = sndfile.length(file, part), file.samplerate
                 if frames is None:  # written to a stream: its blocks have to be counted
                     frames = sum(map(len, sndfile.blocks(file, part, limits.block)))
-        total += frames
+        total += frames - part.slack
     assert rate is not None
     limits.check(rate, whole.channels or 1, total)
     return total / rate

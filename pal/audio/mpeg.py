@@ -33,10 +33,10 @@ class _Run:
 def declared(data: bytes) -> Declared:
     """Walk the frames from the first to the last.
 
-    Before the first and behind the last there may be tags and other bytes. Between frames there may be tags; other
-    bytes there are a hole, and no loss only where an Info frame's count says that all frames are there. Where the
-    first frame is a Xing, Info or VBRI frame, their number must be the one it gives. A file that ends inside a frame
-    has lost sound, unless the count is reached, what is missing is stuffing, or all of it is the encoder's padding.
+    Before the first and behind the last there may be tags and other bytes. Between frames there may be tags, and
+    zeros where an Info frame's count says that all frames are there; other bytes are a hole. Where the first frame is a
+    Xing, Info or VBRI frame, their number must be the one it gives. A file that ends inside a frame has lost sound,
+    unless the count is reached, what is missing is stuffing, or all of it is the encoder's padding.
 
     A file without such a frame that was cut exactly between two frames cannot be told from a whole one, nor can a last
     frame that was overwritten; a changed byte inside a frame changes the sound but not the length.
@@ -59,6 +59,10 @@ def declared(data: bytes) -> Declared:
             count += 1
         if claimed != count:
             doubt = f"it is cut or damaged: it declares {claimed} frames and holds {count}"
+            if last.missing:
+                doubt = (
+                    f"it is cut: it declares {claimed} frames and ends {last.missing} bytes before number {count + 1}"
+                )
     else:
         if last.missing and _is_stuffing(data, last):
             parts.append(_filled(data, last))
@@ -120,7 +124,7 @@ def _first_frame(data: bytes) -> int:
     """Where the frames begin: behind the tags, or behind other bytes that are no damaged frame."""
     start = tags_end(data)
     own = mpeg_frames.header(data, start)
-    if own is not None and (not own.bytes or _is_sure(data, start)):
+    if own is not None and (not own.bytes or _is_sure(data, start, own.stream)):
         return start
     found = _search(data, start, start + _FAR)
     if found is None and own is None:
@@ -132,19 +136,21 @@ def _first_frame(data: bytes) -> int:
     return found
 
 
-def _search(data: bytes, start: int, end: int) -> int | None:
-    """Where enough frames in a row begin, at `start` or between there and `end`."""
+def _search(data: bytes, start: int, end: int, stream: tuple[int, int, int] | None = None) -> int | None:
+    """Where enough frames in a row begin, at `start` or between there and `end`; fewer are enough of a known stream."""
     while (start := data.find(b"\xff", start, end)) >= 0:
-        if _is_sure(data, start):
+        if _is_sure(data, start, stream):
             return start
         start += 1
     return None
 
 
-def _is_sure(data: bytes, start: int) -> bool:
-    """Whether enough frames in a row begin here, or as many as there are up to the end of the file or a tag."""
+def _is_sure(data: bytes, start: int, stream: tuple[int, int, int] | None) -> bool:
+    """Whether enough frames in a row begin here, or frames of this stream up to the end of the file or a tag."""
     run = _walk(data, start, limit=_SURE)
-    return run is not None and (run.count >= _SURE or (run.count > 0 and _ends(data, run.end)))
+    if run is None:
+        return False
+    return run.count >= _SURE or (run.count > 0 and run.first.stream == stream and _ends(data, run.end))
 
 
 def _ends(data: bytes, offset: int) -> bool:
@@ -178,11 +184,12 @@ def _runs(data: bytes, start: int) -> list[_Run]:
     runs = [run]
     while not run.missing:
         after = run.end + _tag_size(data, run.end)
-        begin = after if _is_sure(data, after) else _search(data, run.end, len(data))
+        stream = run.first.stream
+        begin = after if _is_sure(data, after, stream) else _search(data, run.end, len(data), stream)
         following = None if begin is None else _walk(data, begin)
         if following is None:
             break
-        if following.first.stream != run.first.stream:
+        if following.first.stream != stream:
             raise DecodeError(f"its layer, rate or number of channels changes at byte {following.start}", _SPLIT)
         run = following
         runs.append(run)
@@ -205,8 +212,10 @@ def _tag_size(data: bytes, offset: int) -> int:
 def _check_holes(data: bytes, runs: list[_Run], whole: bool) -> None:
     for run, following in itertools.pairwise(runs):
         gap = following.start - run.end
-        if not whole and gap != _tag_size(data, run.end):
-            raise DecodeError(f"it is damaged: the {gap} bytes at {run.end} are no MP3 frames")
+        if gap == _tag_size(data, run.end) or (whole and not data[run.end : following.start].strip(b"\0")):
+            continue
+        # with other bytes the frame before them may be the one that is damaged
+        raise DecodeError(f"it is damaged: the {gap} bytes at {run.end} are no MP3 frames")
 
 
 def _claimed(info: Info, count: int, parts: list[bytes], first: Header, size: int) -> int:

@@ -195,7 +195,11 @@ def _of_stream(pages: list[Page], name: str) -> Declared:
         if packets[:5] == b"\x7fFLAC":  # a header of its own, then the header of a FLAC file
             packets = packets[9:]
         found = flac.declared(packets)
-        return replace(found, payload=packets if found.payload is None else found.payload)
+        frames, doubt = found.frames, found.doubt
+        if frames is None and pages[-1].granule not in (0, _NO_PACKET):
+            frames, doubt = pages[-1].granule, None  # pages count samples, too
+        payload = packets if found.payload is None else found.payload
+        return replace(found, frames=frames, payload=payload, doubt=doubt)
     if name == "Opus":
         return _of_opus(pages)
     if name == "Vorbis":
@@ -243,15 +247,14 @@ def _of_opus(pages: list[Page]) -> Declared:
     first_place, first_total = ends[0]
     last_place = ends[-1][0]
     is_marked = bool(pages[-1].flags & _LAST)
-    only = first_place == last_place and is_marked
+    only = len(ends) == 1 and is_marked
     start = 0 if only else max(0, pages[first_place].granule - first_total)
-    given = pages[last_place].granule - start
     off = max((abs(pages[place].granule - start - end) for place, end in ends[:-1]), default=0)
-    before = ends[-2][1] if len(ends) > 1 else 0
+    before, before_given = (ends[-2][1], pages[ends[-2][0]].granule) if len(ends) > 1 else (0, start)
+    last_given = pages[last_place].granule - before_given
+    off = max(off, last_given - (total - before))
     # the mark's page may end before its packets do, where the encoder had to fill the last of them
-    played = given if is_marked and before <= given <= total else total
-    if given > total:
-        off = max(off, given - total)
+    played = before + last_given if is_marked and 0 <= last_given <= total - before else total
     frames = played - head.skip
     if frames <= 0:
         raise DecodeError("it holds no samples", "record or export it again")

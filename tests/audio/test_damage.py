@@ -1,5 +1,6 @@
 """A damaged file is refused or decoded to its full length, never shortened without a word."""
 
+import itertools
 import random
 import struct
 from pathlib import Path
@@ -9,7 +10,7 @@ import pytest
 import soundfile
 import torch
 
-from pal.audio import load
+from pal.audio import load, ogg
 from pal.errors import AudioError
 from tests.audio.test_load import encoded
 
@@ -98,10 +99,17 @@ def test_an_ogg_file_with_a_page_left_out_or_a_second_stream_is_refused() -> Non
     assert len(starts) > 4
     with pytest.raises(AudioError, match="page 2 is missing"):
         load(data[: starts[2]] + data[starts[3] :], RATE)
-    with pytest.raises(AudioError, match="last page is missing"):
-        load(data[: starts[-1]], RATE)
+    with pytest.raises(AudioError, match="its beginning is missing"):
+        load(data[starts[1] :], RATE)
+    with pytest.raises(AudioError, match="last page is not whole; .*read_to_end"):
+        load(data[:-10], RATE)
+    other = bytearray(data)
+    for start, end in itertools.pairwise([*starts, len(data)]):
+        other[start + 14] ^= 1
+        other[start:end] = ogg.Page(bytes(other[start:end]), 0).changed().data
+    links = [data[: starts[1]] + bytes(other[: starts[1]]) + data[starts[1] :] + bytes(other[starts[1] :])]
     with pytest.raises(AudioError, match="several streams"):
-        load(data + data, RATE)
+        load(links[0], RATE)
 
 
 def wav(data_size: int, held: int = 3200, rate: int = RATE, channels: int = 1, riff: int | None = None) -> bytes:
@@ -117,15 +125,12 @@ def wav(data_size: int, held: int = 3200, rate: int = RATE, channels: int = 1, r
         (wav(6400), "its data chunk claims 6400 bytes, the file holds 3200"),
         (wav(3199), "no whole number of 2-byte samples"),
         (wav(1600), "no chunk"),
-        (wav(3200, riff=100_000), "it is cut: its header claims 100008 bytes, the file holds 3244"),
-        (wav(3200, riff=100), "its data chunk claims 3200 bytes, more than the chunk around it"),
         (wav(0xFFFFFFFF, riff=0xFFFFFFFF), "its header gives no length"),
         (wav(0xFFFFFFFF), "its header gives no length"),
         (wav(0, 0), "it holds no samples"),
         (wav(3200)[:36], "it is cut"),
         (wav(3200).replace(b"data", b"dat\0"), "no chunk"),
         (wav(3200).replace(b"fmt ", b"junk"), "no format chunk"),
-        (wav(3200).replace(struct.pack("<I", RATE), struct.pack("<I", 8_000), 1), "contradicts itself"),
     ],
 )
 def test_forged_wav_headers(data: bytes, fault: str) -> None:
@@ -149,7 +154,7 @@ def test_a_flac_that_declares_no_length_or_another_rate_is_refused() -> None:
     data = bytearray(clip("FLAC", "PCM_16"))
     streamed = data.copy()
     streamed[21] &= 0xF0
-    streamed[22:26] = bytes(4)
+    streamed[22:42] = bytes(20)
     with pytest.raises(AudioError, match="gives no length"):
         load(bytes(streamed), RATE)
     shorter = data.copy()
@@ -177,9 +182,10 @@ def test_messages_are_one_line_with_name_fault_and_remedy(tmp_path: Path) -> Non
 def test_a_decoder_that_stops_early_is_noticed(format: str, subtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
     data = clip(format, subtype)
     read = soundfile.SoundFile.read
+    given = iter([5_000, 0])
 
     def stops(self: soundfile.SoundFile, *_: object, **options: object) -> np.ndarray:
-        return read(self, 5_000 if self.tell() == 0 else 0, **options)
+        return read(self, next(given), **options)
 
     monkeypatch.setattr(soundfile.SoundFile, "read", stops)
     with pytest.raises(AudioError, match="it declares 8000 samples and 5000 can be decoded"):

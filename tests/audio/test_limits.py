@@ -93,7 +93,7 @@ def test_bombs_take_no_memory() -> None:
     forged[21] |= 0x0F
     assert "longer than 3600 s" in refusal(bytes(forged))
     big = wav(3200).replace(struct.pack("<I", 3200), struct.pack("<I", 0x7FFFFFF0))
-    assert "claims" in refusal(big)
+    assert "placeholder" in refusal(big)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 20_000
 
 
@@ -133,7 +133,7 @@ def test_what_is_no_audio_file(tmp_path: Path) -> None:
     assert "it is an address" in refusal("https://example.org/a.wav")
     assert "open it with mode 'rb'" in refusal(io.StringIO("RIFF"))
     assert "no source of audio" in refusal(42)
-    assert "layer I or II" in refusal(b"\xff\xfd\x90\x00" + bytes(1000))
+    assert "free bit rate" in refusal(b"\xff\xfb\x00\x00" + bytes(1000))
     assert "no ordinary file" in refusal("/dev/null")
 
 
