@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +36,9 @@ _INDEX = "model.safetensors.index.json"
 _ENCODERS = "ears.encoders."
 _TRANSFORMERS = {"model_type": "pal", "architectures": ["PalForConditionalGeneration"]}
 """What transformers' Auto classes look for."""
+_WRAPPED = "pal."
+"""What the names of weights begin with in `pal.hf.PalForConditionalGeneration`. transformers compares those of an index
+with its model's before anything of ours runs, so files with an index have such names."""
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", re.IGNORECASE)
 
 
@@ -78,6 +81,7 @@ def save(
 def describe(model: PalModel) -> dict[str, Any]:
     """What `config.json` says of a model, with all of its weights in the bundle."""
     dtypes = {tensor.dtype for tensor in model.state_dict().values() if tensor.is_floating_point()}
+    model.llm.note_ties()
     return {
         **_TRANSFORMERS,
         # where there are several, each part's source says its own
@@ -244,6 +248,11 @@ def _build(
     ]
     model = PalModel.from_config(config.model_copy(update=sources), tokenizer)
     model.config = config
+    # What an LLM was made of may be younger than its source: more rows, or a head that was trained apart.
+    if model.llm.vocab != description["llm"]["vocab_size"]:
+        model.llm.resize_vocab(description["llm"]["vocab_size"], mean_resizing=False)
+    if model.llm.lm.config.tie_word_embeddings and not description["llm"].get("tie_word_embeddings", True):
+        model.llm.untie_head()
     if description["lora"]:
         model.llm.add_lora(parse(LoRA, description["lora"], where=where))
     return model
@@ -261,12 +270,14 @@ def _write_weights(kept: Mapping[str, Tensor], folder: Path, dtype: torch.dtype 
         size += tensor.numel() * width
         total += tensor.numel() * width
     files = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
+    before = _WRAPPED
     if len(shards) == 1:
-        files = [_WEIGHTS]
+        files, before = [_WEIGHTS], ""
     for file, names in zip(files, shards, strict=True):
-        save_file({name: _for_disk(kept[name], dtype) for name in names}, folder / file, metadata={"format": "pt"})
+        tensors = {before + name: _for_disk(kept[name], dtype) for name in names}
+        save_file(tensors, folder / file, metadata={"format": "pt"})
     if len(shards) > 1:
-        where = {name: file for file, names in zip(files, shards, strict=True) for name in names}
+        where = {before + name: file for file, names in zip(files, shards, strict=True) for name in names}
         (folder / _INDEX).write_text(_json({"metadata": {"total_size": total}, "weight_map": where}))
 
 
@@ -279,7 +290,7 @@ def _read_weights(folder: Path, checked: set[str]) -> dict[str, Tensor]:
     for file in files:
         if file not in checked:
             raise BundleError(f"{folder}: '{file}' is not in its {MANIFEST}; copy the folder again")
-        weights |= load_file(folder / file)
+        weights |= {name.removeprefix(_WRAPPED): tensor for name, tensor in load_file(folder / file).items()}
     return weights
 
 
@@ -313,6 +324,16 @@ def _is_ours(model: PalModel, name: str) -> bool:
         options = model.config.encoders[int(part.removeprefix(_ENCODERS))]
         return "path" not in options or any(n.startswith(f"{part}.") for n in model.trained)
     return True
+
+
+def from_source(model: PalModel, names: Collection[str]) -> dict[str, Tensor]:
+    """Weights as the LLM or encoder that they belong to has them, whatever was trained since."""
+    description = describe(model)
+    fresh = _build(description, {_part_of(name) for name in names}, model.tokenizer, _CONFIG)
+    if description["dtype"]:
+        cast(fresh, getattr(torch, description["dtype"]))
+    state = fresh.state_dict()
+    return {name: state[name] for name in names}
 
 
 def source_digests(model: PalModel) -> dict[str, str]:

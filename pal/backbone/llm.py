@@ -6,26 +6,31 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from threading import Thread
 from typing import Any, Literal, TypeVar
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
+    DynamicCache,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     TextIteratorStreamer,
 )
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from pal.backbone import adapters
 from pal.backbone.attention import NAME
 from pal.backbone.context import AudioContext, AudioView, Rope
 from pal.backbone.folded import FoldedKV, fold
+from pal.backbone.sources import first_sentence, read_config
 from pal.backbone.tied import TiedRows
 from pal.config import StrictConfig
 from pal.errors import ConfigError, PalError
@@ -52,6 +57,19 @@ class LoRA(StrictConfig):
 
 class _Hears:
     """Names the argument `audio` in a causal LLM's forward, without which `generate` refuses it."""
+
+    plain: Any
+    """transformers' class, which this is a subclass of."""
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """False, though its module is not transformers': the layers are all theirs."""
+        return False
+
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        # transformers looks into the text of the class's module
+        return bool(cls.plain._can_set_attn_implementation())
 
     def forward(
         self,
@@ -102,7 +120,7 @@ class Backbone(nn.Module):
 
     Attributes:
         lm: the Hugging Face model, its weights and names untouched.
-        width: D. n_layers: L. vocab: size of the vocabulary. heads: H. kv_heads: G. head_width: C.
+        width: D. n_layers: L. heads: H. kv_heads: G. head_width: C.
         ffn_width: inside the feed-forward networks.
         key_norm: whether queries and keys are normed before RoPE.
         norms_each: norms that each half of a layer has.
@@ -123,7 +141,6 @@ class Backbone(nn.Module):
         config = lm.config
         self.width: int = config.hidden_size
         self.n_layers: int = config.num_hidden_layers
-        self.vocab: int = config.vocab_size
         self.ffn_width: int = config.intermediate_size
         self.heads: int = config.num_attention_heads
         self.kv_heads: int = config.num_key_value_heads
@@ -161,13 +178,18 @@ class Backbone(nn.Module):
             config = _config_from(source)
             return cls(_hearing_class(config)._from_config(config, attn_implementation=NAME, dtype=dtype))
         try:
-            config = AutoConfig.from_pretrained(source, revision=revision or "main")
+            config = read_config(source, revision)
             _check_family(config)
             lm, report = _hearing_class(config).from_pretrained(
-                source, revision=revision or "main", attn_implementation=NAME, dtype=dtype, output_loading_info=True
+                source,
+                revision=revision or "main",
+                attn_implementation=NAME,
+                dtype=dtype,
+                use_safetensors=True,  # the others are pickle
+                output_loading_info=True,
             )
-        except OSError as error:
-            raise PalError(f"cannot load the LLM '{source}': {str(error).splitlines()[0]}") from None
+        except (OSError, SafetensorError) as error:
+            raise PalError(f"cannot load the LLM '{source}': {first_sentence(error)}") from None
         if report["missing_keys"]:
             # transformers would go on with random weights and a log line
             raise PalError(f"the LLM '{source}' lacks weights, such as {sorted(report['missing_keys'])[0]}")
@@ -177,17 +199,45 @@ class Backbone(nn.Module):
         """Write the LLM as a folder that transformers reads. Adapters are not part of it."""
         if self.lora is not None:
             raise PalError("an LLM with LoRA adapters cannot be saved alone; save the model")
+        self.note_ties()
         self.lm.save_pretrained(folder)
 
     @property
     def device(self) -> torch.device:
         """Where the embeddings are."""
-        return self._embedding.weight.device
+        return self._embedded.device
 
     @property
     def dtype(self) -> torch.dtype:
         """Of the embeddings."""
-        return self._embedding.weight.dtype
+        return self._embedded.dtype
+
+    @property
+    def vocab(self) -> int:
+        """Rows of the embeddings: the size of the vocabulary."""
+        return int(self.lm.config.vocab_size)
+
+    def resize_vocab(self, rows: int | None = None, **options: Any) -> None:
+        """Give embeddings and head another number of rows; `options` are those of transformers' method."""
+        self.note_ties()  # which would tie again what the configuration calls tied
+        self.lm.resize_token_embeddings(rows, **options)
+
+    def note_ties(self) -> None:
+        """Say in the configuration that head and embeddings are two matrices, where training has parted them.
+
+        Whoever reads the configuration would make them one again.
+        """
+        table, head = self.lm.get_input_embeddings(), self.lm.get_output_embeddings()
+        plain = isinstance(table, nn.Embedding) and isinstance(head, nn.Linear)
+        if plain and self.lm.config.tie_word_embeddings and head.weight.data_ptr() != table.weight.data_ptr():
+            self.lm.config.tie_word_embeddings = False
+            self.lm.all_tied_weights_keys = {}
+
+    def untie_head(self) -> None:
+        """Give the head a matrix of its own, equal to the embeddings'."""
+        head = self.lm.get_output_embeddings()
+        head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=head.weight.requires_grad)
+        self.note_ties()
 
     @property
     def layers(self) -> nn.ModuleList:
@@ -196,27 +246,30 @@ class Backbone(nn.Module):
         return found
 
     @property
-    def _embedding(self) -> nn.Embedding:
-        embedding = self.lm.get_input_embeddings()
-        assert isinstance(embedding, nn.Embedding)
-        return embedding
+    def _embedded(self) -> Tensor:
+        """The embeddings' own weights, for their device and dtype; PEFT's, where it adapts them, come after."""
+        weight: Tensor = next(self.lm.get_input_embeddings().parameters())
+        return weight
 
     def embed(self, ids: Tensor) -> Tensor:
         """Token ids [...] -> embeddings [..., D] as the first layer gets them (Gemma's are scaled).
 
         Where the LM head has the same weights, their gradients are made together; see `TiedRows`.
         """
-        table = self._embedding
+        table = self.lm.get_input_embeddings()
         tied = self._tied_rows()
         if tied is None:
-            return table(ids)
+            rows: Tensor = table(ids)
+            return rows
         x = tied(ids, table.padding_idx)
         scale = getattr(table, "embed_scale", None)
         return x if scale is None else x * scale.to(x.dtype)
 
     def _tied_rows(self) -> TiedRows | None:
         """For embeddings that train together with the head; None where the module itself has to be called."""
-        table, head = self._embedding, self.lm.get_output_embeddings()
+        table, head = self.lm.get_input_embeddings(), self.lm.get_output_embeddings()
+        if not isinstance(table, nn.Embedding):  # PEFT adapts it
+            return None
         weight = table.weight
         if not (torch.is_grad_enabled() and weight.requires_grad and head is not None and head.weight is weight):
             return None
@@ -235,10 +288,15 @@ class Backbone(nn.Module):
         # last, since a product of which nothing is kept is not made again in the backward pass
         return k_BGAC, self._heads(block.self_attn.v_proj(x_BAD))
 
-    def fold_kv(self, layer: int, last: nn.Linear) -> FoldedKV | None:
+    def fold_kv(self, layer: int, last: nn.Module) -> FoldedKV | None:
         """A projector's last layer and `project_kv` as one product; None where that does not pay or cannot be."""
         block = self.lm.model.layers[layer]
         return fold(last, block.input_layernorm, block.self_attn.k_proj, block.self_attn.v_proj)
+
+    def holds(self, layer: int, folded: FoldedKV, last: nn.Module) -> bool:
+        """Whether `fold_kv` would give the same now: whatever changed since, its weights and modules are compared."""
+        block = self.lm.model.layers[layer]
+        return folded.fresh(last, block.input_layernorm, block.self_attn.k_proj, block.self_attn.v_proj)
 
     def folded_kv(self, layer: int, folded: FoldedKV, h_BAM: Tensor) -> tuple[Tensor, Tensor]:
         """`project_kv` of what the projector's last layer makes of h."""
@@ -276,7 +334,7 @@ class Backbone(nn.Module):
     def rope(self, positions_BA: Tensor) -> Rope:
         """The LLM's rotary embedding at any positions, per type of layer."""
         rotary = self.lm.model.rotary_emb
-        like = self._embedding.weight  # for its device and dtype
+        like = self._embedded  # for its device and dtype
         if not self._typed_rope:
             return {"all": rotary(like, positions_BA)}
         return {kind: rotary(like, positions_BA, kind) for kind in sorted(set(self.layer_types))}
@@ -318,10 +376,13 @@ class Backbone(nn.Module):
         return scores_B.index_add(0, row_N, -losses_N)
 
     def _token_losses(self, inputs: LLMInputs) -> tuple[Tensor, Tensor, Tensor]:
-        """Cross-entropy of each labelled token, its row and column; the head runs on the rows that predict one."""
+        """Cross-entropy of each labelled token, its row and column; the head runs on the rows that predict one.
+
+        A row's first token, which nothing predicts, does not count.
+        """
         assert inputs.labels_BT is not None, "inputs without labels"
         hidden_BTD = self.hidden(inputs)
-        next_BT = inputs.labels_BT[:, 1:]
+        next_BT = inputs.labels_BT[:, 1:].masked_fill(inputs.attention_mask_BT[:, :-1] == 0, IGNORE)
         row_N, column_N = (next_BT != IGNORE).nonzero(as_tuple=True)
         logits_NV = self._logits(hidden_BTD[row_N, column_N])
         return F.cross_entropy(logits_NV.float(), next_BT[row_N, column_N], reduction="none"), row_N, column_N
@@ -395,7 +456,10 @@ class Backbone(nn.Module):
         Audio K/V are made once; the text's are cached. Positions go on from each row's last one.
         """
         inputs = _padded_left(inputs)
-        audio = {} if inputs.audio is None else {"audio": inputs.audio.prebuilt()}
+        audio: dict[str, Any] = {} if inputs.audio is None else {"audio": inputs.audio.prebuilt()}
+        if inputs.audio is not None and inputs.audio.asks_BT is not None and any(self.windows):
+            # caches of windows keep as many rows as a window has positions; rows that ask again take none of their own
+            kwargs = {"past_key_values": DynamicCache(), **kwargs}
         return self.lm.generate(
             inputs_embeds=inputs.inputs_embeds_BTD,
             attention_mask=inputs.attention_mask_BT,
@@ -469,18 +533,9 @@ class Backbone(nn.Module):
 
     def merge_adapters(self) -> set[str]:
         """Fold all adapters into the weights beside them; names of the weights this changed."""
-        from peft.tuners.tuners_utils import BaseTunerLayer
-
-        changed = set()
-        for name, layer in list(self.named_modules()):
-            if not isinstance(layer, BaseTunerLayer):
-                continue
-            layer.merge(safe_merge=True)
-            plain = layer.get_base_layer()
-            parent, _, last = name.rpartition(".")
-            setattr(self.get_submodule(parent), last, plain)
-            changed |= {f"{name}.{weight}" for weight, _ in plain.named_parameters()}
+        changed = adapters.merge(self)
         self.lora = None
+        self.note_ties()
         return changed
 
     def train_only(self, what: Trained) -> list[nn.Parameter]:
@@ -583,5 +638,18 @@ def _rope_kinds(parameters: Mapping[str, Any]) -> set[str]:
 def _hearing_class(config: PreTrainedConfig) -> Any:
     """transformers' class for the family, with `audio` among its forward's arguments; the name stays."""
     _check_family(config)
-    plain: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    return type(plain.__name__, (_Hears, plain), {"__module__": plain.__module__})
+    return _class_that_hears(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)])
+
+
+@cache
+def _class_that_hears(plain: Any) -> Any:
+    # one class for all models, and found in this module under its name: pickle asks for both
+    return type(plain.__name__, (_Hears, plain), {"__module__": __name__, "plain": plain})
+
+
+def __getattr__(name: str) -> Any:
+    """The class of an LLM that hears, by the name that transformers gives it, such as `LlamaForCausalLM`."""
+    for family in FAMILIES:
+        if MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[family] == name:
+            return _class_that_hears(MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[family]])
+    raise AttributeError(f"module '{__name__}' has no attribute '{name}'")

@@ -26,6 +26,10 @@ class TiedRows:
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
         """A copy of the model has a matrix of its own, and makes this anew when it trains."""
 
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        """None in a pickle, for the same reason: the hook would not be in it."""
+        return type(None), ()
+
     def __call__(self, ids: Tensor, padding: int | None) -> Tensor:
         """Rows [..., D] of ids [...]; `padding` is an id whose row gets no gradient."""
         self._waiting.clear()  # of a backward pass that was broken off
