@@ -7,10 +7,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from pal.errors import ConfigError
-from pal.evaluate.figures import Groups, interval, redraw
+from pal.evaluate.figures import Groups, draw
 from pal.evaluate.folder import RunFolder
 from pal.evaluate.rules.base import Rule
 from pal.registry import build
@@ -76,16 +74,13 @@ def compare(folders: Sequence[str | Path], seed: int = 0) -> Comparison:
     verdicts = [rule.judge(items, [one.output for one in run]) for run in answered]
     metric = next(iter(verdicts[0].figures))
     figures = [verdict.figures[metric] for verdict in verdicts]
-    drawn_RF = redraw(figures, Groups(["\n".join(item.clips) for item in items]), seed)
+    drawn = draw(figures, Groups(["\n".join(item.clips) for item in items]), seed)
     rows = []
-    for place, (folder, its, figure, verdict) in enumerate(zip(folders, settings, figures, verdicts, strict=True)):
-        row = Row(str(folder), str(its["model"]), figure.value(), interval(drawn_RF[:, place]))
+    for place, (folder, its, figure, verdict) in enumerate(zip(folders, settings, drawn, verdicts, strict=True)):
+        row = Row(str(folder), str(its["model"]), figure.value, figure.interval())
         if place:
-            apart_R = drawn_RF[:, place] - drawn_RF[:, 0]
-            row.difference = figure.value() - figures[0].value()
-            row.difference_ci95 = interval(apart_R)
-            tail = min(float(np.mean(apart_R <= 0)), float(np.mean(apart_R >= 0)))
-            row.p_bootstrap = min(1.0, max(2 * tail, 1 / len(apart_R)))
+            apart = figure - drawn[0]
+            row.difference, row.difference_ci95, row.p_bootstrap = apart.value, apart.interval(), apart.chance()
             if None not in verdict.correct:
                 pairs = list(zip(verdicts[0].correct, verdict.correct, strict=True))
                 row.only_first = sum(bool(a) and not b for a, b in pairs)

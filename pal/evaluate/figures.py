@@ -1,10 +1,17 @@
-"""Numbers over many items, and how far they would move with other clips: the bootstrap."""
+"""Numbers over many items, and how far they would move with other clips: the bootstrap.
+
+A figure's interval always holds the figure itself. How often it holds the truth is measured by
+`python -m tests.evaluate.coverage`; docs/evaluation.md has the numbers.
+"""
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from statistics import NormalDist
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,8 +20,12 @@ Rows = NDArray[np.intp]
 
 RESAMPLES = 2000
 """Data sets drawn for a figure that is a ratio of sums."""
-SLOW_RESAMPLES = 200
-"""Data sets drawn for a figure that must be computed anew for each."""
+INTERVALS = (
+    "95 %, bootstrap over whole clips: percentiles for means and ratios of sums; for means over labels, which few "
+    "clips bias, from the bias-corrected score to the score itself; at least Wilson's where no draw can differ, or "
+    "where less than five clips' worth of a mean over labels is wrong (or right)"
+)
+"""What the intervals are, for score files."""
 
 _CHUNK = 4_000_000
 """Drawn indices held at once, to bound the memory at 32 MB."""
@@ -24,6 +35,11 @@ class Figure(ABC):
     """A number that any selection of the items has."""
 
     resamples: int = RESAMPLES
+
+    @property
+    def slow(self) -> bool:
+        """Whether redrawing takes long, so that parts get no intervals."""
+        return False
 
     @abstractmethod
     def value(self, rows: Rows | None = None) -> float:
@@ -37,6 +53,20 @@ class Figure(ABC):
     def redrawn(self, groups: Groups, drawn_RG: Rows) -> NDArray[np.float64]:
         """The figure of each of R data sets made of the groups `drawn_RG` -> [R]."""
 
+    @abstractmethod
+    def support(self, groups: Groups) -> Support:
+        """How much evidence it stands on."""
+
+
+@dataclass(frozen=True)
+class Support:
+    """The evidence behind a figure."""
+
+    clips: float | None
+    """Independent right or wrong answers that say as much; None for a figure that is no share of 0 to 1."""
+    widened: float | None = None
+    """Times that the variance is above what redrawing shows; None for a figure that redrawing does not bias."""
+
 
 @dataclass(frozen=True)
 class Ratio(Figure):
@@ -44,6 +74,13 @@ class Ratio(Figure):
 
     over: NDArray[np.float64]
     under: NDArray[np.float64]
+    share: bool = False
+    """Never below 0 nor above 1, such as the share of right answers."""
+
+    @classmethod
+    def right(cls, correct: Sequence[bool]) -> Ratio:
+        """Share of right answers."""
+        return cls(np.asarray(correct, dtype=float), np.ones(len(correct)), share=True)
 
     @classmethod
     def mean(cls, values: Sequence[float]) -> Ratio:
@@ -58,7 +95,7 @@ class Ratio(Figure):
 
     def of_some(self, rows: Rows) -> Ratio:
         """The items' numbers alone."""
-        return Ratio(self.over[rows], self.under[rows])
+        return Ratio(self.over[rows], self.under[rows], self.share)
 
     def redrawn(self, groups: Groups, drawn_RG: Rows) -> NDArray[np.float64]:
         """From the groups' sums alone."""
@@ -68,26 +105,9 @@ class Ratio(Figure):
             ratios: NDArray[np.float64] = over_G[drawn_RG].sum(1) / under_G[drawn_RG].sum(1)
         return ratios
 
-
-@dataclass(frozen=True)
-class Statistic(Figure):
-    """Any function of the items, such as mean average precision; slow to redraw."""
-
-    of: Callable[[Rows], float]
-    n: int
-    resamples: int = SLOW_RESAMPLES
-
-    def value(self, rows: Rows | None = None) -> float:
-        """The function itself."""
-        return float(self.of(np.arange(self.n) if rows is None else rows))
-
-    def of_some(self, rows: Rows) -> Statistic:
-        """The function on a part of the items."""
-        return Statistic(lambda some: self.of(rows[some]), len(rows), self.resamples)
-
-    def redrawn(self, groups: Groups, drawn_RG: Rows) -> NDArray[np.float64]:
-        """The function of each data set."""
-        return np.asarray([self.of(np.concatenate([groups.members[g] for g in drawn])) for drawn in drawn_RG])
+    def support(self, groups: Groups) -> Support:
+        """Of a share, the groups that count."""
+        return Support(float(len(np.unique(groups.of_item[self.under > 0]))) if self.share else None)
 
 
 class Groups:
@@ -102,12 +122,84 @@ class Groups:
         return len(self.members)
 
 
-def redraw(figures: Sequence[Figure], groups: Groups, seed: int = 0) -> NDArray[np.float64]:
+@dataclass(frozen=True)
+class Drawn:
+    """A figure, and what it is over the redrawn data sets."""
+
+    value: float
+    values_R: NDArray[np.float64]
+    support: Support
+
+    def interval(self, level: float = 0.95) -> tuple[float, float]:
+        """Where the truth lies; it always holds `value`. NaN where that is."""
+        if math.isnan(self.value):
+            return float("nan"), float("nan")
+        corrected, clips = self.support.widened is not None, self.support.clips
+        ends = self._corrected(level) if corrected else interval(self.values_R, self.value, level)
+        if clips and (ends[0] == ends[1] or (corrected and clips * min(self.value, 1 - self.value) < _FEW)):
+            low, high = wilson(self.value, clips, level)
+            ends = min(ends[0], low), max(ends[1], high)
+        return ends
+
+    def chance(self) -> float:
+        """Two-sided p of a difference: how often it would be as far from none. Never below one by the draws."""
+        kept_R = self.values_R[~np.isnan(self.values_R)]
+        if math.isnan(self.value) or not len(kept_R):
+            return float("nan")
+        ways = [kept_R]
+        if self.support.widened is not None:
+            apart_R = (kept_R - kept_R.mean()) * math.sqrt(self.support.widened)
+            ways = [self.value + apart_R, 2 * self.value - kept_R.mean() + apart_R]
+        tails = [min(float(np.mean(way_R <= 0)), float(np.mean(way_R >= 0))) for way_R in ways]
+        return min(1.0, max(2 * max(tails), 1 / len(kept_R)))
+
+    def __sub__(self, other: Drawn) -> Drawn:
+        """The difference of two figures over the same data sets: paired."""
+        both = [one.support.widened for one in (self, other) if one.support.widened is not None]
+        support = Support(None, max(both, default=None))
+        return Drawn(self.value - other.value, self.values_R - other.values_R, support)
+
+    def _corrected(self, level: float) -> tuple[float, float]:
+        """From the figure less its bias to the figure itself, and beyond by what the draws spread.
+
+        A mean over labels of few clips is biased (a rank of one among few is too good), and each redrawn data set is
+        so once more: the difference of the two is the bias (Efron & Tibshirani 1993, chapter 10). Shares are taken as
+        angles, asin(sqrt(x)), whose spread does not depend on where they are (Anscombe 1948).
+        """
+        assert self.support.widened is not None
+        share = self.support.clips is not None
+        drawn_R = self.values_R[~np.isnan(self.values_R)]
+        value = _angle(self.value) if share else self.value
+        drawn_R = _angle(drawn_R) if share else drawn_R
+        if not len(drawn_R):
+            return self.value, self.value
+        bias = float(drawn_R.mean()) - float(value)
+        tail = (1 - level) / 2
+        spread = np.quantile(drawn_R - drawn_R.mean(), [tail, 1 - tail]) * math.sqrt(self.support.widened)
+        low, high = value - max(bias, 0.0) + min(spread[0], 0.0), value - min(bias, 0.0) + max(spread[1], 0.0)
+        if share:
+            low, high = (float(np.sin(np.clip(end, 0, np.pi / 2)) ** 2) for end in (low, high))
+        return min(float(low), self.value), max(float(high), self.value)
+
+
+_FEW = 5
+"""Clips wrong (or right) below which a spread seen among them is not believed: the usual rule for shares."""
+
+
+def draw(figures: Sequence[Figure], groups: Groups, seed: int = 0) -> list[Drawn]:
+    """Each figure with its redrawn values; all of them over the same data sets, so that differences are paired."""
+    drawn_RF = redraw(figures, groups, seed)
+    return [Drawn(one.value(), drawn_RF[:, at], one.support(groups)) for at, one in enumerate(figures)]
+
+
+def redraw(
+    figures: Sequence[Figure], groups: Groups, seed: int = 0, resamples: int | None = None
+) -> NDArray[np.float64]:
     """The figures over data sets drawn from the groups with replacement, the same for all of them -> [R, F].
 
     Since all figures see the same data sets, their differences are paired.
     """
-    resamples = min(figure.resamples for figure in figures)
+    resamples = resamples or min(figure.resamples for figure in figures)
     rng = np.random.default_rng(seed)
     per_draw = max(1, _CHUNK // len(groups))
     parts = []
@@ -117,11 +209,25 @@ def redraw(figures: Sequence[Figure], groups: Groups, seed: int = 0) -> NDArray[
     return np.concatenate(parts)
 
 
-def interval(values: NDArray[np.float64], level: float = 0.95) -> tuple[float, float]:
-    """Percentile interval (Efron & Tibshirani 1993, section 13.3); NaN, a draw without value, is left out."""
-    kept = values[~np.isnan(values)]
-    if not len(kept):
-        return float("nan"), float("nan")
+def interval(values_R: NDArray[np.float64], estimate: float, level: float = 0.95) -> tuple[float, float]:
+    """Percentile interval (Efron & Tibshirani 1993, section 13.3); NaN, a draw without value, is left out.
+
+    It holds the estimate, which rounding or very uneven groups could leave just outside.
+    """
+    kept = values_R[~np.isnan(values_R)]
+    if not len(kept) or math.isnan(estimate):
+        return (estimate, estimate)
     tail = (1 - level) / 2
     low, high = np.quantile(kept, [tail, 1 - tail])
-    return float(low), float(high)
+    return min(float(low), estimate), max(float(high), estimate)
+
+
+def wilson(share: float, n: float, level: float = 0.95) -> tuple[float, float]:
+    """Wilson's interval (1927) of a share of n independent answers."""
+    z2 = NormalDist().inv_cdf((1 + level) / 2) ** 2
+    middle, half = share + z2 / (2 * n), math.sqrt(z2 * (share * (1 - share) / n + z2 / (4 * n * n)))
+    return max(0.0, (middle - half) / (1 + z2 / n)), min(1.0, (middle + half) / (1 + z2 / n))
+
+
+def _angle(share: Any) -> Any:
+    return np.arcsin(np.sqrt(np.clip(share, 0.0, 1.0)))

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from pal.data.manifest import Turn
-from pal.evaluate.figures import RESAMPLES, SLOW_RESAMPLES, Figure, Groups, Ratio, Rows, interval, redraw
+from pal.evaluate.figures import INTERVALS, Figure, Groups, Rows, draw
 from pal.evaluate.items import Item
 from pal.evaluate.rules.base import Rule, Verdict
 
@@ -182,33 +182,25 @@ def score(
         errors=errors,
         facts=heard.facts,
         rule=rule.describe(),
-        intervals=f"95 %, percentile bootstrap over whole clips, {RESAMPLES} resamples "
-        f"({SLOW_RESAMPLES} where a figure is no ratio of sums), seed {seed}",
+        intervals=f"{INTERVALS}; {heard.figures[metric].resamples} resamples, seed {seed}",
         items=list(answered),
     )
 
 
 def measure(figure: Figure, deaf: Figure | None, keys: Sequence[str], seed: int) -> Measured:
     """A figure over all its items with intervals; `keys` say which items belong together."""
-    value = figure.value()
     if deaf is None:
-        return Measured(value, interval(redraw([figure], Groups(keys), seed)[:, 0]))
-    drawn_RF = redraw([figure, deaf], Groups(keys), seed)
-    guessed = deaf.value()
-    return Measured(
-        score=value,
-        ci95=interval(drawn_RF[:, 0]),
-        no_audio_score=guessed,
-        no_audio_ci95=interval(drawn_RF[:, 1]),
-        gain=value - guessed,
-        gain_ci95=interval(drawn_RF[:, 0] - drawn_RF[:, 1]),
-    )
+        (heard,) = draw([figure], Groups(keys), seed)
+        return Measured(heard.value, heard.interval())
+    heard, guessed = draw([figure, deaf], Groups(keys), seed)
+    gain = heard - guessed
+    return Measured(heard.value, heard.interval(), guessed.value, guessed.interval(), gain.value, gain.interval())
 
 
 def _part(figure: Figure, deaf: Figure | None, rows: Rows, keys: Sequence[str], seed: int) -> Measured:
     """Of some items; without intervals where they would take long."""
     some, other = figure.of_some(rows), None if deaf is None else deaf.of_some(rows)
-    if isinstance(some, Ratio):
+    if not figure.slow:
         return measure(some, other, keys, seed)
     value, guessed = some.value(), None if other is None else other.value()
     return Measured(value, no_audio_score=guessed, gain=None if guessed is None else value - guessed)

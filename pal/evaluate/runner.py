@@ -18,6 +18,7 @@ from pal.audio import load, seconds
 from pal.data import prompts
 from pal.data.manifest import PLACEHOLDER, Record, Turn
 from pal.errors import AudioError, ManifestError, PalError
+from pal.evaluate.figures import INTERVALS, RESAMPLES
 from pal.evaluate.items import Item, each_turn
 from pal.evaluate.score import Accuracy, ItemResult, Score
 from pal.evaluate.scorers import NORMALISATION, best_choice, exact_match
@@ -125,7 +126,7 @@ def evaluate(
             else "argmax over the choices of the answer's summed log-likelihood, end of turn included",
             "data_digest": getattr(manifest, "digest", None),
             "model_digest": model.digest,
-            "intervals": f"percentile bootstrap, 2000 resamples of whole clips, seed {seed}",
+            "intervals": f"{INTERVALS}; {RESAMPLES} resamples, seed {seed}",
             "left_out": free if free < len(manifest) else 0,
             "options": options or {},
             "limit": limit,

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from pal.evaluate.scorers import bootstrap_ci
+from pal.evaluate.figures import Groups, Ratio, draw
 from pal.files import write_text
 
 
@@ -50,23 +50,23 @@ class Accuracy:
 
     @classmethod
     def of(cls, items: Sequence[ItemResult], seed: int = 0) -> Accuracy:
-        """Accuracy of at least one item; the interval is `bootstrap_ci` over the items' clips."""
-        groups = [item.group for item in items]
-        right = [float(item.correct) for item in items]
-        score = sum(right) / len(right)
-        ci95 = bootstrap_ci(right, groups, seed=seed)
-        if any(item.no_audio_correct is None for item in items):
-            return cls(len(items), score, ci95, None, None, None, None)
-        deaf = [float(bool(item.no_audio_correct)) for item in items]
-        gains = [heard - guessed for heard, guessed in zip(right, deaf, strict=True)]
+        """Accuracy of at least one item; the intervals are those of `figures`, over the items' clips."""
+        deaf = [item.no_audio_correct for item in items]
+        asked = [Ratio.right([item.correct for item in items])]
+        if None not in deaf:
+            asked.append(Ratio.right([bool(right) for right in deaf]))
+        heard, *guessed = draw(asked, Groups([item.group for item in items]), seed)
+        if not guessed:
+            return cls(len(items), heard.value, heard.interval(), None, None, None, None)
+        gain = heard - guessed[0]
         return cls(
             n=len(items),
-            score=score,
-            ci95=ci95,
-            no_audio_score=sum(deaf) / len(deaf),
-            no_audio_ci95=bootstrap_ci(deaf, groups, seed=seed),
-            gain=sum(gains) / len(gains),
-            gain_ci95=bootstrap_ci(gains, groups, seed=seed),
+            score=heard.value,
+            ci95=heard.interval(),
+            no_audio_score=guessed[0].value,
+            no_audio_ci95=guessed[0].interval(),
+            gain=gain.value,
+            gain_ci95=gain.interval(),
         )
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
 import numpy as np
+
+from pal.evaluate.figures import Groups, Ratio, interval, redraw
 
 NORMALISATION = (
     "Unicode NFKC, lower case, punctuation (but not #) to spaces, white space joined, "
@@ -14,8 +16,6 @@ NORMALISATION = (
 """What `normalise` does, for score files."""
 
 _ARTICLES = frozenset({"a", "an", "the"})
-_CHUNK = 4_000_000
-"""Resampled indices held at once by `bootstrap_ci`, to bound its memory at 32 MB."""
 
 
 def normalise(text: str) -> str:
@@ -46,7 +46,7 @@ def best_choice(scores: Sequence[float], choices: Sequence[str]) -> str:
 
 def bootstrap_ci(
     values: Sequence[float],
-    groups: Sequence[object] | None = None,
+    groups: Sequence[Hashable] | None = None,
     resamples: int = 2000,
     level: float = 0.95,
     seed: int = 0,
@@ -62,20 +62,13 @@ def bootstrap_ci(
         seed: of the drawing; the same seed gives the same interval.
 
     Returns:
-        Lower and upper end; NaN for no items.
+        Lower and upper end, the mean between them; NaN for no items.
     """
     if len(values) == 0:
         return float("nan"), float("nan")
-    keys: dict[object, int] = {}
-    of_item = [keys.setdefault(group, len(keys)) for group in (groups if groups is not None else range(len(values)))]
-    sums = np.bincount(of_item, weights=np.asarray(values, dtype=float))
-    counts = np.bincount(of_item).astype(float)
-    rng = np.random.default_rng(seed)
-    per_draw = max(1, _CHUNK // len(sums))
-    means = []
-    for first in range(0, resamples, per_draw):
-        drawn = rng.integers(len(sums), size=(min(per_draw, resamples - first), len(sums)))
-        means.append(sums[drawn].sum(1) / counts[drawn].sum(1))
-    tail = (1 - level) / 2
-    low, high = np.quantile(np.concatenate(means), [tail, 1 - tail])
-    return float(low), float(high)
+    mean = Ratio.mean(values)
+    drawn_R = redraw([mean], Groups(groups if groups is not None else range(len(values))), seed, resamples)[:, 0]
+    low, high = interval(drawn_R, mean.value(), level)
+    # who shows the mean may have added up in another order
+    other = sum(values) / len(values)
+    return min(low, other), max(high, other)

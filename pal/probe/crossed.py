@@ -48,16 +48,18 @@ class Draws:
 
     def score(self, cell: int) -> Estimate:
         """Mean over the seeds, and its interval."""
-        return float(self.score_X[cell]), interval(self.score_RX[:, cell])
+        score = float(self.score_X[cell])
+        return score, interval(self.score_RX[:, cell], score)
 
     def gain(self, cell: int) -> Estimate:
         """What hearing adds: the score less that of the same models without audio."""
-        return float(self.score_X[cell] - self.deaf_X[cell]), interval(self.score_RX[:, cell] - self.deaf_RX[:, cell])
+        gain = float(self.score_X[cell] - self.deaf_X[cell])
+        return gain, interval(self.score_RX[:, cell] - self.deaf_RX[:, cell], gain)
 
     def difference(self, cell: int, other: int) -> Estimate:
         """Score of a cell less that of another, paired."""
-        drawn_R = self.score_RX[:, cell] - self.score_RX[:, other]
-        return float(self.score_X[cell] - self.score_X[other]), interval(drawn_R)
+        apart = float(self.score_X[cell] - self.score_X[other])
+        return apart, interval(self.score_RX[:, cell] - self.score_RX[:, other], apart)
 
     def kept(self, cell: int, other: int) -> Estimate | None:
         """Score of a cell by that of another, paired; None where the other's is 0."""
@@ -74,4 +76,5 @@ def _ratio(value_X: Numbers, drawn_RX: Numbers, over: int, under: int) -> Estima
     if value_X[under] <= 0:
         return None
     some_RX = drawn_RX[drawn_RX[:, under] > 0]  # a draw without any has no ratio
-    return float(value_X[over] / value_X[under]), interval(some_RX[:, over] / some_RX[:, under])
+    share = float(value_X[over] / value_X[under])
+    return share, interval(some_RX[:, over] / some_RX[:, under], share)

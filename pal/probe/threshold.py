@@ -31,7 +31,7 @@ class Threshold:
     at: float | None
     """None where it does not inside the sweep; `says` tells why."""
     ci95: tuple[float, float] | None
-    """Percentile bootstrap; ends outside of the sweep are its ends."""
+    """Percentile bootstrap, with `at` between its ends; ends outside of the sweep are its ends."""
     crossing: float
     """Share of the resampled data sets with a crossing inside the sweep."""
     says: str
@@ -67,7 +67,9 @@ def threshold(points: Sequence[float], right_UP: Counts, asked_UP: Counts, seed:
         side = "above" if best < low else "below"
         return Threshold(None, None, crossing, f"no crossing: {side} {LEVEL:.0%} from {low:g} to {high:g}")
     ends = np.clip([np.quantile(drawn_R2[:, 0], 0.025), np.quantile(drawn_R2[:, 1], 0.975)], low, high)
-    return Threshold(float(best), (float(ends[0]), float(ends[1])), crossing, "crosses")
+    # few units draw many data sets without a crossing here, whose ends may both lie on one side of it
+    ci95 = min(float(ends[0]), float(best)), max(float(ends[1]), float(best))
+    return Threshold(float(best), ci95, crossing, "crosses")
 
 
 def _grid(x_P: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:

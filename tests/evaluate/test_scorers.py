@@ -80,7 +80,7 @@ def test_bootstrap_of_unequal_groups_is_that_of_a_ratio():
 def test_bootstrap_is_seeded_and_degenerate_cases_hold():
     values = [1.0, 0.0, 1.0, 1.0]
     assert bootstrap_ci(values, seed=5) == bootstrap_ci(values, seed=5)
-    assert bootstrap_ci([1.0] * 20) == (1.0, 1.0)
+    assert bootstrap_ci([1.0] * 20) == (1.0, 1.0)  # of any numbers; `Accuracy` knows that they are right or wrong
     assert all(math.isnan(end) for end in bootstrap_ci([]))
 
 
@@ -95,8 +95,18 @@ def test_accuracy_by_hand():
     assert accuracy.gain == pytest.approx(0.2)
     assert accuracy.gain_ci95 is not None
     assert accuracy.gain_ci95[0] < 0.2 < accuracy.gain_ci95[1]
+    # the percentiles of earlier versions
+    assert accuracy.ci95 == bootstrap_ci([1.0, 1.0, 1.0, 0.0, 0.0], list("01234"))
+    assert accuracy.gain_ci95 == bootstrap_ci([0.0, 1.0, 1.0, 0.0, -1.0], list("01234"))
     items[0].no_audio_correct = None
     assert Accuracy.of(items).no_audio_score is None
+
+
+def test_an_accuracy_of_one_is_not_certain():
+    items = [ItemResult(str(i), "q", "r", correct=True, no_audio_correct=False, group=str(i // 2)) for i in range(20)]
+    accuracy = Accuracy.of(items)
+    assert accuracy.ci95 == pytest.approx((10 / (10 + 1.959964**2), 1.0), abs=1e-6)  # ten clips
+    assert accuracy.no_audio_ci95 == pytest.approx((0.0, 1.959964**2 / (10 + 1.959964**2)), abs=1e-6)
 
 
 def test_json_has_no_nan():

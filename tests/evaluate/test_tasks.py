@@ -2,7 +2,6 @@
 
 import inspect
 from dataclasses import replace
-from functools import partial
 from string import ascii_uppercase
 
 import pytest
@@ -11,7 +10,6 @@ import soundfile
 from pal.audio import load
 from pal.errors import ConfigError, ManifestError
 from pal.evaluate.benchmark import open_task
-from pal.evaluate.figures import Statistic
 from pal.evaluate.run import run
 from pal.evaluate.tasks.base import ask_by_letter
 from pal.registry import names
@@ -114,7 +112,7 @@ def more_of(benchmark, folder, least=12):
 def test_without_sound_a_score_is_the_baselines(name, model, tmp_path, monkeypatch):
     """Through silence nothing comes but a clip's length, and only a model that goes by it stays above the baseline."""
     monkeypatch.setattr("shutil.which", lambda name: None)  # Java takes long to start, and test_text.py has it
-    monkeypatch.setattr("pal.evaluate.rules.labels.Statistic", partial(Statistic, resamples=20))
+    monkeypatch.setattr("pal.evaluate.over_labels.OverLabels.resamples", 20)
     benchmark = open_task(name, published.BENCHMARKS[name](tmp_path / "data"))
     assert len(benchmark.items) == COUNTS[name]
     noise, silence = more_of(benchmark, tmp_path)

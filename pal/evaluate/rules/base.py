@@ -57,9 +57,9 @@ class Plain(StrictConfig):
 def right_or_wrong(name: str, parsed: list[Any], correct: Sequence[bool], **facts: Any) -> Verdict:
     """The verdict of a rule that says right or wrong of each item."""
     values = [float(right) for right in correct]
-    return Verdict(parsed, list(correct), values, {name: Ratio.mean(values)}, facts=facts)
+    return Verdict(parsed, list(correct), values, {name: Ratio.right(correct)}, facts=facts)
 
 
 def share(over: Sequence[float], under: Sequence[float]) -> Ratio:
-    """A ratio of sums from lists."""
-    return Ratio(np.asarray(over, dtype=float), np.asarray(under, dtype=float))
+    """A share from lists: what is right by what there is."""
+    return Ratio(np.asarray(over, dtype=float), np.asarray(under, dtype=float), share=True)

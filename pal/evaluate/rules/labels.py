@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -12,8 +11,9 @@ from numpy.typing import NDArray
 from pal.config import StrictConfig
 from pal.errors import ConfigError
 from pal.evaluate.embed import NGRAMS, Embedder, open_embedder
-from pal.evaluate.figures import Figure, Ratio, Rows, Statistic
+from pal.evaluate.figures import Figure, Ratio
 from pal.evaluate.items import Item
+from pal.evaluate.over_labels import MacroF1, MeanAveragePrecision
 from pal.evaluate.rules.base import Rule, Verdict, share
 from pal.registry import register
 
@@ -22,7 +22,8 @@ from pal.registry import register
 class Labels(Rule):
     """The label whose embedding is nearest to the answer's.
 
-    Scikit-learn computes F1 and mAP. An item that raised has no label, and the lowest score for all.
+    F1 and mAP are scikit-learn's, over the labels that are there. An item that raised has no label, and the lowest
+    score for all.
     """
 
     class Config(StrictConfig):
@@ -69,17 +70,17 @@ class Labels(Rule):
         values = [float(right) for right in correct]
         if self.config.metric == "map":
             scores_NL = np.where(heard[:, None], scores_NL, -1.0)  # the lowest cosine there is
-            figures: dict[str, Figure] = {"mAP": mean_average_precision(truth_NL, scores_NL)}
+            figures: dict[str, Figure] = {"mAP": MeanAveragePrecision(truth_NL, scores_NL)}
             empty = int((~truth_NL.any(0)).sum())
             return Verdict(parsed, list(correct), values, figures, facts={"labels_without_items": empty})
         if self.config.metric == "accuracy":
-            return Verdict(parsed, list(correct), values, {"accuracy": Ratio.mean(values)})
+            return Verdict(parsed, list(correct), values, {"accuracy": Ratio.right(correct)})
         said_NL = (np.arange(len(labels)) == nearest[:, None]) & heard[:, None]
         hits = 2.0 * (said_NL & truth_NL).sum(1)
         figures = {
             # pooled over labels: 2 TP by the number of labels said and held
             "micro_f1": share(hits.tolist(), (said_NL.sum(1) + truth_NL.sum(1)).tolist()),
-            "macro_f1": macro_f1(truth_NL, said_NL),
+            "macro_f1": MacroF1(truth_NL, said_NL),
         }
         return Verdict(parsed, list(correct), values, figures)
 
@@ -97,33 +98,3 @@ class Labels(Rule):
 def _caption(answer: str) -> str:
     """The answer without the heading that models trained on LTU's data put before a caption."""
     return answer.rpartition("Audio caption:")[2].strip()
-
-
-def macro_f1(truth_NL: NDArray[np.bool_], said_NL: NDArray[np.bool_]) -> Statistic:
-    """Mean over the labels of F1; a label neither said nor held counts 0, as in scikit-learn."""
-    metrics = _sklearn()
-
-    def score(rows: Rows) -> float:
-        return float(metrics.f1_score(truth_NL[rows], said_NL[rows], average="macro", zero_division=0))
-
-    return Statistic(score, len(truth_NL))
-
-
-def mean_average_precision(truth_NL: NDArray[np.bool_], scores_NL: NDArray[np.float64]) -> Statistic:
-    """Mean over the labels of average precision; a label that no item has counts 0, as in scikit-learn."""
-    metrics = _sklearn()
-
-    def score(rows: Rows) -> float:
-        with warnings.catch_warnings():  # of labels without items, which are counted in the facts
-            warnings.simplefilter("ignore", UserWarning)
-            return float(metrics.average_precision_score(truth_NL[rows], scores_NL[rows], average="macro"))
-
-    return Statistic(score, len(truth_NL))
-
-
-def _sklearn() -> Any:
-    try:
-        from sklearn import metrics
-    except ImportError:
-        raise ConfigError("F1 and mAP need scikit-learn: pip install 'pal-audio[scores]'") from None
-    return metrics

@@ -84,9 +84,9 @@ class Letters(Rule):
             for index, item in zip(chosen, items, strict=True)
         ]
         values = [float(right) for right in correct]
-        figures = {"accuracy": share(values, counted), "repaired_accuracy": Ratio.mean([float(r) for r in repaired])}
+        figures = {"accuracy": share(values, counted), "repaired_accuracy": Ratio.right(repaired)}
         if self.of != "muchomusic":
-            figures["accuracy_over_all"] = Ratio.mean(values)
+            figures["accuracy_over_all"] = Ratio.right(correct)
         unread = sum(letter is None and text is not None for letter, text in zip(letters, texts, strict=True))
         return Verdict(list(letters), list(correct), values, dict(figures), facts={"unread": unread})
 

@@ -51,5 +51,5 @@ class TokenSets(Rule):
         ]
         verdict = right_or_wrong("accuracy", parsed, correct)
         repaired = [name is not None and name in item.references for name, item in zip(parsed, items, strict=True)]
-        verdict.figures["repaired_accuracy"] = Ratio.mean([float(right) for right in repaired])
+        verdict.figures["repaired_accuracy"] = Ratio.right(repaired)
         return verdict

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+
 from pal.errors import ConfigError
+from pal.evaluate.figures import Ratio
 from pal.evaluate.items import Item
-from pal.evaluate.rules.base import Plain, Rule, Verdict, share
+from pal.evaluate.rules.base import Plain, Rule, Verdict
 from pal.registry import register
 
 
@@ -49,4 +52,5 @@ class WordErrors(Rule):
             wrong == 0 and text is not None for wrong, text in zip(errors, texts, strict=True)
         ]
         facts = {"words": sum(lengths), "word_errors": sum(errors), "empty_references": lengths.count(0)}
-        return Verdict(parsed, correct, rates, {"wer": share(errors, lengths)}, facts=facts)
+        wer = Ratio(np.asarray(errors, dtype=float), np.asarray(lengths, dtype=float))
+        return Verdict(parsed, correct, rates, {"wer": wer}, facts=facts)

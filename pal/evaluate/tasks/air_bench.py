@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from pal.data.tables import find_clip, records
+from pal.data.tables import find_clip, json_file, records
 from pal.errors import ManifestError
 from pal.evaluate.items import Item
 from pal.evaluate.tasks.base import Task, ask_by_letter
@@ -28,7 +28,7 @@ class AirBench(Task):
 
         Options that an item lacks are not shown; the official loop writes "C. None".
         """
-        path = root / "Foundation_meta.json"
+        path = json_file(root, ("Foundation_meta.json",), "AIR-Bench Foundation's folder as it was unpacked")
         keys = ("uniq_id", "path", "question", "choice_a", "choice_b", "answer_gt", "task_name", "dataset_name")
         for number, one in enumerate(records(path, keys, "AIR-Bench Foundation"), 1):
             choices = tuple(str(one[f"choice_{letter}"]) for letter in "abcd" if one.get(f"choice_{letter}"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from pal.data.tables import records
+from pal.data.tables import json_file, records
 from pal.evaluate.items import Item
 from pal.evaluate.tasks.base import Choosing, Task
 from pal.evaluate.tasks.mmau import item_of
@@ -24,7 +24,7 @@ class Mmar(Task):
 
     def items(self, root: Path) -> Iterator[Item]:
         """One a question, with modality, category, sub-category and language."""
-        path = root / "MMAR-meta.json"
+        path = json_file(root, ("MMAR-meta.json",), "the folder of MMAR as it was unpacked")
         for number, one in enumerate(records(path, ("audio_path", "question", "choices", "answer"), "MMAR"), 1):
             name = str(one.get("id") or f"mmar/{number}")
             yield item_of(one, name, one["audio_path"], f"{path}, item {number}", path, self.config.prompt)

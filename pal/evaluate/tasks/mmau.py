@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from pal.data.tables import find_clip, records
+from pal.data.tables import find_clip, json_file, records
 from pal.errors import ManifestError
 from pal.evaluate.items import Item
 from pal.evaluate.tasks.base import Choosing, Task, ask
@@ -30,7 +30,7 @@ class Mmau(Task):
 
     def items(self, root: Path) -> Iterator[Item]:
         """One a question, with its task, category, sub-category and difficulty."""
-        path = root / self.config.file
+        path = json_file(root, (self.config.file,), "the folder of MMAU as it was unpacked")
         for number, one in enumerate(records(path, ("id", "audio_id", "question", "choices", "answer"), "MMAU"), 1):
             yield item_of(one, one["id"], one["audio_id"], f"{path}, item {number}", path, self.config.prompt)
 

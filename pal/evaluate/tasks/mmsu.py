@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from pal.config import StrictConfig
-from pal.data.tables import find_clip, first_file, records
+from pal.data.tables import find_clip, json_file, records
 from pal.errors import ManifestError
 from pal.evaluate.items import Item
 from pal.evaluate.tasks.base import Task, ask_by_letter
@@ -38,7 +38,7 @@ class Mmsu(Task):
 
     def items(self, root: Path) -> Iterator[Item]:
         """One a question, with category, sub-category and task."""
-        path = first_file(root, ("question/mmsu.jsonl", "mmsu.jsonl"), "the folder of MMSU")
+        path = json_file(root, ("question/mmsu.jsonl", "mmsu.jsonl"), "the folder of MMSU")
         keys = ("id", "audio_path", "question", "choice_a", "choice_b", "answer_gt")
         for number, one in enumerate(records(path, keys, "MMSU"), 1):
             choices = tuple(str(one[f"choice_{letter}"]) for letter in "abcd" if one.get(f"choice_{letter}"))
