@@ -11,9 +11,9 @@ from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
-from itertools import groupby
+from itertools import groupby, repeat
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tqdm import tqdm
 
@@ -77,6 +77,8 @@ class Report:
     """Per task, how often each answer comes, most frequent first."""
     tags: dict[str, int]
     bad: list[Fault] = field(default_factory=list)
+    notes: list[Fault] = field(default_factory=list)
+    """With `read_to_end`: clips that were taken as far as they go, and why their length could not be checked."""
     example: str | None = None
     """One record as the model sees it, what is trained between ⟦ and ⟧; None without a tokenizer."""
 
@@ -108,6 +110,9 @@ class Report:
             lines.append(f"tags: {_listed(self.tags)}")
         if self.example is not None:
             lines += ["one record, the trained tokens between ⟦ and ⟧:", self.example]
+        lines += [f"note: {fault.where}: {fault.reason}" for fault in self.notes[:_SHOWN]]
+        if len(self.notes) > _SHOWN:
+            lines.append(f"... and {len(self.notes) - _SHOWN} more notes; the JSON report lists them")
         lines += [f"bad: {fault.where}: {fault.reason}" for fault in self.bad[:_SHOWN]]
         if len(self.bad) > _SHOWN:
             lines.append(f"... and {len(self.bad) - _SHOWN} more; the JSON report lists them")
@@ -125,6 +130,7 @@ def check(
     tokenizer: PreTrainedTokenizerBase | None = None,
     root: str | Path | None = None,
     progress: bool = True,
+    read_to_end: bool = False,
 ) -> Report:
     """Read every record and every clip of a manifest.
 
@@ -133,6 +139,7 @@ def check(
         tokenizer: also tokenises every record, and shows one.
         root: folder of the audio, see `Manifest`.
         progress: a bar with the time left on stderr, where that is a terminal.
+        read_to_end: takes clips whose end cannot be known as far as they go, as `pal.audio.load` does.
 
     Returns:
         The report. Ctrl-C ends the check early and returns what is known by then.
@@ -142,6 +149,7 @@ def check(
     """
     records = Manifest(manifest, root)
     bad: list[Fault] = []
+    notes: list[Fault] = []
     example = None
     ids: dict[str, int] = {}
     # An answer counts under its task; keys keep the order in which they came.
@@ -173,12 +181,14 @@ def check(
                     counted[turn.answer] += 1
             tags.update(tag.label for tag in record.tags or ())
             clips.update(dict.fromkeys(record.clips))
-        for path, outcome in _read_all(list(clips), progress):
+        for path, outcome in _read_all(list(clips), progress, read_to_end):
             read += 1
             if isinstance(outcome, str):
                 bad.append(Fault(path, outcome))
-            else:
-                durations.append(outcome)
+                continue
+            durations.append(outcome.seconds_given)
+            if outcome.note is not None:
+                notes.append(Fault(path, outcome.note))
         complete = True
     except KeyboardInterrupt:
         complete = False
@@ -194,6 +204,7 @@ def check(
         answers={task: dict(counted.most_common()) for task, counted in answers.items()},
         tags=dict(tags.most_common()),
         bad=bad,
+        notes=notes,
         example=example,
     )
 
@@ -214,22 +225,28 @@ def _encoded(tokenizer: PreTrainedTokenizerBase, record: Record) -> Tokens:
     return encode(tokenizer, conversation_of(record), range(len(record.clips)), train=True)
 
 
-def _read_all(paths: list[str], progress: bool) -> Iterator[tuple[str, float | str]]:
-    """Each path with its duration in seconds, or with the reason why it cannot be read."""
+def _read_all(paths: list[str], progress: bool, read_to_end: bool) -> Iterator[tuple[str, _Clip | str]]:
+    """Each path with what was read of it, or with the reason why it cannot be read."""
     # decoding and resampling release the interpreter's lock
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
         bar = tqdm(total=len(paths), desc="clips", delay=2, disable=None if progress else True, file=sys.stderr)
         with bar:
             for first in range(0, len(paths), _CLIPS_AT_ONCE):
                 some = paths[first : first + _CLIPS_AT_ONCE]
-                for path, outcome in zip(some, threads.map(_read, some), strict=True):
+                for path, outcome in zip(some, threads.map(_read, some, repeat(read_to_end)), strict=True):
                     bar.update()
                     yield path, outcome
 
 
-def _read(path: str) -> float | str:
+class _Clip(NamedTuple):
+    seconds_given: float
+    note: str | None
+
+
+def _read(path: str, read_to_end: bool) -> _Clip | str:
     try:
-        return pal.audio.load(path, RATE).seconds_given
+        wave = pal.audio.load(path, RATE, read_to_end=read_to_end)
+        return _Clip(wave.seconds_given, wave.note)
     except (AudioError, OSError) as error:
         return str(error).removeprefix(f"{path}: ")
 

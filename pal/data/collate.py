@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from threading import Lock
@@ -13,6 +14,7 @@ from torch import Tensor
 import pal.audio
 from pal.data.manifest import Record
 from pal.data.prompts import conversation_of, encode
+from pal.errors import AudioWarning
 from pal.types import Batch, Heard, TagSpan
 
 if TYPE_CHECKING:
@@ -66,6 +68,7 @@ class Collator:
         hear: gives a clip as frozen encoders hear it, in place of its waveform; not with `augment`.
         cache_bytes: decoded audio to keep, so that a small corpus is decoded once and not every
             epoch. 0 keeps none.
+        read_to_end: takes clips whose end cannot be known as far as they go, with an `AudioWarning` each.
     """
 
     def __init__(
@@ -78,6 +81,7 @@ class Collator:
         system: str | None = None,
         hear: Callable[[str], Heard] | None = None,
         cache_bytes: int = 1 << 30,
+        read_to_end: bool = False,
     ) -> None:
         self.tokenizer = tokenizer
         self.rate = rate
@@ -87,6 +91,7 @@ class Collator:
         self.system = system
         self.hear = hear
         self.cache = WaveformCache(cache_bytes)
+        self.read_to_end = read_to_end
 
     def __call__(self, records: Sequence[Record], seeds: Sequence[int] | None = None) -> Batch:
         """Batch of the records, one row each.
@@ -129,8 +134,12 @@ class Collator:
         return Batch(waveforms, rows, [record.id for record in records], known_tags, heard)
 
     def _load(self, path: str) -> Tensor:
-        samples_N = self.cache.get(path)
+        key = f"{path}\0to the end" if self.read_to_end else path  # another source may not want it
+        samples_N = self.cache.get(key)
         if samples_N is None:
-            samples_N = pal.audio.load(path, self.rate).samples_N
-            self.cache.put(path, samples_N)
+            wave = pal.audio.load(path, self.rate, read_to_end=self.read_to_end)
+            if wave.note is not None:
+                warnings.warn(f"{wave.name}: {wave.note}", AudioWarning, stacklevel=2)
+            samples_N = wave.samples_N
+            self.cache.put(key, samples_N)
         return samples_N

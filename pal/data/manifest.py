@@ -26,6 +26,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO, overload
 
+from pal.data.tables import is_utf_16
 from pal.errors import ManifestError
 from pal.types import TagSpan
 
@@ -113,6 +114,18 @@ class Manifest(Sequence[Record]):
             for at in range(len(self)):
                 yield self._parse(file, at)
 
+    @property
+    def is_list(self) -> bool:
+        """Whether the file is a JSON list, not JSON Lines."""
+        return self._is_list
+
+    def raw(self) -> Iterator[bytes]:
+        """Each record as it stands in the file, without what divides it from the next one."""
+        with self._open() as file:
+            for start, size in zip(self._starts, self._sizes, strict=True):
+                file.seek(start)
+                yield file.read(size).rstrip(b"\r\n")
+
     @cached_property
     def digest(self) -> str:
         """SHA-256 of the file's bytes, in hexadecimal."""
@@ -190,9 +203,15 @@ def write_manifest(path: str | Path, records: Iterable[Record]) -> int:
     partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     count = 0
     try:
-        with partial.open("w", encoding="utf-8", newline="\n") as file:
+        with partial.open("wb") as file:
             for record in records:
-                file.write(json.dumps(_raw(record, folder), ensure_ascii=False, allow_nan=False) + "\n")
+                text = json.dumps(_raw(record, folder), ensure_ascii=False, allow_nan=False) + "\n"
+                try:
+                    file.write(text.encode())
+                except UnicodeEncodeError:
+                    raise ManifestError(
+                        f"{path}: record '{record.id}' has a clip whose name is not UTF-8; rename the file"
+                    ) from None
                 count += 1
             file.flush()
             os.fsync(file.fileno())
@@ -369,6 +388,8 @@ def _starts_with_list(path: Path) -> bool:
     with path.open("rb") as file:
         # Not by lines: a list of several GB may be a single one.
         for number, chunk in enumerate(_chunks(file, path.stat().st_size)):
+            if number == 0 and is_utf_16(chunk):
+                raise ManifestError(f"{path}: it is UTF-16, not UTF-8; convert it: iconv -f UTF-16 -t UTF-8 IN > OUT")
             if text := (chunk if number else chunk.removeprefix(_BOM)).strip():
                 return text.startswith(b"[")
     raise ManifestError(f"{path}: is empty")

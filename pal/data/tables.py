@@ -2,14 +2,91 @@
 
 import csv
 import json
+import logging
+import unicodedata
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pal.errors import ManifestError
 
-SUFFIXES = (".wav", ".flac", ".mp3", ".ogg", ".opus", ".m4a", ".au", ".webm")
-"""Formats that a clip is looked for in, where a table names it in another one or in none."""
+logger = logging.getLogger(__name__)
+
+SUFFIXES = (
+    *(".wav", ".flac", ".mp3", ".ogg", ".opus", ".m4a", ".au", ".webm", ".oga", ".aiff", ".aif", ".aifc"),
+    *(".snd", ".caf", ".w64", ".rf64", ".wave", ".aac", ".mp2", ".mka"),
+)
+"""Files that hold sound; also what a clip is looked for as, where a table names it in another format or in none."""
+
+_NOT_UTF_8 = "convert it: iconv -f UTF-16 -t UTF-8 IN > OUT"
+_PUT_BY_SYSTEMS = frozenset(
+    [
+        *("__macosx", ".ds_store", ".appledouble", ".spotlight-v100", ".trashes", ".fseventsd", ".temporaryitems"),
+        *("thumbs.db", "ehthumbs.db", "desktop.ini", "$recycle.bin", "system volume information", "@eadir"),
+    ]
+)
+"""Names of files and folders, in lower case, that macOS, Windows and storage boxes put among the user's."""
+
+
+def is_metadata(path: Path) -> bool:
+    """Whether a system put a file there, by the names of the path's parts; "._x" is macOS' beside x."""
+    return any(part.startswith("._") or part.lower() in _PUT_BY_SYSTEMS for part in path.parts)
+
+
+def files_in(root: Path, pattern: str, suffixes: Iterable[str] = ()) -> list[Path]:
+    """The user's files below a folder, sorted; a line in the log says how many of a system's were left out.
+
+    Args:
+        root: the folder.
+        pattern: of paths below it, as `Path.glob` takes it.
+        suffixes: in lower case; none for all.
+
+    Raises:
+        ManifestError: a name that is not UTF-8, which no manifest can hold.
+    """
+    wanted = frozenset(suffixes)
+    found = sorted(path for path in root.glob(pattern) if not wanted or path.suffix.lower() in wanted)
+    left_out = [path for path in found if is_metadata(path.relative_to(root))]
+    if left_out:
+        logger.warning(
+            "%s: %d files that macOS or Windows put there are left out, such as '%s'",
+            root,
+            len(left_out),
+            left_out[0].relative_to(root),
+        )
+    kept = [path for path in found if not is_metadata(path.relative_to(root)) and not path.is_dir()]
+    for path in kept:
+        try:
+            str(path.relative_to(root)).encode()
+        except UnicodeEncodeError:
+            raise ManifestError(f"{path}: the name is not UTF-8, as a manifest is; rename the file") from None
+    return kept
+
+
+def text_of(path: Path) -> str:
+    """A file's text. Raises ManifestError where it is not UTF-8."""
+    data = path.read_bytes()
+    if is_utf_16(data):
+        raise ManifestError(f"{path}: it is UTF-16, not UTF-8; {_NOT_UTF_8}")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ManifestError(f"{path}: it is not UTF-8 (at byte {error.start}); write it as UTF-8") from None
+
+
+def is_utf_16(start: bytes) -> bool:
+    """Whether a file that begins so is UTF-16: by its mark, or by the zeros in its first two letters."""
+    zeros = [byte == 0 for byte in start[:4]]
+    return start.startswith((b"\xff\xfe", b"\xfe\xff")) or zeros in ([False, True] * 2, [True, False] * 2)
+
+
+def lines_of(path: Path) -> list[str]:
+    """A file's lines. Only line feeds end one: the others that `str.splitlines` cuts at may stand in a JSON string.
+
+    Raises:
+        ManifestError: the file is not UTF-8.
+    """
+    return [line.removesuffix("\r") for line in text_of(path).split("\n")]
 
 
 def rows(
@@ -37,6 +114,9 @@ def rows(
     if not table.is_file():
         raise ManifestError(f"{table}: missing; give the folder of {whose} as it was unpacked")
     try:
+        with table.open("rb") as start:
+            if is_utf_16(start.read(4)):
+                raise ManifestError(f"{table}: not a CSV table: it is UTF-16, not UTF-8; {_NOT_UTF_8}")
         with table.open(newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file, None if header else list(columns), delimiter=delimiter)
             missing = [column for column in columns if column not in (reader.fieldnames or ())]
@@ -52,23 +132,36 @@ def rows(
 
 
 def records(path: Path, keys: Sequence[str], whose: str) -> list[dict[str, Any]]:
-    """The objects of a JSON list or of JSON Lines, each with the given keys.
+    """The objects of a JSON list or of JSON Lines, whichever the file holds, each with the given keys.
 
     Raises:
         ManifestError: no such file, not JSON, or an object without one of the keys.
     """
     if not path.is_file():
         raise ManifestError(f"{path}: missing; give the folder of {whose} as it was unpacked")
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-        found = json.loads(text) if text.lstrip().startswith("[") else [json.loads(t) for t in text.splitlines() if t]
-    except (UnicodeDecodeError, ValueError) as error:
-        raise ManifestError(f"{path}: not valid JSON: {error}") from None
+    text = text_of(path)
+    found = []
+    if text.lstrip().startswith("["):
+        found = _json(text, str(path))
+    else:
+        for number, line in enumerate(text.split("\n"), start=1):
+            if line.strip():
+                found.append(_json(line, f"{path}, line {number}"))
     for number, one in enumerate(found, start=1):
         missing = [key for key in keys if not isinstance(one, dict) or key not in one]
         if missing:
             raise ManifestError(f"{path}, item {number}: no key '{missing[0]}'; {whose}'s have {', '.join(keys)}")
     return found
+
+
+def _json(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ManifestError(f"{where}: not valid JSON: {error}") from None
+
+
+_FORMS: tuple[Literal["NFC", "NFD"], ...] = ("NFC", "NFD")
 
 
 def find_clip(folders: Iterable[Path], names: Iterable[str], listed_in: Path) -> Path:
@@ -77,7 +170,11 @@ def find_clip(folders: Iterable[Path], names: Iterable[str], listed_in: Path) ->
     Raises:
         ManifestError: it is nowhere; names the first place and the table.
     """
-    places = [folder / name for folder in folders for name in names]
+    # the same letters in composed and decomposed form are different names: macOS and its archives have the latter
+    forms = dict.fromkeys(n for name in names for n in (name, *(unicodedata.normalize(f, name) for f in _FORMS)))
+    places = [folder / name for folder in folders for name in forms if not is_metadata(Path(name))]
+    if not places:
+        raise ManifestError(f"{listed_in}: lists '{next(iter(forms))}', which macOS put there; take it out")
     for place in places:
         if place.is_file():
             return place
@@ -91,9 +188,20 @@ def find_clip(folders: Iterable[Path], names: Iterable[str], listed_in: Path) ->
     raise ManifestError(f"{places[0]}: missing, but {listed_in.name} lists it; unpack the data set again")
 
 
+def json_file(root: Path, names: Sequence[str], what: str) -> Path:
+    """The first of the files that is there, each under its name or with `.jsonl` for `.json` or the reverse.
+
+    Publishers change between the two; `records` reads either. Raises ManifestError that names them all.
+    """
+    swapped = {".json": ".jsonl", ".jsonl": ".json"}
+    others = {name: str(Path(name).with_suffix(swapped.get(Path(name).suffix, Path(name).suffix))) for name in names}
+    return first_file(root, list(dict.fromkeys(one for name in names for one in (name, others[name]))), what)
+
+
 def first_file(root: Path, names: Sequence[str], what: str) -> Path:
     """The first of the files that is there. Raises ManifestError that names them all."""
     for name in names:
         if (root / name).is_file():
             return root / name
-    raise ManifestError(f"{root}: neither {' nor '.join(names)} is there; give {what}")
+    listed = f"neither {' nor '.join(names)}" if len(names) > 1 else f"no {names[0]}"
+    raise ManifestError(f"{root}: {listed} is there; give {what}")

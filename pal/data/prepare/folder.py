@@ -1,6 +1,7 @@
 """A folder of your own: one folder of clips for each label."""
 
 import hashlib
+import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
@@ -10,10 +11,9 @@ from pydantic import Field
 from pal.config import StrictConfig
 from pal.data.manifest import Record, Turn
 from pal.data.prepare import dataset
+from pal.data.tables import SUFFIXES, files_in
 from pal.errors import ManifestError
 from pal.types import TagSpan
-
-SUFFIXES = frozenset([".wav", ".flac", ".mp3", ".ogg", ".oga", ".opus", ".m4a", ".webm", ".aiff", ".aif"])
 
 
 class Options(StrictConfig):
@@ -30,12 +30,13 @@ class Options(StrictConfig):
 @dataset("folder", Options)
 def folder(root: Path, options: Options) -> Iterator[Record]:
     """One record a clip: which label its folder has."""
-    clips = sorted(path for path in root.glob("*/*") if path.suffix.lower() in SUFFIXES)
+    clips = files_in(root, "*/*", SUFFIXES)
     labels = tuple(sorted({_label(path) for path in clips}))
     if len(labels) < 2:
         raise ManifestError(f"{root}: {len(labels)} folders with audio; give one folder of clips for each label")
     for path in clips:
-        place = path.relative_to(root).as_posix()
+        # one form of the letters, so that a copy by way of another system keeps ids and sides
+        place = unicodedata.normalize("NFC", path.relative_to(root).as_posix())
         share = int.from_bytes(hashlib.sha256(place.encode()).digest()[:8], "big") / 2**64
         if options.part != "all" and (share < options.test_share) != (options.part == "test"):
             continue
@@ -51,4 +52,4 @@ def folder(root: Path, options: Options) -> Iterator[Record]:
 
 
 def _label(path: Path) -> str:
-    return path.parent.name.replace("_", " ")
+    return unicodedata.normalize("NFC", path.parent.name).replace("_", " ")

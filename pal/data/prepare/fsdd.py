@@ -7,6 +7,7 @@ from pathlib import Path
 from pal.config import StrictConfig
 from pal.data.manifest import Record, Turn
 from pal.data.prepare import choose, dataset, question_for
+from pal.data.tables import files_in
 from pal.errors import ConfigError, ManifestError
 from pal.types import TagSpan
 
@@ -38,7 +39,7 @@ class Options(StrictConfig):
 def fsdd(root: Path, options: Options) -> Iterator[Record]:
     """One record a clip: which digit is spoken."""
     folder = root / "recordings" if (root / "recordings").is_dir() else root
-    clips = {path: _NAME.fullmatch(path.stem) for path in sorted(folder.glob("*.wav"))}
+    clips = {path: _NAME.fullmatch(path.stem) for path in files_in(folder, "*.wav")}
     if not clips:
         raise ManifestError(f"{folder}: no .wav files; give the folder that holds FSDD's 'recordings'")
     speakers = set()

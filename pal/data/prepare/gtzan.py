@@ -6,7 +6,7 @@ from pathlib import Path
 from pal.config import StrictConfig
 from pal.data.manifest import Record, Turn
 from pal.data.prepare import dataset, question_for
-from pal.data.tables import SUFFIXES
+from pal.data.tables import SUFFIXES, files_in
 from pal.errors import ManifestError
 from pal.types import TagSpan
 
@@ -34,7 +34,7 @@ def gtzan(root: Path, options: Options) -> Iterator[Record]:
     if folder is None:
         raise ManifestError(f"{root}: the ten folders blues to rock are not there, nor in genres/; give GTZAN's folder")
     for genre in GENRES:
-        for clip in sorted(path for path in (folder / genre).iterdir() if path.suffix.lower() in SUFFIXES):
+        for clip in files_in(folder / genre, "*", SUFFIXES):
             record_id = f"gtzan/{clip.stem}"
             yield Record(
                 id=record_id,

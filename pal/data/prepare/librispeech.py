@@ -6,7 +6,7 @@ from pathlib import Path
 from pal.config import StrictConfig
 from pal.data.manifest import Record, Turn
 from pal.data.prepare import dataset, question_for
-from pal.data.tables import find_clip
+from pal.data.tables import files_in, find_clip, lines_of
 from pal.errors import ManifestError
 
 QUESTIONS = (
@@ -30,11 +30,14 @@ def librispeech(root: Path, options: Options) -> Iterator[Record]:
     """One record an utterance, by the `*.trans.txt` of `SPLIT/SPEAKER/CHAPTER/`; answers in lower case."""
     base = root / "LibriSpeech" if (root / "LibriSpeech").is_dir() else root
     for split in (part.strip() for part in options.split.split(",")):
-        tables = sorted((base / split).glob("*/*/*.trans.txt"))
+        tables = files_in(base / split, "*/*/*.trans.txt")
         if not tables:
             raise ManifestError(f"{base / split}: no *.trans.txt two folders down; give LibriSpeech's folder")
         for table in tables:
-            for number, line in enumerate(table.read_text(encoding="utf-8").splitlines(), start=1):
+            lines = lines_of(table)
+            for number, line in enumerate(lines, start=1):
+                if number == len(lines) and not line:
+                    break  # what follows the last line feed
                 name, _, text = line.partition(" ")
                 if not text.strip():
                     raise ManifestError(f"{table}, line {number}: not an utterance's name and its words")

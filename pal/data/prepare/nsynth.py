@@ -8,7 +8,7 @@ from typing import Any, Literal
 from pal.config import StrictConfig
 from pal.data.manifest import Record, Turn
 from pal.data.prepare import dataset, question_for
-from pal.data.tables import find_clip, first_file
+from pal.data.tables import find_clip, first_file, text_of
 from pal.errors import ManifestError
 
 FAMILIES = (
@@ -50,7 +50,7 @@ def nsynth(root: Path, options: Options) -> Iterator[Record]:
         root, (f"nsynth-{options.split}/examples.json", "examples.json"), f"the folder with nsynth-{options.split}"
     )
     try:
-        notes: dict[str, dict[str, Any]] = json.loads(table.read_text(encoding="utf-8"))
+        notes: dict[str, dict[str, Any]] = json.loads(text_of(table))
     except ValueError as error:
         raise ManifestError(f"{table}: not valid JSON: {error}") from None
     key = f"instrument_{options.about}_str"
