@@ -59,10 +59,21 @@ class Tokens:
     """For each `AUDIO` in order, which clip of the batch stands there; rows may share a clip."""
     labels: list[int] | None = None
     """The id itself where it is trained, `IGNORE` elsewhere; as long as `ids`."""
+    asked: frozenset[int] | None = None
+    """Places in `ids` of clips behind which the LLM is asked what follows; None where a trained id follows. It always
+    is behind a clip that ends the conversation."""
 
     def __post_init__(self) -> None:
         assert self.ids.count(AUDIO) == len(self.clips)
         assert self.labels is None or len(self.labels) == len(self.ids)
+
+    def asks_before(self, place: int) -> bool:
+        """Whether the LLM is asked what stands at `place`, the first one behind clips."""
+        if place == len(self.ids):
+            return True
+        if self.asked is not None:
+            return place - 1 in self.asked
+        return self.labels is not None and self.labels[place] != IGNORE
 
 
 @dataclass(frozen=True)

@@ -65,7 +65,7 @@ def making(rounds: int) -> None:
     layers = range(folded.fold(llm))
     firsts = [folded.projectors.of(layer)[0] for layer in layers]
     first_XE, first_X = (torch.cat([getattr(first, name) for first in firsts]) for name in ("weight", "bias"))
-    folds = [folded.projectors.folded(layer) for layer in layers]
+    folds = [folded.projectors.folded(layer, llm) for layer in layers]
     second_LMX = torch.stack([one.weight_XM.T for one in folds])
     second_L1X = torch.stack([one.bias_X for one in folds])[:, None]
     shared = 2 * llm.kv_heads * llm.head_width

@@ -236,20 +236,27 @@ class AudioKeys:
         rope = llm.rope(self.turns_BA)
         return replace(self, built={layer: self.keys_values(layer, llm, rope) for layer in self.layers})
 
-    def pieces(self, window: int | None, positions_BQ: Tensor, beams: int) -> tuple[Piece, ...]:
+    def pieces(
+        self, window: int | None, positions_BQ: Tensor, beams: int, ahead_BQ: Tensor | None = None
+    ) -> tuple[Piece, ...]:
         """The same as `seen`, as rectangles."""
         if window is not None or self.gaps:
-            return masked(self.seen(window, positions_BQ, beams))
+            return masked(self.seen(window, positions_BQ, beams, ahead_BQ))
         far = torch.iinfo(self.positions_BA.dtype).max
         positions_BA = _expand(self.positions_BA.masked_fill(~self.mask_BA, far), beams)
-        counts_BQ = torch.searchsorted(positions_BA, positions_BQ.contiguous(), right=True)
+        reach_BQ = positions_BQ if ahead_BQ is None else positions_BQ + ahead_BQ
+        counts_BQ = torch.searchsorted(positions_BA, reach_BQ.contiguous(), right=True)
         # padding, whose position is 0, may see what it likes
         return prefixes(counts_BQ.cummax(1).values.tolist(), counts_BQ.device)
 
-    def seen(self, window: int | None, positions_BQ: Tensor, beams: int) -> Tensor:
-        """Which keys each query sees, bool [B, 1, Q, A]: the real ones at or before its position."""
+    def seen(self, window: int | None, positions_BQ: Tensor, beams: int, ahead_BQ: Tensor | None = None) -> Tensor:
+        """Which keys each query sees, bool [B, 1, Q, A]: the real ones at or before its position.
+
+        Those of `ahead_BQ` also see keys one position later, where the row stands that they predict.
+        """
         distance_BQA = positions_BQ[:, :, None] - _expand(self.positions_BA, beams)[:, None, :]
-        seen_BQA = _expand(self.mask_BA, beams)[:, None, :] & (distance_BQA >= 0)
+        reach_BQA = distance_BQA if ahead_BQ is None else distance_BQA + ahead_BQ[:, :, None]
+        seen_BQA = _expand(self.mask_BA, beams)[:, None, :] & (reach_BQA >= 0)
         return (seen_BQA if window is None else seen_BQA & (distance_BQA < window))[:, None]
 
 
@@ -262,13 +269,24 @@ class AudioContext:
     rows_BT: Tensor
     """Position ids of the prompt, which windows need when the cache holds only keys."""
     audio_rows_BT: Tensor
-    """True where a row of the sequence is audio (summary tokens)."""
+    """True where a row of the sequence is none of the text's: audio (summary tokens), or one that asks again."""
     hidden_rows: tuple[tuple[frozenset[int], Tensor], ...] = ()
     """Layers, and rows [B, T] that no other row sees there."""
     places: Places | None = None
     """What each row stands for, where that was asked for."""
     watch: Watch | None = None
     """Who is shown the attention of a forward without a cache."""
+    asks_BT: Tensor | None = None
+    """True where a row repeats the last text row behind clips, to say what follows them; None where none does."""
+
+    def asking(self, asks_BT: Tensor) -> AudioContext:
+        """The same context where some rows repeat the last text row before them, behind the clips between.
+
+        Such a row sees all that the row it repeats does, itself in that one's place, and the clips. No other row sees
+        it.
+        """
+        everywhere = frozenset(range(len(self.llm.windows)))
+        return replace(self, asks_BT=asks_BT, hidden_rows=(*self.hidden_rows, (everywhere, asks_BT)))
 
     def joined(self, layer: int) -> tuple[int, ...]:
         """Which of `keys` join the layer's own."""
@@ -313,6 +331,7 @@ class AudioContext:
             audio_rows_BT=self.audio_rows_BT.gather(1, order_BT),
             hidden_rows=tuple((layers, hidden_BT.gather(1, order_BT)) for layers, hidden_BT in self.hidden_rows),
             places=None if self.places is None else self.places.ordered(order_BT),
+            asks_BT=None if self.asks_BT is None else self.asks_BT.gather(1, order_BT),
         )
 
     def view(self, attention_mask: Tensor | None, position_ids: Tensor | None) -> AudioView:
@@ -346,6 +365,7 @@ class AudioContext:
             for layer, kind in enumerate(kinds)
             if self.joined(layer) or kind != (None, ()) or self.watch is not None
         }
+        ahead_BQ = None if self.asks_BT is None else _prompt(self.asks_BT, valid_BK, beams)[:, -position_ids.shape[1] :]
         heard = {(i, windows[layer]) for layer in range(len(windows)) for i in self.joined(layer)}
         device = position_ids.device
         autocast = torch.is_autocast_enabled(device.type)
@@ -363,11 +383,13 @@ class AudioContext:
             else None,
             keys_seen={}
             if apart and self.watch is None
-            else {(i, w): self.keys[i].seen(w, position_ids, beams) for i, w in heard},
-            keys_pieces={(i, w): self.keys[i].pieces(w, position_ids, beams) for i, w in heard} if apart else {},
+            else {(i, w): self.keys[i].seen(w, position_ids, beams, ahead_BQ) for i, w in heard},
+            keys_pieces={(i, w): self.keys[i].pieces(w, position_ids, beams, ahead_BQ) for i, w in heard}
+            if apart
+            else {},
             # a block looks at whole clips, however short the windows of the layer after it
             cross_seen=tuple(
-                None if keys.blocks is None else keys.seen(None, position_ids, beams) for keys in self.keys
+                None if keys.blocks is None else keys.seen(None, position_ids, beams, ahead_BQ) for keys in self.keys
             ),
         )
 
@@ -399,9 +421,13 @@ class AudioContext:
         if window is not None:
             distance_BQK = positions_BQ[:, :, None] - self._row_positions(K, beams)[:, None, :]
             seen_BQK = seen_BQK & (distance_BQK < window)
+        if self.asks_BT is not None:
+            text_BK = valid_BK & ~_prompt(self.audio_rows_BT, valid_BK, beams)
+            repeated_BQ = torch.where(text_BK, index_K, -1).cummax(1).values[:, -Q:]
+            asks_BQ = _prompt(self.asks_BT, valid_BK, beams)[:, -Q:]
+            seen_BQK = seen_BQK & ~(asks_BQ[:, :, None] & (index_K == repeated_BQ[:, :, None]))
         for i in hiding:
-            hidden_BK = _expand(self.hidden_rows[i][1], beams)[:, :K]
-            hidden_BK = F.pad(hidden_BK, (0, K - hidden_BK.shape[1]))
+            hidden_BK = _prompt(self.hidden_rows[i][1], valid_BK, beams)
             # a hidden row still sees itself, since a row without any key would be NaN
             seen_BQK = seen_BQK & (~hidden_BK[:, None, :] | (index_K == index_Q[:, None]))
         # padding sees everything, for the same reason; nothing ever reads it
@@ -522,6 +548,12 @@ def rotate(x_BGAC: Tensor, cos_BAC: Tensor, sin_BAC: Tensor) -> Tensor:
 def gather(table_X: Tensor, index_BT: Tensor) -> Tensor:
     """Entries [X, ...] by index -> [B, T, ...]; quicker to differentiate than `table_X[index_BT]`."""
     return table_X.index_select(0, index_BT.flatten()).unflatten(0, index_BT.shape)
+
+
+def _prompt(x_BT: Tensor, valid_BK: Tensor, beams: int) -> Tensor:
+    """What is said of the prompt's rows, for all rows so far [B, K]: False for those that were generated."""
+    x_BK = _expand(x_BT, beams)[:, : valid_BK.shape[1]]
+    return F.pad(x_BK, (0, valid_BK.shape[1] - x_BK.shape[1]))
 
 
 def _expand(x: Tensor, beams: int) -> Tensor:

@@ -26,9 +26,17 @@ class Prompts:
     rows: list[Tokens]
     clips: list[Tensor]
 
-    def numbered(self) -> list[Tokens]:
-        """The rows, each id labelled with its place among its row's ids."""
-        return [replace(row, labels=list(range(len(row.ids)))) for row in self.rows]
+    def numbered(self, asked_BT: Tensor) -> list[Tokens]:
+        """The rows, each id labelled with its place among its row's ids.
+
+        Args:
+            asked_BT: columns where it matters what follows, so that rows must hear the clips that stand there.
+        """
+        asked_BT = asked_BT & (self.ids_BT == AUDIO)
+        return [
+            replace(row, labels=list(range(len(row.ids))), asked=frozenset(flags[real].nonzero()[:, 0].tolist()))
+            for row, flags, real in zip(self.rows, asked_BT, self.real_BT, strict=True)
+        ]
 
     def places(self, inputs: LLMInputs) -> tuple[Tensor, Tensor]:
         """Which row of the LLM's sequence predicts what follows each id: [B, T], and where there is one.
@@ -45,7 +53,8 @@ class Prompts:
             columns = self.real_BT[b].nonzero()[:, 0].tolist()
             following = ends[b]
             for number in reversed(range(len(row.ids))):
-                # what predicts the id after a clip is the row before it: the clip's last, or the text's
+                # what predicts the id after a clip is the row before that one: the clip's last, the one that asks
+                # again, or else the text's
                 place = text.get(number, following - 1)
                 rows_BT[b, columns[number]] = max(place, 0)
                 has_row_BT[b, columns[number]] = place >= 0

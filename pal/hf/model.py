@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from pal import bundle
+from pal.backbone import adapters
 from pal.backbone.attention import NAME
 from pal.errors import BundleError, ConfigError, PalError
 from pal.files import move_into, strangers
@@ -151,7 +153,7 @@ class PalForConditionalGeneration(PreTrainedModel, GenerationMixin):
         """
         if not is_main_process:
             return
-        if self.pal.llm.lora is None and any("lora_" in name for name, _ in self.named_parameters()):
+        if self.pal.llm.lora is None and adapters.has_adapters(self):
             raise BundleError("the model has PEFT adapters; call merge_adapters() first, or save them alone with PEFT")
         self.pal.trained |= self._changed()
         options = self.generation_config.to_diff_dict()
@@ -178,11 +180,49 @@ class PalForConditionalGeneration(PreTrainedModel, GenerationMixin):
             return push(Path(scratch) / "bundle", repo_id, private=private)
 
     def merge_adapters(self) -> None:
-        """Fold LoRA adapters, the bundle's or those PEFT loaded, into the LLM's weights."""
+        """Fold adapters, the bundle's or those PEFT loaded, into the weights beside them."""
         self.pal.merge_adapters()
         if getattr(self, "_hf_peft_config_loaded", False):
             self._hf_peft_config_loaded = False
             del self.peft_config
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Fill in weights under the names of `state_dict()`, or under those of a bundle's file.
+
+        transformers' Trainer gives the file of a checkpoint and is content with any names. What a bundle leaves out
+        becomes again what its source has.
+
+        Raises:
+            BundleError: names or shapes of another model; in a bundle's file, weights that are missing.
+        """
+        parts = {name for name, _ in self.pal.named_children()}
+        of_bundle = any(name.split(".")[0] in parts for name in state_dict)
+        if strict and not of_bundle:
+            return super().load_state_dict(state_dict, strict, assign)
+        given = {f"pal.{name}" if name.split(".")[0] in parts else name: x for name, x in state_dict.items()}
+        own = self.state_dict()
+        for name, tensor in given.items():
+            if name not in own:
+                raise BundleError(f"weights of another model: '{name}' is none of this one's; load its own checkpoint")
+            if own[name].shape != tensor.shape:
+                raise BundleError(
+                    f"weights of another model: '{name}' has shape {tuple(tensor.shape)}, not {tuple(own[name].shape)}"
+                )
+        restored = {f"pal.{name}": x for name, x in self._left_out(own, given).items()} if of_bundle else {}
+        found = super().load_state_dict({**given, **restored}, strict=False, assign=assign)
+        if of_bundle and found.missing_keys:
+            raise BundleError(f"'{found.missing_keys[0]}' is missing in the weights; load a checkpoint of this model")
+        return found
+
+    def _left_out(self, own: Mapping[str, Tensor], given: Mapping[str, Any]) -> dict[str, Tensor]:
+        """The weights that a bundle's file leaves to their source, as the source has them."""
+        absent = {name.removeprefix("pal.") for name in own if name not in given} & set(self._digests or ())
+        changed = {name for name in absent if bundle.digest(own[f"pal.{name}"]) != (self._digests or {})[name]}
+        again = bundle.from_source(self.pal, changed) if changed else {}
+        for name, tensor in again.items():
+            if bundle.digest(tensor) != (self._digests or {})[name]:
+                raise BundleError(f"'{name}' of the source is no longer what it was; load the checkpoint by its folder")
+        return {name: again.get(name, own[f"pal.{name}"]) for name in absent}
 
     def _changed(self) -> set[str]:
         """Names in `pal` of the weights that no longer are what their source gave."""
@@ -211,8 +251,9 @@ class PalForConditionalGeneration(PreTrainedModel, GenerationMixin):
     ) -> CausalLMOutputWithPast | tuple[Tensor, ...]:
         """Logits [B, T, vocab] in the columns of `input_ids`, and the loss where there are labels.
 
-        Column t predicts id t + 1, at a clip too, whatever rows the LLM had for it. Padding, and a clip that
-        nothing stands before and that makes no rows, have logits of 0.
+        Column t predicts id t + 1, at a clip too, which it then hears, whatever rows the LLM had for it; with labels,
+        at those clips whose next id is trained, and at the last. Padding, and a clip that nothing stands before and
+        that makes no rows, have logits of 0.
 
         Args:
             input_ids: [B, T], with -1 for a clip.
@@ -232,11 +273,11 @@ class PalForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 raise PalError(f"forward takes no '{name}'; give input_ids, or use generate")
         self.pal.llm.check_ears()
         prompts = self._prompts(input_ids, attention_mask, input_values, audio_lengths)
-        # the labels of a row are copied to wherever its text goes: here they say which column it was
-        inputs = self.pal.inputs(prompts.clips, prompts.numbered(), padding_side="right")
-        rows_BT, has_row_BT = (tensor.to(self.device) for tensor in prompts.places(inputs))
         kept = slice(None) if isinstance(logits_to_keep, int) and not logits_to_keep else logits_to_keep
         kept = slice(-kept, None) if isinstance(kept, int) else kept
+        # the labels of a row are copied to wherever its text goes: here they say which column it was
+        inputs = self.pal.inputs(prompts.clips, prompts.numbered(_asked(prompts, labels, kept)), padding_side="right")
+        rows_BT, has_row_BT = (tensor.to(self.device) for tensor in prompts.places(inputs))
         logits = self.pal.llm.logits_at(inputs, rows_BT[:, kept])
         logits = logits.masked_fill(~has_row_BT[:, kept, None], 0.0)
         loss = None
@@ -322,6 +363,23 @@ class PalForConditionalGeneration(PreTrainedModel, GenerationMixin):
         module: nn.Module = self.pal.llm.lm.get_output_embeddings()
         return module
 
+    def tie_weights(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing: the LLM's head and embeddings are one matrix where they were made so."""
+
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
+    ) -> nn.Module:
+        """Give the LLM's embeddings and head another number of rows, for tokens that were added to the tokenizer.
+
+        Args:
+            new_num_tokens: rows; None leaves them.
+            pad_to_multiple_of: round up to.
+            mean_resizing: new rows are drawn around the mean of the others.
+        """
+        self.pal.llm.resize_vocab(new_num_tokens, pad_to_multiple_of=pad_to_multiple_of, mean_resizing=mean_resizing)
+        self.config.llm = self.pal.llm.lm.config.to_dict()
+        return self.get_input_embeddings()
+
     def gradient_checkpointing_enable(
         self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
     ) -> None:
@@ -333,6 +391,16 @@ class PalForConditionalGeneration(PreTrainedModel, GenerationMixin):
     def gradient_checkpointing_disable(self) -> None:
         """Keep the layers' activations."""
         self.pal.llm.checkpoint_gradients(False)
+
+
+def _asked(prompts: Prompts, labels: Tensor | None, kept: slice | Tensor) -> Tensor:
+    """The columns [B, T] of which it matters what they predict."""
+    asked_BT = torch.zeros_like(prompts.real_BT)
+    if labels is None:
+        asked_BT[:, kept if isinstance(kept, slice) else kept.cpu()] = True
+    else:
+        asked_BT[:, :-1] = labels.cpu()[:, 1:] != IGNORE
+    return asked_BT
 
 
 def _untrained(config: PalConfig) -> PalModel:

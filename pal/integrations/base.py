@@ -63,6 +63,12 @@ class Integration(nn.Module, ABC):
 
         Where there are several streams, a clip's tokens of the first come before those of the second, and so on.
 
+        The row before a text predicts its first token. Behind a clip there may be none that hears all of the clip
+        (LAL makes no rows). Where a conversation ends so, or a trained token follows, the last text row is asked
+        again: one more row with the same embedding at the clip's last position, where PLITS' last audio row stands.
+        It sees what the row it repeats saw, and the clip; no other row sees it, and later text stands where it would
+        without it. So generation, scoring and training agree, and no other row's logits depend on what is trained.
+
         Args:
             audio: the batch's clips as features, one for each stream, or as indexed before; None when no
                 row has a clip.
@@ -73,7 +79,8 @@ class Integration(nn.Module, ABC):
                 it or watches the attention to it. There is then a context wherever there is a clip.
 
         Raises:
-            PromptError: a row that is empty or names a clip that is not there.
+            PromptError: a row that is empty, names a clip that is not there, or has a clip that makes no rows and
+                no text to ask about it.
         """
         return _assemble(self._spans_of(audio, llm), rows, llm, padding_side, located)
 
@@ -189,6 +196,8 @@ class _Row:
         self.positions: list[Tensor] = []
         self.labels: list[Tensor] = []
         self.is_audio: list[Tensor] = []
+        self.asks: list[Tensor] = []
+        self.last_text: Tensor | None = None
         self.row_places = [_no_places(0)]
         nothing = torch.zeros(0, dtype=torch.long)
         self.keys = [[nothing] for _ in range(streams)]
@@ -202,8 +211,11 @@ class _Row:
         self.positions.append(torch.arange(self.next, self.next + count))
         self.labels.append(torch.full((count,), IGNORE) if labels is None else torch.tensor(labels, dtype=torch.long))
         self.is_audio.append(torch.zeros(count, dtype=torch.bool))
+        self.asks.append(torch.zeros(count, dtype=torch.bool))
         if self.located:
             self.row_places.append(_no_places(count))
+        if count:
+            self.last_text = self.table[-1][-1:]
         self.next += count
 
     def add_clip(self, clip: int, number: int, stream: int, spans: ClipSpans, rows_first: int) -> None:
@@ -216,6 +228,7 @@ class _Row:
             self.positions.append(self.next + offsets_S)
             self.labels.append(torch.full((len(offsets_S),), IGNORE))
             self.is_audio.append(torch.ones(len(offsets_S), dtype=torch.bool))
+            self.asks.append(torch.zeros(len(offsets_S), dtype=torch.bool))
             if self.located:
                 self.row_places.append(_places(stream, number, spans.layout.row_times(tokens)))
         if spans.keys is not None:
@@ -226,6 +239,22 @@ class _Row:
                 self.key_places[stream].append(_places(stream, number, spans.layout.key_times(tokens)))
         # reserved even where nothing stands, so that text after the clip has the ids PLITS would give
         self.next += spans.layout.groups(tokens) * spans.layout.span
+
+    def ask_again(self) -> None:
+        """Where the last row does not hear all before it: a row that does, at the last position reserved so far."""
+        table_T, positions_T = torch.cat(self.table), torch.cat(self.positions)
+        heard_X = torch.cat([positions_A for parts in self.key_positions for positions_A in parts])
+        if not len(table_T):
+            return  # nothing was said that could be asked
+        if int(positions_T[-1]) == self.next - 1 and not bool((heard_X > positions_T[-1]).any()):
+            return
+        self.table.append(table_T[-1:] if self.last_text is None else self.last_text)
+        self.positions.append(torch.tensor([self.next - 1]))
+        self.labels.append(torch.tensor([IGNORE]))
+        self.is_audio.append(torch.ones(1, dtype=torch.bool))
+        self.asks.append(torch.ones(1, dtype=torch.bool))
+        if self.located:
+            self.row_places.append(_no_places(1))
 
 
 def _assemble(
@@ -257,6 +286,7 @@ def _assemble(
     context = None
     if any(spans.keys is not None or located for spans in streams) and any(row.clips for row in rows):
         audio_rows_BT, _ = _stack([torch.cat(row.is_audio) for row in laid], left, fill=False)
+        asks_BT, _ = _stack([torch.cat(row.asks) for row in laid], left, fill=False)
         context = AudioContext(
             llm=llm,
             keys=tuple(
@@ -268,6 +298,8 @@ def _assemble(
             audio_rows_BT=audio_rows_BT.to(device),
             places=_stacked_places([row.row_places for row in laid], left, device) if located else None,
         )
+        if bool(asks_BT.any()):
+            context = context.asking(asks_BT.to(device))
     return LLMInputs(
         inputs_embeds_BTD=gather(table_XD, table_BT.to(device)),
         position_ids_BT=positions_BT.to(device),
@@ -330,6 +362,8 @@ def _lay_out(
     clips = enumerate(row.clips)
     start = 0
     for end in [*(i for i, token in enumerate(row.ids) if token == AUDIO), len(row.ids)]:
+        if start and (end > start or end == len(row.ids)) and row.asks_before(start):
+            laid.ask_again()
         laid.add_text(text_first, end - start, None if row.labels is None else row.labels[start:end])
         text_first += end - start
         start = end + 1
@@ -340,7 +374,7 @@ def _lay_out(
             for stream, spans in enumerate(streams):
                 laid.add_clip(clip, number, stream, spans, rows_first[stream])
     if not sum(len(part) for part in laid.table):
-        raise PromptError("a conversation needs some text")
+        raise PromptError("a conversation needs some text to ask about its clips; put some before or after them")
     return laid
 
 

@@ -19,7 +19,7 @@ class ProjectedKeys:
 
     def keys_values(self, layer: int) -> tuple[Tensor, Tensor]:
         """Keys before RoPE and values, each [U, G, A, C]."""
-        folded = self._projectors.folded(layer)
+        folded = self._projectors.folded(layer, self._llm)
         if folded is not None:
             return self._llm.folded_kv(layer, folded, self._projectors.inside(layer)(self._x_UAE))
         return self._llm.project_kv(layer, self._projectors.of(layer)(self._x_UAE))

@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 from torch import nn
 
 from pal.backbone.cost import Cost, LayerAdded, Step, linear, project_kv, total
-from pal.backbone.folded import FoldedKV
+from pal.backbone.folded import FoldedKV, unhooked
 from pal.backbone.llm import Backbone
 from pal.config import StrictConfig
 
@@ -106,18 +106,24 @@ class LayerProjectors(nn.ModuleDict):
         """Fold each layer's norm and projections into P's last linear layer, where that pays; number of layers."""
         self._folds = {}
         for layer in layers:
-            whole = self.of(layer)
-            last = whole[-1] if isinstance(whole, nn.Sequential) else whole
-            assert isinstance(last, nn.Linear)
-            folded = llm.fold_kv(layer, last)
+            last = self._last(layer)
+            folded = None if last is None else llm.fold_kv(layer, last)
             if folded is not None:
                 self._folds[layer] = folded
         return len(self._folds)
 
-    def folded(self, layer: int) -> FoldedKV | None:
-        """What `fold` made for a layer, as long as no gradients are needed and no weight has changed since."""
+    def folded(self, layer: int, llm: Backbone) -> FoldedKV | None:
+        """What `fold` made for a layer, if no gradients are needed and all it was made of still is what it was."""
         found = None if torch.is_grad_enabled() else self._folds.get(layer)
-        return found if found is not None and found.fresh() else None
+        last = None if found is None else self._last(layer)
+        return found if found is not None and last is not None and llm.holds(layer, found, last) else None
+
+    def _last(self, layer: int) -> nn.Module | None:
+        """The last linear layer of P; None where P is no longer what was made here, or is hooked as a whole."""
+        whole = self.of(layer)
+        if type(whole) is nn.Sequential and unhooked(whole):
+            return whole[-1]
+        return whole if type(whole) is nn.Linear else None
 
     def cost(self, step: Step, tokens: int, llm: Backbone, layers: Sequence[int]) -> dict[int, LayerAdded]:
         """What `ProjectedKeys` of clips of so many tokens adds to each of the layers."""

@@ -200,7 +200,7 @@ def _memory(model: PalModel, row: Tokens, features: Sequence[AudioFeatures]) -> 
             parameter.requires_grad_(name.startswith("integration."))
         with torch.enable_grad():
             measured = saved_bytes(
-                lambda: model.llm.loss(model.integration(fixed, [row], model.llm))[0],
+                lambda: model.llm.loss(model.place(fixed, [row]))[0],
                 [*model.parameters(), *model.buffers()],
             )
     finally:

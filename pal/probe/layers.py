@@ -203,7 +203,7 @@ def _prompt(model: PalModel, question: str, clips: list[int]) -> Tokens:
 def _text_rows(model: PalModel, streams: list[AudioFeatures] | None, tokens: list[Tokens]) -> dict[str, list[Tensor]]:
     """`last`, and with audio `after` and `before`, by layer: float32 [B, D] each. All prompts have the same text."""
     ids = tokens[0].ids
-    inputs = model.integration(streams, tokens, model.llm, "left")
+    inputs = model.place(streams, tokens, "left")
     mask_BT = inputs.attention_mask_BT
     # with padding on the left, text behind the audio is the end of every sequence and text before it the start of its
     # real rows, whatever an integration puts between them

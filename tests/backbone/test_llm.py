@@ -62,10 +62,10 @@ def test_a_loss_per_answer_is_the_sum_of_their_means():
     ]
     inputs = integration(features(5, 8), rows, llm)
     log_p = llm(inputs).logits.log_softmax(-1)
-    # the columns of the text rows, in which lal has no audio
-    first = -(log_p[0, 0, 7] + log_p[0, 1, 8]) / 2
-    second = -log_p[0, 3, 9]
-    third = -(log_p[1, 0, 9] + log_p[1, 1, 11] + log_p[1, 2, 12]) / 3
+    # the columns of the text rows; before the first answers one that asks again behind the clip
+    first = -(log_p[0, 1, 7] + log_p[0, 2, 8]) / 2
+    second = -log_p[0, 4, 9]
+    third = -(log_p[1, 1, 9] + log_p[1, 2, 11] + log_p[1, 3, 12]) / 3
     total, answers = llm.loss(inputs, per="answer")
     assert answers == 3
     torch.testing.assert_close(total, first + second + third)

@@ -122,6 +122,17 @@ def conversation(ids, clips=(0, 1), labels=None):
 def expected_logits(llm, integration, row, audio, keys=True, rows=True, decoder=None):
     """The reference's logits of a conversation's text rows."""
     decoder = decoder or Decoder(llm.lm.config, llm.lm.state_dict())
+    return decoder.logits(_scene(decoder, integration, row, audio, keys, rows))
+
+
+def expected_next(llm, integration, row, audio, first):
+    """The reference's logits [N + 1, vocabulary] of what follows `row.ids[:first]`, and then each later id."""
+    decoder = Decoder(llm.lm.config, llm.lm.state_dict())
+    scene = _scene(decoder, integration, row, audio, asked=(first,))
+    return decoder.every(scene)[-(len(row.ids) - first + 1) :]
+
+
+def _scene(decoder, integration, row, audio, keys=True, rows=True, asked=()):
     weights = [route.state_dict() for route in integration.routes()]
     streams = [
         Stream(type(route).__name__, own, getattr(route, "layers", ()), STRIDE)
@@ -129,7 +140,7 @@ def expected_logits(llm, integration, row, audio, keys=True, rows=True, decoder=
     ]
     heard = audio if isinstance(audio, list) else [audio]
     clips = [[features.x_BAE[clip][features.mask_BA[clip]] for features in heard] for clip in row.clips]
-    return decoder.logits(lay_out(streams, row.ids, clips, decoder.embed, keys, rows))
+    return lay_out(streams, row.ids, clips, decoder.embed, keys, rows, asked)
 
 
 def text_rows(llm, integration, row, inputs, logits_BTV, at):

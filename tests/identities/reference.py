@@ -23,6 +23,8 @@ class Scene:
     """Flamingo's clips: (weights, layers, position, features [A, E])"""
     updated: list = field(default_factory=list)
     """Clips of audio queries: (layers, position, u [A, D])"""
+    asks: dict = field(default_factory=dict)
+    """Number of a row that asks again behind clips -> number of the text row that it repeats."""
 
 
 def mlp(weights, prefix, x):
@@ -42,17 +44,26 @@ class Stream:
     stride: int
 
 
-def lay_out(streams, ids, clips, embed, keys=True, rows=True):
+def lay_out(streams, ids, clips, embed, keys=True, rows=True, asked=()):
     """Put a conversation's text and clips at the positions of DESIGN section 1, step by step.
 
     clips: for each placeholder, in order, the features [A, E] of each stream, without padding.
     keys=False or rows=False leaves that half of the hybrid out; positions stay.
+    asked: places in `ids` before which a row must have heard all clips; it is one that repeats the last text
+    where the last stream makes no rows.
     """
     scene = Scene()
     p = 0
     clips = list(clips)
-    for token in ids:
+    said = None
+    for number, token in enumerate([*ids, None]):
+        if number in asked and ids[number - 1] == AUDIO and streams[-1].method not in ("PLITS", "PAL"):
+            scene.asks[len(scene.rows)] = said
+            scene.rows.append((scene.rows[said][0], p - 1, False))
+        if token is None:
+            break
         if token != AUDIO:
+            said = len(scene.rows)
             scene.rows.append((embed(token), p, True))
             p += 1
             continue
@@ -115,6 +126,7 @@ class Decoder:
         self.C = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         self.hidden = lambda layer, which: torch.zeros(0, dtype=torch.bool)
         """What no other entity sees in a layer: of "rows", "keys" or "crossed", True for each that is hidden."""
+        self.asks = {}
         self.weights = {}
         """Layer -> softmax of the rows over rows, then keys [H, N, K]; "crossed" and layer -> those of a block."""
 
@@ -181,6 +193,9 @@ class Decoder:
                 seen[torch.arange(len(x)) != number, number] = False
             if extra and len(hidden[1]):
                 seen[:, len(x) :] &= ~hidden[1]
+            for ask, repeated in self.asks.items():
+                seen[torch.arange(len(x)) != ask, ask] = False
+                seen[ask, repeated] = False
         groups = q.shape[1] // k.shape[1]
         out, weights = [], []
         for head in range(q.shape[1]):
@@ -204,7 +219,9 @@ class Decoder:
             turns += range(len(a))
         k, v = self.rope(torch.cat(k), torch.tensor(turns), layer), torch.cat(v)
         q = (layer_norm(w, block + "norm", x) @ w[block + "q.weight"].T).view(len(x), -1, width)
-        seen = positions[:, None] >= torch.tensor(at)[None]
+        reach = positions.clone()
+        reach[list(self.asks)] += 1
+        seen = reach[:, None] >= torch.tensor(at)[None]
         hidden = self.hidden(layer, "crossed")
         if len(hidden):
             seen = seen & ~hidden
@@ -232,9 +249,13 @@ class Decoder:
 
     def logits(self, scene):
         """Logits [text rows, vocabulary] of a scene's text, in order."""
+        return self.every(scene)[torch.tensor([is_text for _, _, is_text in scene.rows])]
+
+    def every(self, scene):
+        """Logits [rows, vocabulary] of all rows, in order."""
+        self.asks = scene.asks
         x = torch.stack([row.double() for row, _, _ in scene.rows])
         positions = torch.tensor([position for _, position, _ in scene.rows])
-        text = torch.tensor([is_text for _, _, is_text in scene.rows])
         for layer in range(self.c.num_hidden_layers):
             p = f"model.layers.{layer}."
             crossed = [clip for clip in scene.crossed if layer in clip[1]]
@@ -259,4 +280,4 @@ class Decoder:
                 x = x + a
                 x = x + self.mlp(layer, self.norm(p + "post_attention_layernorm", x))
         head = self.w.get("lm_head.weight", self.w["model.embed_tokens.weight"])
-        return (self.norm("model.norm", x) @ head.T)[text]
+        return self.norm("model.norm", x) @ head.T
