@@ -1,0 +1,105 @@
+"""The chunks of Apple's Core Audio files (`.caf`)."""
+
+import struct
+
+from pal.audio.declared import Declared, DecodeError
+from pal.audio.samples import Samples, cut, is_placeholder, no_length, pcm
+
+_FLOAT, _LITTLE = 1, 2
+_LAWS = {b"ulaw": "ULAW", b"alaw": "ALAW"}
+_CONVERT = "convert it: ffmpeg -i IN OUT.wav"
+_UNKNOWN = (1 << 64) - 1
+"""The size -1, which the last chunk may have while it is being written."""
+
+
+def declared(data: bytes) -> Declared:
+    """Read the description, the packet table and the place of the data.
+
+    Facts are those of Apple's Core Audio Format specification 1.0: sizes are signed 64-bit numbers, the data begin with
+    a count of edits of four bytes.
+
+    Raises:
+        DecodeError: cut, or a codec that is not read.
+    """
+    if len(data) < 8 or data[4:6] != b"\0\1":
+        raise DecodeError("it is a CAF file of a version that is not known", _CONVERT)
+    chunks: dict[bytes, tuple[int, int]] = {}
+    start = 8
+    while start + 12 <= len(data):
+        name = data[start : start + 4]
+        (size,) = struct.unpack_from(">Q", data, start + 4)
+        start += 12
+        chunks.setdefault(name, (start, size))
+        if name == b"data" and is_placeholder(size, len(data) - start):
+            break  # to the end of the file
+        start += size
+    if b"desc" not in chunks or b"data" not in chunks:
+        raise DecodeError("it is cut or damaged: it has no description of its sound, or no sound")
+    at, size = chunks[b"desc"]
+    if size < 32 or at + 32 > len(data):
+        raise DecodeError("it is cut in its description")
+    rate, codec, flags, packet_bytes, packet_frames, channels, bits = struct.unpack_from(">d4sIIIII", data, at)
+    if not (rate > 0 and rate == int(rate)):
+        raise DecodeError(f"its rate of {rate} Hz is no whole number", _CONVERT)
+    start, size = chunks[b"data"]
+    held = len(data) - start
+    doubt = None
+    if is_placeholder(size, held):
+        size, doubt = held, no_length(size - (size == _UNKNOWN) * (1 << 64), held)
+    elif size > held:
+        raise cut(size, held)
+    if codec == b"alac":
+        if doubt is not None or b"pakt" not in chunks:
+            raise DecodeError("its packet table is missing, without which ALAC cannot be read")
+        return _alac(data, chunks, int(rate), channels)
+    if codec == b"lpcm":
+        subtype = {32: "FLOAT", 64: "DOUBLE"}.get(bits, "") if flags & _FLOAT else pcm(bits)
+    elif codec in _LAWS:
+        subtype = _LAWS[codec]
+    else:
+        shown = "".join(chr(byte) if 32 <= byte < 127 else "?" for byte in codec).strip()
+        raise DecodeError(f"it is a CAF file whose codec is not read ({shown})", _CONVERT)
+    samples = Samples(int(rate), channels, subtype, "LITTLE" if flags & _LITTLE else "BIG")
+    if not subtype or packet_frames != 1 or packet_bytes != samples.align:
+        raise DecodeError(
+            f"its description contradicts itself: {channels} channels of {bits} bits, {packet_bytes} bytes a sample"
+        )
+    return samples.declared(data, start + 4, max(0, size - 4), doubt)
+
+
+def _alac(data: bytes, chunks: dict[bytes, tuple[int, int]], rate: int, channels: int) -> Declared:
+    """Packets of ALAC, whose number of samples stands in the packet table.
+
+    libsndfile wants the depth of the samples in the flags, where Apple puts it and FFmpeg does not; the decoder's own
+    configuration ("kuki") has it, too, in a newer and an older layout.
+    """
+    start, size = chunks[b"pakt"]
+    if size < 24 or start + size > len(data):
+        raise DecodeError("it is cut in its packet table")
+    packets, frames = struct.unpack_from(">qq", data, start)
+    (per_packet,) = struct.unpack_from(">I", data, chunks[b"desc"][0] + 20)
+    if frames == packets * per_packet > 0:  # FFmpeg does not say what the last one lacks, which says so itself
+        frames += (
+            _last_packet(data, data[start + 24 : start + size], packets, chunks[b"data"][0] + 4, per_packet)
+            - per_packet
+        )
+    at, size = chunks.get(b"kuki", (0, 0))
+    config = data[at : at + size]
+    depth = config[24 + 5 : 24 + 6] if config[4:8] == b"frma" else config[5:6]
+    flags = {b"\x10": 1, b"\x14": 2, b"\x18": 3, b"\x20": 4}.get(depth)
+    if flags is None:
+        raise DecodeError("its ALAC sound has no configuration that is known", _CONVERT)
+    place = chunks[b"desc"][0] + 12
+    return Declared(frames, rate, channels, payload=data[:place] + struct.pack(">I", flags) + data[place + 4 :])
+
+
+def _last_packet(data: bytes, table: bytes, packets: int, start: int, whole: int) -> int:
+    """Samples in the last packet: a bit of its header says that it is not whole, and the number follows it."""
+    sizes = [0]
+    for byte in table:
+        sizes[-1] = sizes[-1] << 7 | byte & 0x7F
+        if byte < 0x80:
+            sizes.append(0)
+    start += sum(sizes[: packets - 1])
+    header = int.from_bytes(data[start : start + 7].ljust(7, b"\0"), "big")
+    return header >> 1 & 0xFFFFFFFF if header >> 36 & 1 else whole

@@ -1,0 +1,104 @@
+"""Which reader knows a file by its first bytes, and the names of what is not read."""
+
+from collections.abc import Callable
+
+from pal.audio import aiff, au, caf, nist, rare, riff, w64
+from pal.audio.declared import Declared, DecodeError
+
+_CONVERT = "convert it: ffmpeg -i IN OUT.wav"
+_RIFF = (b"RIFF", b"RIFX", b"RF64", b"BW64")
+_UNREAD = (
+    (b"wvpk", "a WavPack file"),
+    (b"MAC ", "a Monkey's Audio file"),
+    (b"TTA1", "a True Audio file"),
+    (b"TTA2", "a True Audio file"),
+    (b"MPCK", "a Musepack file"),
+    (b"MP+", "a Musepack file"),
+    (b"OFR ", "an OptimFROG file"),
+    (b"tBaK", "a TAK file"),
+    (b"ajkg", "a Shorten file"),
+    (b"\x30\x26\xb2\x75\x8e\x66\xcf\x11", "a WMA (ASF) file"),
+    (b"#!AMR", "an AMR file"),
+    (b"#!SILK", "a SILK file"),
+    (b"\x02#!SILK", "a SILK file"),
+    (b"\x0b\x77", "an AC-3 file"),
+    (b"\x7f\xfe\x80\x01", "a DTS file"),
+    (b"DSD ", "a DSD (DSF) file"),
+    (b"FRM8", "a DSD (DSDIFF) file"),
+    (b".RMF", "a RealMedia file"),
+    (b".ra\xfd", "a RealAudio file"),
+    (b"FLV\x01", "a Flash video"),
+    (b"\0\0\x01\xba", "an MPEG programme stream"),
+    (b"\x64\xa3", "an IRCAM file"),
+    (b"\0\0\xa3\x64", "an IRCAM file"),
+    (b" paf", "an Ensoniq PARIS (PAF) file"),
+    (b"fap ", "an Ensoniq PARIS (PAF) file"),
+    (b"PVF1\n", "a Portable Voice (PVF) file"),
+    (b"Extended Instrument:", "a FastTracker instrument (XI)"),
+    (b"MATLAB 5.0 MAT-file", "a MATLAB file"),
+    (b"\0\0\x03\xe8", "a MATLAB 4 file"),
+    (b"\0\0\0\0\x01\0\0\0\x01\0\0\0", "a MATLAB 4 file"),
+    (b"\xf0\x7e", "a MIDI sample dump"),
+    (b"\x01\x04", "an Akai MPC 2000 file"),
+    (b"MThd", "a MIDI file, which holds notes and no sound"),
+    (b"PK\x03\x04", "a zip archive"),
+    (b"\x1f\x8b", "a gzip archive"),
+    (b"<!DOCTYPE", "a web page"),
+    (b"<!doctype", "a web page"),
+    (b"<html", "a web page"),
+    (b"version https://git-lfs", "a pointer of Git LFS"),
+)
+"""First bytes, and what begins so."""
+_REMEDIES = {
+    "a zip archive": "unpack it",
+    "a gzip archive": "unpack it",
+    "a web page": "download the file itself",
+    "a pointer of Git LFS": "fetch the file: git lfs pull",
+    "a MIDI file, which holds notes and no sound": "give a recording",
+    "a MATLAB file": "write its samples as WAV: soundfile.write",
+    "a MATLAB 4 file": "write its samples as WAV: soundfile.write",
+}
+
+
+def reader(data: bytes) -> Callable[[bytes], Declared] | None:
+    """The reader of a container of uncompressed sound; None where it is none."""
+    form = data[8:12]
+    if data[:4] in _RIFF and form == b"WAVE":
+        return riff.declared
+    if data[:4] == b"FORM" and form in (b"AIFF", b"AIFC"):
+        return aiff.declared
+    if data[:4] in (b".snd", b"dns."):
+        return au.declared
+    if data[:4] == b"caff":
+        return caf.declared
+    if data[:16] == w64.RIFF:
+        return w64.declared
+    if data[:8] == b"NIST_1A\n":
+        return nist.declared
+    if data[:4] == b"FORM" and form in (b"8SVX", b"16SV"):
+        return rare.svx
+    for start, read in ((rare.VOC, rare.voc), (rare.WVE, rare.wve), (b"2BIT", rare.avr)):
+        if data.startswith(start):
+            return read
+    return rare.htk if rare.is_htk(data) else None
+
+
+def named(data: bytes) -> DecodeError | None:
+    """The error for a file whose first bytes name a kind that is not read; None where they name none."""
+    if data[:4] == b"RIFF" and len(data) > 11:
+        return _named("an AVI video" if data[8:12] == b"AVI " else "a RIFF file that is no WAV")
+    for start, name in _UNREAD:
+        if data[: len(start)] == start:
+            return _named(name)
+    return None
+
+
+def unread(data: bytes) -> DecodeError:
+    """The error for a file that no reader knows."""
+    if not data[:].strip(b"\0"):
+        return DecodeError("it holds zeros only", "fetch it again")
+    return DecodeError("it is no WAV, FLAC, MP3, Ogg, Opus, AIFF, AU, CAF, m4a or webm file", _CONVERT)
+
+
+def _named(name: str) -> DecodeError:
+    return DecodeError(f"it is {name}, which is not read", _REMEDIES.get(name, _CONVERT))

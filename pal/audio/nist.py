@@ -1,0 +1,42 @@
+"""The header of NIST SPHERE files, in which TIMIT and other corpora of speech are distributed (often as `.wav`)."""
+
+import re
+
+from pal.audio.declared import Declared, DecodeError
+from pal.audio.samples import Samples, cut, pcm
+
+_LAWS = {"ulaw": "ULAW", "mu-law": "ULAW", "mulaw": "ULAW", "alaw": "ALAW", "a-law": "ALAW"}
+
+
+def declared(data: bytes) -> Declared:
+    """Read the lines "name -type value" of the header, whose own length stands in its second line.
+
+    Raises:
+        DecodeError: cut, without the fields that say how samples are stored, or compressed (shorten).
+    """
+    found = re.match(rb"NIST_1A\n *(\d{1,7})\n", data[:32])
+    if found is None:
+        raise DecodeError("its NIST header is damaged")
+    start = int(found[1])
+    lines = data[found.end() : start].decode("latin-1").split("end_head")[0].splitlines()
+    fields = {words[0]: words[2] for line in lines if len(words := line.split(None, 2)) == 3}
+    coding = fields.get("sample_coding", "pcm").strip()
+    if coding not in _LAWS and coding != "pcm":
+        shown = coding if coding.isprintable() and len(coding) < 40 else "unknown"
+        what = f"it is a NIST SPHERE file whose codec is not read ({shown})"
+        raise DecodeError(what, "convert it: sph2pipe IN OUT.wav")
+    rate, channels = _number(fields, "sample_rate"), _number(fields, "channel_count", 1)
+    frames, width = _number(fields, "sample_count"), _number(fields, "sample_n_bytes", 1 if coding in _LAWS else 2)
+    subtype = _LAWS[coding] if coding in _LAWS else pcm(8 * width)
+    order = "LITTLE" if fields.get("sample_byte_format", "").strip() == "01" else "BIG"
+    samples = Samples(rate, channels, subtype, order)
+    if start + frames * samples.align > len(data):
+        raise cut(frames * samples.align, max(0, len(data) - start))
+    return samples.declared(data, start, frames * samples.align)
+
+
+def _number(fields: dict[str, str], name: str, default: int | None = None) -> int:
+    value = fields.get(name, "" if default is None else str(default)).strip()
+    if not re.fullmatch(r"\d{1,12}", value):
+        raise DecodeError(f"its NIST header gives no {name}")
+    return int(value)

@@ -1,0 +1,52 @@
+"""The chunks of Sony's Wave64 files (`.w64`): WAV with 128-bit names and 64-bit sizes."""
+
+import struct
+
+from pal.audio import wave_format
+from pal.audio.declared import Declared, DecodeError
+from pal.audio.samples import is_placeholder, no_length
+
+RIFF = b"riff\x2e\x91\xcf\x11\xa5\xd6\x28\xdb\x04\xc1\x00\x00"
+_TAIL = b"\xf3\xac\xd3\x11\x8c\xd1\x00\xc0\x4f\x8e\xdb\x8a"
+_HEAD = 24
+"""Bytes of a chunk's name and size; the size counts them."""
+
+
+def declared(data: bytes) -> Declared:
+    """Read the format chunk and find the data; chunks begin at multiples of eight bytes.
+
+    Raises:
+        DecodeError: cut, without format or data, or a codec that is not read.
+    """
+    if data[24:40] != b"wave" + _TAIL:
+        raise DecodeError("its Wave64 header is cut or damaged")
+    start = 40
+    fmt: wave_format.Format | None = None
+    while start + _HEAD <= len(data):
+        name, (size,) = data[start : start + 16], struct.unpack_from("<Q", data, start + 16)
+        start += _HEAD
+        held = len(data) - start
+        if name == b"data" + _TAIL:
+            if fmt is None:
+                raise DecodeError("it has no format chunk before its data")
+            return _sound(data, start, size, held, fmt)
+        if size < _HEAD or size - _HEAD > held:
+            break
+        size -= _HEAD
+        if name == b"fmt " + _TAIL:
+            fmt = wave_format.read(data[start : start + size], "<")
+        start += -(-size // 8) * 8
+    raise DecodeError("it is cut or damaged: it has no data chunk")
+
+
+def _sound(data: bytes, start: int, size: int, held: int, fmt: wave_format.Format) -> Declared:
+    if size <= _HEAD and held > 0:
+        return fmt.declared(data, start, held, no_length(0, held))
+    if any(is_placeholder(claim, held) for claim in (size, size - _HEAD)):
+        return fmt.declared(data, start, held, no_length(size, held))
+    if size - _HEAD > held:
+        raise DecodeError(f"it is cut: its data chunk claims {size - _HEAD} bytes, the file holds {held}")
+    size = max(0, size - _HEAD)
+    if fmt.samples is not None and size % 8 == 0:
+        size -= size % fmt.align if size % fmt.align < 8 else 0  # FFmpeg counts the padding
+    return fmt.declared(data, start, size)

@@ -1,0 +1,134 @@
+"""The format chunk of WAV and W64 files: which codec, and how its samples or blocks are stored."""
+
+import struct
+from dataclasses import dataclass
+
+from pal.audio import mpeg
+from pal.audio.declared import Declared, DecodeError
+from pal.audio.samples import Samples, pcm
+
+_PCM, _FLOAT, _ALAW, _MULAW, _EXTENSIBLE = 1, 3, 6, 7, 0xFFFE
+_MPEG = (0x50, 0x55)
+"""Layers I and II, and layer III."""
+_BLOCKS = {0x02: 7, 0x11: 4, 0x31: 65}
+"""Microsoft's and IMA's ADPCM and GSM 6.10, which code many samples in one block, and the least number of its bytes
+for each channel."""
+_UNREAD = {
+    0x05: "IBM CVSD", 0x10: "OKI ADPCM", 0x14: "G.723", 0x20: "Yamaha ADPCM", 0x22: "TrueSpeech",
+    0x28: "LPC10", 0x38: "NMS ADPCM", 0x40: "G.721", 0x42: "G.723.1",
+    0x45: "G.726", 0x64: "G.726", 0x65: "G.722", 0x69: "Voxware", 0x92: "Dolby AC-3", 0xFF: "AAC", 0x130: "Sipro ACELP",
+    0x160: "WMA 1", 0x161: "WMA 2", 0x162: "WMA Pro", 0x163: "WMA Lossless", 0x270: "ATRAC3", 0x1600: "AAC",
+    0x1601: "AAC", 0x1602: "AAC", 0x1610: "AAC", 0x2000: "AC-3", 0x2001: "DTS", 0x566F: "Vorbis", 0x674F: "Vorbis",
+    0x6750: "Vorbis", 0x6751: "Vorbis", 0x676F: "Vorbis", 0x6770: "Vorbis", 0x6771: "Vorbis", 0x704F: "Opus",
+    0xA109: "Speex", 0xF1AC: "FLAC",
+}  # fmt: skip
+"""Names of codecs that are found in WAV files and not read."""
+_USUAL = frozenset(
+    unit * factor for unit in (8_000, 11_025) for factor in (1, 2, 4, 8, 16)
+) | {12_000, 24_000, 48_000, 96_000, 192_000}  # fmt: skip
+"""Rates in use, Hz."""
+
+
+@dataclass(frozen=True)
+class Format:
+    """One format chunk."""
+
+    tag: int
+    channels: int
+    rate: int
+    align: int
+    """Bytes of a block, or of one sample of all channels."""
+    chunk: bytes
+    """As it stands in the file."""
+    order: str
+    """">" or "<" for struct."""
+    samples: Samples | None
+    """Where samples are stored by themselves, not in blocks."""
+
+    def declared(self, data: bytes, start: int, size: int, doubt: str | None = None) -> Declared:
+        """What `size` bytes of sound from `start` hold.
+
+        Raises:
+            DecodeError: they hold no whole number of samples, or what the reader of MPEG audio raises.
+        """
+        if self.samples is not None:
+            return self.samples.declared(data, start, size, doubt)
+        sound = data[start : start + size]
+        if self.tag in _MPEG:
+            inside = mpeg.declared(sound)
+            return inside if doubt is None else Declared(**{**vars(inside), "doubt": doubt})
+        head = b"WAVEfmt " + struct.pack(self.order + "I", len(self.chunk)) + self.chunk
+        head += b"data" + struct.pack(self.order + "I", size)
+        riff = b"RIFF" if self.order == "<" else b"RIFX"
+        plain = riff + struct.pack(self.order + "I", len(head) + size) + head + sound
+        return Declared(None, self.rate, self.channels, payload=plain, doubt=doubt)
+
+
+def read(chunk: bytes, order: str) -> Format:
+    """Read the fields, which repeat each other: one may be wrong where the others agree.
+
+    Args:
+        chunk: its content.
+        order: ">" or "<", as struct names the byte order.
+
+    Raises:
+        DecodeError: too short, contradicting itself, or a codec that is not read.
+    """
+    if len(chunk) < 16:
+        raise DecodeError("its format chunk is too short")
+    tag, channels, rate, byte_rate, align, bits = struct.unpack_from(order + "HHIIHH", chunk)
+    if tag == _EXTENSIBLE:
+        if len(chunk) < 40:
+            raise DecodeError("its extensible format chunk is too short")
+        (tag,) = struct.unpack_from(order + "H", chunk, 24)
+    if not channels:
+        raise DecodeError("its 0 channels are not 1 to 8")
+    if tag in _MPEG:
+        return Format(tag, channels, rate, align, chunk, order, None)
+    if tag in _BLOCKS:
+        per_block = struct.unpack_from(order + "H", chunk, 18)[0] if len(chunk) >= 20 else 0
+        _check_blocks(tag, channels, rate, byte_rate, align, per_block)
+        return Format(tag, channels, rate, align, chunk, order, None)
+    if tag == _FLOAT and bits in (32, 64):
+        subtype = "FLOAT" if bits == 32 else "DOUBLE"
+    elif tag in (_ALAW, _MULAW):
+        subtype = "ALAW" if tag == _ALAW else "ULAW"
+    elif tag == _PCM:
+        subtype = pcm(bits, unsigned_8=True)
+    elif tag == _FLOAT:
+        raise DecodeError(f"its floating-point samples of {bits} bits are of no known kind")
+    else:
+        codec = f"{_UNREAD[tag]}, format {tag}" if tag in _UNREAD else f"format {tag}"
+        raise DecodeError(f"it is a WAV file whose codec is not read ({codec})", "convert it: ffmpeg -i IN OUT.wav")
+    samples = Samples(rate, channels, subtype, "BIG" if order == ">" else "LITTLE")
+    _check(samples, bits, byte_rate, align)
+    return Format(tag, channels, rate, samples.align, chunk, order, samples)
+
+
+def _check(samples: Samples, bits: int, byte_rate: int, align: int) -> None:
+    """Refuse a header of which one cannot say which field is wrong.
+
+    Bytes a second and bytes a sample follow from the other fields, and players ignore them. Where both say the same
+    other thing, it is rather the number of channels or bits that is wrong; where bytes a second fit a rate in use and
+    the rate is none, it is the rate.
+    """
+    rate = samples.rate
+    both_other = align != samples.align and byte_rate == rate * align and align > 0
+    implied = byte_rate / samples.align
+    rate_other = rate not in _USUAL and implied in _USUAL and align == samples.align
+    if both_other or rate_other:
+        raise DecodeError(
+            f"its format chunk contradicts itself: {samples.channels} channels of {bits} bits at {rate} Hz"
+            f" are not {align} bytes a sample and {byte_rate} a second"
+        )
+
+
+def _check_blocks(tag: int, channels: int, rate: int, byte_rate: int, align: int, per_block: int) -> None:
+    """The same for blocks; `per_block` is the number of samples in each, where the chunk tells (0 where not)."""
+    if channels > (1 if tag == 0x31 else 2):
+        raise DecodeError(f"its {channels} channels are too many for its codec (format {tag})")
+    if align < _BLOCKS[tag] * channels:
+        raise DecodeError(f"its blocks of {align} bytes are too small for its codec (format {tag})")
+    implied = byte_rate * per_block / align  # bytes a second are rounded
+    if per_block and rate not in _USUAL and any(abs(usual - implied) <= per_block / align for usual in _USUAL):
+        raise DecodeError(f"its format chunk contradicts itself: {rate} Hz are not {byte_rate} bytes a second")
