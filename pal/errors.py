@@ -15,6 +15,10 @@ class PalError(ValueError):
         super().__init__(shortened(str(message), _LONGEST))
 
 
+class AudioWarning(UserWarning):
+    """A clip whose end could not be checked, taken as far as it goes because that was asked for."""
+
+
 class AudioError(PalError):
     """Audio that cannot be used; names the file, the fault and the remedy."""
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from functools import lru_cache
 from pathlib import Path
 from threading import Lock
@@ -27,7 +28,7 @@ from pal import audio
 from pal.digest import digest
 from pal.ears import Ears
 from pal.encoders.base import Encoder
-from pal.errors import AudioError, BundleError
+from pal.errors import AudioError, AudioWarning, BundleError
 from pal.files import sha256, write_bytes
 from pal.types import Heard
 
@@ -72,8 +73,11 @@ class FeatureCache:
         self._name = lru_cache(maxsize=1 << 16)(lambda path, size, changed: sha256(Path(path)))
         self._open({str(i): _test_frames(encoder) for i, encoder in enumerate(encoders)})
 
-    def __call__(self, path: str) -> Heard:
+    def __call__(self, path: str, read_to_end: bool = False) -> Heard:
         """One clip; encoded where the folder does not have it yet.
+
+        With `read_to_end`, one whose end cannot be known is taken as far as it goes, with an `AudioWarning`, under a
+        name of its own.
 
         Raises:
             AudioError: a file that cannot be used.
@@ -84,12 +88,14 @@ class FeatureCache:
             name = self._name(path, status.st_size, status.st_mtime_ns)
         except OSError as error:
             raise AudioError(f"{path}: it cannot be read ({error.strerror}); check the path") from None
+        if read_to_end:
+            name += "-to-end"
         entry = self.folder / name[:2] / f"{name}.safetensors"
         if not entry.exists():
             # One after the other: the loading threads share the encoders' device, and may meet the same new clip.
             with self._encoding:
                 if not entry.exists():
-                    self._add(entry, name, path)
+                    self._add(entry, name, path, read_to_end)
         # Read back even when just made, so that a clip's first visit has what all others have.
         return self._read(entry, name)
 
@@ -114,8 +120,11 @@ class FeatureCache:
                 f"{self.folder}: holds features of {difference}; give the cache another folder, or delete this one"
             )
 
-    def _add(self, entry: Path, name: str, path: str) -> None:
-        samples_N = audio.load(path, self.ears.sampling_rate).samples_N
+    def _add(self, entry: Path, name: str, path: str, read_to_end: bool) -> None:
+        wave = audio.load(path, self.ears.sampling_rate, read_to_end=read_to_end)
+        if wave.note is not None:
+            warnings.warn(f"{wave.name}: {wave.note}", AudioWarning, stacklevel=2)
+        samples_N = wave.samples_N
         device = next(self.ears.encoders.parameters()).device
         assert not any(encoder.training for encoder in self.ears.encoders), "an encoder in training mode"
         with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bf16"):

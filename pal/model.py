@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -21,7 +22,7 @@ from pal.backbone.llm import Backbone, Per
 from pal.backbone.sources import load_tokenizer
 from pal.data.prompts import Conversation, encode, end_of_answer, user_turn
 from pal.ears import Ears, check_ears
-from pal.errors import ConfigError, PromptError
+from pal.errors import AudioWarning, ConfigError, PromptError
 from pal.integrations.routed import build_integration
 from pal.model_config import ModelConfig
 from pal.registry import check
@@ -58,6 +59,8 @@ class Answer:
     """Audio tokens that the integration was given."""
     seconds: dict[str, float] = field(default_factory=dict)
     """Time of each step: encode, prefill, generate."""
+    notes: tuple[str, ...] = ()
+    """With `read_to_end`: clips whose length could not be checked, each with the reason."""
 
 
 class PalModel(nn.Module):
@@ -275,15 +278,27 @@ class PalModel(nn.Module):
         return sum(route.fold(self.llm) for route in self.integration.routes())
 
     @torch.inference_mode()
-    def index(self, audio: Any, allow_urls: bool = False) -> AudioKV:
-        """A clip's audio as the keys and values of all injected layers, made once for many questions."""
+    def index(self, audio: Any, allow_urls: bool = False, read_to_end: bool = False) -> AudioKV:
+        """A clip's audio as the keys and values of all injected layers, made once for many questions.
+
+        The options are those of `ask`.
+        """
         if isinstance(audio, AudioKV):
             audio.check(self.digest)
             return audio
-        wave = audio_io.read_clip(audio, self.sampling_rate, allow_urls=allow_urls)
+        wave = audio_io.read_clip(audio, self.sampling_rate, allow_urls=allow_urls, read_to_end=read_to_end)
+        _warn(_notes([wave]))
         return self.integration.index(self.features([wave.samples_N]), self.llm, self.digest, [wave.seconds_given])
 
-    def ask(self, audio: Any, question: Any, stream: bool = False, allow_urls: bool = False, **options: Any) -> Any:
+    def ask(
+        self,
+        audio: Any,
+        question: Any,
+        stream: bool = False,
+        allow_urls: bool = False,
+        read_to_end: bool = False,
+        **options: Any,
+    ) -> Any:
         """Answer questions about audio.
 
         Args:
@@ -293,6 +308,8 @@ class PalModel(nn.Module):
                 `<audio>` where each clip stands.
             stream: yield the text of a single answer piece by piece.
             allow_urls: follow http, https and file addresses of clips.
+            read_to_end: take clips whose end cannot be known, such as a WAV written to a stream, as far as they go;
+                an `AudioWarning` says which.
             options: transformers' generation options, such as `max_new_tokens` or `do_sample`.
 
         Returns:
@@ -305,7 +322,8 @@ class PalModel(nn.Module):
             PromptError: clips and placeholders do not match.
         """
         single, clips, rows = self._conversations(audio, question)
-        loaded, _ = self._load(clips, allow_urls)
+        loaded, _, notes = self._load(clips, allow_urls, read_to_end)
+        _warn(notes)
         if stream:
             if len(rows) != 1:
                 raise PromptError("stream=True takes one conversation; ask the others one by one")
@@ -315,11 +333,17 @@ class PalModel(nn.Module):
 
     @torch.inference_mode()
     def ask_detailed(
-        self, audio: Any, question: Any, max_new_tokens: int = 64, allow_urls: bool = False, **options: Any
+        self,
+        audio: Any,
+        question: Any,
+        max_new_tokens: int = 64,
+        allow_urls: bool = False,
+        read_to_end: bool = False,
+        **options: Any,
     ) -> list[Answer]:
         """As `ask`, with seconds used, audio tokens and the time of each step; always a list."""
         _, clips, rows = self._conversations(audio, question)
-        loaded, seconds = self._load(clips, allow_urls)
+        loaded, seconds, notes = self._load(clips, allow_urls, read_to_end)
         start = time.perf_counter()
         clips_heard: Any = loaded
         used = seconds
@@ -348,21 +372,27 @@ class PalModel(nn.Module):
                 audio_seconds_used=sum(used[clip] for clip in row.clips),
                 audio_tokens=sum(tokens[clip] for clip in row.clips),
                 seconds=timings,
+                notes=notes,
             )
             for text, row in zip(texts, rows, strict=True)
         ]
 
-    def _load(self, clips: list[Any], allow_urls: bool) -> tuple[list[Tensor] | list[AudioKV], list[float]]:
-        """Waveforms (or indexed clips, if all are) and the seconds of each."""
+    def _load(
+        self, clips: list[Any], allow_urls: bool, read_to_end: bool
+    ) -> tuple[list[Tensor] | list[AudioKV], list[float], tuple[str, ...]]:
+        """Waveforms (or indexed clips, if all are), the seconds of each, and what could not be checked."""
         if clips and all(isinstance(clip, AudioKV) for clip in clips):
             for clip in clips:
                 clip.check(self.digest)
-            return clips, [clip.seconds for clip in clips]
+            return clips, [clip.seconds for clip in clips], ()
         if any(isinstance(clip, AudioKV) for clip in clips):
-            indexed = [self.index(clip, allow_urls) for clip in clips]
-            return indexed, [clip.seconds for clip in indexed]
-        waves = [audio_io.read_clip(clip, self.sampling_rate, allow_urls=allow_urls) for clip in clips]
-        return [wave.samples_N for wave in waves], [wave.seconds_given for wave in waves]
+            indexed = [self.index(clip, allow_urls, read_to_end) for clip in clips]
+            return indexed, [clip.seconds for clip in indexed], ()
+        waves = [
+            audio_io.read_clip(clip, self.sampling_rate, allow_urls=allow_urls, read_to_end=read_to_end)
+            for clip in clips
+        ]
+        return [wave.samples_N for wave in waves], [wave.seconds_given for wave in waves], _notes(waves)
 
     def _conversations(self, audio: Any, question: Any) -> tuple[bool, list[Any], list[Tokens]]:
         """Whether one plain answer is wanted, the clips, and the conversations about them."""
@@ -441,6 +471,15 @@ class PalModel(nn.Module):
         from pal import bundle
 
         return bundle.load(path)
+
+
+def _notes(waves: Sequence[audio_io.Waveform]) -> tuple[str, ...]:
+    return tuple(f"{wave.name}: {wave.note}" for wave in waves if wave.note is not None)
+
+
+def _warn(notes: Sequence[str]) -> None:
+    for line in notes:
+        warnings.warn(line, AudioWarning, stacklevel=3)
 
 
 def _trains(layer: nn.Module, part: nn.Module) -> bool:

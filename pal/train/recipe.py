@@ -67,6 +67,8 @@ class Source(StrictConfig):
     """Options of `pal.data.augment.Augment`."""
     optional: bool = False
     """Leave the source out, with a line in the log, where its files are missing."""
+    read_to_end: bool = False
+    """Take clips whose end cannot be known (a WAV written to a stream) as far as they go, with a warning for each."""
 
     @model_validator(mode="after")
     def _one_origin(self) -> Source:
@@ -273,7 +275,11 @@ class Recipe(StrictConfig):
 
     def settings(self) -> dict[str, Any]:
         """What decides the result, as plain JSON; `keep` and `notes` do not."""
-        return self.model_dump(mode="json", exclude={"keep", "notes"})
+        settings = self.model_dump(mode="json", exclude={"keep", "notes"})
+        for source in settings["data"].values():
+            if not source["read_to_end"]:
+                del source["read_to_end"]  # so that runs of versions without the key go on
+        return settings
 
     @property
     def digest(self) -> str:

@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 from torch import Tensor
@@ -96,7 +96,7 @@ class StageData:
                 raise ConfigError(f"data '{name}': no record is left by 'tasks' and 'datasets'")
             seconds = None
             if batch.by_length:
-                seconds = _GroupSeconds(manifests[name], groups)
+                seconds = _GroupSeconds(manifests[name], groups, source.read_to_end)
             pools.append(Pool(groups, source.weight, source.repeat, seconds))
         if not pools:
             raise ConfigError(f"stage '{self.stage.name}': every data source of it is missing")
@@ -129,7 +129,8 @@ class StageData:
                 augment if objective.with_audio else None,
                 with_audio=objective.with_audio,
                 system=model.config.system,
-                hear=hear,
+                hear=None if hear is None else partial(hear, read_to_end=source.read_to_end),
+                read_to_end=source.read_to_end,
             )
             collator.cache = waveforms
             self._collators.append(collator)
@@ -179,11 +180,11 @@ def in_turns(records: Sequence[Record], turns: int) -> list[Record]:
 class _GroupSeconds:
     """Length of a group's audio: that of its first record's clips."""
 
-    def __init__(self, manifest: Manifest, groups: Sequence[Sequence[int]]) -> None:
-        self.manifest, self.groups = manifest, groups
+    def __init__(self, manifest: Manifest, groups: Sequence[Sequence[int]], read_to_end: bool) -> None:
+        self.manifest, self.groups, self.read_to_end = manifest, groups, read_to_end
 
     def __call__(self, index: int) -> float:
-        return sum(_seconds(path) for path in self.manifest[self.groups[index][0]].clips)
+        return sum(_seconds(path, self.read_to_end) for path in self.manifest[self.groups[index][0]].clips)
 
 
 def _groups(manifest: Manifest, source: Source, grouped: bool) -> Sequence[Sequence[int]]:
@@ -201,8 +202,8 @@ def _groups(manifest: Manifest, source: Source, grouped: bool) -> Sequence[Seque
 
 
 @cache
-def _seconds(path: str) -> float:
-    return audio.seconds(path)
+def _seconds(path: str, read_to_end: bool) -> float:
+    return audio.seconds(path, read_to_end=read_to_end)
 
 
 class _Singles(Sequence[Sequence[int]]):

@@ -97,10 +97,10 @@ def test_records_that_cannot_be_tokenised_are_bad(good, make_tokenizer):
 def test_interruption_keeps_what_is_known(good, monkeypatch):
     load = pal.audio.load
 
-    def interrupted(source, rate):
+    def interrupted(source, rate, **options):
         if Path(source).name == "b.wav":
             raise KeyboardInterrupt
-        return load(source, rate)
+        return load(source, rate, **options)
 
     monkeypatch.setattr(pal.audio, "load", interrupted)
     report = check(good)
