@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import tempfile
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,7 @@ from transformers.processing_utils import ProcessorMixin
 from pal.audio import is_list, read_clip
 from pal.data import prompts
 from pal.data.manifest import PLACEHOLDER
-from pal.errors import ConfigError, PromptError
+from pal.errors import AudioWarning, ConfigError, PromptError
 from pal.files import MANIFEST, amend, verify
 from pal.hf.chats import read_chat
 from pal.hf.inputs import stack_prompts
@@ -126,7 +127,8 @@ class PalProcessor(ProcessorMixin):
             images: none.
             videos: none.
             kwargs: `sampling_rate` of bare arrays, `padding`, `padding_side`, `max_length` (at least so wide, with
-                `padding="max_length"`), `return_tensors` ("pt" or "np"), `allow_urls`.
+                `padding="max_length"`), `return_tensors` ("pt" or "np"), `allow_urls`, `read_to_end` (clips whose end
+                cannot be known are taken as far as they go, with an `AudioWarning` each).
 
         Raises:
             PromptError: clips and places differ in number, or something would have to be cut.
@@ -227,9 +229,10 @@ class PalProcessor(ProcessorMixin):
             raise PromptError("nothing is cut, since half a conversation has another answer; shorten it yourself")
         source_rate = given.pop("sampling_rate", None)
         allow_urls = bool(given.pop("allow_urls", self.allow_urls))
+        read_to_end = bool(given.pop("read_to_end", False))
         unknown = [name for name, value in given.items() if value is not None]
         if unknown:
-            known = "padding, padding_side, max_length, return_tensors, sampling_rate, allow_urls"
+            known = "padding, padding_side, max_length, return_tensors, sampling_rate, allow_urls, read_to_end"
             raise PromptError(f"the processor does not know '{unknown[0]}'; known: {known}")
         if kind not in ("pt", "np") or side not in ("left", "right"):
             raise PromptError(f"return_tensors '{kind}', padding_side '{side}'; give pt or np, left or right")
@@ -238,10 +241,12 @@ class PalProcessor(ProcessorMixin):
         width = width if padding == "max_length" and width else 0
         if width and any(len(row.ids) > width for row in rows):
             raise PromptError(f"a conversation has more than max_length {width} ids, and nothing is cut; raise it")
-        waves = [
-            read_clip(clip, self.sampling_rate, source_rate=source_rate, allow_urls=allow_urls).samples_N
-            for clip in clips
-        ]
+        door = {"source_rate": source_rate, "allow_urls": allow_urls, "read_to_end": read_to_end}
+        heard = [read_clip(clip, self.sampling_rate, **door) for clip in clips]
+        for wave in heard:
+            if wave.note is not None:
+                warnings.warn(f"{wave.name}: {wave.note}", AudioWarning, stacklevel=2)
+        waves = [wave.samples_N for wave in heard]
         ids_BT, mask_BT = stack_prompts(rows, self._pad(), side, width)
         data = {"input_ids": ids_BT, "attention_mask": mask_BT}
         if masks:
