@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -11,10 +12,11 @@ import typer
 from typer.core import TyperGroup
 
 from pal.app import ablating, evaluating, reporting
-from pal.app.options import AllowUrls, AsJson, Exclude, Folds, Settings, Speakers
+from pal.app.data import data_app
+from pal.app.options import AllowUrls, AsJson, ReadToEnd
 from pal.app.output import note, one_line, print_json, shows_progress
 from pal.app.probing import probe_app
-from pal.errors import ConfigError, PalError, PromptError
+from pal.errors import AudioWarning, ConfigError, PalError, PromptError
 
 if TYPE_CHECKING:
     from pal.train.recipe import Recipe
@@ -48,7 +50,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Ears for language models: ask questions about audio, train and compare the ways to attach it.",
 )
-data_app = typer.Typer(no_args_is_help=True, help="Make and check manifests.")
 app.add_typer(data_app, name="data")
 app.add_typer(probe_app, name="probe")
 
@@ -77,6 +78,7 @@ def ask(
     model: Model = "tiny",
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 64,
     allow_urls: AllowUrls = False,
+    read_to_end: ReadToEnd = False,
     as_json: AsJson = False,
 ) -> None:
     """Answer a question about audio files, or about a FILE.safetensors that `pal index` wrote."""
@@ -95,8 +97,12 @@ def ask(
     if len(audio) > 1 and "<audio>" not in question:
         question = "<audio>" * len(audio) + question
     load_seconds = time.perf_counter() - started
-    answer = loaded.ask_detailed(audio, question, max_new_tokens=max_new_tokens, allow_urls=allow_urls)[0]
+    answer = loaded.ask_detailed(
+        audio, question, max_new_tokens=max_new_tokens, allow_urls=allow_urls, read_to_end=read_to_end
+    )[0]
     if not as_json:
+        for line in answer.notes:
+            note(line)
         typer.echo(answer.text)
         return
     print_json(
@@ -108,6 +114,7 @@ def ask(
             "audio_seconds_used": answer.audio_seconds_used,
             "audio_tokens": answer.audio_tokens,
             "seconds": {"load": load_seconds, **answer.seconds},
+            "notes": list(answer.notes),
         }
     )
 
@@ -118,6 +125,7 @@ def index(
     out: Annotated[Path, typer.Option("--out", "-o", help="The .safetensors file to write.")],
     model: Model = "tiny",
     allow_urls: AllowUrls = False,
+    read_to_end: ReadToEnd = False,
     as_json: AsJson = False,
 ) -> None:
     """Make a clip's keys and values once, for many questions (models with LAL)."""
@@ -125,13 +133,20 @@ def index(
         raise typer.BadParameter(f"'{out}' must end in .safetensors", param_hint="--out")
     import pal
 
-    clip = pal.load(model).index(audio, allow_urls)
+    loaded = pal.load(model)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", AudioWarning)
+        clip = loaded.index(audio, allow_urls, read_to_end)
+    notes = [str(warning.message) for warning in caught if issubclass(warning.category, AudioWarning)]
     out.parent.mkdir(parents=True, exist_ok=True)
     clip.save(out)
     seconds, tokens, size = clip.seconds, clip.tokens, out.stat().st_size
     if as_json:
-        print_json({"out": str(out), "audio_seconds": seconds, "audio_tokens": tokens, "bytes": size})
+        about = {"out": str(out), "audio_seconds": seconds, "audio_tokens": tokens, "bytes": size, "notes": notes}
+        print_json(about)
     else:
+        for line in notes:
+            note(line)
         typer.echo(f"{out}: {seconds:.1f} s of audio, {tokens} tokens, {size:,} bytes")
 
 
@@ -358,73 +373,6 @@ def push(
         print_json(pushed.to_dict())
     else:
         typer.echo(f"{pushed.url}: {len(pushed.files)} files, {pushed.size:,} bytes")
-
-
-@data_app.command("prepare")
-def data_prepare(
-    name: Annotated[
-        str, typer.Argument(help="The data set, such as esc50, clotho or librispeech; an unknown one lists all.")
-    ],
-    root: Annotated[Path, typer.Option("--root", help="Its folder.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="The manifest to write, .jsonl.")],
-    folds: Folds = None,
-    speakers: Speakers = None,
-    exclude: Exclude = None,
-    settings: Settings = None,
-    as_json: AsJson = False,
-) -> None:
-    """Write the manifest of a data set that is on this machine."""
-    from pal.app.benchmarks import options_of
-    from pal.data.manifest import Manifest
-    from pal.data.prepare import prepare
-
-    options = options_of(settings or [], folds=folds, speakers=speakers, exclude=exclude)
-    count = len(Manifest(prepare(name, root, out, **options)))
-    if as_json:
-        print_json({"out": str(out), "records": count})
-    else:
-        typer.echo(f"{out}: {count} records")
-
-
-@data_app.command("synth")
-def data_synth(
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write.")],
-    scenes: Annotated[int, typer.Option(min=1, help="How many.")] = 1000,
-    seed: Annotated[int, typer.Option(help="The same seed gives the same scenes.")] = 0,
-    as_json: AsJson = False,
-) -> None:
-    """Make scenes of known sounds, with questions and answers."""
-    from pal.data.manifest import Manifest
-    from pal.data.synth import synthesise
-
-    manifest = synthesise(out, scenes=scenes, seed=seed)
-    count = len(Manifest(manifest))
-    if as_json:
-        print_json({"manifest": str(manifest), "scenes": scenes, "records": count})
-    else:
-        typer.echo(f"{manifest}: {scenes} scenes, {count} records")
-
-
-@data_app.command("check")
-def data_check(
-    file: Annotated[Path, typer.Argument(help="A manifest: .jsonl, or LTU's .json.")],
-    root: Annotated[Path | None, typer.Option("--root", help="Root of its audio paths.")] = None,
-    tokenizer: Annotated[
-        str, typer.Option(help="Whose tokens to show: a bundle, a folder or a Hub id; 'tiny' ships with the package.")
-    ] = "tiny",
-    as_json: AsJson = False,
-) -> None:
-    """Read every clip of a manifest; list the bad ones and show what a model would be trained on."""
-    from transformers import AutoTokenizer
-
-    import pal
-    from pal.data.check import check
-
-    source = str(pal.SHIPPED) if tokenizer == "tiny" else tokenizer
-    report = check(file, AutoTokenizer.from_pretrained(source), root=root, progress=shows_progress())
-    typer.echo(report.to_json() if as_json else report.to_text())
-    if not report.ok:
-        raise typer.Exit(1)
 
 
 def _clip(path: str) -> Any:

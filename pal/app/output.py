@@ -11,7 +11,12 @@ import typer
 
 def print_json(value: Any) -> None:
     """JSON on stdout."""
-    typer.echo(json.dumps(value, indent=1, ensure_ascii=False))
+    text = json.dumps(value, indent=1, ensure_ascii=False)
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # half a surrogate pair, as in the name of a file that is not UTF-8
+        text = json.dumps(value, indent=1)
+    typer.echo(text)
 
 
 def note(text: str) -> None:

@@ -1,8 +1,18 @@
-"""Random changes to a training clip, with its tags kept true.
+"""Random changes to a training clip that leave its labels true.
 
-Each option is off until it is given. Changes happen in the order of the fields. They never change
-what sounds, but some change what is right to say of it: `crop_seconds`, `pad_seconds` and `time_shift`
-move events (no "when" questions then), `speed` moves pitches, `gain_db` moves levels.
+Each option is off until it is given. Changes happen in the order of the fields. What they may do to a sound is bounded,
+so that a label never stays without its sound, whatever the clip:
+
+- What cuts (`crop_seconds`, and `time_shift` without `wrap`) needs to know when every label sounds, and is refused
+  where one has no time. A timed tag moves with its sound, and is dropped exactly where its sound is gone.
+- What filters (`eq_db`, `lowpass`) lowers no frequency by more than 12 and `KEPT_DB` decibels.
+- What moves pitches (`speed`, `warp`) goes no further than that each 20 ms keep a tenth of their energy (`KEPT_DB`)
+  below half the rate. It can still take a high sound away that something much louder covers.
+- `gain_db` leaves a clip above `QUIETEST_DB`, and `noise_db` stays below the quietest tag (`LEAST_NOISE_DB` below the
+  clip where labels have no times; a sound that is quieter than the clip by more is then covered).
+
+Some change what is right to say all the same: `pad_seconds` and `time_shift` move events (no "when" questions then, and
+with `wrap` none of their order), `speed` moves pitches, `gain_db` moves levels.
 """
 
 from __future__ import annotations
@@ -19,13 +29,24 @@ from pydantic import AfterValidator, Field
 from torch import Tensor
 
 from pal.config import StrictConfig
+from pal.errors import ConfigError
 from pal.types import TagSpan
 
 Tags = list[TagSpan] | None
 Samples = NDArray[np.float32]
 
 SHORTEST_TAG = 0.05
-"""Seconds of a tag that must be left after a cut, else nothing of it can be heard and it is dropped."""
+"""Seconds of a tag that a cut leaves at least, if it leaves any: less cannot be heard."""
+KEPT_DB = 10.0
+"""Decibels that a change may take of a sound: of what a cut leaves, of what is above a low-pass, of what moves up."""
+GONE_DB = 40.0
+"""What is so much below a tag's loud parts is not its sound any more."""
+QUIETEST_DB = -70.0
+"""Loudness below full scale under which no clip is brought."""
+LEAST_NOISE_DB = 10.0
+"""Signal-to-noise ratio that noise stays above where labels have no times."""
+TRIES = 30
+"""Places that are drawn for a cut until each tag is either gone or well heard; the clip is left whole after that."""
 
 
 def _ascending(pair: tuple[float, float]) -> tuple[float, float]:
@@ -36,7 +57,11 @@ def _ascending(pair: tuple[float, float]) -> tuple[float, float]:
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Real = Annotated[float, Field(allow_inf_nan=False)]
+_Speed = Annotated[float, Field(ge=0.5, le=2)]
+_Ratio = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Range = Annotated[tuple[Real, Real], AfterValidator(_ascending)]
+Speeds = Annotated[tuple[_Speed, _Speed], AfterValidator(_ascending)]
+Ratios = Annotated[tuple[_Ratio, _Ratio], AfterValidator(_ascending)]
 PositiveRange = Annotated[tuple[Positive, Positive], AfterValidator(_ascending)]
 
 
@@ -52,33 +77,53 @@ class Augment:
 
         probability: float = Field(1.0, gt=0, le=1)
         """How often each change is made, each by itself."""
-        speed: PositiveRange | None = None
-        """Play so many times faster, as in [0.9, 1.1]; pitch and formants move along."""
+        speed: Speeds | None = None
+        """Play so many times faster, as in [0.9, 1.1]; pitch and formants move along. From 0.5 to 2, and less fast
+        where a sound would leave the band."""
         crop_seconds: Positive | None = None
-        """Keep a random piece of this length of a longer clip."""
+        """Keep a random piece of this length of a longer clip. Only with objective 'tags' and tags that all have
+        times: an answer, or a label without a time, may be about what is cut off. No tag is left too short or too
+        faint to be heard; a clip without such a piece stays whole."""
         pad_seconds: Positive | None = None
         """Place a shorter clip at a random time in a silent window of this length."""
         time_shift: Positive | None = None
-        """Move by up to so many seconds either way."""
+        """Move by up to so many seconds either way. Without `wrap` it cuts, and needs what `crop_seconds` needs."""
         wrap: bool = False
-        """What `time_shift` moves out at one end comes in at the other, instead of silence."""
+        """What `time_shift` moves out at one end comes in at the other, instead of silence: nothing is lost."""
         warp: Annotated[float, Field(gt=0, lt=0.5)] | None = None
-        """Stretch the spectrum by up to this share either way, as another length of the vocal tract would."""
-        eq_db: Positive | None = None
-        """Filter by a smooth random curve of up to so many decibels either way, as another microphone would."""
+        """Stretch the spectrum by up to this share either way, as another length of the vocal tract would; less far
+        where a sound would leave the band."""
+        eq_db: Annotated[float, Field(gt=0, le=12)] | None = None
+        """Filter by a smooth random curve of up to so many decibels either way, at most 12, as another microphone
+        would."""
         lowpass: PositiveRange | None = None
-        """Remove what is above a frequency drawn between these, in Hz."""
+        """Lower what is above a frequency drawn between these, in Hz, by 10 dB: a sound gets dull there, not lost."""
         gain_db: Range | None = None
-        """Make louder by so many decibels, less where peaks would pass full scale."""
-        noise_db: Range | None = None
-        """Add noise, of a colour between white and brown, at this signal-to-noise ratio in decibels."""
+        """Make louder by so many decibels, less where peaks would pass full scale or the clip -70 dB of it."""
+        noise_db: Ratios | None = None
+        """Add noise, of a colour between white and brown, at this signal-to-noise ratio in decibels, 0 or more. The
+        signal is the quietest of the tags; where labels have no times it is the clip, and the ratio at least 10."""
+
+        @property
+        def cuts(self) -> str | None:
+            """The option that may cut a sound out of the clip, if there is one."""
+            if self.crop_seconds is not None:
+                return "crop_seconds"
+            return "time_shift" if self.time_shift is not None and not self.wrap else None
 
     def __init__(self, config: Config) -> None:
         self.config = config
 
     def __call__(self, samples_N: Tensor, rate: int, rng: np.random.Generator, tags: Tags) -> tuple[Tensor, Tags]:
-        """Change one clip."""
+        """Change one clip.
+
+        Raises:
+            ConfigError: it may cut out what a label without a time is about.
+        """
         c = self.config
+        untimed = _untimed(tags)
+        if c.cuts is not None and untimed is not None:
+            raise ConfigError(f"augment: {cut_fault(c.cuts, untimed)}")
         x_N: Samples = samples_N.detach().cpu().numpy().astype(np.float32)  # astype copies
         if not len(x_N):
             return samples_N.clone(), tags
@@ -91,7 +136,7 @@ class Augment:
             if option is not None and self._chosen(rng):
                 x_N, tags = change(x_N, rate, rng, tags)
         if c.warp is not None and self._chosen(rng):
-            x_N = warp(x_N, float(np.exp(rng.uniform(-1, 1) * np.log1p(c.warp))))
+            x_N = warp(x_N, _held_in_band(x_N, rate, float(np.exp(rng.uniform(-1, 1) * np.log1p(c.warp)))))
         if c.eq_db is not None and self._chosen(rng):
             x_N = equalise(x_N, rng.uniform(-c.eq_db, c.eq_db, 9))
         if c.lowpass is not None and self._chosen(rng):
@@ -99,10 +144,15 @@ class Augment:
         if c.gain_db is not None and self._chosen(rng):
             peak = float(np.abs(x_N).max())
             gain = 10 ** (rng.uniform(*c.gain_db) / 20)
+            if peak > 0:
+                gain = max(gain, min(1.0, 10 ** (QUIETEST_DB / 20) / loudness(x_N, rate)))
             # a clip that is already past full scale may become quieter, never louder
             x_N = x_N * np.float32(min(gain, max(1.0, 1 / peak)) if peak > 0 else gain)
         if c.noise_db is not None and self._chosen(rng):
-            x_N = x_N + noise(rng, len(x_N), loudness(x_N, rate) * 10 ** (-rng.uniform(*c.noise_db) / 20))
+            ratio_db = rng.uniform(*c.noise_db)
+            if untimed is not None:
+                ratio_db = max(ratio_db, LEAST_NOISE_DB)
+            x_N = x_N + noise(rng, len(x_N), _quietest(x_N, rate, tags) * 10 ** (-ratio_db / 20))
         return torch.from_numpy(np.ascontiguousarray(x_N)), tags
 
     def _chosen(self, rng: np.random.Generator) -> bool:
@@ -110,7 +160,7 @@ class Augment:
 
     def _speed(self, x_N: Samples, rate: int, rng: np.random.Generator, tags: Tags) -> tuple[Samples, Tags]:
         assert self.config.speed is not None
-        speed = float(np.exp(rng.uniform(*np.log(self.config.speed))))
+        speed = _held_in_band(x_N, rate, float(np.exp(rng.uniform(*np.log(self.config.speed)))))
         faster_N = np.asarray(soxr.resample(x_N, rate * speed, rate, quality="QQ"), np.float32)
         if not len(faster_N):
             return x_N, tags
@@ -119,9 +169,13 @@ class Augment:
     def _crop(self, x_N: Samples, rate: int, rng: np.random.Generator, tags: Tags) -> tuple[Samples, Tags]:
         assert self.config.crop_seconds is not None
         length = max(1, round(self.config.crop_seconds * rate))
-        first = int(rng.integers(0, max(0, len(x_N) - length) + 1))
-        piece_N = x_N[first : first + length]
-        return piece_N, moved(tags, lambda t: t - first / rate, len(piece_N) / rate)
+        for _ in range(TRIES):
+            first = int(rng.integers(0, max(0, len(x_N) - length) + 1))
+            piece_N = x_N[first : first + length]
+            left = _left(x_N, rate, tags, first, first + len(piece_N))
+            if left is not None:
+                return piece_N, _later(left, -first / rate, len(piece_N) / rate)
+        return x_N, tags
 
     def _pad(self, x_N: Samples, rate: int, rng: np.random.Generator, tags: Tags) -> tuple[Samples, Tags]:
         assert self.config.pad_seconds is not None
@@ -129,27 +183,59 @@ class Augment:
         first = int(rng.integers(0, length - len(x_N) + 1))
         window_N = np.zeros(length, np.float32)
         window_N[first : first + len(x_N)] = x_N
-        return window_N, moved(tags, lambda t: t + first / rate, length / rate)
+        return window_N, _later(tags, first / rate, length / rate)
 
     def _shift(self, x_N: Samples, rate: int, rng: np.random.Generator, tags: Tags) -> tuple[Samples, Tags]:
         assert self.config.time_shift is not None
         most = min(round(self.config.time_shift * rate), len(x_N) - 1)
-        by = int(rng.integers(-most, most + 1))
         seconds = len(x_N) / rate
-        shifted_N = np.roll(x_N, by)
-        once = moved(tags, lambda t: t + by / rate, seconds)
-        if not self.config.wrap:
-            shifted_N[slice(0, by) if by >= 0 else slice(by, None)] = 0
-            return shifted_N, once
-        # the part of a tag that left at one end is at the other
-        around = moved(tags, lambda t: t + by / rate - np.sign(by) * seconds, seconds)
-        if once is not None and around is not None:
-            once = once + [tag for tag in around if tag.start is not None]
-        return shifted_N, once
+        if self.config.wrap:
+            by = int(rng.integers(-most, most + 1))
+            return np.roll(x_N, by), _around(tags, by / rate, seconds)
+        for _ in range(TRIES):
+            by = int(rng.integers(-most, most + 1))
+            left = _left(x_N, rate, tags, max(0, -by), len(x_N) - max(0, by))
+            if left is not None:
+                shifted_N = np.roll(x_N, by)
+                shifted_N[slice(0, by) if by >= 0 else slice(by, None)] = 0
+                return shifted_N, _later(left, by / rate, seconds)
+        return x_N, tags
+
+
+def cut_fault(option: str, label: str) -> str:
+    """What is wrong with a cut where `label`, in words, has no time."""
+    remedy = "set 'wrap: true'" if option == "time_shift" else "crop files beforehand"
+    return (
+        f"'{option}' may cut out what {label} is about, and nothing says when that sounds; use it with objective "
+        f"'tags' and tags that have start and end, {remedy}, or leave it out"
+    )
+
+
+def _untimed(tags: Tags) -> str | None:
+    """What of the labels has no time, in words; None where all have."""
+    if tags is None:
+        return "the clip's label"
+    return next((f"the label '{tag.label}'" for tag in tags if tag.start is None or tag.end is None), None)
 
 
 def moved(tags: Tags, move: Callable[[float], float], seconds: float) -> Tags:
-    """Tags whose times went through `move`, cut to a clip of `seconds`; those without both times stay as they are."""
+    """Tags whose times went through `move`, within a clip of `seconds`; those without both times stay as they are."""
+    if tags is None:
+        return None
+    return [
+        tag
+        if tag.start is None or tag.end is None
+        else replace(tag, start=_within(move(tag.start), seconds), end=_within(move(tag.end), seconds))
+        for tag in tags
+    ]
+
+
+def _later(tags: Tags, by: float, seconds: float) -> Tags:
+    return moved(tags, lambda t: t + by, seconds)
+
+
+def _around(tags: Tags, by: float, seconds: float) -> Tags:
+    """Tags after all samples moved by `by` seconds, and those that left at one end came in at the other."""
     if tags is None:
         return None
     out = []
@@ -157,11 +243,74 @@ def moved(tags: Tags, move: Callable[[float], float], seconds: float) -> Tags:
         if tag.start is None or tag.end is None:
             out.append(tag)
             continue
-        start, end = max(0.0, float(move(tag.start))), min(seconds, float(move(tag.end)))
-        # a tag that was shorter than the limit from the start must stay whole to stay
-        if end - start >= min(SHORTEST_TAG, 0.999 * (float(move(tag.end)) - float(move(tag.start)))) and end > start:
-            out.append(replace(tag, start=start, end=end))
+        # the part of a tag that left at one end is at the other
+        places = [(tag.start + move, tag.end + move) for move in (by, by - float(np.sign(by)) * seconds)]
+        inside = [(_within(start, seconds), _within(end, seconds)) for start, end in dict.fromkeys(places)]
+        pieces = [piece for piece in inside if piece[1] > piece[0]] or inside[:1]
+        out += [replace(tag, start=start, end=end) for start, end in pieces]
     return out
+
+
+def _within(t: float, seconds: float) -> float:
+    return min(max(0.0, float(t)), seconds)
+
+
+def _left(x_N: Samples, rate: int, tags: Tags, first: int, last: int) -> Tags:
+    """The tags that are heard in the samples from `first` to `last`; None where one is neither heard nor gone."""
+    out = []
+    for tag in tags or ():
+        assert tag.start is not None and tag.end is not None
+        start, end = max(tag.start, first / rate), min(tag.end, last / rate)
+        if tag.start == tag.end:  # a moment
+            if first / rate <= tag.start < last / rate:
+                out.append(tag)
+            continue
+        whole_N = x_N[round(tag.start * rate) : round(tag.end * rate)]
+        left_N = x_N[round(start * rate) : round(end * rate)]
+        if end <= start or not len(left_N):
+            continue
+        level_db = 20 * np.log10(max(loudness(left_N, rate), 1e-9) / max(loudness(whole_N, rate), 1e-9))
+        if level_db <= -GONE_DB:
+            continue
+        if level_db < -KEPT_DB or end - start < min(SHORTEST_TAG, 0.999 * (tag.end - tag.start)):
+            return None
+        out.append(tag)
+    return out
+
+
+def _quietest(x_N: Samples, rate: int, tags: Tags) -> float:
+    """Loudness of the quietest tag that sounds, or of the clip where nothing has a time."""
+    whole = loudness(x_N, rate)
+    spans = [(tag.start, tag.end) for tag in tags or () if tag.start is not None and tag.end is not None]
+    parts = [x_N[round(start * rate) : round(end * rate)] for start, end in spans]
+    levels = [loudness(part_N, rate) for part_N in parts if len(part_N)]
+    return min([whole, *(level for level in levels if level > whole * 10 ** (-GONE_DB / 20))])
+
+
+def _held_in_band(x_N: Samples, rate: int, factor: float) -> float:
+    """`factor`, or less where all frequencies times it would leave less than a tenth of 20 ms that sound in the band.
+
+    Something sounds that is not `GONE_DB` below the loudest.
+    """
+    if factor <= 1:
+        return factor
+    size = max(64, rate // 50)
+    spectrum_XF = torch.stft(
+        torch.from_numpy(x_N), size, size // 2, window=torch.hann_window(size), pad_mode="constant", return_complex=True
+    )
+    power_XF = spectrum_XF.abs().double().square().numpy()
+    power_F = power_XF.sum(0)
+    sounds_F = power_F > power_F.max() * 10 ** (-GONE_DB / 10)
+    if not sounds_F.any():
+        return factor
+    share_XF = np.cumsum(power_XF[:, sounds_F], axis=0) / power_F[sounds_F]
+    # the bin in which a tenth of a frame's energy is reached, and one more that its window spreads into
+    highest = (int((share_XF >= 10 ** (-KEPT_DB / 10)).argmax(0).max()) + 1) / (len(power_XF) - 1)
+    return max(1.0, min(factor, _BAND / highest))
+
+
+_BAND = 0.92
+"""Share of half the rate that a sound may move up to; resampling in haste lowers what is above."""
 
 
 def warp(x_N: Samples, factor: float) -> Samples:
@@ -189,11 +338,12 @@ def equalise(x_N: Samples, gains_db: NDArray[np.float64]) -> Samples:
 
 
 def lowpass(x_N: Samples, rate: int, hz: float) -> Samples:
-    """Remove what is above `hz`, with a raised-cosine edge a third of an octave wide."""
+    """Lower what is above `hz` by `KEPT_DB`, with a raised-cosine edge a third of an octave wide."""
     length = _fast(len(x_N))
     frequencies = np.fft.rfftfreq(length, 1 / rate)
     octaves = np.log2(np.maximum(frequencies, 1e-6) / hz)
-    keep = 0.5 + 0.5 * np.cos(np.pi * np.clip(octaves * 3, 0, 1))
+    lowered = 10 ** (-KEPT_DB / 20)
+    keep = lowered + (1 - lowered) * (0.5 + 0.5 * np.cos(np.pi * np.clip(octaves * 3, 0, 1)))
     return np.fft.irfft(np.fft.rfft(x_N, length) * keep.astype(np.float32), length)[: len(x_N)].astype(np.float32)
 
 

@@ -20,7 +20,7 @@ from tqdm import tqdm
 import pal.audio
 from pal.data.manifest import PLACEHOLDER, Manifest, Record
 from pal.data.prompts import conversation_of, encode
-from pal.errors import AudioError, ManifestError, PromptError
+from pal.errors import AudioError, ManifestError, PromptError, shortened
 from pal.types import AUDIO, IGNORE, Tokens
 
 if TYPE_CHECKING:
@@ -37,6 +37,9 @@ _ANSWERS_HELD = 10_000
 
 _SHOWN = 12
 """Answers, tags and faults shown per list of the text report; the JSON has all that was counted."""
+
+_WIDEST = 1000
+"""Characters of a line about a fault."""
 
 
 @dataclass
@@ -77,6 +80,10 @@ class Report:
     """Per task, how often each answer comes, most frequent first."""
     tags: dict[str, int]
     bad: list[Fault] = field(default_factory=list)
+    bad_records: list[int] = field(default_factory=list)
+    """Which of the records cannot be used, counted from 0."""
+    bad_clips: list[str] = field(default_factory=list)
+    """Paths of the clips that cannot be read."""
     notes: list[Fault] = field(default_factory=list)
     """With `read_to_end`: clips that were taken as far as they go, and why their length could not be checked."""
     example: str | None = None
@@ -113,7 +120,7 @@ class Report:
         lines += [f"note: {fault.where}: {fault.reason}" for fault in self.notes[:_SHOWN]]
         if len(self.notes) > _SHOWN:
             lines.append(f"... and {len(self.notes) - _SHOWN} more notes; the JSON report lists them")
-        lines += [f"bad: {fault.where}: {fault.reason}" for fault in self.bad[:_SHOWN]]
+        lines += [shortened(f"bad: {fault.where}: {fault.reason}", _WIDEST) for fault in self.bad[:_SHOWN]]
         if len(self.bad) > _SHOWN:
             lines.append(f"... and {len(self.bad) - _SHOWN} more; the JSON report lists them")
         if not self.complete:
@@ -149,6 +156,8 @@ def check(
     """
     records = Manifest(manifest, root)
     bad: list[Fault] = []
+    bad_records: list[int] = []
+    bad_clips: list[str] = []
     notes: list[Fault] = []
     example = None
     ids: dict[str, int] = {}
@@ -167,10 +176,12 @@ def check(
             except (ManifestError, PromptError) as error:
                 where = records.where(at)
                 bad.append(Fault(where, str(error).removeprefix(f"{records.path}, {where}: ")))
+                bad_records.append(at)
                 continue
             if record.id in ids:
                 other = records.where(ids[record.id])
                 bad.append(Fault(records.where(at), f"id '{record.id}' is taken by {other}"))
+                bad_records.append(at)
             ids.setdefault(record.id, at)
             if example is None and tokenizer is not None and tokens is not None:
                 example = marked(tokenizer, tokens)
@@ -185,6 +196,7 @@ def check(
             read += 1
             if isinstance(outcome, str):
                 bad.append(Fault(path, outcome))
+                bad_clips.append(path)
                 continue
             durations.append(outcome.seconds_given)
             if outcome.note is not None:
@@ -204,6 +216,8 @@ def check(
         answers={task: dict(counted.most_common()) for task, counted in answers.items()},
         tags=dict(tags.most_common()),
         bad=bad,
+        bad_records=bad_records,
+        bad_clips=bad_clips,
         notes=notes,
         example=example,
     )
@@ -245,10 +259,10 @@ class _Clip(NamedTuple):
 
 def _read(path: str, read_to_end: bool) -> _Clip | str:
     try:
-        wave = pal.audio.load(path, RATE, read_to_end=read_to_end)
+        wave = pal.audio.load(path, RATE, name="clip", read_to_end=read_to_end)
         return _Clip(wave.seconds_given, wave.note)
     except (AudioError, OSError) as error:
-        return str(error).removeprefix(f"{path}: ")
+        return str(error).removeprefix("clip: ")
 
 
 def _summary(durations: array[float]) -> Seconds | None:

@@ -28,6 +28,7 @@ from typing import Any, BinaryIO, overload
 
 from pal.data.tables import is_utf_16
 from pal.errors import ManifestError
+from pal.files import writing
 from pal.types import TagSpan
 
 PLACEHOLDER = "<audio>"
@@ -198,26 +199,17 @@ def write_manifest(path: str | Path, records: Iterable[Record]) -> int:
     Returns the number of records.
     """
     path = Path(path)
-    folder = _absolute(path.parent)
-    folder.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     count = 0
-    try:
-        with partial.open("wb") as file:
-            for record in records:
-                text = json.dumps(_raw(record, folder), ensure_ascii=False, allow_nan=False) + "\n"
-                try:
-                    file.write(text.encode())
-                except UnicodeEncodeError:
-                    raise ManifestError(
-                        f"{path}: record '{record.id}' has a clip whose name is not UTF-8; rename the file"
-                    ) from None
-                count += 1
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with writing(path) as file:
+        for record in records:
+            text = json.dumps(_raw(record, path.parent), ensure_ascii=False, allow_nan=False) + "\n"
+            try:
+                file.write(text.encode())
+            except UnicodeEncodeError:
+                raise ManifestError(
+                    f"{path}: record '{record.id}' has a clip whose name is not UTF-8; rename the file"
+                ) from None
+            count += 1
     return count
 
 
@@ -350,7 +342,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _raw(record: Record, folder: Path) -> dict[str, Any]:
     """A record as it stands in a manifest in `folder`."""
-    clips = [_portable(clip, folder) for clip in record.clips]
+    clips = [portable(clip, folder) for clip in record.clips]
     raw: dict[str, Any] = {"id": record.id, "audio_id": clips[0] if len(clips) == 1 else clips}
     if len(record.turns) == 1:
         raw |= {"instruction": record.turns[0].question, "input": "", "output": record.turns[0].answer}
@@ -364,8 +356,9 @@ def _raw(record: Record, folder: Path) -> dict[str, Any]:
     return raw
 
 
-def _portable(clip: str, folder: Path) -> str:
-    path = _absolute(Path(clip))
+def portable(clip: str, folder: Path) -> str:
+    """A clip's path for a manifest in `folder`: relative to it where the clip lies below, else absolute."""
+    path, folder = _absolute(Path(clip)), _absolute(folder)
     return path.relative_to(folder).as_posix() if path.is_relative_to(folder) else str(path)
 
 

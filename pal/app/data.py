@@ -1,0 +1,124 @@
+"""The commands `pal data ...`: manifests of data sets and of made-up scenes, and what is wrong with one."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pal.app.options import AsJson, Exclude, Folds, ReadToEnd, Settings, Speakers
+from pal.app.output import print_json, shows_progress
+from pal.errors import ConfigError, ManifestError
+
+data_app = typer.Typer(no_args_is_help=True, help="Make and check manifests.")
+
+
+@data_app.command("prepare")
+def data_prepare(
+    name: Annotated[
+        str, typer.Argument(help="The data set, such as esc50, clotho or librispeech; an unknown one lists all.")
+    ],
+    root: Annotated[Path, typer.Option("--root", help="Its folder.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The manifest to write, .jsonl.")],
+    folds: Folds = None,
+    speakers: Speakers = None,
+    exclude: Exclude = None,
+    settings: Settings = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write the manifest of a data set that is on this machine."""
+    from pal.app.benchmarks import options_of
+    from pal.data.manifest import Manifest
+    from pal.data.prepare import prepare
+
+    options = options_of(settings or [], folds=folds, speakers=speakers, exclude=exclude)
+    count = len(Manifest(prepare(name, root, out, **options)))
+    if as_json:
+        print_json({"out": str(out), "records": count})
+    else:
+        typer.echo(f"{out}: {count} records")
+
+
+@data_app.command("synth")
+def data_synth(
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write.")],
+    scenes: Annotated[int, typer.Option(min=1, help="How many.")] = 1000,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same scenes.")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Make scenes of known sounds, with questions and answers."""
+    from pal.data.manifest import Manifest
+    from pal.data.synth import synthesise
+
+    manifest = synthesise(out, scenes=scenes, seed=seed)
+    count = len(Manifest(manifest))
+    if as_json:
+        print_json({"manifest": str(manifest), "scenes": scenes, "records": count})
+    else:
+        typer.echo(f"{manifest}: {scenes} scenes, {count} records")
+
+
+@data_app.command("check")
+def data_check(
+    file: Annotated[Path, typer.Argument(help="A manifest: .jsonl, or LTU's .json.")],
+    root: Annotated[Path | None, typer.Option("--root", help="Root of its audio paths.")] = None,
+    tokenizer: Annotated[
+        str, typer.Option(help="Whose tokens to show: a bundle, a folder or a Hub id; 'tiny' ships with the package.")
+    ] = "tiny",
+    read_to_end: ReadToEnd = False,
+    write_clean: Annotated[
+        Path | None,
+        typer.Option("--write-clean", metavar="FILE", help="Write the manifest here without what is bad."),
+    ] = None,
+    write_bad: Annotated[
+        Path | None,
+        typer.Option("--write-bad", metavar="FILE", help="List the bad clips here, for skip_clips of a recipe."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Read every clip of a manifest; list the bad ones and show what a model would be trained on.
+
+    The exit status is 1 where anything is bad, also where it was left out of another file.
+    """
+    from transformers import AutoTokenizer
+
+    import pal
+    from pal.data import clean
+    from pal.data.check import check
+
+    for out in (write_clean, write_bad):
+        if out is not None:
+            clean.check_out(out, file)
+    if write_clean is not None and write_clean == write_bad:
+        raise ConfigError(f"{write_bad}: is given for two files; give --write-bad another one")
+    source = str(pal.SHIPPED) if tokenizer == "tiny" else tokenizer
+    words = AutoTokenizer.from_pretrained(source)
+    report = check(file, words, root=root, progress=shows_progress(), read_to_end=read_to_end)
+    facts = report.to_dict()
+    if not as_json:
+        typer.echo(report.to_text())
+    fault = None
+    if not report.complete and (write_bad or write_clean):
+        fault = ManifestError(f"{file}: the check was interrupted, so nothing is written; check it again")
+    if write_bad is not None and fault is None:
+        count = clean.write_bad(report, write_bad)
+        facts["list"] = {"out": str(write_bad), "clips": count}
+        if not as_json:
+            typer.echo(f"{write_bad}: {count} clips")
+    if write_clean is not None and fault is None:
+        try:
+            cleaned = clean.write_clean(file, report, write_clean, root)
+        except ManifestError as error:
+            fault = error
+        else:
+            facts["clean"] = asdict(cleaned)
+            if not as_json:
+                typer.echo(cleaned.to_text())
+    if as_json:
+        print_json(facts)
+    if fault is not None:
+        raise fault
+    if not report.ok:
+        raise typer.Exit(1)
