@@ -62,12 +62,12 @@ def declared(data: bytes) -> Declared:
     samples = Samples(int(rate), channels, *_kind(codec, bits))
     needed = frames * samples.align
     if is_placeholder(needed, held) and (size <= 0 or size == needed or is_placeholder(size, held)):
-        return samples.declared(data, start, held, no_length(needed, held))
+        return samples.declared(start, held, no_length(needed, held))
     if needed > held:
         raise cut(needed, max(0, held))
     if 0 < size < needed or (size - needed >= samples.align and not is_placeholder(size, held)):
         raise DecodeError(f"it contradicts itself: {frames} samples are {needed} bytes, its sound chunk says {size}")
-    return samples.declared(data, start, needed)
+    return samples.declared(start, needed)
 
 
 def _kind(codec: bytes, bits: int) -> tuple[str, str]:

@@ -35,4 +35,4 @@ def declared(data: bytes) -> Declared:
     if encoding not in _KINDS:
         codec = _UNREAD.get(encoding, f"number {encoding}")
         raise DecodeError(f"it is an AU file whose codec is not read ({codec})", "convert it: ffmpeg -i IN OUT.wav")
-    return Samples(rate, channels, _KINDS[encoding], name).declared(data, start, size, doubt)
+    return Samples(rate, channels, _KINDS[encoding], name).declared(start, size, doubt)

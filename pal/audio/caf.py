@@ -64,7 +64,7 @@ def declared(data: bytes) -> Declared:
         raise DecodeError(
             f"its description contradicts itself: {channels} channels of {bits} bits, {packet_bytes} bytes a sample"
         )
-    return samples.declared(data, start + 4, max(0, size - 4), doubt)
+    return samples.declared(start + 4, max(0, size - 4), doubt)
 
 
 def _alac(data: bytes, chunks: dict[bytes, tuple[int, int]], rate: int, channels: int) -> Declared:

@@ -78,7 +78,7 @@ def reader(data: bytes) -> Callable[[bytes], Declared] | None:
     if data[:4] == b"FORM" and form in (b"8SVX", b"16SV"):
         return rare.svx
     for start, read in ((rare.VOC, rare.voc), (rare.WVE, rare.wve), (b"2BIT", rare.avr)):
-        if data.startswith(start):
+        if data[: len(start)] == start:
             return read
     return rare.htk if rare.is_htk(data) else None
 

@@ -34,8 +34,10 @@ class Declared:
     bits: int | None = None
     payload: bytes | None = field(default=None, repr=False)
     """What the decoding library gets instead of the file."""
+    span: tuple[int, int] | None = None
+    """From where to where in the file the library gets it, where it gets no payload and not all of it."""
     raw: tuple[str, str] | None = None
-    """(subtype, byte order) as libsndfile names them, where `payload` is samples without a header."""
+    """(subtype, byte order) as libsndfile names them, where `payload` or `span` is samples without a header."""
     av_format: str | None = None
     """FFmpeg's name of the format, where only the av package decodes it."""
     skip: int = 0

@@ -32,7 +32,7 @@ def declared(data: bytes) -> Declared:
     samples = Samples(rate, channels, subtype, order)
     if start + frames * samples.align > len(data):
         raise cut(frames * samples.align, max(0, len(data) - start))
-    return samples.declared(data, start, frames * samples.align)
+    return samples.declared(start, frames * samples.align)
 
 
 def _number(fields: dict[str, str], name: str, default: int | None = None) -> int:

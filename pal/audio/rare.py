@@ -5,6 +5,7 @@ Creative Voice that of SoX's `voc.c`.
 """
 
 import struct
+from dataclasses import replace
 
 from pal.audio.declared import Declared, DecodeError
 from pal.audio.samples import Samples, cut, pcm
@@ -65,7 +66,7 @@ def svx(data: bytes) -> Declared:
         elif name == b"BODY" and samples is not None:
             if start + size > len(data):
                 raise cut(size, len(data) - start)
-            return samples.declared(data, start, size)
+            return samples.declared(start, size)
         start += size + size % 2
     raise DecodeError("it is cut or damaged: it has no sound, or no header before it")
 
@@ -97,7 +98,8 @@ def voc(data: bytes) -> Declared:
     if samples is None:
         raise DecodeError("it is cut or damaged: it has no block of sound")
     sound = b"".join(parts)
-    return samples.declared(sound, 0, len(sound))
+    whole = samples.declared(0, len(sound))
+    return replace(whole, span=None, payload=sound)
 
 
 def _voc_kind(kind: int, block: bytes, extended: tuple[int, int] | None) -> Samples:
@@ -116,4 +118,4 @@ def _voc_kind(kind: int, block: bytes, extended: tuple[int, int] | None) -> Samp
 def _sound(data: bytes, samples: Samples, start: int, frames: int) -> Declared:
     if start + frames * samples.align > len(data):
         raise cut(frames * samples.align, len(data) - start)
-    return samples.declared(data, start, frames * samples.align)
+    return samples.declared(start, frames * samples.align)

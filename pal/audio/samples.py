@@ -27,8 +27,8 @@ class Samples:
         """Bytes of one sample of all channels."""
         return self.channels * _BYTES[self.subtype]
 
-    def declared(self, data: bytes, start: int, size: int, doubt: str | None = None) -> Declared:
-        """What `size` bytes from `start` hold; with a doubt a last sample that is not whole is left out.
+    def declared(self, start: int, size: int, doubt: str | None = None) -> Declared:
+        """What `size` bytes from `start` of the file hold; with a doubt a last sample that is not whole is left out.
 
         Raises:
             DecodeError: no channels, or the bytes are no whole number of samples.
@@ -38,9 +38,8 @@ class Samples:
         if size % self.align and doubt is None:
             raise DecodeError(f"its sound of {size} bytes is no whole number of {self.align}-byte samples")
         frames = size // self.align
-        payload = data[start : start + frames * self.align]
-        raw = (self.subtype, self.order)
-        return Declared(frames, self.rate, self.channels, payload=payload, raw=raw, doubt=doubt)
+        span = start, start + frames * self.align
+        return Declared(frames, self.rate, self.channels, span=span, raw=(self.subtype, self.order), doubt=doubt)
 
 
 def pcm(bits: int, unsigned_8: bool = False) -> str:

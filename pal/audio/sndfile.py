@@ -34,7 +34,11 @@ def opened(data: bytes, declared: Declared) -> Iterator[soundfile.SoundFile]:
     Raises:
         DecodeError: libsndfile cannot open it, or fails on the way.
     """
-    source = io.BytesIO(data if declared.payload is None else declared.payload)
+    if declared.payload is not None:
+        data = declared.payload
+    elif declared.span is not None:
+        data = data[slice(*declared.span)]
+    source = io.BytesIO(data)
     raw: dict[str, Any] = {}
     if declared.raw is not None:
         subtype, order = declared.raw

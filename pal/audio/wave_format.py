@@ -1,7 +1,7 @@
 """The format chunk of WAV and W64 files: which codec, and how its samples or blocks are stored."""
 
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pal.audio import mpeg
 from pal.audio.declared import Declared, DecodeError
@@ -52,16 +52,24 @@ class Format:
             DecodeError: they hold no whole number of samples, or what the reader of MPEG audio raises.
         """
         if self.samples is not None:
-            return self.samples.declared(data, start, size, doubt)
+            return self.samples.declared(start, size, doubt)
         sound = data[start : start + size]
         if self.tag in _MPEG:
             inside = mpeg.declared(sound)
-            return inside if doubt is None else Declared(**{**vars(inside), "doubt": doubt})
+            parts = [replace(part, payload=_payload(part, sound), span=None) for part in (inside, *inside.rest)]
+            return replace(parts[0], rest=tuple(parts[1:]), doubt=doubt or inside.doubt)
         head = b"WAVEfmt " + struct.pack(self.order + "I", len(self.chunk)) + self.chunk
         head += b"data" + struct.pack(self.order + "I", size)
         riff = b"RIFF" if self.order == "<" else b"RIFX"
         plain = riff + struct.pack(self.order + "I", len(head) + size) + head + sound
         return Declared(None, self.rate, self.channels, payload=plain, doubt=doubt)
+
+
+def _payload(part: Declared, sound: bytes) -> bytes:
+    """What the decoding library gets, cut out of the sound instead of the file."""
+    if part.payload is not None:
+        return part.payload
+    return sound if part.span is None else sound[slice(*part.span)]
 
 
 def read(chunk: bytes, order: str) -> Format:
