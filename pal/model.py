@@ -255,9 +255,9 @@ class PalModel(nn.Module):
 
     def stream(self, clips: Clips, row: Tokens, max_new_tokens: int = 64, **options: Any) -> Iterator[str]:
         """The answer to one conversation, in pieces as they are made."""
-        with torch.inference_mode():
+        with torch.inference_mode():  # at once, so that what is hidden now stays hidden while it is read
             inputs = self.inputs(clips, [row], padding_side="left")
-        yield from self.llm.stream(inputs, self.tokenizer, max_new_tokens=max_new_tokens, **self._generation(options))
+        return self.llm.stream(inputs, self.tokenizer, max_new_tokens=max_new_tokens, **self._generation(options))
 
     def _generation(self, options: dict[str, Any]) -> dict[str, Any]:
         ends = end_of_answer(self.tokenizer)

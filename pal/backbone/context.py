@@ -76,6 +76,7 @@ class KeySource(Protocol):
 class Hide:
     """Audio that no query sees. Positions, and what is computed of the audio itself, stay as they are.
 
+    An audio row still sees itself: where a prompt ends in one, as PLITS' does in a clip, it predicts the first token.
     What is given narrows it down; without anything it is all audio.
     """
 

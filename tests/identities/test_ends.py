@@ -29,8 +29,8 @@ from tests.identities.models import (
     text_rows,
 )
 
-N = 8
-"""Ids that are said, more than the windows."""
+N = 7
+"""Ids that are said, as many as the windows have."""
 ENDS = {
     "one": [5, 6, 7, AUDIO],
     "two in a row": [5, 6, AUDIO, AUDIO],
@@ -98,17 +98,18 @@ def check(llm, integration, audio, rows, side):
     total, items = llm.loss(inputs)
     assert items == N * len(rows)
     close(total, -scores_B.sum(), 1e-3)
-    for b, whole in enumerate(wholes):
-        close(llm.label_scores(integration(audio, [whole], llm))[0], scores_B[b], 1e-3)
+    close(llm.label_scores(integration(audio, wholes[:1], llm))[0], scores_B[0], 1e-3)
 
 
-@both_sides
 @every_integration
 @every_family
 @torch.no_grad()
-def test_generation_scoring_and_training_agree(family, name, side):
+def test_generation_scoring_and_training_agree(family, name):
     llm, integration = shared(family, name)
-    rows = [conversation(ids, (1, 0)) for ids in (*ENDS.values(), PLACEMENTS["middle"], PLACEMENTS["none"])]
+    places = ["two in a row", "one earlier"]
+    rows = [conversation(ENDS[place], (1, 0)) for place in places] + [conversation(PLACEMENTS["middle"])]
+    # each integration and family with either side of the other
+    side = ["left", "right"][([*FAMILIES].index(family) + [*INTEGRATIONS].index(name)) % 2]
     check(llm, integration, features(7, 11), rows, side)
 
 
@@ -118,15 +119,14 @@ def test_generation_scoring_and_training_agree(family, name, side):
 def test_generation_scoring_and_training_agree_with_several_streams(family, name):
     llm, integration = ensemble(family, name)
     audio = [features(5, 3, seed=4), features(11, 7, seed=5)]
-    check(llm, integration, audio, [conversation(ids) for ids in (*ENDS.values(), PLACEMENTS["two"])], "left")
+    check(llm, integration, audio, [conversation(ENDS["one earlier"]), conversation(ENDS["one"], (1,))], "left")
 
 
 @pytest.mark.parametrize("place", ENDS)
 @every_integration
-@some_families
 @torch.no_grad()
-def test_the_first_word_depends_on_the_last_clip(family, name, place):
-    llm, integration = shared(family, name)
+def test_the_first_word_depends_on_the_last_clip(name, place):
+    llm, integration = shared("llama", name)
     first = [
         generated(llm, integration(features(7, 7, seed=seed), [conversation(ENDS[place], (0, 1))], llm)).logits[0]
         for seed in (2, 3)
@@ -152,7 +152,7 @@ def test_positions_go_on_behind_the_clip(name, tokens):
 
 
 @rowless
-@every_family
+@some_families
 @torch.no_grad()
 def test_a_row_that_asks_is_seen_by_no_other(family, name):
     llm, integration = shared(family, name)
@@ -197,9 +197,8 @@ def test_untrained_flamingo_goes_on_as_the_text_llm(family):
     close(torch.stack(ours.logits), torch.stack(theirs.logits))
 
 
-@both_sides
 @every_integration
-@some_families
+@pytest.mark.parametrize(("family", "side"), [("llama", "left"), ("mistral", "right"), ("gemma3", "left")])
 @torch.no_grad()
 def test_beams_of_a_batch_equal_those_of_its_items_and_their_scores(family, name, side):
     llm, integration = shared(family, name)

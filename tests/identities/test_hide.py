@@ -1,14 +1,19 @@
 """What is hidden from queries, and what a watch is shown, against the reference in plain matmuls."""
 
 import math
+import re
+from collections.abc import Iterator
 from dataclasses import replace
+from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
 
+import pal
 from pal.backbone.context import Hide
 from pal.errors import ConfigError
-from pal.types import AUDIO, AudioFeatures, Tokens
+from pal.types import AUDIO, AudioFeatures, Batch, Tokens
 from tests.identities.models import (
     INTEGRATIONS,
     PLACEMENTS,
@@ -18,10 +23,11 @@ from tests.identities.models import (
     features,
     make_backbone,
     make_integration,
+    opened,
     shared,
 )
 from tests.identities.reference import Decoder
-from tests.models import tiny_model, tone
+from tests.models import noise, tiny_model, tone
 
 LENGTHS = (7, 11)
 """Tokens of the clips, 0.04 s each."""
@@ -234,6 +240,92 @@ def test_hiding_ends_with_its_block_and_names_what_is_not_there():
         pass
     with pytest.raises(ConfigError, match=r"stream 1 .* 0 to 0"), model.hiding(Hide(stream=1)):
         pass
+
+
+QUESTION = "What sound is this?"
+
+
+def scored(model, clip):
+    row = Tokens([20, AUDIO, 25, 30], [0], [-100, -100, -100, 30])
+    return model.answer_scores([clip], [row]).tolist()
+
+
+def trained(model, clip):
+    row = Tokens([20, AUDIO, 25, 30], [0], [-100, -100, -100, 30])
+    return model(Batch([clip], [row])).sum.item()
+
+
+def told(model, clip):
+    row = Tokens([20, AUDIO, 25], [0])
+    return model.generate([clip], [row], max_new_tokens=6), "".join(model.stream([clip], row, max_new_tokens=6))
+
+
+def read_later(model, clip):
+    """Pieces that are read when the block is over."""
+    return model.ask((clip.numpy(), 16_000), QUESTION, stream=True, max_new_tokens=6)
+
+
+def through_transformers(model, clip):
+    from pal.hf.model import PalForConditionalGeneration
+
+    wrapped = PalForConditionalGeneration.wrap(model)
+    given = {"input_ids": torch.tensor([[20, AUDIO, 25, 30]]), "input_values": clip[None]}
+    with torch.no_grad():
+        logits = wrapped(**given).logits[:, 2:]
+        loss = wrapped(**given, labels=torch.tensor([[-100, -100, -100, 30]])).loss
+    made = wrapped.generate(**given, max_new_tokens=6, output_logits=True, return_dict_in_generate=True)
+    return logits.tolist(), loss.item(), made.sequences.tolist(), torch.stack(made.logits).tolist()
+
+
+ENTRIES = {
+    "ask": lambda model, clip: model.ask((clip.numpy(), 16_000), QUESTION, max_new_tokens=6),
+    "ask of an index": lambda model, clip: model.ask(model.index((clip.numpy(), 16_000)), QUESTION, max_new_tokens=6),
+    "ask in pieces": read_later,
+    "ask in detail": lambda model, clip: [
+        answer.text for answer in model.ask_detailed((clip.numpy(), 16_000), QUESTION, max_new_tokens=6)
+    ],
+    "generate and stream": told,
+    "answer_scores": scored,
+    "forward": trained,
+    "transformers": through_transformers,
+}
+
+
+@cache
+def listener(name):
+    model = tiny_model({"name": name, "every": 2} if name == "flamingo" else name)
+    opened(model.integration)
+    return model
+
+
+@pytest.mark.parametrize("entry", ENTRIES)
+@pytest.mark.parametrize("name", ["plits", "lal", "pal", "flamingo", "lal_audio_query"])
+def test_all_ways_of_asking_hide(name, entry):
+    """With all hidden any clip of a length gives the same; without, the clip tells."""
+    model = listener(name)
+    clips = [tone(0.5, 300.0), noise(0.5, 3)]
+    with model.hiding(Hide()):
+        deaf = [ENTRIES[entry](model, clip) for clip in clips]
+    deaf = [_whole(answer) for answer in deaf]
+    assert deaf[0] == deaf[1]
+    heard = [_whole(ENTRIES[entry](model, clip)) for clip in clips]
+    assert heard != deaf
+
+
+def _whole(answer):
+    return "".join(answer) if isinstance(answer, Iterator) else answer
+
+
+def test_the_integration_is_called_in_one_place():
+    """A second call would be one that forgets what is hidden, or whatever else comes between."""
+    package = Path(pal.__file__).parent
+    calls = [
+        path.relative_to(package).as_posix()
+        for path in sorted(package.rglob("*.py"))
+        for line in path.read_text().splitlines()
+        if re.search(r"\.integration\(", line)
+    ]
+    assert calls == ["bench/subjects.py", "model.py"]  # the benchmark's subjects are no models
 
 
 def test_tokens_without_time_have_no_span_to_hide():
