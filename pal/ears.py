@@ -45,9 +45,9 @@ class Ears(nn.Module):
 
     def encoder(self, index: int) -> Encoder:
         """One of the encoders."""
-        encoder = self.encoders[index]
-        assert isinstance(encoder, Encoder)
-        return encoder
+        encoder: Any = self.encoders[index]  # or PEFT's copy of one, which has all that it has
+        found: Encoder = encoder
+        return found
 
     def hear(self, waveforms: list[Tensor]) -> list[AudioFeatures]:
         """Waveforms [N] at `sampling_rate`, one a clip -> what each encoder makes of them, [B, A, E]."""

@@ -227,17 +227,30 @@ class Backbone(nn.Module):
 
         Whoever reads the configuration would make them one again.
         """
-        table, head = self.lm.get_input_embeddings(), self.lm.get_output_embeddings()
-        plain = isinstance(table, nn.Embedding) and isinstance(head, nn.Linear)
-        if plain and self.lm.config.tie_word_embeddings and head.weight.data_ptr() != table.weight.data_ptr():
+        table, head = (adapters.beneath(module) for module in self._ends())
+        if self.lm.config.tie_word_embeddings and head.weight.data_ptr() != table.weight.data_ptr():
             self.lm.config.tie_word_embeddings = False
             self.lm.all_tied_weights_keys = {}
 
     def untie_head(self) -> None:
         """Give the head a matrix of its own, equal to the embeddings'."""
-        head = self.lm.get_output_embeddings()
+        head = adapters.beneath(self.lm.get_output_embeddings())
         head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=head.weight.requires_grad)
         self.note_ties()
+
+    def train(self, mode: bool = True) -> Backbone:
+        """Training mode or not; a head that PEFT adapts apart from the embeddings is untied, so that it can be merged.
+
+        PEFT says by this call that its adapters are in place.
+        """
+        super().train(mode)
+        self.note_ties()
+        if self.lm.config.tie_word_embeddings and adapters.part(*self._ends()):
+            self.untie_head()
+        return self
+
+    def _ends(self) -> tuple[Any, Any]:
+        return self.lm.get_input_embeddings(), self.lm.get_output_embeddings()
 
     @property
     def layers(self) -> nn.ModuleList:
@@ -267,7 +280,7 @@ class Backbone(nn.Module):
 
     def _tied_rows(self) -> TiedRows | None:
         """For embeddings that train together with the head; None where the module itself has to be called."""
-        table, head = self.lm.get_input_embeddings(), self.lm.get_output_embeddings()
+        table, head = self._ends()
         if not isinstance(table, nn.Embedding):  # PEFT adapts it
             return None
         weight = table.weight
@@ -528,7 +541,7 @@ class Backbone(nn.Module):
             inject_adapter_in_model(config, self.lm)
         except ValueError as error:
             raise ConfigError(f"lora: {str(error).splitlines()[0]}") from None
-        self.lm.train(self.lm.training)  # adapters are made in training mode, where their dropout is on
+        self.train(self.lm.training)  # adapters are made in training mode, where their dropout is on
         self.lora = options
 
     def merge_adapters(self) -> set[str]:

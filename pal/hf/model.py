@@ -56,8 +56,7 @@ class PalForConditionalGeneration(PreTrainedModel, GenerationMixin):
         self.generation_config = GenerationConfig(**self.pal.generation_options())
         self._digests: dict[str, str] | None = None
         self.post_init()
-        tied = getattr(self.pal.llm.lm, "all_tied_weights_keys", None) or {}
-        self.all_tied_weights_keys = {f"pal.llm.lm.{a}": f"pal.llm.lm.{b}" for a, b in tied.items()}
+        self._note_ties()
 
     @classmethod
     def wrap(cls, model: PalModel) -> PalForConditionalGeneration:
@@ -65,6 +64,20 @@ class PalForConditionalGeneration(PreTrainedModel, GenerationMixin):
         wrapped = cls(PalConfig(**bundle.describe(model)), model).train(model.training)
         wrapped._digests = bundle.source_digests(model)
         return wrapped
+
+    def _note_ties(self) -> None:
+        """Say which weights are one, as the LLM says it: PEFT looks for that here."""
+        lm = self.pal.llm.lm
+        tied = getattr(lm, "all_tied_weights_keys", None) or {}
+        self.all_tied_weights_keys = {f"pal.llm.lm.{a}": f"pal.llm.lm.{b}" for a, b in tied.items()}
+        self._tied_weights_keys = self.all_tied_weights_keys
+        self.config.tie_word_embeddings = lm.config.tie_word_embeddings
+
+    def train(self, mode: bool = True) -> PalForConditionalGeneration:
+        """Training mode for the parts that train; see `PalModel.train`."""
+        super().train(mode)
+        self._note_ties()
+        return self
 
     def init_weights(self) -> None:
         """Nothing: `pal` has its weights already."""
@@ -344,7 +357,7 @@ class PalForConditionalGeneration(PreTrainedModel, GenerationMixin):
         # the LLM's own sequence is longer or shorter, by what a clip is in it
         for limit, new in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
             wanted = options.pop(limit, None)
-            if wanted is None or new in asked or (limit == "max_length" and limit not in asked):
+            if wanted is None or asked.get(new) is not None or (limit == "max_length" and limit not in asked):
                 continue
             if limit == "max_length" and wanted <= width:
                 raise PalError(f"max_length {wanted} leaves no room after {width} ids; give max_new_tokens")
@@ -368,7 +381,7 @@ class PalForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     def resize_token_embeddings(
         self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
-    ) -> nn.Module:
+    ) -> nn.Embedding:
         """Give the LLM's embeddings and head another number of rows, for tokens that were added to the tokenizer.
 
         Args:
@@ -378,7 +391,8 @@ class PalForConditionalGeneration(PreTrainedModel, GenerationMixin):
         """
         self.pal.llm.resize_vocab(new_num_tokens, pad_to_multiple_of=pad_to_multiple_of, mean_resizing=mean_resizing)
         self.config.llm = self.pal.llm.lm.config.to_dict()
-        return self.get_input_embeddings()
+        table: nn.Embedding = self.pal.llm.lm.get_input_embeddings()
+        return table
 
     def gradient_checkpointing_enable(
         self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
