@@ -36,6 +36,7 @@ from pal.train.meter import Meter, Step, count_in, new_totals
 from pal.train.objectives import Objective, Outcome, Work, build_objective
 from pal.train.recipe import Recipe, Stage
 from pal.train.setup import build_model
+from pal.train.skips import digests
 from pal.train.sources import Feed, StageData, open_sources
 
 logger = logging.getLogger(__name__)
@@ -119,7 +120,7 @@ class _Run:
         self.accelerator = accelerator
         self.manifests = manifests
         self.watch = watch
-        self.state = State(data={name: manifest.digest for name, manifest in manifests.items()})
+        self.state = State(data=digests(recipe, manifests))
         self.trained: set[str] = set()
         self.asked = False
         """A signal asked this process to stop."""

@@ -64,9 +64,14 @@ class Source(StrictConfig):
     datasets: list[str] | None = None
     """Only records of these datasets."""
     augment: dict[str, Any] | None = None
-    """Options of `pal.data.augment.Augment`."""
+    """Options of `pal.data.augment.Augment`, which says what each may do to a sound. What cuts, `crop_seconds` and
+    `time_shift` without `wrap`, is refused but in stages with objective 'tags' whose records all have one clip and
+    tags with start and end: an answer may be about what is cut off."""
     optional: bool = False
     """Leave the source out, with a line in the log, where its files are missing."""
+    skip_clips: Path | None = None
+    """File with one path a line of clips that cannot be used, as `pal data check --write-bad FILE` writes it. Records
+    about them are skipped, and the log says how many."""
     read_to_end: bool = False
     """Take clips whose end cannot be known (a WAV written to a stream) as far as they go, with a warning for each."""
 
@@ -279,6 +284,8 @@ class Recipe(StrictConfig):
         for source in settings["data"].values():
             if not source["read_to_end"]:
                 del source["read_to_end"]  # so that runs of versions without the key go on
+            if source["skip_clips"] is None:
+                del source["skip_clips"]
         return settings
 
     @property

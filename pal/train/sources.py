@@ -14,6 +14,7 @@ from torch import Tensor
 
 from pal import audio
 from pal.config import parse
+from pal.data.augment import Augment, cut_fault
 from pal.data.collate import Collator, WaveformCache
 from pal.data.manifest import Manifest, Record
 from pal.errors import ConfigError
@@ -22,6 +23,7 @@ from pal.model import PalModel
 from pal.train.objectives import Objective, Work
 from pal.train.recipe import Recipe, Source
 from pal.train.sampler import Group, Pool, Sampler, share
+from pal.train.skips import naming_remedies, rows_to_skip
 from pal.types import IGNORE, Batch, Heard, Tokens
 
 logger = logging.getLogger(__name__)
@@ -44,10 +46,51 @@ def open_sources(recipe: Recipe, made: Path) -> dict[str, Manifest]:
             continue
         if missing:
             raise ConfigError(f"data '{name}': no '{missing}'; mend the path, or set 'optional: true'")
+        if source.skip_clips is not None and not source.skip_clips.is_file():
+            raise ConfigError(f"data '{name}': no list '{source.skip_clips}'; mend 'skip_clips', or leave it out")
         manifests[name] = Manifest(_manifest_path(name, source, made), root=source.root)
     if not manifests:
         raise ConfigError("every data source of the recipe is missing; nothing to train on")
+    _check_cuts(recipe, manifests)
     return manifests
+
+
+def _check_cuts(recipe: Recipe, manifests: dict[str, Manifest]) -> None:
+    """No augmentation cuts out what a label without a time is about; raises ConfigError at the first that may."""
+    for stage in recipe.stages:
+        for name, source in recipe.stage_sources(stage).items():
+            if source.augment is None or name not in manifests or stage.objective == "text":
+                continue
+            config = parse(Augment.Config, source.augment, where=f"data.{name}.augment")
+            if config.cuts is None:
+                continue
+            for record in manifests[name]:
+                label = _untimed(record, stage.objective == "tags") if _taken(record, source) else None
+                if label is not None:
+                    raise ConfigError(f"data '{name}', record '{_short(record.id)}': {cut_fault(config.cuts, label)}")
+
+
+def _untimed(record: Record, tags_alone: bool) -> str | None:
+    """What of a record's labels has no time, in words; None where all have."""
+    if not record.clips:
+        return None
+    if not tags_alone:
+        return f"the answer '{_short(record.turns[0].answer)}'"
+    if record.tags is None or len(record.clips) > 1:
+        return "a clip without tags"
+    tag = next((tag for tag in record.tags if tag.start is None or tag.end is None), None)
+    return None if tag is None else f"the label '{_short(tag.label)}'"
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 30 else f"{text[:29]}…"
+
+
+def _taken(record: Record, source: Source) -> bool:
+    """Whether `tasks` and `datasets` let a record through."""
+    return (source.tasks is None or record.task in source.tasks) and (
+        source.datasets is None or record.dataset in source.datasets
+    )
 
 
 def _missing(source: Source) -> Path | None:
@@ -86,17 +129,19 @@ class StageData:
         sources = {name: s for name, s in recipe.stage_sources(self.stage).items() if name in manifests}
         self.manifests = [manifests[name] for name in sources]
         self.sources = list(sources.values())
+        self.names = list(sources)
         batch = self.stage.batch
         if self.stage.by_clip:
             batch = batch.model_copy(update={"rows_per_clip": 1})
         pools = []
         for name, source in sources.items():
-            groups = _groups(manifests[name], source, batch.grouped)
+            skipped = rows_to_skip(name, source, manifests[name])
+            groups = _groups(manifests[name], source, batch.grouped, skipped)
             if not groups:
-                raise ConfigError(f"data '{name}': no record is left by 'tasks' and 'datasets'")
+                raise ConfigError(f"data '{name}': no record is left by 'tasks', 'datasets' and 'skip_clips'")
             seconds = None
             if batch.by_length:
-                seconds = _GroupSeconds(manifests[name], groups, source.read_to_end)
+                seconds = _GroupSeconds(name, manifests[name], groups, source.read_to_end)
             pools.append(Pool(groups, source.weight, source.repeat, seconds))
         if not pools:
             raise ConfigError(f"stage '{self.stage.name}': every data source of it is missing")
@@ -120,8 +165,6 @@ class StageData:
         for source in self.sources:
             augment = None
             if source.augment is not None:
-                from pal.data.augment import Augment
-
                 augment = Augment(parse(Augment.Config, source.augment, where="augment"))
             collator = Collator(
                 model.tokenizer,
@@ -154,7 +197,8 @@ class StageData:
                     mine = in_turns([self.manifests[source][row] for row in group.rows], self.stage.batch.turns)
                     records += mine
                     seeds += [group.seed] * len(mine)
-            batch = self._collators[source](records, seeds)
+            with naming_remedies(self.names[source]):
+                batch = self._collators[source](records, seeds)
             batches.append(batch)
             datasets += _clip_datasets(batch, records)
         return Work(join(batches), datasets, groups[0].seed, counts)
@@ -180,22 +224,21 @@ def in_turns(records: Sequence[Record], turns: int) -> list[Record]:
 class _GroupSeconds:
     """Length of a group's audio: that of its first record's clips."""
 
-    def __init__(self, manifest: Manifest, groups: Sequence[Sequence[int]], read_to_end: bool) -> None:
-        self.manifest, self.groups, self.read_to_end = manifest, groups, read_to_end
+    def __init__(self, name: str, manifest: Manifest, groups: Sequence[Sequence[int]], read_to_end: bool) -> None:
+        self.name, self.manifest, self.groups, self.read_to_end = name, manifest, groups, read_to_end
 
     def __call__(self, index: int) -> float:
-        return sum(_seconds(path, self.read_to_end) for path in self.manifest[self.groups[index][0]].clips)
+        with naming_remedies(self.name):
+            return sum(_seconds(path, self.read_to_end) for path in self.manifest[self.groups[index][0]].clips)
 
 
-def _groups(manifest: Manifest, source: Source, grouped: bool) -> Sequence[Sequence[int]]:
+def _groups(manifest: Manifest, source: Source, grouped: bool, skipped: frozenset[int]) -> Sequence[Sequence[int]]:
     """Records of a manifest that a source lets through, by clip or one by one."""
-    if not grouped and source.tasks is None and source.datasets is None:
+    if not grouped and source.tasks is None and source.datasets is None and not skipped:
         return _Singles(len(manifest))
     groups: dict[object, list[int]] = {}
     for row, record in enumerate(manifest):
-        if source.tasks is not None and record.task not in source.tasks:
-            continue
-        if source.datasets is not None and record.dataset not in source.datasets:
+        if row in skipped or not _taken(record, source):
             continue
         groups.setdefault(record.clips if grouped and record.clips else row, []).append(row)
     return list(groups.values())

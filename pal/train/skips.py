@@ -1,0 +1,89 @@
+"""Bad clips of a source: those that its recipe leaves out by a list, and what an error at another one says."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from pal.data.clean import read_clips
+from pal.data.manifest import Manifest
+from pal.errors import AudioError, ConfigError, ManifestError
+from pal.files import sha256
+from pal.train.recipe import Recipe, Source
+
+logger = logging.getLogger(__name__)
+
+
+def rows_to_skip(name: str, source: Source, manifest: Manifest) -> frozenset[int]:
+    """Numbers of the records about a clip that the source's list names; a line in the log says how many they are.
+
+    Args:
+        name: of the source.
+        source: whose `skip_clips` names a file with one path a line, relative ones as in the manifest.
+        manifest: of the source.
+
+    Raises:
+        ConfigError: the list names a clip that no record has, or cannot be read.
+    """
+    path = source.skip_clips
+    if path is None:
+        return frozenset()
+    listed: dict[str, int] = {}
+    try:
+        for number, clip in read_clips(path):
+            listed.setdefault(_located(manifest, clip), number)
+    except ManifestError as error:
+        raise ConfigError(f"data '{name}', skip_clips: {error}") from None
+    rows: set[int] = set()
+    unmet = dict(listed)
+    for row, record in enumerate(manifest):
+        for clip in record.clips:
+            if clip in listed:
+                rows.add(row)
+                unmet.pop(clip, None)
+    if unmet:
+        clip, number = next(iter(unmet.items()))
+        raise ConfigError(
+            f"data '{name}', skip_clips: {_shown(path)}, line {number}: no record has the clip '{_shown(clip)}'; make "
+            "the list anew: pal data check --write-bad"
+        )
+    logger.info("data '%s': %d of %d records are skipped, whose clips are in %s", name, len(rows), len(manifest), path)
+    return frozenset(rows)
+
+
+def digests(recipe: Recipe, manifests: Mapping[str, Manifest]) -> dict[str, str]:
+    """SHA-256 of each source's data: of its manifest, and of the list of clips that are skipped where there is one."""
+    found = {}
+    for name, manifest in manifests.items():
+        path = recipe.data[name].skip_clips
+        found[name] = manifest.digest
+        if path is not None:
+            found[name] = hashlib.sha256(f"{manifest.digest} without {sha256(path)}".encode()).hexdigest()
+    return found
+
+
+@contextmanager
+def naming_remedies(name: str) -> Iterator[None]:
+    """While clips of a source are read: an error at one also says how to go on without it."""
+    try:
+        yield
+    except AudioError as error:
+        raise AudioError(
+            f"{error}. Or leave it out of data '{_shown(name)}': pal data check --write-clean FILE, or its "
+            "--write-bad FILE as skip_clips"
+        ) from None
+
+
+def _located(manifest: Manifest, clip: str) -> str:
+    try:
+        return manifest.locate(clip)
+    except ValueError:  # nowhere under the root, so no record has it
+        return clip
+
+
+def _shown(text: str | Path) -> str:
+    shown = str(text)
+    return shown if len(shown) <= 90 else f"…{shown[-89:]}"
