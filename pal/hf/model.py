@@ -20,7 +20,7 @@ from pal.backbone.attention import NAME
 from pal.errors import BundleError, ConfigError, PalError
 from pal.files import move_into, strangers
 from pal.hf.config import PalConfig
-from pal.hf.inputs import Prompts, read_prompts
+from pal.hf.inputs import Prompts, before_answers, read_prompts
 from pal.model import PalModel
 from pal.types import AUDIO, IGNORE
 
@@ -300,6 +300,8 @@ class PalForConditionalGeneration(PreTrainedModel, GenerationMixin):
             trained_BT = prompts.real_BT.to(self.device) & (prompts.ids_BT.to(self.device) != AUDIO)
             trained_BT[:, 1:] &= has_row_BT[:, :-1]
             labels = labels.to(self.device).masked_fill(~trained_BT, IGNORE)
+            if int(labels.max()) >= logits.shape[-1]:
+                raise PromptError(f"label {int(labels.max())} is outside of the LLM's vocabulary of {logits.shape[-1]}")
             loss = self.loss_function(
                 logits=logits,
                 labels=labels,
@@ -327,16 +329,26 @@ class PalForConditionalGeneration(PreTrainedModel, GenerationMixin):
         Greedy and at most 64 new ids unless `generation_config` or `kwargs`, which are those of transformers'
         `generate`, say otherwise. A clip is one id where lengths are counted.
 
+        With `labels` [B, T], as `Seq2SeqTrainer` gives them, each row is continued from where its last labelled answer
+        begins; the ids from there on become padding.
+
         Raises:
             PromptError: clips and their places do not match.
+            PalError: an option that cannot be followed.
         """
         self.pal.llm.check_ears()
-        prompts = self._prompts(inputs if input_ids is None else input_ids, attention_mask, input_values, audio_lengths)
+        labels = kwargs.pop("labels", None)
+        given_BT = inputs if input_ids is None else input_ids
+        if labels is not None and given_BT is not None:
+            attention_mask = before_answers(given_BT, attention_mask, labels)
+        prompts = self._prompts(given_BT, attention_mask, input_values, audio_lengths)
         options = self._options(generation_config, kwargs, prompts.ids_BT.shape[1])
         heard = self.pal.inputs(prompts.clips, prompts.rows, padding_side="left")
         made = self.pal.llm.generate(heard, **options)
         new = made if isinstance(made, Tensor) else made.sequences
         given = prompts.ids_BT.to(new.device)
+        if labels is not None:
+            given = given.masked_fill(~prompts.real_BT.to(new.device), options["pad_token_id"])
         whole = torch.cat((given.repeat_interleave(len(new) // len(given), dim=0), new), dim=1)
         if isinstance(made, Tensor):
             return whole

@@ -97,6 +97,21 @@ def test_a_slice_equals_the_audio_it_was_cut_from(name):
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("seconds", [0.01, 0.02, 0.04, 0.08, 0.19])
+def test_a_slice_at_the_border_of_two_tokens_takes_neither_more_nor_less(seconds):
+    """Decimals are no multiples of one another in binary: 1.16 / 0.04 is less than 29, 0.28 / 0.04 more than 7."""
+    _, _, stored = indexed("lal", 2)
+    stream = replace(stored.streams[0], layout=replace(stored.streams[0].layout, seconds_per_token=seconds))
+    for first in range(150):
+        start, end = (round(seconds * number, 2) for number in (first, first + 3))
+        assert stream.groups_between(start, end) == (first, first + 3)
+        assert stream.groups_between(start + 0.3 * seconds, end - 0.3 * seconds) == (first, first + 3)
+        assert stream.groups_between(start - 0.3 * seconds if first else start, end + 0.3 * seconds) == (
+            max(0, first - 1),
+            first + 4,
+        )
+
+
 def test_a_slice_of_the_hybrid_is_widened_to_whole_groups():
     _, _, stored = indexed("pal", 11)
     assert stored.slice(0.05, 0.2).streams[0].lengths == (6,)
@@ -126,6 +141,9 @@ def test_joining_refuses_what_does_not_fit():
         AudioKV.concat([lal, lal.quantized()])
     with pytest.raises(BundleError, match="another model"):
         lal.append(replace(lal, digest="x"))
+    for parts in ([lal, replace(lal, digest="x")], [lal, lal, replace(lal, digest="x")]):
+        with pytest.raises(BundleError, match="the other clip was made by another model"):
+            AudioKV.concat(parts)
 
 
 @every_integration

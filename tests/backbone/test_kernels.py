@@ -110,6 +110,32 @@ def test_wrong_kernels_are_not_chosen(gpu, monkeypatch):
         assert not kernels.takes_apart(gpu, torch.bfloat16, 64)
 
 
+@pytest.mark.parametrize("which", range(3))
+@pytest.mark.parametrize("error", [-0.04, 0.04])
+def test_kernels_that_are_a_little_off_are_not_chosen(gpu, monkeypatch, which, error):
+    """Twice what rounding to 16 bits makes of numbers about 1; the trial's bound lies between."""
+    right = kernels.attend_backward
+    monkeypatch.setattr(
+        kernels,
+        "attend_backward",
+        lambda *given: tuple((1 + error * (i == which)) * x for i, x in enumerate(right(*given))),
+    )
+    with pytest.warns(UserWarning, match="off by"):
+        assert not kernels.takes_apart(gpu, torch.bfloat16, 64)
+
+
+def test_a_log_sum_exp_that_is_a_little_off_is_not_chosen(gpu, monkeypatch):
+    right = kernels.attend
+
+    def off(*given):
+        out, lse = right(*given)
+        return out, lse * 1.04
+
+    monkeypatch.setattr(kernels, "attend", off)
+    with pytest.warns(UserWarning, match="off by"):
+        assert not kernels.takes_apart(gpu, torch.bfloat16, 64)
+
+
 def test_missing_kernels_are_not_chosen(gpu, monkeypatch):
     def missing(*given):
         raise RuntimeError("no kernel image is available")

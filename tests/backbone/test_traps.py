@@ -129,6 +129,25 @@ def test_windows_count_positions_in_layers_without_audio_too(family, name):
         )
 
 
+@pytest.mark.parametrize(("family", "window"), [("mistral", 7), ("gemma3", 6)])
+@pytest.mark.parametrize("name", ["lal", "lal_first", "pal", "plits"])
+@torch.no_grad()
+def test_a_window_as_long_as_the_last_position_leaves_the_first_row_out(family, window, name):
+    llm, integration = shared(family, name)
+    audio = features(3)
+    # a clip of three tokens takes three positions, or four with its summary
+    before = window - 1 - (4 if name == "pal" else 3)
+    row = conversation([*[5, 6, 9][:before], AUDIO, 7, 8])
+    for last in (window - 1, window):
+        inputs = integration(audio, [row], llm)
+        assert int(inputs.position_ids_BT.max()) == window
+        cut = Tokens(row.ids[:-1] if last < window else row.ids, row.clips)
+        inputs = integration(audio, [cut], llm)
+        assert int(inputs.position_ids_BT.max()) == last
+        ours = text_rows(llm, integration, cut, inputs, llm(inputs).logits, 0)
+        torch.testing.assert_close(ours.double(), expected_logits(llm, integration, cut, audio), atol=1e-4, rtol=1e-4)
+
+
 @torch.no_grad()
 def test_generate_keeps_the_gap():
     llm, inputs = middle("lal")

@@ -336,11 +336,17 @@ def test_8_checkpointing_leaves_the_gradients_as_they_are(family, name):
     llm = make_backbone(family)
     integration = make_integration(name, llm)
     llm.train()
+    ran = []
+    for layer in llm.layers:
+        layer.mlp.register_forward_pre_hook(lambda module, given: ran.append(module))
     llm.checkpoint_gradients(False, audio=False)
     plain = gradients(llm, integration)
+    assert len(ran) == 3
     for layers, audio in ((True, False), (False, True)):
+        ran.clear()
         llm.checkpoint_gradients(layers, audio=audio)
         recomputed = gradients(llm, integration)
+        assert len(ran) == (6 if layers else 3)  # each again in the backward pass, or else none
         assert plain.keys() == recomputed.keys()
         for parameter, gradient in plain.items():
             close(recomputed[parameter], gradient, 1e-5)
