@@ -272,8 +272,8 @@ class PalModel(nn.Module):
         """Prepare for many answers: put together what can be done in one product; in how many layers that was.
 
         Where projectors are narrower inside than the LLM, a layer's norm and k and v projections go into the
-        projector's last linear layer, equal to 1e-5. It takes a moment, holds until a weight changes or moves, and is
-        never used in training.
+        projector's last linear layer, equal to 1e-5. It takes a moment, is used as long as the weights, compared each
+        time, are what they were, and never in training.
         """
         return sum(route.fold(self.llm) for route in self.integration.routes())
 

@@ -149,7 +149,7 @@ class Route(Integration):
     def fold(self, llm: Backbone) -> int:
         """Put together for inference what can be done in one product; in how many layers that was.
 
-        It holds until a weight changes or moves; training never uses it.
+        It is used as long as weights and modules are what they were; training never uses it.
         """
         return 0
 
