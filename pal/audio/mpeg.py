@@ -13,7 +13,7 @@ _SURE = 4
 """Frames in a row that chance does not make."""
 _FAR = 1 << 16
 """Bytes that are searched for the first frame, and after a hole for the next."""
-_NEAR = 3
+_NEAR = 2
 """Bits of a frame header that damage may have changed; of the 19 that are compared chance changes nine."""
 _SPLIT = "split it there, or re-encode it: ffmpeg -i IN OUT.wav"
 
@@ -36,7 +36,7 @@ def declared(data: bytes) -> Declared:
     Before the first and behind the last there may be tags and other bytes. Between frames there may be tags, and
     zeros where an Info frame's count says that all frames are there; other bytes are a hole. Where the first frame is a
     Xing, Info or VBRI frame, their number must be the one it gives. A file that ends inside a frame has lost sound,
-    unless the count is reached, what is missing is stuffing, or all of it is the encoder's padding.
+    unless the count says that it is the last one and what is missing is stuffing, or the encoder's padding.
 
     A file without such a frame that was cut exactly between two frames cannot be told from a whole one, nor can a last
     frame that was overwritten; a changed byte inside a frame changes the sound but not the length.
@@ -54,8 +54,8 @@ def declared(data: bytes) -> Declared:
     doubt = None
     if info is not None and info.frames is not None:
         claimed = _claimed(info, count, parts, first, len(data))
-        if last.missing and claimed == count + 1 and _dropped(info) >= first.samples:
-            parts.append(_filled(data, last))  # all of it is padding
+        if claimed == count + 1 and (_is_stuffing(data, last) or (last.missing and _dropped(info) >= first.samples)):
+            parts.append(data[last.end :] + bytes(last.missing))
             count += 1
         if claimed != count:
             doubt = f"it is cut or damaged: it declares {claimed} frames and holds {count}"
@@ -63,14 +63,11 @@ def declared(data: bytes) -> Declared:
                 doubt = (
                     f"it is cut: it declares {claimed} frames and ends {last.missing} bytes before number {count + 1}"
                 )
-    else:
-        if last.missing and _is_stuffing(data, last):
-            parts.append(_filled(data, last))
-            count += 1
-        elif last.missing:
-            doubt = f"it is cut: its last frame needs {last.missing} more bytes"
-        elif _is_near(data[last.end : last.end + 4], data[last.start : last.start + 4]):
-            doubt = f"it is cut or damaged: its last bytes, from {last.end}, look like a frame"
+    elif last.missing:
+        # whatever this frame holds, others may have followed
+        doubt = f"it is cut: its last frame needs {last.missing} more bytes"
+    elif _is_near(data[last.end : last.end + 4], data[last.start : last.start + 4]):
+        doubt = f"it is cut or damaged: its last bytes, from {last.end}, look like a frame"
     _check_holes(data, runs, whole=info is not None and info.frames == count)
     if count < 1:
         raise DecodeError("it holds no frame of sound", "record or export it again")
@@ -235,14 +232,9 @@ def _dropped(info: Info) -> int:
     return max(0, (info.padding or 0) - _DECODER_DELAY)
 
 
-def _filled(data: bytes, run: _Run) -> bytes:
-    """The frame that the file ends in, with zeros for what is missing."""
-    return data[run.end :] + bytes(run.missing)
-
-
 def _is_stuffing(data: bytes, run: _Run) -> bool:
-    """Whether the bytes that are missing of the last frame hold no sound."""
-    frame = data[run.end :]
+    """Whether bytes are missing of the last frame, and hold no sound."""
+    frame = data[run.end :] if run.missing else b""
     header = mpeg_frames.header(frame)
     if header is None or header.layer != LAYER_3:
         return False

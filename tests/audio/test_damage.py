@@ -101,7 +101,7 @@ def test_an_ogg_file_with_a_page_left_out_or_a_second_stream_is_refused() -> Non
         load(data[: starts[2]] + data[starts[3] :], RATE)
     with pytest.raises(AudioError, match="its beginning is missing"):
         load(data[starts[1] :], RATE)
-    with pytest.raises(AudioError, match="last page is not whole; .*read_to_end"):
+    with pytest.raises(AudioError, match=r"last page is not whole; .*read_to_end"):
         load(data[:-10], RATE)
     other = bytearray(data)
     for start, end in itertools.pairwise([*starts, len(data)]):
