@@ -24,7 +24,7 @@ def main(sounds: str, out: str, steps: int = 150) -> None:
     """Ten lines: what to train on, what to train, and how well it went."""
     stage = {"train": {"connector": True, "projectors": True, "llm": "full"}, "lr": 1e-3, "warmup": 10, "steps": steps}
     source = {"prepare": {"name": "folder", "root": sounds, "options": {"part": "train"}}}
-    source["augment"] = {"probability": 0.8, "gain_db": [-12, 6], "speed": [0.9, 1.1], "time_shift": 1.0}
+    source["augment"] = {"probability": 0.8, "gain_db": [-12, 6], "speed": [0.9, 1.1], "time_shift": 1.0, "wrap": True}
     fields = {"bundle": str(pal.SHIPPED), "data": {"own": source}, "stages": [stage | {"batch": {"clips": 8}}]}
     model = run(parse(Recipe, fields, where="example"), out)
     with tempfile.TemporaryDirectory() as scratch:

@@ -32,6 +32,9 @@ from pal.config import StrictConfig
 from pal.errors import ConfigError
 from pal.types import TagSpan
 
+_FRAME, _HOP = 512, 128
+"""Samples of `warp`'s frames, and from one to the next."""
+
 Tags = list[TagSpan] | None
 Samples = NDArray[np.float32]
 
@@ -172,7 +175,7 @@ class Augment:
         for _ in range(TRIES):
             first = int(rng.integers(0, max(0, len(x_N) - length) + 1))
             piece_N = x_N[first : first + length]
-            left = _left(x_N, rate, tags, first, first + len(piece_N))
+            left = heard_within(x_N, rate, tags, first, first + len(piece_N))
             if left is not None:
                 return piece_N, _later(left, -first / rate, len(piece_N) / rate)
         return x_N, tags
@@ -194,7 +197,7 @@ class Augment:
             return np.roll(x_N, by), _around(tags, by / rate, seconds)
         for _ in range(TRIES):
             by = int(rng.integers(-most, most + 1))
-            left = _left(x_N, rate, tags, max(0, -by), len(x_N) - max(0, by))
+            left = heard_within(x_N, rate, tags, max(0, -by), len(x_N) - max(0, by))
             if left is not None:
                 shifted_N = np.roll(x_N, by)
                 shifted_N[slice(0, by) if by >= 0 else slice(by, None)] = 0
@@ -255,7 +258,7 @@ def _within(t: float, seconds: float) -> float:
     return min(max(0.0, float(t)), seconds)
 
 
-def _left(x_N: Samples, rate: int, tags: Tags, first: int, last: int) -> Tags:
+def heard_within(x_N: Samples, rate: int, tags: Tags, first: int, last: int) -> Tags:
     """The tags that are heard in the samples from `first` to `last`; None where one is neither heard nor gone."""
     out = []
     for tag in tags or ():
@@ -314,9 +317,15 @@ _BAND = 0.92
 
 
 def warp(x_N: Samples, factor: float) -> Samples:
-    """Move what is at f Hz to `factor` f; time stays. Vocal tract length perturbation (Jaitly and Hinton 2013)."""
-    window = torch.hann_window(512)
-    spectrum_XF = torch.stft(torch.from_numpy(x_N), 512, 128, window=window, pad_mode="constant", return_complex=True)
+    """Move what is at f Hz to `factor` f; time stays. Vocal tract length perturbation (Jaitly and Hinton 2013).
+
+    Phases turn `factor` times as fast, as in a phase vocoder whose bins follow their peak (Laroche and Dolson 1999),
+    and are counted from the middle of each frame, so that a steady tone does not cancel itself where frames overlap.
+    """
+    window = torch.hann_window(_FRAME)
+    spectrum_XF = torch.stft(
+        torch.from_numpy(x_N), _FRAME, _HOP, window=window, pad_mode="constant", return_complex=True
+    )
     bins = len(spectrum_XF)
     source_X = torch.arange(bins) / factor
     low_X = source_X.long().clamp(max=bins - 2)
@@ -324,8 +333,36 @@ def warp(x_N: Samples, factor: float) -> Samples:
     magnitude_XF = spectrum_XF.abs()
     moved_XF = magnitude_XF[low_X] * (1 - share_X1) + magnitude_XF[low_X + 1] * share_X1
     moved_XF[source_X > bins - 1] = 0
-    out_XF = torch.polar(moved_XF, spectrum_XF.angle())
-    return torch.istft(out_XF, 512, 128, window=window, length=len(x_N)).numpy()
+    angle_XF = spectrum_XF.angle().double()
+    half_turns_X1 = torch.pi * torch.arange(bins, dtype=torch.float64)[:, None]  # from a frame's start to its middle
+    expected_X1 = half_turns_X1 * 2 * _HOP / _FRAME
+    apart_XF = torch.diff(angle_XF, dim=1) - expected_X1
+    turned_XF = apart_XF - 2 * torch.pi * torch.round(apart_XF / (2 * torch.pi)) + expected_X1
+    more_XF = torch.from_numpy(_turned_more(magnitude_XF.numpy(), ((factor - 1) * turned_XF).numpy()))
+    nearest_X = source_X.round().long().clamp(max=bins - 1)
+    phase_XF = (angle_XF + more_XF + half_turns_X1)[nearest_X] - half_turns_X1
+    out_XF = torch.polar(moved_XF, phase_XF.float())
+    return torch.istft(out_XF, _FRAME, _HOP, window=window, length=len(x_N)).numpy()
+
+
+def _turned_more(magnitude_XF: NDArray[np.float32], more_XF: NDArray[np.float64]) -> NDArray[np.float64]:
+    """How far each bin has turned more than before, in radians, if all bins around a peak turn as the peak does.
+
+    Args:
+        magnitude_XF: of the frames.
+        more_XF: what each bin turns more from one frame to the next.
+    """
+    bins, frames = magnitude_XF.shape
+    padded_XF = np.pad(magnitude_XF, ((2, 2), (0, 0)), constant_values=-1.0)
+    peak_XF = np.all([magnitude_XF >= padded_XF[2 + by : 2 + by + bins] for by in (-2, -1, 1, 2)], axis=0)
+    at_X = np.arange(bins)
+    out_XF = np.zeros((bins, frames))
+    for frame in range(1, frames):
+        peaks = np.flatnonzero(peak_XF[:, frame])
+        # each bin's nearest peak, the lower of two
+        nearest_X = peaks[np.searchsorted((peaks[1:] + peaks[:-1]) / 2, at_X)]
+        out_XF[:, frame] = (out_XF[:, frame - 1] + more_XF[:, frame - 1])[nearest_X]
+    return out_XF
 
 
 def equalise(x_N: Samples, gains_db: NDArray[np.float64]) -> Samples:

@@ -8,11 +8,13 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pal.backbone.llm import Per
 from pal.config import StrictConfig, parse
+from pal.data.augment import heard_within, loudness
 from pal.data.manifest import Record
 from pal.errors import ConfigError
 from pal.model import PalModel
@@ -121,12 +123,13 @@ class Tags(Objective):
     class Config(StrictConfig):
         """Options of the objective."""
 
-        frame_weight: float = 1.0
+        frame_weight: float = Field(default=1.0, ge=0)
         """Weight of the loss at tokens beside that of clips."""
-        mixup: float = 0.0
+        mixup: float = Field(default=0.0, ge=0, le=1)
         """Share of the clips that another clip of the batch is added to."""
-        mixup_db: float = 10.0
-        """Most that the added clip is louder or softer, in dB."""
+        mixup_db: float = Field(default=10.0, ge=0, le=20)
+        """Most that the added clip is louder or softer than the clip itself, in dB, so that neither covers the other. A
+        silent clip is not mixed, nor one of which the end would leave too little of a tag to be heard."""
         encoder: int = 0
         """Which of the model's encoders, counted from 0."""
 
@@ -211,15 +214,22 @@ class Tags(Objective):
                 continue
             gain = 10 ** (self.config.mixup_db * (2 * gain_db - 1) / 20)
             mine_N, theirs_N = waveforms[i], waveforms[other]
-            seconds = len(mine_N) / self.model.sampling_rate
-            # Only where all of the other clip fits do its labels without a time hold in the mixture.
-            if len(theirs_N) > len(mine_N) and any(span.start is None for span in tags[other]):
+            size, rate, added = min(len(mine_N), len(theirs_N)), self.model.sampling_rate, tags[other]
+            if len(theirs_N) > len(mine_N):
+                # Only where all of the other clip fits do its labels without a time hold in the mixture.
+                if any(span.start is None or span.end is None for span in added):
+                    continue
+                heard = heard_within(theirs_N.numpy(), rate, added, 0, size)
+                if heard is None:
+                    continue
+                added = heard
+            mine, theirs = (loudness(x_N.numpy(), rate) if len(x_N) else 0.0 for x_N in (mine_N, theirs_N[:size]))
+            if mine <= 0 or theirs <= 0:
                 continue
             sum_N = mine_N.clone()
-            size = min(len(mine_N), len(theirs_N))
-            sum_N[:size] += gain * theirs_N[:size]
+            sum_N[:size] += gain * mine / theirs * theirs_N[:size]
             mixed[0][i] = sum_N / max(1.0, float(sum_N.abs().max()))
-            mixed[1][i] = tags[i] + [span for span in tags[other] if span.start is None or span.start < seconds]
+            mixed[1][i] = tags[i] + added
             mixed[2][i] = known[i] & known[other]
         return mixed
 

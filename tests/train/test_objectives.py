@@ -137,7 +137,12 @@ def test_tags_mixup_adds_sound_and_labels() -> None:
         if not rest.any():
             continue
         mixed += 1
-        others = [j for j, y_N in enumerate(given.batch.waveforms) if j != i and _is_start(rest, y_N)]
+        # as loud as the clip itself, since `mixup_db` is 0
+        others = [
+            j
+            for j, y_N in enumerate(given.batch.waveforms)
+            if j != i and _is_start(rest / loud(x_N), y_N / loud(y_N[: len(x_N)]))
+        ]
         assert len(others) == 1
         (other,) = others
         labels = {span.label for span in spans[i]}
@@ -149,6 +154,50 @@ def test_tags_mixup_adds_sound_and_labels() -> None:
     assert mixed
     objective.eval()
     assert torch.equal(objective._targets(given)[0][0], given.batch.waveforms[0])
+
+
+def loud(x_N: Tensor) -> float:
+    """Rms of the frames of 2 samples (20 ms) within 20 dB of the loudest, by loops."""
+    powers = [(a * a + b * b) / 2 for a, b in x_N[: len(x_N) // 2 * 2].reshape(-1, 2).tolist()]
+    kept = [power for power in powers if power >= max(powers) / 100]
+    return math.sqrt(sum(kept) / len(kept))
+
+
+@pytest.mark.parametrize("quieter", [1.0, 1e-3])
+def test_mixing_leaves_both_sounds_within_the_bound(quieter: float) -> None:
+    """However unlike the clips' levels are, neither is more than `mixup_db` below the other."""
+    objective = tags(mixup=1.0, mixup_db=6.0).train()
+    given = work()
+    given.batch.waveforms[0] *= quieter
+    waveforms, _, _ = objective._targets(given)
+    mixed = 0
+    for x_N, sum_N in zip(given.batch.waveforms, waveforms, strict=True):
+        rest = sum_N - x_N
+        if rest.any():
+            mixed += 1
+            assert abs(20 * math.log10(loud(rest[: int(rest.nonzero()[-1]) + 1]) / loud(x_N))) <= 6.5
+    assert mixed
+
+
+def test_mixing_adds_no_tag_that_the_end_cuts_off() -> None:
+    objective = tags(mixup=1.0, mixup_db=0.0).train()
+    short, long = torch.full((40,), 0.1), torch.full((100,), 0.1)
+
+    def mixed(*spans: TagSpan) -> list[TagSpan]:
+        batch = Batch([short, long], [], [], [[TagSpan("dog")], list(spans)])
+        return list(objective._targets(Work(batch, ["b", "b"], seed=3))[1][0])
+
+    kept, late = TagSpan("cat", 0.1, 0.3), TagSpan("cat", 0.5, 0.9)
+    assert mixed(kept, late) == [TagSpan("dog"), kept]
+    assert mixed(kept, TagSpan("cat", 0.39, 0.9)) == [TagSpan("dog")]  # too little of it would be left: not mixed
+    assert mixed(kept, TagSpan("cat", 0.1)) == [TagSpan("dog")]  # nothing says when it ends
+
+
+def test_silence_is_not_mixed() -> None:
+    objective = tags(mixup=1.0).train()
+    batch = Batch([torch.zeros(50), torch.ones(50) / 10], [], [], [[], [TagSpan("cat")]])
+    waveforms, spans, _ = objective._targets(Work(batch, ["b", "b"], seed=3))
+    assert torch.equal(waveforms[0], batch.waveforms[0]) and spans == [[], [TagSpan("cat")]]
 
 
 def _late(span: TagSpan, x_N: Tensor) -> bool:
