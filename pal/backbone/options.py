@@ -1,0 +1,44 @@
+"""Options of transformers' `generate` that cannot be followed with audio beside the text, refused by name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from pal.errors import PalError
+
+_OTHER_DECODING = "it runs the LLM in a way that would not hear the audio; leave it out"
+_OF_THE_PROMPT = "the prompt reaches the LLM as embeddings, not as ids; leave it out"
+_NO_CODE = "it loads code from the Hub; leave it out"
+_REFUSED = {
+    **dict.fromkeys(
+        ("assistant_model", "assistant_tokenizer", "assistant_early_exit", "prompt_lookup_num_tokens"), _OTHER_DECODING
+    ),
+    **dict.fromkeys(("guidance_scale", "negative_prompt_ids", "negative_prompt_attention_mask"), _OTHER_DECODING),
+    "prefill_chunk_size": _OTHER_DECODING,
+    "past_key_values": "each call makes its own; leave it out",
+    **dict.fromkeys(("encoder_repetition_penalty", "encoder_no_repeat_ngram_size", "token_healing"), _OF_THE_PROMPT),
+    **dict.fromkeys(("inputs_embeds", "position_ids"), "the model makes them; give input_ids and input_values"),
+    **dict.fromkeys(
+        ("custom_generate", "dola_layers", "penalty_alpha", "num_beam_groups", "diversity_penalty", "constraints"),
+        _NO_CODE,
+    ),
+    "force_words_ids": _NO_CODE,
+}
+_OFF = {"guidance_scale": 1.0, "encoder_repetition_penalty": 1.0, "num_beam_groups": 1}
+"""Values that say that an option is not used, beside None, False and 0."""
+
+
+def check_generation(options: Mapping[str, Any]) -> None:
+    """Check options of `generate`, those of a `generation_config` among them included.
+
+    Raises:
+        PalError: one that cannot be followed.
+    """
+    config = options.get("generation_config")
+    asked = {**(config.to_diff_dict() if config is not None else {}), **options}
+    for name, reason in _REFUSED.items():
+        value = asked.get(name)
+        unused = value is None or (isinstance(value, bool | int | float) and value in (0, _OFF.get(name, 0)))
+        if not unused:
+            raise PalError(f"generate: '{name}' is not supported: {reason}")
