@@ -14,6 +14,7 @@ from typing import Any
 from urllib.parse import SplitResult, quote, unquote, unquote_to_bytes, urlsplit
 
 from pal.audio.declared import DecodeError
+from pal.errors import shortened
 
 SECONDS = 30.0
 """How long a server may take to answer, or to send the next bytes."""
@@ -33,7 +34,7 @@ def is_address(text: str) -> bool:
 def shown(address: str) -> str:
     """An address as messages name it: without a password, and without what a data: address holds."""
     if address.lstrip()[:5].lower() == "data:":
-        return address.strip().partition(",")[0][:60] + ",..."
+        return shortened(address.strip().partition(",")[0], 60) + ",..."
     return re.sub(r"(?<=://)[^/?#]*@", "", address)
 
 
@@ -182,7 +183,7 @@ def _uncompressed(data: bytes, encoding: str, limit: int) -> bytes:
 
 
 def _unfetched(reason: object) -> DecodeError:
-    return DecodeError(f"it cannot be fetched ({' '.join(str(reason).split())})", _DOWNLOAD)
+    return DecodeError(f"it cannot be fetched ({shortened(' '.join(str(reason).split()), 80)})", _DOWNLOAD)
 
 
 def _too_large(limit: int) -> DecodeError:

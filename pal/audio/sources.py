@@ -27,7 +27,7 @@ from torch import Tensor
 from pal.audio.addresses import is_address, read_address, shown
 from pal.audio.declared import DecodeError
 from pal.audio.decode import Limits, Waveform, load
-from pal.errors import AudioError
+from pal.errors import AudioError, shortened
 
 _ARRAYS, _RATES = ("array", "raw", "waveform"), ("sampling_rate", "sample_rate")
 """Keys of a clip given as a dict."""
@@ -72,7 +72,7 @@ def read_clip(
         elif _is_array(clip):
             clip = (_by_frames(clip, limits), source_rate or rate)
     except DecodeError as error:
-        raise AudioError(f"{name or _name(clip)}: {error.what}; {error.remedy}") from None
+        raise AudioError(f"{shortened(name or _name(clip), 140)}: {error.what}; {error.remedy}") from None
     return load(clip, rate, limits, name=name, read_to_end=read_to_end)
 
 
