@@ -2,11 +2,19 @@
 
 from collections.abc import Callable
 
-from pal.audio import aiff, au, caf, nist, rare, riff, w64
+from pal.audio import aiff, au, caf, headless, nist, rare, riff, w64
 from pal.audio.declared import Declared, DecodeError
 
 _CONVERT = "convert it: ffmpeg -i IN OUT.wav"
 _RIFF = (b"RIFF", b"RIFX", b"RF64", b"BW64")
+_STARTS = {
+    rare.VOC: rare.voc,
+    rare.WVE: rare.wve,
+    b"2BIT": rare.avr,
+    b"PVF1\n": headless.pvf,
+    b" paf": headless.paf,
+    b"fap ": headless.paf,
+}
 _UNREAD = (
     (b"wvpk", "a WavPack file"),
     (b"MAC ", "a Monkey's Audio file"),
@@ -29,11 +37,6 @@ _UNREAD = (
     (b".ra\xfd", "a RealAudio file"),
     (b"FLV\x01", "a Flash video"),
     (b"\0\0\x01\xba", "an MPEG programme stream"),
-    (b"\x64\xa3", "an IRCAM file"),
-    (b"\0\0\xa3\x64", "an IRCAM file"),
-    (b" paf", "an Ensoniq PARIS (PAF) file"),
-    (b"fap ", "an Ensoniq PARIS (PAF) file"),
-    (b"PVF1\n", "a Portable Voice (PVF) file"),
     (b"Extended Instrument:", "a FastTracker instrument (XI)"),
     (b"MATLAB 5.0 MAT-file", "a MATLAB file"),
     (b"\0\0\x03\xe8", "a MATLAB 4 file"),
@@ -77,9 +80,11 @@ def reader(data: bytes) -> Callable[[bytes], Declared] | None:
         return nist.declared
     if data[:4] == b"FORM" and form in (b"8SVX", b"16SV"):
         return rare.svx
-    for start, read in ((rare.VOC, rare.voc), (rare.WVE, rare.wve), (b"2BIT", rare.avr)):
+    for start, read in _STARTS.items():
         if data[: len(start)] == start:
             return read
+    if headless.is_ircam(data):
+        return headless.ircam
     return rare.htk if rare.is_htk(data) else None
 
 

@@ -93,6 +93,10 @@ def read(chunk: bytes, order: str) -> Format:
         raise DecodeError("its 0 channels are not 1 to 8")
     if tag in _MPEG:
         return Format(tag, channels, rate, align, chunk, order, None)
+    if tag in _BLOCKS and order == ">":
+        raise DecodeError(
+            f"it is a RIFX file whose codec is not read (format {tag})", "convert it: ffmpeg -i IN OUT.wav"
+        )
     if tag in _BLOCKS:
         per_block = struct.unpack_from(order + "H", chunk, 18)[0] if len(chunk) >= 20 else 0
         _check_blocks(tag, channels, rate, byte_rate, align, per_block)

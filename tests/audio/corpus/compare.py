@@ -37,9 +37,9 @@ class Verdict:
     codec: str = ""
 
 
-def judge(path: Path, read_to_end: bool = False) -> Verdict:
-    """Decode with everything that is here and compare; nothing is raised."""
-    heard = hear(path)
+def judge(path: Path, read_to_end: bool = False, programs: bool = True) -> Verdict:
+    """Decode with everything that is here, or without other programs, and compare; nothing is raised."""
+    heard = hear(path, programs)
     codec = next((one.codec for one in heard if one.codec), "")
     calm = [one for one in heard if not one.complaint] or heard
     whole = _agreeing([one for one in heard if not one.complaint], codec)
@@ -56,8 +56,10 @@ def judge(path: Path, read_to_end: bool = False) -> Verdict:
     line = ", ".join(f"{decoder} {value:.1e}" for decoder, value in apart)
     if not apart:
         return Verdict(path, UNREAD, "no other decoder reads it", whole, codec)
-    equal = min(value for _, value in apart) <= TOLERANCE
-    return Verdict(path, EQUAL if equal else DIFFERENT, line, whole, codec)
+    if min(value for _, value in apart) <= TOLERANCE:
+        return Verdict(path, EQUAL, line, whole, codec)
+    # a decoder that complains is no witness
+    return Verdict(path, DIFFERENT if any(not one.complaint for one in heard) else UNREAD, line, whole, codec)
 
 
 def distance(one_N: np.ndarray, other_N: np.ndarray, codec: str) -> float:

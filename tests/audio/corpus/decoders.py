@@ -35,10 +35,10 @@ class Heard:
     """The first line that the decoder wrote about something wrong; empty where it read the file without complaint."""
 
 
-def hear(path: Path) -> list[Heard]:
-    """What each decoder makes of a file; those that cannot read it are left out."""
-    heard = [_ffmpeg(path) if shutil.which("ffmpeg") else _av(path), _soundfile(path)]
-    if shutil.which("sox"):
+def hear(path: Path, programs: bool = True) -> list[Heard]:
+    """What each decoder makes of a file, or only those of this process; those that cannot read it are left out."""
+    heard = [_ffmpeg(path) if programs and shutil.which("ffmpeg") else _av(path), _soundfile(path)]
+    if programs and shutil.which("sox"):
         heard.append(_sox(path))
     return [one for one in heard if one is not None and len(one.mono_N)]
 
@@ -98,20 +98,27 @@ def _soundfile(path: Path) -> Heard | None:
 
 def _av(path: Path) -> Heard | None:
     import av
+    import av.logging
 
     blocks = []
-    rate = 0
-    codec = ""
+    av.logging.set_level(av.logging.ERROR)
     try:
-        with av.open(str(path), metadata_errors="ignore") as container:
+        with av.logging.Capture() as logs, av.open(str(path), metadata_errors="ignore") as container:
             stream = container.streams.audio[0]
-            codec = stream.codec_context.name
-            for frame in container.decode(stream):
-                rate = frame.sample_rate
-                block = frame.to_ndarray()
-                block_CN = block if frame.format.is_planar else block.reshape(-1, frame.layout.nb_channels).T
-                full = {"u": 128.0, "i": 2.0 ** (8 * block.itemsize - 1), "f": 1.0}[block.dtype.kind]
-                blocks.append(((block_CN.astype(np.float64) - (128 if full == 128 else 0)) / full).mean(0))
+            decoder = stream.codec_context
+            if decoder.name == "opus":  # as for the program
+                decoder = av.CodecContext.create("libopus", "r")
+                decoder.extradata = stream.codec_context.extradata
+            for packet in container.demux(stream):
+                for frame in decoder.decode(packet):
+                    block = frame.to_ndarray()
+                    block_CN = block if frame.format.is_planar else block.reshape(-1, frame.layout.nb_channels).T
+                    full = {"u": 128.0, "i": 2.0 ** (8 * block.itemsize - 1), "f": 1.0}[block.dtype.kind]
+                    blocks.append(((block_CN.astype(np.float64) - (128 if full == 128 else 0)) / full).mean(0))
+            rate, codec = decoder.sample_rate, stream.codec_context.name
     except (av.error.FFmpegError, IndexError, ValueError):
         return None
-    return Heard("av", rate, np.concatenate(blocks), codec) if blocks else None
+    finally:
+        av.logging.set_level(None)
+    complaint = next((line for level, _, line in logs if level <= av.logging.ERROR), "")
+    return Heard("av", rate, np.concatenate(blocks), codec, complaint) if blocks else None

@@ -7,6 +7,7 @@ and oggenc where the program is there. `wild` makes of them what is found in the
 from __future__ import annotations
 
 import shutil
+import struct
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -79,7 +80,7 @@ _FFMPEG_PIPES = {
 _LAME = "-b 32|-b 128|-V 2|-V 9|--abr 90|-t -b 64|-m m|-m j|-m s|--resample 8|--resample 16|--resample 24|--resample 48"
 _LAME += "|--free -b 100|--tt title --add-id3v2|--tt title --id3v1-only|--crc -b 96|-t -V 4|--nores -b 128"
 _TWOLAME = "-b 32 -m mono|-b 128|-b 192 -m joint|-v|-b 160 -p|-b 384"
-_FLAC = "-0|-8|--ogg|-8 --lax --blocksize=1000|--no-padding|-T TITLE=x --padding=5000|--sample-rate=12345 --force-raw-format"
+_FLAC = "-0|-8|--ogg --no-padding|-8 --lax --blocksize=1000|--no-padding|-T TITLE=x --padding=5000|--sample-rate=12345 --force-raw-format"
 _OPUS = "--bitrate 6|--bitrate 64|--bitrate 256|--framesize 2.5|--framesize 60|--downmix-mono|--hard-cbr --bitrate 32"
 _OGGENC = "-q -1|-q 3|-q 10|--downmix|--resample 8000|-b 64 --managed"
 
@@ -92,15 +93,25 @@ def sound(rate: int, channels: int, seconds: float) -> np.ndarray:
     return 0.2 * np.stack(tones, 1) + 0.02 * noise_NC
 
 
-def generate(folder: Path, seconds: float = 0.3, programs: bool = True) -> list[Path]:
-    """Write the corpus into a folder; what cannot be written (a rate that a codec lacks) is left out."""
+def generate(folder: Path, seconds: float = 0.3, every: int = 1) -> list[Path]:
+    """Write the corpus into a folder; what cannot be written (a rate that a codec lacks) is left out.
+
+    Args:
+        folder: where to.
+        seconds: length of a sound.
+        every: run every so-manieth command only; 0 for none.
+    """
     paths = [path for path in _by_soundfile(folder, seconds) if path.exists()]
-    if programs:
+    for bits in (4, 8, 12, 16, 20, 24, 32):
+        paths.append(folder / f"valid_{bits}.wav")
+        paths[-1].write_bytes(_extensible(sound(16_000, 1, seconds), 16_000, bits))
+    if every:
         source = {}
         for rate, channels in ((16_000, 1), (44_100, 2)):
             source[rate] = folder / f"source_{rate}.wav"
             soundfile.write(source[rate], sound(rate, channels, seconds), rate, subtype="PCM_16")
-        paths += [path for path, command in _commands(folder, source) if _made(path, command)]
+        commands = [command for command in _commands(folder, source) if shutil.which(command[1][0])]
+        paths += [path for path, command in commands[::every] if _made(path, command)]
     return sorted(paths + wild.variations(folder, paths))
 
 
@@ -112,7 +123,7 @@ def _by_soundfile(folder: Path, seconds: float) -> Iterator[Path]:
             for rate, channels in ((16_000, 1), (44_100, 2), (8_000, 1)):
                 for endian in ("FILE", "LITTLE", "BIG"):
                     name = f"soundfile_{format}_{subtype}_{rate}_{endian.lower()}.{_SUFFIX.get(format, format.lower())}"
-                    if not soundfile.check_format(format, subtype, endian) or (rate == 8_000 and endian != "FILE"):
+                    if not soundfile.check_format(format, subtype, endian) or (rate != 16_000 and endian != "FILE"):
                         continue
                     try:
                         soundfile.write(
@@ -124,7 +135,7 @@ def _by_soundfile(folder: Path, seconds: float) -> Iterator[Path]:
 
 
 def _commands(folder: Path, source: dict[int, Path]) -> Iterator[tuple[Path, list[str]]]:
-    """(path, command that writes it, to its output where no path is in it)."""
+    """(path, command that writes it, or that writes to its output)."""
     for rate, wav in source.items():
 
         def name(program: str, number: int, suffix: str, rate: int = rate) -> Path:
@@ -159,10 +170,7 @@ def _commands(folder: Path, source: dict[int, Path]) -> Iterator[tuple[Path, lis
             yield path, ["flac", "-s", "-f", *options.split(), "-o", str(path), str(wav)]
         for bits in (4, 8, 12, 16, 20, 24, 32):
             path = name("flacbits", bits, "flac")
-            raw = f"--force-raw-format --endian=little --sign=signed --channels=1 --bps={bits} --sample-rate={rate}"
-            quiet = folder / f"quiet_{bits}.raw"
-            _write_integers(quiet, sound(rate, 1, 0.2), bits)
-            yield path, ["flac", "-s", "-f", *raw.split(), "-o", str(path), str(quiet)]
+            yield path, ["flac", "-s", "-f", "--no-padding", "-o", str(path), str(folder / f"valid_{bits}.wav")]
         for number, options in enumerate(_OPUS.split("|")):
             path = name("opusenc", number, "opus")
             yield path, ["opusenc", "--quiet", *options.split(), str(wav), str(path)]
@@ -171,14 +179,19 @@ def _commands(folder: Path, source: dict[int, Path]) -> Iterator[tuple[Path, lis
             yield path, ["oggenc", "-Q", *options.split(), "-o", str(path), str(wav)]
 
 
-def _write_integers(path: Path, sound_NC: np.ndarray, bits: int) -> None:
-    values = np.round(sound_NC[:, 0] * (2 ** (bits - 1) - 1)).astype("<i4").view(np.uint8).reshape(-1, 4)
-    path.write_bytes(values[:, : -(-bits // 8)].tobytes())
+def _extensible(sound_NC: np.ndarray, rate: int, bits: int) -> bytes:
+    """A WAV whose samples have `bits` valid bits in the upper part of whole bytes."""
+    width = -(-bits // 8)
+    values_N = np.round(sound_NC[:, 0] * (2 ** (bits - 1) - 1)).astype(np.int64) << 8 * width - bits
+    values_N += 128 * (width == 1)
+    data = values_N.astype("<i8").view(np.uint8).reshape(-1, 8)[:, :width].tobytes()
+    fmt = struct.pack("<HHIIHHHHIH", 0xFFFE, 1, rate, rate * width, width, 8 * width, 22, bits, 4, 1)
+    fmt += bytes.fromhex("0000 0000 1000 8000 00aa 0038 9b71")
+    body = b"WAVEfmt " + struct.pack("<I", len(fmt)) + fmt + b"data" + struct.pack("<I", len(data)) + data
+    return b"RIFF" + struct.pack("<I", len(body)) + body
 
 
 def _made(path: Path, command: list[str]) -> bool:
-    if shutil.which(command[0]) is None:
-        return False
     done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=60, check=False)
     if done.returncode == 0 and not path.exists():
         path.write_bytes(done.stdout)
@@ -186,3 +199,17 @@ def _made(path: Path, command: list[str]) -> bool:
         path.unlink(missing_ok=True)
         return False
     return True
+
+
+SUBSET = """
+    sox_08_16000.wav sox_09_16000.wav sox_10_16000.wav sox_00_16000.aifc sox_01_16000.au sox_00_16000.voc
+    sox_01_16000.voc sox_00_16000.8svx sox_00_16000.avr sox_04_16000.sph
+    ffmpeg_10_16000.wav ffmpeg_11_16000.wav ffmpeg_12_16000.wav ffmpeg_08_16000.wav ffmpeg_09_16000.wav
+    ffmpeg_02_16000.aiff ffmpeg_09_16000.aiff ffmpeg_09_16000.caf ffmpeg_00_16000.m4a
+    ffmpeg_01_16000.m4a ffmpeg_00_16000.aac ffmpeg_00_16000.webm ffmpeg_00_16000.mka ffmpeg_01_16000.ogg
+    ffmpeg_00_16000.mp2 ffmpeg_02_16000.mp3 stream_00_16000.wav stream_00_16000.au stream_00_16000.caf
+    soxstream_00_16000.wav soxstream_00_16000.aiff lame_02_16000.mp3 lame_05_16000.mp3 lame_15_16000.mp3
+    twolame_01_44100.mp2 flac_02_16000.oga flacbits_04_16000.flac flacbits_12_16000.flac flacbits_20_16000.flac
+    flacbits_32_16000.flac opusenc_01_16000.opus opusenc_03_16000.opus opusenc_04_16000.opus oggenc_01_16000.ogg
+"""
+"""Files that tests find in `files` where the programs are not: made with sounds of 0.1 s."""
