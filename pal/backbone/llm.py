@@ -30,6 +30,7 @@ from pal.backbone import adapters
 from pal.backbone.attention import NAME
 from pal.backbone.context import AudioContext, AudioView, Rope
 from pal.backbone.folded import FoldedKV, fold
+from pal.backbone.options import check_generation
 from pal.backbone.sources import first_sentence, read_config
 from pal.backbone.tied import TiedRows
 from pal.config import StrictConfig
@@ -468,9 +469,11 @@ class Backbone(nn.Module):
 
         Audio K/V are made once; the text's are cached. Positions go on from each row's last one.
         """
+        check_generation(kwargs)
         inputs = _padded_left(inputs)
         audio: dict[str, Any] = {} if inputs.audio is None else {"audio": inputs.audio.prebuilt()}
-        if inputs.audio is not None and inputs.audio.asks_BT is not None and any(self.windows):
+        asks = inputs.audio is not None and inputs.audio.asks_BT is not None
+        if asks and any(self.windows) and kwargs.get("use_cache", True) and not kwargs.get("cache_implementation"):
             # caches of windows keep as many rows as a window has positions; rows that ask again take none of their own
             kwargs = {"past_key_values": DynamicCache(), **kwargs}
         return self.lm.generate(

@@ -101,6 +101,23 @@ def read_prompts(
     return Prompts(ids_BT, real_BT, rows, clips)
 
 
+def before_answers(ids_BT: Tensor, mask_BT: Tensor | None, labels_BT: Tensor) -> Tensor:
+    """A mask [B, T] that ends each row where the last of its labelled answers begins.
+
+    Raises:
+        PromptError: labels of another shape.
+    """
+    if labels_BT.shape != ids_BT.shape:
+        raise PromptError(f"labels have shape {list(labels_BT.shape)}, input_ids {list(ids_BT.shape)}")
+    labelled_BT = (labels_BT.cpu() != IGNORE) & (ids_BT.cpu() != AUDIO)
+    begins_BT = labelled_BT.clone()
+    begins_BT[:, 1:] &= ~labelled_BT[:, :-1]
+    columns_T = torch.arange(ids_BT.shape[1])
+    ends_B = torch.where(begins_BT.any(1), (begins_BT * columns_T).max(1).values, ids_BT.shape[1])
+    kept_BT = torch.ones(ids_BT.shape, dtype=torch.long) if mask_BT is None else mask_BT.cpu()
+    return kept_BT * (columns_T < ends_B[:, None])
+
+
 def stack_prompts(rows: Sequence[Tokens], pad: int, side: str, width: int = 0) -> tuple[Tensor, Tensor]:
     """Ids [B, T] and mask [B, T] of conversations, padded on one side to the longest, or to `width`."""
     longest = max([width, *(len(row.ids) for row in rows)])
