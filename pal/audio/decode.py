@@ -140,7 +140,17 @@ def _from_file(data: bytes, rate: int, limits: Limits, read_to_end: bool) -> tup
     data, reader = _kind(data)
     if reader is None:
         return _from_track(Track(data, read_to_end=read_to_end), rate, limits)
-    whole = reader(data)
+    if read_to_end and reader is flac.declared:
+        try:
+            return _from_parts(data, reader(data), rate, limits, read_to_end)
+        except DecodeError:  # libFLAC gives nothing of a block with an end that is cut
+            data = flac.whole_frames(data)
+    return _from_parts(data, reader(data), rate, limits, read_to_end)
+
+
+def _from_parts(
+    data: bytes, whole: Declared, rate: int, limits: Limits, read_to_end: bool
+) -> tuple[Tensor, float, str | None]:
     note = whole.doubt
     if note is not None and not read_to_end:
         raise DecodeError(note, TO_THE_END)

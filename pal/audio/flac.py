@@ -66,6 +66,16 @@ def declared(data: bytes) -> Declared:
     )
 
 
+def whole_frames(data: bytes) -> bytes:
+    """The file without the frame that it ends in, where the checksum says that this is not whole."""
+    start, at = _audio_start(data), len(data)
+    while (at := data.rfind(b"\xff", start, at)) >= 0:
+        head = data[at : at + 16]
+        if head[1:2] in (b"\xf8", b"\xf9") and len(head) > 5 and _is_header(head):
+            return data if _crc(data[at:], 16, 0x8005) == 0 else data[:at]
+    return data
+
+
 def _audio_start(data: bytes) -> int:
     """Offset of the first frame, after all metadata blocks."""
     start, last = 4, False
@@ -77,14 +87,35 @@ def _audio_start(data: bytes) -> int:
     return start
 
 
+def _number_end(header: bytes) -> int:
+    """Where the frame or sample number ends, which is coded like UTF-8."""
+    first = header[4]
+    return 5 if first < 0x80 else 12 - (first ^ 0xFF).bit_length()
+
+
+def _is_header(header: bytes) -> bool:
+    """Whether the bytes begin with a frame header, by its checksum."""
+    size_code, rate_code = header[2] >> 4, header[2] & 15
+    end = _number_end(header) + {6: 1, 7: 2}.get(size_code, 0) + {12: 1, 13: 2, 14: 2}.get(rate_code, 0)
+    return end < len(header) and _crc(header[: end + 1], 8, 7) == 0
+
+
+def _crc(data: bytes, width: int, polynomial: int) -> int:
+    """CRC of RFC 9639, sections 9.1.8 and 9.3; 0 for data that end in their own."""
+    value, mask = 0, (1 << width) - 1
+    for byte in data:
+        value ^= byte << width - 8
+        for _ in range(8):
+            value = (value << 1 ^ (polynomial if value >> width - 1 else 0)) & mask
+    return value
+
+
 def _frame_rate(header: bytes) -> int | None:
     """Hz that a frame header names; None where it refers to STREAMINFO."""
     size_code, rate_code = header[2] >> 4, header[2] & 15
     if rate_code in _RATES or rate_code == 0:
         return _RATES.get(rate_code)
-    first = header[4]  # frame or sample number, coded like UTF-8
-    length = 1 if first < 0x80 else 8 - (first ^ 0xFF).bit_length()
-    start = 4 + length + {6: 1, 7: 2}.get(size_code, 0)
+    start = _number_end(header) + {6: 1, 7: 2}.get(size_code, 0)
     if rate_code == 12:
         return header[start] * 1000
     value = int.from_bytes(header[start : start + 2], "big")

@@ -16,7 +16,7 @@ def run(*command: str, data: bytes | None = None) -> bytes:
     if shutil.which(command[0]) is None:
         pytest.skip(f"{command[0]} is not installed")
     with tempfile.TemporaryDirectory() as scratch:
-        given, made = Path(scratch, "in"), Path(scratch, "out")
+        given, made = Path(scratch, "in"), Path(scratch, "out.wav")
         if data is not None:
             given.write_bytes(data)
         names = [str({"IN": given, "OUT": made}.get(word, word)) for word in command]
