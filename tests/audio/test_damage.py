@@ -39,13 +39,18 @@ def clip(format: str, subtype: str) -> bytes:
 
 
 @pytest.mark.parametrize(("format", "subtype"), FORMATS)
-def test_a_cut_file_is_refused(format: str, subtype: str) -> None:
+def test_a_cut_file_is_refused_or_whole(format: str, subtype: str) -> None:
     data = clip(format, subtype)
+    whole_N = load(data, RATE).samples_N
     chosen = random.Random(0)
     lengths = [1, 2, 4, 8, 44, len(data) // 2, len(data) - 1, len(data) - 2, len(data) - 500]
     for length in lengths + [chosen.randrange(len(data)) for _ in range(30)]:
-        with pytest.raises(AudioError):
-            load(data[:length], RATE)
+        try:
+            wave = load(data[:length], RATE)
+        except AudioError:
+            continue
+        assert format == "MP3", length  # whose last frame ends in stuffing
+        assert torch.equal(wave.samples_N, whole_N), length
 
 
 @pytest.mark.parametrize(("format", "subtype"), FORMATS)

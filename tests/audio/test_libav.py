@@ -2,10 +2,12 @@
 
 import builtins
 import io
+import struct
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from pal.audio import load, seconds
 from pal.errors import AudioError
@@ -60,6 +62,33 @@ def test_the_length_is_known_without_decoding(
     path.write_bytes(encoded(format, codec, **({"live": live} if live else {})))
     monkeypatch.setattr("pal.audio.libav.Track.blocks", None)
     assert seconds(path) == pytest.approx(2.0, abs=0.06)
+
+
+@pytest.mark.parametrize("rate", [0, 8_000, 44_100])
+def test_opus_is_decoded_at_48_khz_whatever_its_header_says(rate: int) -> None:
+    data = encoded("webm", "libopus")
+    head = data.index(b"OpusHead")
+    other = data[: head + 12] + rate.to_bytes(4, "little") + data[head + 16 :]
+    place = data.index(b"\xb5\x88")  # SamplingFrequency, a float of 8 bytes
+    for changed in (other, other[: place + 2] + struct.pack(">d", rate or 1.0) + other[place + 10 :]):
+        wave = load(changed, RATE)
+        assert torch.equal(wave.samples_N, load(data, RATE).samples_N)
+        assert wave.seconds_given == load(data, RATE).seconds_given
+
+
+@pytest.mark.parametrize(("format", "codec"), [("matroska", "aac"), ("webm", "libopus"), ("adts", "aac")])
+def test_a_cut_file_is_read_as_far_as_it_goes_where_that_is_asked_for(format: str, codec: str, tmp_path: Path) -> None:
+    data = encoded(format, codec)
+    cut, whole_N = data[: len(data) // 2], load(data, RATE).samples_N
+    with pytest.raises(AudioError, match=r"read_to_end=True, --read-to-end"):
+        load(cut, RATE)
+    wave = load(cut, RATE, read_to_end=True)
+    assert RATE // 2 < len(wave.samples_N) < len(whole_N)
+    assert wave.note is not None
+    assert torch.equal(wave.samples_N[: RATE // 2], whole_N[: RATE // 2])
+    path = tmp_path / "cut"
+    path.write_bytes(cut)
+    assert 0 < seconds(path, read_to_end=True) <= wave.seconds_given + 0.1
 
 
 def test_two_tracks_are_refused() -> None:
