@@ -22,8 +22,8 @@ RESAMPLES = 2000
 """Data sets drawn for a figure that is a ratio of sums."""
 INTERVALS = (
     "95 %, bootstrap over whole clips: percentiles for means and ratios of sums; for means over labels, which few "
-    "clips bias, from the bias-corrected score to the score itself; at least Wilson's where no draw can differ, or "
-    "where less than five clips' worth of a mean over labels is wrong (or right)"
+    "clips bias, from the bias-corrected score to the score itself; at least Wilson's of the clips where all is right "
+    "(or wrong), or of a mean over labels less than five clips' worth is wrong (or right)"
 )
 """What the intervals are, for score files."""
 
@@ -136,7 +136,7 @@ class Drawn:
             return float("nan"), float("nan")
         corrected, clips = self.support.widened is not None, self.support.clips
         ends = self._corrected(level) if corrected else interval(self.values_R, self.value, level)
-        if clips and (ends[0] == ends[1] or (corrected and clips * min(self.value, 1 - self.value) < _FEW)):
+        if clips and (self.value in (0, 1) or (corrected and clips * min(self.value, 1 - self.value) < _FEW)):
             low, high = wilson(self.value, clips, level)
             ends = min(ends[0], low), max(ends[1], high)
         return ends

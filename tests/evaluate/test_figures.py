@@ -68,7 +68,7 @@ def test_wilson_is_statsmodels_formula(right, n):
 
 @pytest.mark.parametrize("clips", [1, 20])
 def test_all_right_is_not_certain(clips):
-    """No draw differs from another: Wilson's for as many clips, whatever the number of questions."""
+    """Wilson's for as many clips, whatever the number of questions."""
     keys = [str(clip) for clip in range(clips) for _ in range(3)]
     for value in (1, 0):
         (drawn,) = draw([Ratio.right([bool(value)] * len(keys))], Groups(keys))

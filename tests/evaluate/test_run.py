@@ -1,6 +1,7 @@
 """Run folders: what they hold, how they go on after a kill, how they are scored again, joined and compared."""
 
 import json
+import math
 import random
 import subprocess
 import sys
@@ -446,3 +447,26 @@ def test_several_processes_give_the_same_files(model, benchmark, tmp_path, proce
     assert done.returncode == 0, done.stderr[-2000:]
     for name in ("items.jsonl", "score.json"):
         assert (tmp_path / "two" / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
+
+
+def test_compares_chance_has_two_sides(model, tmp_path):
+    """Of six clips the first run knows one and the second the other five: draws that say otherwise, counted exactly."""
+    items = []
+    for number in range(6):
+        path = tmp_path / "audio" / f"{number}.wav"
+        published.clip(path, 0.1 + 0.05 * number)
+        items.append(Item(str(number), (str(path),), f"Is it {number}?", ("yes",), CHOICES))
+    benchmark = Benchmark("made", tuple(items), {"name": "exact"}, tmp_path)
+    for name, knows in (("a", "0"), ("b", "12345")):
+        say = Scripted(
+            model, lambda prompt, heard, knows=knows: "yes" if prompt.split("Is it ")[1][0] in knows else "no"
+        )
+        run(say, benchmark, tmp_path / name, progress=False, no_audio=False)
+    # a draw has the first clip k times: 6 - 2 k is not above 0 from three times on
+    tail = sum(math.comb(6, k) * 5 ** (6 - k) for k in range(3, 7)) / 6**6
+    for folders, by in (("ab", 4 / 6), ("ba", -4 / 6)):
+        row = compare([tmp_path / name for name in folders]).rows[1]
+        assert row.difference == pytest.approx(by)
+        assert row.p_bootstrap == pytest.approx(2 * tail, abs=0.025)
+        assert row.difference_ci95[0] <= by <= row.difference_ci95[1]
+        assert row.p_mcnemar == pytest.approx(2 * (1 + 6) / 2**6)  # at most one of six fair coins

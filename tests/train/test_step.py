@@ -1,0 +1,210 @@
+"""One update of the weights, by hand; what is random in it; and that layers are kept or made again as a stage says."""
+
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from transformers.models.llama import modeling_llama
+
+from pal.backbone.llm import Backbone
+from pal.train import loop, run
+from pal.train.meter import Step
+from pal.train.objectives import Outcome
+from tests.train.tiny import recipe
+
+# The arithmetic, with a plain gradient descent of rate 1 in AdamW's place
+
+
+class Line(nn.Module):
+    """Loss of a piece of work: the sum of its numbers times the one weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor([10.0]))
+
+    def forward(self, work: Any) -> Outcome:
+        return Outcome(self.weight[0] * sum(work.numbers), len(work.numbers), (1, 2))
+
+
+class Processes:
+    """As accelerate: this process among several that all do the same."""
+
+    device = torch.device("cpu")
+    no_sync = staticmethod(lambda module: nullcontext())
+
+    def __init__(self, number: int = 1) -> None:
+        self.num_processes = number
+
+    def backward(self, loss: Tensor) -> None:
+        loss.backward()
+
+    def reduce(self, told: Tensor, reduction: str) -> Tensor:
+        assert reduction == "sum"
+        return told * self.num_processes
+
+    def clip_grad_norm_(self, parameters: list[nn.Parameter], most: float) -> Tensor:
+        return nn.utils.clip_grad_norm_(parameters, most)
+
+
+def piece(*numbers: float, counts: bool = True) -> Any:
+    return SimpleNamespace(numbers=numbers, counts=counts)
+
+
+def stepped(works: list[Any], clip_grad: float | None = None, processes: int = 1) -> tuple[float, Step]:
+    """How far the weight moved, and what the step says of itself."""
+    line = Line()
+    fake = SimpleNamespace(accelerator=Processes(processes), asked=False, _is_late=lambda: False)
+    optimizer = torch.optim.SGD(line.parameters(), lr=1.0)
+    stage = SimpleNamespace(clip_grad=clip_grad, precision="fp32")
+    step = loop._Run._step(fake, stage, line, optimizer, [line.weight], works)  # type: ignore[arg-type]
+    assert line.weight.grad is None
+    return 10.0 - line.weight.item(), step
+
+
+def test_the_gradient_is_that_of_the_mean_over_all_items() -> None:
+    moved, step = stepped([piece(1.0, 2.0, 6.0)])
+    assert moved == pytest.approx(3.0)
+    assert step.loss == pytest.approx(30.0) and step.gradient_norm == pytest.approx(3.0)
+    assert (step.items, step.hits, step.tries) == (3, 1, 2)
+
+
+def test_parts_of_a_batch_are_one_batch() -> None:
+    # a mean of the parts' means would be 2.75
+    moved, step = stepped([piece(1.0, 2.0, 6.0), piece(2.5)])
+    assert moved == pytest.approx(11.5 / 4) and step.loss == pytest.approx(10 * 11.5 / 4)
+    assert (step.items, step.hits, step.tries) == (4, 2, 4)
+
+
+def test_a_repeated_part_counts_nothing() -> None:
+    moved, step = stepped([piece(1.0, 3.0), piece(50.0, counts=False)])
+    assert moved == pytest.approx(2.0) and step.loss == pytest.approx(20.0)
+    assert (step.items, step.hits, step.tries) == (2, 1, 2)
+
+
+@pytest.mark.parametrize("processes", [2, 5])
+def test_several_processes_do_what_one_does(processes: int) -> None:
+    # DDP takes the mean of the processes' gradients; all are the same here
+    moved, step = stepped([piece(1.0, 2.0, 6.0)], processes=processes)
+    assert moved == pytest.approx(3.0)
+    assert step.loss == pytest.approx(30.0) and step.items == 3 * processes
+
+
+@pytest.mark.parametrize(("most", "moves"), [(0.5, 0.5), (2.0, 2.0), (100.0, 3.0), (None, 3.0)])
+def test_the_gradients_norm_is_clipped(most: float | None, moves: float) -> None:
+    moved, step = stepped([piece(1.0, 2.0, 6.0)], clip_grad=most)
+    assert moved == pytest.approx(moves, rel=1e-4)
+    assert step.gradient_norm == pytest.approx(3.0)  # before it was clipped
+
+
+def test_a_fake_of_accelerate_has_its_names() -> None:
+    for name in ("no_sync", "backward", "reduce", "clip_grad_norm_"):
+        assert callable(getattr(Accelerator, name))
+
+
+# A whole run
+
+
+STAGE = {
+    "train": {"connector": True, "projectors": True},
+    "lr": 1e-2,
+    "steps": 2,
+    "batch": {"clips": 2, "rows_per_clip": 1},
+}
+
+
+def ran(manifest: Path, out: Path, **fields: Any) -> None:
+    stages = [STAGE | fields]
+    run(recipe(manifest, stages, data={"scenes": {"manifest": str(manifest)}}), out)
+
+
+@pytest.fixture
+def drawn(manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Random numbers at each step of a run of two stages that trains nothing, as one of its processes."""
+
+    def draws(process: int) -> list[tuple[float, float]]:
+        seen = []
+
+        def step(self: loop._Run, *args: object) -> Step:
+            seen.append((torch.rand(1).item(), float(np.random.rand())))
+            return Step(1.0, 1, 1.0)
+
+        monkeypatch.setattr(loop._Run, "_step", step)
+        monkeypatch.setattr(Accelerator, "process_index", property(lambda self: process))
+        stages = [STAGE | {"steps": 3, "name": name} for name in ("one", "two")]
+        made = recipe(manifest, stages, data={"scenes": {"manifest": str(manifest)}})
+        run(made, tmp_path / f"run {process}")
+        return seen
+
+    return draws
+
+
+def test_dropout_is_drawn_anew_for_each_step_stage_and_process(drawn: Any) -> None:
+    first, second = drawn(0), drawn(1)
+    assert len(first) == len(second) == 6
+    assert len({torch_s for torch_s, _ in (*first, *second)}) == 12
+    assert len({numpys for _, numpys in (*first, *second)}) == 12
+
+
+def test_seeds_come_from_the_whole_key() -> None:
+    def drew(*key: object) -> float:
+        loop.seed_everything(*key)
+        return float(torch.rand(1))
+
+    keys = [(1, 0, 0, 0), (2, 0, 0, 0), (1, 1, 0, 0), (1, 0, 1, 0), (1, 0, 0, 1)]
+    assert len({drew(*key) for key in keys}) == len(keys)
+    assert drew(1, 0, 0, 0) == drew(1, 0, 0, 0)
+
+
+@pytest.mark.parametrize("on", [False, True])
+def test_checkpointed_layers_run_again_in_the_backward_pass(
+    manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, on: bool
+) -> None:
+    """Two layers, two steps: four runs of a layer's feed-forward network, and as many again where nothing is kept."""
+    runs = 0
+    forward = modeling_llama.LlamaMLP.forward
+
+    def counted(self: Any, x: Tensor) -> Tensor:
+        nonlocal runs
+        runs += 1
+        return forward(self, x)
+
+    monkeypatch.setattr(modeling_llama.LlamaMLP, "forward", counted)
+    ran(manifest, tmp_path, gradient_checkpointing=on)
+    assert runs == (8 if on else 4)
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_audio_is_made_again_in_the_backward_pass_where_a_stage_says_so(
+    manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, again: bool
+) -> None:
+    told = []
+    checkpoint = Backbone.checkpoint_gradients
+
+    def noted(self: Backbone, on: bool, audio: bool = True) -> None:
+        checkpoint(self, on, audio)
+        told.append(self.recomputes_audio)
+
+    monkeypatch.setattr(Backbone, "checkpoint_gradients", noted)
+    ran(manifest, tmp_path, recompute_audio=again, steps=1)
+    assert told[0] is again
+
+
+@pytest.mark.parametrize(("schedule", "rates"), [("cosine", [0.005, 0.01, 0.005]), ("constant", [0.005, 0.01, 0.01])])
+def test_a_runs_rates_are_its_stages(
+    manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, schedule: str, rates: list[float]
+) -> None:
+    seen = []
+
+    def step(self: loop._Run, stage: Any, objective: Any, optimizer: Any, *args: Any) -> Step:
+        seen.append(optimizer.param_groups[0]["lr"])
+        return Step(1.0, 1, 1.0)
+
+    monkeypatch.setattr(loop._Run, "_step", step)
+    ran(manifest, tmp_path, steps=3, warmup=1, schedule=schedule)
+    assert seen == pytest.approx(rates)
