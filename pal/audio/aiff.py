@@ -61,6 +61,8 @@ def declared(data: bytes) -> Declared:
         return Declared(None, int(rate), channels)
     samples = Samples(int(rate), channels, *_kind(codec, bits))
     needed = frames * samples.align
+    if not channels:
+        raise DecodeError("its 0 channels are not 1 to 8")
     if is_placeholder(needed, held) and (size <= 0 or size == needed or is_placeholder(size, held)):
         return samples.declared(start, held, no_length(needed, held))
     if needed > held:

@@ -89,6 +89,8 @@ def _alac(data: bytes, chunks: dict[bytes, tuple[int, int]], rate: int, channels
     flags = {b"\x10": 1, b"\x14": 2, b"\x18": 3, b"\x20": 4}.get(depth)
     if flags is None:
         raise DecodeError("its ALAC sound has no configuration that is known", _CONVERT)
+    if flags == 4:  # of which libsndfile makes other samples where they do not compress
+        return Declared(frames, rate, channels, bits=32, av_format="caf")
     place = chunks[b"desc"][0] + 12
     return Declared(frames, rate, channels, payload=data[:place] + struct.pack(">I", flags) + data[place + 4 :])
 

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 from pal.audio import aiff, au, caf, headless, nist, rare, riff, w64
 from pal.audio.declared import Declared, DecodeError
+from pal.audio.wave_format import RIFF_64
 
 _CONVERT = "convert it: ffmpeg -i IN OUT.wav"
 _RIFF = (b"RIFF", b"RIFX", b"RF64", b"BW64")
@@ -74,7 +75,7 @@ def reader(data: bytes) -> Callable[[bytes], Declared] | None:
         return au.declared
     if data[:4] == b"caff":
         return caf.declared
-    if data[:16] == w64.RIFF:
+    if data[:16] == RIFF_64:
         return w64.declared
     if data[:8] == b"NIST_1A\n":
         return nist.declared

@@ -36,7 +36,9 @@ class Track:
 
     def __init__(self, data: bytes, declared: Declared | None = None, read_to_end: bool = False) -> None:
         self._av = _library(
-            _NEED if declared is None else f"FLAC of {declared.bits} bits a sample needs the av package"
+            _NEED
+            if declared is None
+            else f"{str(declared.av_format).upper()} of {declared.bits} bits a sample needs the av package"
         )
         self._declared, self._read_to_end = declared, read_to_end
         self.doubt: str | None = None

@@ -5,9 +5,8 @@ import struct
 from pal.audio import wave_format
 from pal.audio.declared import Declared, DecodeError
 from pal.audio.samples import is_placeholder, no_length
+from pal.audio.wave_format import TAIL_64, WAVE_64
 
-RIFF = b"riff\x2e\x91\xcf\x11\xa5\xd6\x28\xdb\x04\xc1\x00\x00"
-_TAIL = b"\xf3\xac\xd3\x11\x8c\xd1\x00\xc0\x4f\x8e\xdb\x8a"
 _HEAD = 24
 """Bytes of a chunk's name and size; the size counts them."""
 
@@ -18,7 +17,7 @@ def declared(data: bytes) -> Declared:
     Raises:
         DecodeError: cut, without format or data, or a codec that is not read.
     """
-    if data[24:40] != b"wave" + _TAIL:
+    if data[24:40] != WAVE_64:
         raise DecodeError("its Wave64 header is cut or damaged")
     start = 40
     fmt: wave_format.Format | None = None
@@ -26,14 +25,14 @@ def declared(data: bytes) -> Declared:
         name, (size,) = data[start : start + 16], struct.unpack_from("<Q", data, start + 16)
         start += _HEAD
         held = len(data) - start
-        if name == b"data" + _TAIL:
+        if name == b"data" + TAIL_64:
             if fmt is None:
                 raise DecodeError("it has no format chunk before its data")
             return _sound(data, start, size, held, fmt)
         if size < _HEAD or size - _HEAD > held:
             break
         size -= _HEAD
-        if name == b"fmt " + _TAIL:
+        if name == b"fmt " + TAIL_64:
             fmt = wave_format.read(data[start : start + size], "<")
         start += -(-size // 8) * 8
     raise DecodeError("it is cut or damaged: it has no data chunk")

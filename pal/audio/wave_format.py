@@ -7,6 +7,10 @@ from pal.audio import mpeg
 from pal.audio.declared import Declared, DecodeError
 from pal.audio.samples import Samples, pcm
 
+TAIL_64 = b"\xf3\xac\xd3\x11\x8c\xd1\x00\xc0\x4f\x8e\xdb\x8a"
+"""What follows the four letters of a chunk's name in Wave64, but for the outermost."""
+RIFF_64 = b"riff\x2e\x91\xcf\x11\xa5\xd6\x28\xdb\x04\xc1\x00\x00"
+WAVE_64 = b"wave" + TAIL_64
 _PCM, _FLOAT, _ALAW, _MULAW, _EXTENSIBLE = 1, 3, 6, 7, 0xFFFE
 _MPEG = (0x50, 0x55)
 """Layers I and II, and layer III."""
@@ -58,11 +62,14 @@ class Format:
             inside = mpeg.declared(sound)
             parts = [replace(part, payload=_payload(part, sound), span=None) for part in (inside, *inside.rest)]
             return replace(parts[0], rest=tuple(parts[1:]), doubt=doubt or inside.doubt)
-        head = b"WAVEfmt " + struct.pack(self.order + "I", len(self.chunk)) + self.chunk
-        head += b"data" + struct.pack(self.order + "I", size)
-        riff = b"RIFF" if self.order == "<" else b"RIFX"
-        plain = riff + struct.pack(self.order + "I", len(head) + size) + head + sound
+        # as Wave64: of WAV, libsndfile takes a pad byte for one more block of GSM
+        head = WAVE_64 + _chunk_64(b"fmt ", self.chunk) + _chunk_64(b"data", sound)
+        plain = RIFF_64 + struct.pack("<Q", 24 + len(head)) + head
         return Declared(None, self.rate, self.channels, payload=plain, doubt=doubt)
+
+
+def _chunk_64(name: bytes, content: bytes) -> bytes:
+    return name + TAIL_64 + struct.pack("<Q", 24 + len(content)) + content + bytes(-len(content) % 8)
 
 
 def _payload(part: Declared, sound: bytes) -> bytes:
