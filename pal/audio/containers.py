@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from pal.audio import aiff, au, caf, headless, nist, rare, riff, w64
+from pal.audio import aiff, au, caf, headless, nist, rare, riff, w64, wavpack
 from pal.audio.declared import Declared, DecodeError
 from pal.audio.wave_format import RIFF_64
 
@@ -15,9 +15,9 @@ _STARTS = {
     b"PVF1\n": headless.pvf,
     b" paf": headless.paf,
     b"fap ": headless.paf,
+    b"wvpk": wavpack.declared,
 }
 _UNREAD = (
-    (b"wvpk", "a WavPack file"),
     (b"MAC ", "a Monkey's Audio file"),
     (b"TTA1", "a True Audio file"),
     (b"TTA2", "a True Audio file"),

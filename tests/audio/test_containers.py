@@ -283,7 +283,7 @@ def test_containers_that_give_no_length(format: str, endian: str) -> None:
 @pytest.mark.parametrize(
     ("data", "name"),
     [
-        (b"wvpk" + bytes(40), "a WavPack file"),
+        (b"TTA1" + bytes(40), "a True Audio file"),
         (b"MAC \x96\x0f" + bytes(40), "a Monkey's Audio file"),
         (b"\x30\x26\xb2\x75\x8e\x66\xcf\x11" + bytes(40), "a WMA"),
         (b"#!AMR\n" + bytes(40), "an AMR file"),
@@ -320,3 +320,17 @@ def test_variations_of_the_corpus_are_the_plain_file() -> None:
                 refusal(data)
             else:
                 same(data)
+
+
+def test_wavpack() -> None:
+    pytest.importorskip("av")
+    data = (Path(__file__).parent / "corpus" / "files" / "sox_01_16000.wv").read_bytes()
+    wave = load(data, RATE)
+    assert_close(wave.samples_N, load(data + b"TAG".ljust(128), RATE).samples_N, atol=0, rtol=0)
+    assert len(wave.samples_N) == int.from_bytes(data[12:16], "little") == 1600
+    assert "it is cut" in refusal(data[:-10])
+    assert "it is cut: it declares 9999 samples" in refusal(data[:12] + struct.pack("<I", 9999) + data[16:])
+    unknown = data[:12] + b"\xff" * 4 + data[16:]
+    assert "its header gives no length" in refusal(unknown)
+    assert torch.equal(load(unknown, RATE, read_to_end=True).samples_N, wave.samples_N)
+    assert "it is damaged: no WavPack block stands at byte" in refusal(data + b"some junk behind it")

@@ -203,7 +203,7 @@ def _made(path: Path, command: list[str]) -> bool:
 
 SUBSET = """
     sox_08_16000.wav sox_09_16000.wav sox_10_16000.wav sox_00_16000.aifc sox_01_16000.au sox_00_16000.voc
-    sox_01_16000.voc sox_00_16000.8svx sox_00_16000.avr sox_04_16000.sph
+    sox_01_16000.voc sox_00_16000.8svx sox_00_16000.avr sox_04_16000.sph sox_01_16000.wv
     ffmpeg_10_16000.wav ffmpeg_11_16000.wav ffmpeg_12_16000.wav ffmpeg_08_16000.wav ffmpeg_09_16000.wav
     ffmpeg_02_16000.aiff ffmpeg_09_16000.aiff ffmpeg_09_16000.caf ffmpeg_00_16000.m4a
     ffmpeg_01_16000.m4a ffmpeg_00_16000.aac ffmpeg_00_16000.webm ffmpeg_00_16000.mka ffmpeg_01_16000.ogg

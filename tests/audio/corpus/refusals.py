@@ -44,8 +44,6 @@ REFUSED = {
     "soundfile_XI_*": "it is a FastTracker instrument",
     "soundfile_MAT*": "it is a MATLAB",
     "soundfile_MPC2K_*": "it is an Akai",
-    "sox_*.wv": "it is a WavPack file",
-    "ffmpeg_*.wv": "it is a WavPack file",
     "ffmpeg_*.tta": "it is a True Audio file",
     "ffmpeg_*.wma": "it is a WMA",
     "ffmpeg_*.ac3": "it is an AC-3 file",

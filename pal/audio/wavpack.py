@@ -1,0 +1,46 @@
+"""The blocks of WavPack files (`.wv`); FFmpeg's libraries decode them."""
+
+import struct
+
+from pal.audio.declared import Declared, DecodeError
+from pal.audio.samples import cut
+
+_HEADER = 32
+_RATES = (6000, 8000, 9600, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000, 64000, 88200, 96000, 192000)
+_FIRST, _DSD = 1 << 11, 1 << 31
+_TAGS = (b"APETAGEX", b"TAG", b"ID3", b"LYRICS")
+
+
+def declared(data: bytes) -> Declared:
+    """Walk the blocks: they follow one another, and their samples are as many as the first one says.
+
+    Facts are those of the WavPack 4 and 5 file format description, section 2.0: 32 bytes of header, sizes that leave
+    out their first eight, all ones for an unknown number of samples.
+
+    Raises:
+        DecodeError: cut, damaged, or DSD.
+    """
+    start = counted = 0
+    total, flags = 0xFFFFFFFF, 0
+    while data[start : start + 4] == b"wvpk" and start + _HEADER <= len(data):
+        size, _, _, _, samples, _, frames, own, _ = struct.unpack_from("<IHBBIIIII", data, start + 4)
+        if start + 8 + size > len(data):
+            raise cut(start + 8 + size, len(data))
+        if not flags or not counted:
+            total, flags = samples, own
+        if own & _FIRST:
+            counted += frames
+        start += 8 + max(size, _HEADER - 8)
+    rest = data[start : start + 16]
+    if not counted or (rest and not rest.startswith(_TAGS) and rest.strip(b"\0")):
+        raise DecodeError(f"it is damaged: no WavPack block stands at byte {start} of {len(data)}")
+    if flags & _DSD:
+        raise DecodeError("it is a WavPack file of DSD, which is not read", "convert it: ffmpeg -i IN OUT.wav")
+    doubt = None
+    if total == 0xFFFFFFFF:
+        doubt = "its header gives no length (a WavPack written to a stream), so a cut could not be noticed"
+    elif total != counted:
+        raise DecodeError(f"it is cut: it declares {total} samples, its blocks hold {counted}")
+    index = flags >> 23 & 15
+    rate = _RATES[index] if index < len(_RATES) else None
+    return Declared(counted, rate, None, bits=8 * (1 + (flags & 3)), av_format="wv", doubt=doubt)
