@@ -64,20 +64,8 @@ class OverLabels(Figure):
         return np.concatenate(found)
 
     def support(self, groups: Groups) -> Support:
-        """As a mean of equally uncertain labels: harmonic mean of their clips, and what single ones fail to show.
-
-        A label of n clips has a variance of v / n, and redrawing shows (n - 1) / n of it (of one clip, nothing).
-        """
-        present_NL = self.present()
-        held_GL = np.zeros((len(groups), present_NL.shape[1]), bool)
-        np.logical_or.at(held_GL, groups.of_item, present_NL)
-        clips_L = held_GL.sum(0)
-        clips_L = clips_L[clips_L > 0].astype(float)
-        if not len(clips_L):
-            return Support(0.0, 1.0)
-        shown = ((clips_L - 1) / clips_L**2).sum()
-        widened = min(MOST_WIDENED, (1 / clips_L).sum() / shown) if shown > 0 else MOST_WIDENED
-        return Support(float(len(clips_L) ** 2 / (1 / clips_L).sum()), float(widened))
+        """The clips of its labels."""
+        return evidence(self.present(), groups)
 
 
 @dataclass(frozen=True)
@@ -126,6 +114,22 @@ class MacroF1(OverLabels):
         with np.errstate(invalid="ignore", divide="ignore"):
             f1_RL: Floats = 2 * (times_RN @ hits_NL) / (times_RN @ both_NL)
         return f1_RL
+
+
+def evidence(present_NL: Bools, groups: Groups) -> Support:
+    """As of equally uncertain labels: the harmonic mean of their clips, and what single ones fail to show.
+
+    A label of n clips has a variance of v / n, and redrawing shows (n - 1) / n of it (of one clip, nothing).
+    """
+    held_GL = np.zeros((len(groups), present_NL.shape[1]), bool)
+    np.logical_or.at(held_GL, groups.of_item, present_NL)
+    clips_L = held_GL.sum(0)
+    clips_L = clips_L[clips_L > 0].astype(float)
+    if not len(clips_L):
+        return Support(0.0, 1.0)
+    shown = ((clips_L - 1) / clips_L**2).sum()
+    widened = min(MOST_WIDENED, (1 / clips_L).sum() / shown) if shown > 0 else MOST_WIDENED
+    return Support(float(len(clips_L) ** 2 / (1 / clips_L).sum()), float(widened))
 
 
 def mean_over_labels(values_RL: Floats) -> Floats:

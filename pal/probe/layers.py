@@ -32,6 +32,7 @@ from pal.data.manifest import Record
 from pal.data.prompts import encode, user_turn
 from pal.data.synth.questions import PARAPHRASES
 from pal.errors import ManifestError
+from pal.evaluate.figures import INTERVALS
 from pal.evaluate.runner import evaluation_mode
 from pal.probe.finding import Finding, Picture, about
 from pal.probe.linear import FOLDS, INNER_FOLDS, ROUND_OFF, STRENGTHS, Labels, Probed, check, probed
@@ -118,7 +119,7 @@ def probe(
             "held_out": f"whole clips, {FOLDS} folds",
             "constant_below": ROUND_OFF,
             "seed": seed,
-            "intervals": "percentile bootstrap over clips",
+            "intervals": INTERVALS,
         },
         reading=[sentence for one in found.values() for sentence in _reading(one, n_layers)],
         tables={f"{title}: {one.labels.metric}": list(_table(one)) for title, one in found.items()},

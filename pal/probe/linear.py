@@ -10,6 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pal.errors import ConfigError
+from pal.evaluate.figures import Drawn, Groups
+from pal.evaluate.over_labels import average_precision, evidence, mean_over_labels
 
 FOLDS, INNER_FOLDS = 4, 2
 STRENGTHS = (1e-3, 1e-2, 1e-1)
@@ -54,7 +56,7 @@ class Probed:
 
     score: float
     ci95: tuple[float, float]
-    """Percentile bootstrap over clips."""
+    """Bootstrap over clips, as `pal.evaluate.figures` has it for means over labels."""
     by_label: tuple[float, ...]
     """Average precision or recall of each label."""
 
@@ -87,9 +89,10 @@ def probed(x_ND: NDArray[Any], labels: Labels, groups: Sequence[str], seed: int 
         .multinomial(len(x_ND), np.full(len(x_ND), 1 / len(x_ND)), size=RESAMPLES)
         .astype(float)
     )
-    drawn_R = np.nanmean(_scores(scores_NK, labels, weights_RN), axis=1)
-    low, high = np.quantile(drawn_R, [0.025, 0.975])
-    return Probed(float(by_label_K.mean()), (float(low), float(high)), tuple(by_label_K.tolist()))
+    score = float(mean_over_labels(by_label_K[None])[0])
+    drawn_R = mean_over_labels(_scores(scores_NK, labels, weights_RN))
+    drawn = Drawn(score, drawn_R, evidence(labels.truth_NK, Groups(range(len(x_ND)))))
+    return Probed(score, drawn.interval(), tuple(by_label_K.tolist()))
 
 
 def held_out(x_ND: NDArray[Any], labels: Labels, groups: Sequence[str]) -> Floats:
@@ -135,22 +138,9 @@ def _scores(scores_NK: Floats, labels: Labels, weights_RN: Floats) -> Floats:
     """The score of each label [R, K] with each clip counting `weights_RN` times; NaN where no clip has the label."""
     if labels.exclusive:
         return _recall(scores_NK, labels.truth_NK, weights_RN)
-    return np.stack([_precision(s, t, weights_RN) for s, t in zip(scores_NK.T, labels.truth_NK.T, strict=True)], axis=1)
-
-
-def _precision(score_N: Floats, truth_N: NDArray[np.bool_], weights_RN: Floats) -> Floats:
-    """Average precision of one label [R], as scikit-learn's; equal scores are one step."""
-    order_N = np.argsort(-score_N, kind="stable")
-    ends = np.append(np.flatnonzero(np.diff(score_N[order_N])), len(order_N) - 1)
-    sorted_RN = weights_RN[:, order_N]
-    hits_RS = np.cumsum(sorted_RN * truth_N[order_N], axis=1)[:, ends]
-    all_RS = np.cumsum(sorted_RN, axis=1)[:, ends]
-    gained_RS = np.diff(hits_RS, axis=1, prepend=0.0)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        # where nothing was drawn yet there is no precision, and nothing gained to weigh with it
-        precision_RS = np.where(all_RS > 0, hits_RS / all_RS, 0.0)
-        found_R: Floats = (gained_RS * precision_RS).sum(1) / hits_RS[:, -1]
-    return found_R
+    return np.stack(
+        [average_precision(s, t, weights_RN) for s, t in zip(scores_NK.T, labels.truth_NK.T, strict=True)], axis=1
+    )
 
 
 def _recall(scores_NK: Floats, truth_NK: NDArray[np.bool_], weights_RN: Floats) -> Floats:
