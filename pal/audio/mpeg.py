@@ -1,7 +1,7 @@
 """The frames of an MPEG audio file (MP3, and layers I and II). A decoder skips what it cannot read; this counts it."""
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pal.audio import mpeg_frames
 from pal.audio.declared import Declared, DecodeError
@@ -160,12 +160,17 @@ def _walk(data: bytes, start: int, limit: int | None = None) -> _Run | None:
     first = mpeg_frames.header(data, start)
     if first is None or (not first.bytes and limit is not None):
         return None
+    free = 0
     if not first.bytes:
-        raise DecodeError("it is MPEG audio of free bit rate", "convert it: mpg123 -w OUT.wav IN")
+        free = mpeg_frames.free_size(data, start)
+        if not free:
+            raise DecodeError("it is MPEG audio of free bit rate", "convert it: mpg123 -w OUT.wav IN")
+        first = replace(first, bytes=free + first.padding)
     end, count, missing = start, 0, 0
     while (header := mpeg_frames.header(data, end)) is not None and count != limit:
-        if header.stream != first.stream or not header.bytes:
+        if header.stream != first.stream or (not header.bytes) != bool(free):
             break
+        header = replace(header, bytes=free + header.padding) if free else header
         if end + header.bytes > len(data):
             missing = end + header.bytes - len(data)
             break
@@ -190,6 +195,9 @@ def _runs(data: bytes, start: int) -> list[_Run]:
             raise DecodeError(f"its layer, rate or number of channels changes at byte {following.start}", _SPLIT)
         run = following
         runs.append(run)
+    own = mpeg_frames.header(data, start)
+    if own is not None and not own.bytes and data.find(data[start : start + 2], run.end) >= 0 and not run.missing:
+        raise DecodeError(f"it is damaged: the bytes at {run.end} are no MP3 frames")  # of free bit rate, as others are
     if not run.missing and 0 < len(data) - run.end < 4:
         tail, head = data[run.end :], data[run.start : run.start + 4]
         if tail == head[: len(tail)]:  # cut inside the next frame's header

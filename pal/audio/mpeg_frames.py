@@ -6,6 +6,8 @@ Tables and layouts are those of ISO 11172-3 and 13818-3; the Info frame's are LA
 from dataclasses import dataclass
 
 LAYER_3 = 3
+_LONGEST = 1 << 13
+"""Bytes within which a frame of free bit rate ends."""
 _KBPS = {
     (1, 1): (0, 32, 64, 96, 128, 160, 192, 224, 256, 288, 320, 352, 384, 416, 448),
     (1, 2): (0, 32, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384),
@@ -29,6 +31,8 @@ class Header:
     channels: int
     bytes: int
     """Of the whole frame; 0 where the bit rate is free, which only the next frame's place can tell."""
+    padding: int
+    """Bytes among them that frames of the same bit rate may lack."""
     protected: bool
 
     @property
@@ -70,12 +74,30 @@ def header(data: bytes, offset: int = 0) -> Header | None:
         return None
     generation = 1 if version == 3 else 2
     rate = _RATES[version][rate_code]
-    kbps, padding = _KBPS[generation, layer][kbps_code], third >> 1 & 1
-    if layer == 1:
-        size = (12_000 * kbps // rate + padding) * 4
-    else:
-        size = (72_000 if layer == 3 and generation == 2 else 144_000) * kbps // rate + padding
-    return Header(generation, layer, rate, 1 if fourth >> 6 == 3 else 2, size if kbps else 0, not second & 1)
+    kbps, slot = _KBPS[generation, layer][kbps_code], 4 if layer == 1 else 1
+    padding = (third >> 1 & 1) * slot
+    spread = 12_000 if layer == 1 else 72_000 if layer == 3 and generation == 2 else 144_000
+    size = spread * kbps // rate * slot + padding if kbps else 0
+    return Header(generation, layer, rate, 1 if fourth >> 6 == 3 else 2, size, padding, not second & 1)
+
+
+def free_size(data: bytes, offset: int) -> int:
+    """Bytes, without padding, of the frames of free bit rate that begin at `offset`; 0 where they cannot be told.
+
+    They are all alike, so the next header stands where a third one follows at the same distance.
+    """
+    first = header(data, offset)
+    assert first is not None
+    at = offset + 4
+    while (at := data.find(data[offset : offset + 2], at, offset + _LONGEST)) > 0:
+        second = header(data, at)
+        if second is not None and not second.bytes and second.stream == first.stream:
+            size = at - offset - first.padding
+            third = header(data, at + size + second.padding)
+            if third is not None and not third.bytes and third.stream == first.stream:
+                return size
+        at += 1
+    return 0
 
 
 def main_data_end(frame: bytes, parsed: Header) -> int | None:

@@ -244,6 +244,17 @@ def test_layer_two_of_a_changing_bit_rate() -> None:
         load(data[:-3], 44_100)
 
 
+@pytest.mark.parametrize("options", [["-b", "160"], ["-t", "-b", "400"]])
+def test_a_free_bit_rate(options: list[str]) -> None:
+    data = run("lame", "--quiet", "--freeformat", *options, "IN", "OUT", data=wav(sound(44_100, 0.5), 44_100))
+    samples_N, heard_N = load(data, 44_100).samples_N.numpy(), mpg123(data)
+    np.testing.assert_allclose(samples_N, heard_N[len(heard_N) - len(samples_N) :], atol=1e-5)
+    with pytest.raises(AudioError, match="damaged"):
+        load(data[:3_000] + b"hole" + data[3_000:], 44_100)
+    with pytest.raises(AudioError, match=r"it is cut: .*read_to_end"):
+        load(data[:5_000], 44_100)
+
+
 def whole_frames(data: bytes) -> list[bytes]:
     frames = []
     start = 0
