@@ -122,6 +122,8 @@ def load(path: str | Path, dtype: torch.dtype | None = None, **hub: Any) -> PalM
     _fill(model, weights, description["left_out"], folder)
     if dtype is not None:
         cast(model, dtype)
+    # what is here instead of at its source has to be written again
+    model.trained = {name for name in weights if _part_of(name) == "llm" or name.startswith(_ENCODERS)}
     model.source = str(path) if folder.name != "tiny" else "tiny"
     return model.eval()
 

@@ -166,3 +166,66 @@ def test_no_pickle(tmp_path):
     tiny_model().save_pretrained(tmp_path / "m")
     kinds = {path.suffix for path in (tmp_path / "m").rglob("*")}
     assert kinds <= {".json", ".safetensors", ".jinja"}
+
+
+def test_what_was_trained_is_written_again_after_loading(tmp_path):
+    """Trap: a loaded model must know which weights its LLM's source does not have."""
+    model = tiny_model(llm=llm_folder(tmp_path / "llm"))
+    with torch.no_grad():
+        model.llm.lm.model.norm.weight.add_(0.5)
+    model.trained.add("llm.lm.model.norm.weight")
+    model.save_pretrained(tmp_path / "one")
+    pal.load(tmp_path / "one").save_pretrained(tmp_path / "two")
+    again = pal.load(tmp_path / "two")
+    assert again.digest == model.digest
+    left_out = [set(json.loads((tmp_path / name / "config.json").read_text())["left_out"]) for name in ("one", "two")]
+    assert left_out[0] == left_out[1] != set()
+    # a full bundle, trained on: nobody says that its source has these weights
+    model.save_pretrained(tmp_path / "full", full=True)
+    whole = pal.load(tmp_path / "full")
+    with torch.no_grad():
+        whole.llm.lm.lm_head.weight.add_(0.5)
+    whole.save_pretrained(tmp_path / "on")
+    assert pal.load(tmp_path / "on").digest == whole.digest
+
+
+def test_the_digest_covers_buffers():
+    """What an encoder has learnt of its inputs' statistics changes answers as weights do."""
+    model = tiny_model()
+    before = model.digest
+    names = [name for name, _ in model.named_buffers() if name in model.state_dict()]
+    assert names
+    for name in names:
+        buffer = model.get_buffer(name)
+        was = buffer.clone()
+        buffer.add_(1)
+        assert model.digest != before, name
+        buffer.copy_(was)
+    assert model.digest == before
+
+
+def test_heads_apart_from_tied_embeddings(tmp_path):
+    fields = {"fresh": {**LLM, "tie_word_embeddings": True}}
+    model = tiny_model(llm=fields)
+    assert model.llm.lm.lm_head.weight is model.llm.lm.model.embed_tokens.weight
+    model.save_pretrained(tmp_path / "tied")
+    tied = pal.load(tmp_path / "tied")
+    assert tied.llm.lm.lm_head.weight is tied.llm.lm.model.embed_tokens.weight
+    model.llm.lm.lm_head.weight = torch.nn.Parameter(model.llm.lm.lm_head.weight.detach() * 2)
+    model.save_pretrained(tmp_path / "m")
+    loaded = pal.load(tmp_path / "m")
+    assert loaded.digest == model.digest
+    assert ask(loaded) == ask(model)
+
+
+def test_more_rows_than_the_llms_source(tmp_path):
+    """Tokens added to an LLM that lies elsewhere: only the new matrices are in the bundle."""
+    model = tiny_model(llm=llm_folder(tmp_path / "llm"))
+    torch.manual_seed(0)
+    model.llm.resize_vocab(326)
+    model.trained |= {"llm.lm.model.embed_tokens.weight", "llm.lm.lm_head.weight"}
+    assert model.llm.vocab == 326
+    model.save_pretrained(tmp_path / "m")
+    loaded = pal.load(tmp_path / "m")
+    assert loaded.digest == model.digest
+    assert loaded.llm.vocab == 326

@@ -43,6 +43,9 @@ def build_model(recipe: Recipe, manifests: dict[str, Manifest], out: Path) -> Pa
         config = _with_ids(config, tokenizer)
     model = PalModel.from_config(config, tokenizer)
     for part, path in recipe.start.items():
+        tied, theirs_tied = (one.llm.lm.config.tie_word_embeddings for one in (model, donors[path]))
+        if part == "llm" and tied and not theirs_tied:
+            model.llm.untie_head()
         theirs, ours = donors[path].parts()[part].state_dict(), model.parts()[part].state_dict()
         fits = {name: t.shape for name, t in theirs.items()} == {name: t.shape for name, t in ours.items()}
         if not fits:
