@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 Conversation = list[dict[str, str]]
 
-_ROLES = ("system", "user", "assistant")
+ROLES = ("system", "user", "assistant")
 
 _TEMPLATE_OPTIONS: dict[str, Any] = {
     # Llama 3's template writes today's date without it, so a run would depend on its day.
@@ -155,8 +155,8 @@ def _check(conversation: Conversation, n_clips: int, train: bool) -> None:
     for message in conversation:
         if not isinstance(message.get("content"), str) or "role" not in message:
             raise PromptError("a message needs 'role' and a text as 'content'; chats with parts go to the processor")
-        if message["role"] not in _ROLES:
-            raise PromptError(f"unknown role '{message['role']}'; known: {', '.join(_ROLES)}")
+        if message["role"] not in ROLES:
+            raise PromptError(f"unknown role '{message['role']}'; known: {', '.join(ROLES)}")
         if message["role"] == "assistant" and PLACEHOLDER in message["content"]:
             raise PromptError(f"an answer holds '{PLACEHOLDER}'; clips may stand in questions only")
     last = conversation[-1]["role"] if conversation else None

@@ -20,6 +20,7 @@ from pal.audio import Limits
 from pal.audio.addresses import from_base64, is_address
 from pal.audio.declared import DecodeError
 from pal.data.manifest import PLACEHOLDER
+from pal.data.prompts import ROLES
 from pal.errors import AudioError, PromptError
 
 if TYPE_CHECKING:
@@ -56,6 +57,8 @@ def read_chat(messages: Any, system: str | None) -> tuple[Conversation, list[Any
             raise PromptError(f"a message needs 'role' and 'content', not {reprlib.repr(message)}")
         if message.get("tool_calls") or message["role"] in ("tool", "function"):
             raise PromptError("calls of tools are not supported; write what they gave into a message of the user")
+        if message["role"] not in ROLES:
+            raise PromptError(f"unknown role '{message['role']}'; known: {', '.join(ROLES)}")
         if message["content"] is None:
             raise PromptError(f"the content of a message of role '{message['role']}' is None; give text or parts")
         content, found = _content(message["content"])
