@@ -189,6 +189,20 @@ def test_frozen_parts_stay_in_evaluation_mode(model):
     assert not any(module.training for module in other.ears.encoders[0].modules())
 
 
+def test_digest_follows_every_number():
+    """Buffers too: the batch statistics of an encoder decide what it hears as its weights do."""
+    model = tiny_model("lal", warm=False)
+    digest = model.digest
+    assert set(dict(model.named_buffers())) & set(model.state_dict())
+    for tensor in model.state_dict().values():
+        place = (-1,) * tensor.dim()
+        before = tensor[place].clone()
+        tensor[place] += 1
+        assert model.digest != digest
+        tensor[place] = before
+    assert model.digest == digest
+
+
 def test_digest_follows_the_weights(model):
     other = tiny_model(model.config.integration)
     assert other.digest == model.digest

@@ -374,7 +374,8 @@ def _lay_out(
             for stream, spans in enumerate(streams):
                 laid.add_clip(clip, number, stream, spans, rows_first[stream])
     if not sum(len(part) for part in laid.table):
-        raise PromptError("a conversation needs some text to ask about its clips; put some before or after them")
+        about = " to ask about its clips; put some before or after them" if row.clips else ""
+        raise PromptError(f"a conversation needs some text{about}")
     return laid
 
 

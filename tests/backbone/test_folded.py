@@ -155,6 +155,15 @@ def _replaced(model):
     block.v_proj = nn.Linear(block.v_proj.in_features, block.v_proj.out_features, bias=False)
 
 
+class _Doubled(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def _other_class(model):
+    model.llm.lm.model.layers[1].self_attn.k_proj.__class__ = _Doubled
+
+
 def _hooked(model):
     model.llm.lm.model.layers[1].self_attn.k_proj.register_forward_hook(lambda module, given, out: 2 * out)
 
@@ -194,6 +203,7 @@ CHANGES = {
     "PEFT switched off": _switched,
     "double": lambda model: model.double(),
     "a module replaced": _replaced,
+    "another class": _other_class,
     "a hook": _hooked,
     "a projector hooked": _whole_hooked,
     "a forward replaced": _patched,

@@ -124,6 +124,19 @@ def test_kernels_that_are_a_little_off_are_not_chosen(gpu, monkeypatch, which, e
         assert not kernels.takes_apart(gpu, torch.bfloat16, 64)
 
 
+@pytest.mark.parametrize("causal", [True, False])
+def test_kernels_that_are_wrong_in_one_kind_of_rectangle_are_not_chosen(gpu, monkeypatch, causal):
+    right = kernels.attend
+
+    def wrong(q, k, v, is_causal, mask, scale):
+        out, lse = right(q, k, v, is_causal, mask, scale)
+        return out * (1.1 if is_causal == causal else 1.0), lse
+
+    monkeypatch.setattr(kernels, "attend", wrong)
+    with pytest.warns(UserWarning, match="off by"):
+        assert not kernels.takes_apart(gpu, torch.bfloat16, 64)
+
+
 def test_a_log_sum_exp_that_is_a_little_off_is_not_chosen(gpu, monkeypatch):
     right = kernels.attend
 

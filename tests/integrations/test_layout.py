@@ -59,6 +59,26 @@ def test_a_conversation_that_starts_with_a_clip_can_be_trained(name):
     assert count == 1 and total > 0
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize(
+    ("name", "behind"),
+    [("lal", [[0, 1, 4], [0, 1, 4, 5, 6, 8]]), ("flamingo", [[0, 1, 1], [0, 1, 1, 2, 3, 3]])],
+)
+def test_the_last_text_is_asked_again_behind_clips(name, behind, side):
+    """Where a clip of three tokens ends the conversation; before a trained token, and behind another of two."""
+    llm, integration = shared("llama", name)
+    rows = [conversation([5, 6, AUDIO]), Tokens([5, 6, AUDIO, 7, 8, AUDIO], [0, 1], [IGNORE] * 3 + [7, 8, IGNORE])]
+    inputs = integration(features(3, 2), rows, llm, side)
+    asks = [[False, False, True], [False, False, True, False, False, True]]
+    tokens = [[5, 6, 6], [5, 6, 6, 7, 8, 8]]
+    for b, real in enumerate(inputs.attention_mask_BT.bool()):
+        assert inputs.position_ids_BT[b][real].tolist() == behind[b]
+        assert inputs.audio.asks_BT[b][real].tolist() == asks[b]
+        assert torch.equal(inputs.inputs_embeds_BTD[b][real], llm.embed(torch.tensor(tokens[b])))
+    assert inputs.labels_BT[1].tolist() == [IGNORE] * 3 + [7, 8, IGNORE]
+    assert not inputs.audio.asks_BT[~inputs.attention_mask_BT.bool()].any()
+
+
 def test_rows_without_labels_have_none():
     llm, integration = shared("llama", "lal")
     assert integration(features(2), [conversation([AUDIO, 5])], llm).labels_BT is None
