@@ -155,7 +155,8 @@ def _from_parts(
     if note is not None and not read_to_end:
         raise DecodeError(note, TO_THE_END)
     if whole.av_format is not None:
-        return _from_track(Track(data, whole, read_to_end), rate, limits)
+        sound = data if whole.span is None else data[slice(*whole.span)]
+        return _from_track(Track(sound, whole, read_to_end), rate, limits)
     if whole.rate is not None and whole.channels is not None:
         limits.check(whole.rate, whole.channels, whole.frames)
     mixer: Mixer | None = None

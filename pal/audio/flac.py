@@ -50,10 +50,11 @@ def declared(data: bytes) -> Declared:
     doubt = None
     if frames == 0 and md5 is None:
         doubt = "its header gives no length (a FLAC written to a stream), so a cut could not be noticed"
+    end = len(data) - (128 if data[-128:][:3] == b"TAG" else 0)
     payload = None
     if bits not in _KNOWN and bits in _BITS.values():
         # libsndfile refuses the header, and then decodes by the bits that each frame names
-        payload = data[:20] + bytes([data[20] | 1, 0x70 | data[21] & 0x0F]) + data[22:]
+        payload = data[:20] + bytes([data[20] | 1, 0x70 | data[21] & 0x0F]) + data[22:end]
     return Declared(
         frames or None,
         rate,
@@ -61,6 +62,7 @@ def declared(data: bytes) -> Declared:
         md5,
         bits,
         payload=payload,
+        span=None if end == len(data) else (0, end),  # ID3v1, which libFLAC takes for a broken frame
         av_format=None if payload is not None or bits in _KNOWN else "flac",
         doubt=doubt,
     )

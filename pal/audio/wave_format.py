@@ -14,7 +14,8 @@ WAVE_64 = b"wave" + TAIL_64
 _PCM, _FLOAT, _ALAW, _MULAW, _EXTENSIBLE = 1, 3, 6, 7, 0xFFFE
 _MPEG = (0x50, 0x55)
 """Layers I and II, and layer III."""
-_BLOCKS = {0x02: 7, 0x11: 4, 0x31: 65}
+_GSM = 0x31
+_BLOCKS = {0x02: 7, 0x11: 4, _GSM: 65}
 """Microsoft's and IMA's ADPCM and GSM 6.10, which code many samples in one block, and the least number of its bytes
 for each channel."""
 _UNREAD = {
@@ -62,6 +63,8 @@ class Format:
             inside = mpeg.declared(sound)
             parts = [replace(part, payload=_payload(part, sound), span=None) for part in (inside, *inside.rest)]
             return replace(parts[0], rest=tuple(parts[1:]), doubt=doubt or inside.doubt)
+        if self.tag == _GSM:
+            sound = sound[: len(sound) // self.align * self.align]  # SoX counts a pad byte
         # as Wave64: of WAV, libsndfile takes a pad byte for one more block of GSM
         head = WAVE_64 + _chunk_64(b"fmt ", self.chunk) + _chunk_64(b"data", sound)
         plain = RIFF_64 + struct.pack("<Q", 24 + len(head)) + head
@@ -144,7 +147,7 @@ def _check(samples: Samples, bits: int, byte_rate: int, align: int) -> None:
 
 def _check_blocks(tag: int, channels: int, rate: int, byte_rate: int, align: int, per_block: int) -> None:
     """The same for blocks; `per_block` is the number of samples in each, where the chunk tells (0 where not)."""
-    if channels > (1 if tag == 0x31 else 2):
+    if channels > (1 if tag == _GSM else 2):
         raise DecodeError(f"its {channels} channels are too many for its codec (format {tag})")
     if align < _BLOCKS[tag] * channels:
         raise DecodeError(f"its blocks of {align} bytes are too small for its codec (format {tag})")

@@ -42,5 +42,9 @@ def declared(data: bytes) -> Declared:
     elif total != counted:
         raise DecodeError(f"it is cut: it declares {total} samples, its blocks hold {counted}")
     index = flags >> 23 & 15
-    rate = _RATES[index] if index < len(_RATES) else None
-    return Declared(counted, rate, None, bits=8 * (1 + (flags & 3)), av_format="wv", doubt=doubt)
+    if index == len(_RATES):
+        raise DecodeError(
+            "it is a WavPack file of an unusual rate, which is not read", "convert it: ffmpeg -i IN OUT.wav"
+        )
+    bits = 8 * (1 + (flags & 3))
+    return Declared(counted, _RATES[index], None, bits=bits, span=(0, start), av_format="wv", doubt=doubt)

@@ -19,7 +19,7 @@ drop and some play; 1105 is that and the encoder's 576; one frame (576 or 1152) 
 _TAILS = {"mp3": 3456, "mp2": 3456, "mp1": 1152, "aac": 4096, "vorbis": 0, "opus": 0}
 """Samples by which decoders may end apart: whole frames of padding that only some of them drop."""
 _ADPCM_TAIL = 4096
-"""Codecs of blocks: some decoders play what fills up the last block."""
+"""Codecs of blocks: some decoders play what fills up the last block, and libsndfile a block that is not there (GSM)."""
 
 
 @dataclass(frozen=True)

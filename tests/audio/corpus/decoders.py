@@ -30,7 +30,7 @@ class Heard:
     mono_N: np.ndarray
     """Mean of the channels, float64 [N]."""
     codec: str = ""
-    """As FFmpeg calls it; only FFmpeg tells."""
+    """As FFmpeg calls it, or as libsndfile does."""
     complaint: str = ""
     """The first line that the decoder wrote about something wrong; empty where it read the file without complaint."""
 
@@ -91,7 +91,7 @@ def _soundfile(path: Path) -> Heard | None:
         with soundfile.SoundFile(io.BytesIO(data)) as file:
             samples_NC = file.read(file.frames, dtype="float64", always_2d=True)
             short = "" if len(samples_NC) == file.frames else f"{len(samples_NC)} of {file.frames} samples"
-            return Heard("soundfile", file.samplerate, samples_NC.mean(1), complaint=short)
+            return Heard("soundfile", file.samplerate, samples_NC.mean(1), file.subtype.lower(), short)
     except (soundfile.SoundFileError, TypeError, ValueError, MemoryError):
         return None
 
@@ -103,7 +103,11 @@ def _av(path: Path) -> Heard | None:
     blocks = []
     av.logging.set_level(av.logging.ERROR)
     try:
-        with av.logging.Capture() as logs, av.open(str(path), metadata_errors="ignore") as container:
+        with (
+            np.errstate(invalid="ignore"),
+            av.logging.Capture() as logs,
+            av.open(str(path), metadata_errors="ignore") as container,
+        ):
             stream = container.streams.audio[0]
             decoder = stream.codec_context
             if decoder.name == "opus":  # as for the program
