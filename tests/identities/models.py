@@ -6,7 +6,7 @@ import torch
 
 from pal.backbone.llm import Backbone
 from pal.registry import build
-from pal.types import AUDIO, AudioFeatures, Tokens
+from pal.types import AUDIO, IGNORE, AudioFeatures, Tokens
 from tests.identities.reference import Decoder, Stream, lay_out
 
 E = 10
@@ -130,6 +130,18 @@ def expected_next(llm, integration, row, audio, first):
     decoder = Decoder(llm.lm.config, llm.lm.state_dict())
     scene = _scene(decoder, integration, row, audio, asked=(first,))
     return decoder.every(scene)[-(len(row.ids) - first + 1) :]
+
+
+def expected_score(llm, integration, row, audio):
+    """The reference's log-likelihood of a conversation's labelled ids; the first row's is none, nothing predicts it."""
+    decoder = Decoder(llm.lm.config, llm.lm.state_dict())
+    labelled = [place for place, label in enumerate(row.labels) if label != IGNORE]
+    scene = _scene(decoder, integration, row, audio, asked=labelled)
+    log_p = decoder.every(scene).log_softmax(-1)
+    texts = [number for number, (_, _, is_text) in enumerate(scene.rows) if is_text]
+    numbers = dict(zip([i for i, token in enumerate(row.ids) if token != AUDIO], texts, strict=True))
+    found = [log_p[numbers[place] - 1, row.ids[place]] for place in labelled if numbers[place] > 0]
+    return torch.stack([torch.zeros((), dtype=torch.float64), *found]).sum()
 
 
 def _scene(decoder, integration, row, audio, keys=True, rows=True, asked=()):

@@ -57,7 +57,8 @@ def lay_out(streams, ids, clips, embed, keys=True, rows=True, asked=()):
     clips = list(clips)
     said = None
     for number, token in enumerate([*ids, None]):
-        if number in asked and ids[number - 1] == AUDIO and streams[-1].method not in ("PLITS", "PAL"):
+        behind = number in asked and number > 0 and ids[number - 1] == AUDIO
+        if behind and said is not None and streams[-1].method not in ("PLITS", "PAL"):
             scene.asks[len(scene.rows)] = said
             scene.rows.append((scene.rows[said][0], p - 1, False))
         if token is None:

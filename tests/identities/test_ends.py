@@ -9,6 +9,8 @@ from functools import cache
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from pal.backbone.context import Hide
 from pal.errors import PromptError
@@ -21,6 +23,7 @@ from tests.identities.models import (
     E,
     conversation,
     expected_next,
+    expected_score,
     features,
     make_backbone,
     make_integration,
@@ -304,3 +307,29 @@ def test_what_is_heard_is_trained(family, name):
     for plain, recomputed in zip(*gradients, strict=True):
         assert plain.abs().sum() > 0
         close(recomputed, plain, 1e-5)
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(
+    st.sampled_from(["llama", "mistral", "gemma3"]),
+    st.sampled_from([*INTEGRATIONS]),
+    st.sampled_from(["left", "right"]),
+    st.lists(st.lists(st.sampled_from([5, 6, 7, 8, 9, AUDIO]), min_size=1, max_size=8), min_size=1, max_size=3),
+    st.integers(0, 2**24 - 1),
+)
+@torch.no_grad()
+def test_any_labels_anywhere_count_what_the_reference_says(family, name, side, talks, bits):
+    """Each labelled id by what the row before it says; it has heard every clip before that id."""
+    llm, integration = shared(family, name)
+    audio = features(4, 3)
+    rows = []
+    for b, ids in enumerate(talks):
+        trained = [bool(bits >> (8 * b + i) & 1) and token != AUDIO for i, token in enumerate(ids)]
+        labels = [token if train else IGNORE for token, train in zip(ids, trained, strict=True)]
+        rows.append(Tokens(ids, [i % 2 for i in range(ids.count(AUDIO))], labels))
+    if any(set(row.ids) == {AUDIO} for row in rows) and name in ROWLESS:
+        with pytest.raises(PromptError, match="some text"):
+            integration(audio, rows, llm, side)
+        return
+    ours = llm.label_scores(integration(audio, rows, llm, side))
+    close(ours.double(), torch.stack([expected_score(llm, integration, row, audio) for row in rows]))
