@@ -25,7 +25,7 @@ _CARD = """---
 {header}---
 # {title}
 
-A language model that hears, made with [pal](https://pypi.org/project/pal-audio/): {llm} with {encoders}, attached by
+A language model that hears, made with `pal` (the package `pal-audio`): {llm} with {encoders}, attached by
 `{integration}`. Audio and text go in, text comes out.
 
 ```python

@@ -1,6 +1,9 @@
 """Model cards: what stands in them is what the bundle, the run and the scores say."""
 
 import json
+import re
+import subprocess
+from pathlib import Path
 
 import pytest
 import yaml
@@ -10,6 +13,22 @@ from pal.errors import ConfigError
 from pal.evaluate import evaluate
 from pal.files import MANIFEST, verify
 from tests.models import noise, pal, tiny_model
+
+# split, since this file is one of those looked through
+REGISTRIES = [
+    rf"{name}\.{ending}"
+    for name, ending in [
+        ("py" + "pi", "org"),
+        ("python" + "hosted", "org"),
+        ("download\\.py" + "torch", "org"),
+        ("anaconda", "(org|com)"),
+        ("npm" + "js", "(org|com)"),
+        ("crates", "io"),
+        ("docker", "(io|com)"),
+        ("rubygems", "org"),
+        ("ghcr", "io"),
+    ]
+]
 
 
 def header(text):
@@ -95,6 +114,30 @@ def test_folders_are_no_base_models(tmp_path):
     model.config = model.config.model_copy(update={"llm": llm})
     top, _ = header(card(model, "x"))
     assert "base_model" not in top
+
+
+def test_it_names_the_package_without_an_address():
+    """Nothing is published, so a link would lead nowhere."""
+    _, body = header(card(tiny_model(), "x"))
+    assert "the package `pal-audio`" in body
+    assert "://" not in body.replace("https://huggingface.co", "")
+
+
+def test_no_file_names_a_registry():
+    """An address in a README, a Makefile or a generated card would promise what is not there, or bind users to it."""
+    root = Path(__file__).parent.parent
+    names = subprocess.run(["git", "ls-files", "-z"], cwd=root, capture_output=True, text=True).stdout.split("\0")
+    files = [root / name for name in names if name and (root / name).is_file()] or [
+        path
+        for folder in ("pal", "docs", "recipes", "examples", "tests")
+        for path in (root / folder).rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    ]
+    assert len(files) > 100
+    address = re.compile("|".join(REGISTRIES).encode(), re.IGNORECASE)
+    found = [str(path) for path in files if address.search(path.read_bytes())]
+    assert not found
+    assert address.search(b"see https://" + b"py" + b"pi.org/project/x"), "the check can fail"
 
 
 def test_a_card_without_scores_says_so():

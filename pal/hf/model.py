@@ -17,7 +17,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from pal import bundle
 from pal.backbone import adapters
 from pal.backbone.attention import NAME
-from pal.errors import BundleError, ConfigError, PalError
+from pal.errors import BundleError, ConfigError, PalError, PromptError
 from pal.files import move_into, strangers
 from pal.hf.config import PalConfig
 from pal.hf.inputs import Prompts, before_answers, read_prompts
