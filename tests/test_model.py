@@ -255,3 +255,31 @@ def test_nothing_after_an_integration_asks_which_it_is():
 def test_a_hub_id_alone_names_its_encoder(hub_id, name):
     config = parse(ModelConfig, {"llm": "a/b", "encoders": [hub_id]}, where="test")
     assert config.encoders == [{"name": name, "path": hub_id}]
+
+
+def test_every_form_of_a_clip_gives_the_same_answer(tmp_path):
+    model = tiny_model("lal")
+    samples_N, rate = clip(0.6)
+    path = tmp_path / "a clip.wav"
+    soundfile.write(path, samples_N, rate, subtype="FLOAT")
+    expected = model.ask((samples_N, rate), QUESTION, max_new_tokens=4)
+    forms = [
+        *(str(path), {"bytes": path.read_bytes(), "path": None}, {"array": samples_N, "sampling_rate": rate}),
+        *((torch.from_numpy(samples_N)[None], rate), torch.from_numpy(samples_N), (rate, samples_N)),
+    ]
+    for form in forms:
+        assert model.ask(form, QUESTION, max_new_tokens=4) == expected
+        assert model.ask_detailed(form, QUESTION, max_new_tokens=4)[0].text == expected
+        assert model.ask(model.index(form), QUESTION, max_new_tokens=4) == expected
+    assert model.ask(forms, QUESTION, max_new_tokens=4) == [expected] * len(forms)
+    for asking in (model.ask, model.ask_detailed, lambda address, _, **options: model.index(address, **options)):
+        with pytest.raises(AudioError, match="addresses are not fetched; pass allow_urls=True"):
+            asking(path.as_uri(), QUESTION)
+        assert asking(path.as_uri(), QUESTION, allow_urls=True)
+
+
+def test_numbers_and_parts_are_one_line(model):
+    with pytest.raises(AudioError, match="a list of numbers is no clip"):
+        model.ask([0.1] * 1000, QUESTION)
+    with pytest.raises(PromptError, match="chats with parts go to the processor"):
+        model.ask(clip(0.2), [{"role": "user", "content": [{"type": "text", "text": QUESTION}]}])
