@@ -314,3 +314,10 @@ def test_what_round_off_could_decide_is_asked_again_alone(folder, scoring, calls
     score = evaluate(model, manifest(folder, records), scoring, no_audio=False, batch=64, progress=False)
     assert [item.prediction for item in score.items] == ["dog", "cat", "dog"]
     assert model.calls == calls
+
+
+def test_what_raised_is_wrong_even_where_the_right_answer_is_nothing(folder):
+    records = [record("broken.wav", ""), record("dog.wav", "dog")]
+    score = evaluate(Fake(), manifest(folder, records), progress=False)
+    assert [item.correct for item in score.items] == [False, True]
+    assert score.items[0].error is not None

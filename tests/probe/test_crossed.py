@@ -83,3 +83,15 @@ def test_what_is_kept():
     rare_KI = np.array([[1.0, 0, 0, 0]])
     rare = Draws(np.stack([rare_KI, rare_KI]), np.zeros((2, 1, 4)), list("abcd"))
     assert rare.kept(0, 1) == (1.0, (1.0, 1.0))
+
+
+def test_whatever_is_estimated_lies_in_its_interval():
+    rng = np.random.default_rng(0)
+    for seed in range(30):
+        cells, seeds, questions = 2, int(rng.integers(1, 4)), int(rng.integers(1, 6))
+        shape = (cells, seeds, questions)
+        right, deaf = (np.round(rng.random(shape) + at).clip(0, 1) * rng.choice([0.1, 1.0]) for at in (0.3, -0.3))
+        draws = Draws(right, deaf, [str(i // 2) for i in range(questions)], seed)
+        found = [draws.score(0), draws.gain(1), draws.difference(1, 0), draws.kept(1, 0), draws.gain_kept(1, 0)]
+        for value, (low, high) in filter(None, found):
+            assert low <= value <= high

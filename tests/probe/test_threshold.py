@@ -52,3 +52,16 @@ def test_no_crossing_is_said(accuracy, side):
 def test_the_same_seed_gives_the_same_interval():
     data = counts(logistic(0.3, 0.2, 0.06), units=10)
     assert threshold(POINTS, *data, seed=3) == threshold(POINTS, *data, seed=3)
+
+
+def test_an_interval_holds_its_threshold():
+    """Few units, answered by chance: most draws have their crossing elsewhere."""
+    rng, crossed = np.random.default_rng(0), 0
+    for seed in range(40):
+        units = int(rng.integers(1, 4))
+        asked = np.full((units, len(POINTS)), 2.0)
+        found = threshold(POINTS, rng.integers(0, 3, asked.shape).astype(float), asked, seed)
+        if found.at is not None:
+            crossed += 1
+            assert found.ci95[0] <= found.at <= found.ci95[1]
+    assert crossed > 5
