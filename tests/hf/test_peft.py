@@ -244,3 +244,14 @@ def test_models_with_adapters_are_not_saved_as_bundles(tmp_path):
         model = get_peft_model(tied_model(), LoraConfig(r=2, **WAYS[way])).get_base_model()
         with pytest.raises(BundleError, match="merge_adapters"):
             model.save_pretrained(tmp_path / "no")
+
+
+def test_rows_are_trained_for_head_and_embeddings():
+    """As PEFT does it for any tied LLM: a new token can be heard of and said."""
+    model = adapted("rows")
+    lm = model.get_base_model().pal.llm.lm
+    plain = tied_model().pal.llm.lm.lm_head.weight
+    merged = model.merge_and_unload().pal.llm.lm
+    assert merged is lm and lm.lm_head.weight is lm.model.embed_tokens.weight
+    changed = (lm.lm_head.weight != plain).any(1).nonzero()[:, 0].tolist()
+    assert set(changed) <= {5, 6, 40} and 5 in changed
