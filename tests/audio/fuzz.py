@@ -91,10 +91,10 @@ def run(count: int, seed: int = 0, folder: Path | None = None) -> list[str]:
     """One line for each of `count` mutants that broke a promise."""
     faults: list[str] = []
     start = 0
-    command = [sys.executable, "-m", "tests.audio.fuzz", str(count), "--seed", str(seed), "--child"]
+    command = [sys.executable, "-m", "tests.audio.fuzz", str(count), "--seed", str(seed)]
     command += [] if folder is None else ["--folder", str(folder)]
     while start < count:
-        done = subprocess.run([*command, str(start)], capture_output=True, text=True, check=False)
+        done = subprocess.run([*command, "--child", str(start)], capture_output=True, text=True, check=False)
         lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
         faults += [line["fault"] for line in lines if "fault" in line]
         if done.returncode == 0:
