@@ -37,11 +37,12 @@ def bare(data: bytes = MP3) -> bytes:
 
 def id3(body: bytes = b"", padding: int = 20) -> bytes:
     size = len(body) + padding
-    return b"ID3\x03\0\0" + bytes([0, 0, size >> 7, size & 127]) + body + bytes(padding)
+    return b"ID3\x03\0\0" + bytes([0, size >> 14, size >> 7 & 127, size & 127]) + body + bytes(padding)
 
 
 WILD: dict[str, Callable[[bytes], bytes]] = {
     "two tags": lambda data: id3() + id3(b"TIT2\0\0\0\x03\0\0\0ab") + data,
+    "a picture in the second tag": lambda data: id3() + id3(b"\xff\xd8", 100_000) + data,
     "three tags": lambda data: id3() * 3 + data,
     "a tag of too small a size": lambda data: b"ID3\x03\0\0\0\0\0\x05" + bytes(20) + data,
     "a tag, then junk": lambda data: id3() + b"XXXXX" * 7 + data,
