@@ -6,12 +6,14 @@ What of lmms-eval is needed: `lmms_eval.api.model.lmms` and `lmms_eval.models.re
 import abc
 import importlib
 import importlib.util
+import io
 import sys
 from dataclasses import dataclass
 from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
+import soundfile
 import torch
 
 from pal.data.prompts import encode, user_turn
@@ -190,3 +192,21 @@ def test_loglikelihood_is_the_models_own(plugin):
 def test_rounds_are_not_offered(plugin):
     with pytest.raises(NotImplementedError, match="one round"):
         asked(plugin).generate_until_multi_round([])
+
+
+def test_documents_give_their_audio_in_any_form(plugin):
+    """datasets 4 and 5 give decoders and undecoded files, not arrays."""
+    _, model = plugin
+    samples_N = np.random.default_rng(0).normal(size=4000).astype(np.float32) / 10
+    file = io.BytesIO()
+    soundfile.write(file, samples_N, 8000, format="WAV", subtype="FLOAT")
+    decoded = SimpleNamespace(data=torch.from_numpy(samples_N)[None], sample_rate=8000)
+    forms = [
+        {"bytes": file.getvalue(), "path": None},
+        SimpleNamespace(get_all_samples=lambda: decoded),
+        (torch.from_numpy(samples_N)[None], 8000),
+    ]
+    expected = model.ask((samples_N, 8000), "What?", max_new_tokens=4)
+    for form in forms:
+        asking = request("What?", {"max_new_tokens": 4}, lambda document, form=form: [form], 0, "t", "test")
+        assert asked(plugin).generate_until([asking]) == [expected]
