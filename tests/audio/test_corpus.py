@@ -16,7 +16,7 @@ from pal.audio import load
 from tests.audio.corpus import wild
 from tests.audio.corpus.compare import DIFFERENT, EQUAL, REFUSED, UNREAD, Verdict, distance, judge
 from tests.audio.corpus.generate import generate, sound
-from tests.audio.corpus.refusals import is_expected
+from tests.audio.corpus.refusals import is_expected, on_purpose
 from tests.audio.fuzz import FILES
 
 FULL = "PAL_CORPUS" in os.environ
@@ -32,7 +32,7 @@ def verdicts(tmp_path_factory: pytest.TempPathFactory) -> list[Verdict]:
 
 
 def test_the_corpus_is_there(verdicts: list[Verdict]) -> None:
-    assert len(verdicts) > 600
+    assert len(verdicts) > 450
     assert len({verdict.path.suffix for verdict in verdicts}) > 25
     assert sum(path.stat().st_size for path in FILES.iterdir()) < 120_000
 
@@ -46,6 +46,13 @@ def test_each_refusal_is_a_known_one_with_a_remedy(verdicts: list[Verdict]) -> N
     refused = [verdict for verdict in verdicts if verdict.kind == REFUSED]
     wrong = [f"{v.path.name}: {v.line}" for v in refused if not is_expected(v.path.name, v.line) or "; " not in v.line]
     assert not wrong, "\n".join(wrong)
+
+
+def test_few_files_that_two_decoders_read_are_refused(verdicts: list[Verdict]) -> None:
+    whole = [v for v in verdicts if v.whole >= 2 and not on_purpose(v.path.name, v.line)]
+    refused = [v.path.name for v in whole if v.kind == REFUSED]
+    assert len(whole) > 300
+    assert len(refused) <= 0.03 * len(whole), refused
 
 
 def test_what_no_other_decoder_reads_is_known(verdicts: list[Verdict]) -> None:
