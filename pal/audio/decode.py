@@ -1,7 +1,7 @@
 """`load`: paths, bytes, file objects and arrays become mono waveforms, whole or not at all.
 
 Decoders repair: libsndfile plays half a WAV, an MP3 with a hole or an Ogg file without its end, and
-says nothing. So each container's own header or checksums are read first (`riff`, `flac`, `mpeg`,
+says nothing. So each container's own header or checksums are read first (`containers`, `flac`, `mpeg`,
 `ogg`), and what is decoded must be as long as they say. Everything is decoded in blocks, mixed down
 and resampled on the way, so that no header can ask for memory.
 """
@@ -59,7 +59,8 @@ def load(
         read_to_end: take a file whose end cannot be known (a WAV or FLAC written to a stream, a recording that was
             cut) as far as it goes; `note` of the result then says so.
 
-    Files may be WAV, FLAC, MP3, Ogg Vorbis and Opus, and with the `av` package m4a, mp4 and webm.
+    Files may be WAV, AIFF, AU, CAF, Wave64, FLAC, MPEG audio (MP3 and layers I and II), Ogg Vorbis, Opus and Ogg FLAC,
+    and with the `av` package m4a, mp4, webm and FLAC of an odd number of bits.
 
     Raises:
         AudioError: one line with name, fault and remedy. Never a shortened result: a file that ends
@@ -78,12 +79,18 @@ def load(
 
 
 def seconds(path: str | os.PathLike[str], limits: Limits = _LIMITS, read_to_end: bool = False) -> float:
-    """Length of a file by its header, or by its packets where the header gives none; nothing is decoded.
+    """Length of a file by its header, or by its packets where the header gives none.
 
-    Good for sorting clips and for planning: only `load` finds out whether a file keeps what it promises.
+    Good for sorting clips and for planning: only `load` finds out whether a file keeps what it promises. Nothing is
+    decoded but a FLAC of unknown length, and only the header is read of what has its length there.
+
+    Args:
+        path: of the file.
+        limits: what to refuse.
+        read_to_end: as `load` takes it.
 
     Raises:
-        AudioError: no such file, or none of a kind that `load` takes.
+        AudioError: no such file, or one whose header `load` would refuse.
     """
     try:
         with mapped(path, limits) as data:
@@ -102,6 +109,8 @@ def _length(data: bytes, limits: Limits, read_to_end: bool) -> float:
     total, rate = 0, whole.rate
     for part in (whole, *whole.rest):
         frames = part.frames
+        if frames is None and part.av_format is not None:
+            frames = sum(map(len, Track(body[:], part, read_to_end).blocks()))
         if frames is None or rate is None:
             with sndfile.opened(body, part) as file:
                 frames, rate = sndfile.length(file, part), file.samplerate
