@@ -165,7 +165,8 @@ def _from_parts(
         raise DecodeError(note, TO_THE_END)
     if whole.av_format is not None:
         sound = data if whole.span is None else data[slice(*whole.span)]
-        return _from_track(Track(sound, whole, read_to_end), rate, limits)
+        samples_N, seconds, cut = _from_track(Track(sound, whole, read_to_end), rate, limits)
+        return samples_N, seconds, _note(note) or cut
     if whole.rate is not None and whole.channels is not None:
         limits.check(whole.rate, whole.channels, whole.frames)
     mixer: Mixer | None = None

@@ -125,6 +125,16 @@ def test_without_a_length_the_end_is_in_doubt(tmp_path: Path) -> None:
         load(streamed(data, md5=True)[:-2000], RATE)
 
 
+def test_without_a_length_bits_that_only_av_reads(tmp_path: Path) -> None:
+    pytest.importorskip("av")
+    path = tmp_path / "a.flac"
+    path.write_bytes(streamed(flac(integers(11), 11)))
+    with pytest.raises(AudioError, match="gives no length"):
+        load(path, RATE)
+    assert "gives no length" in (load(path, RATE, read_to_end=True).note or "")
+    assert seconds(path, read_to_end=True) == 700 / RATE
+
+
 def test_a_cut_file_is_read_as_far_as_it_goes_where_that_is_asked_for() -> None:
     data = encoded(sound(RATE, 3.0), RATE, "FLAC", "PCM_16")
     whole_N = load(data, RATE).samples_N
