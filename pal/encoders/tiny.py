@@ -46,7 +46,9 @@ class Tiny(Encoder):
         margin: int = 4
         """Tokens of silence that the network hears before and after a clip."""
         mask_bins: int = 8
-        """In training, two bands of up to so many mel bins of each clip are hidden (SpecAugment, Park et al. 2019)."""
+        """In training, two bands of up to so many mel bins of each clip are hidden (SpecAugment, Park et al. 2019): a
+        quarter of all at most, by default. A tone within them goes unheard in that step, and its label stays; 0 hides
+        nothing."""
 
         def toy(self) -> "Tiny.Config":
             """Some thousand weights."""
