@@ -112,6 +112,7 @@ def test_aiff_floats(codec: bytes, kind: str) -> None:
         (aiff(comm(), ssnd(size=1008)), "contradicts itself: 1600 samples are 3200 bytes, its sound chunk says 1000"),
         (aiff(ssnd()), "no chunk that describes its sound"),
         (aiff(comm()), "it is cut: it has no sound"),
+        (aiff(chunk(b"COMM", bytes(10)), ssnd()), "no chunk that describes its sound"),
         (aiff(comm(codec=b"QDM2"), ssnd(), form=b"AIFC"), r"AIFF-C file whose codec is not read \(qdm2\); convert it"),
         (aiff(comm(bits=40), ssnd()), "samples of 40 bits"),
         (aiff(comm(channels=0), ssnd()), "0 channels"),

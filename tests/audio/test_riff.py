@@ -275,8 +275,8 @@ def test_wave64() -> None:
         assert torch.equal(load(w64(size=size), RATE, read_to_end=True).samples_N, WANTED)
     refusal(w64()[:60])
     # FFmpeg counts the bytes that fill up the last eight
-    padded = w64(bytes(range(30)) * 3 + bytes(6), bits=24)
-    assert len(load(padded, RATE).samples_N) == 32
+    padded = w64(bytes(range(30)) + bytes(2), bits=24)
+    assert len(load(padded, RATE).samples_N) == 10
 
 
 def test_headers_alone_give_the_length(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
