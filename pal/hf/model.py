@@ -116,6 +116,8 @@ class PalForConditionalGeneration(PreTrainedModel, GenerationMixin):
         other = [name for name, value in kwargs.items() if name not in {*_HUB, *_MEANINGLESS} and value is not None]
         if model_args or other or kwargs.get("subfolder"):
             name = other[0] if other else "subfolder" if kwargs.get("subfolder") else "model_args"
+            if name.startswith(("quantization", "load_in_")):
+                raise PalError(f"from_pretrained: '{name}': quantised weights are not supported; give dtype='bfloat16'")
             raise PalError(f"from_pretrained: '{name}' is not supported; known: dtype, device_map, {', '.join(_HUB)}")
         device = _device(device_map)
 
