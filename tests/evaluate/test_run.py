@@ -470,3 +470,13 @@ def test_compares_chance_has_two_sides(model, tmp_path):
         assert row.p_bootstrap == pytest.approx(2 * tail, abs=0.025)
         assert row.difference_ci95[0] <= by <= row.difference_ci95[1]
         assert row.p_mcnemar == pytest.approx(2 * (1 + 6) / 2**6)  # at most one of six fair coins
+
+
+def test_runs_of_other_references_are_not_compared(model, benchmark, tmp_path):
+    others = replace(benchmark, items=tuple(replace(item, references=("no",)) for item in benchmark.items))
+    for name, asked in (("a", benchmark), ("b", others)):
+        run(Scripted(model, lambda prompt, heard: "yes"), asked, tmp_path / name, progress=False, no_audio=False)
+    with pytest.raises(ConfigError, match="the data differs"):
+        compare([tmp_path / "a", tmp_path / "b"])
+    with pytest.raises(ConfigError, match="'data_digest' differs"):
+        run(Scripted(model, lambda prompt, heard: "yes"), others, tmp_path / "a", progress=False, no_audio=False)
