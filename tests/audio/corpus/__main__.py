@@ -1,6 +1,6 @@
 """Compares `pal.audio.load` with independent decoders, file by file.
 
-    python -m tests.audio.corpus [FOLDER ...] [--keep FOLDER] [--read-to-end]
+    python -m tests.audio.corpus [FOLDER ...] [--keep FOLDER] [--read-to-end] [--in-process]
 
 Without a folder it makes the corpus with the programs that are installed. "Of what two read" counts files that two
 other decoders read without complaint and alike, and leaves out those that are cut or have no length, of which no decoder
@@ -33,15 +33,16 @@ def main() -> int:
     parser.add_argument("folders", nargs="*", type=Path, help="folders or files to compare in the corpus' place")
     parser.add_argument("--keep", type=Path, help="write the corpus into this folder and leave it there")
     parser.add_argument("--read-to-end", action="store_true", help="read files whose length cannot be known")
+    parser.add_argument("--in-process", action="store_true", help="compare with libsndfile and av alone: fast")
     asked = parser.parse_args()
     if asked.folders:
-        return _report(_judge(_found(asked.folders), asked.read_to_end))
+        return _report(_judge(_found(asked.folders), asked))
     from tests.audio.corpus.generate import generate
 
     with tempfile.TemporaryDirectory() as scratch:
         folder = asked.keep or Path(scratch)
         folder.mkdir(parents=True, exist_ok=True)
-        return _report(_judge(generate(folder), asked.read_to_end))
+        return _report(_judge(generate(folder), asked))
 
 
 def _found(folders: list[Path]) -> list[Path]:
@@ -56,8 +57,8 @@ def _found(folders: list[Path]) -> list[Path]:
     return paths
 
 
-def _judge(paths: list[Path], read_to_end: bool) -> list[Verdict]:
-    return [judge(path, read_to_end) for path in tqdm(paths, desc="files", disable=None)]
+def _judge(paths: list[Path], asked: argparse.Namespace) -> list[Verdict]:
+    return [judge(path, asked.read_to_end, not asked.in_process) for path in tqdm(paths, desc="files", disable=None)]
 
 
 def _report(verdicts: list[Verdict]) -> int:
@@ -73,7 +74,7 @@ def _report(verdicts: list[Verdict]) -> int:
         print(
             f"{kind or 'all':10}{len(own):>8}" + "".join(f"{counts[column]:>11}" for column in columns) + f"  {share}"
         )
-    for column in (RAISED, DIFFERENT, REFUSED):
+    for column in (RAISED, DIFFERENT, REFUSED, UNREAD):
         for verdict in verdicts:
             if verdict.kind == column:
                 print(f"{column} ({verdict.whole} read it) {verdict.path}: {verdict.line}")
