@@ -213,6 +213,11 @@ def test_redirects_lead_to_http_only(server, tmp_path):
         assert "it cannot be fetched (" in fault(to(target))
 
 
+def test_a_redirect_to_ftp_is_not_begun(server):
+    target = b"ftp://127.0.0.1/a.wav".hex()
+    assert "it cannot be fetched (it leads to ftp:, only http and https are fetched)" in fault(f"{server}/to/{target}")
+
+
 def test_a_server_that_does_not_answer(server, monkeypatch):
     monkeypatch.setattr(addresses, "SECONDS", 0.2)
     assert "it cannot be fetched (timed out)" in fault(f"{server}/hangs")
