@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 
-from pal.audio import opus
 from pal.audio.boxes import check
 from pal.audio.declared import TO_THE_END, Declared, DecodeError
 from pal.audio.pcm import to_float
@@ -41,6 +40,7 @@ class Track:
             else f"{str(declared.av_format).upper()} of {declared.bits} bits a sample needs the av package"
         )
         self._declared, self._read_to_end = declared, read_to_end
+        self._ahead = 0
         self.doubt: str | None = None
         """Why the end of the sound cannot be known; final once all blocks are taken."""
         try:
@@ -58,8 +58,7 @@ class Track:
             raise DecodeError(what, "write the one you mean to a file of its own: ffmpeg -i IN -map 0:a:0 OUT.wav")
         self._stream = tracks[0]
         context = self._stream.codec_context
-        # FFmpeg believes the container, whose rate for Opus is that before encoding
-        self.rate: int = opus.RATE if context.name.endswith("opus") else context.sample_rate
+        self.rate: int = context.sample_rate
         self.channels: int = context.channels
         self.seconds: float | None = None
         """What the container declares; recordings made by browsers declare nothing, and bare AAC is guessed at."""
@@ -116,7 +115,9 @@ class Track:
                 if (frame.sample_rate, frame.layout.nb_channels) != (self.rate, self.channels):
                     raise DecodeError("its rate or number of channels changes on the way")
                 packet_frames = max(packet_frames, frame.samples)
-                samples += frame.samples
+                if self._ahead:
+                    block_NC, self._ahead = block_NC[self._ahead :], max(0, self._ahead - len(block_NC))
+                samples += len(block_NC)
                 if md5 is not None:
                     md5.add(block_NC.astype(np.int32) << (32 - 8 * block_NC.dtype.itemsize))
                 yield to_float(block_NC)
@@ -129,7 +130,21 @@ class Track:
             md5.check(self._declared)
 
     def _decoded(self) -> Iterator[Any]:
-        yield from self._container.decode(self._stream)
+        """The frames; sets how many samples of Opus stand before the sound and were not dropped.
+
+        FFmpeg 8 counts them at the rate that the container gives, which is that before encoding; FFmpeg 5 does not.
+        """
+        context = self._stream.codec_context
+        head = context.extradata or b""
+        seen: int | None = 0 if "matroska" in self._container.format.name and head[:8] == b"OpusHead" else None
+        for packet in self._container.demux(self._stream):
+            if seen is not None and packet.size:
+                seen += opus.samples(bytes(packet))
+            for frame in packet.decode():
+                if seen is not None:
+                    self._ahead = max(0, int.from_bytes(head[10:12], "little") - (seen - frame.samples))
+                    seen = None
+                yield frame
 
     def _doubt(self, what: str) -> None:
         if not self._read_to_end:

@@ -20,6 +20,8 @@ from tests.audio.corpus.refusals import is_expected, on_purpose
 from tests.audio.fuzz import FILES
 
 FULL = "PAL_CORPUS" in os.environ
+AV_IS_WRONG = "ffmpeg_*_16000.webm"
+"""FFmpeg 8's libraries leave samples before the sound of Opus in webm where its rate before encoding was not 48 kHz."""
 pytest.importorskip("av")
 
 
@@ -28,7 +30,8 @@ def verdicts(tmp_path_factory: pytest.TempPathFactory) -> list[Verdict]:
     folder = tmp_path_factory.mktemp("corpus")
     committed = sorted(FILES.iterdir())
     made = generate(folder, seconds=0.3 if FULL else 0.1, every=1 if FULL else 12)
-    return [judge(path, programs=FULL) for path in [*committed, *made]]
+    paths = [path for path in [*committed, *made] if FULL or not fnmatch(path.name, AV_IS_WRONG)]
+    return [judge(path, programs=FULL) for path in paths]
 
 
 def test_the_corpus_is_there(verdicts: list[Verdict]) -> None:
@@ -68,6 +71,12 @@ def test_files_without_a_length_are_read_to_the_end(name: str) -> None:
     assert judge(path, programs=False).kind == REFUSED
     assert judge(path, read_to_end=True, programs=False).kind == EQUAL
     assert "gives no length" in str(load(path, 16_000, read_to_end=True).note)
+
+
+def test_opus_in_webm_begins_with_the_sound() -> None:
+    wave = load(FILES / "ffmpeg_00_16000.webm", 16_000)
+    assert len(wave.samples_N) == 1600
+    assert np.corrcoef(wave.samples_N.numpy(), sound(16_000, 1, 0.1)[:, 0])[0, 1] > 0.95
 
 
 def test_the_comparison_can_fail(tmp_path: Path) -> None:
