@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from pal.audio import opus
 from pal.audio.boxes import check
 from pal.audio.declared import TO_THE_END, Declared, DecodeError
 from pal.audio.pcm import to_float
@@ -58,7 +59,8 @@ class Track:
             raise DecodeError(what, "write the one you mean to a file of its own: ffmpeg -i IN -map 0:a:0 OUT.wav")
         self._stream = tracks[0]
         context = self._stream.codec_context
-        self.rate: int = context.sample_rate
+        # FFmpeg believes the container, whose rate for Opus is that before encoding
+        self.rate: int = opus.RATE if context.name.endswith("opus") else context.sample_rate
         self.channels: int = context.channels
         self.seconds: float | None = None
         """What the container declares; recordings made by browsers declare nothing, and bare AAC is guessed at."""
