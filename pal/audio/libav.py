@@ -59,8 +59,7 @@ class Track:
             raise DecodeError(what, "write the one you mean to a file of its own: ffmpeg -i IN -map 0:a:0 OUT.wav")
         self._stream = tracks[0]
         context = self._stream.codec_context
-        # FFmpeg believes the container, whose rate for Opus is that before encoding
-        self.rate: int = opus.RATE if context.name.endswith("opus") else context.sample_rate
+        self.rate: int = context.sample_rate
         self.channels: int = context.channels
         self.seconds: float | None = None
         """What the container declares; recordings made by browsers declare nothing, and bare AAC is guessed at."""
