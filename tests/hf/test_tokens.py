@@ -89,7 +89,11 @@ def test_padding_without_a_row(tmp_path):
     assert model.ask(CLIP, questions, max_new_tokens=8) == alone
     wrapped = PalForConditionalGeneration.wrap(model)
     inputs = tensors(PalProcessor.of(model), chat(0.3), chat(0.3, question="yes"))
-    assert wrapped.generate(**inputs, max_new_tokens=3).shape[0] == 2
+    width = inputs["input_ids"].shape[1]
+    first = wrapped.generate(**inputs, max_new_tokens=1)[:, width].tolist()
+    assert first[0] != first[1]
+    made = wrapped.generate(**inputs, max_new_tokens=4, min_new_tokens=0, eos_token_id=first[1])
+    assert made.shape[1] > width + 1, "one row has ended, the other goes on"
     assert torch.isfinite(wrapped(**inputs).logits).all()
 
 
