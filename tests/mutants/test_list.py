@@ -6,8 +6,8 @@ import subprocess
 
 import pytest
 
-from tests.mutants.__main__ import run
 from tests.mutants.mutants import ROOT, Mutant, load
+from tests.mutants.running import run
 
 
 @pytest.mark.parametrize("mutant", load(), ids=lambda mutant: mutant.change)
