@@ -70,8 +70,9 @@ def test_ask(shipped, clip):
 def test_ask_json(shipped, clip):
     found = json.loads(succeed("ask", clip, QUESTION, "--json").stdout)
     assert list(found) == [
-        *("answer", "model", "integration", "audio_seconds", "audio_seconds_used", "audio_tokens", "seconds")
+        *("answer", "model", "integration", "audio_seconds", "audio_seconds_used", "audio_tokens", "seconds", "notes")
     ]
+    assert found["notes"] == []
     assert list(found["seconds"]) == ["load", "encode", "prefill", "generate"]
     assert all(value >= 0 for value in found["seconds"].values())
     assert (found["model"], found["integration"]) == ("tiny", "pal")

@@ -16,7 +16,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from tests.mutants.mutants import load
-from tests.mutants.running import run
+from tests.mutants.running import preload, run
 
 
 def main() -> int:
@@ -30,6 +30,7 @@ def main() -> int:
         print("no mutant has these words", file=sys.stderr)
         return 2
     start = time.perf_counter()
+    preload()
     outcomes = run(chosen, asked.jobs)
     width = max(len(m.change) for m in chosen)
     for mutant, outcome in zip(chosen, outcomes, strict=True):

@@ -23,10 +23,7 @@ _SECONDS = 600
 """A test that takes longer noticed something: it waits for ever."""
 _FAILED, _PASSED = 1, 0
 """pytest's status where tests ran; others mean that they did not even start."""
-os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
 _PROCESSES = multiprocessing.get_context("forkserver")
-_PROCESSES.set_forkserver_preload(["numpy", "peft", "scipy", "sklearn", "torch", "transformers", "hypothesis"])
-"""What takes most of a test's time to import is there before the process is made."""
 
 
 def run(mutants: list[Mutant], jobs: int = 1, root: Path = ROOT) -> list[str]:
@@ -40,6 +37,12 @@ def run(mutants: list[Mutant], jobs: int = 1, root: Path = ROOT) -> list[str]:
             untouched = _each(threads, lambda test: _untouched(test, copies), tests, "as it is")
             passes = dict(zip(tests, untouched, strict=True))
             return _each(threads, lambda m: _outcome(m, copies, passes[m.noticed_by]), mutants, "mutants")
+
+
+def preload() -> None:
+    """Have what takes most of a test's time to import there before its process is made."""
+    os.environ["OMP_NUM_THREADS"] = "1"  # which torch reads when it is imported
+    _PROCESSES.set_forkserver_preload(["numpy", "peft", "scipy", "sklearn", "torch", "transformers", "hypothesis"])
 
 
 def _each(threads: ThreadPoolExecutor, do: Callable[[Any], Any], items: list[Any], what: str) -> list[Any]:
@@ -103,7 +106,7 @@ def _pytest(test: str, copy: str) -> None:
     for name in [name for name in sys.modules if name.split(".")[0] in ("pal", "tests")]:
         del sys.modules[name]
     os.chdir(copy)
-    os.environ |= {"PYTHONPATH": copy}
+    os.environ |= {"PYTHONPATH": copy, "PYTHONDONTWRITEBYTECODE": "1"}
     sys.path[:] = [copy, *(place for place in sys.path if Path(place or ".").resolve() not in (ROOT, Path(copy)))]
     # bytecode is told by time and size, which a change of one character within a second may leave equal
     sys.dont_write_bytecode = True
