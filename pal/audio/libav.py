@@ -15,7 +15,10 @@ from pal.audio.sndfile import Md5
 
 _PACKETS = 2
 """Packets by which a container's duration may miss the samples: encoders pad the first and the last."""
+_CONVERT = "convert it: ffmpeg -i IN OUT.wav"
 _NEED = "m4a, mp4 and webm need the av package"
+_PLANES = 8
+"""Channels from which on planar frames are packed before they are read."""
 _ENDLESS = 1e9
 """Seconds that no file has."""
 _SECONDS = 0.02
@@ -59,6 +62,9 @@ class Track:
             raise DecodeError(what, "write the one you mean to a file of its own: ffmpeg -i IN -map 0:a:0 OUT.wav")
         self._stream = tracks[0]
         context = self._stream.codec_context
+        if context is None:
+            self._container.close()
+            raise DecodeError("its sound is in a codec that FFmpeg does not know", _CONVERT)
         self.rate: int = context.sample_rate
         self.channels: int = context.channels
         self.seconds: float | None = None
@@ -109,11 +115,12 @@ class Track:
                         frame = next(frames, None)
                         if frame is None:
                             break
-                        block_NC = _block(frame)
+                        changed = (frame.sample_rate, frame.layout.nb_channels) != (self.rate, self.channels)
+                        block_NC = np.zeros((0, self.channels)) if changed else self._block(frame)
                 except DecodeError as error:
                     self._doubt(error.what)
                     break
-                if (frame.sample_rate, frame.layout.nb_channels) != (self.rate, self.channels):
+                if changed:
                     raise DecodeError("its rate or number of channels changes on the way")
                 packet_frames = max(packet_frames, frame.samples)
                 if self._ahead:
@@ -137,15 +144,39 @@ class Track:
         """
         context = self._stream.codec_context
         head = context.extradata or b""
+        decoder = self._decoder()
         seen: int | None = 0 if "matroska" in self._container.format.name and head[:8] == b"OpusHead" else None
         for packet in self._container.demux(self._stream):
             if seen is not None and packet.size:
                 seen += opus.samples(bytes(packet))
-            for frame in packet.decode():
+            for frame in decoder.decode(packet if packet.size else None):
                 if seen is not None:
                     self._ahead = max(0, int.from_bytes(head[10:12], "little") - (seen - frame.samples))
                     seen = None
                 yield frame
+
+    def _decoder(self) -> Any:
+        """What decodes the packets: of Opus the reference, libopus, which FFmpeg's own leaves at low bit rates."""
+        context = self._stream.codec_context
+        if context.name != "opus":
+            return context
+        try:
+            decoder = self._av.codec.CodecContext.create("libopus", "r")
+        except self._av.error.FFmpegError:  # FFmpeg was built without it
+            return context
+        decoder.extradata, decoder.sample_rate, decoder.layout = context.extradata, context.sample_rate, context.layout
+        decoder.options = {"request_sample_fmt": "flt"}
+        return decoder
+
+    def _block(self, frame: Any) -> np.ndarray:
+        """Samples [n, channels] of a frame."""
+        channels = frame.layout.nb_channels
+        if frame.format.is_planar and channels >= _PLANES:
+            # the bindings count one plane too many, and read behind the last
+            packed = self._av.AudioResampler(format=frame.format.packed, layout=frame.layout, rate=frame.sample_rate)
+            return np.concatenate([part.to_ndarray().reshape(-1, channels) for part in packed.resample(frame)])
+        block: np.ndarray = frame.to_ndarray()
+        return block.T if frame.format.is_planar else block.reshape(-1, channels)
 
     def _doubt(self, what: str) -> None:
         if not self._read_to_end:
@@ -161,12 +192,6 @@ class Track:
             raise DecodeError(f"{what} ({error.strerror})") from None
         except (ValueError, OverflowError, ArithmeticError, MemoryError, NotImplementedError) as error:
             raise DecodeError(f"{what} ({' '.join(str(error).split())[:60]})") from None
-
-
-def _block(frame: Any) -> np.ndarray:
-    block: np.ndarray = frame.to_ndarray()
-    channels = frame.layout.nb_channels
-    return block.T if frame.format.is_planar else block.reshape(-1, channels)
 
 
 def _format(data: bytes) -> str:
