@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from math import ldexp
 
 from pal.audio.declared import Declared, DecodeError
-from pal.audio.samples import Samples, cut, is_placeholder, no_length, pcm
+from pal.audio.samples import MAX_CHUNKS, Samples, cut, is_placeholder, no_length, pcm, too_many_chunks
 
 _FIXED = {
     b"in24": ("PCM_24", "BIG"),
@@ -30,6 +30,7 @@ def declared(data: bytes) -> Declared:
 
     Facts are those of Apple's Audio Interchange File Format 1.3 and AIFF-C draft of 1991. An odd chunk has a pad byte,
     which some programs leave out; the size of the outer chunk is not needed, since the samples are counted.
+    A rate that is no whole number (22254.54 Hz on old Macintoshes) is rounded to the nearest, as FFmpeg does.
 
     Raises:
         DecodeError: cut, contradicting itself, or a codec that is not read.
@@ -41,14 +42,16 @@ def declared(data: bytes) -> Declared:
             comm = data[start : start + size]
         elif name == b"SSND" and sound is None:
             sound = start, size
+        if comm is not None and sound is not None:
+            break
     if comm is None or len(comm) < (22 if data[8:12] == b"AIFC" else 18):
         raise DecodeError("it is cut or damaged: it has no chunk that describes its sound (COMM)")
     if sound is None or sound[0] + 8 > len(data):
         raise DecodeError("it is cut: it has no sound (SSND chunk)")
     channels, frames, bits, exponent, mantissa = struct.unpack_from(">HIHHQ", comm)
     rate = ldexp(mantissa, (exponent & 0x7FFF) - 16383 - 63) if exponent & 0x7FFF < 16383 + 40 else 0.0
-    if not (rate >= 1 and rate == int(rate)):
-        raise DecodeError(f"its rate of {rate:g} Hz is no whole number", _CONVERT)
+    if rate < 1:
+        raise DecodeError(f"its rate of {rate:g} Hz is no rate of sound", _CONVERT)
     codec = comm[18:22].lower() if data[8:12] == b"AIFC" else b"none"
 
     start, size = sound
@@ -58,12 +61,13 @@ def declared(data: bytes) -> Declared:
     if codec in _PACKED:
         if size > held:
             raise cut(size, held)
-        return Declared(None, int(rate), channels)
-    samples = Samples(int(rate), channels, *_kind(codec, bits))
+        return Declared(None, int(rate), channels)  # libsndfile's, which cuts the fraction off
+    samples = Samples(int(rate + 0.5), channels, *_kind(codec, bits))
     needed = frames * samples.align
     if not channels:
         raise DecodeError("its 0 channels are not 1 to 8")
-    if is_placeholder(needed, held) and (size <= 0 or size == needed or is_placeholder(size, held)):
+    unknown = is_placeholder(needed, held, samples.align) or (frames and is_placeholder(frames, held))
+    if unknown and (size <= 0 or size == needed or is_placeholder(size, held)):
         return samples.declared(start, held, no_length(needed, held))
     if needed > held:
         raise cut(needed, max(0, held))
@@ -87,7 +91,9 @@ def _kind(codec: bytes, bits: int) -> tuple[str, str]:
 def _chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
     """(name, start of its content, size) of each chunk, up to the end of the file or what is no chunk."""
     start = 12
-    while start + 8 <= len(data) and _is_name(data, start):
+    for _ in range(MAX_CHUNKS):
+        if start + 8 > len(data) or not _is_name(data, start):
+            return
         name = data[start : start + 4]
         (size,) = struct.unpack_from(">I", data, start + 4)
         start += 8
@@ -95,6 +101,7 @@ def _chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
         start += size
         if size % 2 and (_is_name(data, start + 1) or not _is_name(data, start)):
             start += 1
+    raise too_many_chunks()
 
 
 def _is_name(data: bytes, start: int) -> bool:

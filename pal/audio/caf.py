@@ -3,11 +3,13 @@
 import struct
 
 from pal.audio.declared import Declared, DecodeError
-from pal.audio.samples import Samples, cut, is_placeholder, no_length, pcm
+from pal.audio.samples import MAX_CHUNKS, Samples, between_headers, cut, is_placeholder, no_length, pcm, too_many_chunks
 
 _FLOAT, _LITTLE = 1, 2
 _LAWS = {b"ulaw": "ULAW", b"alaw": "ALAW"}
 _CONVERT = "convert it: ffmpeg -i IN OUT.wav"
+_VARINT = 5
+"""Bytes of a number in the packet table, seven bits in each: more than 32 bits no packet has."""
 _UNKNOWN = (1 << 64) - 1
 """The size -1, which the last chunk may have while it is being written."""
 
@@ -16,7 +18,7 @@ def declared(data: bytes) -> Declared:
     """Read the description, the packet table and the place of the data.
 
     Facts are those of Apple's Core Audio Format specification 1.0: sizes are signed 64-bit numbers, the data begin with
-    a count of edits of four bytes.
+    a count of edits of four bytes. A rate that is no whole number is rounded to the nearest, as libsndfile does.
 
     Raises:
         DecodeError: cut, or a codec that is not read.
@@ -25,7 +27,9 @@ def declared(data: bytes) -> Declared:
         raise DecodeError("it is a CAF file of a version that is not known", _CONVERT)
     chunks: dict[bytes, tuple[int, int]] = {}
     start = 8
-    while start + 12 <= len(data):
+    for _ in range(MAX_CHUNKS):
+        if start + 12 > len(data):
+            break
         name = data[start : start + 4]
         (size,) = struct.unpack_from(">Q", data, start + 4)
         start += 12
@@ -33,25 +37,34 @@ def declared(data: bytes) -> Declared:
         if name == b"data" and is_placeholder(size, len(data) - start):
             break  # to the end of the file
         start += size
+    else:
+        if b"data" not in chunks:
+            raise too_many_chunks()
     if b"desc" not in chunks or b"data" not in chunks:
         raise DecodeError("it is cut or damaged: it has no description of its sound, or no sound")
     at, size = chunks[b"desc"]
     if size < 32 or at + 32 > len(data):
         raise DecodeError("it is cut in its description")
     rate, codec, flags, packet_bytes, packet_frames, channels, bits = struct.unpack_from(">d4sIIIII", data, at)
-    if not (rate > 0 and rate == int(rate)):
-        raise DecodeError(f"its rate of {rate} Hz is no whole number", _CONVERT)
+    if not 1 <= rate < 1 << 32:  # or no number
+        raise DecodeError(f"its rate of {rate:g} Hz is no rate of sound", _CONVERT)
+    rate = int(rate + 0.5)
     start, size = chunks[b"data"]
     held = len(data) - start
     doubt = None
-    if is_placeholder(size, held):
+    if size == 4 and data[start + 4 : start + 20] == data[:16]:
+        doubt = no_length(0, held)
+        start, end = between_headers(data, start + 4)
+        start -= 4  # the count of edits ends the header
+        size = end - start
+    elif is_placeholder(size, held):
         size, doubt = held, no_length(size - (size == _UNKNOWN) * (1 << 64), held)
     elif size > held:
         raise cut(size, held)
     if codec == b"alac":
         if doubt is not None or b"pakt" not in chunks:
             raise DecodeError("its packet table is missing, without which ALAC cannot be read")
-        return _alac(data, chunks, int(rate), channels)
+        return _alac(data, chunks, rate, channels)
     if codec == b"lpcm":
         subtype = {32: "FLOAT", 64: "DOUBLE"}.get(bits, "") if flags & _FLOAT else pcm(bits)
     elif codec in _LAWS:
@@ -59,7 +72,7 @@ def declared(data: bytes) -> Declared:
     else:
         shown = "".join(chr(byte) if 32 <= byte < 127 else "?" for byte in codec).strip()
         raise DecodeError(f"it is a CAF file whose codec is not read ({shown})", _CONVERT)
-    samples = Samples(int(rate), channels, subtype, "LITTLE" if flags & _LITTLE else "BIG")
+    samples = Samples(rate, channels, subtype, "LITTLE" if flags & _LITTLE else "BIG")
     if not subtype or packet_frames != 1 or packet_bytes != samples.align:
         raise DecodeError(
             f"its description contradicts itself: {channels} channels of {bits} bits, {packet_bytes} bytes a sample"
@@ -97,11 +110,14 @@ def _alac(data: bytes, chunks: dict[bytes, tuple[int, int]], rate: int, channels
 
 def _last_packet(data: bytes, table: bytes, packets: int, start: int, whole: int) -> int:
     """Samples in the last packet: a bit of its header says that it is not whole, and the number follows it."""
-    sizes = [0]
+    size, length = 0, 0
     for byte in table:
-        sizes[-1] = sizes[-1] << 7 | byte & 0x7F
+        if packets <= 1:
+            break
+        size, length = size << 7 | byte & 0x7F, length + 1
+        if length > _VARINT:
+            raise DecodeError(f"its packet table has a number of more than {_VARINT} bytes")
         if byte < 0x80:
-            sizes.append(0)
-    start += sum(sizes[: packets - 1])
+            start, packets, size, length = start + size, packets - 1, 0, 0
     header = int.from_bytes(data[start : start + 7].ljust(7, b"\0"), "big")
     return header >> 1 & 0xFFFFFFFF if header >> 36 & 1 else whole

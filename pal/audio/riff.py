@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 from pal.audio import wave_format
 from pal.audio.declared import Declared, DecodeError
-from pal.audio.samples import is_placeholder, no_length
+from pal.audio.samples import MAX_CHUNKS, is_placeholder, no_length, too_many_chunks
 
 _ONES = 0xFFFFFFFF
 _SLACK = 8
@@ -55,10 +55,11 @@ def declared(data: bytes) -> Declared:
 def _sound(data: bytes, start: int, size: int, outer: int, fmt: wave_format.Format) -> Declared:
     """Check the data chunk, whose content begins at `start`, and what follows it."""
     held, end = len(data) - start, start + size
+    align = 1 if fmt.samples is None else fmt.align
     if size == 0 and _is_chunk(data, start):
         return fmt.declared(data, start, 0)
     same = size > held and end - 8 <= outer <= end + 1 + _SLACK  # the outer size was made from this one
-    if is_placeholder(size, held) or (same and any(is_placeholder(claim, held) for claim in (outer, outer + 8))):
+    if is_placeholder(size, held, align) or (same and any(is_placeholder(claim, held) for claim in (outer, outer + 8))):
         return fmt.declared(data, start, held, no_length(size, held))
     if size > held:
         if outer + 8 > len(data) + _SLACK:
@@ -66,8 +67,15 @@ def _sound(data: bytes, start: int, size: int, outer: int, fmt: wave_format.Form
         raise DecodeError(f"it is cut: its data chunk claims {size} bytes, the file holds {held}")
     rest = data[end : outer + 8 if end <= outer + 8 else len(data)]
     is_padding = len(rest) < 8 + size % 2 and not rest.strip(b"\0\r\n ")
-    if not is_padding and not _is_chunk(data, end + size % 2) and not _is_chunk(data, end):
+    if (
+        not is_padding
+        and not _is_chunk(data, end + size % 2)
+        and not _is_chunk(data, end)
+        and not _is_cut_chunk(data, end, outer)
+    ):
         raise DecodeError(f"its data chunk claims {size} bytes and is followed by {len(rest)} that are no chunk")
+    if size % align == 1 and data[end - 1 : end] == b"\0":
+        size -= 1  # a pad byte that was counted
     return fmt.declared(data, start, size)
 
 
@@ -80,10 +88,18 @@ def _is_chunk(data: bytes, start: int) -> bool:
     return name in _METADATA or min(sizes) <= len(data)
 
 
+def _is_cut_chunk(data: bytes, start: int, outer: int) -> bool:
+    """Whether a chunk begins here that passes the end of the file and ends where the outer one should."""
+    end = int.from_bytes(data[start + 4 : start + 8], "big" if data[:4] == b"RIFX" else "little") + start + 8
+    return _is_name(data[start : start + 4]) and outer + 8 in (end, end + end % 2) and end > len(data)
+
+
 def _chunks(data: bytes, order: str) -> Iterator[tuple[bytes, int, int]]:
     """(name, start of its content, size) of each chunk; the pad byte of an odd one may be missing."""
     start = 12
-    while start + 8 <= len(data):
+    for _ in range(MAX_CHUNKS):
+        if start + 8 > len(data):
+            return
         name = data[start : start + 4]
         if not _is_name(name):
             raise DecodeError(f"the bytes at {start} are no chunk, so its sizes are wrong")
@@ -91,8 +107,14 @@ def _chunks(data: bytes, order: str) -> Iterator[tuple[bytes, int, int]]:
         start += 8
         yield name, start, size
         start += size
-        if size % 2 and (_is_name(data[start + 1 : start + 5]) or not _is_name(data[start : start + 4])):
+        name = data[start : start + 4]
+        if (
+            size % 2
+            and name not in (b"data", b"fmt ")
+            and (_is_name(data[start + 1 : start + 5]) or not _is_name(name))
+        ):
             start += 1
+    raise too_many_chunks()
 
 
 def _is_name(name: bytes) -> bool:

@@ -9,6 +9,8 @@ _BYTES |= {"ALAW": 1, "ULAW": 1}
 """Of one sample, by libsndfile's name of its kind."""
 _EDGES = (1 << 31, 1 << 32, 1 << 63, 1 << 64)
 _ROUND = (10**8, 1 << 24)
+MAX_CHUNKS = 10_000
+"""Chunks of one file. Known files have some dozens; a million of empty ones would take long to walk through."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ def pcm(bits: int, unsigned_8: bool = False) -> str:
     return ("PCM_U8" if unsigned_8 else "PCM_S8", "PCM_16", "PCM_24", "PCM_32")[(bits - 1) // 8]
 
 
-def is_placeholder(size: int, held: int) -> bool:
+def is_placeholder(size: int, held: int, align: int = 1) -> bool:
     """Whether a size was written by a program that did not know it, and is not that of a file that was cut.
 
     A program that writes to a pipe cannot come back to the header. It leaves 0 there, or a number that stands for "very
@@ -64,12 +66,13 @@ def is_placeholder(size: int, held: int) -> bool:
     Args:
         size: what the header says.
         held: bytes that stand behind it.
+        align: bytes of one sample of all channels, to a whole number of which SoX rounds its placeholders down.
     """
     if size == 0:
         return held > 0
     if size <= 2 * held:
         return False
-    return any(edge - (1 << 16) <= size <= edge for edge in _EDGES) or any(size % unit == 0 for unit in _ROUND)
+    return any(edge - (1 << 16) <= size <= edge for edge in _EDGES) or any(-size % unit < align for unit in _ROUND)
 
 
 def no_length(size: int, held: int) -> str:
@@ -78,6 +81,24 @@ def no_length(size: int, held: int) -> str:
         f"its header gives no length, so a cut could not be noticed (its size of {size} bytes is a placeholder,"
         f" {held} are there)"
     )
+
+
+def between_headers(data: bytes, start: int) -> tuple[int, int]:
+    """(start, end) of the sound behind the header, which takes `start` bytes and is left out where it stands again.
+
+    Where it cannot go back in its file, libsndfile writes the header a second time before the sound, and once more
+    behind it; `sox in -t caf - | cat` does so.
+    """
+    name, end = data[:16], len(data)
+    last = end - start
+    if data[start : start + 16] == name:
+        start += start
+    return start, last if last >= start and data[last : last + 16] == name else end
+
+
+def too_many_chunks() -> DecodeError:
+    """The error for more than MAX_CHUNKS."""
+    return DecodeError(f"it has more than {MAX_CHUNKS} chunks, which is no recording", "check what wrote it")
 
 
 def cut(size: int, held: int) -> DecodeError:

@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -14,6 +15,9 @@ from pal.audio.pcm import to_float
 
 _ENDLESS = 1 << 62
 """More samples than this stand for a length that libsndfile does not know."""
+
+_FORK = "._"
+"""Where libsndfile looks for the resource fork of a file without a name, before it looks whether it is an MP3."""
 
 
 class _Forward(soundfile.SoundFile):
@@ -50,6 +54,8 @@ def opened(data: bytes, declared: Declared) -> Iterator[soundfile.SoundFile]:
                 raise DecodeError("its header is read in two ways")
             yield file
     except soundfile.SoundFileError as error:
+        if not raw and os.path.lexists(_FORK):
+            raise DecodeError(f"a file named {_FORK} in the working directory hides it", f"remove {_FORK}") from None
         raise DecodeError(f"it is damaged or of an unknown kind ({_reason(error)})") from None
 
 

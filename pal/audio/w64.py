@@ -4,7 +4,7 @@ import struct
 
 from pal.audio import wave_format
 from pal.audio.declared import Declared, DecodeError
-from pal.audio.samples import is_placeholder, no_length
+from pal.audio.samples import MAX_CHUNKS, between_headers, is_placeholder, no_length, too_many_chunks
 from pal.audio.wave_format import TAIL_64, WAVE_64
 
 _HEAD = 24
@@ -21,7 +21,9 @@ def declared(data: bytes) -> Declared:
         raise DecodeError("its Wave64 header is cut or damaged")
     start = 40
     fmt: wave_format.Format | None = None
-    while start + _HEAD <= len(data):
+    for _ in range(MAX_CHUNKS):
+        if start + _HEAD > len(data):
+            break
         name, (size,) = data[start : start + 16], struct.unpack_from("<Q", data, start + 16)
         start += _HEAD
         held = len(data) - start
@@ -35,12 +37,15 @@ def declared(data: bytes) -> Declared:
         if name == b"fmt " + TAIL_64:
             fmt = wave_format.read(data[start : start + size], "<")
         start += -(-size // 8) * 8
+    else:
+        raise too_many_chunks()
     raise DecodeError("it is cut or damaged: it has no data chunk")
 
 
 def _sound(data: bytes, start: int, size: int, held: int, fmt: wave_format.Format) -> Declared:
     if size <= _HEAD and held > 0:
-        return fmt.declared(data, start, held, no_length(0, held))
+        start, end = between_headers(data, start)
+        return fmt.declared(data, start, end - start, no_length(0, held))
     if any(is_placeholder(claim, held) for claim in (size, size - _HEAD)):
         return fmt.declared(data, start, held, no_length(size, held))
     if size - _HEAD > held:

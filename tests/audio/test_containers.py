@@ -335,3 +335,51 @@ def test_wavpack() -> None:
     assert "its header gives no length" in refusal(unknown)
     assert torch.equal(load(unknown, RATE, read_to_end=True).samples_N, wave.samples_N)
     assert "it is damaged: no WavPack block stands at byte" in refusal(data + b"some junk behind it")
+
+
+def test_a_fractional_rate_is_rounded_to_the_nearest(tmp_path: Path) -> None:
+    rate_80 = struct.pack(">HQ", 16383 + 14, round(22254.54 * 2**49))
+    caf_rate = struct.pack(">d", 22254.54)
+    for data in (aiff(comm(), ssnd()).replace(RATE_80, rate_80), caf()[:20] + caf_rate + caf()[28:]):
+        path = tmp_path / "a"
+        path.write_bytes(data)
+        assert seconds(path) == 1600 / 22255
+        assert torch.equal(load(data, 22255).samples_N, WANTED)
+    for rate in (float("nan"), float("inf"), 0.0, -8000.0):
+        assert "Hz is no rate of sound" in refusal(caf()[:20] + struct.pack(">d", rate) + caf()[28:])
+
+
+@pytest.mark.parametrize("frames", [0x7F000000 // 12, 0x7FFFF000 // 12, 0x7FFFF000, 0xFFFFFFFF])
+def test_an_aiff_from_a_stream_counts_whole_samples(frames: int) -> None:
+    sound = np.repeat(SOUND, 6).astype(">i2").tobytes()
+    data = aiff(comm(frames, channels=6), ssnd(sound, size=min(frames * 12 + 8, 0xFFFFFFFF)))
+    assert "gives no length" in refusal(data)
+    assert_close(load(data, RATE, read_to_end=True).samples_N, WANTED, atol=1e-6, rtol=0)
+
+
+def test_a_caf_from_a_stream_has_its_header_in_it_again() -> None:
+    head = caf(b"", size=4)
+    assert "gives no length" in refusal(head + head + BIG + caf(b"", size=4 + len(BIG)))
+    for data in (head + head + BIG + caf(b"", size=4 + len(BIG)), head + head + BIG):
+        same(data, read_to_end=True)
+    assert "holds no samples" in refusal(head)
+
+
+def test_too_many_chunks_are_an_error() -> None:
+    empty = chunk(b"ANNO", b"") * 10_001
+    assert "more than 10000 chunks" in refusal(aiff(empty, comm(), ssnd()))
+    same(aiff(comm(), ssnd(), empty))
+    empty = (b"free" + bytes(8)) * 10_001
+    assert "more than 10000 chunks" in refusal(caf()[:8] + empty + caf()[8:])
+    same(caf() + empty)
+
+
+def test_a_packet_table_without_end_is_an_error() -> None:
+    file = io.BytesIO()
+    soundfile.write(file, np.zeros(9000), RATE, format="CAF", subtype="ALAC_16")
+    data = file.getvalue()
+    table = data.index(b"pakt") + 12
+    size = struct.unpack_from(">Q", data, table - 8)[0]
+    endless = struct.pack(">Qqqii", 24 + 100_000, 3, 3 * 4096, 0, 0) + b"\xff" * 100_000
+    other = data[: table - 8] + endless + data[table + size :]
+    assert "its packet table has a number of more than 5 bytes" in refusal(other)

@@ -76,6 +76,10 @@ def refusal(data: bytes, **options: bool) -> str:
         wav(chunk(b"JUNK", bytes(28)), fmt(), chunk(b"data", DATA)),
         wav(chunk(b"JUNK", b"abc") + b"\0", fmt(), chunk(b"data", DATA)),
         wav(chunk(b"JUNK", b"abc"), fmt(), chunk(b"data", DATA)),
+        wav(fmt(), chunk(b"data", DATA), chunk(b"SubT", b"abcdef"))[:-3],
+        wav(fmt(), chunk(b"data", DATA), chunk(b"SubT", b"abcde"), b"\0")[:-4],
+        wav(fmt(), chunk(b"data", DATA + b"\0"), b"\0"),
+        wav(fmt(), chunk(b"data", DATA + b"\0")),
         wav(fmt(), chunk(b"fact", struct.pack("<I", 5)), chunk(b"data", DATA)),
     ],
 )
@@ -91,6 +95,9 @@ def test_what_is_wrong_and_loses_nothing_is_read(data: bytes, tmp_path: Path) ->
     [
         (wav(fmt(), chunk(b"data", DATA, 3190)), "claims 3190 bytes and is followed by 10 that are no chunk"),
         (wav(fmt(), chunk(b"data", DATA, 1600)), "claims 1600 bytes and is followed by 1600 that are no chunk"),
+        (wav(fmt(), chunk(b"data", DATA), chunk(b"SubT", b"abcdef", 9)), "followed by 14 that are no chunk"),
+        (wav(fmt(), chunk(b"data", DATA + b"\1"), b"\0"), "3201 bytes is no whole number of 2-byte samples"),
+        (wav(*[chunk(b"note", b"")] * 10_001, fmt(), chunk(b"data", DATA)), "more than 10000 chunks"),
         (PLAIN[:-2], "it is cut: its data chunk claims 3200 bytes, the file holds 3198"),
         (PLAIN[:1000], "it is cut: its header claims 3244 bytes, the file holds 1000"),
         (wav(fmt(channels=2, align=2, byte_rate=2 * RATE), chunk(b"data", DATA)), "contradicts itself"),
@@ -284,3 +291,28 @@ def test_headers_alone_give_the_length(tmp_path: Path, monkeypatch: pytest.Monke
     path.write_bytes(PLAIN)
     monkeypatch.setattr("pal.audio.sndfile.opened", None)
     assert seconds(path) == 0.1
+
+
+def test_an_odd_chunk_without_its_pad_byte_before_data_of_any_size() -> None:
+    sound = DATA + bytes(0x6060 - len(DATA))  # "ata`" could be a name, too
+    waveform = load(wav(fmt(), chunk(b"note", b"abc"), chunk(b"data", sound)), RATE)
+    assert_close(waveform.samples_N[:1600], WANTED, atol=0, rtol=0)
+    assert len(waveform.samples_N) == 0x6060 // 2
+
+
+def test_placeholders_may_be_rounded_down_to_whole_samples() -> None:
+    assert is_placeholder(0x7F000000 - 4, 1000, 12) and not is_placeholder(0x7F000000 - 4, 1000, 4)
+    assert is_placeholder(2_000_000_000 - 2, 1000, 6) and not is_placeholder(2_000_000_000 + 2, 1000, 6)
+
+
+def test_wave64_from_a_stream_has_its_header_in_it_again() -> None:
+    head = w64(b"", size=24)
+    data = head + head + DATA + head
+    assert "gives no length" in refusal(data)
+    assert_close(load(data, RATE, read_to_end=True).samples_N, WANTED, atol=0, rtol=0)
+
+
+def test_wave64_of_too_many_chunks() -> None:
+    head = w64()
+    junk = b"junk" + head[28:40] + struct.pack("<Q", 24)
+    assert "more than 10000 chunks" in refusal(head[:40] + junk * 10_001 + head[40:])
