@@ -1,6 +1,7 @@
 """The frames of an MPEG audio file (MP3, and layers I and II). A decoder skips what it cannot read; this counts it."""
 
 import itertools
+import re
 from dataclasses import dataclass, replace
 
 from pal.audio import mpeg_frames
@@ -15,6 +16,19 @@ _FAR = 1 << 16
 """Bytes that are searched for the first frame, and after a hole for the next."""
 _NEAR = 2
 """Bits of a frame header that damage may have changed; of the 19 that are compared chance changes nine."""
+_TAGS = 1000
+"""ID3 tags before the sound, of which a file has one or two."""
+_TRIES = 1 << 16
+"""Places that look like a frame, where a search gives up; in other bytes chance makes one in some 5000."""
+_MAYBE = re.compile(
+    rb"\xff[%s][%s]"
+    % (
+        b"".join(re.escape(bytes([byte])) for byte in range(0xE0, 0x100) if byte & 0x18 != 0x08 and byte & 6),
+        b"".join(re.escape(bytes([byte])) for byte in range(0xF0) if byte & 0x0C != 0x0C),
+    ),
+    re.DOTALL,
+)
+"""The bytes that a frame header may begin with: quick to search for."""
 _SPLIT = "split it there, or re-encode it: ffmpeg -i IN OUT.wav"
 
 
@@ -59,7 +73,9 @@ def declared(data: bytes) -> Declared:
             count += 1
         if claimed != count:
             doubt = f"it is cut or damaged: it declares {claimed} frames and holds {count}"
-            if last.missing:
+            if count > claimed:
+                doubt = f"it holds {count} frames, more than the {claimed} its Info frame counts (several MP3s joined?)"
+            elif last.missing:
                 doubt = (
                     f"it is cut: it declares {claimed} frames and ends {last.missing} bytes before number {count + 1}"
                 )
@@ -110,11 +126,14 @@ def id3_size(data: bytes, start: int = 0) -> int:
 
 
 def tags_end(data: bytes) -> int:
-    """Offset behind the ID3v2 tags at the start, of which there may be several."""
+    """Offset behind the ID3v2 tags at the start, of which there may be several. Raises DecodeError: too many."""
     start = 0
-    while size := id3_size(data, start):
+    for _ in range(_TAGS):
+        size = id3_size(data, start)
+        if not size:
+            return start
         start += size
-    return start
+    raise DecodeError(f"it begins with {_TAGS} ID3 tags or more", "remove them, or re-encode it: ffmpeg -i IN OUT.wav")
 
 
 def _first_frame(data: bytes) -> int:
@@ -134,11 +153,21 @@ def _first_frame(data: bytes) -> int:
 
 
 def _search(data: bytes, start: int, end: int, stream: tuple[int, int, int] | None = None) -> int | None:
-    """Where enough frames in a row begin, at `start` or between there and `end`; fewer are enough of a known stream."""
-    while (start := data.find(b"\xff", start, end)) >= 0:
-        if _is_sure(data, start, stream):
-            return start
-        start += 1
+    """Where enough frames in a row begin, at `start` or between there and `end`; fewer are enough of a known stream.
+
+    Raises:
+        DecodeError: too many places that look like a frame.
+    """
+    first = start
+    for tries in itertools.count():
+        found = _MAYBE.search(data, start, end + 2)
+        if found is None or found.start() >= end:
+            return None
+        if tries == _TRIES:
+            raise DecodeError(f"{_TRIES} places behind byte {first} look like MP3 frames, and none is one")
+        if _is_sure(data, found.start(), stream):
+            return found.start()
+        start = found.start() + 1
     return None
 
 

@@ -216,7 +216,9 @@ def _of_vorbis(pages: list[Page]) -> Declared:
         raise DecodeError("it holds no samples", "record or export it again")
     last = pages[ends[-1]]
     longer = [*pages[: ends[-1]], last.changed(granule=last.granule + _LONGEST_VORBIS), *pages[ends[-1] + 1 :]]
-    return Declared(None, payload=_joined(longer), slack=_LONGEST_VORBIS)
+    # where one page alone has an end, vorbisfile takes the start from it, too, and the length from the packets
+    is_only = sum(pages[place].granule > 0 for place in ends) == 1
+    return Declared(None, payload=_joined(longer), slack=0 if is_only else _LONGEST_VORBIS)
 
 
 def _of_opus(pages: list[Page]) -> Declared:

@@ -109,7 +109,9 @@ def test_a_hole_before_the_last_frames_is_seen() -> None:
 def test_joined_files_are_read_across_their_tags() -> None:
     joined = bare() + b"TAG".ljust(128, b"x") + id3() + bare()
     assert torch.equal(load(joined, RATE).samples_N, load(bare() + bare(), RATE).samples_N)
-    with pytest.raises(AudioError, match=r"declares \d+ frames and holds \d+; .*read_to_end"):
+    with pytest.raises(
+        AudioError, match=r"holds 33 frames, more than the 16 its Info frame counts .*joined.*; .*read_to_end"
+    ):
         load(MP3 + MP3, RATE)
     other = encoded(sound(48_000, 0.3, 1), 48_000, "MP3", "MPEG_LAYER_III")
     with pytest.raises(AudioError, match="changes at byte"):
@@ -304,3 +306,73 @@ def test_what_only_looks_like_frames_at_its_start_is_named_truly() -> None:
     assert not mpeg.looks_like_frames(b"RMF" + noise)
     with pytest.raises(AudioError, match="it is no WAV"):
         load(b"xyz" + noise, RATE)
+
+
+@pytest.mark.parametrize("fill", [b"\xff", b"\xff\xfb\x90\x00"])
+def test_bytes_that_look_like_frames_take_no_time(fill: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    tried = 0
+    is_sure = mpeg._is_sure
+
+    def counted(data: bytes, start: int, stream: tuple[int, int, int] | None) -> bool:
+        nonlocal tried
+        tried += 1
+        return is_sure(data, start, stream)
+
+    monkeypatch.setattr(mpeg, "_is_sure", counted)
+    monkeypatch.setattr(mpeg, "_TRIES", 500)
+    data = MP3 + fill * (20_000 // len(fill))
+    if fill == b"\xff":
+        assert torch.equal(load(data, RATE).samples_N, load(MP3, RATE).samples_N)
+        assert tried < 10
+    else:
+        with pytest.raises(AudioError, match=rf"500 places behind byte {len(MP3)} look like MP3 frames, and none is"):
+            load(data, RATE)
+        assert tried < 510
+
+
+def test_the_number_of_tags_is_limited() -> None:
+    tag = id3(padding=0)
+    assert torch.equal(load(tag * 900 + MP3, RATE).samples_N, load(MP3, RATE).samples_N)
+    with pytest.raises(AudioError, match="begins with 1000 ID3 tags or more; remove them"):
+        load(tag * 3000 + MP3, RATE)
+
+
+def test_a_tag_with_a_footer_is_as_long_as_both() -> None:
+    body = bytes(20)
+    tag = b"ID3\x04\0\x10\0\0\0\x14" + body + b"3DI\x04\0\x10\0\0\0\x14"
+    assert mpeg.tags_end(tag + MP3) == len(tag)
+
+
+def test_vbri_stands_at_one_place() -> None:
+    frame = bytearray(frames_of(MP3)[0])
+    header = mpeg_frames.header(bytes(frame))
+    assert header is not None
+    frame = bytearray(frame.ljust(200, b"\0"))
+    frame[4:200] = bytes(196)
+    frame[36:40], frame[46:50], frame[50:54] = b"VBRI", (1234).to_bytes(4, "big"), (77).to_bytes(4, "big")
+    assert mpeg_frames.info(bytes(frame), header) == mpeg_frames.Info(77, 1234)
+
+
+def test_delays_are_believed_where_the_checksum_of_the_info_frame_is_right() -> None:
+    frame = frames_of(MP3)[0]
+    header = mpeg_frames.header(frame)
+    assert header is not None
+    at = frame.index(b"Info") if b"Info" in frame else frame.index(b"Xing")
+    start = frame.index(b"LAME", at)
+    right = mpeg_frames.info(frame, header)
+    assert right is not None and right.delay is not None
+    changed = bytearray(frame)
+    changed[start + 22] ^= 1
+    found = mpeg_frames.info(bytes(changed), header)
+    assert found is not None and found.frames == right.frames and found.delay is None
+
+
+def test_an_info_mark_may_stand_behind_a_checksum() -> None:
+    frame = bytearray(frames_of(MP3)[0])
+    at = frame.index(b"Info") if b"Info" in frame else frame.index(b"Xing")
+    moved = bytearray(frame[:at] + b"\0\0" + frame[at:-2])
+    moved[1] &= 0xFE  # with a checksum
+    header = mpeg_frames.header(bytes(moved))
+    own = mpeg_frames.info(bytes(frame), mpeg_frames.header(bytes(frame)) or header)
+    found = mpeg_frames.info(bytes(moved), header)
+    assert found is not None and own is not None and found.frames == own.frames

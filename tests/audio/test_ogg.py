@@ -269,3 +269,11 @@ def test_no_change_of_bytes_raises_anything_else(data: st.DataObject) -> None:
             load(joined(pages), RATE, read_to_end=read_to_end)
         except AudioError as error:
             assert len(str(error)) <= 300
+
+
+@pytest.mark.parametrize("length", [0.05, 0.3, 2.5])
+def test_seconds_of_an_unmarked_vorbis_are_those_of_its_sound(length: float, tmp_path: Path) -> None:
+    path = tmp_path / "a.ogg"
+    path.write_bytes(unmarked(encoded(sound(RATE, length), RATE, "OGG", "VORBIS")))
+    assert seconds(path) > 0
+    assert abs(seconds(path) - load(path, RATE).seconds_given) < 2048 / RATE
