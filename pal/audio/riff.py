@@ -74,8 +74,8 @@ def _sound(data: bytes, start: int, size: int, outer: int, fmt: wave_format.Form
         and not _is_cut_chunk(data, end, outer)
     ):
         raise DecodeError(f"its data chunk claims {size} bytes and is followed by {len(rest)} that are no chunk")
-    if size % align == 1 and data[end - 1 : end] == b"\0":
-        size -= 1  # a pad byte that was counted
+    if size % align == 1 and data[end - 1 : end] == b"\0" and (align > 2 or end == len(data)):
+        size -= 1  # a pad byte that was counted, and no half of a sample with its other half behind
     return fmt.declared(data, start, size)
 
 

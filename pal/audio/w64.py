@@ -43,11 +43,10 @@ def declared(data: bytes) -> Declared:
 
 
 def _sound(data: bytes, start: int, size: int, held: int, fmt: wave_format.Format) -> Declared:
-    if size <= _HEAD and held > 0:
+    is_empty = size <= _HEAD and held > 0
+    if is_empty or any(is_placeholder(claim, held) for claim in (size, size - _HEAD)):
         start, end = between_headers(data, start)
-        return fmt.declared(data, start, end - start, no_length(0, held))
-    if any(is_placeholder(claim, held) for claim in (size, size - _HEAD)):
-        return fmt.declared(data, start, held, no_length(size, held))
+        return fmt.declared(data, start, end - start, no_length(0 if is_empty else size, held))
     if size - _HEAD > held:
         raise DecodeError(f"it is cut: its data chunk claims {size - _HEAD} bytes, the file holds {held}")
     size = max(0, size - _HEAD)
