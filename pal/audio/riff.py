@@ -67,12 +67,8 @@ def _sound(data: bytes, start: int, size: int, outer: int, fmt: wave_format.Form
         raise DecodeError(f"it is cut: its data chunk claims {size} bytes, the file holds {held}")
     rest = data[end : outer + 8 if end <= outer + 8 else len(data)]
     is_padding = len(rest) < 8 + size % 2 and not rest.strip(b"\0\r\n ")
-    if (
-        not is_padding
-        and not _is_chunk(data, end + size % 2)
-        and not _is_chunk(data, end)
-        and not _is_cut_chunk(data, end, outer)
-    ):
+    is_chunk = _is_chunk(data, end + size % 2) or _is_chunk(data, end) or _is_cut_chunk(data, end, outer)
+    if not is_padding and not is_chunk:
         raise DecodeError(f"its data chunk claims {size} bytes and is followed by {len(rest)} that are no chunk")
     if size % align == 1 and data[end - 1 : end] == b"\0" and (align > 2 or end == len(data)):
         size -= 1  # a pad byte that was counted, and no half of a sample with its other half behind

@@ -383,3 +383,12 @@ def test_a_packet_table_without_end_is_an_error() -> None:
     endless = struct.pack(">Qqqii", 24 + 100_000, 3, 3 * 4096, 0, 0) + b"\xff" * 100_000
     other = data[: table - 8] + endless + data[table + size :]
     assert "its packet table has a number of more than 5 bytes" in refusal(other)
+
+
+def test_a_file_that_hides_mp3s_from_libsndfile_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = io.BytesIO()
+    soundfile.write(file, WANTED.numpy(), RATE, format="MP3", subtype="MPEG_LAYER_III")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "._").touch()
+    assert "a file named ._ in the working directory hides it; remove ._" in refusal(file.getvalue())
+    same(au())
