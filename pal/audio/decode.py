@@ -56,8 +56,9 @@ def load(
         rate: Hz of the result.
         limits: what to refuse.
         name: what messages call the source, where it has no path.
-        read_to_end: take a file whose end cannot be known (a WAV or FLAC written to a stream, a recording that was
-            cut) as far as it goes; `note` of the result then says so.
+        read_to_end: take a file whose end cannot be known (a WAV or FLAC written to a stream, MPEG audio, Ogg or FLAC
+            that was cut) as far as it goes; `note` of the result then says so. WAV, Wave64, AIFF, AU and CAF that
+            were cut stay refused.
 
     Files may be WAV, AIFF, AU, CAF, Wave64, FLAC, MPEG audio (MP3 and layers I and II), Ogg Vorbis, Opus and Ogg FLAC,
     and with the `av` package m4a, mp4, webm and FLAC of an odd number of bits.
