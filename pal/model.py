@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import reprlib
 import time
 import warnings
 from collections.abc import Iterator, Sequence
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from pal import audio as audio_io
+from pal.answering import generation_options
 from pal.backbone import adapters
 from pal.backbone.audio_kv import AudioKV
 from pal.backbone.context import Hide
@@ -22,7 +24,7 @@ from pal.backbone.llm import Backbone, Per
 from pal.backbone.sources import load_tokenizer
 from pal.data.prompts import Conversation, encode, end_of_answer, user_turn
 from pal.ears import Ears, check_ears
-from pal.errors import AudioWarning, ConfigError, PromptError
+from pal.errors import AudioWarning, ConfigError, PromptError, shortened
 from pal.integrations.routed import build_integration
 from pal.model_config import ModelConfig
 from pal.registry import check
@@ -247,17 +249,19 @@ class PalModel(nn.Module):
         **options: Any,
     ) -> list[str]:
         """One answer a conversation. `options` are transformers' generation options; greedy without any."""
+        options = generation_options({"max_new_tokens": max_new_tokens, **options}, self.tokenizer)
         if not rows:
             return []
         inputs = self.inputs(clips, rows, padding_side="left")
-        ids_BT = self.llm.generate(inputs, max_new_tokens=max_new_tokens, **self._generation(options))
+        ids_BT = self.llm.generate(inputs, **self._generation(options))
         return [text.strip() for text in self.tokenizer.batch_decode(ids_BT, skip_special_tokens=True)]
 
     def stream(self, clips: Clips, row: Tokens, max_new_tokens: int = 64, **options: Any) -> Iterator[str]:
         """The answer to one conversation, in pieces as they are made."""
+        options = generation_options({"max_new_tokens": max_new_tokens, **options}, self.tokenizer, stream=True)
         with torch.inference_mode():  # at once, so that what is hidden now stays hidden while it is read
             inputs = self.inputs(clips, [row], padding_side="left")
-        return self.llm.stream(inputs, self.tokenizer, max_new_tokens=max_new_tokens, **self._generation(options))
+        return self.llm.stream(inputs, self.tokenizer, **self._generation(options))
 
     def _generation(self, options: dict[str, Any]) -> dict[str, Any]:
         ends = end_of_answer(self.tokenizer)
@@ -342,6 +346,7 @@ class PalModel(nn.Module):
         **options: Any,
     ) -> list[Answer]:
         """As `ask`, with seconds used, audio tokens and the time of each step; always a list."""
+        options = generation_options({"max_new_tokens": max_new_tokens, **options}, self.tokenizer)
         _, clips, rows = self._conversations(audio, question)
         loaded, seconds, notes = self._load(clips, allow_urls, read_to_end)
         start = time.perf_counter()
@@ -355,9 +360,8 @@ class PalModel(nn.Module):
         encoded = time.perf_counter()
         inputs = self.place(clips_heard or None, rows, "left")
         first = _FirstToken()
-        ids_BT = self.llm.generate(
-            inputs, max_new_tokens=max_new_tokens, logits_processor=[first], **self._generation(options)
-        )
+        options["logits_processor"] = [first, *(options.get("logits_processor") or ())]
+        ids_BT = self.llm.generate(inputs, **self._generation(options))
         texts = self.tokenizer.batch_decode(ids_BT, skip_special_tokens=True)
         done = time.perf_counter()
         timings = {"encode": encoded - start, "prefill": first.at - encoded, "generate": done - first.at}
@@ -398,7 +402,15 @@ class PalModel(nn.Module):
         """Whether one plain answer is wanted, the clips, and the conversations about them."""
         clips = list(audio) if audio_io.is_list(audio) else [audio]
         turns = isinstance(question, list) and bool(question) and isinstance(question[0], dict)
+        if isinstance(question, tuple):
+            question = list(question)
         questions = question if isinstance(question, list) and not turns else [question]
+        for text in question if turns else questions:
+            if not (isinstance(text, dict) and "role" in text) if turns else not isinstance(text, str):
+                raise PromptError(
+                    f"a question is a text, or a list of chat turns with 'role' and 'content', not "
+                    f"{shortened(reprlib.repr(text), 120)}"
+                )
         if turns:
             return True, clips, [self._encode(question, list(range(len(clips))))]
         joint = len(clips) != 1 and isinstance(question, str) and ("<audio>" in question or not clips)

@@ -17,7 +17,7 @@ from pal import audio
 from pal.data.manifest import Record, Turn
 from pal.encoders.base import Encoder
 from pal.encoders.tiny import Tiny
-from pal.errors import AudioError, BundleError
+from pal.errors import AudioError, AudioWarning, BundleError
 from pal.evaluate import evaluate
 from pal.features import FeatureCache
 from pal.model import PalModel
@@ -218,3 +218,17 @@ def test_evaluation_from_features(
     assert predictions[0] == predictions[1] == predictions[2]
     if scoring == "exact":
         assert len({prediction for prediction, _ in predictions[0]}) > 1
+
+
+def test_a_clip_taken_to_its_end_is_another_entry(clips: list[str], tmp_path: Path) -> None:
+    cache = FeatureCache(tmp_path / "cache", tiny_model().ears)
+    data = bytearray(Path(clips[0]).read_bytes())
+    at = data.index(b"data") + 4
+    data[at : at + 4] = b"\xff" * 4  # as a program writes it that does not know the length
+    streamed = tmp_path / "streamed.wav"
+    streamed.write_bytes(data)
+    with pytest.warns(AudioWarning):
+        heard = cache(str(streamed), read_to_end=True)
+    assert same(cache(str(streamed), read_to_end=True), heard)
+    with pytest.raises(AudioError, match="read_to_end"):
+        cache(str(streamed))

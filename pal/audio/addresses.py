@@ -53,6 +53,11 @@ def read_address(address: str, allowed: bool, limit: int) -> bytes | Path:
     if address[:5].lower() == "data:":
         return _data(address[5:], limit)
     if not allowed:
+        scheme = address.partition(":")[0]
+        if scheme.lower() not in ("http", "https", "file"):
+            raise DecodeError(
+                f"addresses of {shortened(scheme, 40)}: are not followed, only http, https, file and data", _DOWNLOAD
+            )
         other = "give its path" if address[:5].lower() == "file:" else _DOWNLOAD
         raise DecodeError("addresses are not fetched", f"pass allow_urls=True or --allow-urls, or {other}")
     try:

@@ -135,6 +135,11 @@ def _from_array(source: tuple[Any, ...], rate: int, limits: Limits) -> tuple[Ten
         raise DecodeError("the pair is not an array and its rate", remedy) from None
     if not whole:
         raise DecodeError(f"a rate of {source[1]} Hz is not a whole number", remedy)
+    if not limits.min_rate <= source_rate <= limits.max_rate:
+        raise DecodeError(
+            f"its rate of {source_rate} Hz is not in {limits.min_rate}..{limits.max_rate}",
+            "pass the rate at which the array was recorded, or resample it",
+        )
     if array.ndim not in (1, 2):
         raise DecodeError(f"an array of shape {list(array.shape)} is no clip", remedy)
     array_NC = array[:, None] if array.ndim == 1 else array

@@ -65,7 +65,7 @@ def mapped(path: str | os.PathLike[str], limits: Limits) -> Iterator[bytes]:
 def name_of(source: Any) -> str:
     """What messages call a source."""
     if isinstance(source, (str, os.PathLike)):
-        return os.fsdecode(source)
+        return os.fsdecode(source) or "audio"
     if isinstance(source, tuple):
         return "array"
     if isinstance(source, (bytes, bytearray, memoryview)):
@@ -85,6 +85,8 @@ def _opened(source: str | os.PathLike[str], limits: Limits) -> Iterator[IO[bytes
     if "://" in shown:
         raise DecodeError("it is an address, not a file", "download it and give its path")
     try:
+        if not shown:
+            raise DecodeError("the path is empty", "name a file")
         file = Path(shown)
         if file.is_dir():
             raise DecodeError("it is a folder", "name one file in it")

@@ -98,6 +98,7 @@ def is_list(clips: Any) -> bool:
 def _of_mapping(clip: Mapping[str, Any]) -> tuple[Any, str | None]:
     """What a dict holds, and what messages call it; decoded samples go before the file that they come from."""
     path = clip.get("path")
+    path = os.fsdecode(path) if isinstance(path, bytes) else path
     name = os.fsdecode(path) if isinstance(path, str | os.PathLike) else None
     arrays = [key for key in _ARRAYS if clip.get(key) is not None]
     rates = [key for key in _RATES if clip.get(key) is not None]

@@ -115,6 +115,9 @@ def write_bad(report: Report, out: str | Path) -> int:
 def read_clips(path: Path) -> Iterator[tuple[int, str]]:
     """Number and path of each line that `write_bad` wrote, or somebody by hand; empty lines are none.
 
+    Blanks around a path are none of it, unless it stands in a JSON string. There are no comments, since
+    names may begin with #.
+
     Raises:
         ManifestError: the file cannot be read, or a line is not what it begins as, a JSON string.
     """
@@ -123,7 +126,8 @@ def read_clips(path: Path) -> Iterator[tuple[int, str]]:
     except OSError as error:
         raise ManifestError(f"{path}: cannot be read: {error.strerror}") from None
     for number, line in enumerate(lines, start=1):
-        if not line.strip():
+        line = line.strip()
+        if not line:
             continue
         try:
             clip = json.loads(line) if line.startswith('"') else line

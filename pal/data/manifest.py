@@ -26,7 +26,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO, overload
 
-from pal.data.tables import is_utf_16
+from pal.data.tables import not_utf_8
 from pal.errors import ManifestError
 from pal.files import writing
 from pal.types import TagSpan
@@ -381,8 +381,8 @@ def _starts_with_list(path: Path) -> bool:
     with path.open("rb") as file:
         # Not by lines: a list of several GB may be a single one.
         for number, chunk in enumerate(_chunks(file, path.stat().st_size)):
-            if number == 0 and is_utf_16(chunk):
-                raise ManifestError(f"{path}: it is UTF-16, not UTF-8; convert it: iconv -f UTF-16 -t UTF-8 IN > OUT")
+            if number == 0 and (fault := not_utf_8(chunk)):
+                raise ManifestError(f"{path}: {fault}")
             if text := (chunk if number else chunk.removeprefix(_BOM)).strip():
                 return text.startswith(b"[")
     raise ManifestError(f"{path}: is empty")

@@ -214,6 +214,8 @@ def render(tokenizer: PreTrainedTokenizerBase, conversation: Conversation, promp
     """
     if getattr(tokenizer, "chat_template", None) is None:
         return _render_ltu(conversation, prompt)
+    if not conversation:  # what comes before a first answer
+        raise PromptError("a chat cannot begin with an answer; put a message of the user before it")
     try:
         text = tokenizer.apply_chat_template(
             conversation, tokenize=False, add_generation_prompt=prompt, **_TEMPLATE_OPTIONS
@@ -272,6 +274,11 @@ def _tokenise(tokenizer: PreTrainedTokenizerBase, text: str, typed: dict[str, st
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, text: str, **options: Any) -> list[int]:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        found = ascii(text[error.start])
+        raise PromptError(f"a text holds {found}, half of a surrogate pair and no character; mend the text") from None
     # A saved tokenizer may carry truncation or padding of its own: both are turned off by name.
     encoding = tokenizer(text, add_special_tokens=False, truncation=False, padding=False, verbose=False, **options)
     return list(encoding["input_ids"])

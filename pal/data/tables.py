@@ -18,7 +18,7 @@ SUFFIXES = (
 )
 """Files that hold sound; also what a clip is looked for as, where a table names it in another format or in none."""
 
-_NOT_UTF_8 = "convert it: iconv -f UTF-16 -t UTF-8 IN > OUT"
+_NOT_UTF_8 = "it is {0}, not UTF-8; convert it: iconv -f {0} -t UTF-8 IN > OUT"
 _PUT_BY_SYSTEMS = frozenset(
     [
         *("__macosx", ".ds_store", ".appledouble", ".spotlight-v100", ".trashes", ".fseventsd", ".temporaryitems"),
@@ -66,18 +66,22 @@ def files_in(root: Path, pattern: str, suffixes: Iterable[str] = ()) -> list[Pat
 def text_of(path: Path) -> str:
     """A file's text. Raises ManifestError where it is not UTF-8."""
     data = path.read_bytes()
-    if is_utf_16(data):
-        raise ManifestError(f"{path}: it is UTF-16, not UTF-8; {_NOT_UTF_8}")
+    if fault := not_utf_8(data):
+        raise ManifestError(f"{path}: {fault}")
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ManifestError(f"{path}: it is not UTF-8 (at byte {error.start}); write it as UTF-8") from None
 
 
-def is_utf_16(start: bytes) -> bool:
-    """Whether a file that begins so is UTF-16: by its mark, or by the zeros in its first two letters."""
+def not_utf_8(start: bytes) -> str | None:
+    """Fault and remedy where a file's start is UTF-16 or UTF-32: by its mark, or by the zeros in its first letters."""
     zeros = [byte == 0 for byte in start[:4]]
-    return start.startswith((b"\xff\xfe", b"\xfe\xff")) or zeros in ([False, True] * 2, [True, False] * 2)
+    if start.startswith((b"\xff\xfe\0\0", b"\0\0\xfe\xff")) or zeros in ([False] + [True] * 3, [True] * 3 + [False]):
+        return _NOT_UTF_8.format("UTF-32")
+    if start.startswith((b"\xff\xfe", b"\xfe\xff")) or zeros in ([False, True] * 2, [True, False] * 2):
+        return _NOT_UTF_8.format("UTF-16")
+    return None
 
 
 def lines_of(path: Path) -> list[str]:
@@ -115,8 +119,8 @@ def rows(
         raise ManifestError(f"{table}: missing; give the folder of {whose} as it was unpacked")
     try:
         with table.open("rb") as start:
-            if is_utf_16(start.read(4)):
-                raise ManifestError(f"{table}: not a CSV table: it is UTF-16, not UTF-8; {_NOT_UTF_8}")
+            if fault := not_utf_8(start.read(4)):
+                raise ManifestError(f"{table}: not a CSV table: {fault}")
         with table.open(newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file, None if header else list(columns), delimiter=delimiter)
             missing = [column for column in columns if column not in (reader.fieldnames or ())]

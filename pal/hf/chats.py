@@ -12,6 +12,7 @@ A part without `type` is what its keys say. An audio part without a clip marks a
 
 from __future__ import annotations
 
+import os
 import reprlib
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -126,10 +127,14 @@ def clip_of(part: Mapping[str, Any]) -> Any:
             encoded, clip = inner[0] in _BASE64, clip[inner[0]]
         elif given[0] in ("input_audio", "audio_url"):
             raise AudioError(f"the '{given[0]}' of an audio part needs 'data' or 'url'; give one of them")
-    if encoded and isinstance(clip, str) and not is_address(clip):
+    if given[0] == "path" and isinstance(clip, bytes):
+        return os.fsdecode(clip)
+    if encoded and isinstance(clip, str | bytes) and not (isinstance(clip, str) and is_address(clip)):
         try:
             return from_base64(clip, Limits().max_bytes)
         except DecodeError as error:
+            if isinstance(clip, bytes):
+                return clip  # the bytes of a file as they are
             raise AudioError(f"'{given[0]}' of an audio part: {error.what}; {error.remedy}") from None
     rate = part.get("sampling_rate")
     bare = isinstance(clip, list) or hasattr(clip, "__array__")

@@ -181,6 +181,8 @@ class PalProcessor(ProcessorMixin):
         """
         if continue_final_message:
             raise PromptError("continue_final_message is not supported; end the chat with a question")
+        if isinstance(conversation, Mapping):
+            raise PromptError("a chat is a list of messages with 'role' and 'content', not a dict; give the list in it")
         if kwargs.pop("tools", None) or kwargs.pop("documents", None):
             raise PromptError("tools and documents are not supported; write them into a message")
         options = {**kwargs, **(processor_kwargs or {}), "return_tensors": return_tensors}

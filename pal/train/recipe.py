@@ -70,8 +70,8 @@ class Source(StrictConfig):
     optional: bool = False
     """Leave the source out, with a line in the log, where its files are missing."""
     skip_clips: Path | None = None
-    """File with one path a line of clips that cannot be used, as `pal data check --write-bad FILE` writes it. Records
-    about them are skipped, and the log says how many."""
+    """File with one path a line of clips that cannot be used, as `pal data check --write-bad FILE` writes it, without
+    comments. Records about them are skipped, and the log says how many."""
     read_to_end: bool = False
     """Take clips whose end cannot be known (a WAV written to a stream) as far as they go, with a warning for each."""
 

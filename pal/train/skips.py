@@ -32,9 +32,12 @@ def rows_to_skip(name: str, source: Source, manifest: Manifest) -> frozenset[int
     if path is None:
         return frozenset()
     listed: dict[str, int] = {}
+    looks_like_comment: set[int] = set()
     try:
         for number, clip in read_clips(path):
             listed.setdefault(_located(manifest, clip), number)
+            if clip.startswith("#"):
+                looks_like_comment.add(number)
     except ManifestError as error:
         raise ConfigError(f"data '{name}', skip_clips: {error}") from None
     rows: set[int] = set()
@@ -46,6 +49,11 @@ def rows_to_skip(name: str, source: Source, manifest: Manifest) -> frozenset[int
                 unmet.pop(clip, None)
     if unmet:
         clip, number = next(iter(unmet.items()))
+        if number in looks_like_comment:
+            raise ConfigError(
+                f"data '{name}', skip_clips: {_shown(path)}, line {number}: the list holds paths, no comments, and no "
+                f"record has the clip '{_shown(clip)}'; take the line out"
+            )
         raise ConfigError(
             f"data '{name}', skip_clips: {_shown(path)}, line {number}: no record has the clip '{_shown(clip)}'; make "
             "the list anew: pal data check --write-bad"

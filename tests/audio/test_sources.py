@@ -200,7 +200,7 @@ class Failing:
         ("data:audio/wav;base64", "has a comma"),
         ("data:,", "it is empty"),
         ("data:text/plain,hello%20you", "it is no WAV"),
-        ("s3://bucket/a.wav", "addresses are not fetched; pass allow_urls=True"),
+        ("https://x.org/a.wav", "addresses are not fetched; pass allow_urls=True"),
         ("file:///etc/a.wav", "addresses are not fetched; pass allow_urls=True or --allow-urls, or give its path"),
         ("/tmp/no\0file.wav", "no such file"),
         ("gone.wav", "no such file"),
@@ -284,3 +284,14 @@ def test_file_addresses(tmp_path, name):
 )
 def test_file_addresses_that_lead_nowhere(address, says):
     assert says in fault(address, allow_urls=True)
+
+
+def test_remedies_fit_what_was_given():
+    assert fault("") == "audio: the path is empty; name a file"
+    for scheme in ("s3", "gs", "hf"):
+        says = fault(f"{scheme}://bucket/a.wav")
+        assert "only http, https, file and data" in says and "allow_urls" not in says
+    assert "pass allow_urls=True" in fault("http://127.0.0.1/a.wav")
+    for rate in (0, -16_000, 10**9):
+        says = fault((SOUND_N, rate))
+        assert f"its rate of {rate} Hz is not in 4000..192000" in says and "ffmpeg" not in says

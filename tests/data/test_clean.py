@@ -152,8 +152,8 @@ def report(clips: list[str]) -> Report:
 
 def test_lists_by_hand(tmp_path: Path) -> None:
     path = tmp_path / "bad.txt"
-    path.write_bytes(b"\xef\xbb\xbfa b.wav\r\n\n# c.wav\n")
-    assert list(read_clips(path)) == [(1, "a b.wav"), (3, "# c.wav")]
+    path.write_bytes(b"\xef\xbb\xbfa b.wav\r\n\n# c.wav\n \td.wav \n")
+    assert list(read_clips(path)) == [(1, "a b.wav"), (3, "# c.wav"), (4, "d.wav")]
     path.write_text('"a.wav\n')
     with pytest.raises(ManifestError, match=r"bad\.txt, line 1: .* must be a JSON string"):
         list(read_clips(path))

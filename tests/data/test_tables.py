@@ -50,7 +50,7 @@ def test_a_line_that_is_no_json_is_named(tmp_path):
         records(path, ("k",), "it")
 
 
-@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be"])
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-le", "utf-32-be"])
 def test_utf_16_is_called_so(tmp_path, encoding):
     path = tmp_path / "x.jsonl"
     path.write_bytes('[{"k": "v"}]'.encode(encoding))
@@ -62,7 +62,7 @@ def test_utf_16_is_called_so(tmp_path, encoding):
         lambda: rows(table, ("k",), "it"),
         lambda: lines_of(path),
     ):
-        with pytest.raises(ManifestError, match="it is UTF-16, not UTF-8; convert it: iconv"):
+        with pytest.raises(ManifestError, match=f"it is {encoding[:6].upper()}, not UTF-8; convert it: iconv"):
             reading()
     path.write_bytes(b'{"k": "\xff"}')
     with pytest.raises(ManifestError, match=r"it is not UTF-8 \(at byte 7\)"):

@@ -111,3 +111,10 @@ def test_an_accuracy_of_one_is_not_certain():
 
 def test_json_has_no_nan():
     assert jsonable({"a": (math.nan, 1.5), "b": [math.inf]}) == {"a": [None, 1.5], "b": [None]}
+
+
+def test_an_interval_holds_the_mean_added_up_one_by_one():
+    for n in range(1, 30):
+        for value in (0.1, 0.7, 1 / 3):
+            low, high = bootstrap_ci([value] * n, resamples=10)
+            assert low <= sum([value] * n) / n <= high

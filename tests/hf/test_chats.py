@@ -196,3 +196,26 @@ def test_clips_by_keyword_may_be_a_column_of_a_data_set(processor):
 def test_numbers_are_no_clips(processor):
     with pytest.raises(PalError, match="a list of numbers is no clip"):
         processor(text="<audio>?", audio=[np.float32(0.1), np.float32(0.2)])
+
+
+def test_base64_and_paths_may_be_bytes(processor, tmp_path):
+    path = tmp_path / "a clip.wav"
+    path.write_bytes(wav())
+    encoded = b64(wav()).encode()
+    for part in (
+        {"type": "audio", "base64": encoded},
+        {"type": "audio", "data": encoded},
+        {"type": "input_audio", "input_audio": {"data": encoded}},
+        {"type": "audio", "data": wav()},
+        {"type": "audio", "path": str(path).encode()},
+        {"type": "audio", "audio": {"path": str(path).encode()}},
+    ):
+        found = tensors(processor, [say(part, QUESTION)])
+        torch.testing.assert_close(found["input_values"][0], noise(0.2))
+    with pytest.raises(AudioError, match="bytes: it is no WAV"):
+        tensors(processor, [say({"type": "audio", "base64": b"no base64!"}, QUESTION)])
+
+
+def test_chats_that_are_none_are_one_line(processor):
+    with pytest.raises(PromptError, match="not a dict; give the list in it"):
+        processor.apply_chat_template({"messages": [{"role": "user", "content": "a"}]}, tokenize=True)

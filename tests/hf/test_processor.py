@@ -226,3 +226,8 @@ def test_a_processor_saved_into_a_bundle_keeps_it_whole(tmp_path):
     path.write_text(path.read_text().replace("16000", "16001"))
     with pytest.raises(BundleError, match="SHA-256"):
         AutoProcessor.from_pretrained(tmp_path / "m")
+
+
+def test_a_chat_that_begins_with_an_answer_is_one_line(processor):
+    with pytest.raises(PromptError, match="a chat cannot begin with an answer"):
+        processor.apply_chat_template([{"role": "assistant", "content": "a"}], tokenize=True, return_dict=True)

@@ -89,6 +89,10 @@ def test_lengths_of_bad_clips_name_both_ways(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "says"),
     [
+        (
+            "0.wav\n# these are bad\n",
+            r"line 2: the list holds paths, no comments, .*# these are bad'; take the line out",
+        ),
         ("0.wav\n\n2 wav\n", r"skip_clips: .*bad\.txt, line 3: no record has the clip '.*2 wav'; make the list anew"),
         ('"0.wav\n', r"data 'mine', skip_clips: .*bad\.txt, line 1: .* JSON string"),
         ("0.wav\n1.wav\n2.wav\n3.wav\n", "no record is left by 'tasks', 'datasets' and 'skip_clips'"),

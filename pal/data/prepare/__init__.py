@@ -57,7 +57,7 @@ def read(name: str, root: str | Path, **options: Any) -> list[Record]:
     checked = parse(options_class, options, where=f"data set '{name}'")
     root = Path(root).expanduser()
     if not root.is_dir():
-        raise ManifestError(f"{root}: no such folder; give the folder of {name} as it was unpacked")
+        raise ManifestError(f"{root}: no such folder; give the folder that holds the data set's files as the root")
     records = list(reader(root, checked))
     if not records:
         raise ManifestError(f"{root}: no clip is left by the options {checked.model_dump(exclude_none=True)}")

@@ -1,0 +1,88 @@
+"""Options of transformers' `generate` as users of `ask` give them, checked before anything is generated."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Mapping
+from numbers import Integral
+from typing import TYPE_CHECKING, Any
+
+from pal.backbone.options import check_generation
+from pal.errors import PalError, shortened
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+
+def generation_options(
+    options: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, stream: bool = False
+) -> dict[str, Any]:
+    """The options as `generate` takes them: `stop_strings` become the criterion that transformers makes of them.
+
+    Args:
+        options: of one call.
+        tokenizer: of the model, for `stop_strings`.
+        stream: whether the answer is given in pieces.
+
+    Raises:
+        PalError: an unknown option or value, or one that gives something else than one text a conversation.
+    """
+    from transformers import GenerationConfig, GenerationMixin
+    from transformers.generation import StopStringCriteria
+
+    check_generation(options)
+    given = dict(options)
+    tokenizer = given.pop("tokenizer", None) or tokenizer
+    config = copy.deepcopy(given.get("generation_config")) or GenerationConfig()
+    known = {*config.to_dict(), *inspect.signature(GenerationMixin.generate).parameters} - {"inputs", "kwargs", "self"}
+    for name, value in given.items():
+        if name not in known:
+            raise PalError(
+                f"generate: unknown option '{shortened(name, 60)}'; known are transformers' generation options"
+            )
+        if hasattr(config, name):
+            setattr(config, name, value)
+    tokens = config.max_new_tokens
+    if tokens is not None and (not isinstance(tokens, Integral) or isinstance(tokens, bool) or tokens < 1):
+        raise PalError(f"generate: max_new_tokens must be a whole number above 0, not {shortened(repr(tokens), 60)}")
+    try:
+        _validate(config)
+        if config.stop_strings is not None:
+            stop = StopStringCriteria(tokenizer, config.stop_strings)
+            given["stopping_criteria"] = [*(given.get("stopping_criteria") or ()), stop]
+            given.pop("stop_strings", None)
+            if given.get("generation_config") is not None:
+                given["generation_config"] = copy.deepcopy(given["generation_config"])
+                given["generation_config"].stop_strings = None
+    except (AttributeError, TypeError, ValueError) as error:
+        raise PalError(f"generate: {shortened(' '.join(str(error).split()), 280)}") from None
+    if (config.num_return_sequences or 1) > 1 or config.return_dict_in_generate:
+        name = "return_dict_in_generate" if config.return_dict_in_generate else "num_return_sequences"
+        raise PalError(
+            f"generate: '{name}' is not supported here, where each conversation has one text as its answer; use "
+            "`generate` of the transformers interface"
+        )
+    if stream and (config.num_beams or 1) > 1:
+        raise PalError("generate: num_beams cannot be used with stream=True, since beams may change what was said")
+    streamer = given.get("streamer")
+    if streamer is not None and (stream or not hasattr(streamer, "put")):
+        raise PalError("generate: streamer is not one of transformers', or stands beside stream=True; leave it out")
+    return given
+
+
+def _validate(config: GenerationConfig) -> None:
+    """Raise what transformers says of values, its TypeError or ValueError."""
+    from transformers.generation import logits_process as rules
+
+    config.validate(user_set_attributes=set())
+    if config.repetition_penalty not in (None, 1):
+        rules.RepetitionPenaltyLogitsProcessor(config.repetition_penalty)
+    if not config.do_sample:
+        return
+    if config.temperature not in (None, 1):
+        rules.TemperatureLogitsWarper(config.temperature)
+    if config.top_k not in (None, 0):
+        rules.TopKLogitsWarper(config.top_k)
+    if config.top_p is not None and config.top_p < 1:
+        rules.TopPLogitsWarper(config.top_p)

@@ -1,0 +1,26 @@
+"""Keys that rows see, as rectangles and as a mask: the same."""
+
+from unittest.mock import Mock
+
+import torch
+
+from pal.backbone.context import AudioKeys
+
+
+def test_rows_that_ask_again_reach_one_key_further_in_rectangles_too() -> None:
+    positions_BA = torch.tensor([[0, 2, 3, 5], [1, 2, 4, 0]])
+    mask_BA = torch.tensor([[True] * 4, [True, True, True, False]])
+    keys = AudioKeys(Mock(), (0,), None, positions_BA, positions_BA, mask_BA)
+    queries_BQ = torch.tensor([[0, 1, 1, 2, 6], [0, 0, 1, 3, 3]])
+    ahead_BQ = torch.tensor([[False, False, True, True, False], [False, True, True, False, True]])
+    seen_B1QA = keys.seen(None, queries_BQ, 1, ahead_BQ)
+    assert not torch.equal(seen_B1QA, keys.seen(None, queries_BQ, 1))
+    found_BQA = torch.zeros(2, 5, 4, dtype=torch.bool)
+    for piece in keys.pieces(None, queries_BQ, 1, ahead_BQ):
+        rows, queries, seen = (range(*part) for part in (piece.rows, piece.queries, piece.keys))
+        for b in rows:
+            for i, query in enumerate(queries):
+                for j, key in enumerate(seen):
+                    masked = piece.mask is not None and piece.mask[min(b - rows[0], len(piece.mask) - 1), 0, i, j] < 0
+                    found_BQA[b, query, key] |= not masked and not (piece.causal and j > i)
+    assert torch.equal(found_BQA, seen_B1QA[:, 0])
