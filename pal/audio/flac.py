@@ -1,5 +1,6 @@
 """The header of FLAC files. Frames carry checksums that the decoder checks; the header carries none."""
 
+from pal.audio import sndfile
 from pal.audio.declared import Declared, DecodeError
 
 _RATES = {
@@ -18,13 +19,16 @@ _RATES = {
 _BITS = {1: 8, 2: 12, 4: 16, 5: 20, 6: 24, 7: 32}
 _KNOWN = (8, 16, 24)
 """Bits of a sample that libsndfile takes in STREAMINFO."""
+_TRIES = 1 << 12
+"""Places that look like the header of the last frame, where the search gives up."""
 
 
 def declared(data: bytes) -> Declared:
     """Read STREAMINFO and compare it with the first frame, which repeats rate, channels and bits.
 
     The layout is that of RFC 9639, sections 8.2 and 9.1. A file written to a stream declares no length; its end is in
-    doubt unless it gives the MD5 of its samples.
+    doubt unless it gives the MD5 of its samples, as is that of a file whose frames go on behind the declared length.
+    Bytes behind the last whole frame are left out: libFLAC takes them for a broken one.
 
     Raises:
         DecodeError: cut in the metadata, or a header that contradicts the first frame.
@@ -51,10 +55,20 @@ def declared(data: bytes) -> Declared:
     if frames == 0 and md5 is None:
         doubt = "its header gives no length (a FLAC written to a stream), so a cut could not be noticed"
     end = len(data) - (128 if data[-128:][:3] == b"TAG" else 0)
-    payload = None
+    head = bytearray(data[:26])
+    last = _last_header(data, start, end)
+    if last is not None and (ended := _frame_end(data, last, end)) is not None:
+        end = ended
+        held = _position(data, last, start) + _samples(data, last)
+        if 0 < frames < held < 1 << 36 and md5 is None:
+            doubt = f"it declares {frames} samples and its frames hold {held}"
+            frames = held
+            head[18:26] = (packed >> 36 << 36 | held).to_bytes(8, "big")
     if bits not in _KNOWN and bits in _BITS.values():
         # libsndfile refuses the header, and then decodes by the bits that each frame names
-        payload = data[:20] + bytes([data[20] | 1, 0x70 | data[21] & 0x0F]) + data[22:end]
+        head[20] |= 1
+        head[21] = 0x70 | head[21] & 0x0F
+    payload = None if head == data[:26] else bytes(head) + data[26:end]
     return Declared(
         frames or None,
         rate,
@@ -62,20 +76,81 @@ def declared(data: bytes) -> Declared:
         md5,
         bits,
         payload=payload,
-        span=None if end == len(data) else (0, end),  # ID3v1, which libFLAC takes for a broken frame
-        av_format=None if payload is not None or bits in _KNOWN else "flac",
+        span=None if end == len(data) else (0, end),
+        av_format=None if bits in _KNOWN or bits in _BITS.values() else "flac",
         doubt=doubt,
     )
 
 
 def whole_frames(data: bytes) -> bytes:
     """The file without the frame that it ends in, where the checksum says that this is not whole."""
-    start, at = _audio_start(data), len(data)
-    while (at := data.rfind(b"\xff", start, at)) >= 0:
-        head = data[at : at + 16]
-        if head[1:2] in (b"\xf8", b"\xf9") and len(head) > 5 and _is_header(head):
-            return data if _crc(data[at:], 16, 0x8005) == 0 else data[:at]
-    return data
+    last = _last_header(data, _audio_start(data), len(data))
+    if last is None:
+        return data
+    end = _frame_end(data, last, len(data))
+    return data[:last] if end is None else data[:end]
+
+
+def _last_header(data: bytes, start: int, end: int) -> int | None:
+    """Where the last frame begins, by the checksum of its header; None where none is found."""
+    sync = data[start : start + 2]
+    for _ in range(_TRIES):
+        end = data.rfind(sync, start, end)
+        if end < 0:
+            return None
+        head = data[end : end + 16]
+        if len(head) > 5 and head[2] >> 4 and head[4] < 0xFF and _is_header(head):
+            return end
+        end += 1
+    return None
+
+
+def _frame_end(data: bytes, at: int, end: int) -> int | None:
+    """Where the frame at `at` ends, by its checksum; None where it is not whole.
+
+    Behind each of its bytes the checksum may be right by chance, and stays so over zeros. So where it is not the end
+    of the file, libFLAC must decode as many samples as the frame names.
+    """
+    channels, bits = (data[20] >> 1 & 7) + 1, ((data[20] & 1) << 4 | data[21] >> 4) + 1
+    longest = 64 + channels * (_samples(data, at) * (bits + 1) // 8 + 16)
+    value, run, found = 0, 0, []
+    for place, byte in enumerate(data[at : min(end, at + longest)], at + 1):
+        value = (value << 8 & 0xFFFF) ^ _CRC16[value >> 8 ^ byte]
+        run = 0 if value else run + 1
+        if 1 <= run <= 3:  # where a frame's own checksum is 0, its end is the third
+            found.append(place)
+    if run == 1 and found[-1] == end:
+        return end
+    samples, alone = _samples(data, at), Declared(None)
+    info = b"fLaC\x80" + data[5:21] + bytes([data[21] & 0xF0]) + bytes(20)
+    if bits not in _KNOWN and bits in _BITS.values():
+        info = info[:20] + bytes([info[20] | 1, 0x70]) + bytes(20)
+    for place in found:
+        try:
+            with sndfile.opened(info + data[at:place], alone) as file:
+                if sum(map(len, sndfile.blocks(file, alone, samples))) == samples:
+                    return place
+        except DecodeError:
+            continue
+    return None
+
+
+def _samples(data: bytes, at: int) -> int:
+    """Samples of the frame at `at`, by its header."""
+    code, number = data[at + 2] >> 4, at + _number_end(data[at : at + 16])
+    if code in (6, 7):
+        return int.from_bytes(data[number : number + code - 5], "big") + 1
+    return 192 if code == 1 else 576 << max(0, code - 2) if code < 6 else 256 << code - 8
+
+
+def _position(data: bytes, at: int, start: int) -> int:
+    """Samples before the frame at `at`: its number, or with blocks of one size how many blocks came before."""
+    head = data[at : at + 16]
+    size = _number_end(head) - 4
+    number = head[4] if size == 1 else head[4] & (1 << 7 - size) - 1
+    for byte in head[5 : 4 + size]:
+        number = number << 6 | byte & 0x3F
+    return number if data[at + 1] & 1 else number * _samples(data, start)
 
 
 def _audio_start(data: bytes) -> int:
@@ -110,6 +185,10 @@ def _crc(data: bytes, width: int, polynomial: int) -> int:
         for _ in range(8):
             value = (value << 1 ^ (polynomial if value >> width - 1 else 0)) & mask
     return value
+
+
+_CRC16 = [_crc(bytes([byte]), 16, 0x8005) for byte in range(256)]
+"""What each byte adds to the checksum of a frame."""
 
 
 def _frame_rate(header: bytes) -> int | None:

@@ -160,3 +160,48 @@ def test_what_the_flac_program_writes(options: list[str]) -> None:
     held_NC = np.round(np.frombuffer(wav(samples, RATE)[44:], "<i2").reshape(-1, 2) / 32768, 7)
     np.testing.assert_allclose(load(data, RATE).samples_N.numpy(), held_NC.mean(1), atol=1e-6)
     assert len(io.BytesIO(data).getvalue()) > 42
+
+
+def without_md5(data: bytes) -> bytes:
+    return data[:26] + bytes(16) + data[42:]
+
+
+TAILS = {
+    "zeros": bytes(5000),
+    "two zeros": bytes(2),
+    "an APE tag": b"APETAGEX" + bytes(200) + b"APETAGEX" + bytes(24),
+    "random bytes": np.random.default_rng(3).bytes(20_000),
+    "an ID3v1 tag": b"TAG".ljust(128, b"x"),
+    "an ID3v1 tag behind zeros": bytes(50) + b"TAG".ljust(128, b"x"),
+}
+
+
+@pytest.mark.parametrize("md5", [True, False])
+@pytest.mark.parametrize("bits", [16, 20])
+@pytest.mark.parametrize("kind", TAILS)
+def test_bytes_behind_the_end_change_nothing(kind: str, bits: int, md5: bool) -> None:
+    data = flac(integers(bits), bits, md5=md5)
+    wave = load(data + TAILS[kind], RATE)
+    assert torch.equal(wave.samples_N, load(data, RATE).samples_N)
+    assert wave.note is None
+    live = load(streamed(data) + TAILS[kind], RATE, read_to_end=True)
+    assert torch.equal(live.samples_N, wave.samples_N)
+    assert live.note is not None
+    assert "gives no length" in live.note
+
+
+@pytest.mark.parametrize("bits", [11, 16, 20])
+def test_frames_behind_the_declared_length_are_never_left_out_silently(bits: int, tmp_path: Path) -> None:
+    if bits == 11:
+        pytest.importorskip("av")
+    data = bytearray(flac(integers(bits), bits, md5=False))
+    data[22:26] = (600).to_bytes(4, "big")
+    path = tmp_path / "a.flac"
+    path.write_bytes(data)
+    for read in (load, lambda path, _: seconds(path)):
+        with pytest.raises(AudioError, match=r"declares 600 samples and its frames hold 700; .*read_to_end"):
+            read(path, RATE)
+    wave = load(path, RATE, read_to_end=True)
+    assert len(wave.samples_N) == 700
+    assert wave.note == "read as far as it goes, since it declares 600 samples and its frames hold 700"
+    assert seconds(path, read_to_end=True) == 700 / RATE
