@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from pal.backbone.llm import LoRA
+from pal.bundle import cast, from_source, source_digests
 from pal.errors import BundleError
 from pal.model import PalModel
 from tests.models import INTEGRATIONS, LLM, noise, pal, tiny_model
@@ -77,14 +78,19 @@ def test_a_full_bundle_needs_no_llm(tmp_path):
     assert pal.load(tmp_path / "all").digest == model.digest
 
 
-def test_a_full_bundle_needs_no_encoder(tmp_path):
+def whisper_folder(folder):
     from transformers import WhisperConfig, WhisperModel
 
     sizes = {"d_model": 16, "encoder_layers": 1, "encoder_attention_heads": 2, "encoder_ffn_dim": 16}
     rest = {"decoder_layers": 1, "decoder_attention_heads": 2, "decoder_ffn_dim": 16, "vocab_size": 100}
     tokens = {"pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0, "decoder_start_token_id": 0}
-    WhisperModel(WhisperConfig(**sizes, **rest, **tokens)).save_pretrained(tmp_path / "whisper")
-    model = tiny_model(encoders=[{"name": "whisper", "path": str(tmp_path / "whisper")}], warm=False)
+    WhisperModel(WhisperConfig(**sizes, **rest, **tokens)).save_pretrained(folder)
+    return str(folder)
+
+
+def test_a_full_bundle_needs_no_encoder(tmp_path):
+    whisper = whisper_folder(tmp_path / "whisper")
+    model = tiny_model(encoders=[{"name": "whisper", "path": whisper}], warm=False)
     model.save_pretrained(tmp_path / "part")
     model.save_pretrained(tmp_path / "all", full=True)
     assert pal.load(tmp_path / "part").digest == model.digest
@@ -187,6 +193,25 @@ def test_what_was_trained_is_written_again_after_loading(tmp_path):
         whole.llm.lm.lm_head.weight.add_(0.5)
     whole.save_pretrained(tmp_path / "on")
     assert pal.load(tmp_path / "on").digest == whole.digest
+
+
+def test_a_trained_encoder_is_written_again_after_loading(tmp_path):
+    """Trap: a full bundle that is trained on: nobody says that the encoder's source has these weights."""
+    model = tiny_model(encoders=[{"name": "whisper", "path": whisper_folder(tmp_path / "whisper")}], warm=False)
+    model.save_pretrained(tmp_path / "full", full=True)
+    whole = pal.load(tmp_path / "full")
+    with torch.no_grad():
+        next(whole.ears.encoders[0].parameters()).add_(0.5)
+    whole.save_pretrained(tmp_path / "on")
+    assert pal.load(tmp_path / "on").digest == whole.digest
+
+
+def test_a_source_gives_weights_in_the_models_dtype(tmp_path):
+    model = tiny_model(encoders=[{"name": "whisper", "path": whisper_folder(tmp_path / "whisper")}], warm=False)
+    cast(model, torch.bfloat16)
+    name = next(name for name in source_digests(model) if name.startswith("ears.encoders."))
+    again = from_source(model, {name})[name]
+    assert again.dtype == torch.bfloat16 and again.equal(model.state_dict()[name])
 
 
 def test_the_digest_covers_buffers():

@@ -189,6 +189,29 @@ def test_frozen_parts_stay_in_evaluation_mode(model):
     assert not any(module.training for module in other.ears.encoders[0].modules())
 
 
+def test_statistics_without_weights_move_only_in_a_part_that_is_trained_whole():
+    other = tiny_model()
+    encoder = other.ears.encoders[0]
+    encoder.norm_alone = torch.nn.BatchNorm1d(4, affine=False)
+    other.train()
+    assert encoder.norm_alone.training
+    next(encoder.parameters()).requires_grad_(False)
+    other.train()
+    assert encoder.training and not encoder.norm_alone.training
+
+
+def test_an_end_that_the_llm_has_no_row_for_is_no_end():
+    """Trap: tokenizers, such as Gemma3's, may have more entries than the LLM has rows."""
+    other = tiny_model()
+    ends = other.generation_options()["eos_token_id"]
+    while len(other.tokenizer) <= other.llm.vocab:
+        other.tokenizer.add_tokens([f"<{len(other.tokenizer)}>"])
+    other.tokenizer.eos_token = f"<{len(other.tokenizer) - 1}>"
+    assert other.tokenizer.eos_token_id >= other.llm.vocab
+    assert other.generation_options()["eos_token_id"] == ends
+    assert other.generation_options()["pad_token_id"] < other.llm.vocab
+
+
 def test_digest_follows_every_number():
     """Buffers too: the batch statistics of an encoder decide what it hears as its weights do."""
     model = tiny_model("lal", warm=False)

@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import nn
 
+from pal.errors import PalError
+
 
 def has_adapters(root: nn.Module) -> bool:
     """Whether PEFT put anything in the place of a module: an adapter, or a copy of the module that is trained."""
@@ -24,12 +26,36 @@ def beneath(module: Any) -> Any:
 def part(one: Any, other: Any) -> bool:
     """Whether two modules that have the same weights are adapted each in a way of its own, or one of them alone.
 
-    Merged into the shared weights, an adapter of the one would change the other. Single rows of embeddings may be
-    trained for both at once.
+    Merged into the shared weights, an adapter of the one would change the other. Single rows may be trained for both
+    at once, where the two share them.
     """
     if hasattr(one, "token_adapter") and hasattr(other, "token_adapter"):
-        return False
+        return one.token_adapter.trainable_tokens_delta is not other.token_adapter.trainable_tokens_delta
     return any(module is not beneath(module) for module in (one, other))
+
+
+def check(*modules: Any) -> None:
+    """Check that no module is adapted in two ways at once.
+
+    Raises:
+        PalError: rows that are trained beneath LoRA, or beneath a copy; PEFT merges both into wrong weights.
+    """
+    for module in modules if "peft" in sys.modules else ():
+        rows = [part for part in module.modules() if hasattr(part, "token_adapter")]
+        if rows and len(list(_adapters_in(module))) > 1:
+            raise PalError(
+                "PEFT: trainable_token_indices on a module that LoRA or modules_to_save adapts too, or on one that is "
+                "tied to it, cannot be merged; leave one of the two out"
+            )
+
+
+def drop_empty(root: nn.Module) -> None:
+    """Put the plain modules back where PEFT's hold no adapter any more, as `delete_adapter` leaves them."""
+    for name, module in list(_adapted(root)) if has_adapters(root) else []:
+        if not module._get_available_adapters():
+            parent, _, last = name.rpartition(".")
+            plain = module.get_base_layer() if hasattr(module, "get_base_layer") else module.original_module
+            setattr(root.get_submodule(parent), last, plain)
 
 
 def merge(root: nn.Module) -> set[str]:
@@ -45,6 +71,17 @@ def merge(root: nn.Module) -> set[str]:
         setattr(root.get_submodule(parent), last, plain)
         changed |= {f"{name}.{weight}" for weight in plain.state_dict()}
     return changed
+
+
+def _adapters_in(module: nn.Module) -> Iterator[nn.Module]:
+    """A module of PEFT's and those within it; what trains single rows counts once."""
+    from peft.tuners.trainable_tokens import TrainableTokensLayer
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    for part in module.modules():
+        if isinstance(part, BaseTunerLayer | AuxiliaryTrainingWrapper) and not isinstance(part, TrainableTokensLayer):
+            yield part
 
 
 def _adapted(root: nn.Module) -> Iterator[tuple[str, Any]]:

@@ -31,7 +31,7 @@ from pal.backbone.attention import NAME
 from pal.backbone.context import AudioContext, AudioView, Rope
 from pal.backbone.folded import FoldedKV, fold
 from pal.backbone.options import check_generation
-from pal.backbone.sources import first_sentence, read_config
+from pal.backbone.sources import first_sentence, more_layers, read_config
 from pal.backbone.tied import TiedRows
 from pal.config import StrictConfig
 from pal.errors import ConfigError, PalError
@@ -187,10 +187,26 @@ class Backbone(nn.Module):
                 attn_implementation=NAME,
                 dtype=dtype,
                 use_safetensors=True,  # the others are pickle
+                ignore_mismatched_sizes=True,  # refused below, by name
                 output_loading_info=True,
             )
-        except (OSError, SafetensorError) as error:
+        except SafetensorError as error:
+            reason = first_sentence(error)
+            raise PalError(f"cannot load the LLM '{source}': {reason}; copy or download its weights again") from None
+        except (OSError, RuntimeError) as error:
             raise PalError(f"cannot load the LLM '{source}': {first_sentence(error)}") from None
+        if report["mismatched_keys"]:
+            name, found, expected = sorted(report["mismatched_keys"])[0]
+            raise PalError(
+                f"the LLM '{source}': its weights are of another model than its config.json: {name} has shape "
+                f"{tuple(found)}, not {tuple(expected)}; give both of one model"
+            )
+        more = more_layers(report["unexpected_keys"], lm.state_dict().keys())
+        if more is not None:
+            raise PalError(
+                f"the LLM '{source}': its weights have more layers than its config.json, such as {more}; "
+                "give both of one model"
+            )
         if report["missing_keys"]:
             # transformers would go on with random weights and a log line
             raise PalError(f"the LLM '{source}' lacks weights, such as {sorted(report['missing_keys'])[0]}")
@@ -245,6 +261,7 @@ class Backbone(nn.Module):
         PEFT says by this call that its adapters are in place.
         """
         super().train(mode)
+        adapters.check(*self._ends())
         self.note_ties()
         if self.lm.config.tie_word_embeddings and adapters.part(*self._ends()):
             self.untie_head()
@@ -271,6 +288,9 @@ class Backbone(nn.Module):
         Where the LM head has the same weights, their gradients are made together; see `TiedRows`.
         """
         table = self.lm.get_input_embeddings()
+        if getattr(table, "neftune_noise_alpha", None) is not None:
+            # its scale comes from the length of a padded text, and here the ids of all texts are one row
+            raise PalError("neftune_noise_alpha is not supported: embeddings are made without padding; leave it out")
         tied = self._tied_rows()
         if tied is None:
             rows: Tensor = table(ids)

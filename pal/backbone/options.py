@@ -25,7 +25,7 @@ _REFUSED = {
     ),
     "force_words_ids": _NO_CODE,
 }
-_OFF = {"guidance_scale": 1.0, "encoder_repetition_penalty": 1.0, "num_beam_groups": 1}
+_OFF = {"encoder_repetition_penalty": 1.0, "num_beam_groups": 1}
 """Values that say that an option is not used, beside None, False and 0."""
 
 
@@ -40,5 +40,7 @@ def check_generation(options: Mapping[str, Any]) -> None:
     for name, reason in _REFUSED.items():
         value = asked.get(name)
         unused = value is None or (isinstance(value, bool | int | float) and value in (0, _OFF.get(name, 0)))
+        if name == "guidance_scale":  # 0 is a scale
+            unused = value is None or value == 1
         if not unused:
             raise PalError(f"generate: '{name}' is not supported: {reason}")

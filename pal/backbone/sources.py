@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import re
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
 from pal.errors import ConfigError, PalError
 
 _ADAPTER = "adapter_config.json"
+_POINTER = b"version https://git-lfs"
 _TOKENIZER = ("tokenizer", "vocab", "merges", "spiece", "sentencepiece", "spm", "tekken")
 """What the names of a tokenizer's files begin with."""
 
@@ -24,10 +28,11 @@ def read_config(source: str | Path, revision: str | None = None) -> PreTrainedCo
     _check_folder(Path(source))
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(source, revision=revision or "main")
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
         if _is_adapter(source, revision):
             raise _adapter_error(source) from None
-        raise PalError(f"cannot load the LLM '{source}': {first_sentence(error)}") from None
+        remedy = "; its config.json must be one that transformers reads" if Path(source).is_dir() else ""
+        raise PalError(f"cannot load the LLM '{source}': {first_sentence(error)}{remedy}") from None
     quantised = getattr(config, "quantization_config", None)
     if quantised:
         fields = quantised if isinstance(quantised, dict) else quantised.to_dict()
@@ -52,6 +57,8 @@ def load_tokenizer(source: str, revision: str | None = None) -> PreTrainedTokeni
     try:
         found: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source, revision=revision)
     except Exception as error:  # each kind of tokenizer has errors of its own for files that are missing or wrong
+        if (folder / "tokenizer.json").is_file():
+            remedy = f"copy or download its files again, or {remedy.partition('or ')[2]}"
         raise ConfigError(f"cannot load the tokenizer '{source}': {first_sentence(error)}; {remedy}") from None
     return found
 
@@ -71,6 +78,38 @@ def _check_folder(folder: Path) -> None:
         raise PalError(f"the LLM '{folder}' has its weights as pickle, which is not read; save them as safetensors")
     if folder.is_dir() and (folder / _ADAPTER).is_file():
         raise _adapter_error(folder)
+    if folder.is_dir():
+        _check_files(folder)
+
+
+def _check_files(folder: Path) -> None:
+    start = f"cannot load the LLM '{folder}'"
+    if not (folder / "config.json").is_file():
+        raise PalError(f"{start}: it is no LLM's folder, config.json is missing; give what save_pretrained wrote")
+    if not _has_weights(folder):
+        raise PalError(f"{start}: it has no weights (model.safetensors); copy them there, or give another folder")
+    for file in folder.glob("*.safetensors"):
+        with file.open("rb") as stream:
+            if stream.read(len(_POINTER)) == _POINTER:
+                raise PalError(f"{start}: {file.name} is a pointer of Git LFS, no weights; run 'git lfs pull' there")
+    index = folder / "model.safetensors.index.json"
+    if (folder / "model.safetensors").is_file() or not index.is_file():
+        return
+    try:
+        shards = sorted({str(file) for file in json.loads(index.read_text())["weight_map"].values()})
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise PalError(f"{start}: {index.name} is no index of weights; copy or download it again") from None
+    for shard in shards:
+        if not (folder / shard).is_file():
+            raise PalError(f"{start}: {shard} is missing, which {index.name} names; copy or download it")
+
+
+def more_layers(names: Iterable[str], own: Collection[str]) -> str | None:
+    """The first of the names that belongs to a decoder layer beyond a model's own, as the names of the others say."""
+    for name in sorted(names):
+        if re.sub(r"(^|\.)layers\.\d+\.", r"\1layers.0.", name, count=1) in own and name not in own:
+            return name
+    return None
 
 
 def _has_weights(folder: Path) -> bool:

@@ -168,7 +168,12 @@ class PalForConditionalGeneration(PreTrainedModel, GenerationMixin):
         """
         if not is_main_process:
             return
+        adapters.drop_empty(self)
         if self.pal.llm.lora is None and adapters.has_adapters(self):
+            if getattr(self, "_hf_peft_config_loaded", False) and not push_to_hub:
+                # as transformers does it for an adapter that its own `add_adapter` or `load_adapter` put here
+                super().save_pretrained(save_directory)
+                return
             raise BundleError("the model has PEFT adapters; call merge_adapters() first, or save them alone with PEFT")
         self.pal.trained |= self._changed()
         options = self.generation_config.to_diff_dict()
@@ -212,6 +217,15 @@ class PalForConditionalGeneration(PreTrainedModel, GenerationMixin):
         """
         parts = {name for name, _ in self.pal.named_children()}
         of_bundle = any(name.split(".")[0] in parts for name in state_dict)
+        wrapped = next(
+            (x for x in state_dict if x.startswith(("module.", "_orig_mod.", "_fsdp_wrapped_module."))), None
+        )
+        if wrapped is not None:
+            prefix = wrapped.split(".")[0]
+            raise BundleError(
+                f"weights of a wrapped model: their names begin with '{prefix}.'; take that from the names, or save "
+                "the model that accelerate's unwrap_model gives"
+            )
         if strict and not of_bundle:
             return super().load_state_dict(state_dict, strict, assign)
         given = {f"pal.{name}" if name.split(".")[0] in parts else name: x for name, x in state_dict.items()}

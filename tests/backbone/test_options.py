@@ -54,6 +54,12 @@ def test_refused_by_name(model, name):
     assert model.ask(CLIP, "yes", max_new_tokens=3) == said
 
 
+@pytest.mark.parametrize("scale", [0.0, 0, 2.0])
+def test_a_scale_of_0_is_a_scale(model, scale):
+    with pytest.raises(PalError, match=r"^generate: 'guidance_scale' is not supported"):
+        model.ask(CLIP, "yes", guidance_scale=scale)
+
+
 @pytest.mark.parametrize(
     "options",
     [{"guidance_scale": 1.0}, {"assistant_model": None}, {"token_healing": False}, {"repetition_penalty": 1.0}],

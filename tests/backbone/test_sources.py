@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from pal.errors import PalError
@@ -125,3 +125,49 @@ def test_an_attached_model_is_in_evaluation_mode(folder, encoder):
     rate = model.sampling_rate
     model.ask((torch.linspace(-0.3, 0.3, rate).numpy(), rate), "yes", max_new_tokens=1)
     assert model.digest == before
+
+
+def _pointer(folder):
+    (folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:abc\nsize 12\n")
+
+
+def _cut(folder):
+    whole = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(whole[:-100])
+
+
+def _index(text):
+    def change(folder):
+        (folder / "model.safetensors").rename(folder / "a.safetensors")
+        (folder / "model.safetensors.index.json").write_text(text)
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda folder: amended(folder, hidden_size=64), r"of another model .* has shape .*; give both"),
+        (lambda folder: amended(folder, num_hidden_layers=2), r"have more layers .* model\.layers\.2\..*; give both"),
+        (lambda folder: amended(folder, vocab_size="x"), "field 'vocab_size'; its config.json must"),
+        (lambda folder: amended(folder, quantization_config=[1]), "; its config.json must be one that"),
+        (lambda folder: (folder / "config.json").unlink(), "config.json is missing; give"),
+        (lambda folder: (folder / "model.safetensors").unlink(), "has no weights .*; copy"),
+        (_pointer, "is a pointer of Git LFS.*; run 'git lfs pull'"),
+        (_cut, "; copy or download its weights again"),
+        (_index('{"metadata": {}, "weight_map": {"x": "gone.safetensors"}}'), "gone.safetensors is missing.*; copy"),
+        (_index("[]"), "no index of weights; copy"),
+        (lambda folder: (folder / "tokenizer.json").write_text("{}"), "cannot load the tokenizer.*; copy or download"),
+    ],
+)
+def test_what_is_wrong_in_a_folder_is_said_in_one_line(folder, change, says):
+    change(folder)
+    refused(folder, says)
+
+
+def test_weights_that_nobody_needs_pass(folder):
+    weights = load_file(folder / "model.safetensors")
+    weights["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+    weights["model.layers.9.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    assert pal.attach(llm=str(folder), encoders=[ENCODER], integration="lal").llm.n_layers == 3

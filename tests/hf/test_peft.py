@@ -8,7 +8,7 @@ from transformers import (
 )
 
 from pal.backbone.llm import LoRA
-from pal.errors import BundleError
+from pal.errors import BundleError, PalError
 from pal.hf import PalForConditionalGeneration, PalProcessor
 from tests.hf.chats import chat, left_out, tensors, turns
 from tests.hf.training import trainer
@@ -85,6 +85,11 @@ WAYS = {
     "LoRA on the head": {"target_modules": r".*llm\.lm.*(q_proj|lm_head)"},
     "LoRA on both": {"target_modules": r".*llm\.lm.*(q_proj|lm_head|embed_tokens)"},
     "rows": {"target_modules": LAYERS, "trainable_token_indices": [5, 6, 40]},
+    "rows of both": {"target_modules": LAYERS, "trainable_token_indices": {"embed_tokens": [5, 6], "lm_head": [5, 7]}},
+    "the same rows of both": {
+        "target_modules": LAYERS,
+        "trainable_token_indices": {"embed_tokens": [5, 6], "lm_head": [5, 6]},
+    },
     "integration": {"target_modules": LAYERS, "modules_to_save": ["integration"]},
     "encoder": {"target_modules": LAYERS, "modules_to_save": ["encoders.0", "connectors.0"]},
     "biases": {"target_modules": LAYERS, "bias": "all"},
@@ -255,3 +260,42 @@ def test_rows_are_trained_for_head_and_embeddings():
     assert merged is lm and lm.lm_head.weight is lm.model.embed_tokens.weight
     changed = (lm.lm_head.weight != plain).any(1).nonzero()[:, 0].tolist()
     assert set(changed) <= {5, 6, 40} and 5 in changed
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"target_modules": r".*llm\.lm.*(q_proj|lm_head)"},
+        {"target_modules": LAYERS, "modules_to_save": ["lm_head"]},
+    ],
+)
+def test_rows_of_what_is_adapted_otherwise_are_refused(options):
+    """PEFT itself merges them into wrong weights, or dies at the first batch."""
+    with pytest.raises(PalError, match=r"trainable_token_indices .* cannot be merged; leave one") as caught:
+        get_peft_model(tied_model(), LoraConfig(r=2, trainable_token_indices=[5, 6], **options)).train()
+    assert "\n" not in str(caught.value) and len(str(caught.value)) <= 300
+
+
+@torch.no_grad()
+def test_adapters_by_transformers_own_way(tmp_path):
+    """`add_adapter`: saved alone, as transformers does it; once deleted, the bundle is what it was."""
+    tied_model().save_pretrained(tmp_path / "base")
+    model = AutoModelForMultimodalLM.from_pretrained(tmp_path / "base")
+    digest = model.pal.digest
+    model.add_adapter(LoraConfig(r=2, target_modules=LAYERS, init_lora_weights=False))
+    with torch.enable_grad():
+        trainer(model, tmp_path / "run", max_steps=1).train()
+    saved = tmp_path / "run" / "checkpoint-1"
+    assert (saved / "adapter_model.safetensors").is_file() and not (saved / "model.safetensors").exists()
+    inputs = tensors(PalProcessor.of(model.pal), chat(0.3))
+    trained = model.eval()(**inputs).logits
+    loaded = AutoModelForMultimodalLM.from_pretrained(tmp_path / "base")
+    plain = loaded(**inputs).logits
+    assert (trained - plain).abs().max() > 1e-3
+    torch.testing.assert_close(PeftModel.from_pretrained(loaded, saved)(**inputs).logits, trained)
+    torch.testing.assert_close(AutoModelForMultimodalLM.from_pretrained(saved)(**inputs).logits, trained)
+
+    model.delete_adapter("default")
+    model.save_pretrained(tmp_path / "without")
+    torch.testing.assert_close(model(**inputs).logits, plain)
+    assert pal.load(tmp_path / "without").digest == digest == model.pal.digest

@@ -6,6 +6,7 @@ import logging
 import pytest
 import torch
 from accelerate import Accelerator
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, load_model, save_model
 from transformers import (
     AutoModelForMultimodalLM,
@@ -15,7 +16,7 @@ from transformers import (
 )
 from transformers.trainer_utils import load_sharded_checkpoint
 
-from pal.errors import BundleError, PromptError
+from pal.errors import BundleError, PalError, PromptError
 from pal.hf import PalForConditionalGeneration, PalProcessor
 from pal.types import IGNORE
 from tests.hf.chats import chat, left_out, say, tensors, turns
@@ -260,3 +261,55 @@ def test_a_checkpoint_holds_no_pickle_of_ours(tmp_path):
     ours = json.loads((folder / "manifest.json").read_text())
     names = {path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth", ".pkl")}
     assert names and not any(name in str(ours) for name in names), "they are transformers' own"
+
+
+def test_smoothed_labels_are_those_of_the_next_ids(tmp_path):
+    """Trap: the Trainer shifts only for classes of its table; unshifted, column t would train on id t."""
+    model = PalForConditionalGeneration.wrap(tiny_model())
+    for wrapped in (model, get_peft_model(model, LoraConfig(r=2, target_modules=r".*llm\.lm.*q_proj"))):
+        run = Trainer(
+            wrapped.eval(),
+            arguments(tmp_path, label_smoothing_factor=0.1),
+            train_dataset=ITEMS,
+            data_collator=Collator(model),
+        )
+        batch = Collator(model)(ITEMS)
+        with torch.no_grad():
+            logits = wrapped(**{name: x for name, x in batch.items() if name != "labels"}).logits[:, :-1]
+            expected = torch.nn.functional.cross_entropy(
+                logits.flatten(0, 1), batch["labels"][:, 1:].flatten(), label_smoothing=0.1
+            )
+            torch.testing.assert_close(run.compute_loss(wrapped, dict(batch)), expected)
+
+
+def test_noise_on_embeddings_is_refused(tmp_path):
+    model = PalForConditionalGeneration.wrap(tiny_model())
+    run = Trainer(
+        model, arguments(tmp_path, neftune_noise_alpha=5.0), train_dataset=ITEMS, data_collator=Collator(model)
+    )
+    with pytest.raises(PalError, match=r"neftune_noise_alpha is not supported: .*; leave it out"):
+        run.train()
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod."])
+@pytest.mark.parametrize("strict", [True, False])
+def test_weights_of_a_wrapped_model_are_refused(prefix, strict):
+    model = PalForConditionalGeneration.wrap(tiny_model())
+    given = {prefix + name: x for name, x in model.state_dict().items()}
+    with pytest.raises(BundleError, match=f"begin with '{prefix}'; take that") as caught:
+        model.load_state_dict(given, strict=strict)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_source_that_has_changed_since_is_no_source(foreign, tmp_path):
+    """Trap: what is put back for a checkpoint's left-out weights must be what they were."""
+    model = AutoModelForMultimodalLM.from_pretrained(foreign)
+    model.save_pretrained(tmp_path / "early")
+    early = load_file(tmp_path / "early" / "model.safetensors")
+    with torch.no_grad():
+        model.pal.llm.lm.lm_head.weight.add_(0.1)
+    model.pal.llm.lm.save_pretrained(foreign.parent / "llm")
+    with torch.no_grad():
+        model.pal.llm.lm.lm_head.weight.add_(0.1)
+    with pytest.raises(BundleError, match="of the source is no longer what it was; load"):
+        model.load_state_dict(early)
