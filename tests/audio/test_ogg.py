@@ -277,3 +277,14 @@ def test_seconds_of_an_unmarked_vorbis_are_those_of_its_sound(length: float, tmp
     path.write_bytes(unmarked(encoded(sound(RATE, length), RATE, "OGG", "VORBIS")))
     assert seconds(path) > 0
     assert abs(seconds(path) - load(path, RATE).seconds_given) < 2048 / RATE
+
+
+def test_opus_packets_and_channels_that_are_read() -> None:
+    assert [opus.samples(bytes([code, 3, 0])) for code in range(4)] == [480, 960, 960, 1440]
+    head = bytearray(b"OpusHead\x01\x02" + bytes(9))
+    for family in (0, 1, 2, 4, 255):
+        head[18] = family
+        assert opus.read_head(bytes(head)).channels == 2
+    head[18] = 3
+    with pytest.raises(DecodeError, match="ambisonics by matrix"):
+        opus.read_head(bytes(head))
