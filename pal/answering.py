@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def generation_options(
-    options: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, stream: bool = False
+    options: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, stream: bool = False, several: bool = False
 ) -> dict[str, Any]:
     """The options as `generate` takes them: `stop_strings` become the criterion that transformers makes of them.
 
@@ -24,6 +24,7 @@ def generation_options(
         options: of one call.
         tokenizer: of the model, for `stop_strings`.
         stream: whether the answer is given in pieces.
+        several: whether a conversation may have several answers.
 
     Raises:
         PalError: an unknown option or value, or one that gives something else than one text a conversation.
@@ -57,7 +58,7 @@ def generation_options(
                 given["generation_config"].stop_strings = None
     except (AttributeError, TypeError, ValueError) as error:
         raise PalError(f"generate: {shortened(' '.join(str(error).split()), 280)}") from None
-    if (config.num_return_sequences or 1) > 1 or config.return_dict_in_generate:
+    if ((config.num_return_sequences or 1) > 1 and not several) or config.return_dict_in_generate:
         name = "return_dict_in_generate" if config.return_dict_in_generate else "num_return_sequences"
         raise PalError(
             f"generate: '{name}' is not supported here, where each conversation has one text as its answer; use "

@@ -248,8 +248,11 @@ class PalModel(nn.Module):
         max_new_tokens: int = 64,
         **options: Any,
     ) -> list[str]:
-        """One answer a conversation. `options` are transformers' generation options; greedy without any."""
-        options = generation_options({"max_new_tokens": max_new_tokens, **options}, self.tokenizer)
+        """One answer a conversation, or `num_return_sequences` one after the other.
+
+        `options` are transformers' generation options; greedy without any.
+        """
+        options = generation_options({"max_new_tokens": max_new_tokens, **options}, self.tokenizer, several=True)
         if not rows:
             return []
         inputs = self.inputs(clips, rows, padding_side="left")
@@ -325,6 +328,7 @@ class PalModel(nn.Module):
             AudioError: a clip cannot be used.
             PromptError: clips and placeholders do not match.
         """
+        generation_options(options, self.tokenizer, stream)  # said before a clip is decoded
         single, clips, rows = self._conversations(audio, question)
         loaded, _, notes = self._load(clips, allow_urls, read_to_end)
         _warn(notes)
