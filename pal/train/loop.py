@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from pal.data.collate import WaveformCache
@@ -32,12 +32,15 @@ from pal.files import atomic_folder, write_text
 from pal.model import PalModel
 from pal.train import checkpoint, curves, optim, stages
 from pal.train.checkpoint import Checkpoint, State
-from pal.train.meter import Meter, Step, count_in, new_totals
-from pal.train.objectives import Objective, Outcome, Work, build_objective
+from pal.train.masters import Masters
+from pal.train.meter import Fault, Meter, given, new_totals
+from pal.train.objectives import Objective, Work, build_objective
+from pal.train.processes import Hosts
 from pal.train.recipe import Recipe, Stage
 from pal.train.setup import build_model
 from pal.train.skips import digests
 from pal.train.sources import Feed, StageData, open_sources
+from pal.train.step import Told, Update
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +58,7 @@ def run(
     resume: bool = False,
     overwrite: bool = False,
     watch: Callable[[PalModel], None] | None = None,
+    read_every: int | None = None,
 ) -> PalModel:
     """Train and write into `out`: `model/` (the bundle), `log.jsonl`, `loss.png`, `train.json`, `checkpoints/`.
 
@@ -66,13 +70,17 @@ def run(
         resume: go on from the newest checkpoint; from the start where there is none.
         overwrite: forget another run in `out`.
         watch: shown the model before the first stage that is run and after each.
+        read_every: steps after which the host reads what the device has computed, at the latest; it does so before
+            every line of the log and every checkpoint. Without it 1 where the CPU computes and nothing is waited for,
+            and `log_every` elsewhere.
 
     Returns:
         The trained model in evaluation mode, on the device it was trained on.
 
     Raises:
         ConfigError: the recipe cannot be carried out, or `out` holds another run.
-        TrainingError: the loss is not finite. The state before that step is kept.
+        TrainingError: the loss or the gradient of a step is not finite. It is noticed when the step is read; the state
+            before that step is kept.
     """
     accelerator = Accelerator(kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)])
     if accelerator.is_main_process:
@@ -83,7 +91,9 @@ def run(
         return PalModel.from_pretrained(out / "model")
     with accelerator.main_process_first():
         manifests = open_sources(recipe, out / "data")
-    return _Run(recipe, out, accelerator, manifests, watch).run(resume)
+    if read_every is None:
+        read_every = 1 if accelerator.device.type == "cpu" else recipe.keep.log_every
+    return _Run(recipe, out, accelerator, manifests, watch, read_every).run(resume)
 
 
 def _claim(out: Path, recipe: Recipe, resume: bool, overwrite: bool) -> None:
@@ -114,12 +124,15 @@ class _Run:
         accelerator: Accelerator,
         manifests: dict[str, Manifest],
         watch: Callable[[PalModel], None] | None,
+        read_every: int,
     ) -> None:
         self.recipe = recipe
         self.out = out
         self.accelerator = accelerator
         self.manifests = manifests
         self.watch = watch
+        self.read_every = read_every
+        self.hosts = Hosts(accelerator.num_processes)
         self.state = State(data=digests(recipe, manifests))
         self.trained: set[str] = set()
         self.asked = False
@@ -182,16 +195,17 @@ class _Run:
 
         accelerator = self.accelerator
         objective.to(accelerator.device)
-        named = {name: p for part in parameters.values() for name, p in part.items()}
-        optimizer = optim.adamw(optim.parameter_groups(parameters, stage), stage, accelerator.device)
+        masters = _masters(parameters, stage)
+        named = {name: p for part in masters.parts.values() for name, p in part.items()}
+        optimizer = optim.adamw(optim.parameter_groups(masters.parts, stage), stage)
         if found is not None and found.optimizer:
             optim.load_optimizer_tensors(optimizer, named, found.optimizer)
-        wrapped, prepared = accelerator.prepare(objective, optimizer)
+            masters.give_weights()
+        update = Update(accelerator.prepare(objective), optimizer, masters, stage, accelerator, self.hosts)
 
         if len(state.totals) == index:
             state.totals.append(new_totals() | {"trained_parameters": sum(p.numel() for p in named.values())})
-        keep, meter = self.recipe.keep, Meter(objective.unit)
-        total = state.totals[index]
+        keep, total = self.recipe.keep, state.totals[index]
         place = (accelerator.process_index, accelerator.num_processes)
         workers = keep.workers
         if workers is None:
@@ -205,8 +219,9 @@ class _Run:
             mininterval=0.5 if sys.stderr.isatty() else 30.0,
             disable=not accelerator.is_main_process,
         )
-        save = partial(self._save, objective, optimizer, {id(p): name for name, p in named.items()})
-        began = ready = time.monotonic()
+        save = partial(self._save, objective, optimizer, {id(p): name for name, p in named.items()}, masters)
+        meter = Meter(objective.unit, total)
+        ready = time.monotonic()
         with bar, closing(feed):
             for works in feed:
                 loaded = time.monotonic()
@@ -214,25 +229,28 @@ class _Run:
                     optimizer, optim.lr_factor(state.stage_step, data.steps, stage.warmup, stage.schedule)
                 )
                 seed_everything(self.recipe.seed, index, state.stage_step, accelerator.process_index)
-                try:
-                    step = self._step(stage, wrapped, prepared, list(named.values()), works)
-                except _NotFiniteError as fault:
-                    raise TrainingError(_where(stage, state, fault, works, save())) from None
-                done = time.monotonic()
+                told = self._step(update, works)
+                meter.add(told, given(works, self.model.sampling_rate, objective.unit), loaded, ready)
+                self.stop, self.late = told.flags
                 state.step += 1
                 state.stage_step += 1
-                count_in(total, works, done - began, self.model.sampling_rate, objective.unit)
-                meter.add(step, done - loaded, loaded - ready, works)
-                began = done
                 bar.update()
                 last = state.stage_step == data.steps
-                if state.step % keep.log_every == 0 or last or self.stop:
+                logs = last or self.stop or state.step % keep.log_every == 0
+                saves = not last and (self.stop or self.late or state.step % keep.checkpoint_every == 0)
+                if logs or saves or state.step % self.read_every == 0:
+                    fault = meter.read()
+                    if fault is not None:
+                        state.step -= fault.undone
+                        state.stage_step -= fault.undone
+                        raise TrainingError(_where(stage, state, fault, save()))
+                if logs:
                     line = meter.line()
                     total["loss"] = line["loss"]
                     bar.set_postfix_str(f"loss {line['loss']:.3g}", refresh=False)
                     if log is not None:
                         log.write(step=state.step, stage=stage.name, lr=rates, **line, seconds=self._seconds())
-                if not last and (self.stop or self.late or state.step % keep.checkpoint_every == 0):
+                if saves:
                     path = save()
                     if self.stop:
                         self._leave(path)
@@ -245,48 +263,13 @@ class _Run:
                 self.model.llm.save(folder)
                 self.model.tokenizer.save_pretrained(folder)
         state.stage, state.stage_step = index + 1, 0
-        self._save(None, None, {})
+        self._save(None, None, {}, None)
         if self.stop and index + 1 < len(self.recipe.stages):
             self._leave(self.out / "checkpoints")
 
-    def _step(
-        self, stage: Stage, objective: nn.Module, optimizer: Any, parameters: list[nn.Parameter], works: list[Work]
-    ) -> Step:
-        """One update of the weights."""
-        accelerator = self.accelerator
-        sums, items = torch.zeros((), device=accelerator.device), 0
-        hits = (0, 0)
-        for i, work in enumerate(works):
-            with (
-                _autocast(accelerator.device, stage.precision),
-                # Gradients of several processes are averaged once, after the last part.
-                accelerator.no_sync(objective) if i + 1 < len(works) else nullcontext(),
-            ):
-                outcome: Outcome = objective(work)
-                accelerator.backward(outcome.sum * work.counts)
-            sums = sums + outcome.sum.detach() * work.counts
-            items += outcome.items * work.counts
-            hits = (hits[0] + outcome.hits[0] * work.counts, hits[1] + outcome.hits[1] * work.counts)
-        # One exchange tells all processes the loss and what each of them knows about stopping and the clock.
-        told = torch.stack([sums.double(), *(sums.new_tensor(x).double() for x in (items, *hits))])
-        flags = told.new_tensor([self.asked, self._is_late()])
-        summed, counted, hit, tried, stop, late = accelerator.reduce(torch.cat([told, flags]), reduction="sum").tolist()
-        self.stop, self.late = stop > 0, late > 0
-        if not np.isfinite(summed):
-            optimizer.zero_grad()
-            raise _NotFiniteError("the loss")
-        # Each process has the gradient of its sum, and DDP took the mean: make it that of the mean over all tokens.
-        scale = accelerator.num_processes / max(1.0, counted)
-        gradients = [p.grad for p in parameters if p.grad is not None]
-        if gradients:
-            torch._foreach_mul_(gradients, scale)
-        norm = float(accelerator.clip_grad_norm_(parameters, stage.clip_grad or float("inf")))
-        if not np.isfinite(norm):
-            optimizer.zero_grad()
-            raise _NotFiniteError("the gradient")
-        optimizer.step()
-        optimizer.zero_grad()
-        return Step(summed / max(1.0, counted), int(counted), norm, int(hit), int(tried))
+    def _step(self, update: Update, works: list[Work]) -> Told:
+        """One update of the weights; processes that are asked to stop, or late, tell the others."""
+        return update(works, self.asked, self._is_late())
 
     # What is kept
 
@@ -295,7 +278,11 @@ class _Run:
         return limit is not None and time.monotonic() - self.saved_at > limit
 
     def _save(
-        self, objective: Objective | None, optimizer: torch.optim.Optimizer | None, names: dict[int, str]
+        self,
+        objective: Objective | None,
+        optimizer: torch.optim.Optimizer | None,
+        names: dict[int, str],
+        masters: Masters | None,
     ) -> Path:
         """Write a checkpoint; without an objective, that of the border between two stages."""
         path = self.out / "checkpoints"
@@ -303,7 +290,9 @@ class _Run:
             tensors = stages.trained_weights(self.model, self.trained)
             if objective is not None:
                 tensors |= {f"{_HEAD}{name}": p for name, p in objective.head().items()}
-            state = optim.optimizer_tensors(optimizer, names) if optimizer is not None else {}
+            state: dict[str, Tensor] = {}
+            if optimizer is not None and masters is not None:
+                state = optim.optimizer_tensors(optimizer, names, masters.copies)
             path = checkpoint.save(path, self.state, self.recipe, tensors, state, self.recipe.keep.checkpoints)
         self.saved_at = time.monotonic()
         self.accelerator.wait_for_everyone()
@@ -388,16 +377,22 @@ class _Run:
 _HEAD = "head."
 
 
-class _NotFiniteError(ArithmeticError):
-    """What is not a finite number."""
+def _masters(parameters: dict[str, dict[str, nn.Parameter]], stage: Stage) -> Masters:
+    masters = Masters(parameters, stage.master_weights)
+    if stage.master_weights and not masters.copies:
+        raise ConfigError(
+            f"stage '{stage.name}': 'master_weights' keeps copies of weights in bfloat16, and it trains none; set the "
+            "model's 'llm.dtype' to bfloat16, or leave it out"
+        )
+    return masters
 
 
-def _where(stage: Stage, state: State, fault: Exception, works: list[Work], saved: Path) -> str:
-    records = [record for work in works for record in work.batch.records]
-    named = ", ".join(records[:8]) + (f" and {len(records) - 8} more" if len(records) > 8 else "")
+def _where(stage: Stage, state: State, fault: Fault, saved: Path) -> str:
+    records, more = fault.given.records, fault.given.more
+    named = ", ".join(records) + (f" and {more} more" if more else "")
     return (
-        f"stage '{stage.name}', step {state.stage_step}: {fault} is not finite; records: {named}. The state before it "
-        f"is in {saved}; look at these records with `pal data check`, or lower the learning rate"
+        f"stage '{stage.name}', step {state.stage_step}: {fault.what} is not finite; records: {named}. The state "
+        f"before it is in {saved}; look at these records with `pal data check`, or lower the learning rate"
     )
 
 
@@ -420,7 +415,3 @@ def seed_everything(*key: object) -> None:
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
-
-
-def _autocast(device: torch.device, precision: str) -> torch.autocast:
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")

@@ -1,12 +1,20 @@
-"""What a run counts: steps, time, rows, clips, tokens."""
+"""What a run counts: steps, time, rows, clips, tokens; and when it looks at what the device has computed."""
 
 from __future__ import annotations
 
+import math
 import statistics
+import time
 from typing import Any, NamedTuple
+
+import torch
 
 from pal.train.objectives import Work
 from pal.train.sources import trained_tokens
+from pal.train.step import Told
+
+_SHOWN = 8
+"""Records that a message names."""
 
 
 def new_totals() -> dict[str, float]:
@@ -14,16 +22,41 @@ def new_totals() -> dict[str, float]:
     return {"steps": 0, "seconds": 0.0, "rows": 0, "clips": 0, "audio_seconds": 0.0, "tokens": 0, "loss": 0.0}
 
 
-def count_in(total: dict[str, float], works: list[Work], seconds: float, rate: int, unit: str) -> None:
-    """Add a step of `seconds` to the totals; rows, clips and tokens are those of this process."""
-    total["steps"] += 1
-    total["seconds"] += seconds
-    for work in works:
-        if work.counts:
-            total["rows"] += len(work.batch.rows)
-            total["clips"] += len(work.batch.clips)
-            total["audio_seconds"] += work.batch.seconds(rate)
-            total["tokens"] += trained_tokens(work.batch) if unit == "tokens" else 0
+class Given(NamedTuple):
+    """What one step was given, as far as anyone asks once it is done; counts are those of this process."""
+
+    rows: int
+    """Repeated ones included, that only keep processes in step."""
+    totals: dict[str, float]
+    """What it adds to the stage's."""
+    records: list[str]
+    """Names of the first few records, for a message."""
+    more: int
+    """How many others there were."""
+    operations: float = 0.0
+    """Floating-point operations by the cost model."""
+
+
+def given(works: list[Work], rate: int, unit: str, operations: float = 0.0) -> Given:
+    """What is kept of the works of a step; not their sound, which is large.
+
+    Args:
+        works: of the step.
+        rate: Hz of the waveforms.
+        unit: of the objective's items.
+        operations: of the step.
+    """
+    counted = [work.batch for work in works if work.counts]
+    totals: dict[str, float] = {
+        "steps": 1,
+        "rows": sum(len(batch.rows) for batch in counted),
+        "clips": sum(len(batch.clips) for batch in counted),
+        "audio_seconds": sum(batch.seconds(rate) for batch in counted),
+        "tokens": sum(trained_tokens(batch) for batch in counted) if unit == "tokens" else 0,
+    }
+    records = [record for work in works for record in work.batch.records]
+    rows = sum(len(work.batch.rows) for work in works)
+    return Given(rows, totals, records[:_SHOWN], max(0, len(records) - _SHOWN), operations)
 
 
 class Step(NamedTuple):
@@ -40,45 +73,105 @@ class Step(NamedTuple):
     """What an objective counts as right, of how many; see `Outcome`."""
 
 
-class Meter:
-    """What the log says about the steps since its last line."""
+class Fault(NamedTuple):
+    """The first step whose loss or gradient was not finite."""
 
-    def __init__(self, unit: str) -> None:
+    what: str
+    given: Given
+    undone: int
+    """Steps that were begun and changed nothing: it, and all after it."""
+
+
+class Meter:
+    """Takes note of each step, and reads from the device what came of those since the last time.
+
+    Args:
+        unit: what the items are.
+        total: the stage's totals, to which steps are added when they are read.
+        peak: operations a second that the card can do, where that is known.
+    """
+
+    def __init__(self, unit: str, total: dict[str, float], peak: float | None = None) -> None:
         self.unit = unit
-        """What the items are."""
+        self.total = total
+        self.peak = peak
         self.seconds: list[float] = []
-        """Of every step, without the wait for its data."""
+        """Of every step that was read, without the wait for its data."""
+        self._pending: list[tuple[Told, Given]] = []
+        self._busy = 0.0
+        self._lost = 0.0
+        self._began = time.monotonic()
         self._start()
 
     def _start(self) -> None:
-        self.steps: list[Step] = []
-        self.rows = 0
-        self.waited = 0.0
+        self._steps: list[Step] = []
+        self._rows = 0
+        self._waited = 0.0
+        self._operations = 0.0
 
-    def add(self, step: Step, seconds: float, waited: float, works: list[Work]) -> None:
-        """Add a step, its seconds and those of the wait for its data."""
-        self.steps.append(step)
-        self.seconds.append(seconds)
-        self.waited += waited
-        self.rows += sum(len(work.batch.rows) for work in works)
+    def add(self, told: Told, given: Given, began: float, ready: float) -> None:
+        """Take note of a step that ends now.
+
+        Args:
+            told: what it left on the device.
+            given: what it was given.
+            began: time of the clock at which its data were there.
+            ready: time at which it began to wait for them.
+        """
+        self._pending.append((told, given))
+        self._busy += time.monotonic() - began
+        self._lost += began - ready
+
+    def read(self) -> Fault | None:
+        """Wait for the steps that were begun and count them; the first that was not finite, where there is one.
+
+        All are read at once. A step's seconds are then those of all of them, by their number.
+        """
+        pending, self._pending = self._pending, []
+        if not pending:
+            return None
+        began = time.monotonic()
+        told_X4: list[list[float]] = torch.stack([told.numbers_4 for told, _ in pending]).tolist()
+        now = time.monotonic()
+        busy, passed = self._busy + now - began, now - self._began
+        for i, ((told, given), (loss, norm, hits, tries)) in enumerate(zip(pending, told_X4, strict=True)):
+            for what, number in (("the loss", loss), ("the gradient", norm)):
+                if not math.isfinite(number):
+                    return Fault(what, given, len(pending) - i)
+            self._count(given, busy / len(pending), passed / len(pending))
+            self._steps.append(Step(loss / max(1.0, told.items), told.items, norm, int(hits), int(tries)))
+        self._waited += self._lost
+        self._busy, self._lost, self._began = 0.0, 0.0, now
+        return None
+
+    def _count(self, given: Given, busy: float, passed: float) -> None:
+        self.seconds.append(busy)
+        self.total["seconds"] += passed
+        for name, count in given.totals.items():
+            self.total[name] += count
+        self._rows += given.rows
+        self._operations += given.operations
 
     def line(self) -> dict[str, Any]:
-        """Means since the last line."""
-        recent = self.seconds[-len(self.steps) :]
-        passed = sum(recent) + self.waited
-        items = sum(step.items for step in self.steps)
-        tries = sum(step.tries for step in self.steps)
+        """Means over the steps that were read since the last line."""
+        steps = self._steps
+        passed = sum(self.seconds[-len(steps) :]) + self._waited
+        items = sum(step.items for step in steps)
+        tries = sum(step.tries for step in steps)
         line = {
-            "loss": sum(step.loss * step.items for step in self.steps) / max(1, items),
-            "gradient_norm": max(step.gradient_norm for step in self.steps),
+            "loss": sum(step.loss * step.items for step in steps) / max(1, items),
+            "gradient_norm": max(step.gradient_norm for step in steps),
             self.unit: items,
             f"{self.unit}_per_second": round(items / passed, 1),
-            "rows_per_second": round(self.rows / passed, 1),
-            "step_seconds": round(self.median(len(self.steps)), 5),
-            "wait_seconds": round(self.waited / len(self.steps), 5),
+            "rows_per_second": round(self._rows / passed, 1),
+            "step_seconds": round(self.median(len(steps)), 5),
+            "wait_seconds": round(self._waited / len(steps), 5),
+            "wait_share": round(self._waited / passed, 4),
         }
+        if self.peak is not None:
+            line["mfu"] = round(self._operations / passed / self.peak, 4)
         if tries:
-            line["accuracy"] = round(sum(step.hits for step in self.steps) / tries, 4)
+            line["accuracy"] = round(sum(step.hits for step in steps) / tries, 4)
         self._start()
         return line
 

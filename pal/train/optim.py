@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -11,6 +11,9 @@ from torch import Tensor, nn
 
 from pal.errors import BundleError
 from pal.train.recipe import Stage
+
+_MASTER = "master"
+"""Entry of a parameter that no model holds: a float32 copy of a weight that has fewer bits."""
 
 
 def parameter_groups(trained: Mapping[str, Mapping[str, nn.Parameter]], stage: Stage) -> list[dict[str, Any]]:
@@ -39,9 +42,9 @@ def parameter_groups(trained: Mapping[str, Mapping[str, nn.Parameter]], stage: S
     return groups
 
 
-def adamw(groups: list[dict[str, Any]], stage: Stage, device: torch.device) -> torch.optim.AdamW:
-    """AdamW over `groups`."""
-    return torch.optim.AdamW(groups, betas=stage.betas, fused=device.type in ("cpu", "cuda"))
+def adamw(groups: list[dict[str, Any]], stage: Stage) -> torch.optim.AdamW:
+    """AdamW over `groups`, fused: that one can leave everything as it is where the device says so (`found_inf`)."""
+    return torch.optim.AdamW(groups, betas=stage.betas, fused=True)
 
 
 def lr_factor(step: int, steps: int, warmup: int, schedule: str) -> float:
@@ -64,13 +67,16 @@ def set_lr(optimizer: torch.optim.Optimizer, factor: float) -> dict[str, float]:
     return {group["part"]: group["lr"] for group in optimizer.param_groups}
 
 
-def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Mapping[int, str]) -> dict[str, Tensor]:
+def optimizer_tensors(
+    optimizer: torch.optim.Optimizer, names: Mapping[int, str], masters: Iterable[Tensor] = ()
+) -> dict[str, Tensor]:
     """AdamW's state as `parameter name/entry` -> tensor.
 
     Args:
         names: id of each parameter -> its name.
+        masters: parameters that are kept themselves, as the entry `master`.
     """
-    tensors = {}
+    tensors: dict[str, Tensor] = {f"{names[id(parameter)]}/{_MASTER}": parameter for parameter in masters}
     for parameter, entries in optimizer.state.items():
         for entry, value in entries.items():
             assert isinstance(value, Tensor), entry
@@ -92,10 +98,12 @@ def load_optimizer_tensors(
         states.setdefault(name, {})[entry] = tensor
     for name, entries in states.items():
         parameter = parameters.get(name)
-        if parameter is None or entries["exp_avg"].shape != parameter.shape:
+        shapes = {value.shape for entry, value in entries.items() if entry != "step"}
+        if parameter is None or shapes != {parameter.shape}:
             raise BundleError(f"checkpoint: its optimizer state for '{name}' fits no trained parameter of the recipe")
-        optimizer.state[parameter] = {
-            # AdamW counts its steps in a tensor that stays where it makes it: with the parameter if fused.
-            entry: value.to(parameter.device).clone()
-            for entry, value in entries.items()
-        }
+        if _MASTER in entries:
+            with torch.no_grad():
+                parameter.copy_(entries.pop(_MASTER))
+        if entries:
+            # AdamW counts its steps in a tensor, which is with the parameter if fused
+            optimizer.state[parameter] = {entry: value.to(parameter.device).clone() for entry, value in entries.items()}

@@ -178,6 +178,12 @@ class Stage(StrictConfig):
     backward pass. `pal plan` says what that saves and costs."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Of the computation; weights and optimizer stay as they are stored."""
+    compile: Literal["auto"] | bool = "auto"
+    """Compile the LLM's layers in the first step, which then takes a while. "auto" does so on CUDA."""
+    master_weights: bool = False
+    """Weights that train and are stored in bfloat16 (`llm.dtype`) have a float32 copy beside them, which is what the
+    optimizer changes: an update that is too small for a weight's 8 bits is not lost. The optimizer then holds 12 bytes
+    a weight instead of 4, and checkpoints have the copies."""
     cache: Path | None = None
     """Folder that keeps what the encoders make of each clip, so that none is encoded twice, in this run or in another
     with the same encoders (`pal.features`). Where they are frozen and no source augments its clips. Losses then
@@ -286,6 +292,11 @@ class Recipe(StrictConfig):
                 del source["read_to_end"]  # so that runs of versions without the key go on
             if source["skip_clips"] is None:
                 del source["skip_clips"]
+        for stage in settings["stages"]:
+            if stage["compile"] == "auto":
+                del stage["compile"]
+            if not stage["master_weights"]:
+                del stage["master_weights"]
         return settings
 
     @property

@@ -13,8 +13,6 @@ from pal.train import optim, stages
 from pal.train.recipe import Stage, Trained
 from tests.models import tiny_model
 
-CPU = torch.device("cpu")
-
 
 def stage(**fields: Any) -> Stage:
     return Stage(**{"train": {"encoder": True}, "lr": 1.0, "steps": 10, "batch": {"rows": 1}} | fields)
@@ -53,7 +51,7 @@ def test_a_step_is_adamws() -> None:
     """Loshchilov and Hutter 2019, algorithm 2, two steps by hand."""
     weight = nn.Parameter(torch.tensor([[2.0]]))
     wanted = stage(betas=(0.6, 0.7), weight_decay=0.1, lr=0.05)
-    made = optim.adamw(optim.parameter_groups({"encoder": {"w": weight}}, wanted), wanted, CPU)
+    made = optim.adamw(optim.parameter_groups({"encoder": {"w": weight}}, wanted), wanted)
     w, m, v = 2.0, 0.0, 0.0
     for t, gradient in enumerate((0.5, -0.2), start=1):
         weight.grad = torch.tensor([[gradient]])
@@ -87,9 +85,7 @@ def test_a_constant_rate_stays() -> None:
 
 
 def test_the_factor_reaches_every_group() -> None:
-    made = optim.adamw(
-        optim.parameter_groups({"encoder": dict(Part().named_parameters())}, stage(lr=0.4)), stage(), CPU
-    )
+    made = optim.adamw(optim.parameter_groups({"encoder": dict(Part().named_parameters())}, stage(lr=0.4)), stage())
     for factor in (0.5, 0.25):  # of the highest rate, not of the last one
         assert optim.set_lr(made, factor) == {"encoder": 0.4 * factor}
         assert [group["lr"] for group in made.param_groups] == [0.4 * factor] * 2
@@ -100,7 +96,7 @@ def test_the_optimizers_state_goes_on_as_it_was() -> None:
         torch.manual_seed(0)
         part = of or Part()
         named = dict(part.named_parameters())
-        made = optim.adamw(optim.parameter_groups({"encoder": named}, stage(lr=0.1)), stage(), CPU)
+        made = optim.adamw(optim.parameter_groups({"encoder": named}, stage(lr=0.1)), stage())
         if state is not None:
             optim.load_optimizer_tensors(made, named, state)
         for _ in range(steps):

@@ -3,7 +3,7 @@
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -14,8 +14,9 @@ from transformers.models.llama import modeling_llama
 
 from pal.backbone.llm import Backbone
 from pal.train import loop, run
-from pal.train.meter import Step
+from pal.train.masters import Masters
 from pal.train.objectives import Outcome
+from pal.train.step import Told, Update
 from tests.train.tiny import recipe
 
 # The arithmetic, with a plain gradient descent of rate 1 in AdamW's place
@@ -33,7 +34,7 @@ class Line(nn.Module):
 
 
 class Processes:
-    """As accelerate: this process among several that all do the same."""
+    """As accelerate, and as `Hosts`: this process among several that all do the same."""
 
     device = torch.device("cpu")
     no_sync = staticmethod(lambda module: nullcontext())
@@ -48,8 +49,18 @@ class Processes:
         assert reduction == "sum"
         return told * self.num_processes
 
-    def clip_grad_norm_(self, parameters: list[nn.Parameter], most: float) -> Tensor:
-        return nn.utils.clip_grad_norm_(parameters, most)
+    def sum(self, *numbers: float) -> list[float]:
+        return [number * self.num_processes for number in numbers]
+
+
+class Step(NamedTuple):
+    """What a step says of itself."""
+
+    loss: float
+    items: int
+    gradient_norm: float
+    hits: float
+    tries: float
 
 
 def piece(*numbers: float, counts: bool = True) -> Any:
@@ -59,12 +70,20 @@ def piece(*numbers: float, counts: bool = True) -> Any:
 def stepped(works: list[Any], clip_grad: float | None = None, processes: int = 1) -> tuple[float, Step]:
     """How far the weight moved, and what the step says of itself."""
     line = Line()
-    fake = SimpleNamespace(accelerator=Processes(processes), asked=False, _is_late=lambda: False)
-    optimizer = torch.optim.SGD(line.parameters(), lr=1.0)
-    stage = SimpleNamespace(clip_grad=clip_grad, precision="fp32")
-    step = loop._Run._step(fake, stage, line, optimizer, [line.weight], works)  # type: ignore[arg-type]
+    optimizer = torch.optim.SGD(line.parameters(), lr=1.0, fused=True)
+    told = updating(line, optimizer, clip_grad, processes)(works)
     assert line.weight.grad is None
-    return 10.0 - line.weight.item(), step
+    loss, norm, hits, tries = told.numbers_4.tolist()
+    return 10.0 - line.weight.item(), Step(loss / told.items, told.items, norm, hits, tries)
+
+
+def updating(
+    line: nn.Module, optimizer: torch.optim.Optimizer, clip_grad: float | None = None, processes: int = 1
+) -> Update:
+    stage: Any = SimpleNamespace(clip_grad=clip_grad, precision="fp32")
+    fake: Any = Processes(processes)
+    masters = Masters({"llm": dict(line.named_parameters())}, on=False)
+    return Update(line, optimizer, masters, stage, fake, fake)
 
 
 def test_the_gradient_is_that_of_the_mean_over_all_items() -> None:
@@ -103,7 +122,7 @@ def test_the_gradients_norm_is_clipped(most: float | None, moves: float) -> None
 
 
 def test_a_fake_of_accelerate_has_its_names() -> None:
-    for name in ("no_sync", "backward", "reduce", "clip_grad_norm_"):
+    for name in ("no_sync", "backward", "reduce"):
         assert callable(getattr(Accelerator, name))
 
 
@@ -118,6 +137,9 @@ STAGE = {
 }
 
 
+TOLD = Told(torch.ones(4, dtype=torch.float64), 1, [False, False])
+
+
 def ran(manifest: Path, out: Path, **fields: Any) -> None:
     stages = [STAGE | fields]
     run(recipe(manifest, stages, data={"scenes": {"manifest": str(manifest)}}), out)
@@ -130,9 +152,9 @@ def drawn(manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> An
     def draws(process: int) -> list[tuple[float, float]]:
         seen = []
 
-        def step(self: loop._Run, *args: object) -> Step:
+        def step(self: loop._Run, *args: object) -> Told:
             seen.append((torch.rand(1).item(), float(np.random.rand())))
-            return Step(1.0, 1, 1.0)
+            return TOLD
 
         monkeypatch.setattr(loop._Run, "_step", step)
         monkeypatch.setattr(Accelerator, "process_index", property(lambda self: process))
@@ -201,9 +223,9 @@ def test_a_runs_rates_are_its_stages(
 ) -> None:
     seen = []
 
-    def step(self: loop._Run, stage: Any, objective: Any, optimizer: Any, *args: Any) -> Step:
-        seen.append(optimizer.param_groups[0]["lr"])
-        return Step(1.0, 1, 1.0)
+    def step(self: loop._Run, update: Update, works: Any) -> Told:
+        seen.append(update.optimizer.param_groups[0]["lr"])
+        return TOLD
 
     monkeypatch.setattr(loop._Run, "_step", step)
     ran(manifest, tmp_path, steps=3, warmup=1, schedule=schedule)
