@@ -8,6 +8,8 @@ As a distribution of your own it needs two more lines in `pyproject.toml`, and `
     bands = "my_package.bands"
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from pydantic import Field
@@ -48,10 +50,9 @@ class Bands(Encoder):
         bands_FM = torch.stack([band.mean(1) for band in power_FX.tensor_split(self.config.bands, dim=1)], dim=1)
         return bands_FM.clamp_min(1e-8).log10()
 
-    def forward(self, frames_WFM: Tensor, lengths_W: Tensor) -> AudioFeatures:
+    def forward(self, frames_WFM: Tensor, lengths: Sequence[int]) -> AudioFeatures:
         """One token a frame [W, F, E]."""
-        mask_WA = torch.arange(frames_WFM.shape[1], device=lengths_W.device) < lengths_W[:, None]
-        return AudioFeatures(self.project(frames_WFM), mask_WA, self.seconds_per_token)
+        return AudioFeatures(self.project(frames_WFM), tuple(lengths), self.seconds_per_token)
 
 
 def main() -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
@@ -16,6 +15,7 @@ from pal.errors import ConfigError
 from pal.integrations.routed import Stream
 from pal.model_config import ModelConfig, Part
 from pal.registry import build, check, lookup
+from pal.transfer import to_device
 from pal.types import AudioFeatures, Heard
 
 
@@ -66,10 +66,9 @@ class Ears(nn.Module):
         for i in range(len(self.encoders)):
             encoder = self.encoder(i)
             x_BAE = pad_sequence([clip.x_AE[i] for clip in clips], batch_first=True)
-            lengths_B = torch.tensor([len(clip.x_AE[i]) for clip in clips])
-            mask_BA = torch.arange(x_BAE.shape[1]) < lengths_B[:, None]
+            lengths = tuple(len(clip.x_AE[i]) for clip in clips)
             device = next(encoder.parameters()).device
-            features.append(AudioFeatures(x_BAE.to(device), mask_BA.to(device), encoder.seconds_per_token))
+            features.append(AudioFeatures(to_device(x_BAE, device), lengths, encoder.seconds_per_token))
         return features
 
     def connect(self, heard: list[AudioFeatures]) -> list[AudioFeatures]:

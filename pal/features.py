@@ -129,7 +129,7 @@ class FeatureCache:
         assert not any(encoder.training for encoder in self.ears.encoders), "an encoder in training mode"
         with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bf16"):
             heard = self.ears.hear([samples_N])
-        tensors = {str(i): features.x_BAE[features.mask_BA].cpu() for i, features in enumerate(heard)}
+        tensors = {str(i): features.x_BAE[0, : features.lengths[0]].cpu() for i, features in enumerate(heard)}
         about = {"encoders": self.digest, "clip": name, "seconds": len(samples_N) / self.ears.sampling_rate}
         _write(entry, tensors, json.dumps(about))
 

@@ -148,7 +148,10 @@ class PalModel(nn.Module):
     def hear(self, samples_N: Tensor) -> Heard:
         """One clip at `sampling_rate` as the encoders hear it by itself, for many questions in any batches."""
         heard = self.ears.hear([samples_N])
-        return Heard(tuple(stream.x_BAE[stream.mask_BA] for stream in heard), len(samples_N) / self.sampling_rate)
+        real = tuple(
+            stream.x_BAE[0, : stream.lengths[0]].clone() for stream in heard
+        )  # a view would keep the rest, too
+        return Heard(real, len(samples_N) / self.sampling_rate)
 
     def features(self, clips: list[Tensor] | list[Heard]) -> list[AudioFeatures]:
         """Waveforms [N] at `sampling_rate`, or what the encoders made of them -> the features [B, A, E] of each stream.

@@ -16,10 +16,13 @@ Every tensor name ends in its axes:
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+from pal.transfer import real_ones
 
 if TYPE_CHECKING:
     from pal.backbone.context import AudioContext
@@ -33,21 +36,28 @@ IGNORE = -100
 
 @dataclass(frozen=True)
 class AudioFeatures:
-    """What an encoder or a connector says of some clips: tokens, which are real, and their time scale."""
+    """What an encoder or a connector says of some clips: tokens, how many of them are real, and their time scale."""
 
     x_BAE: Tensor
-    mask_BA: Tensor
-    """True where a token is real; the real ones come first."""
+    lengths: tuple[int, ...]
+    """Real tokens of each clip; they come first. Python's integers: the host knows them without asking the device."""
     seconds_per_token: float
 
     def __post_init__(self) -> None:
-        assert self.x_BAE.shape[:2] == self.mask_BA.shape, (self.x_BAE.shape, self.mask_BA.shape)
-        assert self.mask_BA.dtype == torch.bool
+        clips, tokens = self.x_BAE.shape[:2]
+        assert len(self.lengths) == clips, f"{len(self.lengths)} lengths of {clips} clips"
+        assert all(type(n) is int and 0 <= n <= tokens for n in self.lengths), f"lengths are integers of 0 to {tokens}"
 
     @property
-    def lengths(self) -> list[int]:
-        """Real tokens of each clip."""
-        return [int(n) for n in self.mask_BA.sum(1).tolist()]
+    def padded(self) -> bool:
+        """Whether a clip has fewer real tokens than there are."""
+        return any(n < self.x_BAE.shape[1] for n in self.lengths)
+
+    @cached_property
+    def mask_BA(self) -> Tensor:  # noqa: N802
+        """True where a token is real; on the tokens' device, made without waiting for it."""
+        with torch.inference_mode(False):  # it is kept, and may then be asked for where gradients are taken
+            return real_ones(self.lengths, self.x_BAE.shape[1], self.x_BAE.device)
 
 
 @dataclass(frozen=True)

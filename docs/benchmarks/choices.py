@@ -79,7 +79,7 @@ def making(rounds: int) -> None:
     print("| audio tokens | by layer, ms | folded, ms | folded and grouped, ms |\n|--:|--:|--:|--:|")
     for tokens in (16, 64, 256, 750, 1500):
         x_1AE = torch.randn(1, tokens, 768)
-        features = AudioFeatures(x_1AE, torch.ones(1, tokens, dtype=torch.bool), 0.04)
+        features = AudioFeatures(x_1AE, (tokens,), 0.04)
         keys = {"plain": plain.spans(features, llm).keys, "folded": folded.spans(features, llm).keys}
         k_GAC = keys["plain"].keys_values(3)[0][0]
         same = grouped(x_1AE[0])[3, :, : shared // 2].unflatten(-1, (llm.kv_heads, -1)).transpose(0, 1)

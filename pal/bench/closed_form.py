@@ -46,7 +46,7 @@ def on_paper(subject: Subject, scene: Scene, preset: Preset, phase: Phase) -> On
         # its own forward pass makes logits of every row, and projects windows in full before it drops what is empty
         step = replace(step, targets=scene.text_tokens + scene.audio_tokens)
         window = preset.encoder["max_source_positions"] // 2
-        empty = len(scene.frames.lengths_W) * window - scene.batch * scene.audio_tokens
+        empty = len(scene.frames.lengths) * window - scene.batch * scene.audio_tokens
         extra = linear(empty, preset.width, llm.width, False, step.integration, step.own_bytes)
     added = _added(subject, step, scene.audio_tokens, preset.width)
     hearing = _hearing(scene, preset) if added else 0.0
@@ -140,4 +140,4 @@ def _hearing(scene: Scene, preset: Preset) -> float:
     T = shape["max_source_positions"]
     convolved = 2 * T * M * 3 * D + T * D * 3 * D
     layer = T * (4 * D * D + 2 * D * F) + 2 * T * T * D
-    return 2.0 * len(scene.frames.lengths_W) * (convolved + shape["num_hidden_layers"] * layer)
+    return 2.0 * len(scene.frames.lengths) * (convolved + shape["num_hidden_layers"] * layer)

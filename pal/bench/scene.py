@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from pal.bench.presets import Preset
-from pal.encoders.base import Encoder
+from pal.encoders.base import Encoder, join_windows
 from pal.types import AUDIO, IGNORE, AudioFeatures, Tokens
 
 
@@ -19,7 +19,8 @@ class Frames:
 
     encoder: Encoder
     x_WFM: Tensor
-    lengths_W: Tensor
+    lengths: tuple[int, ...]
+    """Real frames of each window."""
     tokens_W: Tensor
     """Audio tokens of each window."""
 
@@ -54,10 +55,8 @@ class Scene:
         if self.given is not None:
             return self.given
         assert self.frames is not None
-        heard = self.frames.encoder(self.frames.x_WFM, self.frames.lengths_W)
-        x_BAE = heard.x_BAE[heard.mask_BA].view(self.batch, self.audio_tokens, -1)
-        mask_BA = torch.ones(x_BAE.shape[:2], dtype=torch.bool, device=x_BAE.device)
-        return AudioFeatures(x_BAE, mask_BA, heard.seconds_per_token)
+        heard = self.frames.encoder(self.frames.x_WFM, self.frames.lengths)
+        return join_windows(heard, [len(heard.lengths) // self.batch] * self.batch)
 
     def rows(self, hears: bool, trains: bool) -> list[Tokens]:
         """The conversations as an integration takes them."""
@@ -78,7 +77,7 @@ def make_scene(preset: Preset, batch: int, audio_tokens: int, vocab: int, encode
     given = frames = None
     if encoder is None:
         x_BAE = torch.randn(batch, audio_tokens, preset.width, generator=generator).to(device, dtype)
-        given = AudioFeatures(x_BAE, torch.ones(batch, audio_tokens, dtype=torch.bool, device=device), 0.04)
+        given = AudioFeatures(x_BAE, (audio_tokens,) * batch, 0.04)
     else:
         frames = _frames(encoder, batch, audio_tokens, generator, device, dtype)
     return Scene(
@@ -109,6 +108,6 @@ def _frames(
     return Frames(
         encoder=encoder,
         x_WFM=pad_sequence(windows, batch_first=True).to(device, dtype),
-        lengths_W=torch.tensor([len(frames_FM) for frames_FM in windows], device=device),
+        lengths=tuple(len(frames_FM) for frames_FM in windows),
         tokens_W=torch.tensor(counts * batch, device=device),
     )

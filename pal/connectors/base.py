@@ -22,4 +22,4 @@ class Connector(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, *features: Any, **options: Any) -> AudioFeatures:
-        """`AudioFeatures` [B, A, E_in], as many as `takes` -> [B, A', width]."""
+        """`AudioFeatures` [B, A, E_in], as many as `takes` -> [B, A', width]; no tensor is read, lengths are known."""

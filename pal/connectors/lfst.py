@@ -13,6 +13,7 @@ from pal.connectors.attention import Attention, heads_of, sinusoids
 from pal.connectors.base import Connector
 from pal.errors import ConfigError
 from pal.registry import register
+from pal.transfer import to_device
 from pal.types import AudioFeatures
 
 _BLOCK = 64
@@ -84,22 +85,21 @@ class LFST(Connector):
             max(a * fine.seconds_per_token, b * aligned.seconds_per_token)
             for a, b in zip(fine.lengths, aligned.lengths, strict=True)
         ]
-        device = fine.x_BAE.device
         lengths = [max(1, math.ceil(s / step - 1e-6)) for s in seconds]
         S = max(lengths)
-        # in float64 on the CPU: in float32 an hour is too long to say which token lies at a region's border
-        times_S = (torch.arange(S, dtype=torch.float64) + 0.5) * step
+        device = fine.x_BAE.device
         tokens = [
             _Tokens(enter, stream, reach / 2, step)
             for enter, stream, reach in zip(
                 self.enter, features, (self.config.fine_seconds, self.config.aligned_seconds), strict=True
             )
         ]
-        start_SE = self.latent_E + sinusoids(times_S / step, self.width).to(self.latent_E)
+        start_SE = self.latent_E + to_device(
+            sinusoids(_times(0, S, step) / step, self.width).to(self.latent_E.dtype), device
+        )
         blocks = []
         for first in range(0, S, _BLOCK):
-            times = times_S[first : first + _BLOCK]
-            near = [stream.near(times) for stream in tokens]
+            near = [stream.near(first, min(first + _BLOCK, S)) for stream in tokens]
             keys_BKE = torch.cat([x_BKE for x_BKE, _ in near], dim=1)
             seen_BQK = torch.cat([seen for _, seen in near], dim=2)
             # a latent of padding sees everything, as nothing to look at makes NaN; it is masked out
@@ -108,31 +108,41 @@ class LFST(Connector):
             for layer in self.layers:
                 x_BQE = layer(x_BQE, keys_BKE, seen_BQK)
             blocks.append(x_BQE)
-        # made on the CPU, so that `pal plan` can read them although a skeleton's own tensors have no numbers
-        mask_BS = torch.arange(S, device=device) < torch.tensor(lengths).to(device)[:, None]
-        return AudioFeatures(self.norm(torch.cat(blocks, dim=1)), mask_BS, step)
+        return AudioFeatures(self.norm(torch.cat(blocks, dim=1)), tuple(lengths), step)
 
 
 class _Tokens:
     """One encoder's tokens at the connector's width, with their time marked."""
 
     def __init__(self, enter: nn.Module, features: AudioFeatures, reach: float, step: float) -> None:
-        real_BA1 = features.mask_BA[..., None]
-        x_BAE = enter(features.x_BAE.masked_fill(~real_BA1, 0.0))
+        x_BAE = features.x_BAE
+        if features.padded:
+            x_BAE = x_BAE.masked_fill(~features.mask_BA[..., None], 0.0)
+        x_BAE = enter(x_BAE)
         self.seconds = features.seconds_per_token
-        self.times_A = (torch.arange(x_BAE.shape[1], dtype=torch.float64) + 0.5) * self.seconds
-        self.x_BAE = x_BAE + sinusoids(self.times_A / step, x_BAE.shape[2]).to(x_BAE)
-        self.mask_BA = features.mask_BA
+        self.step = step
+        self.times_A = _times(0, x_BAE.shape[1], self.seconds)
+        waves_AE = sinusoids(self.times_A / step, x_BAE.shape[2]).to(x_BAE.dtype)
+        self.x_BAE = x_BAE + to_device(waves_AE, x_BAE.device)
+        self.features = features
         self.reach = max(reach, self.seconds / 2)
         """Seconds to either side that a latent sees, at least one token."""
 
-    def near(self, times_Q: Tensor) -> tuple[Tensor, Tensor]:
-        """The tokens that some latent at these times may see [B, K, E], and which does [B, Q, K]."""
-        first = math.floor((float(times_Q[0]) - self.reach) / self.seconds) - 1
-        last = math.ceil((float(times_Q[-1]) + self.reach) / self.seconds) + 1
-        part = slice(max(0, first), max(0, last))
-        seen_QK = (self.times_A[part] - times_Q[:, None]).abs() <= self.reach + 1e-9
-        return self.x_BAE[:, part], seen_QK.to(self.mask_BA.device) & self.mask_BA[:, None, part]
+    def near(self, first: int, last: int) -> tuple[Tensor, Tensor]:
+        """The tokens that some latent from `first` to before `last` may see [B, K, E], and which does [B, Q, K]."""
+        start = math.floor(((first + 0.5) * self.step - self.reach) / self.seconds) - 1
+        end = math.ceil(((last - 0.5) * self.step + self.reach) / self.seconds) + 1
+        part = slice(max(0, start), max(0, end))
+        seen_QK = (self.times_A[part] - _times(first, last, self.step)[:, None]).abs() <= self.reach + 1e-9
+        seen_1QK = to_device(seen_QK, self.x_BAE.device)[None]
+        if not self.features.padded:
+            return self.x_BAE[:, part], seen_1QK.expand(len(self.x_BAE), -1, -1)
+        return self.x_BAE[:, part], seen_1QK & self.features.mask_BA[:, None, part]
+
+
+def _times(first: int, last: int, step: float) -> Tensor:
+    """Seconds of the middles of steps on the host; in float32 an hour is too long to tell what lies at a border."""
+    return (torch.arange(first, last, dtype=torch.float64) + 0.5) * step
 
 
 class _Layer(nn.Module):

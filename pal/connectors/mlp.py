@@ -39,4 +39,4 @@ class MLP(Connector):
 
     def forward(self, features: AudioFeatures) -> AudioFeatures:
         """[B, A, E_in] -> [B, A, width]."""
-        return AudioFeatures(self.layers(features.x_BAE), features.mask_BA, features.seconds_per_token)
+        return AudioFeatures(self.layers(features.x_BAE), features.lengths, features.seconds_per_token)

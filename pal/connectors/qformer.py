@@ -10,6 +10,7 @@ from pal.connectors.attention import Attention, heads_of, sinusoids
 from pal.connectors.base import Connector
 from pal.errors import ConfigError
 from pal.registry import register
+from pal.transfer import real_ones, to_device
 from pal.types import AudioFeatures
 
 
@@ -82,8 +83,8 @@ class QFormer(Connector):
 
     def forward(self, features: AudioFeatures) -> AudioFeatures:
         """[B, A, E_in] -> [B, windows x queries, width]; one window where `window_seconds` is None."""
-        x_BAE, mask_BA = features.x_BAE, features.mask_BA
-        batch, tokens = mask_BA.shape
+        x_BAE = features.x_BAE
+        batch, tokens = x_BAE.shape[:2]
         size = tokens
         seconds = 0.0
         if self.window_seconds is not None:
@@ -92,20 +93,21 @@ class QFormer(Connector):
         windows = -(-tokens // size)
         rest = windows * size - tokens
         x_WAE = F.pad(x_BAE, (0, 0, 0, rest)).reshape(batch * windows, size, -1)
-        mask_WA = F.pad(mask_BA, (0, rest)).reshape(batch * windows, size)
 
         audio_WAE = self.audio_norm(x_WAE)
         if self.positions:
-            audio_WAE = audio_WAE + sinusoids(torch.arange(size).float(), audio_WAE.shape[2]).to(audio_WAE)
-        real_W = mask_WA.any(1)
-        # a window of padding alone may look at it, as nothing to look at makes NaN; its tokens are masked out
-        visible_WA = mask_WA | ~real_W[:, None]
+            waves_AE = sinusoids(torch.arange(size).float(), audio_WAE.shape[2]).to(audio_WAE.dtype)
+            audio_WAE = audio_WAE + to_device(waves_AE, audio_WAE.device)
+        # a window of padding alone may look at it, as nothing to look at makes NaN; its tokens are padding themselves
+        starts = range(0, windows * size, size)
+        seen = [min(n - start, size) if start < n else size for n in features.lengths for start in starts]
+        visible_WA = real_ones(seen, size, audio_WAE.device) if min(seen) < size else None
         s_WSE = self.query_norm(self.queries_SE).expand(len(audio_WAE), -1, -1)
         for block in self.blocks:
             s_WSE = block(s_WSE, audio_WAE, visible_WA)
 
-        mask_BS = real_W.reshape(batch, windows).repeat_interleave(len(self.queries_SE), dim=1)
-        return AudioFeatures(s_WSE.reshape(batch, -1, self.width), mask_BS, seconds)
+        lengths = tuple(-(-n // size) * len(self.queries_SE) for n in features.lengths)
+        return AudioFeatures(s_WSE.reshape(batch, -1, self.width), lengths, seconds)
 
 
 class _Block(nn.Module):
@@ -123,7 +125,7 @@ class _Block(nn.Module):
         self.ffn_norm = nn.LayerNorm(width)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, s_WSE: Tensor, audio_WAE: Tensor, mask_WA: Tensor) -> Tensor:
+    def forward(self, s_WSE: Tensor, audio_WAE: Tensor, mask_WA: Tensor | None) -> Tensor:
         s_WSE = self.self_norm(s_WSE + self.dropout(self.self_attention(s_WSE, s_WSE, None)))
         if self.cross_attention is not None:
             s_WSE = self.cross_norm(s_WSE + self.dropout(self.cross_attention(s_WSE, audio_WAE, mask_WA)))

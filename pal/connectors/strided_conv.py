@@ -1,6 +1,5 @@
 """Fewer tokens: one from every r, by a convolution over time."""
 
-import torch
 from pydantic import Field, model_validator
 from torch import nn
 from torch.nn import functional as F
@@ -50,16 +49,17 @@ class StridedConv(Connector):
 
     def forward(self, features: AudioFeatures) -> AudioFeatures:
         """[B, A, E_in] -> [B, ceil(A / r), width]."""
-        mask_BA = features.mask_BA
-        # after the norm, whose bias would make padding other than zero
-        x_BAE = self.norm(features.x_BAE).masked_fill(~mask_BA[:, :, None], 0.0)
-        tokens = -(-mask_BA.shape[1] // self.stride)
+        size = features.x_BAE.shape[1]
+        x_BAE = self.norm(features.x_BAE)
+        if features.padded:
+            # after the norm, whose bias would make padding other than zero
+            x_BAE = x_BAE.masked_fill(~features.mask_BA[:, :, None], 0.0)
+        tokens = -(-size // self.stride)
         before = (self.kernel - self.stride) // 2
-        after = (tokens - 1) * self.stride + self.kernel - before - mask_BA.shape[1]
+        after = (tokens - 1) * self.stride + self.kernel - before - size
         x_BEA = F.pad(x_BAE.transpose(1, 2), (before, after))
-        lengths_B = (mask_BA.sum(1) + self.stride - 1) // self.stride
         return AudioFeatures(
             self.conv(x_BEA).transpose(1, 2),
-            torch.arange(tokens, device=mask_BA.device) < lengths_B[:, None],
+            tuple(-(-n // self.stride) for n in features.lengths),
             features.seconds_per_token * self.stride,
         )

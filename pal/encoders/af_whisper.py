@@ -1,8 +1,8 @@
 """AF-Whisper, the encoder of Audio Flamingo 3, from transformers, on the real part of a clip only."""
 
+from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from pal.config import StrictConfig
@@ -11,6 +11,7 @@ from pal.encoders.checkpoint import Checkpoint
 from pal.encoders.log_mel import WhisperLogMel
 from pal.errors import ConfigError
 from pal.registry import register
+from pal.transfer import real_ones
 from pal.types import AudioFeatures
 
 _FRAMES_PER_TOKEN = 4
@@ -67,17 +68,15 @@ class AFWhisper(Encoder):
         """Samples at 16 kHz [N] -> log-mel frames of 10 ms [F, M], a few more than the real ones."""
         return self._log_mel(samples_N)
 
-    def forward(self, frames_WFM: Tensor, lengths_W: Tensor) -> AudioFeatures:
-        """Frames as `frontend` makes them, zero-padded, and how many of each -> tokens [W, A, E] and mask."""
-        windows_WFM = self._log_mel.fill(frames_WFM, lengths_W)
-        real_W = self._log_mel.real(lengths_W)
-        real_WF = torch.arange(windows_WFM.shape[1], device=lengths_W.device) < real_W[:, None]
+    def forward(self, frames_WFM: Tensor, lengths: Sequence[int]) -> AudioFeatures:
+        """Frames as `frontend` makes them, zero-padded, and how many of each -> tokens [W, A, E]."""
+        windows_WFM = self._log_mel.fill(frames_WFM, lengths)
+        real = self._log_mel.real(lengths)
+        real_WF = real_ones(real, windows_WFM.shape[1], windows_WFM.device)
         x_WAE = self.network(windows_WFM.transpose(1, 2), input_features_mask=real_WF).last_hidden_state
 
-        tokens_W = (real_W - 1) // _FRAMES_PER_TOKEN + 1
-        x_WAE = x_WAE[:, : int(tokens_W.max())]
-        mask_WA = torch.arange(x_WAE.shape[1], device=lengths_W.device) < tokens_W[:, None]
-        return AudioFeatures(x_WAE, mask_WA, self.seconds_per_token)
+        tokens = tuple((n - 1) // _FRAMES_PER_TOKEN + 1 for n in real)
+        return AudioFeatures(x_WAE[:, : max(tokens)], tokens, self.seconds_per_token)
 
 
 def _build(architecture: dict[str, Any]) -> Any:

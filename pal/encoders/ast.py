@@ -1,5 +1,6 @@
 """The Audio Spectrogram Transformer (Gong et al. 2021) from transformers, on the real part of a clip only."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -82,14 +83,14 @@ class AST(Encoder):
         rest = begun_frames(len(samples_N)) - len(frames_FM)
         return F.pad(frames_FM, (0, 0, 0, rest), value=self._padding)
 
-    def forward(self, frames_WFM: Tensor, lengths_W: Tensor) -> AudioFeatures:
-        """Frames as `frontend` makes them, zero-padded, and how many of each -> tokens [W, A, E] and mask."""
+    def forward(self, frames_WFM: Tensor, lengths: Sequence[int]) -> AudioFeatures:
+        """Frames as `frontend` makes them, zero-padded, and how many of each -> tokens [W, A, E]."""
         ast = self.network.config
-        padded_WFM = pad_windows(frames_WFM, lengths_W, ast.max_length, self._padding)
+        padded_WFM = pad_windows(frames_WFM, lengths, ast.max_length, self._padding)
         x_WAE = self.network(padded_WFM).last_hidden_state[:, 2:]  # after the class and distillation tokens
         x_WSPE = x_WAE.unflatten(1, (self._patches, self._steps)).transpose(1, 2)
-        steps_W = (lengths_W + ast.time_stride - 1) // ast.time_stride
-        return to_features(x_WSPE, steps_W, self.config.frequency, self._step_seconds)
+        steps = [-(-n // ast.time_stride) for n in lengths]
+        return to_features(x_WSPE, steps, self.config.frequency, self._step_seconds)
 
     def _normalise(self, frames: Any) -> Any:
         return (frames - self.config.mean) / (2 * self.config.std)

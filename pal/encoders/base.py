@@ -1,6 +1,7 @@
 """The contract of audio encoders: waveforms in, `AudioFeatures` out, nothing cut."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
+from pal.transfer import to_device
 from pal.types import AudioFeatures
 
 _WINDOWS_AT_ONCE = 16
@@ -42,11 +44,14 @@ class Encoder(nn.Module, ABC):
         """Mono samples of at most one window, float32 [N] -> frames [F, M] on the CPU, deterministic."""
 
     @abstractmethod
-    def forward(self, frames_WFM: Tensor, lengths_W: Tensor) -> AudioFeatures:
-        """Zero-padded frames and the number of real ones of each window -> tokens [W, A, E] and mask."""
+    def forward(self, frames_WFM: Tensor, lengths: Sequence[int]) -> AudioFeatures:
+        """Zero-padded frames and the number of real ones of each window -> tokens [W, A, E].
+
+        How many tokens are real is worked out from `lengths`: reading a tensor would make the host wait for the device.
+        """
 
     def encode(self, waveforms: list[Tensor]) -> AudioFeatures:
-        """Waveforms [N] at `sampling_rate`, one a clip -> features [B, A, E]; padding is masked out."""
+        """Waveforms [N] at `sampling_rate`, one a clip -> features [B, A, E], with padding behind the shorter ones."""
         device = next(self.parameters()).device
         dtype = next(self.parameters()).dtype
         windows = [self._windows(samples_N) for samples_N in waveforms]
@@ -58,9 +63,9 @@ class Encoder(nn.Module, ABC):
         for first in range(0, len(flat), most):
             with torch.autocast("cpu", enabled=False):  # spectra in half precision are not those of the papers
                 frames = [self.frontend(window_N) for window_N in flat[first : first + most]]
-            lengths_W = torch.tensor([len(frames_FM) for frames_FM in frames], device=device)
-            parts.append(self(pad_sequence(frames, batch_first=True).to(device, dtype), lengths_W))
-        return _join_windows(_one_batch(parts), counts)
+            lengths = [len(frames_FM) for frames_FM in frames]
+            parts.append(self(to_device(pad_sequence(frames, batch_first=True), device).to(dtype), lengths))
+        return join_windows(_one_batch(parts), counts)
 
     def _windows(self, samples_N: Tensor) -> list[Tensor]:
         if self.window_seconds is None:
@@ -74,21 +79,24 @@ def _one_batch(parts: list[AudioFeatures]) -> AudioFeatures:
         return parts[0]
     longest = max(part.x_BAE.shape[1] for part in parts)
     x_BAE = torch.cat([F.pad(part.x_BAE, (0, 0, 0, longest - part.x_BAE.shape[1])) for part in parts])
-    mask_BA = torch.cat([F.pad(part.mask_BA, (0, longest - part.mask_BA.shape[1])) for part in parts])
-    return AudioFeatures(x_BAE, mask_BA, parts[0].seconds_per_token)
+    lengths = tuple(n for part in parts for n in part.lengths)
+    return AudioFeatures(x_BAE, lengths, parts[0].seconds_per_token)
 
 
-def _join_windows(features: AudioFeatures, counts: list[int]) -> AudioFeatures:
-    """Join the real tokens of each clip's windows, in order of time."""
+def join_windows(features: AudioFeatures, counts: Sequence[int]) -> AudioFeatures:
+    """The real tokens of each clip's windows, in order of time.
+
+    Args:
+        features: of all windows, clip after clip.
+        counts: windows of each clip.
+    """
     if all(count == 1 for count in counts):
         return features
+    # taken apart at once: the gradient of each slice alone would be as large as all of them
+    windows = [x_AE[:n] for x_AE, n in zip(features.x_BAE.unbind(), features.lengths, strict=True)]
     clips = []
-    first = 0
     for count in counts:
-        mask_WA = features.mask_BA[first : first + count]
-        clips.append(features.x_BAE[first : first + count][mask_WA])
-        first += count
-    lengths = torch.tensor([len(x_AE) for x_AE in clips], device=features.x_BAE.device)
-    x_BAE = pad_sequence(clips, batch_first=True)
-    mask_BA = torch.arange(x_BAE.shape[1], device=x_BAE.device) < lengths[:, None]
-    return AudioFeatures(x_BAE, mask_BA, features.seconds_per_token)
+        clips.append(torch.cat(windows[:count]))
+        del windows[:count]
+    lengths = tuple(len(x_AE) for x_AE in clips)
+    return AudioFeatures(pad_sequence(clips, batch_first=True), lengths, features.seconds_per_token)

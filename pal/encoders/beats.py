@@ -9,6 +9,7 @@ compared with the original's own output.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from pal.encoders.fbank import HOP, RATE, fbank
 from pal.encoders.patches import Frequency, to_features, tokens_per_step
 from pal.errors import ConfigError
 from pal.registry import register
+from pal.transfer import real_ones
 from pal.types import AudioFeatures
 
 _MELS = 128
@@ -83,8 +85,8 @@ class Network(nn.Module):
         self.post_extract_proj = nn.Linear(sizes.embed_dim, width) if sizes.embed_dim != width else None
         self.encoder = _Transformer(sizes)
 
-    def forward(self, frames_WFM: Tensor, mask_WA: Tensor) -> Tensor:
-        """Normalised frames, a multiple of the patch, and which patches are real -> [W, A, E], A = step * P + patch."""
+    def forward(self, frames_WFM: Tensor, mask_WA: Tensor | None) -> Tensor:
+        """Normalised frames, a multiple of the patch, which patches are real -> [W, A, E], A = step * P + patch."""
         x_WAE = self.layer_norm(self.patch_embedding(frames_WFM[:, None]).flatten(2).mT)
         if self.post_extract_proj is not None:
             x_WAE = self.post_extract_proj(x_WAE)
@@ -166,13 +168,14 @@ class Beats(Encoder):
         frames_FM = fbank(samples_N, mels=_MELS, window="povey", scale=_SCALE, frames=frames)
         return (frames_FM - _MEAN) / (2 * _STD)
 
-    def forward(self, frames_WFM: Tensor, lengths_W: Tensor) -> AudioFeatures:
-        """Frames as `frontend` makes them, zero-padded, and how many of each -> tokens [W, A, E] and mask."""
-        steps_W = lengths_W // self._sizes.input_patch_size
+    def forward(self, frames_WFM: Tensor, lengths: Sequence[int]) -> AudioFeatures:
+        """Frames as `frontend` makes them, zero-padded, and how many of each -> tokens [W, A, E]."""
+        steps = [n // self._sizes.input_patch_size for n in lengths]
         patches = frames_WFM.shape[1] // self._sizes.input_patch_size * self._patches
-        mask_WA = torch.arange(patches, device=lengths_W.device) < self._patches * steps_W[:, None]
+        real = [self._patches * n for n in steps]
+        mask_WA = real_ones(real, patches, frames_WFM.device) if min(real) < patches else None
         x_WSPE = self.network(frames_WFM, mask_WA).unflatten(1, (-1, self._patches))
-        return to_features(x_WSPE, steps_W, self.config.frequency, self._step_seconds)
+        return to_features(x_WSPE, steps, self.config.frequency, self._step_seconds)
 
 
 class _Transformer(nn.Module):
@@ -183,8 +186,9 @@ class _Transformer(nn.Module):
         # The bias is the first layer's and serves all of them.
         self.layers = nn.ModuleList(_Layer(sizes, has_bias=at == 0) for at in range(sizes.encoder_layers))
 
-    def forward(self, x_WAE: Tensor, mask_WA: Tensor) -> Tensor:
-        x_WAE = x_WAE * mask_WA[..., None]
+    def forward(self, x_WAE: Tensor, mask_WA: Tensor | None) -> Tensor:
+        if mask_WA is not None:
+            x_WAE = x_WAE * mask_WA[..., None]
         x_WAE = self.layer_norm(x_WAE + self.pos_conv[0](x_WAE))
         first: Any = self.layers[0]
         bias_HAK = first.self_attn.bias(x_WAE.shape[1])
@@ -223,7 +227,7 @@ class _Layer(nn.Module):
         self.final_layer_norm = nn.LayerNorm(width)
         self.residual = (2 * sizes.encoder_layers) ** 0.25 if sizes.deep_norm else 1.0
 
-    def forward(self, x_WAE: Tensor, bias_HAK: Tensor, mask_WA: Tensor) -> Tensor:
+    def forward(self, x_WAE: Tensor, bias_HAK: Tensor, mask_WA: Tensor | None) -> Tensor:
         x_WAE = self.self_attn_layer_norm(self.residual * x_WAE + self.self_attn(x_WAE, bias_HAK, mask_WA))
         return self.final_layer_norm(self.residual * x_WAE + self.fc2(F.gelu(self.fc1(x_WAE))))
 
@@ -251,14 +255,16 @@ class _Attention(nn.Module):
         bucket_AK = _bucket(at_A - at_A[:, None], table.num_embeddings // 2, self.max_distance)
         return table(bucket_AK).permute(2, 0, 1)
 
-    def forward(self, x_WAE: Tensor, bias_HAK: Tensor, mask_WA: Tensor) -> Tensor:
+    def forward(self, x_WAE: Tensor, bias_HAK: Tensor, mask_WA: Tensor | None) -> Tensor:
         q_WHAC, k_WHAC, v_WHAC = (
             project(x_WAE).unflatten(2, (self.heads, -1)).transpose(1, 2)
             for project in (self.q_proj, self.k_proj, self.v_proj)
         )
         forget_WHA1, keep_WHA1 = self.grep_linear(q_WHAC).unflatten(3, (2, 4)).sum(4).sigmoid().split(1, 3)
         gate_WHA1 = forget_WHA1 * (keep_WHA1 * self.grep_a - 1) + 2
-        scores_WHAK = (gate_WHA1 * bias_HAK).masked_fill(~mask_WA[:, None, None], -torch.inf)
+        scores_WHAK = gate_WHA1 * bias_HAK
+        if mask_WA is not None:
+            scores_WHAK = scores_WHAK.masked_fill(~mask_WA[:, None, None], -torch.inf)
         heard_WHAC = F.scaled_dot_product_attention(q_WHAC, k_WHAC, v_WHAC, attn_mask=scores_WHAK)
         return self.out_proj(heard_WHAC.transpose(1, 2).flatten(2))
 

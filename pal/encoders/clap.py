@@ -1,5 +1,6 @@
 """CLAP's audio encoder (HTSAT) from transformers, fused or not, on the real part of a clip only."""
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -106,8 +107,8 @@ class Clap(Encoder):
         steps = -(-len(samples_N) * self._steps // _WINDOW)
         return F.pad(decibel_FM.float(), (0, 0, 0, steps))
 
-    def forward(self, frames_WFM: Tensor, lengths_W: Tensor) -> AudioFeatures:
-        """Frames as `frontend` makes them, zero-padded, and how many of each -> tokens [W, A, E] and mask."""
+    def forward(self, frames_WFM: Tensor, lengths: Sequence[int]) -> AudioFeatures:
+        """Frames as `frontend` makes them, zero-padded, and how many of each -> tokens [W, A, E]."""
         channels = _CHANNELS if self._fused else 1
         images_WXFM = frames_WFM[:, None, :_FRAMES].expand(-1, channels, -1, -1)
         longer_W1 = torch.zeros(len(frames_WFM), 1, dtype=torch.bool, device=frames_WFM.device)
@@ -116,10 +117,8 @@ class Clap(Encoder):
         map_WAXE = map_WEXA.permute(0, 3, 2, 1)
         x_WAE = map_WAXE.flatten(1, 2) if self.config.frequency == "tokens" else map_WAXE.flatten(2)
 
-        tokens_W = (lengths_W - _FRAMES) * self._tokens_per_step
-        x_WAE = x_WAE[:, : int(tokens_W.max())]
-        mask_WA = torch.arange(x_WAE.shape[1], device=lengths_W.device) < tokens_W[:, None]
-        return AudioFeatures(x_WAE, mask_WA, self.seconds_per_token)
+        tokens = tuple((n - _FRAMES) * self._tokens_per_step for n in lengths)
+        return AudioFeatures(x_WAE[:, : max(tokens)], tokens, self.seconds_per_token)
 
 
 def _mel_filters(mels: int, fused: bool) -> Tensor:

@@ -1,7 +1,11 @@
 """Whisper's log-mel front-end, for networks that take windows of one length and clips of any."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
+
+from pal.transfer import to_device
 
 _AFTER = 3
 """Frames that follow the real ones: two that the 25 ms window of the transform still reaches with
@@ -42,14 +46,18 @@ class WhisperLogMel:
         frames_FM = features.input_features[0].T
         return torch.cat([frames_FM, frames_FM[-1:].expand(frames - len(frames_FM), -1)])
 
-    def fill(self, frames_WFM: Tensor, lengths_W: Tensor) -> Tensor:
+    def fill(self, frames_WFM: Tensor, lengths: Sequence[int]) -> Tensor:
         """Frames as `__call__` makes them, zero-padded, and how many of each -> full windows.
 
         Each is continued with its own last frame, which is silence.
         """
-        index_WF = torch.arange(self._frames, device=lengths_W.device).minimum(lengths_W[:, None] - 1)
+        if min(lengths) >= self._frames:
+            return frames_WFM[:, : self._frames]
+        device = frames_WFM.device
+        last_W = to_device(torch.tensor(lengths, dtype=torch.long) - 1, device)
+        index_WF = torch.arange(self._frames, device=device).minimum(last_W[:, None])
         return frames_WFM.gather(1, index_WF[:, :, None].expand(-1, -1, frames_WFM.shape[2]))
 
-    def real(self, lengths_W: Tensor) -> Tensor:
+    def real(self, lengths: Sequence[int]) -> list[int]:
         """How many of the frames are real, those with samples at their centre or after it: ceil(N / 160)."""
-        return (lengths_W - _AFTER).clamp(max=self._frames)
+        return [min(n - _AFTER, self._frames) for n in lengths]

@@ -4,12 +4,13 @@ Axes beside the legend in `pal/types.py`: S steps of time, P patches of one step
 frequency.
 """
 
+from collections.abc import Sequence
 from typing import Literal
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from pal.transfer import real_ones
 from pal.types import AudioFeatures
 
 Frequency = Literal["tokens", "mean"]
@@ -22,17 +23,17 @@ def tokens_per_step(patches: int, frequency: Frequency) -> int:
     return patches if frequency == "tokens" else 1
 
 
-def pad_windows(frames_WFM: Tensor, lengths_W: Tensor, frames: int, value: float) -> Tensor:
-    """Make windows [W, F, M] so many `frames` long; behind each one's own `lengths_W` comes `value`."""
+def pad_windows(frames_WFM: Tensor, lengths: Sequence[int], frames: int, value: float) -> Tensor:
+    """Make windows [W, F, M] so many `frames` long; behind each one's own `lengths` comes `value`."""
     frames_WFM = F.pad(frames_WFM, (0, 0, 0, frames - frames_WFM.shape[1]))
-    behind_WF = torch.arange(frames, device=lengths_W.device) >= lengths_W[:, None]
-    return frames_WFM.masked_fill(behind_WF[:, :, None], value)
+    if min(lengths) >= frames:
+        return frames_WFM
+    return frames_WFM.masked_fill(~real_ones(lengths, frames, frames_WFM.device)[:, :, None], value)
 
 
-def to_features(x_WSPE: Tensor, steps_W: Tensor, frequency: Frequency, seconds_per_step: float) -> AudioFeatures:
-    """Patches and how many steps of each window are real -> tokens in order of time, and mask."""
-    x_WSPE = x_WSPE[:, : int(steps_W.max())]
+def to_features(x_WSPE: Tensor, steps: Sequence[int], frequency: Frequency, seconds_per_step: float) -> AudioFeatures:
+    """Patches and how many steps of each window are real -> tokens in order of time."""
+    x_WSPE = x_WSPE[:, : max(steps)]
     each = tokens_per_step(x_WSPE.shape[2], frequency)
     x_WAE = x_WSPE.flatten(1, 2) if frequency == "tokens" else x_WSPE.mean(2)
-    mask_WA = torch.arange(x_WAE.shape[1], device=steps_W.device) < each * steps_W[:, None]
-    return AudioFeatures(x_WAE, mask_WA, seconds_per_step / each)
+    return AudioFeatures(x_WAE, tuple(each * n for n in steps), seconds_per_step / each)

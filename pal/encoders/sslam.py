@@ -5,6 +5,7 @@ SSLAM could be had while it was written. What the tests hold it to: an independe
 plain matrix products, the number of parameters, and the names of both published layouts.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -136,12 +137,12 @@ class Sslam(Encoder):
         rest = begun_frames(len(samples_N)) - len(frames_FM)
         return F.pad(frames_FM, (0, 0, 0, rest), value=self._padding)
 
-    def forward(self, frames_WFM: Tensor, lengths_W: Tensor) -> AudioFeatures:
-        """Frames as `frontend` makes them, zero-padded, and how many of each -> tokens [W, A, E] and mask."""
-        padded_WFM = pad_windows(frames_WFM, lengths_W, self._sizes.img_size[0], self._padding)
+    def forward(self, frames_WFM: Tensor, lengths: Sequence[int]) -> AudioFeatures:
+        """Frames as `frontend` makes them, zero-padded, and how many of each -> tokens [W, A, E]."""
+        padded_WFM = pad_windows(frames_WFM, lengths, self._sizes.img_size[0], self._padding)
         x_WSPE = self.network(padded_WFM)[:, 1:].unflatten(1, (-1, self._patches))
-        steps_W = (lengths_W + self._sizes.patch_size - 1) // self._sizes.patch_size
-        return to_features(x_WSPE, steps_W, self.config.frequency, self._step_seconds)
+        steps = [-(-n // self._sizes.patch_size) for n in lengths]
+        return to_features(x_WSPE, steps, self.config.frequency, self._step_seconds)
 
 
 class _LocalEncoder(nn.Module):

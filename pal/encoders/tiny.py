@@ -3,6 +3,7 @@
 Every operation is local in time, so a clip of any length goes at once and the cost is linear in it.
 """
 
+from collections.abc import Sequence
 from functools import cache
 
 import torch
@@ -12,6 +13,7 @@ from torch.nn import functional as F
 from pal.config import StrictConfig
 from pal.encoders.base import Encoder
 from pal.registry import register
+from pal.transfer import real_ones
 from pal.types import AudioFeatures
 
 _RATE = 16_000
@@ -84,33 +86,39 @@ class Tiny(Encoder):
         mel_FM = power_FX @ _mel_filters(self.config.mels)
         return (mel_FM.clamp_min(_FLOOR).log10() + 4) / 4
 
-    def forward(self, frames_WFM: Tensor, lengths_W: Tensor) -> AudioFeatures:
+    def forward(self, frames_WFM: Tensor, lengths: Sequence[int]) -> AudioFeatures:
         """Frames [W, F, M] -> tokens [W, ceil(F / 4), E]."""
         if self.training and self.config.mask_bins:
             frames_WFM = _hide_bands(frames_WFM, self.config.mask_bins)
         # Silence on both sides, whose tokens are dropped again: a clip that was cut tight sounds as it would
         # amid silence, where a convolution's own zeros would be a noise of -40 dB.
         margin = 4 * self.config.margin
-        frames_WFM = frames_WFM.masked_fill(~_mask(lengths_W, frames_WFM.shape[1])[..., None], _SILENCE)
+        mask_WF = _mask(lengths, frames_WFM)
+        if mask_WF is not None:
+            frames_WFM = frames_WFM.masked_fill(~mask_WF[..., None], _SILENCE)
         frames_WFM = F.pad(frames_WFM, (0, 0, margin, margin), value=_SILENCE)
-        real_W = (lengths_W + 3) // 4
-        lengths_W = lengths_W + 2 * margin
+        tokens = tuple(-(-n // 4) for n in lengths)
+        lengths = [n + 2 * margin for n in lengths]
+        mask_WF = _mask(lengths, frames_WFM)
         # Channels last: the memory order in which CPU convolutions are fastest, up to 10 times here.
         x_WCFM = frames_WFM[:, None].to(memory_format=torch.channels_last)
         # Padding is set to zero before every convolution, which is what it finds past a clip's own
         # end: so a padded batch gives what its clips give alone.
         for conv, norm, halves in zip(self.convs, self.norms, (True, True, False, False), strict=True):
-            x_WCFM = x_WCFM * _mask(lengths_W, x_WCFM.shape[2])[:, None, :, None]
+            if mask_WF is not None:
+                x_WCFM = x_WCFM * mask_WF[:, None, :, None]
             x_WCFM = F.gelu(norm(conv(x_WCFM)))
             if halves:
-                lengths_W = (lengths_W + 1) // 2
-        mask_WA = _mask(lengths_W, x_WCFM.shape[2])
+                lengths = [(n + 1) // 2 for n in lengths]
+                mask_WF = _mask(lengths, x_WCFM[:, 0])
         x_WAE = self.project(x_WCFM.permute(0, 2, 1, 3).flatten(2))
         for block in self.blocks:
-            x_WAE = block(x_WAE, mask_WA)
-        x_WAE = self.norm(x_WAE)[:, self.config.margin :][:, : int(real_W.max())]
-        mask_WA = _mask(real_W, x_WAE.shape[1])
-        return AudioFeatures(x_WAE * mask_WA[..., None], mask_WA, self.seconds_per_token)
+            x_WAE = block(x_WAE, mask_WF)
+        x_WAE = self.norm(x_WAE)[:, self.config.margin :][:, : max(tokens)]
+        mask_WA = _mask(tokens, x_WAE)
+        if mask_WA is not None:
+            x_WAE = x_WAE * mask_WA[..., None]
+        return AudioFeatures(x_WAE, tokens, self.seconds_per_token)
 
 
 class _Block(nn.Module):
@@ -125,8 +133,9 @@ class _Block(nn.Module):
         self.contract = nn.Linear(4 * width, width)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x_WAE: Tensor, mask_WA: Tensor) -> Tensor:
-        y_WAE = self.conv((x_WAE * mask_WA[..., None]).mT).mT
+    def forward(self, x_WAE: Tensor, mask_WA: Tensor | None) -> Tensor:
+        heard_WAE = x_WAE if mask_WA is None else x_WAE * mask_WA[..., None]
+        y_WAE = self.conv(heard_WAE.mT).mT
         return x_WAE + self.dropout(self.contract(F.gelu(self.expand(self.norm(y_WAE)))))
 
 
@@ -140,8 +149,10 @@ def _hide_bands(frames_WFM: Tensor, most: int) -> Tensor:
     return frames_WFM.masked_fill(hidden_W2M.any(1)[:, None], 0.0)
 
 
-def _mask(lengths_W: Tensor, size: int) -> Tensor:
-    return torch.arange(size, device=lengths_W.device) < lengths_W[:, None]
+def _mask(lengths: Sequence[int], x_WAE: Tensor) -> Tensor | None:
+    """Which of the tokens are real; None where all are."""
+    size = x_WAE.shape[1]
+    return real_ones(lengths, size, x_WAE.device) if min(lengths) < size else None
 
 
 @cache

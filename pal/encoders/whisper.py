@@ -1,8 +1,8 @@
 """Whisper's encoder from transformers, any size, on the real part of a clip only."""
 
+from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from pal.config import StrictConfig
@@ -60,15 +60,13 @@ class Whisper(Encoder):
         """Samples at 16 kHz [N] -> log-mel frames of 10 ms [F, M], a few more than the real ones."""
         return self._log_mel(samples_N)
 
-    def forward(self, frames_WFM: Tensor, lengths_W: Tensor) -> AudioFeatures:
-        """Frames as `frontend` makes them, zero-padded, and how many of each -> tokens [W, A, E] and mask."""
-        windows_WFM = self._log_mel.fill(frames_WFM, lengths_W)
+    def forward(self, frames_WFM: Tensor, lengths: Sequence[int]) -> AudioFeatures:
+        """Frames as `frontend` makes them, zero-padded, and how many of each -> tokens [W, A, E]."""
+        windows_WFM = self._log_mel.fill(frames_WFM, lengths)
         x_WAE = self.network(windows_WFM.transpose(1, 2)).last_hidden_state
 
-        tokens_W = (self._log_mel.real(lengths_W) - 1) // 2 + 1
-        x_WAE = x_WAE[:, : int(tokens_W.max())]
-        mask_WA = torch.arange(x_WAE.shape[1], device=lengths_W.device) < tokens_W[:, None]
-        return AudioFeatures(x_WAE, mask_WA, self.seconds_per_token)
+        tokens = tuple((real - 1) // 2 + 1 for real in self._log_mel.real(lengths))
+        return AudioFeatures(x_WAE[:, : max(tokens)], tokens, self.seconds_per_token)
 
 
 def _build(architecture: dict[str, Any]) -> Any:

@@ -27,4 +27,4 @@ class ProjectedKeys:
 
 def zeroed(features: AudioFeatures) -> Tensor:
     """Features [B, A, E] with zeros for padding, since even a masked key must be finite."""
-    return features.x_BAE.masked_fill(~features.mask_BA[..., None], 0.0)
+    return features.x_BAE.masked_fill(~features.mask_BA[..., None], 0.0) if features.padded else features.x_BAE

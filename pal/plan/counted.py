@@ -53,20 +53,19 @@ def heard(encoder: Encoder, seconds: float) -> tuple[AudioFeatures, Cost]:
     for length, times in windows.items():
         with FlopCounterMode(display=False) as frontend:
             frames_1FM = encoder.frontend(torch.zeros(length))[None]
-        features, cost = _counted(encoder, frames_1FM.to("meta"), torch.tensor([frames_1FM.shape[1]]))
+        features, cost = _counted(encoder, frames_1FM.to("meta"), [frames_1FM.shape[1]])
         tokens += times * features.lengths[0]
         parts.append((cost + Cost(forward=frontend.get_total_flops())).times(times))
     x_BAE = torch.empty(1, tokens, encoder.width, device="meta")
     x_BAE.requires_grad_(any(parameter.requires_grad for parameter in encoder.parameters()))
-    mask_BA = torch.ones(1, tokens, dtype=torch.bool)
-    return AudioFeatures(x_BAE, mask_BA, encoder.seconds_per_token), total(parts)
+    return AudioFeatures(x_BAE, (tokens,), encoder.seconds_per_token), total(parts)
 
 
 def connected(connector: Connector, features: list[AudioFeatures]) -> tuple[AudioFeatures, Cost]:
     """What a connector on the meta device makes of features of one clip, and what it costs."""
     out, cost = _counted(connector, *features)
     x_BAE = torch.empty(out.x_BAE.shape, device="meta").requires_grad_(out.x_BAE.requires_grad)
-    return AudioFeatures(x_BAE, out.mask_BA, out.seconds_per_token), cost
+    return AudioFeatures(x_BAE, out.lengths, out.seconds_per_token), cost
 
 
 def _counted(network: nn.Module, *inputs: Any) -> tuple[AudioFeatures, Cost]:

@@ -56,13 +56,13 @@ class Transcript(Route):
         if any(spans is None for spans in given):
             raise ConfigError("objective 'transcript': a clip has no tags; leave its source out of the stage's data")
         seconds = self.tokens * self._seconds_per_token
-        rows_U = torch.tensor([math.ceil(len(samples_N) / self._rate / seconds) for samples_N in batch.waveforms])
-        S = int(rows_U.max())
+        rows = tuple(math.ceil(len(samples_N) / self._rate / seconds) for samples_N in batch.waveforms)
+        S = max(rows)
         held = []
         for spans in given:
             clip_J, held_SJ, timed_J = marks(list(spans or ()), self.numbers, S, seconds)
             held.append(torch.where(timed_J, held_SJ, clip_J))
-        return AudioFeatures(torch.stack(held), torch.arange(S) < rows_U[:, None], seconds)
+        return AudioFeatures(torch.stack(held), rows, seconds)
 
     def spans(self, features: AudioFeatures, llm: Backbone) -> ClipSpans:
         """One row for every few tokens."""

@@ -227,7 +227,7 @@ def test_whatever_changes_the_answer_is_that_of_the_layers(name, change):
         torch.manual_seed(1)
         CHANGES[change](model)
         torch.manual_seed(1)
-        features = [AudioFeatures(torch.randn(1, 9, 12).to(model.llm.dtype), torch.ones(1, 9, dtype=torch.bool), 0.1)]
+        features = [AudioFeatures(torch.randn(1, 9, 12).to(model.llm.dtype), (9,), 0.1)]
         keys.append(model.integration.index(features, model.llm, "d").streams[0])
     torch.testing.assert_close(keys[0].k_LBGAC, keys[1].k_LBGAC, atol=2e-5, rtol=2e-5)
     torch.testing.assert_close(keys[0].v_LBGAC, keys[1].v_LBGAC, atol=2e-5, rtol=2e-5)

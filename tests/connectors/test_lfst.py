@@ -32,9 +32,8 @@ def tokens(seconds: list[float], each: float, width: int, seed: int = 0) -> Audi
     lengths = [max(1, math.ceil(s / each - 1e-9)) for s in seconds]
     generator = torch.Generator().manual_seed(seed)
     x_BAE = torch.randn(len(lengths), max(lengths) + 2, width, generator=generator)
-    mask_BA = torch.arange(max(lengths) + 2) < torch.tensor(lengths)[:, None]
-    x_BAE[~mask_BA] *= 100
-    return AudioFeatures(x_BAE, mask_BA, each)
+    x_BAE[torch.arange(max(lengths) + 2) >= torch.tensor(lengths)[:, None]] *= 100
+    return AudioFeatures(x_BAE, tuple(lengths), each)
 
 
 def clips(*seconds: float) -> tuple[AudioFeatures, AudioFeatures]:
@@ -43,9 +42,7 @@ def clips(*seconds: float) -> tuple[AudioFeatures, AudioFeatures]:
 
 def one(features: AudioFeatures, row: int) -> AudioFeatures:
     real = features.lengths[row]
-    return AudioFeatures(
-        features.x_BAE[row : row + 1, :real], features.mask_BA[row : row + 1, :real], features.seconds_per_token
-    )
+    return AudioFeatures(features.x_BAE[row : row + 1, :real], (real,), features.seconds_per_token)
 
 
 def plain(connector: LFST, fine: Tensor, aligned: Tensor) -> Tensor:
@@ -100,7 +97,7 @@ def test_it_equals_plain_matrix_products(seconds: float) -> None:
     with torch.no_grad():
         ours = connector(fine, aligned)
         theirs = plain(connector, one(fine, 0).x_BAE[0], one(aligned, 0).x_BAE[0])
-    assert ours.lengths == [len(theirs)]
+    assert ours.lengths == (len(theirs),)
     assert_close(ours.x_BAE[0][ours.mask_BA[0]].double(), theirs, atol=2e-5, rtol=2e-5)
 
 
@@ -121,7 +118,7 @@ def test_a_latent_hears_its_own_region_of_the_fine_tokens() -> None:
     before = connector(fine, aligned).x_BAE[0]
     moved = fine.x_BAE.clone()
     moved[0, 150] = torch.randn(WIDTHS[0])  # 3.01 s
-    after = connector(AudioFeatures(moved, fine.mask_BA, FINE), aligned).x_BAE[0]
+    after = connector(AudioFeatures(moved, fine.lengths, FINE), aligned).x_BAE[0]
     changed = (before - after).abs().amax(1) > 1e-6
     centres = (torch.arange(len(changed)).double() + 0.5) * 0.32
     assert changed.tolist() == ((centres - 3.01).abs() <= 0.15 + 1e-9).tolist() and changed.any()
@@ -133,14 +130,14 @@ def test_a_change_late_in_the_clip_changes_late_latents_only() -> None:
     before = connector(fine, aligned).x_BAE[0]
     moved = aligned.x_BAE.clone()
     moved[0, 250] = torch.randn(WIDTHS[1])  # 37.6 s
-    changed = (before - connector(fine, AudioFeatures(moved, aligned.mask_BA, ALIGNED)).x_BAE[0]).abs().amax(1) > 1e-6
+    changed = (before - connector(fine, AudioFeatures(moved, aligned.lengths, ALIGNED)).x_BAE[0]).abs().amax(1) > 1e-6
     assert changed.any() and changed.nonzero()[0] * 0.32 > 36
 
 
 def test_gradients_reach_every_weight_and_both_encoders() -> None:
     connector = make().train()
     fine, aligned = clips(1.0)
-    inputs = [AudioFeatures(f.x_BAE.requires_grad_(), f.mask_BA, f.seconds_per_token) for f in (fine, aligned)]
+    inputs = [AudioFeatures(f.x_BAE.requires_grad_(), f.lengths, f.seconds_per_token) for f in (fine, aligned)]
     connector(*inputs).x_BAE.square().sum().backward()
     assert all(
         p.grad is not None and p.grad.abs().sum() > 0
@@ -156,7 +153,7 @@ def test_gradients_reach_every_weight_and_both_encoders() -> None:
 def test_an_encoder_without_time_is_refused() -> None:
     fine, aligned = clips(1.0)
     with pytest.raises(ConfigError, match="time"):
-        make()(fine, AudioFeatures(aligned.x_BAE, aligned.mask_BA, 0.0))
+        make()(fine, AudioFeatures(aligned.x_BAE, aligned.lengths, 0.0))
 
 
 def test_unfit_heads_are_refused() -> None:

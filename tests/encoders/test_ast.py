@@ -78,7 +78,7 @@ def test_frames_and_tokens_equal_transformers(folder: Path, encoder: AST, length
     assert_close(found_FM, frames_FM[: len(found_FM)], atol=1e-4, rtol=0)
     with torch.no_grad():
         features = encoder.encode([samples_N])
-    assert features.lengths == [len(tokens_AE)]
+    assert features.lengths == (len(tokens_AE),)
     assert_close(features.x_BAE[0], tokens_AE, atol=1e-5, rtol=1e-5)
 
 
@@ -90,7 +90,7 @@ def test_ten_seconds_at_the_published_shape(tmp_path: Path) -> None:
     samples_N = clip(10 * RATE)
     with torch.no_grad():
         features = encoder.encode([samples_N, clip(163_840, 1)])
-    assert features.lengths == [1200, 1236]
+    assert features.lengths == (1200, 1236)
     assert_close(features.x_BAE[0, :1200], reference(folder, samples_N)[1], atol=1e-5, rtol=1e-5)
 
 
@@ -108,7 +108,7 @@ def test_windows_lose_nothing(folder: Path, encoder: AST) -> None:
     samples_N = clip(45_000)
     with torch.no_grad():
         features = encoder.encode([samples_N, clip(1_600)])
-    assert features.lengths == [12 * 12 + 12 * 12 + 12 * 5, 12]
+    assert features.lengths == (12 * 12 + 12 * 12 + 12 * 5, 12)
     assert features.lengths[0] * features.seconds_per_token >= 45_000 / RATE
     expected = torch.cat([reference(folder, window_N)[1] for window_N in samples_N.split(19_200)])
     assert_close(features.x_BAE[0], expected, atol=1e-5, rtol=1e-5)
@@ -119,7 +119,7 @@ def test_mean_over_frequencies(folder: Path, encoder: AST) -> None:
     clips = [clip(20_000), clip(3_000)]
     with torch.no_grad():
         each, means = encoder.encode(clips), mean.encode(clips)
-    assert (means.lengths, means.seconds_per_token) == ([13, 2], pytest.approx(0.1))
+    assert (means.lengths, means.seconds_per_token) == ((13, 2), pytest.approx(0.1))
     assert_close(means.x_BAE[0], each.x_BAE[0].unflatten(0, (-1, 12)).mean(1))
 
 

@@ -146,7 +146,7 @@ def test_equals_the_description(encoder: Beats, length: int) -> None:
     with torch.no_grad():
         features = encoder.encode([samples_N])
     expected_AE = reference(beats_tensors(), frames_FM)
-    assert features.lengths == [len(expected_AE)] == [8 * -(-length // 2560)]
+    assert features.lengths == (len(expected_AE),) == (8 * -(-length // 2560),)
     assert_close(features.x_BAE[0], expected_AE, atol=1e-4, rtol=1e-4)
 
 
@@ -207,7 +207,7 @@ def test_a_step_is_eight_tokens_from_low_to_high(tmp_path: Path) -> None:
         event_FM = quiet_FM.clone()
         event_FM[16 * step + 3, 16 * band + 5] += 5
         with torch.no_grad():
-            both = encoder(torch.stack([quiet_FM, event_FM]), torch.tensor([64, 64])).x_BAE
+            both = encoder(torch.stack([quiet_FM, event_FM]), [64, 64]).x_BAE
         changed = (both[0] - both[1]).abs().amax(1).nonzero().flatten().tolist()
         assert changed == [step * 8 + band]
 
@@ -216,7 +216,7 @@ def test_a_padded_batch_equals_its_clips(encoder: Beats) -> None:
     clips = [clip(length, seed, level) for seed, (length, level) in enumerate([(20_000, 1e-3), (9_001, 1.0), (1, 0.1)])]
     with torch.no_grad():
         features = encoder.encode(clips)
-    assert features.lengths == [64, 32, 8]
+    assert features.lengths == (64, 32, 8)
     for row, samples_N in enumerate(clips):
         found_AE = features.x_BAE[row][features.mask_BA[row]]
         assert_close(found_AE, reference(beats_tensors(), frames_of(samples_N)), atol=1e-4, rtol=1e-4)
@@ -229,12 +229,12 @@ def test_what_padding_holds_does_not_matter(encoder: Beats) -> None:
     noisy_WFM = frames_WFM.clone()
     noisy_WFM[1, 16:] += 100
     with torch.no_grad():
-        one, two = (encoder(x, torch.tensor([48, 16])) for x in (frames_WFM, noisy_WFM))
+        one, two = (encoder(x, [48, 16]) for x in (frames_WFM, noisy_WFM))
     assert torch.equal(one.x_BAE[one.mask_BA], two.x_BAE[two.mask_BA])
 
 
-@pytest.mark.parametrize(("window", "counts"), [(0.32, [8 * 10, 8]), (10.24, [8 * 10, 8])])
-def test_windows_lose_nothing(folder: Path, window: float, counts: list[int]) -> None:
+@pytest.mark.parametrize(("window", "counts"), [(0.32, (8 * 10, 8)), (10.24, (8 * 10, 8))])
+def test_windows_lose_nothing(folder: Path, window: float, counts: tuple[int, ...]) -> None:
     encoder = build("encoder", {"name": "beats", "path": str(folder), "window_seconds": window}).eval()
     samples_N = clip(25_000)
     with torch.no_grad():
@@ -260,7 +260,7 @@ def test_mean_over_frequencies(folder: Path, encoder: Beats) -> None:
     clips = [clip(20_000), clip(3_000)]
     with torch.no_grad():
         each, means = encoder.encode(clips), mean.encode(clips)
-    assert (means.lengths, means.seconds_per_token) == ([8, 2], 0.16)
+    assert (means.lengths, means.seconds_per_token) == ((8, 2), 0.16)
     assert_close(means.x_BAE[0], each.x_BAE[0].unflatten(0, (-1, 8)).mean(1))
 
 

@@ -104,7 +104,7 @@ def test_frames_and_tokens_equal_transformers(folder: Path, encoder: Clap, lengt
     with torch.no_grad():
         features = encoder.encode([samples_N])
     steps = math.ceil(length / STEP)
-    assert features.lengths == [2 * steps]
+    assert features.lengths == (2 * steps,)
     assert_close(features.x_BAE[0], in_order_of_time(map_EXA, steps), atol=1e-5, rtol=1e-5)
 
 
@@ -124,7 +124,7 @@ def test_the_mean_of_all_tokens_is_what_clap_pools(folder: Path, encoder: Clap) 
     with torch.no_grad():
         theirs = network(folder)(frames_FM.expand(1, channels, -1, -1), is_longer=torch.tensor([[False]]))
         ours = encoder.encode([clip(480_000)])
-    assert ours.lengths == [64]
+    assert ours.lengths == (64,)
     assert_close(ours.x_BAE.mean(1), theirs.pooler_output, atol=1e-5, rtol=1e-5)
 
 
@@ -135,8 +135,8 @@ def test_concatenated_halves(folder: Path, encoder: Clap) -> None:
     with torch.no_grad():
         narrow_A = encoder.encode([samples_N, clip(7)])
         wide_A = wide.encode([samples_N, clip(7)])
-    assert narrow_A.lengths == [64 + 64 + 26, 2]
-    assert wide_A.lengths == [32 + 32 + 13, 1]
+    assert narrow_A.lengths == (64 + 64 + 26, 2)
+    assert wide_A.lengths == (32 + 32 + 13, 1)
     pairs = narrow_A.x_BAE[0].unflatten(0, (-1, 2))
     assert_close(wide_A.x_BAE[0], torch.cat([pairs[:, 0], pairs[:, 1]], 1), atol=1e-6, rtol=0)
 
@@ -146,7 +146,7 @@ def test_long_audio_in_a_batch_loses_nothing(folder: Path, encoder: Clap) -> Non
     clips = [clip(length, seed, level) for seed, (length, level) in enumerate(kinds)]
     with torch.no_grad():
         features = encoder.encode(clips)
-    assert features.lengths == [2 * (32 + 32 + 13), 64, 14, 2, 2]
+    assert features.lengths == (2 * (32 + 32 + 13), 64, 14, 2, 2)
     for row, samples_N in enumerate(clips):
         windows = [(reference(folder, w)[1], math.ceil(len(w) / STEP)) for w in samples_N.split(480_000)]
         expected = torch.cat([in_order_of_time(map_EXA, steps) for map_EXA, steps in windows])
@@ -219,7 +219,7 @@ def test_a_saved_extractor_is_not_read(tmp_path: Path) -> None:
     saved(tmp_path, tiny())
     ClapFeatureExtractor(max_length_s=1, frequency_max=10_000).save_pretrained(tmp_path)
     encoder = Clap(Clap.Config(path=str(tmp_path))).eval()
-    assert encoder.encode([clip(10 * RATE)]).lengths == [64]
+    assert encoder.encode([clip(10 * RATE)]).lengths == (64,)
     assert_close(encoder.frontend(clip(900))[:1001], reference(tmp_path, clip(900))[0], atol=1e-5, rtol=0)
 
 
@@ -236,7 +236,7 @@ def test_bfloat16() -> None:
     encoder = Clap(Clap.Config(architecture=tiny(enable_fusion=True).to_dict())).to(torch.bfloat16).eval()
     features = encoder.encode([clip(8_000), clip(100_000)])
     assert features.x_BAE.dtype == torch.bfloat16
-    assert features.lengths == [2, 14]
+    assert features.lengths == (2, 14)
     assert features.x_BAE.isfinite().all()
 
 

@@ -94,7 +94,7 @@ def test_equals_the_description(encoder: Sslam, length: int) -> None:
     with torch.no_grad():
         features = encoder.encode([samples_N])
     expected_AE = tokens_of(sslam_tensors(), samples_N)
-    assert features.lengths == [len(expected_AE)] == [8 * -(-length // 2560)]
+    assert features.lengths == (len(expected_AE),) == (8 * -(-length // 2560),)
     assert_close(features.x_BAE[0], expected_AE, atol=1e-4, rtol=1e-4)
 
 
@@ -158,7 +158,7 @@ def test_a_padded_batch_equals_its_clips(encoder: Sslam) -> None:
     ]
     with torch.no_grad():
         features = encoder.encode(clips)
-    assert features.lengths == [512, 32, 8]
+    assert features.lengths == (512, 32, 8)
     for row, samples_N in enumerate(clips):
         found_AE = features.x_BAE[row][features.mask_BA[row]]
         assert_close(found_AE, tokens_of(sslam_tensors(), samples_N), atol=1e-4, rtol=1e-4)
@@ -170,7 +170,7 @@ def test_windows_lose_nothing(encoder: Sslam) -> None:
     samples_N = clip(400_000)
     with torch.no_grad():
         features = encoder.encode([samples_N, clip(RATE)])
-    assert features.lengths == [8 * 157, 8 * 7]
+    assert features.lengths == (8 * 157, 8 * 7)
     assert features.lengths[0] * features.seconds_per_token >= 400_000 / RATE
     expected_AE = torch.cat([tokens_of(sslam_tensors(), window_N) for window_N in samples_N.split(163_840)])
     assert_close(features.x_BAE[0], expected_AE, atol=1e-4, rtol=1e-4)
@@ -190,7 +190,7 @@ def test_mean_over_frequencies(folder: Path, encoder: Sslam) -> None:
     clips = [clip(170_000), clip(3_000)]
     with torch.no_grad():
         each, means = encoder.encode(clips), mean.encode(clips)
-    assert (means.lengths, means.seconds_per_token, means.x_BAE.shape[2]) == ([67, 2], 0.16, 16)
+    assert (means.lengths, means.seconds_per_token, means.x_BAE.shape[2]) == ((67, 2), 0.16, 16)
     assert_close(means.x_BAE[0], each.x_BAE[0].unflatten(0, (-1, 8)).mean(1))
 
 

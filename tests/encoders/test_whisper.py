@@ -69,7 +69,7 @@ def test_frames_and_tokens_equal_transformers(folder: Path, encoder: Whisper, le
     assert_close(encoder.frontend(samples_N)[:frames], frames_FM, atol=1e-5, rtol=0)
     with torch.no_grad():
         features = encoder.encode([samples_N])
-    assert features.lengths == [len(tokens_AE)]
+    assert features.lengths == (len(tokens_AE),)
     assert_close(features.x_BAE[0], tokens_AE, atol=1e-5, rtol=1e-5)
 
 
@@ -98,7 +98,7 @@ def test_seventy_seconds_are_three_windows(folder: Path, encoder: Whisper) -> No
     samples_N = clip(70 * RATE)
     with torch.no_grad():
         features = encoder.encode([samples_N, clip(RATE)])
-    assert features.lengths == [3500, 50]
+    assert features.lengths == (3500, 50)
     assert features.seconds_per_token == 0.02
     expected = torch.cat([reference(folder, window_N)[1] for window_N in samples_N.split(30 * RATE)])
     assert_close(features.x_BAE[0], expected, atol=1e-5, rtol=1e-5)
@@ -113,7 +113,7 @@ def test_a_checkpoint_with_a_head_gives_the_same_weights(tmp_path: Path) -> None
     for name, tensor in ours.network.state_dict().items():
         assert torch.equal(tensor, theirs[name]), name
     assert (ours.window_seconds, ours.width, ours.sampling_rate) == (1.0, 16, RATE)
-    assert ours.encode([clip(25 * RATE // 10)]).lengths == [125]
+    assert ours.encode([clip(25 * RATE // 10)]).lengths == (125,)
 
 
 def test_a_bundle_rebuilds_it_without_the_folder(folder: Path, encoder: Whisper) -> None:
@@ -129,7 +129,7 @@ def test_a_bundle_rebuilds_it_without_the_folder(folder: Path, encoder: Whisper)
 def test_a_saved_extractor_that_cuts_is_not_read(tmp_path: Path) -> None:
     folder = saved(tmp_path, tiny(max_source_positions=50))
     WhisperFeatureExtractor(feature_size=80, chunk_length=1, max_length=7).save_pretrained(folder)
-    assert Whisper(Whisper.Config(path=str(folder))).encode([clip(16_000)]).lengths == [50]
+    assert Whisper(Whisper.Config(path=str(folder))).encode([clip(16_000)]).lengths == (50,)
 
 
 def test_more_mel_bins(tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
 """The part of an encoder that all share: windows, batches, and how their tokens are joined."""
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -26,12 +28,11 @@ class Counting(Encoder):
         assert self.window_seconds is None or len(samples_N) <= self.window_seconds * self.sampling_rate
         return samples_N[:, None]
 
-    def forward(self, frames_WFM: Tensor, lengths_W: Tensor) -> AudioFeatures:
+    def forward(self, frames_WFM: Tensor, lengths: Sequence[int]) -> AudioFeatures:
         odd = frames_WFM.shape[1] % 2
         sums_WA = nn.functional.pad(frames_WFM[:, :, 0], (0, odd)).unflatten(1, (-1, 2)).sum(2) * self.one
-        mask_WA = torch.arange(sums_WA.shape[1]) < (lengths_W[:, None] + 1) // 2
-        x_WAE = torch.stack([sums_WA, lengths_W[:, None].expand_as(sums_WA).float()], 2)
-        return AudioFeatures(x_WAE, mask_WA, self.seconds_per_token)
+        x_WAE = torch.stack([sums_WA, torch.tensor(lengths)[:, None].expand_as(sums_WA).float()], 2)
+        return AudioFeatures(x_WAE, tuple((n + 1) // 2 for n in lengths), self.seconds_per_token)
 
 
 def clip(length: int) -> Tensor:

@@ -112,7 +112,7 @@ def features(*lengths, seed=2, garbage=True):
     mask_BA = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
     if garbage:
         x_BAE = torch.where(mask_BA[..., None], x_BAE, 1e3)
-    return AudioFeatures(x_BAE, mask_BA, 0.04)
+    return AudioFeatures(x_BAE, lengths, 0.04)
 
 
 def conversation(ids, clips=(0, 1), labels=None):
@@ -151,7 +151,7 @@ def _scene(decoder, integration, row, audio, keys=True, rows=True, asked=()):
         for route, own in zip(integration.routes(), weights, strict=True)
     ]
     heard = audio if isinstance(audio, list) else [audio]
-    clips = [[features.x_BAE[clip][features.mask_BA[clip]] for features in heard] for clip in row.clips]
+    clips = [[features.x_BAE[clip, : features.lengths[clip]] for features in heard] for clip in row.clips]
     return lay_out(streams, row.ids, clips, decoder.embed, keys, rows, asked)
 
 

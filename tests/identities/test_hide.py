@@ -330,7 +330,7 @@ def test_the_integration_is_called_in_one_place():
 
 def test_tokens_without_time_have_no_span_to_hide():
     llm, integration = shared("llama", "lal")
-    timeless = AudioFeatures(torch.randn(1, 4, 10), torch.ones(1, 4, dtype=torch.bool), 0.0)
+    timeless = AudioFeatures(torch.randn(1, 4, 10), (4,), 0.0)
     inputs = integration(timeless, [Tokens([5, AUDIO, 6], [0])], llm, located=True)
     with pytest.raises(ConfigError, match="no time of their own"):
         inputs.audio.without(Hide(seconds=(0.0, 1.0)))

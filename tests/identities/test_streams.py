@@ -109,7 +109,8 @@ def test_indexed_saved_and_appended_it_is_the_same(name, tmp_path):
     close(llm(integration(stored, rows, llm)).logits, expected, 1e-5)
 
     def part(at):
-        return [AudioFeatures(f.x_BAE[:, at], f.mask_BA[:, at], f.seconds_per_token) for f in audio]
+        lengths = [tuple(len(range(n)[at]) for n in f.lengths) for f in audio]
+        return [AudioFeatures(f.x_BAE[:, at], n, f.seconds_per_token) for f, n in zip(audio, lengths, strict=True)]
 
     both = integration.index(part(slice(0, CUT)), llm, "d").append(integration.index(part(slice(CUT, None)), llm, "d"))
     close(llm(integration(both, rows, llm)).logits, expected, 1e-5)

@@ -23,14 +23,12 @@ class Encoder(nn.Module):
     width = 2
 
     def encode(self, waveforms: list[Tensor]) -> AudioFeatures:
-        tokens = [-(-len(x) // 10) for x in waveforms]
+        tokens = tuple(-(-len(x) // 10) for x in waveforms)
         x_BAE = torch.zeros(len(waveforms), max(tokens), 2)
-        mask_BA = torch.zeros(len(waveforms), max(tokens), dtype=torch.bool)
         for i, x_N in enumerate(waveforms):
             for j, piece in enumerate(x_N.split(10)):
                 x_BAE[i, j] = torch.stack([piece.mean(), piece.max()])
-                mask_BA[i, j] = True
-        return AudioFeatures(x_BAE, mask_BA, 0.1)
+        return AudioFeatures(x_BAE, tokens, 0.1)
 
 
 class Ears(nn.Module):

@@ -41,7 +41,7 @@ def test_a_row_is_the_sum_of_what_holds_then(model):
     transcript = made(model, seconds_per_row=0.2)
     batch = Batch([clip(0.8), clip(0.3)], [], tags=[SPANS, [TagSpan("dog")]])
     features = transcript.features(batch)
-    assert features.lengths == [4, 2]
+    assert features.lengths == (4, 2)
     rows_USD = transcript.spans(features, model.llm).rows_USD
     cat, dog = embedded(model, "cat"), embedded(model, "dog")
     expected = torch.stack([dog, dog + cat, cat, 0 * cat])
