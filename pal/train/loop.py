@@ -35,6 +35,7 @@ from pal.train.checkpoint import Checkpoint, State
 from pal.train.masters import Masters
 from pal.train.meter import Fault, Meter, given, new_totals
 from pal.train.objectives import Objective, Work, build_objective
+from pal.train.operations import Operations, product_rate
 from pal.train.processes import Hosts
 from pal.train.recipe import Recipe, Stage
 from pal.train.setup import build_model
@@ -141,6 +142,8 @@ class _Run:
         """All processes know of it and stop after the same step."""
         self.late = False
         """All processes know that a checkpoint is due by the clock."""
+        self.peak: float | None = None
+        """Operations a second that the card can do, where there is one."""
         self.saved_at = time.monotonic()
         self.waveforms = WaveformCache(_CACHE_BYTES)
         seed_everything(recipe.seed, "model")
@@ -156,6 +159,7 @@ class _Run:
         for stage in self.recipe.stages[: self.state.stage]:
             self._set_up(stage)
         self.model.to(self.accelerator.device)
+        self.peak = product_rate(self.accelerator.device)
         log = curves.Log(self.out / "log.jsonl", self.state.step) if self.accelerator.is_main_process else None
         try:
             with self._signals():
@@ -192,6 +196,7 @@ class _Run:
         objective.train()
         stages.set_modes(self.model, stage)
         data.start(self.model, objective, self.waveforms)
+        self._compile(stage)
 
         accelerator = self.accelerator
         objective.to(accelerator.device)
@@ -220,7 +225,8 @@ class _Run:
             disable=not accelerator.is_main_process,
         )
         save = partial(self._save, objective, optimizer, {id(p): name for name, p in named.items()}, masters)
-        meter = Meter(objective.unit, total)
+        operations = self._operations(stage)
+        meter = Meter(objective.unit, total, None if operations is None else self.peak)
         ready = time.monotonic()
         with bar, closing(feed):
             for works in feed:
@@ -230,7 +236,8 @@ class _Run:
                 )
                 seed_everything(self.recipe.seed, index, state.stage_step, accelerator.process_index)
                 told = self._step(update, works)
-                meter.add(told, given(works, self.model.sampling_rate, objective.unit), loaded, ready)
+                done = 0.0 if operations is None else operations(works)
+                meter.add(told, given(works, self.model.sampling_rate, objective.unit, done), loaded, ready)
                 self.stop, self.late = told.flags
                 state.step += 1
                 state.stage_step += 1
@@ -270,6 +277,24 @@ class _Run:
     def _step(self, update: Update, works: list[Work]) -> Told:
         """One update of the weights; processes that are asked to stop, or late, tell the others."""
         return update(works, self.asked, self._is_late())
+
+    def _operations(self, stage: Stage) -> Operations | None:
+        if self.peak is None:
+            return None
+        try:
+            return Operations(self.recipe, stage, self.model)
+        except PalError as error:
+            logger.info("stage '%s': no 'mfu' in the log: %s", stage.name, error)
+            return None
+
+    def _compile(self, stage: Stage) -> bool:
+        """Compile the LLM's layers where the stage wants it; whether it did."""
+        wanted = self.accelerator.device.type == "cuda" if stage.compile == "auto" else stage.compile
+        if not wanted or stage.by_clip:
+            return False
+        logger.info("stage '%s': its first step compiles the LLM's layers (compile: false leaves it out)", stage.name)
+        self.model.llm.compile()
+        return True
 
     # What is kept
 

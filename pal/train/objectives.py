@@ -21,6 +21,7 @@ from pal.model import PalModel
 from pal.train.marks import marks
 from pal.train.recipe import Stage
 from pal.train.transcript import Transcript
+from pal.transfer import to_device
 from pal.types import Batch, TagSpan
 
 
@@ -40,10 +41,12 @@ class Outcome(NamedTuple):
     """The loss of some work, so that means can be taken over all work of a step."""
 
     sum: Tensor
+    """On the device."""
     items: int
     """What it is a sum over: trained tokens, or clips."""
-    hits: tuple[int, int] = (0, 0)
-    """Right, of how many: the accuracy that the log shows, where an objective has one."""
+    hits: tuple[Tensor | int, Tensor | int] = (0, 0)
+    """Right, of how many: the accuracy that the log shows, where an objective has one. What the device counts stays
+    there."""
 
 
 class Objective(nn.Module, ABC):
@@ -164,11 +167,10 @@ class Tags(Objective):
         features = self.model.ears.hear_with(self.config.encoder, waveforms)
         logits_BAJ = self.linear(features.x_BAE).float()
         mask_BA = features.mask_BA
-        known_BJ = known_BJ.to(logits_BAJ.device)
         times = [marks(spans, self.index, mask_BA.shape[1], features.seconds_per_token) for spans in tags]
-        clip_BJ = torch.stack([clip_J for clip_J, _, _ in times]).to(logits_BAJ.device)
-        frames_BAJ = torch.stack([frames_AJ for _, frames_AJ, _ in times]).to(logits_BAJ.device)
-        timed_BJ = torch.stack([timed_J for _, _, timed_J in times]).to(logits_BAJ.device) & known_BJ
+        held = [torch.stack(parts) for parts in zip(*times, strict=True)]
+        clip_BJ, frames_BAJ, timed_BJ, known_BJ = (to_device(x, logits_BAJ.device) for x in (*held, known_BJ))
+        timed_BJ = timed_BJ & known_BJ
 
         probability_BAJ = logits_BAJ.sigmoid() * mask_BA[..., None]
         pooled_BJ = probability_BAJ.square().sum(1) / probability_BAJ.sum(1).clamp_min(1e-6)
@@ -184,8 +186,8 @@ class Tags(Objective):
             )
         best_B = pooled_BJ.masked_fill(~known_BJ, 0).argmax(1)
         held_BJ = (clip_BJ > 0) & known_BJ
-        right = int(held_BJ.gather(1, best_B[:, None]).sum())
-        return Outcome(loss, len(waveforms), (right, int(held_BJ.any(1).sum())))
+        right = held_BJ.gather(1, best_B[:, None]).sum()
+        return Outcome(loss, len(waveforms), (right, held_BJ.any(1).sum()))
 
     def _targets(self, work: Work) -> tuple[list[Tensor], list[list[TagSpan]], Tensor]:
         """Waveforms and tags after mixing, and which labels are known [B, J]."""

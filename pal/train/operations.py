@@ -1,0 +1,147 @@
+"""The share of a card's peak that training reaches (MFU): operations of each step by the cost model, and the peak."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import combinations_with_replacement
+
+import numpy as np
+import torch
+
+from pal.backbone.cost import Cost, Step, decoder, total
+from pal.connectors.base import Connector
+from pal.model import PalModel
+from pal.plan.counted import connected, heard
+from pal.plan.skeleton import skeleton
+from pal.train.objectives import Work
+from pal.train.recipe import Recipe, Stage
+from pal.train.stages import freeze
+from pal.types import AUDIO, IGNORE, Batch
+
+_SECONDS = 12.0
+"""Length of the clip that encoders and connectors are counted on."""
+_BASE = (64, 16, 16, _SECONDS)
+"""Text tokens, trained tokens, text tokens before the clip and seconds of audio of a row, for the fit below."""
+
+
+class Operations:
+    """Floating-point operations of a step: forward and backward, without what is computed a second time to save memory.
+
+    Counted as `pal.backbone.cost` counts, attention as a whole square, from lengths that the host knows. Its closed
+    forms are of second degree in the lengths, so that a few values of them give all others. Of the objectives,
+    `transcript` is counted without the rows of its labels.
+
+    Args:
+        recipe: of the run.
+        stage: of the recipe.
+        model: as the stage trains it.
+
+    Raises:
+        PalError: the shape of a part is not known on this machine, or the integration does not say what it costs.
+    """
+
+    def __init__(self, recipe: Recipe, stage: Stage, model: PalModel) -> None:
+        self._rate = model.sampling_rate
+        hears = stage.objective == "answers"
+        bare = skeleton(recipe)
+        freeze(bare, stage.train)
+        ears = bare.ears
+        features, encoding = zip(*(heard(ears.encoder(i), _SECONDS) for i in range(len(ears.encoders))), strict=True)
+        streams, connecting = zip(
+            *(
+                connected(one, [features[i] for i in takes])
+                for one, takes in zip(ears.connectors, ears.takes, strict=True)
+                if isinstance(one, Connector)
+            ),
+            strict=True,
+        )
+        self._encoding = _both(encoding) / _SECONDS if hears or stage.by_clip else 0.0
+        self._connecting = _both(connecting) / _SECONDS if hears else 0.0
+        tokens = [stream.lengths[0] / _SECONDS for stream in streams]
+        grad = any(stream.x_BAE.requires_grad for stream in streams)
+
+        def counted(clips: int, rows: int, text: float, targets: float, before: float, seconds: float) -> float:
+            step = Step(
+                clips=clips,
+                rows=rows,
+                text=round(text),
+                targets=round(targets),
+                before=round(before),
+                llm=stage.train.llm,
+                integration=stage.train.projectors,
+                features=grad,
+                recompute=False,
+                autocast=stage.precision == "bf16",
+            )
+            routes = zip(model.integration.routes(), tokens, strict=True) if hears else ()
+            added = [route.cost(step, round(per_second * seconds), model.llm) for route, per_second in routes]
+            return _both([decoder(model.llm, step, added)])
+
+        if stage.by_clip:
+            self._of_rows = self._of_clips = _Polynomial(lambda *_: 0.0, (1.0,))
+        else:
+            self._of_rows = _Polynomial(lambda *lengths: counted(0, 1, *lengths), _BASE)
+            self._of_clips = _Polynomial(lambda seconds: counted(1, 0, 1, 1, 0, seconds), (_SECONDS,))
+        self._llm = not stage.by_clip
+
+    def __call__(self, works: Sequence[Work]) -> float:
+        """Of a step of this process."""
+        return sum(self._of(work.batch) for work in works)
+
+    def _of(self, batch: Batch) -> float:
+        seconds = [clip.seconds for clip in batch.heard] or [len(x_N) / self._rate for x_N in batch.waveforms]
+        done = sum(seconds) * (self._connecting + self._encoding * (not batch.heard))
+        if not self._llm:
+            return done
+        rows = []
+        for row in batch.rows:
+            text = len(row.ids) - len(row.clips)
+            trained = sum(label != IGNORE for label in row.labels or ())
+            before = row.ids.index(AUDIO) if row.clips else text
+            rows.append((text, trained, before, sum(seconds[clip] for clip in row.clips)))
+        return done + self._of_rows(rows) + self._of_clips([(one,) for one in seconds])
+
+
+class _Polynomial:
+    """A polynomial of second degree through the values of a function, at `base` and at sums of two steps of it."""
+
+    def __init__(self, function: Callable[..., float], base: Sequence[float]) -> None:
+        size = len(base)
+        self._base = np.array(base, dtype=np.float64)
+        steps = np.vstack((np.zeros(size), np.eye(size)))
+        points = np.array([steps[i] + steps[j] for i, j in combinations_with_replacement(range(size + 1), 2)]) + 1
+        values = np.array([function(*(point * self._base)) for point in points])
+        self._weights = np.linalg.solve(_monomials(points), values)
+
+    def __call__(self, rows: Sequence[Sequence[float]]) -> float:
+        """Sum of the values at some points."""
+        return float((_monomials(np.array(rows).reshape(-1, len(self._base)) / self._base) @ self._weights).sum())
+
+
+def _monomials(points: np.ndarray) -> np.ndarray:
+    ones = np.hstack((np.ones((len(points), 1)), points))
+    pairs = combinations_with_replacement(range(ones.shape[1]), 2)
+    return np.stack([ones[:, i] * ones[:, j] for i, j in pairs], axis=1)
+
+
+def _both(costs: Sequence[Cost]) -> float:
+    cost = total(costs)
+    return cost.forward + cost.backward
+
+
+def product_rate(device: torch.device, width: int = 4096, times: int = 20) -> float | None:
+    """Operations a second of square bfloat16 products of this width, measured; None where there is no CUDA device."""
+    if device.type != "cuda":
+        return None
+    generator = torch.Generator(device).manual_seed(0)
+    x = torch.randn(width, width, device=device, generator=generator).to(torch.bfloat16)
+    out = torch.empty_like(x)
+    for _ in range(times):
+        torch.mm(x, x, out=out)
+    began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    began.record()
+    for _ in range(times):
+        torch.mm(x, x, out=out)
+    ended.record()
+    ended.synchronize()
+    return times * 2 * width**3 / (began.elapsed_time(ended) / 1000)

@@ -1,0 +1,179 @@
+"""A step that is not finite, noticed on the device alone and read later: nothing moves, and the right step is named."""
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from pal.model import PalModel
+from pal.train import loop, optim, run
+from pal.train.curves import read_log
+from pal.train.loop import TrainingError
+from pal.train.masters import Masters
+from pal.train.objectives import Outcome
+from pal.train.step import Told, Update
+from tests.train.test_step import Processes
+from tests.train.tiny import recipe
+
+STAGE = {
+    "train": {"encoder": True, "connector": True, "projectors": True, "llm": "full"},
+    "lr": 1e-2,
+    "steps": 6,
+    "batch": {"clips": 2, "rows_per_clip": 1},
+}
+
+
+class Normed(nn.Module):
+    """A weight behind batch statistics."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.norm = nn.BatchNorm1d(3)
+        self.linear = nn.Linear(3, 1)
+
+    def forward(self, work: Any) -> Outcome:
+        x_B3 = work.x_B3
+        loss = self.linear(self.norm(x_B3)).square().sum()
+        return Outcome(steepened(loss) if work.steep else loss, len(x_B3))
+
+
+def steepened(loss: Tensor) -> Tensor:
+    """The same loss with a gradient that is not finite, as the root of 0 has."""
+    return loss + (loss * 0.0).sqrt()
+
+
+def piece(seed: int, scale: float = 1.0, steep: bool = False) -> Any:
+    generator = torch.Generator().manual_seed(seed)
+    x_B3 = scale * torch.randn(5, 3, generator=generator)
+    return SimpleNamespace(x_B3=x_B3, steep=steep, counts=True)
+
+
+def made() -> tuple[Normed, Update]:
+    network, fake = Normed(), Processes()
+    stage: Any = SimpleNamespace(clip_grad=1.0, precision="fp32", betas=(0.9, 0.98), weight_decay=0.1, lr=0.1)
+    masters = Masters({"llm": dict(network.named_parameters())}, on=False)
+    optimizer = optim.adamw(optim.parameter_groups(masters.parts, stage), stage)
+    return network, Update(network, optimizer, masters, stage, fake, fake)  # type: ignore[arg-type]
+
+
+def state(network: Normed, update: Update) -> dict[str, Tensor]:
+    names = {id(p): name for name, p in network.named_parameters()}
+    tensors = network.state_dict() | optim.optimizer_tensors(update.optimizer, names)
+    return {name: tensor.clone() for name, tensor in tensors.items()}
+
+
+@pytest.mark.parametrize("bad", [piece(1, scale=math.nan), piece(1, scale=math.inf), piece(1, steep=True)])
+def test_a_step_that_is_not_finite_changes_nothing_and_none_after_it_does(bad: Any) -> None:
+    network, update = made()
+    update([piece(0)])
+    before = state(network, update)
+    found = [update([work]).numbers_4[:2].isfinite().all().item() for work in (bad, piece(2), piece(3))]
+    assert found[0] is False and found[2] is True
+    after = state(network, update)
+    assert after.keys() == before.keys() and "linear.weight/exp_avg" in after and "norm.running_mean" in after
+    assert [name for name, tensor in before.items() if not torch.equal(after[name], tensor)] == []
+
+
+def test_finite_steps_move_everything() -> None:
+    network, update = made()
+    update([piece(0)])
+    before = state(network, update)
+    update([piece(1)])
+    after = state(network, update)
+    assert [name for name, tensor in before.items() if torch.equal(after[name], tensor)] == []
+
+
+def test_a_fault_in_one_part_of_a_batch_is_one_of_the_step() -> None:
+    network, update = made()
+    update([piece(0)])
+    before = state(network, update)
+    update([piece(1), piece(2, scale=math.nan), piece(3)])
+    assert all(torch.equal(tensor, before[name]) for name, tensor in state(network, update).items())
+
+
+# A whole run that looks at the device every few steps
+
+
+def poison(monkeypatch: pytest.MonkeyPatch, at: int, spoil: Callable[[Tensor], Tensor]) -> None:
+    loss, calls = PalModel.loss, iter(range(1000))
+
+    def poisoned(self: PalModel, *given: Any) -> Any:
+        total, tokens = loss(self, *given)
+        return (spoil(total) if next(calls) == at else total), tokens
+
+    monkeypatch.setattr(PalModel, "loss", poisoned)
+
+
+def settings(manifest: Path, **keep: int) -> Any:
+    data = {"scenes": {"manifest": str(manifest)}}
+    return recipe(manifest, [STAGE], data=data, keep={"checkpoint_every": 100, "log_every": 1, **keep})
+
+
+def weights(model: PalModel) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+@pytest.fixture(scope="module")
+def whole(manifest: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("whole")
+    run(settings(manifest, log_every=100), out)
+    return out
+
+
+@pytest.mark.parametrize(
+    ("every", "at", "what"), [(1, 3, "gradient"), (4, 1, "loss"), (4, 4, "gradient"), (100, 0, "loss")]
+)
+def test_the_step_is_named_and_the_state_before_it_kept_whenever_it_is_read(
+    manifest: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, every: int, at: int, what: str
+) -> None:
+    spoil = {"loss": lambda total: total * math.nan, "gradient": steepened}[what]
+    made = settings(manifest, log_every=100)
+    drawn: list[list[str]] = []
+    step = loop._Run._step
+
+    def noted(self: loop._Run, update: Update, works: Any) -> Told:
+        drawn.append([record for work in works for record in work.batch.records])
+        return step(self, update, works)
+
+    with monkeypatch.context() as patch:
+        poison(patch, at, spoil)
+        patch.setattr(loop._Run, "_step", noted)
+        with pytest.raises(TrainingError) as caught:
+            loop.run(made, tmp_path, read_every=every)
+    assert f"step {at}: the {what} is not finite; records: {', '.join(drawn[at])}. The" in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == [f"step{at:07d}"]
+    gone_on = weights(loop.run(made, tmp_path, resume=True, read_every=every))
+    right = PalModel.from_pretrained(whole / "model").state_dict()
+    assert [name for name in right if not torch.equal(gone_on[name], right[name])] == []
+    assert read_totals(tmp_path) == read_totals(whole)
+
+
+def read_totals(out: Path) -> dict[str, float]:
+    (stage,) = json.loads((out / "train.json").read_text())["stages"]
+    return {name: stage[name] for name in ("steps", "rows", "clips", "audio_seconds", "tokens")}
+
+
+def test_how_often_the_device_is_read_changes_neither_weights_nor_log(manifest: Path, tmp_path: Path) -> None:
+    def numbers(out: Path) -> list[dict[str, Any]]:
+        return [{k: v for k, v in line.items() if "second" not in k and k != "wait_share"} for line in read_log(out)]
+
+    made = settings(manifest, log_every=3)
+    models = [weights(loop.run(made, tmp_path / str(every), read_every=every)) for every in (1, 100)]
+    assert [name for name in models[0] if not torch.equal(models[0][name], models[1][name])] == []
+    logs = [numbers(tmp_path / name / "log.jsonl") for name in ("1", "100")]
+    assert logs[0] == logs[1] and [line["step"] for line in logs[0]] == [3, 6]
+
+
+def test_a_checkpoint_counts_the_steps_before_it(manifest: Path, tmp_path: Path) -> None:
+    made = settings(manifest, log_every=100, checkpoint_every=4)
+    loop.run(made, tmp_path, read_every=100)
+    saved = json.loads((tmp_path / "checkpoints" / "step0000004" / "state.json").read_text())["state"]
+    assert saved["step"] == 4 and saved["totals"][0]["steps"] == 4 and saved["totals"][0]["rows"] == 8
