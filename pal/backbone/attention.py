@@ -7,14 +7,18 @@ nothing by being ready to hear.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from pal.backbone.cache import Step
 from pal.backbone.context import AudioView
 from pal.backbone.merged import merged_attention
 from pal.errors import PalError
@@ -31,7 +35,7 @@ def attend(
     attention_mask: Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
-    audio: AudioView | None = None,
+    audio: AudioView | Step | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """One layer's attention, in the signature that transformers prescribes.
@@ -46,6 +50,11 @@ def attend(
         [B, Q, H, C] and None (no attention weights).
     """
     layer: int = module.layer_idx  # type: ignore[assignment]
+    if isinstance(audio, Step):
+        attention_mask = audio.masks[layer]
+        if attention_mask is not None and audio.beams > 1:
+            return _attend_together(query, key, value, attention_mask, audio.beams, dropout, scaling), None
+        audio = None
     if audio is not None and not isinstance(audio, AudioView):
         raise PalError("'audio' reached the attention without its query positions; call the model through Backbone")
     if audio is not None:
@@ -85,11 +94,43 @@ def _folded_attention(
         q_BHQC.reshape(B, G, fold * Q, C),
         k_BGKC,
         v_BGKC,
-        attn_mask=mask_B1QK.repeat(1, 1, fold, 1),
+        attn_mask=mask_B1QK.expand(-1, -1, fold, -1) if Q == 1 else mask_B1QK.repeat(1, 1, fold, 1),
         dropout_p=dropout,
         scale=scaling,
     )
     return out_BGRC.reshape(B, H, Q, C)
+
+
+def _attend_together(
+    q_RH1C: Tensor, k_BGKC: Tensor, v_BGKC: Tensor, mask_B1XK: Tensor, beams: int, dropout: float, scaling: float | None
+) -> Tensor:
+    """Attention of the beams of each prompt to its keys in one call -> [B times beams, 1, H, C]."""
+    B, G = k_BGKC.shape[:2]
+    q_BGXC = q_RH1C.reshape(B, beams, G, -1, q_RH1C.shape[3]).transpose(1, 2)
+    heads = q_BGXC.shape[3]
+    out_BGXC = F.scaled_dot_product_attention(
+        q_BGXC.flatten(2, 3),
+        k_BGKC,
+        v_BGKC,
+        attn_mask=mask_B1XK[:, :, :, None].expand(-1, -1, -1, heads, -1).flatten(2, 3),
+        dropout_p=dropout,
+        scale=scaling,
+    )
+    return out_BGXC.unflatten(2, (beams, heads)).transpose(1, 2).reshape(B * beams, 1, G * heads, -1)
+
+
+@contextmanager
+def without_cudnn() -> Iterator[None]:
+    """While the block lasts, torch's attention never takes cuDNN's kernels, which build a plan for every new shape.
+
+    On Hopper they are torch's first choice, and a plan takes longer than a decoding step.
+    """
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
 
 
 AttentionInterface.register(NAME, attend)

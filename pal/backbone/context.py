@@ -26,8 +26,8 @@ EDGE = 1e-4
 class Block(Protocol):
     """A network between two layers, through which rows look at keys."""
 
-    def __call__(self, x_BQD: Tensor, k_BGAC: Tensor, v_BGAC: Tensor, seen_B1QA: Tensor) -> Tensor:
-        """Rows, K and V, and which keys each row sees -> rows [B, Q, D]."""
+    def __call__(self, x_BQD: Tensor, k_BGAC: Tensor, v_BGAC: Tensor, seen_B1QA: Tensor | None) -> Tensor:
+        """Rows, K and V, and which keys each row sees, None where all -> rows [B, Q, D]."""
         ...
 
     def weights(self, x_BQD: Tensor, k_BGAC: Tensor, seen_B1QA: Tensor) -> Tensor:
@@ -509,6 +509,10 @@ class AudioView:
         else:
             k_BGAC, v_BGAC = keys.keys_values(layer, llm, self.ropes[which])
         return _expand(k_BGAC, self.beams), _expand(v_BGAC, self.beams)
+
+    def crosses(self, layer: int) -> bool:
+        """Whether blocks stand before a layer."""
+        return bool(self.context.crossing(layer))
 
     def cross(self, layer: int, x_BQD: Tensor) -> Tensor:
         """The rows that go into a layer, after the blocks that stand before it."""

@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
-from threading import Thread
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -17,20 +15,19 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
-    DynamicCache,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    TextIteratorStreamer,
 )
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from pal.backbone import adapters
-from pal.backbone.attention import NAME
+from pal.backbone.attention import NAME, without_cudnn
+from pal.backbone.cache import JointCache, Step
 from pal.backbone.context import AudioContext, AudioView, Rope
 from pal.backbone.folded import FoldedKV, fold
-from pal.backbone.options import check_generation
+from pal.backbone.generate import generate, joint_cache, stream, through_cache
 from pal.backbone.sources import first_sentence, more_layers, read_config
 from pal.backbone.tied import TiedRows
 from pal.config import StrictConfig
@@ -85,21 +82,26 @@ class _Hears:
         audio: AudioContext | None = None,
         **kwargs: Any,
     ) -> Any:
+        forward = partial(super().forward, labels=labels, use_cache=use_cache, logits_to_keep=logits_to_keep)  # type: ignore[misc]
+        if audio is not None and use_cache and past_key_values is None and not torch.is_grad_enabled():
+            past_key_values = joint_cache(audio, attention_mask, position_ids)
+        if isinstance(past_key_values, JointCache):
+            return through_cache(
+                forward, past_key_values, input_ids, inputs_embeds, attention_mask, position_ids, kwargs
+            )
         if audio is not None:
             if getattr(past_key_values, "is_compileable", False):
-                raise PalError("a static cache cannot be used with audio; leave cache_implementation out")
+                raise PalError("this cache cannot be used with audio; leave cache_implementation out or say 'static'")
             kwargs["audio"] = audio.view(attention_mask, position_ids)
-        return super().forward(  # type: ignore[misc]
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            labels=labels,
-            use_cache=use_cache,
-            logits_to_keep=logits_to_keep,
-            **kwargs,
-        )
+        with without_cudnn():
+            return forward(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                inputs_embeds=inputs_embeds,
+                **kwargs,
+            )
 
     def prepare_inputs_for_generation(
         self, input_ids: Tensor, inputs_embeds: Tensor | None = None, **kwargs: Any
@@ -483,47 +485,13 @@ class Backbone(nn.Module):
                 hook.remove()
         return kept
 
-    @torch.no_grad()
     def generate(self, inputs: LLMInputs, **kwargs: Any) -> Tensor:
-        """Continue each row: new token ids [B (times returned sequences), N]. `kwargs` go to transformers' generate.
-
-        Audio K/V are made once; the text's are cached. Positions go on from each row's last one.
-        """
-        check_generation(kwargs)
-        inputs = _padded_left(inputs)
-        audio: dict[str, Any] = {} if inputs.audio is None else {"audio": inputs.audio.prebuilt()}
-        asks = inputs.audio is not None and inputs.audio.asks_BT is not None
-        if asks and any(self.windows) and kwargs.get("use_cache", True) and not kwargs.get("cache_implementation"):
-            # caches of windows keep as many rows as a window has positions; rows that ask again take none of their own
-            kwargs = {"past_key_values": DynamicCache(), **kwargs}
-        return self.lm.generate(
-            inputs_embeds=inputs.inputs_embeds_BTD,
-            attention_mask=inputs.attention_mask_BT,
-            position_ids=inputs.position_ids_BT,
-            **audio,
-            **kwargs,
-        )
+        """New token ids [B (times returned sequences), N] that continue each row; see `pal.backbone.generate`."""
+        return generate(self, inputs, **kwargs)
 
     def stream(self, inputs: LLMInputs, tokenizer: PreTrainedTokenizerBase, **kwargs: Any) -> Iterator[str]:
         """`generate` for one row, as pieces of text when they are ready; together they equal its whole text."""
-        if inputs.inputs_embeds_BTD.shape[0] != 1:
-            raise PalError(f"streaming takes one conversation, got {inputs.inputs_embeds_BTD.shape[0]}")
-        streamer = TextIteratorStreamer(tokenizer, skip_special_tokens=True)
-        failures: list[BaseException] = []
-
-        def work() -> None:
-            try:
-                self.generate(inputs, streamer=streamer, **kwargs)
-            except BaseException as error:  # handed to the reader below, who would wait for ever otherwise
-                failures.append(error)
-                streamer.end()
-
-        thread = Thread(target=work, daemon=True)
-        thread.start()
-        yield from streamer
-        thread.join()
-        if failures:
-            raise failures[0]
+        return stream(self, inputs, tokenizer, **kwargs)
 
     def checkpoint_gradients(self, on: bool, audio: bool = True) -> None:
         """Recompute each layer, its audio K/V included, in the backward pass instead of keeping it.
@@ -603,7 +571,7 @@ def _cross(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> t
     """Let the blocks that an integration puts before a layer change the rows that go into it."""
     audio = kwargs.get("audio")
     layer: int = block.self_attn.layer_idx  # type: ignore[union-attr, assignment]
-    if not isinstance(audio, AudioView) or not audio.context.crossing(layer):
+    if not isinstance(audio, AudioView | Step) or not audio.crosses(layer):
         return None
     return (audio.cross(layer, args[0]), *args[1:]), kwargs
 
@@ -620,30 +588,6 @@ def _window(attention: Any) -> int | None:
 def _renamed(lm: Any, new: str, old: str) -> Callable[..., None]:
     """The method under its name in this version of transformers."""
     return getattr(lm, new if hasattr(lm, new) else old)
-
-
-def _padded_left(inputs: LLMInputs) -> LLMInputs:
-    """The same rows with their padding moved to the left, as generation needs it."""
-    mask_BT = inputs.attention_mask_BT
-    order_BT = mask_BT.long().argsort(dim=1, stable=True)
-    if bool((mask_BT[:, -1] != 0).all()):
-        return inputs
-    return reordered(inputs, order_BT)
-
-
-def reordered(inputs: LLMInputs, order_BT: Tensor) -> LLMInputs:
-    """The rows of each sequence in another order, or only some of them: [B, T] of their numbers."""
-    mask_BT = inputs.attention_mask_BT
-    return replace(
-        inputs,
-        inputs_embeds_BTD=inputs.inputs_embeds_BTD.gather(
-            1, order_BT[..., None].expand(-1, -1, inputs.inputs_embeds_BTD.shape[-1])
-        ),
-        position_ids_BT=inputs.position_ids_BT.gather(1, order_BT),
-        attention_mask_BT=mask_BT.gather(1, order_BT),
-        audio=None if inputs.audio is None else inputs.audio.reordered(order_BT),
-        labels_BT=None if inputs.labels_BT is None else inputs.labels_BT.gather(1, order_BT),
-    )
 
 
 def _config_from(fields: Mapping[str, Any]) -> PreTrainedConfig:

@@ -134,22 +134,22 @@ class GatedBlock(nn.Module):
         k_UGAC, v_UGAC = (p(x_UAE).unflatten(-1, (-1, self.width)).transpose(1, 2) for p in (self.k, self.v))
         return k_UGAC, v_UGAC
 
-    def forward(self, x_BQD: Tensor, k_BGAC: Tensor, v_BGAC: Tensor, seen_B1QA: Tensor) -> Tensor:
-        """Rows [B, Q, D], keys after RoPE, values, and which keys each row sees -> rows [B, Q, D]."""
+    def forward(self, x_BQD: Tensor, k_BGAC: Tensor, v_BGAC: Tensor, seen_B1QA: Tensor | None) -> Tensor:
+        """Rows [B, Q, D], keys after RoPE, values, and which keys each row sees (None: all) -> rows [B, Q, D]."""
         dtype = self.q.weight.dtype
         q_BHQC = self._queries(x_BQD)
-        hears_B1Q1 = seen_B1QA.any(-1, keepdim=True)
+        hears_B1Q1 = None if seen_B1QA is None else seen_B1QA.any(-1, keepdim=True)
         # a row without any key would be NaN; what comes of it is not used
         mixed_BHQC = F.scaled_dot_product_attention(
             q_BHQC,
             k_BGAC.to(dtype),
             v_BGAC.to(dtype),
-            attn_mask=seen_B1QA | ~hears_B1Q1,
+            attn_mask=None if seen_B1QA is None or hears_B1Q1 is None else seen_B1QA | ~hears_B1Q1,
             enable_gqa=q_BHQC.shape[1] != k_BGAC.shape[1],
         )
         y_BQD = x_BQD + (self.gate.tanh() * self.out(mixed_BHQC.transpose(1, 2).flatten(2))).to(x_BQD.dtype)
         y_BQD = y_BQD + (self.ffn_gate.tanh() * self.ffn(y_BQD.to(dtype))).to(x_BQD.dtype)
-        return torch.where(hears_B1Q1[:, 0], y_BQD, x_BQD)
+        return y_BQD if hears_B1Q1 is None else torch.where(hears_B1Q1[:, 0], y_BQD, x_BQD)
 
     def weights(self, x_BQD: Tensor, k_BGAC: Tensor, seen_B1QA: Tensor) -> Tensor:
         """How each row's attention is shared among the keys: [B, H, Q, A], all 0 where it sees none."""

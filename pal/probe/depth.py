@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from pal.backbone.context import Hide
-from pal.backbone.llm import Backbone, reordered
+from pal.backbone.generate import reordered
+from pal.backbone.llm import Backbone
 from pal.bench.flops import flop_counter
 from pal.evaluate.runner import Hearing, evaluation_mode
 from pal.integrations.layers import LayerRange, chosen_layers

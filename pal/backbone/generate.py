@@ -1,0 +1,424 @@
+"""Generation: a loop of our own for what most answers need, transformers' for everything else.
+
+Both give the same tokens. Ours keeps all that a step needs on the device, asks only now and then whether all rows have
+ended, and, with a static cache on a GPU, replays a step as one CUDA graph.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from threading import Thread
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import (
+    GenerationConfig,
+    PreTrainedTokenizerBase,
+    TemperatureLogitsWarper,
+    TextIteratorStreamer,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from pal.backbone import graphs
+from pal.backbone.attention import without_cudnn
+from pal.backbone.cache import JointCache
+from pal.backbone.options import check_generation
+from pal.backbone.storage import ROOM, Plan
+from pal.errors import PalError
+from pal.types import LLMInputs
+
+if TYPE_CHECKING:
+    from pal.backbone.context import AudioContext
+    from pal.backbone.llm import Backbone
+
+LOOK = 16
+"""Steps after which the host asks a GPU whether all rows have ended; on a CPU asking costs nothing, and it is 1."""
+STATIC_FROM = 32
+"""New tokens from which on a GPU decodes with a static cache unless told otherwise: making a CUDA graph takes as long
+as some ten tokens, and is made once for prompts of like length."""
+_OURS = frozenset(
+    """max_new_tokens do_sample temperature top_k top_p num_return_sequences pad_token_id eos_token_id bos_token_id
+    cache_implementation transformers_version _from_model_config""".split()  # noqa: SIM905
+)
+"""Options that our loop follows, or that say nothing of what is generated."""
+_OFF = {
+    "num_beams": 1,
+    "num_beam_groups": 1,
+    "use_cache": True,
+    "return_dict_in_generate": False,
+    "output_scores": False,
+    "output_logits": False,
+    "repetition_penalty": 1.0,
+    "length_penalty": 1.0,
+    "diversity_penalty": 0.0,
+    "typical_p": 1.0,
+    "min_length": 0,
+    "max_length": 20,
+}
+"""Values with which an option changes nothing."""
+
+
+class Watcher:
+    """A logits processor that changes nothing and never waits for the device, so that any loop can take it along."""
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """See the tokens said so far [B, N] and the logits of the next, [B, V]; returns the latter."""
+        self.watch(input_ids, scores)
+        return scores
+
+    def watch(self, said_BN: Tensor, logits_BV: Tensor) -> None:
+        """What a subclass does with them, on their device."""
+        raise NotImplementedError
+
+
+@torch.no_grad()
+def generate(llm: Backbone, inputs: LLMInputs, **kwargs: Any) -> Tensor:
+    """Continue each row: new token ids [B (times returned sequences), N].
+
+    Audio K/V are made once. Positions go on from each row's last one.
+
+    Args:
+        llm: the LLM.
+        inputs: the prompts.
+        kwargs: transformers' options. With `cache_implementation="static"` greedy answers and plain samples are
+            decoded in buffers of a fixed size, on a GPU by a CUDA graph that is kept for prompts of like length;
+            beams and processors use the buffers without a graph. It is the default on a GPU from `STATIC_FROM` new
+            tokens on; "dynamic" turns it off.
+
+    Raises:
+        PalError: an option that cannot be followed.
+    """
+    check_generation(kwargs)
+    inputs = padded_left(inputs)
+    config = _resolved(llm, kwargs)
+    ours = _ours(config, kwargs)
+    if ours is not None:
+        return _decode(llm, inputs, ours)
+    return _by_transformers(llm, inputs, config, kwargs)
+
+
+def stream(llm: Backbone, inputs: LLMInputs, tokenizer: PreTrainedTokenizerBase, **kwargs: Any) -> Iterator[str]:
+    """`generate` for one row, as pieces of text when they are ready; together they equal its whole text."""
+    if inputs.inputs_embeds_BTD.shape[0] != 1:
+        raise PalError(f"streaming takes one conversation, got {inputs.inputs_embeds_BTD.shape[0]}")
+    streamer = TextIteratorStreamer(tokenizer, skip_special_tokens=True)
+    failures: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            generate(llm, inputs, streamer=streamer, **kwargs)
+        except BaseException as error:  # handed to the reader below, who would wait for ever otherwise
+            failures.append(error)
+            streamer.end()
+
+    thread = Thread(target=work, daemon=True)
+    thread.start()
+    yield from streamer
+    thread.join()
+    if failures:
+        raise failures[0]
+
+
+def _resolved(llm: Backbone, kwargs: Mapping[str, Any]) -> GenerationConfig | None:
+    """The options as transformers puts them together; None where it would refuse them, and says so better."""
+    config = copy.deepcopy(kwargs.get("generation_config")) or GenerationConfig()
+    try:
+        config.update(**llm.lm.generation_config.to_dict(), defaults_only=True)
+        config.update(**{name: value for name, value in kwargs.items() if name != "generation_config"})
+    except (AttributeError, TypeError, ValueError):
+        return None
+    return config
+
+
+@dataclass(frozen=True)
+class _Options:
+    """What our loop must know."""
+
+    tokens: int
+    ends: tuple[int, ...]
+    pad: int
+    copies: int
+    """Answers to each prompt."""
+    warpers: tuple[tuple[type, float], ...] | None
+    """How logits are changed before one is drawn; None takes the largest."""
+    cache: str | None
+    watchers: Sequence[Watcher]
+    streamer: Any
+
+
+def _ours(config: GenerationConfig | None, kwargs: Mapping[str, Any]) -> _Options | None:
+    """The options for our loop, where it follows all that are given."""
+    if config is None:
+        return None
+    given = {name: value for name, value in config.to_dict().items() if value is not None}
+    more = {name: value for name, value in kwargs.items() if value is not None and not hasattr(config, name)}
+    processors = list(more.pop("logits_processor", ()))
+    streamer = more.pop("streamer", None)
+    more.pop("generation_config", None)
+    follows = all(name in _OURS or _OFF.get(name, ...) == value for name, value in given.items())
+    if more or not follows or not all(isinstance(one, Watcher) for one in processors):
+        return None
+    tokens, copies, cache = config.max_new_tokens, config.num_return_sequences or 1, config.cache_implementation
+    ends = config.eos_token_id
+    ends = () if ends is None else tuple(ends) if isinstance(ends, list | tuple) else (ends,)
+    pad = config.pad_token_id if config.pad_token_id is not None else ends[0] if ends else 0
+    if not isinstance(tokens, int) or tokens < 1 or cache not in (None, "static", "dynamic"):
+        return None
+    if not all(isinstance(token, int) for token in (*ends, pad)) or (copies > 1 and not config.do_sample):
+        return None
+    if streamer is not None and copies > 1:
+        return None
+    return _Options(tokens, ends, pad, copies, _warpers(config), cache, processors, streamer)
+
+
+def _warpers(config: GenerationConfig) -> tuple[tuple[type, float], ...] | None:
+    """transformers' own, in its order and with its defaults."""
+    if not config.do_sample:
+        return None
+    found: list[tuple[type, float]] = []
+    if config.temperature is not None and config.temperature != 1.0:
+        found.append((TemperatureLogitsWarper, config.temperature))
+    top_k = 50 if config.top_k is None else config.top_k
+    if top_k != 0:
+        found.append((TopKLogitsWarper, top_k))
+    if config.top_p is not None and config.top_p < 1.0:
+        found.append((TopPLogitsWarper, config.top_p))
+    return tuple(found)
+
+
+def _by_transformers(
+    llm: Backbone, inputs: LLMInputs, config: GenerationConfig | None, kwargs: dict[str, Any]
+) -> Tensor:
+    implementation = None if config is None else config.cache_implementation
+    audio: dict[str, Any] = {} if inputs.audio is None else {"audio": inputs.audio}
+    if config is not None and config.use_cache is not False and implementation in (None, "dynamic", "static"):
+        beams = max(config.num_beams or 1, config.num_return_sequences or 1)
+        if audio or beams > 1 or implementation == "static":
+            room = config.max_new_tokens if implementation == "static" and config.max_new_tokens else ROOM
+            kwargs = {**kwargs, "past_key_values": prepared(llm, inputs, beams=beams, room=room)}
+            kwargs.pop("cache_implementation", None)
+            if (given := kwargs.get("generation_config")) is not None:
+                kwargs["generation_config"] = copy.deepcopy(given)
+                kwargs["generation_config"].cache_implementation = None
+    elif audio:
+        audio = {"audio": inputs.audio.prebuilt()}  # type: ignore[union-attr]
+    made: Tensor = llm.lm.generate(
+        inputs_embeds=inputs.inputs_embeds_BTD,
+        attention_mask=inputs.attention_mask_BT,
+        position_ids=inputs.position_ids_BT,
+        **audio,
+        **kwargs,
+    )
+    return made
+
+
+def prepared(llm: Backbone, inputs: LLMInputs, *, beams: int = 1, room: int = ROOM) -> JointCache:
+    """A cache for prompts that are padded on the left, with their audio keys and values."""
+    B, T = inputs.attention_mask_BT.shape
+    cache = JointCache(Plan.of(llm.windows, inputs.audio, B, T, beams=beams, room=room))
+    cache.begin(inputs.audio, inputs.attention_mask_BT, inputs.position_ids_BT, query_dtype(llm))
+    return cache
+
+
+def joint_cache(audio: AudioContext, valid_BT: Tensor | None, positions_BT: Tensor | None) -> JointCache | None:
+    """A cache for a forward that asks for one; None where its rows are not padded on the left, or incomplete."""
+    if valid_BT is None or positions_BT is None or valid_BT.ndim != 2 or valid_BT.shape != positions_BT.shape:
+        return None
+    if valid_BT.shape != audio.rows_BT.shape or not bool(valid_BT[:, -1].all()):
+        return None
+    device = positions_BT.device.type
+    autocast = torch.is_autocast_enabled(device)
+    cache = JointCache(Plan.of(audio.llm.windows, audio, *valid_BT.shape))
+    cache.begin(audio, valid_BT, positions_BT, torch.get_autocast_dtype(device) if autocast else audio.llm.dtype)
+    return cache
+
+
+def through_cache(
+    forward: Callable[..., Any],
+    cache: JointCache,
+    input_ids: Tensor | None,
+    inputs_embeds: Tensor | None,
+    attention_mask: Tensor | None,
+    position_ids: Tensor | None,
+    kwargs: dict[str, Any],
+) -> Any:
+    """A causal LLM's forward with a cache of ours: the prompts, each once, or one row more of each beam.
+
+    Args:
+        forward: transformers'.
+        cache: what is stored so far.
+        input_ids: of the rows, or
+        inputs_embeds: the rows [B, Q, D].
+        attention_mask: [B, K] over all rows so far; the cache knows it in a step.
+        position_ids: [B, Q] of the rows.
+        kwargs: what else the forward takes.
+    """
+    if position_ids is None:
+        raise PalError("a forward with audio needs position_ids: positions have gaps that cannot be guessed")
+    given = {"input_ids": input_ids, "inputs_embeds": inputs_embeds, "position_ids": position_ids}
+    with without_cudnn():
+        if cache.begun:
+            step = cache.step(position_ids)
+            return forward(**given, attention_mask=cache.no_mask, past_key_values=cache, audio=step, **kwargs)
+        beams = cache.plan.beams if position_ids.shape[0] > cache.plan.rows else 1
+        given = {name: None if x is None else x[::beams] for name, x in given.items()}
+        mask = None if attention_mask is None else attention_mask[::beams]
+        if cache.context is not None:
+            kwargs = {**kwargs, "audio": cache.context.view(mask, given["position_ids"])}
+        out = forward(**given, attention_mask=mask, past_key_values=cache, **kwargs)
+        cache.end_prompt()
+        if beams > 1:
+            out.logits = out.logits.repeat_interleave(beams, dim=0)
+        return out
+
+
+def query_dtype(llm: Backbone) -> torch.dtype:
+    """What attention computes in."""
+    device = llm.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else llm.dtype
+
+
+class Decoding:
+    """The state of one answer to each row, on the device; nothing of it is read while a step is made.
+
+    Args:
+        cache: of the prompts.
+        options: what ends an answer and how a token is chosen.
+        device: of the LLM.
+        fixed: whether all of it is kept for other calls.
+    """
+
+    def __init__(self, cache: JointCache, options: _Options, device: torch.device) -> None:
+        rows = cache.plan.rows * cache.plan.beams
+        room = cache.plan.room if cache.plan.fixed else options.tokens
+        self.cache = cache
+        self.pad = options.pad
+        self.warpers = None if options.warpers is None else [kind(value) for kind, value in options.warpers]
+        with torch.inference_mode(False):
+            self.ends_X = torch.tensor(options.ends, dtype=torch.long, device=device)
+            self.said_RN = torch.full((rows, room), options.pad, dtype=torch.long, device=device)
+            self.next_R1 = torch.zeros(rows, 1, dtype=torch.long, device=device)
+            self.positions_R1 = torch.zeros(rows, 1, dtype=torch.long, device=device)
+            self.ended_R = torch.zeros(rows, dtype=torch.bool, device=device)
+            self.lengths_R = torch.zeros(rows, dtype=torch.long, device=device)
+            self.count_1 = torch.zeros(1, dtype=torch.long, device=device)
+        self.logits_RV: Tensor | None = None
+        """Of the last token."""
+
+    def begin(self, last_B1: Tensor) -> None:
+        """Before the first token, given the positions of the prompts' last rows."""
+        self.said_RN.fill_(self.pad)
+        self.positions_R1.copy_(last_B1.repeat_interleave(self.cache.plan.beams, dim=0))
+        for state in (self.ended_R, self.lengths_R, self.count_1):
+            state.zero_()
+
+    def choose(self, logits_RV: Tensor) -> None:
+        """Take a token of each row by its logits; after the end of an answer it is padding."""
+        logits_RV = logits_RV.float()
+        if self.warpers is None:
+            next_R = logits_RV.argmax(-1)
+        else:
+            scores_RV = logits_RV
+            for warper in self.warpers:
+                scores_RV = warper(self.said_RN, scores_RV)
+            # what torch.multinomial does, which on a GPU looks at its input from the host
+            p_RV = F.softmax(scores_RV, dim=-1)
+            next_R = (p_RV / torch.empty_like(p_RV).exponential_(1)).argmax(-1)
+        next_R = next_R.masked_fill(self.ended_R, self.pad)
+        self.lengths_R += ~self.ended_R
+        if len(self.ends_X):
+            self.ended_R |= torch.isin(next_R, self.ends_X)
+        self.said_RN.index_copy_(1, self.count_1, next_R[:, None])
+        self.next_R1.copy_(next_R[:, None])
+        self.positions_R1 += 1
+        self.count_1 += 1
+        self.logits_RV = logits_RV
+
+    def step(self, lm: Any) -> None:
+        """One token more of each row."""
+        out = lm(
+            input_ids=self.next_R1,
+            position_ids=self.positions_R1,
+            past_key_values=self.cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        self.choose(out.logits[:, -1])
+
+
+def _decode(llm: Backbone, inputs: LLMInputs, options: _Options) -> Tensor:
+    B, T = inputs.attention_mask_BT.shape
+    gpu = llm.device.type == "cuda"
+    fixed = options.cache == "static" or (options.cache is None and gpu and options.tokens >= STATIC_FROM)
+    room = options.tokens if fixed else min(options.tokens, ROOM)
+    plan = Plan.of(llm.windows, inputs.audio, B, T, beams=options.copies, room=room, fixed=fixed)
+    kept = graphs.borrow(llm, plan, options) if fixed else None
+    state = kept.state if kept is not None else Decoding(JointCache(plan), options, llm.device)
+    cache = state.cache
+    cache.begin(inputs.audio, inputs.attention_mask_BT, inputs.position_ids_BT, query_dtype(llm))
+    out = llm.lm(
+        inputs_embeds=inputs.inputs_embeds_BTD,
+        attention_mask=inputs.attention_mask_BT,
+        position_ids=inputs.position_ids_BT,
+        past_key_values=cache,
+        use_cache=True,
+        logits_to_keep=1,
+        audio=inputs.audio,
+    )
+    state.begin(inputs.position_ids_BT[:, -1:])
+    logits_RV = out.logits[:, -1].repeat_interleave(options.copies, dim=0)
+    del out
+    graph = graphs.Stepper(llm, state, kept) if fixed and gpu else None
+    look = LOOK if gpu else 1
+    if options.streamer is not None:
+        options.streamer.put(torch.zeros(B, 0, dtype=torch.long))
+    for count in range(options.tokens):
+        if count == 0:
+            state.choose(logits_RV)
+        elif graph is not None:
+            graph.step(options.tokens - count)
+        else:
+            state.step(llm.lm)
+        for watcher in options.watchers:
+            assert state.logits_RV is not None
+            watcher.watch(state.said_RN[:, :count], state.logits_RV)
+        if options.streamer is not None:
+            options.streamer.put(state.next_R1[:, 0].cpu())
+        if options.ends and ((count + 1) % look == 0 or options.streamer is not None) and bool(state.ended_R.all()):
+            break
+    if options.streamer is not None:
+        options.streamer.end()
+    longest = int(state.lengths_R.max())
+    said_RN = state.said_RN[:, :longest].clone()
+    if fixed:
+        graphs.give_back(llm, plan, options, state, graph)
+    return said_RN
+
+
+def padded_left(inputs: LLMInputs) -> LLMInputs:
+    """The same rows with their padding moved to the left, as generation needs it."""
+    mask_BT = inputs.attention_mask_BT
+    order_BT = mask_BT.long().argsort(dim=1, stable=True)
+    if bool((mask_BT[:, -1] != 0).all()):
+        return inputs
+    return reordered(inputs, order_BT)
+
+
+def reordered(inputs: LLMInputs, order_BT: Tensor) -> LLMInputs:
+    """The rows of each sequence in another order, or only some of them: [B, T] of their numbers."""
+    mask_BT = inputs.attention_mask_BT
+    return replace(
+        inputs,
+        inputs_embeds_BTD=inputs.inputs_embeds_BTD.gather(
+            1, order_BT[..., None].expand(-1, -1, inputs.inputs_embeds_BTD.shape[-1])
+        ),
+        position_ids_BT=inputs.position_ids_BT.gather(1, order_BT),
+        attention_mask_BT=mask_BT.gather(1, order_BT),
+        audio=None if inputs.audio is None else inputs.audio.reordered(order_BT),
+        labels_BT=None if inputs.labels_BT is None else inputs.labels_BT.gather(1, order_BT),
+    )

@@ -1,0 +1,117 @@
+"""Decoding steps as CUDA graphs, kept for later prompts of like length."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Hashable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
+
+import torch
+
+if TYPE_CHECKING:
+    from pal.backbone.generate import Decoding
+    from pal.backbone.llm import Backbone
+    from pal.backbone.storage import Plan
+
+KEPT = 2
+"""Buffers, and graphs of them, that are kept for an LLM: those used last."""
+WORTH = 8
+"""Steps that must be left for a graph to be made."""
+
+
+@dataclass
+class Kept:
+    """A decoding's buffers, and the graph of a step in them."""
+
+    state: Decoding
+    graph: Any = None
+    made_of: Hashable = None
+    """The weights and settings that the graph was made of."""
+
+
+_kept: WeakKeyDictionary[Backbone, OrderedDict[Hashable, Kept]] = WeakKeyDictionary()
+
+
+def borrow(llm: Backbone, plan: Plan, options: Any) -> Kept | None:
+    """Buffers of an equal plan, with their graph; nobody else has them until they are given back."""
+    return _kept.get(llm, OrderedDict()).pop(_key(llm, plan, options), None)
+
+
+def give_back(llm: Backbone, plan: Plan, options: Any, state: Decoding, stepper: Stepper | None) -> None:
+    """Keep buffers for another call."""
+    if llm.device.type != "cuda":  # nothing is gained
+        return
+    state.cache.end()
+    state.logits_RV = None if stepper is None or stepper.kept.graph is None else state.logits_RV
+    mine = _kept.setdefault(llm, OrderedDict())
+    mine[_key(llm, plan, options)] = Kept(state) if stepper is None else stepper.kept
+    while len(mine) > KEPT:
+        mine.popitem(last=False)
+
+
+def forget(llm: Backbone) -> None:
+    """Free what is kept for an LLM."""
+    _kept.pop(llm, None)
+
+
+def _key(llm: Backbone, plan: Plan, options: Any) -> Hashable:
+    device = llm.device.type
+    autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
+    return plan, options.ends, options.pad, options.warpers, llm.device, llm.dtype, autocast
+
+
+class Stepper:
+    """Makes steps, by a graph as soon as there is one."""
+
+    def __init__(self, llm: Backbone, state: Decoding, kept: Kept | None) -> None:
+        self.llm, self.state = llm, state
+        self.kept = kept or Kept(state)
+        self.made_of = _made_of(llm, state)
+        if self.kept.made_of != self.made_of:
+            self.kept.graph = None
+        self._warm = False
+
+    def step(self, left: int) -> None:
+        """One token more; `left` of them are still to be made, this one included."""
+        if self.kept.graph is not None:
+            self.kept.graph.replay()
+        elif self.made_of is None or left < WORTH:
+            self.state.step(self.llm.lm)
+        elif not self._warm:
+            # on another stream, as torch asks for: libraries set themselves up outside of the graph
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                self.state.step(self.llm.lm)
+            torch.cuda.current_stream().wait_stream(stream)
+            self._warm = True
+        else:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                self.state.step(self.llm.lm)
+            self.kept.graph, self.kept.made_of = graph, self.made_of
+            graph.replay()
+
+
+def _made_of(llm: Backbone, state: Decoding) -> Hashable | None:
+    """What a graph stands for: modules and the places of their weights; None where a step must run as it is written.
+
+    A graph calls no hooks.
+    """
+    blocks = [block for blocks in state.cache.blocks for block in blocks.values()]
+    parts = [llm.lm, *(block for block in blocks if isinstance(block, torch.nn.Module))]
+    layers = {id(layer) for layer in llm.layers}
+    found: list[Hashable] = []
+    for part in parts:
+        for module in part.modules():
+            own = 1 if id(module) in layers else 0  # through which blocks before a layer are called
+            if module.training or module._forward_hooks or len(module._forward_pre_hooks) > own:
+                return None
+            found.append(id(module))
+            if hasattr(module, "active_adapters"):  # PEFT's layers
+                adapters = (module.active_adapters, module.disable_adapters, module.merged, module.scaling)
+                found.append(repr(adapters))
+        found += [weight.data_ptr() for weight in (*part.parameters(), *part.buffers())]
+    return tuple(found)
