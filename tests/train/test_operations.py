@@ -1,0 +1,164 @@
+"""Operations of a step by the cost model against those counted while it happens, and what the log makes of them."""
+
+import logging
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pal.bench.flops import flop_counter
+from pal.errors import ConfigError
+from pal.integrations.lal import LAL
+from pal.model import PalModel
+from pal.train import loop, run
+from pal.train.curves import read_log
+from pal.train.objectives import Work
+from pal.train.operations import Operations, product_rate
+from pal.train.recipe import Recipe
+from pal.types import AUDIO, IGNORE, Batch, Heard, Tokens
+from tests import test_plan
+from tests.train.tiny import HEAR, recipe
+
+STAGE = {**test_plan.STAGES["all"], "recompute_audio": False}
+
+
+def ragged(model: PalModel) -> Batch:
+    """Two clips, three conversations of other lengths about them, one without a clip."""
+    generator = torch.Generator().manual_seed(0)
+    waves = [0.1 * torch.randn(round(s * model.sampling_rate), generator=generator) for s in (2.0, 4.0)]
+    rows = []
+    for text, before, answer, clips in ((90, 0, 20, [1]), (30, 9, 5, [0]), (64, 3, 30, [1]), (40, 0, 8, [])):
+        ids = torch.randint(5, 280, (text,), generator=generator).tolist()
+        labels = [IGNORE] * (text - answer) + ids[-answer:]
+        if clips:
+            ids.insert(before, AUDIO)
+            labels.insert(before, IGNORE)
+        rows.append(Tokens(ids, clips, labels))
+    return Batch(waves, rows)
+
+
+def counted(model: PalModel, batch: Batch) -> float:
+    counter = flop_counter()
+    with counter:
+        model.loss(batch).sum.backward()
+    return float(counter.get_total_flops())
+
+
+@pytest.mark.parametrize("integration", ["lal", "plits", "pal", {"name": "lal", "layers": "first_third"}])
+def test_a_ragged_batch(integration: Any) -> None:
+    """Padding is computed on a CPU but is no operation of the model: each conversation is counted by itself."""
+    made = test_plan.recipe(integration, STAGE)
+    model, _ = test_plan.prepared(made)
+    operations = Operations(made, made.stages[0], model)
+    batch = ragged(model)
+    # the encoder and what makes K/V run once a clip, whoever asks about it
+    alone = sum(
+        counted(model, Batch([batch.waveforms[i] for i in row.clips], [replace(row, clips=[0] * len(row.clips))]))
+        for row in batch.rows[:2]
+    )
+    ours = operations([Work(replace(batch, rows=batch.rows[:2]), [], 0)])
+    assert ours == pytest.approx(alone, rel=0.03)
+    shared = operations([Work(batch, [], 0)])
+    single = [operations([Work(replace(batch, waveforms=[batch.waveforms[1]], rows=[about]), [], 0)])
+              for about in (replace(batch.rows[0], clips=[0]), replace(batch.rows[2], clips=[0]))]  # fmt: skip
+    assert ours < shared < ours + single[1] + operations([Work(replace(batch, rows=[batch.rows[3]]), [], 0)])
+
+
+@pytest.mark.parametrize("stage", ["projectors", "lora", "llm"])
+def test_what_a_stage_trains_counts(stage: str) -> None:
+    made = test_plan.recipe("lal", {**test_plan.STAGES[stage], "recompute_audio": False})
+    model, batch = test_plan.prepared(made)
+    ours = Operations(made, made.stages[0], model)([Work(batch, [], 0)])
+    assert ours == pytest.approx(sum(test_plan.counted(made)), rel=0.01)
+
+
+def test_what_is_made_again_to_save_memory_is_no_operation_of_the_model() -> None:
+    one, again = (test_plan.recipe("lal", {**STAGE, "gradient_checkpointing": on}) for on in (False, True))
+    found = []
+    for made in (one, again):
+        model, batch = test_plan.prepared(made)
+        found.append(Operations(made, made.stages[0], model)([Work(batch, [], 0)]))
+    assert found[0] == found[1]
+
+
+def test_clips_that_were_heard_before_cost_no_encoder() -> None:
+    made = test_plan.recipe("lal", test_plan.STAGES["projectors"])
+    model, batch = test_plan.prepared(made)
+    operations = Operations(made, made.stages[0], model)
+    heard = replace(batch, waveforms=[], heard=[Heard((torch.zeros(1, 1),), test_plan.SECONDS)] * 2)
+    spared = operations([Work(batch, [], 0)]) - operations([Work(heard, [], 0)])
+    assert spared == pytest.approx(test_plan.planned(made).costs["encoder"].forward, rel=0.01)
+
+
+def test_tags_are_the_encoder_alone() -> None:
+    made = test_plan.recipe("lal", {**STAGE, "train": {"encoder": True}, "objective": "tags"})
+    model, batch = test_plan.prepared(made)
+    plan = test_plan.planned(made)
+    ours = Operations(made, made.stages[0], model)([Work(batch, [], 0)])
+    assert ours == pytest.approx(plan.forward + plan.backward, rel=0.01)
+
+
+def test_parts_of_a_step_add_up() -> None:
+    made = test_plan.recipe("lal", STAGE)
+    model, batch = test_plan.prepared(made)
+    operations = Operations(made, made.stages[0], model)
+    assert operations([Work(batch, [], 0)] * 3) == pytest.approx(3 * operations([Work(batch, [], 0)]))
+
+
+# The log
+
+
+def ran(manifest: Path, out: Path, **fields: Any) -> list[dict[str, Any]]:
+    stage = {"train": {"projectors": True}, "lr": 1e-2, "steps": 2, "batch": {"clips": 2, "rows_per_clip": 1}}
+    made: Recipe = recipe(manifest, [stage | fields], data={"scenes": {"manifest": str(manifest)}})
+    run(made, out)
+    return read_log(out / "log.jsonl")
+
+
+def test_on_a_cpu_there_is_no_peak(manifest: Path, tmp_path: Path) -> None:
+    assert product_rate(torch.device("cpu")) is None
+    lines = ran(manifest, tmp_path)
+    assert all("mfu" not in line and 0 <= line["wait_share"] < 1 for line in lines)
+
+
+def test_the_log_has_the_share_of_a_cards_peak(manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop, "product_rate", lambda device: 1e6)
+    monkeypatch.setattr(Operations, "__call__", lambda self, works: 5e3)
+    for line in ran(manifest, tmp_path):
+        assert line["mfu"] == pytest.approx(5e3 / 1e6 / (line["step_seconds"] + line["wait_seconds"]), rel=0.02)
+        assert line["wait_share"] == pytest.approx(
+            line["wait_seconds"] / (line["step_seconds"] + line["wait_seconds"]), rel=0.02, abs=1e-3
+        )
+
+
+def test_an_integration_that_does_not_say_what_it_costs_trains_without(
+    manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def silent(*given: Any) -> Any:
+        raise ConfigError("it does not say what it costs")
+
+    monkeypatch.setattr(loop, "product_rate", lambda device: 1e6)
+    monkeypatch.setattr(LAL, "cost", silent)
+    with caplog.at_level(logging.INFO):
+        lines = ran(manifest, tmp_path)
+    assert all("mfu" not in line for line in lines)
+    assert "no 'mfu' in the log: it does not say what it costs" in caplog.text
+
+
+def test_whether_layers_are_compiled(
+    manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from pal.backbone.llm import Backbone
+
+    calls: list[int] = []
+    monkeypatch.setattr(Backbone, "compile", lambda self: calls.append(1))
+    with caplog.at_level(logging.INFO):
+        for number, (options, compiles) in enumerate(
+            [({}, False), ({"compile": False}, False), ({"compile": True}, True), ({**HEAR, "compile": True}, False)]
+        ):
+            before = len(calls)
+            ran(manifest, tmp_path / str(number), **{"steps": 1, **options})
+            assert len(calls) - before == compiles
+    assert caplog.text.count("its first step compiles the LLM's layers") == 1
