@@ -233,10 +233,10 @@ def plan(
 
 @app.command()
 def bench(
-    preset: Annotated[str, typer.Option(help="cpu-small (counts only), cpu, gpu or gpu-3b.")] = "cpu",
+    preset: Annotated[str, typer.Option(help="cpu-small (counts only), cpu, gpu-quick, gpu or gpu-3b.")] = "cpu",
     variants: Annotated[str | None, typer.Option(help="Which, with commas: plits,lal.")] = None,
-    tokens: Annotated[str | None, typer.Option(help="Audio tokens, with commas: 750,1500.")] = None,
-    phases: Annotated[str | None, typer.Option(help="Of prefill,decode,train.")] = None,
+    tokens: Annotated[str | None, typer.Option(help="Audio tokens, with commas: 750,1500,ragged.")] = None,
+    phases: Annotated[str | None, typer.Option(help="Of prefill,decode,train,decode_graph.")] = None,
     scopes: Annotated[str | None, typer.Option(help="Of llm,end_to_end.")] = None,
     batch: Annotated[str | None, typer.Option(help="Conversations at once, with commas.")] = None,
     repeats: Annotated[int | None, typer.Option(help="Timed rounds; 0 only counts.")] = None,
@@ -248,7 +248,7 @@ def bench(
 ) -> None:
     """Measure time, memory and operations of every integration and of peers, in one run."""
     from pal.bench.presets import preset_of
-    from pal.bench.report import to_json, to_markdown, write
+    from pal.bench.report import to_json, to_markdown, write, write_numbers
     from pal.bench.run import run
     from pal.files import write_text
 
@@ -262,7 +262,8 @@ def bench(
         repeats=repeats,
         train=train,
     )
-    result = run(chosen, progress=shows_progress())
+    keep = (lambda found: None) if out is None else (lambda found: write_numbers(found, out))
+    result = run(chosen, progress=shows_progress(), keep=keep)
     if json_file is not None and str(json_file) != "-":
         write_text(json_file, to_json(result))
     typer.echo(to_json(result) if str(json_file) == "-" else to_markdown(result), nl=False)

@@ -6,7 +6,7 @@ their keys and values made, those of earlier rows and of audio; it looks at all 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 
 from pal.backbone.cost import Added, Cost, LayerAdded, Step, attention, decoder, kv_bytes, linear, total
 from pal.backbone.llm import Backbone
@@ -27,7 +27,11 @@ class OnPaper:
 
 
 def on_paper(subject: Subject, scene: Scene, preset: Preset, phase: Phase) -> OnPaper:
-    """Of one phase of a variant."""
+    """Of one phase of a variant. A ragged scene's is the sum of what its rows need without padding."""
+    if scene.ragged is not None:
+        rows = [on_paper(subject, row, preset, phase) for row in scene.alone()]
+        flops, saved, kv = (sum(numbers) for numbers in zip(*map(astuple, rows), strict=True))
+        return OnPaper(flops, saved, kv)
     trains = phase == "train"
     llm, size = subject.llm, subject.llm.dtype.itemsize
     step = Step(
@@ -42,7 +46,7 @@ def on_paper(subject: Subject, scene: Scene, preset: Preset, phase: Phase) -> On
         autocast=size == 2,
     )
     extra = Cost()
-    if isinstance(subject, Qwen2Audio) and scene.frames is not None and phase != "decode":
+    if isinstance(subject, Qwen2Audio) and scene.frames is not None and not phase.startswith("decode"):
         # its own forward pass makes logits of every row, and projects windows in full before it drops what is empty
         step = replace(step, targets=scene.text_tokens + scene.audio_tokens)
         window = preset.encoder["max_source_positions"] // 2
@@ -52,7 +56,7 @@ def on_paper(subject: Subject, scene: Scene, preset: Preset, phase: Phase) -> On
     hearing = _hearing(scene, preset) if added else 0.0
     text_kv = 2 * llm.kv_heads * llm.head_width * size * llm.n_layers * scene.text_tokens
     kept = scene.batch * (text_kv + kv_bytes(llm, added, size))
-    if phase == "decode":
+    if phase.startswith("decode"):
         return OnPaper(_token(subject, scene, preset.width), 0.0, kept)
     cost = decoder(llm, step, added) + extra
     if trains:

@@ -23,7 +23,8 @@ from transformers.models.mllama.configuration_mllama import MllamaTextConfig
 
 from pal.backbone.llm import Backbone
 from pal.bench.presets import Preset
-from pal.bench.scene import Scene
+from pal.bench.regions import compile_layers
+from pal.bench.scene import Scene, Side
 from pal.bench.subjects import Reading, Subject
 from pal.encoders.base import Encoder
 from pal.integrations.plits import PLITS
@@ -46,27 +47,45 @@ class Peer(Subject):
     lm: Any
     """With the argument names that transformers' causal LLMs have."""
 
+    hears_rows: bool = True
+    """Whether audio makes rows."""
+
     @abstractmethod
+    def given(self, scene: Scene, side: Side) -> dict[str, Tensor]:
+        """Its arguments for a scene, with shorter rows filled up on a side."""
+
     def forward(self, scene: Scene, keep: Tensor | int, use_cache: bool) -> Made:
         """Logits of the rows `keep`, which counts from the end where it is a number."""
+        out = self.lm(**self.given(scene, "left"), use_cache=use_cache, logits_to_keep=keep)
+        return Made(out.logits, out.past_key_values)
 
     def length(self, scene: Scene) -> int:
-        """Rows of a conversation."""
-        return scene.audio_tokens + scene.text_tokens
+        """Rows of a conversation that is not filled up."""
+        return scene.audio_tokens * self.hears_rows + scene.text_tokens
 
     def read(self, scene: Scene) -> Reading:
         """One forward pass; positions go on from the number of rows."""
         made = self.forward(scene, keep=1, use_cache=True)
-        length = self.length(scene)
-        mask_BK = torch.ones(scene.batch, length, dtype=torch.long, device=scene.text_BT.device)
-        return Reading(made.logits_BXV[:, -1], made.cache, mask_BK, length)
+        if scene.ragged is not None:
+            padded = scene.padded(self.hears_rows, "left")
+            return Reading(made.logits_BXV[:, -1], made.cache, padded.mask_BT, padded.positions_BT[:, -1:] + 1)
+        length_B1 = torch.full_like(scene.text_BT[:, :1], self.length(scene))
+        return Reading(made.logits_BXV[:, -1], made.cache, self.mask(scene), length_B1)
+
+    def write(self, reading: Reading, tokens: int) -> None:
+        """So many more tokens, greedily."""
+        for _ in range(tokens):
+            ids_B1 = reading.logits_BV.argmax(-1, keepdim=True)
+            reading.mask_BK = torch.cat((reading.mask_BK, torch.ones_like(ids_B1)), dim=1)
+            reading.logits_BV = self.step(reading, ids_B1)
+            reading.position_B1 = reading.position_B1 + 1
 
     def step(self, reading: Reading, ids_B1: Tensor) -> Tensor:
-        """One more row."""
+        """Logits [B, V] after one more token, which joins the cache."""
         out = self.lm(
             input_ids=ids_B1,
             attention_mask=reading.mask_BK,
-            position_ids=torch.full_like(ids_B1, reading.position),
+            position_ids=reading.position_B1,
             past_key_values=reading.cache,
             use_cache=True,
         )
@@ -75,18 +94,31 @@ class Peer(Subject):
 
     def loss(self, scene: Scene) -> Tensor:
         """From the logits of the rows that predict an answer's token, and only of those."""
+        if scene.ragged is not None:
+            padded = scene.padded(self.hears_rows, "right")
+            hidden_BTD = self.lm.model(**self.given(scene, "right"), use_cache=False).last_hidden_state
+            logits_XV = self.lm.lm_head(hidden_BTD.flatten(0, 1).index_select(0, padded.predicts_X))
+            return F.cross_entropy(logits_XV.float(), padded.answers_X)
         last = self.length(scene) - 1
         keep_X = torch.arange(last - scene.answer, last, device=scene.text_BT.device)
         made = self.forward(scene, keep=keep_X, use_cache=False)
         return F.cross_entropy(made.logits_BXV.float().flatten(0, 1), scene.text_BT[:, -scene.answer :].flatten())
 
     def compile(self) -> None:
-        """The LLM's own forward pass."""
-        self.lm.model.compile()
+        """Each of its layers, as ours are."""
+        compile_layers(self.lm.model.layers)
 
     def mask(self, scene: Scene) -> Tensor:
         """Of rows that are all real."""
         return torch.ones(scene.batch, self.length(scene), dtype=torch.long, device=scene.text_BT.device)
+
+    def about_rows(self, scene: Scene, side: Side) -> dict[str, Tensor]:
+        """Mask, and positions where rows begin later than others."""
+        if scene.ragged is None:
+            return {"attention_mask": self.mask(scene)}
+        padded = scene.padded(self.hears_rows, side)
+        given = {"attention_mask": padded.mask_BT}
+        return given if side == "right" else {**given, "position_ids": padded.positions_BT}
 
 
 class Plain(Peer):
@@ -96,18 +128,14 @@ class Plain(Peer):
         super().__init__(name, llm, route)
         self.lm = plain
         self.route = route
+        self.hears_rows = route is not None  # nothing else projects a clip
 
-    def length(self, scene: Scene) -> int:
-        """Without a clip where nothing projects one."""
-        return super().length(scene) if self.route is not None else scene.text_tokens
-
-    def forward(self, scene: Scene, keep: Tensor | int, use_cache: bool) -> Made:
+    def given(self, scene: Scene, side: Side) -> dict[str, Tensor]:
         """`inputs_embeds` where there is a clip, `input_ids` where there is none."""
-        rows: dict[str, Tensor] = {"input_ids": scene.text_BT}
-        if self.route is not None:
-            rows = {"inputs_embeds": between(self.lm.get_input_embeddings(), scene, self.route.projector)}
-        out = self.lm(**rows, attention_mask=self.mask(scene), use_cache=use_cache, logits_to_keep=keep)
-        return Made(out.logits, out.past_key_values)
+        if self.route is None:
+            return {"input_ids": text_ids(scene, side), **self.about_rows(scene, side)}
+        rows_BTD = between(self.lm.get_input_embeddings(), scene, self.route.projector, side)
+        return {"inputs_embeds": rows_BTD, **self.about_rows(scene, side)}
 
 
 class Qwen2Audio(Peer):
@@ -142,13 +170,16 @@ class Qwen2Audio(Peer):
 
     def forward(self, scene: Scene, keep: Tensor | int, use_cache: bool) -> Made:
         """See the class."""
-        if scene.frames is not None:
-            out = self._whole(**self._processed(scene), attention_mask=self.mask(scene), use_cache=use_cache)
-            return Made(out.logits, out.past_key_values)
-        assert self.own is not None
-        rows_BTD = between(self.lm.get_input_embeddings(), scene, self.own)
-        out = self.lm(inputs_embeds=rows_BTD, attention_mask=self.mask(scene), use_cache=use_cache, logits_to_keep=keep)
+        if scene.frames is None:
+            return super().forward(scene, keep, use_cache)
+        out = self._whole(**self._processed(scene), attention_mask=self.mask(scene), use_cache=use_cache)
         return Made(out.logits, out.past_key_values)
+
+    def given(self, scene: Scene, side: Side) -> dict[str, Tensor]:
+        """Rows of its projector among those of the text."""
+        assert self.own is not None
+        rows_BTD = between(self.lm.get_input_embeddings(), scene, self.own, side)
+        return {"inputs_embeds": rows_BTD, **self.about_rows(scene, side)}
 
     def loss(self, scene: Scene) -> Tensor:
         """Its own from frames."""
@@ -217,27 +248,29 @@ class Mllama(Peer):
         self.lm.eval()
         super().__init__("mllama", llm, nn.ModuleList([projector, *own]))
         self.projector = projector
+        self.hears_rows = False
 
-    def length(self, scene: Scene) -> int:
-        """Audio makes no rows."""
-        return scene.text_tokens
-
-    def forward(self, scene: Scene, keep: Tensor | int, use_cache: bool) -> Made:
+    def given(self, scene: Scene, side: Side) -> dict[str, Tensor]:
         """Text with projected features beside it."""
-        audio_BAD = self.projector(scene.features().x_BAE)
-        hears_11T1 = (torch.arange(scene.text_tokens, device=audio_BAD.device) >= scene.before)[None, None, :, None]
-        hears_B1T1 = hears_11T1.to(audio_BAD.dtype).expand(scene.batch, 1, -1, 1)
-        out = self.lm(
-            input_ids=scene.text_BT,
-            cross_attention_states=audio_BAD,
-            # rows that hear nothing look at everything, and the second mask drops what comes of it
-            cross_attention_mask=audio_BAD.new_zeros(scene.batch, 1, scene.text_tokens, scene.audio_tokens),
-            full_text_row_masked_out_mask=hears_B1T1,
-            attention_mask=self.mask(scene),
-            use_cache=use_cache,
-            logits_to_keep=keep,
-        )
-        return Made(out.logits, out.past_key_values)
+        features = scene.features()
+        audio_BAD = self.projector(features.x_BAE)
+        place_BT = torch.arange(scene.text_tokens, device=audio_BAD.device)[None]
+        before: int | Tensor = scene.before
+        if scene.ragged is not None:
+            place_BT = scene.padded(False, side).positions_BT
+            before = scene.befores
+        hears_BT = (place_BT >= before).to(audio_BAD.dtype).expand(scene.batch, -1)
+        # rows that hear nothing look at everything, and the second mask drops what comes of it
+        mask_B1TA = audio_BAD.new_zeros(scene.batch, 1, scene.text_tokens, scene.audio_tokens)
+        if scene.ragged is not None:
+            mask_B1TA = mask_B1TA.masked_fill(~features.mask_BA[:, None, None], torch.finfo(mask_B1TA.dtype).min)
+        return {
+            "input_ids": text_ids(scene, side),
+            "cross_attention_states": audio_BAD,
+            "cross_attention_mask": mask_B1TA,
+            "full_text_row_masked_out_mask": hears_BT[:, None, :, None],
+            **self.about_rows(scene, side),
+        }
 
 
 def cross_layers(layers: int) -> tuple[int, ...]:
@@ -254,8 +287,18 @@ def plain_lm(llm: Backbone) -> Any:
     return lm.eval()
 
 
-def between(embedding: Any, scene: Scene, projector: nn.Module) -> Tensor:
-    """Embeddings [B, T + A, D] of the text with the projected clip at its place."""
+def text_ids(scene: Scene, side: Side) -> Tensor:
+    """The text's ids [B, T], filled up on a side."""
+    if scene.ragged is None:
+        return scene.text_BT
+    return scene.text_BT.flatten()[scene.padded(False, side).source_BT]
+
+
+def between(embedding: Any, scene: Scene, projector: nn.Module, side: Side) -> Tensor:
+    """Embeddings [B, T + A, D] of the text with the projected clip at its place, filled up on a side."""
     text_BTD = embedding(scene.text_BT)
     audio_BAD = projector(scene.features().x_BAE)
+    if scene.ragged is not None:
+        table_XD = torch.cat((text_BTD.flatten(0, 1), audio_BAD.flatten(0, 1)))
+        return table_XD[scene.padded(True, side).source_BT]
     return torch.cat((text_BTD[:, : scene.before], audio_BAD, text_BTD[:, scene.before :]), dim=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from pydantic import Field
@@ -12,10 +13,26 @@ from pal.errors import ConfigError
 
 Variant = Literal["text", "plits", "lal", "lal_third", "pal", "flamingo", "qwen2audio", "mllama"]
 Scope = Literal["llm", "end_to_end"]
-Phase = Literal["prefill", "decode", "train"]
+Phase = Literal["prefill", "decode", "train", "decode_graph"]
+Length = int | Literal["ragged"]
+"""Audio tokens of every clip of a batch; `ragged` where clips and texts differ."""
 VARIANTS: tuple[Variant, ...] = get_args(Variant)
 SCOPES: tuple[Scope, ...] = get_args(Scope)
-PHASES: tuple[Phase, ...] = get_args(Phase)
+PHASES: tuple[Phase, ...] = ("prefill", "decode", "train")
+"""Those that run everywhere; `decode_graph` is one of a CUDA graph."""
+
+
+RAGGED = ((250, 48), (400, 64), (600, 96), (750, 128), (900, 80), (1100, 160), (1300, 192), (1500, 112))
+"""Clips as real batches have them, of 10 to 60 seconds, and what is said about them."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """What is measured side by side: one phase on one batch."""
+
+    batch: int
+    length: Length
+    phase: Phase
 
 
 class Preset(StrictConfig):
@@ -32,8 +49,10 @@ class Preset(StrictConfig):
     device: Literal["cpu", "cuda"] = "cpu"
     dtype: Literal["float32", "bfloat16"] = "float32"
     variants: tuple[Variant, ...] = Field(default=VARIANTS, min_length=1)
-    audio_tokens: tuple[int, ...] = Field(default=(64, 256, 750, 1500, 15000), min_length=1)
+    audio_tokens: tuple[Length, ...] = Field(default=(64, 256, 750, 1500, 15000), min_length=1)
     """A of a clip; each row of a batch has a clip of its own."""
+    ragged: tuple[tuple[int, int], ...] = Field(default=RAGGED, min_length=2)
+    """Audio and text tokens of the rows of a `ragged` batch, over and over where it has more."""
     text_tokens: int = Field(default=128, ge=16)
     """T of a conversation: an eighth of them before the clip, and at the end a quarter that is the answer."""
     phases: tuple[Phase, ...] = Field(default=PHASES, min_length=1)
@@ -41,6 +60,10 @@ class Preset(StrictConfig):
     """The default one first."""
     batch: tuple[int, ...] = Field(default=(1,), min_length=1)
     """Conversations."""
+    prefill_batch: tuple[int, ...] = ()
+    """Further sizes for `prefill` alone."""
+    train_tokens: int | None = Field(default=None, ge=1)
+    """The most audio tokens of a training batch, which has fewer conversations where clips are longer."""
     repeats: int = Field(default=5, ge=0)
     """Timed rounds; 0 times nothing and only counts operations and bytes."""
     decode_tokens: int = Field(default=8, ge=1)
@@ -48,12 +71,30 @@ class Preset(StrictConfig):
     train: Literal["joint", "projectors"] = "joint"
     """What a training step trains: the LLM and the integration's weights (the paper's joint stage), or the latter."""
     compiled: bool = False
-    """Whether `torch.compile` compiles the LLM for prefill and training; decoding, whose cache grows, runs as it is."""
+    """Whether `torch.compile` compiles the LLM's layers for prefill and training; decoding runs as it is."""
+    seconds: float | None = Field(default=None, gt=0)
+    """What has not begun by then is left out."""
 
     @property
     def width(self) -> int:
         """E, of the features."""
         return int(self.encoder["hidden_size"])
+
+    def places(self) -> list[Place]:
+        """In the order in which they are measured."""
+        found = (
+            Place(self._rows(batch, length, phase), length, phase)
+            for length in self.audio_tokens
+            for phase in self.phases
+            for batch in (*self.batch, *(self.prefill_batch if phase == "prefill" else ()))
+        )
+        # one row is not ragged
+        return [place for place in dict.fromkeys(found) if place.length != "ragged" or place.batch > 1]
+
+    def _rows(self, batch: int, length: Length, phase: Phase) -> int:
+        if phase != "train" or self.train_tokens is None or length == "ragged":
+            return batch
+        return min(batch, max(1, self.train_tokens // length))
 
 
 def _encoder(width: int, layers: int, heads: int, mels: int = 128, positions: int = 1500) -> dict[str, Any]:
@@ -109,6 +150,21 @@ PRESETS = {
             encoder=_encoder(768, 12, 12),
             audio_tokens=(750, 1500),
         ),
+        Preset(
+            name="gpu-quick",
+            shape="Llama-3.2-1B",
+            llm=_LLAMA_1B,
+            **{
+                **_GPU,
+                "audio_tokens": (750, 1500, "ragged", 7500),
+                "batch": (8,),
+                "prefill_batch": (1,),
+                "train_tokens": 30_000,
+                "phases": ("train", "prefill", "decode", "decode_graph"),
+                "scopes": ("llm",),
+                "seconds": 300,
+            },
+        ),
         Preset(name="gpu", shape="Llama-3.2-1B, with an encoder of AF-Whisper's size", llm=_LLAMA_1B, **_GPU),
         Preset(name="gpu-3b", shape="Llama-3.2-3B, with an encoder of AF-Whisper's size", llm=_LLAMA_3B, **_GPU),
     )
@@ -125,8 +181,9 @@ def preset_of(name: str, **changes: Any) -> Preset:
         raise ConfigError(f"unknown preset '{name}'; known: {', '.join(PRESETS)}")
     given = {key: value for key, value in changes.items() if value is not None}
     preset = parse(Preset, {**PRESETS[name].model_dump(), **given}, where="bench")
-    if min(preset.audio_tokens) < 1 or min(preset.batch) < 1:
+    lengths = [length for length in preset.audio_tokens if length != "ragged"]
+    if min((*lengths, *preset.batch, *preset.prefill_batch, *(number for row in preset.ragged for number in row))) < 1:
         raise ConfigError("bench: audio tokens and batch sizes count from 1")
     # a row that is asked for twice is measured once, in the order that was asked for
-    lists = ("variants", "audio_tokens", "phases", "scopes", "batch")
+    lists = ("variants", "audio_tokens", "phases", "scopes", "batch", "prefill_batch")
     return preset.model_copy(update={key: tuple(dict.fromkeys(getattr(preset, key))) for key in lists})

@@ -22,12 +22,15 @@ def to_dict(result: Result) -> dict[str, Any]:
     """Plain data.
 
     `rows` are what was measured. `ratios` say how each compares with PLITS at the same place: times faster in
-    `speed`, shares of PLITS's in the others. `checks` compare with the plain LLM, the cost model and the goals.
+    `speed`, shares of PLITS's in the others, and its operations a second with those of one large product on the
+    device. `checks` compare with the plain LLM, the cost model and the goals. Without `complete` the run was ended
+    before its time, or goes on.
     """
     return {
         "machine": result.machine,
+        "complete": result.complete,
         "rows": [asdict(row) for row in result.rows],
-        "ratios": [_ratios(row, result.rows) for row in result.rows],
+        "ratios": [_ratios(row, result.rows, result.rate) for row in result.rows],
         "baselines": [asdict(row) for row in result.baselines],
         "checks": [{**asdict(check), "ratio": check.ratio, "ok": check.ok} for check in checks(result)],
         "left_out": result.left_out,
@@ -45,10 +48,15 @@ def write(result: Result, folder: Path) -> list[Path]:
     Raises:
         PalError: matplotlib is not installed; JSON and Markdown are written all the same.
     """
+    return [*write_numbers(result, folder), *_draw(result, folder)]
+
+
+def write_numbers(result: Result, folder: Path) -> list[Path]:
+    """`bench.json` and `bench.md`, in the place of earlier ones; each is whole at any moment."""
     files = {folder / "bench.json": to_json(result), folder / "bench.md": to_markdown(result)}
     for path, text in files.items():
         write_text(path, text)
-    return [*files, *_draw(result, folder)]
+    return list(files)
 
 
 def to_markdown(result: Result) -> str:
@@ -62,9 +70,16 @@ def to_markdown(result: Result) -> str:
         f"{facts['device']}, {facts['threads']} threads; torch {facts['torch']}, transformers {facts['transformers']},"
         f" pal {facts['pal']}; {facts['date']}.",
     ]
+    if result.rate:
+        lines.append(f"One large product of random numbers runs at {result.rate / 1e12:.3g} TFLOP/s.")
+    if any(row.audio_tokens == "ragged" for row in result.rows):
+        parts = ", ".join(f"{clip} + {text}" for clip, text in result.preset.ragged)
+        lines.append(f"`ragged` is a batch of rows of different lengths, audio + text tokens: {parts}.")
+    if not result.complete:
+        lines += ["", "**Incomplete**: the run was ended before its time, or goes on."]
     for scope, phase, batch in dict.fromkeys((row.scope, row.phase, row.batch) for row in result.rows):
         rows = [row for row in result.rows if (row.scope, row.phase, row.batch) == (scope, phase, batch)]
-        lines += ["", f"## {_SCOPES[scope]}: {_PHASES[phase]}, batch {batch}", "", *_table(rows)]
+        lines += ["", f"## {_SCOPES[scope]}: {_PHASES[phase]}, batch {batch}", "", *_table(rows, result.rate)]
     lines += _check_lines(result)
     if result.left_out:
         lines += ["", "## Left out", ""]
@@ -77,17 +92,22 @@ def to_markdown(result: Result) -> str:
 
 
 _SCOPES = {"llm": "LLM only", "end_to_end": "End to end"}
-_PHASES = {"prefill": "prefill", "decode": "a token of decoding", "train": "a training step"}
+_PHASES = {
+    "prefill": "prefill",
+    "decode": "a token of decoding",
+    "train": "a training step",
+    "decode_graph": "a token of decoding, by a CUDA graph",
+}
 _HEAD = (
     *("audio tokens", "variant", "ms", "spread", "x PLITS", "peak MB", "saved MB", "% of PLITS"),
-    *("GFLOP", "x closed form", "KV MB", "parameters"),
+    *("GFLOP", "x closed form", "TFLOP/s", "% of a product's", "KV MB", "parameters"),
 )
 
 
-def _table(rows: Sequence[Row]) -> list[str]:
+def _table(rows: Sequence[Row], rate: float | None) -> list[str]:
     lines = []
     for row in rows:
-        ratios = _ratios(row, rows)
+        ratios = _ratios(row, rows, rate)
         lines.append(
             (
                 str(row.audio_tokens),
@@ -100,6 +120,8 @@ def _table(rows: Sequence[Row]) -> list[str]:
                 _number(ratios["saved_bytes"], 100),
                 _number(row.flops, 1e-9),
                 _number(row.flops / row.flops_closed_form),
+                _number(ratios["flops_per_second"], 1e-12),
+                _number(ratios["of_product"], 100),
                 _number(row.kv_bytes, 1e-6) if row.kv_bytes else "",
                 f"{row.parameters:,}",
             )
@@ -152,11 +174,7 @@ _CHECK_HEAD = ("variant", "against", "scope", "phase", "quantity", "audio tokens
 
 
 def _check_row(check: Check) -> tuple[str, ...]:
-    bounds = [
-        f"{sign} {_number(bound)}"
-        for sign, bound in ((">=", check.at_least), ("<=", check.at_most))
-        if bound is not None
-    ]
+    bounds = [f"{sign} {bound:.3g}" for sign, bound in ((">=", check.at_least), ("<=", check.at_most)) if bound]
     return (
         check.variant,
         check.against,
@@ -185,8 +203,8 @@ def _number(value: float | None, scale: float = 1.0) -> str:
     return f"{scaled:,.0f}" if abs(scaled) >= 100 else f"{scaled:.3g}"
 
 
-def _ratios(row: Row, rows: Iterable[Row]) -> dict[str, Any]:
-    """A row against PLITS at the same place; None where there is no number to compare with."""
+def _ratios(row: Row, rows: Iterable[Row], rate: float | None) -> dict[str, Any]:
+    """A row against PLITS at the same place, and against a product; None where there is nothing to compare with."""
     plits = next((one for one in rows if one.variant == _REFERENCE and one.place == row.place), None)
     found: dict[str, Any] = {
         "variant": row.variant,
@@ -202,7 +220,8 @@ def _ratios(row: Row, rows: Iterable[Row]) -> dict[str, Any]:
             found["speed"] = reference / value if both else None
         else:
             found[quantity] = value / reference if both else None
-    return found
+    speed = row.flops / row.seconds if row.seconds else None
+    return {**found, "flops_per_second": speed, "of_product": speed / rate if speed and rate else None}
 
 
 def _draw(result: Result, folder: Path) -> list[Path]:
@@ -228,7 +247,9 @@ def _draw(result: Result, folder: Path) -> list[Path]:
                     points = [
                         (row.audio_tokens, getattr(row, quantity))
                         for row in rows
-                        if (row.variant, row.phase) == (variant, phase) and getattr(row, quantity)
+                        if (row.variant, row.phase) == (variant, phase)
+                        and getattr(row, quantity)
+                        and row.audio_tokens != "ragged"
                     ]
                     if points:
                         axes.plot(*zip(*sorted(points), strict=True), marker=".", label=variant)

@@ -4,30 +4,30 @@ from __future__ import annotations
 
 import gc
 import os
-import platform
 import sys
+import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import nn
 from tqdm import tqdm
 
-import pal
 from pal.backbone.llm import Backbone
 from pal.bench.closed_form import OnPaper, on_paper
+from pal.bench.machine import check_device, machine, product_rate
 from pal.bench.measure import Counts, Seconds, counts, give_back_freed_memory, keep_freed_memory, round_seconds
 from pal.bench.peers import Mllama, Plain, Qwen2Audio, plain_lm
-from pal.bench.presets import Phase, Preset, Scope
+from pal.bench.presets import Length, Phase, Place, Preset, Scope
+from pal.bench.regions import many_graphs
 from pal.bench.scene import Scene, make_scene
 from pal.bench.subjects import Attached, Reading, Subject, attached
 from pal.encoders.base import Encoder
-from pal.errors import PalError
 from pal.integrations.plits import PLITS
 from pal.registry import build
 
@@ -42,9 +42,10 @@ class Row:
     variant: str
     scope: Scope
     phase: Phase
-    audio_tokens: int
+    audio_tokens: Length
     """Of a clip; `text` hears none of them."""
     text_tokens: int
+    """Of the longest text."""
     batch: int
     seconds: float | None
     """Median; None where nothing was timed."""
@@ -59,7 +60,7 @@ class Row:
     parameters: int
 
     @property
-    def place(self) -> tuple[str, str, int, int]:
+    def place(self) -> tuple[str, str, int, Length]:
         """What rows that can be compared have in common."""
         return self.scope, self.phase, self.batch, self.audio_tokens
 
@@ -73,114 +74,118 @@ class Result:
     rows: list[Row] = field(default_factory=list)
     baselines: list[Row] = field(default_factory=list)
     """Of the plain LLM."""
-    paper: dict[tuple[str, tuple[str, str, int, int]], OnPaper] = field(default_factory=dict)
+    paper: dict[tuple[str, tuple[str, str, int, Length]], OnPaper] = field(default_factory=dict)
     """(variant, place) -> closed forms, those of saved bytes and of keys and values too."""
     left_out: list[dict[str, Any]] = field(default_factory=list)
     """Rows that were asked for and are not there, and why."""
     interrupted: bool = False
     """Whether it was stopped; what is there is whole all the same."""
+    complete: bool = False
+    """Whether all places had their turn."""
+
+    @property
+    def rate(self) -> float | None:
+        """Operations a second of the device's matrix products, where it was measured."""
+        found: float | None = self.machine.get("product_flops_per_second")
+        return found
 
 
-def run(preset: Preset, progress: bool = False) -> Result:
+def run(preset: Preset, progress: bool = False, keep: Callable[[Result], object] = lambda result: None) -> Result:
     """Measure all that a preset names. Weights are random: time and memory do not depend on them.
 
     Ctrl-C ends it with the rows that are complete by then.
+
+    Args:
+        preset: what to measure.
+        progress: whether to draw a bar.
+        keep: called with what there is after each place, so that a run that is killed keeps it.
 
     Raises:
         PalError: the preset needs an accelerator that is not there.
     """
     check_device(preset)
+    with opened(preset, progress, keep) as bench:
+        try:
+            for scope in preset.scopes:
+                bench.measure(scope)
+            bench.result.complete = True
+        except KeyboardInterrupt:
+            bench.result.interrupted = True
+        return bench.result
+
+
+@contextmanager
+def opened(
+    preset: Preset, progress: bool = False, keep: Callable[[Result], object] = lambda result: None
+) -> Iterator[Bench]:
+    """The models of a run, ready to be measured. Takes what `run` takes."""
     result = Result(preset, machine(preset))
     if preset.device == "cpu" and preset.repeats:
         result.machine["keeps_freed_memory"] = keep_freed_memory()
     torch.manual_seed(0)
     device, dtype = torch.device(preset.device), getattr(torch, preset.dtype)
+    if preset.repeats:
+        result.machine["product_flops_per_second"] = product_rate(device, dtype)
     with device:
         llm = Backbone.load(preset.llm, dtype=dtype).eval().requires_grad_(False)
     plain = plain_lm(llm)
-    with tqdm(
-        desc="bench", unit="FLOP", unit_scale=True, delay=2, disable=None if progress else True, file=sys.stderr
-    ) as bar:
-        bench = _Bench(preset, llm, plain, result, bar)
-        try:
-            for scope in preset.scopes:
-                bench.measure(scope)
-        except KeyboardInterrupt:
-            result.interrupted = True
-    return result
+    with (
+        many_graphs() if preset.compiled else nullcontext(),
+        tqdm(
+            desc="bench", unit="FLOP", unit_scale=True, delay=2, disable=None if progress else True, file=sys.stderr
+        ) as bar,
+    ):
+        yield Bench(preset, llm, plain, result, bar, keep)
 
 
-def check_device(preset: Preset) -> None:
-    """Raises PalError where the preset's device is not there."""
-    if preset.device == "cuda" and not torch.cuda.is_available():
-        raise PalError(
-            f"preset '{preset.name}' needs a CUDA GPU and torch {torch.__version__} sees none here; "
-            "use --preset cpu, or run it where there is one"
-        )
-
-
-def machine(preset: Preset) -> dict[str, Any]:
-    """Where and with what the run is done, and what is measured."""
-    facts: dict[str, Any] = {
-        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        "device": _cpu() if preset.device == "cpu" else torch.cuda.get_device_name(),
-        "system": f"{platform.system()} {platform.machine()}",
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "pal": pal.__version__,
-    }
-    kept = ("name", "shape", "dtype", "train", "repeats", "decode_tokens", "compiled")
-    measured = {("preset" if key == "name" else key): getattr(preset, key) for key in kept}
-    return {**facts, **measured, "projector_width": preset.width}
-
-
-def _cpu() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
-class _Bench:
+class Bench:
     """A run: what all its rows share."""
 
-    def __init__(self, preset: Preset, llm: Backbone, plain: Any, result: Result, bar: Any) -> None:
+    def __init__(
+        self,
+        preset: Preset,
+        llm: Backbone,
+        plain: Any,
+        result: Result,
+        bar: Any,
+        keep: Callable[[Result], object],
+    ) -> None:
         self.preset = preset
         self.llm = llm
         self.plain = plain
         self.result = result
         self.bar = bar
+        self.keep = keep
+        self.started = time.monotonic()
         self.device = torch.device(preset.device)
 
     def measure(self, scope: Scope) -> None:
         """All rows of a scope."""
         preset = self.preset
         encoder = self._encoder() if scope == "end_to_end" else None
-        subjects = self._subjects(encoder)
-        places = [
-            (batch, tokens, phase)
-            for batch in preset.batch
-            for tokens in preset.audio_tokens
-            for phase in preset.phases
-        ]
-        papers = {}
-        for place in places:
-            batch, tokens, phase = place
-            scene = make_scene(preset, batch, tokens, self.llm.vocab, encoder)
-            papers[place] = {subject.name: on_paper(subject, scene, preset, phase) for subject in subjects}
-        ahead = sum(paper.flops * self._passes(place[2]) for place, found in papers.items() for paper in found.values())
+        subjects = self.subjects(encoder)
+        # features alone are ragged
+        places = [place for place in preset.places() if encoder is None or place.length != "ragged"]
+        papers = {place: self._papers(place, subjects, encoder) for place in places}
+        ahead = sum(paper.flops * self._passes(place.phase) for place in places for paper in papers[place].values())
         self.bar.total = (self.bar.total or 0) + ahead
-        for batch, tokens, phase in places:
-            scene = make_scene(preset, batch, tokens, self.llm.vocab, encoder)
-            _Place(self, scope, scene, phase, encoder, papers[batch, tokens, phase]).measure(subjects)
+        for place in places:
+            scene = make_scene(preset, place.batch, place.length, self.llm.vocab, encoder)
+            here = _Place(self, scope, scene, place.phase, encoder, papers[place])
+            if preset.seconds is not None and time.monotonic() - self.started > preset.seconds:
+                here.leave_out(subjects, f"not begun within {preset.seconds:g} s")
+            else:
+                here.measure(subjects)
+            self.keep(self.result)
+
+    def _papers(self, place: Place, subjects: Sequence[Subject], encoder: Encoder | None) -> dict[str, OnPaper]:
+        scene = make_scene(self.preset, place.batch, place.length, self.llm.vocab, encoder, shapes=True)
+        return {subject.name: on_paper(subject, scene, self.preset, place.phase) for subject in subjects}
 
     def _passes(self, phase: Phase) -> int:
         """Of a phase: one that is counted, one that warms up, and the timed ones."""
         rounds = self.preset.repeats and 1 + self.preset.repeats
-        return 1 + rounds * (self.preset.decode_tokens if phase == "decode" else 1)
+        return 1 + rounds * (self.preset.decode_tokens if phase.startswith("decode") else 1)
 
     def _encoder(self) -> Encoder:
         with self.device:
@@ -188,7 +193,7 @@ class _Bench:
         assert isinstance(encoder, Encoder)
         return encoder.to(getattr(torch, self.preset.dtype)).eval()
 
-    def _subjects(self, encoder: Encoder | None) -> list[Subject]:
+    def subjects(self, encoder: Encoder | None) -> list[Subject]:
         """Each variant, and next to `plits` and `text` the plain LLM on the same rows."""
         preset, llm = self.preset, self.llm
         found: list[Subject] = []
@@ -222,7 +227,7 @@ class _Place:
 
     def __init__(
         self,
-        bench: _Bench,
+        bench: Bench,
         scope: Scope,
         scene: Scene,
         phase: Phase,
@@ -241,15 +246,14 @@ class _Place:
 
     def measure(self, subjects: Sequence[Subject]) -> None:
         """Add a row for each variant that can be measured here."""
-        if self.preset.compiled:
-            # what was compiled for other shapes only makes looking it up slower
-            torch.compiler.reset()
         looked: dict[str, tuple[Subject, Counts, int]] = {}
         timed: dict[str, Callable[[], object]] = {}
         for subject in subjects:
+            if self.phase == "decode_graph" and not subject.graphs:
+                continue
             why = self._obstacle(subject)
             if why is None:
-                with self._memory_guard() as guard:
+                with self._guard() as guard:
                     looked[subject.name] = (subject, *self._look_at(subject))
                     if self.preset.repeats:
                         timed[subject.name] = self._timed(subject)
@@ -258,15 +262,32 @@ class _Place:
             self._advance(subject, 1 if why is None else self.bench._passes(self.phase))
             if why is not None:
                 looked.pop(subject.name, None)
-                self._leave_out(subject, why)
-        seconds = self._time(timed) if timed else {}
+                self.leave_out([subject], why)
+        seconds, failed = self._time(timed)
         for name, (subject, found, kv) in looked.items():
+            if name in failed:
+                self.leave_out([subject], failed[name])
+                continue
             row = self._row(subject, found, kv, seconds.get(name))
             (self.bench.result.baselines if name in BASELINES else self.bench.result.rows).append(row)
             self.bench.result.paper[name, row.place] = self.papers[name]
         timed.clear()
         self._readings.clear()
         self._tidy()
+
+    def leave_out(self, subjects: Sequence[Subject], why: str) -> None:
+        """Say of these that they are not measured here."""
+        for subject in subjects:
+            self.bench.result.left_out.append(
+                {
+                    "variant": subject.name,
+                    "scope": self.scope,
+                    "phase": self.phase,
+                    "audio_tokens": self.scene.length,
+                    "batch": self.scene.batch,
+                    "why": why,
+                }
+            )
 
     def _look_at(self, subject: Subject) -> tuple[Counts, int]:
         """Operations and bytes of the phase, and the bytes of its keys and values."""
@@ -292,10 +313,17 @@ class _Place:
                 )
                 return found, kept[-1].kv_bytes()
             with _eager():
-                reading = self._readings[subject.name] = subject.read(self.scene)
+                reading = self._readings[subject.name] = self._prompt(subject)
                 kv = reading.kv_bytes()
                 found = counts(lambda: subject.write(reading, 1), weights=weights, device=self.bench.device)
             return found, kv
+
+    def _prompt(self, subject: Subject) -> Reading:
+        """Read, to be written on."""
+        if not isinstance(subject, Attached):
+            return subject.read(self.scene)
+        tokens = self.preset.decode_tokens * (2 + self.preset.repeats) + 8
+        return subject.read(self.scene, tokens, fixed=self.phase == "decode_graph")
 
     def _timed(self, subject: Subject) -> Callable[[], object]:
         if self.phase == "train":
@@ -310,28 +338,39 @@ class _Place:
         reading = self._readings[subject.name]
         return torch.inference_mode()(lambda: subject.write(reading, self.preset.decode_tokens))
 
-    def _time(self, timed: dict[str, Callable[[], object]]) -> dict[str, Seconds]:
-        tokens = self.preset.decode_tokens if self.phase == "decode" else 1
+    def _time(self, timed: dict[str, Callable[[], object]]) -> tuple[dict[str, Seconds], dict[str, str]]:
+        """Of each step, or why it failed; others go on."""
+        tokens = self.preset.decode_tokens if self.phase.startswith("decode") else 1
         subjects = {name: self.papers[name].flops * tokens for name in timed}
         found: dict[str, Seconds] = {}
-        with _eager() if self.phase == "decode" else nullcontext():
+        failed: dict[str, str] = {}
+
+        def guarded(name: str, step: Callable[[], object]) -> None:
+            if name not in failed:
+                with self._guard() as guard:
+                    step()
+                if guard.why is not None:
+                    failed[name] = guard.why
+
+        steps = {name: partial(guarded, name, step) for name, step in timed.items()}
+        with _eager() if self.phase.startswith("decode") else nullcontext():
             # memory was given back after each was looked at; a round that does not count has it made again
-            for rounds in (1, self.preset.repeats):
+            for rounds in (1, self.preset.repeats) if timed else ():
                 found = round_seconds(
-                    timed,
+                    steps,
                     rounds,
                     self.bench.device,
                     each=tokens,
                     done=lambda name: self.bench.bar.update(subjects[name]),
                 )
-        return found
+        return found, failed
 
     def _row(self, subject: Subject, found: Counts, kv: int, seconds: Seconds | None) -> Row:
         return Row(
             variant=subject.name,
             scope=self.scope,
             phase=self.phase,
-            audio_tokens=self.scene.audio_tokens,
+            audio_tokens=self.scene.length,
             text_tokens=self.scene.text_tokens,
             batch=self.scene.batch,
             seconds=None if seconds is None else seconds.median,
@@ -366,36 +405,30 @@ class _Place:
         return None
 
     @contextmanager
-    def _memory_guard(self) -> Iterator[_Guard]:
-        """A variant that does not fit leaves its row out and the run goes on."""
+    def _guard(self) -> Iterator[_Guard]:
+        """A variant that does not fit, or fails, leaves its row out and the run goes on."""
         guard = _Guard()
         try:
             yield guard
         except torch.OutOfMemoryError:
             guard.why = "out of memory"
-            self._tidy()
+        except Exception as error:
+            guard.why = where_it_failed(error)
+        if guard.why is not None:
+            self._tidy(always=True)
 
-    def _tidy(self) -> None:
+    def _tidy(self, always: bool = False) -> None:
         if self.bench.device.type == "cuda":
-            gc.collect()
-            torch.cuda.empty_cache()
+            # every block that is given back has to be asked for again
+            total = torch.cuda.get_device_properties(self.bench.device).total_memory
+            if always or torch.cuda.memory_reserved(self.bench.device) > total / 2:
+                gc.collect()
+                torch.cuda.empty_cache()
         elif self.preset.repeats:
             give_back_freed_memory()
 
     def _advance(self, subject: Subject, passes: int) -> None:
         self.bench.bar.update(self.papers[subject.name].flops * passes)
-
-    def _leave_out(self, subject: Subject, why: str) -> None:
-        self.bench.result.left_out.append(
-            {
-                "variant": subject.name,
-                "scope": self.scope,
-                "phase": self.phase,
-                "audio_tokens": self.scene.audio_tokens,
-                "batch": self.scene.batch,
-                "why": why,
-            }
-        )
 
 
 @dataclass
@@ -415,6 +448,15 @@ def _training(subject: Subject, train: str) -> Iterator[None]:
         for parameter in trained:
             parameter.requires_grad_(False)
             parameter.grad = None
+
+
+def where_it_failed(error: BaseException) -> str:
+    """An exception in one line: what it says and the last line of ours that it came through."""
+    frames = traceback.extract_tb(error.__traceback__)
+    ours = [frame for frame in frames if "/pal/" in frame.filename] or list(frames)
+    place = f" ({Path(ours[-1].filename).name}:{ours[-1].lineno}, {Path(frames[-1].filename).name}:{frames[-1].lineno})"
+    said = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    return f"{type(error).__name__}: {said[:300]}{place if frames else ''}"
 
 
 def _eager() -> Any:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from itertools import cycle, islice
+from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from pal.bench.presets import Preset
+from pal.bench.presets import Length, Preset
 from pal.encoders.base import Encoder, join_windows
 from pal.types import AUDIO, IGNORE, AudioFeatures, Tokens
+
+Side = Literal["left", "right"]
 
 
 @dataclass(frozen=True)
@@ -26,19 +31,39 @@ class Frames:
 
 
 @dataclass(frozen=True)
+class Padded:
+    """Rows of different lengths as transformers' models take them: filled up to the longest, with a mask."""
+
+    source_BT: Tensor
+    """Of each row its place among the texts' B * T tokens, followed by the clips' B * A."""
+    mask_BT: Tensor
+    positions_BT: Tensor
+    predicts_X: Tensor
+    """Places, in all rows one after the other, of those that predict an answer's token."""
+    answers_X: Tensor
+    """Those tokens."""
+
+
+@dataclass(frozen=True, eq=False)
 class Scene:
-    """B conversations of T text tokens, each with a clip of A tokens of its own between them."""
+    """B conversations of T text tokens, each with a clip of A tokens of its own between them.
+
+    In a ragged one, T and A are those of the longest, and what others lack is at their end.
+    """
 
     text_BT: Tensor
     before: int
-    """Text tokens before the clip."""
+    """Text tokens before the clip; shorter texts have in proportion."""
     answer: int
-    """Text tokens at the end that are trained."""
+    """Text tokens at the end that are trained; likewise."""
     audio_tokens: int
     given: AudioFeatures | None
     """Where features are given."""
     frames: Frames | None
     """Where an encoder makes them."""
+    ragged: tuple[tuple[int, int], ...] | None = None
+    """Audio and text tokens of each row, where they differ."""
+    _padded: dict[tuple[bool, Side], Padded] = field(default_factory=dict, repr=False)
 
     @property
     def batch(self) -> int:
@@ -49,6 +74,40 @@ class Scene:
     def text_tokens(self) -> int:
         """T."""
         return int(self.text_BT.shape[1])
+
+    @property
+    def length(self) -> Length:
+        """What tables call it."""
+        return self.audio_tokens if self.ragged is None else "ragged"
+
+    @cached_property
+    def texts(self) -> list[list[int]]:
+        """Token ids of each row, on the host, where a loader would have them."""
+        rows: list[list[int]] = self.text_BT.tolist()
+        return rows if self.ragged is None else [row[:n] for row, (_, n) in zip(rows, self.ragged, strict=True)]
+
+    def parts(self, text: list[int]) -> tuple[int, int]:
+        """Tokens before the clip, and tokens of the answer, of a text."""
+        n = len(text)
+        return n * self.before // self.text_tokens, n * self.answer // self.text_tokens
+
+    @cached_property
+    def befores(self) -> Tensor:
+        """Tokens before the clip, of each row."""
+        return torch.tensor([self.parts(text)[:1] for text in self.texts], device=self.text_BT.device)
+
+    def alone(self) -> list[Scene]:
+        """Each row of a ragged scene as a scene of its own."""
+        assert self.ragged is not None
+        found = []
+        for row, (clip, n) in enumerate(self.ragged):
+            text_1T = self.text_BT[row : row + 1, :n]
+            before, answer = self.parts(self.texts[row])
+            given = None
+            if self.given is not None:
+                given = replace(self.given, x_BAE=self.given.x_BAE[row : row + 1, :clip], lengths=(clip,))
+            found.append(Scene(text_1T, before, answer, clip, given, None))
+        return found
 
     def features(self) -> AudioFeatures:
         """[B, A, E], made by the encoder where there is one."""
@@ -61,32 +120,75 @@ class Scene:
     def rows(self, hears: bool, trains: bool) -> list[Tokens]:
         """The conversations as an integration takes them."""
         rows = []
-        for clip, text in enumerate(self.text_BT.tolist()):
-            labels = [IGNORE] * (len(text) - self.answer) + text[-self.answer :]
-            ids = [*text[: self.before], AUDIO, *text[self.before :]] if hears else text
+        for clip, text in enumerate(self.texts):
+            before, answer = self.parts(text)
+            labels = [IGNORE] * (len(text) - answer) + text[-answer:]
+            ids = [*text[:before], AUDIO, *text[before:]] if hears else text
             rows.append(Tokens(ids, [clip] if hears else [], [IGNORE] * hears + labels if trains else None))
         return rows
 
+    def padded(self, hears: bool, side: Side) -> Padded:
+        """The conversations as transformers' models take ragged ones; made once."""
+        if (hears, side) not in self._padded:
+            self._padded[hears, side] = self._pad(hears, side)
+        return self._padded[hears, side]
 
-def make_scene(preset: Preset, batch: int, audio_tokens: int, vocab: int, encoder: Encoder | None) -> Scene:
-    """Random text and random clips: noise for the encoder, or noise in its place where there is none."""
+    def _pad(self, hears: bool, side: Side) -> Padded:
+        assert self.ragged is not None
+        lengths = [len(text) + hears * clip for text, (clip, _) in zip(self.texts, self.ragged, strict=True)]
+        longest = max(lengths)
+        source_BT, mask_BT, positions_BT = (torch.zeros(self.batch, longest, dtype=torch.long) for _ in range(3))
+        predicts, answers = [], []
+        for row, (text, (clip, _)) in enumerate(zip(self.texts, self.ragged, strict=True)):
+            before, answer = self.parts(text)
+            own_T = torch.arange(len(text)) + row * self.text_tokens
+            clip_A = self.batch * self.text_tokens + row * self.audio_tokens + torch.arange(hears * clip)
+            first = longest - lengths[row] if side == "left" else 0
+            place = slice(first, first + lengths[row])
+            source_BT[row, place] = torch.cat((own_T[:before], clip_A, own_T[before:]))
+            mask_BT[row, place] = 1
+            positions_BT[row, place] = torch.arange(lengths[row])
+            last = row * longest + first + lengths[row] - 1
+            predicts.append(torch.arange(last - answer, last))
+            answers += text[-answer:]
+        made = (source_BT, mask_BT, positions_BT, torch.cat(predicts), torch.tensor(answers))
+        return Padded(*(x.to(self.text_BT.device) for x in made))
+
+
+def make_scene(
+    preset: Preset, batch: int, audio_tokens: Length, vocab: int, encoder: Encoder | None, shapes: bool = False
+) -> Scene:
+    """Random text and random clips: noise for the encoder, or noise in its place where there is none.
+
+    A ragged one has features alone; one of which only the shapes are asked for has none.
+    """
     generator = torch.Generator().manual_seed(0)
     device, dtype = torch.device(preset.device), getattr(torch, preset.dtype)
+    ragged = None
+    longest, text_tokens = audio_tokens, preset.text_tokens
+    if audio_tokens == "ragged":
+        assert encoder is None
+        ragged = tuple(islice(cycle(preset.ragged), batch))
+        longest, text_tokens = (max(numbers) for numbers in zip(*ragged, strict=True))
+    assert longest != "ragged"
     # the last id stands for audio in Qwen2Audio's own rows
-    text_BT = torch.randint(0, vocab - 1, (batch, preset.text_tokens), generator=generator).to(device)
+    text_BT = torch.randint(0, vocab - 1, (batch, text_tokens), generator=generator).to(device)
     given = frames = None
-    if encoder is None:
-        x_BAE = torch.randn(batch, audio_tokens, preset.width, generator=generator).to(device, dtype)
-        given = AudioFeatures(x_BAE, (audio_tokens,) * batch, 0.04)
-    else:
-        frames = _frames(encoder, batch, audio_tokens, generator, device, dtype)
+    if encoder is None and not shapes:
+        noise = torch.Generator(device).manual_seed(0)
+        x_BAE = torch.randn(batch, longest, preset.width, generator=noise, device=device).to(dtype)
+        lengths = (longest,) * batch if ragged is None else tuple(clip for clip, _ in ragged)
+        given = AudioFeatures(x_BAE, lengths, 0.04)
+    elif encoder is not None:
+        frames = _frames(encoder, batch, longest, generator, device, dtype)
     return Scene(
         text_BT=text_BT,
-        before=preset.text_tokens // 8,
-        answer=preset.text_tokens // 4,
-        audio_tokens=audio_tokens,
+        before=text_tokens // 8,
+        answer=text_tokens // 4,
+        audio_tokens=longest,
         given=given,
         frames=frames,
+        ragged=ragged,
     )
 
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from pal.backbone.context import AudioContext
+from pal.backbone.cache import ROOM, JointCache, Plan
+from pal.backbone.generate import Decoding
+from pal.backbone.graphs import WORTH, Stepper
 from pal.backbone.llm import Backbone
 from pal.bench.presets import Preset
 from pal.bench.scene import Scene
@@ -37,16 +40,23 @@ class Reading:
     """transformers' cache."""
     mask_BK: Tensor
     """Over all rows so far."""
-    position: int
-    """Of the next row."""
-    audio: AudioContext | None = None
+    position_B1: Tensor
+    """Of the next row of each conversation."""
+    decoding: Decoding | None = None
+    """Ours: what the product's own loop keeps."""
+    stepper: Stepper | None = None
+    """Ours, by a CUDA graph."""
 
     def kv_bytes(self) -> int:
-        """Of all keys and values that are kept: the cache's, and audio's beside it."""
-        kept = sum(layer.keys.nbytes + layer.values.nbytes for layer in self.cache.layers if layer.keys is not None)
-        for keys in () if self.audio is None else self.audio.keys:
-            kept += sum(k_BGAC.nbytes + v_BGAC.nbytes for k_BGAC, v_BGAC in (keys.built or {}).values())
-        return kept
+        """Of all keys and values that are kept, without the room for later ones."""
+        if isinstance(self.cache, JointCache):
+            layers: list[Any] = self.cache.layers
+            used = [(x, one.prompt + one.steps) for one in layers for x in (one.keys, one.values)]
+            crossed = [
+                pair for layer in range(len(layers)) for *_, k, v in self.cache.crossing(layer) for pair in (k, v)
+            ]
+            return sum(x.nbytes // x.shape[2] * rows for x, rows in used) + sum(x.nbytes for x in crossed)
+        return sum(layer.keys.nbytes + layer.values.nbytes for layer in self.cache.layers if layer.keys is not None)
 
 
 class Subject(ABC):
@@ -55,6 +65,8 @@ class Subject(ABC):
     name: str
     own: nn.Module | None
     """What it adds to the LLM; None where it adds nothing."""
+    graphs: ClassVar[bool] = False
+    """Whether it can decode by a CUDA graph."""
 
     def __init__(self, name: str, llm: Backbone, own: nn.Module | None) -> None:
         self.name = name
@@ -66,20 +78,12 @@ class Subject(ABC):
         """The prompt in one forward pass: logits of the last row, keys and values kept."""
 
     @abstractmethod
-    def step(self, reading: Reading, ids_B1: Tensor) -> Tensor:
-        """Logits [B, V] after one more token, which joins the cache."""
-
-    @abstractmethod
     def loss(self, scene: Scene) -> Tensor:
         """Mean cross-entropy of the answers."""
 
+    @abstractmethod
     def write(self, reading: Reading, tokens: int) -> None:
         """So many more tokens, greedily."""
-        for _ in range(tokens):
-            ids_B1 = reading.logits_BV.argmax(-1, keepdim=True)
-            reading.mask_BK = torch.cat((reading.mask_BK, torch.ones_like(ids_B1)), dim=1)
-            reading.logits_BV = self.step(reading, ids_B1)
-            reading.position += 1
 
     def weights(self) -> list[nn.Parameter]:
         """Of the LLM and what is added to it, each once."""
@@ -90,13 +94,15 @@ class Subject(ABC):
         own = [] if self.own is None else list(self.own.parameters())
         return self.weights() if train == "joint" else _unique(own)
 
+    @abstractmethod
     def compile(self) -> None:
-        """`torch.compile` the LLM in place."""
-        self.llm.compile()
+        """`torch.compile` the LLM's layers in place; those of one that is shared once."""
 
 
 class Attached(Subject):
     """Ours: an LLM with an integration; without one, text alone."""
+
+    graphs = True
 
     def __init__(self, name: str, llm: Backbone, integration: Integration, hears: bool = True) -> None:
         super().__init__(name, llm, integration if hears else None)
@@ -107,37 +113,70 @@ class Attached(Subject):
         """How audio enters; none without."""
         return self.integration.routes() if self._hears else ()
 
-    def _inputs(self, scene: Scene, trains: bool) -> LLMInputs:
+    def compile(self) -> None:
+        """As the product does it."""
+        if "forward" not in vars(self.llm.layers[0]):
+            self.llm.compile()
+
+    def inputs(self, scene: Scene, trains: bool) -> LLMInputs:
+        """As the product makes them: for training without padding where the backbone takes that."""
         features = scene.features() if self._hears else None
-        side = "right" if trains else "left"
+        side: Any = ("none" if packs(self.llm) else "right") if trains else "left"
         return self.integration(features, scene.rows(self._hears, trains), self.llm, side)
 
-    def read(self, scene: Scene) -> Reading:
-        """As `Backbone.generate` does it: audio K/V are made once, ahead."""
-        inputs = self._inputs(scene, trains=False)
-        if inputs.audio is not None:
-            inputs = replace(inputs, audio=inputs.audio.prebuilt())
-        out = self.llm(inputs, use_cache=True, logits_to_keep=1)
-        after = int(inputs.position_ids_BT[0, -1]) + 1
-        return Reading(out.logits[:, -1], out.past_key_values, inputs.attention_mask_BT, after, inputs.audio)
+    def read(self, scene: Scene, tokens: int = ROOM, fixed: bool = False) -> Reading:
+        """As `Backbone.generate` does it: audio K/V are made once, ahead.
 
-    def step(self, reading: Reading, ids_B1: Tensor) -> Tensor:
-        """One more row."""
-        inputs = LLMInputs(
-            inputs_embeds_BTD=self.llm.embed(ids_B1),
-            position_ids_BT=torch.full_like(ids_B1, reading.position),
-            attention_mask_BT=reading.mask_BK,
-            audio=reading.audio,
-            labels_BT=None,
+        Args:
+            scene: what to read.
+            tokens: that will be written.
+            fixed: whether into buffers of a fixed size, and by a CUDA graph where there is a GPU.
+        """
+        inputs, llm = self.inputs(scene, trains=False), self.llm
+        rows, length = inputs.attention_mask_BT.shape
+        room = tokens if fixed else min(tokens, ROOM)
+        cache = JointCache(Plan.of(llm.windows, inputs.audio, rows, length, room=room, fixed=fixed))
+        cache.begin(inputs.audio, inputs.attention_mask_BT, inputs.position_ids_BT, llm.dtype)
+        out = llm.lm(
+            inputs_embeds=inputs.inputs_embeds_BTD,
+            attention_mask=inputs.attention_mask_BT,
+            position_ids=inputs.position_ids_BT,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+            audio=inputs.audio,
         )
-        out = self.llm(inputs, use_cache=True, past_key_values=reading.cache, logits_to_keep=1)
-        logits_BV: Tensor = out.logits[:, -1]
-        return logits_BV
+        logits_BV = out.logits[:, -1]
+        options: Any = SimpleNamespace(tokens=tokens, ends=(), pad=0, warpers=None)
+        state = Decoding(cache, options, llm.device)
+        last_B1 = inputs.position_ids_BT[:, -1:]
+        state.begin(last_B1)
+        stepper = Stepper(llm, state, None) if fixed and llm.device.type == "cuda" else None
+        return Reading(logits_BV, cache, inputs.attention_mask_BT, last_B1 + 1, state, stepper)
+
+    def write(self, reading: Reading, tokens: int) -> None:
+        """By the product's own loop, which is told no end."""
+        state = reading.decoding
+        assert state is not None
+        for _ in range(tokens):
+            if state.logits_RV is None:
+                state.choose(reading.logits_BV)
+            if reading.stepper is not None:
+                reading.stepper.step(tokens + WORTH)
+            else:
+                state.step(self.llm.lm)
+            assert state.logits_RV is not None
+            reading.logits_BV = state.logits_RV
 
     def loss(self, scene: Scene) -> Tensor:
         """The model's own."""
-        total, tokens = self.llm.loss(self._inputs(scene, trains=True))
+        total, tokens = self.llm.loss(self.inputs(scene, trains=True))
         return total / tokens
+
+
+def packs(llm: Backbone) -> bool:
+    """Whether rows of different lengths need no padding here."""
+    return bool(getattr(llm, "packs", False))
 
 
 def attached(name: str, llm: Backbone, preset: Preset) -> Attached:

@@ -10,8 +10,9 @@ import torch
 from typer.testing import CliRunner
 
 from pal.app.cli import app
-from pal.bench.checks import GOALS, checks
+from pal.bench.checks import checks
 from pal.bench.flops import _packed, _packed_backward, flop_counter
+from pal.bench.goals import GOALS
 from pal.bench.measure import counts, peak_bytes, round_seconds, saved_bytes
 from pal.bench.presets import PHASES, PRESETS, VARIANTS, preset_of
 from pal.bench.report import to_dict, to_markdown
@@ -312,7 +313,7 @@ def test_packed_sequences_count_one_by_one() -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--preset", "big"], "unknown preset 'big'; known: cpu-small, cpu, gpu, gpu-3b"),
+        (["--preset", "big"], "unknown preset 'big'; known: cpu-small, cpu, gpu-quick, gpu, gpu-3b"),
         (["--variants", "plits,wisper"], "bench: variants.1: Input should be 'text', 'plits'"),
         (["--tokens", "many"], "bench: audio_tokens.0"),
         (["--tokens", "0"], "count from 1"),
@@ -329,7 +330,7 @@ def test_errors_in_one_line(arguments: list[str], said: str) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is an accelerator")
-@pytest.mark.parametrize("preset", ["gpu", "gpu-3b"])
+@pytest.mark.parametrize("preset", ["gpu-quick", "gpu", "gpu-3b"])
 def test_gpu_presets_say_that_there_is_none(preset: str) -> None:
     done = pal("--preset", preset)
     assert done.exit_code == 1
@@ -338,7 +339,13 @@ def test_gpu_presets_say_that_there_is_none(preset: str) -> None:
 
 def test_presets_are_of_published_shapes() -> None:
     layers = {name: (preset.llm["hidden_size"], preset.llm["num_hidden_layers"]) for name, preset in PRESETS.items()}
-    assert layers == {"cpu-small": (32, 4), "cpu": (2048, 4), "gpu": (2048, 16), "gpu-3b": (3072, 28)}
+    assert layers == {
+        "cpu-small": (32, 4),
+        "cpu": (2048, 4),
+        "gpu": (2048, 16),
+        "gpu-quick": (2048, 16),
+        "gpu-3b": (3072, 28),
+    }
     assert preset_of("cpu", audio_tokens=["64", "64", "15000"]).audio_tokens == (64, 15000)
     with pytest.raises(ConfigError, match="unknown key"):
         preset_of("cpu", tokens=[1])
