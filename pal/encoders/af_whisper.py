@@ -9,6 +9,7 @@ from pal.config import StrictConfig
 from pal.encoders.base import Encoder
 from pal.encoders.checkpoint import Checkpoint
 from pal.encoders.log_mel import WhisperLogMel
+from pal.encoders.unasked import make_masks_unasked, padded
 from pal.errors import ConfigError
 from pal.registry import register
 from pal.transfer import real_ones
@@ -52,6 +53,7 @@ class AFWhisper(Encoder):
         super().__init__()
         self.config = config
         self.network = _build(config.architecture) if config.architecture is not None else _load(config)
+        make_masks_unasked(self.network)
         network = self.network.config
         self._log_mel = WhisperLogMel(network.num_mel_bins, frames=2 * network.max_source_positions)
         self.width = network.hidden_size
@@ -73,7 +75,8 @@ class AFWhisper(Encoder):
         windows_WFM = self._log_mel.fill(frames_WFM, lengths)
         real = self._log_mel.real(lengths)
         real_WF = real_ones(real, windows_WFM.shape[1], windows_WFM.device)
-        x_WAE = self.network(windows_WFM.transpose(1, 2), input_features_mask=real_WF).last_hidden_state
+        with padded(min(real) < windows_WFM.shape[1]):
+            x_WAE = self.network(windows_WFM.transpose(1, 2), input_features_mask=real_WF).last_hidden_state
 
         tokens = tuple((n - 1) // _FRAMES_PER_TOKEN + 1 for n in real)
         return AudioFeatures(x_WAE[:, : max(tokens)], tokens, self.seconds_per_token)

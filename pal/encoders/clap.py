@@ -25,8 +25,6 @@ _FLOOR = 1e-10
 _WINDOW = 10 * _RATE
 """Samples that the network was trained on."""
 _FRAMES = _WINDOW // _HOP + 1
-_CHANNELS = 4
-"""Spectrograms that a fused model takes: the whole clip and three pieces of it, or one clip four times."""
 
 
 @register("encoder", "clap")
@@ -75,8 +73,9 @@ class Clap(Encoder):
         self.config = config
         self.network = _build(config.architecture) if config.architecture is not None else _load(config)
         htsat = self.network.audio_encoder
-        self._fused = bool(htsat.enable_fusion)
-        self._filters_XM = _mel_filters(self.network.config.num_mel_bins, self._fused)
+        self._filters_XM = _mel_filters(self.network.config.num_mel_bins, fused=bool(htsat.enable_fusion))
+        # no window is longer, which a fused network would otherwise ask the device at every batch
+        htsat.enable_fusion = htsat.patch_embed.enable_fusion = False
         # The spectrogram is cut in time into pieces that are stacked along frequency to make a square.
         side = htsat.spec_size >> (htsat.num_layers - 1)
         bands = side // htsat.patch_stride[0] // htsat.freq_ratio
@@ -109,11 +108,8 @@ class Clap(Encoder):
 
     def forward(self, frames_WFM: Tensor, lengths: Sequence[int]) -> AudioFeatures:
         """Frames as `frontend` makes them, zero-padded, and how many of each -> tokens [W, A, E]."""
-        channels = _CHANNELS if self._fused else 1
-        images_WXFM = frames_WFM[:, None, :_FRAMES].expand(-1, channels, -1, -1)
-        longer_W1 = torch.zeros(len(frames_WFM), 1, dtype=torch.bool, device=frames_WFM.device)
-        # X here and below: halves of the spectrum, low to high
-        map_WEXA = self.network(images_WXFM, is_longer=longer_W1).last_hidden_state
+        # X: halves of the spectrum, low to high
+        map_WEXA = self.network(frames_WFM[:, None, :_FRAMES]).last_hidden_state
         map_WAXE = map_WEXA.permute(0, 3, 2, 1)
         x_WAE = map_WAXE.flatten(1, 2) if self.config.frequency == "tokens" else map_WAXE.flatten(2)
 

@@ -8,40 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
 from pal.backbone.cost import Cost, total
 from pal.connectors.base import Connector
 from pal.encoders.base import Encoder
 from pal.types import AudioFeatures
-
-
-class Shapes(TorchDispatchMode):
-    """Networks on the meta device run in it although they ask how long their clips are.
-
-    What is computed from numbers stays a number, on the CPU; what a weight or an activation takes part in has a shape
-    alone.
-    """
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = dict(kwargs or {})
-        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        on_meta = str(kwargs.get("device")) == "meta"
-        if any(tensor.is_meta for tensor in given):
-            args, kwargs = tree_map(_without_numbers, (args, kwargs))
-            if "device" in kwargs:
-                kwargs["device"] = torch.device("meta")
-            return func(*args, **kwargs)
-        if not on_meta:
-            return func(*args, **kwargs)
-        made = func(*args, **{**kwargs, "device": torch.device("cpu")})
-        return made.to("meta") if made.is_floating_point() else made
-
-
-def _without_numbers(leaf: Any) -> Any:
-    return leaf.to("meta") if isinstance(leaf, Tensor) else leaf
 
 
 def heard(encoder: Encoder, seconds: float) -> tuple[AudioFeatures, Cost]:
@@ -78,7 +50,7 @@ def _counted(network: nn.Module, *inputs: Any) -> tuple[AudioFeatures, Cost]:
         return tensor
 
     counter = FlopCounterMode(display=False)
-    with Shapes(), counter:
+    with counter:
         with saved_tensors_hooks(keep, _unchanged):
             out: AudioFeatures = network(*inputs)
         forward = counter.get_total_flops()
