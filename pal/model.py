@@ -510,9 +510,12 @@ def _trains(layer: nn.Module, part: nn.Module) -> bool:
 class _FirstToken:
     """A logits processor that changes nothing and notes when the first logits came: the end of prefill."""
 
+    only_watches = True
     at = 0.0
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         if not self.at:
+            if scores.device.type == "cuda":
+                torch.cuda.synchronize(scores.device)  # until then they are only asked for
             self.at = time.perf_counter()
         return scores

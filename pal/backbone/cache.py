@@ -20,6 +20,7 @@ from transformers import Cache
 
 from pal.backbone.context import AudioContext, Block
 from pal.backbone.storage import Kind, Layer, Plan, kept, kinds_of
+from pal.errors import PalError
 
 ALIGNED = 8
 """Columns of a mask are stored in multiples of this, as CUDA's kernels take them without a copy."""
@@ -234,7 +235,11 @@ class JointCache(Cache):
             position_ids: [B times beams, 1].
         """
         plan = self.plan
-        assert self._values is not None and position_ids.shape == (plan.rows * plan.beams, 1), "one row a step"
+        if position_ids.shape != (plan.rows * plan.beams, 1):
+            raise PalError(
+                f"a cache with audio takes one row more of each of {plan.rows * plan.beams}, got position_ids of shape "
+                f"{tuple(position_ids.shape)}"
+            )
         query_B1 = position_ids[:: plan.beams]
         if self.done_1 is not None:
             first_X = torch.arange(plan.beams, device=position_ids.device) + self.done_1 * plan.beams

@@ -43,37 +43,20 @@ STATIC_FROM = 32
 as some ten tokens, and is made once for prompts of like length."""
 _OURS = frozenset(
     """max_new_tokens do_sample temperature top_k top_p num_return_sequences pad_token_id eos_token_id bos_token_id
-    cache_implementation transformers_version _from_model_config""".split()  # noqa: SIM905
+    max_length cache_implementation compile_config disable_compile transformers_version _from_model_config""".split()  # noqa: SIM905
 )
 """Options that our loop follows, or that say nothing of what is generated."""
 _OFF = {
     "num_beams": 1,
     "num_beam_groups": 1,
     "use_cache": True,
-    "return_dict_in_generate": False,
-    "output_scores": False,
-    "output_logits": False,
     "repetition_penalty": 1.0,
     "length_penalty": 1.0,
     "diversity_penalty": 0.0,
     "typical_p": 1.0,
     "min_length": 0,
-    "max_length": 20,
 }
-"""Values with which an option changes nothing."""
-
-
-class Watcher:
-    """A logits processor that changes nothing and never waits for the device, so that any loop can take it along."""
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """See the tokens said so far [B, N] and the logits of the next, [B, V]; returns the latter."""
-        self.watch(input_ids, scores)
-        return scores
-
-    def watch(self, said_BN: Tensor, logits_BV: Tensor) -> None:
-        """What a subclass does with them, on their device."""
-        raise NotImplementedError
+"""Values with which an option changes nothing, beside False."""
 
 
 @torch.no_grad()
@@ -88,7 +71,8 @@ def generate(llm: Backbone, inputs: LLMInputs, **kwargs: Any) -> Tensor:
         kwargs: transformers' options. With `cache_implementation="static"` greedy answers and plain samples are
             decoded in buffers of a fixed size, on a GPU by a CUDA graph that is kept for prompts of like length;
             beams and processors use the buffers without a graph. It is the default on a GPU from `STATIC_FROM` new
-            tokens on; "dynamic" turns it off.
+            tokens on; "dynamic" turns it off. A logits processor with `only_watches = True` says that it changes
+            nothing and leaves what it sees on the device.
 
     Raises:
         PalError: an option that cannot be followed.
@@ -97,7 +81,7 @@ def generate(llm: Backbone, inputs: LLMInputs, **kwargs: Any) -> Tensor:
     inputs = padded_left(inputs)
     config = _resolved(llm, kwargs)
     ours = _ours(config, kwargs)
-    if ours is not None:
+    if ours is not None and llm.hears:
         return _decode(llm, inputs, ours)
     return _by_transformers(llm, inputs, config, kwargs)
 
@@ -147,7 +131,7 @@ class _Options:
     warpers: tuple[tuple[type, float], ...] | None
     """How logits are changed before one is drawn; None takes the largest."""
     cache: str | None
-    watchers: Sequence[Watcher]
+    watchers: Sequence[Callable[[Tensor, Tensor], Tensor]]
     streamer: Any
 
 
@@ -160,8 +144,8 @@ def _ours(config: GenerationConfig | None, kwargs: Mapping[str, Any]) -> _Option
     processors = list(more.pop("logits_processor", ()))
     streamer = more.pop("streamer", None)
     more.pop("generation_config", None)
-    follows = all(name in _OURS or _OFF.get(name, ...) == value for name, value in given.items())
-    if more or not follows or not all(isinstance(one, Watcher) for one in processors):
+    follows = all(name in _OURS or _OFF.get(name, False) == value for name, value in given.items())
+    if more or not follows or not all(getattr(one, "only_watches", False) for one in processors):
         return None
     tokens, copies, cache = config.max_new_tokens, config.num_return_sequences or 1, config.cache_implementation
     ends = config.eos_token_id
@@ -196,7 +180,8 @@ def _by_transformers(
 ) -> Tensor:
     implementation = None if config is None else config.cache_implementation
     audio: dict[str, Any] = {} if inputs.audio is None else {"audio": inputs.audio}
-    if config is not None and config.use_cache is not False and implementation in (None, "dynamic", "static"):
+    joint = llm.hears and config is not None and config.use_cache is not False
+    if joint and config is not None and implementation in (None, "dynamic", "static"):
         beams = max(config.num_beams or 1, config.num_return_sequences or 1)
         if audio or beams > 1 or implementation == "static":
             room = config.max_new_tokens if implementation == "static" and config.max_new_tokens else ROOM
@@ -332,7 +317,7 @@ class Decoding:
         next_R = next_R.masked_fill(self.ended_R, self.pad)
         self.lengths_R += ~self.ended_R
         if len(self.ends_X):
-            self.ended_R |= torch.isin(next_R, self.ends_X)
+            self.ended_R |= (next_R[:, None] == self.ends_X).any(1)
         self.said_RN.index_copy_(1, self.count_1, next_R[:, None])
         self.next_R1.copy_(next_R[:, None])
         self.positions_R1 += 1
@@ -386,7 +371,7 @@ def _decode(llm: Backbone, inputs: LLMInputs, options: _Options) -> Tensor:
             state.step(llm.lm)
         for watcher in options.watchers:
             assert state.logits_RV is not None
-            watcher.watch(state.said_RN[:, :count], state.logits_RV)
+            watcher(state.said_RN[:, :count], state.logits_RV)
         if options.streamer is not None:
             options.streamer.put(state.next_R1[:, 0].cpu())
         if options.ends and ((count + 1) % look == 0 or options.streamer is not None) and bool(state.ended_R.all()):

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 import torch
+from torch import Tensor
 
 if TYPE_CHECKING:
     from pal.backbone.generate import Decoding
@@ -27,6 +28,8 @@ class Kept:
 
     state: Decoding
     graph: Any = None
+    logits_RV: Tensor | None = None
+    """Where the graph leaves them."""
     made_of: Hashable = None
     """The weights and settings that the graph was made of."""
 
@@ -44,7 +47,7 @@ def give_back(llm: Backbone, plan: Plan, options: Any, state: Decoding, stepper:
     if llm.device.type != "cuda":  # nothing is gained
         return
     state.cache.end()
-    state.logits_RV = None if stepper is None or stepper.kept.graph is None else state.logits_RV
+    state.logits_RV = None
     mine = _kept.setdefault(llm, OrderedDict())
     mine[_key(llm, plan, options)] = Kept(state) if stepper is None else stepper.kept
     while len(mine) > KEPT:
@@ -77,6 +80,7 @@ class Stepper:
         """One token more; `left` of them are still to be made, this one included."""
         if self.kept.graph is not None:
             self.kept.graph.replay()
+            self.state.logits_RV = self.kept.logits_RV
         elif self.made_of is None or left < WORTH:
             self.state.step(self.llm.lm)
         elif not self._warm:
@@ -89,9 +93,9 @@ class Stepper:
             self._warm = True
         else:
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 self.state.step(self.llm.lm)
-            self.kept.graph, self.kept.made_of = graph, self.made_of
+            self.kept.graph, self.kept.made_of, self.kept.logits_RV = graph, self.made_of, self.state.logits_RV
             graph.replay()
 
 

@@ -285,7 +285,12 @@ class Answerer:
 
 
 class _Close:
-    """A logits processor that changes nothing and notes the rows in which round-off could have chosen a token."""
+    """A logits processor that changes nothing and notes the rows in which round-off could have chosen a token.
+
+    What it notes stays on the device until the answers are complete.
+    """
+
+    only_watches = True
 
     def __init__(self, rows: int, ends: Sequence[int], margin: float) -> None:
         self.ends_X = torch.tensor(ends, dtype=torch.long)
@@ -293,11 +298,11 @@ class _Close:
         self.close_B = torch.zeros(rows, dtype=torch.bool)
 
     def __call__(self, said_BN: Tensor, logits_BV: Tensor) -> Tensor:
+        self.ends_X, self.close_B = (x.to(logits_BV.device) for x in (self.ends_X, self.close_B))
         best_B2 = logits_BV.float().topk(2).values
-        ended_B = torch.isin(said_BN, self.ends_X.to(said_BN.device)).any(1)
+        ended_B = (said_BN[:, :, None] == self.ends_X).flatten(1).any(1)
         # not <=, which a NaN would pass
-        close_B = ~ended_B & ~(best_B2[:, 0] - best_B2[:, 1] > self.margin)
-        self.close_B |= close_B.cpu()
+        self.close_B |= ~ended_B & ~(best_B2[:, 0] - best_B2[:, 1] > self.margin)
         return logits_BV
 
 
