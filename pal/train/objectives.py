@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -25,6 +25,15 @@ from pal.transfer import to_device
 from pal.types import Batch, TagSpan
 
 
+class Mixed(NamedTuple):
+    """Clips and what sounds in them, after some were added to others."""
+
+    waveforms: list[Tensor]
+    tags: list[list[TagSpan]]
+    known_BJ: Tensor
+    """Of which labels it is known whether they hold."""
+
+
 @dataclass(frozen=True)
 class Work:
     """One process's part of a step."""
@@ -35,6 +44,8 @@ class Work:
     seed: int
     counts: bool = True
     """False for a repeated part whose loss is multiplied by 0."""
+    mixed: Mixed | None = None
+    """What the objective `tags` trains on, once its `prepare` has mixed clips."""
 
 
 class Outcome(NamedTuple):
@@ -64,6 +75,10 @@ class Objective(nn.Module, ABC):
     @abstractmethod
     def forward(self, work: Work) -> Outcome:
         """The loss of a step is the sum of all sums by the number of all items."""
+
+    def prepare(self, work: Work) -> Work:
+        """What can be done on the host before `forward`, in the threads that load; it works without, too."""
+        return work
 
     def head(self) -> dict[str, nn.Parameter]:
         """Weights that belong to the objective alone: kept in checkpoints, not in bundles."""
@@ -108,7 +123,7 @@ class FromTranscript(Objective):
     def forward(self, work: Work) -> Outcome:
         """The LLM's loss on the answers."""
         features = self.transcript.features(work.batch)
-        inputs = self.transcript(features, work.batch.rows, self.model.llm)
+        inputs = self.transcript(features, work.batch.rows, self.model.llm, self.model.llm.side)
         return Outcome(*self.model.llm.loss(inputs, self.per))
 
 
@@ -158,12 +173,16 @@ class Tags(Objective):
         """The linear layer."""
         return dict(self.linear.named_parameters(prefix="linear"))
 
+    def prepare(self, work: Work) -> Work:
+        """Mixes clips."""
+        return replace(work, mixed=self.mix(work))
+
     def forward(self, work: Work) -> Outcome:
         """Sum over clips of each one's mean loss over its known labels.
 
         A hit is a clip whose likeliest known label is one of its own.
         """
-        waveforms, tags, known_BJ = self._targets(work)
+        waveforms, tags, known_BJ = work.mixed or self.mix(work)
         features = self.model.ears.hear_with(self.config.encoder, waveforms)
         logits_BAJ = self.linear(features.x_BAE).float()
         mask_BA = features.mask_BA
@@ -189,8 +208,8 @@ class Tags(Objective):
         right = held_BJ.gather(1, best_B[:, None]).sum()
         return Outcome(loss, len(waveforms), (right, held_BJ.any(1).sum()))
 
-    def _targets(self, work: Work) -> tuple[list[Tensor], list[list[TagSpan]], Tensor]:
-        """Waveforms and tags after mixing, and which labels are known [B, J]."""
+    def mix(self, work: Work) -> Mixed:
+        """Clips after mixing, with the seed of the work."""
         given = work.batch.tags or [None] * len(work.batch.waveforms)
         unknown_J = torch.zeros(len(self.index), dtype=torch.bool)
         known = [
@@ -201,7 +220,7 @@ class Tags(Objective):
         waveforms = list(work.batch.waveforms)
         if self.training and self.config.mixup and len(waveforms) > 1:
             waveforms, tags, known = self._mix(waveforms, tags, known, work.seed)
-        return waveforms, tags, torch.stack(known)
+        return Mixed(waveforms, tags, torch.stack(known))
 
     def _mix(
         self, waveforms: list[Tensor], tags: list[list[TagSpan]], known: list[Tensor], seed: int

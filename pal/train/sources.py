@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from functools import cache, partial
@@ -149,6 +149,7 @@ class StageData:
         self.sampler = Sampler(pools, batch, recipe.seed, index)
         self.steps = self.stage.steps or self.sampler.steps(self.stage.epochs or 0)
         self._collators: list[Collator] = []
+        self._prepare: Callable[[Work], Work] = lambda work: work
 
     def records(self) -> Iterator[Record]:
         """Every record that can be drawn."""
@@ -158,7 +159,11 @@ class StageData:
                     yield manifest[row]
 
     def start(self, model: PalModel, objective: Objective, waveforms: WaveformCache) -> None:
-        """Get ready to load: the model's tokenizer and rate, each source's augmentation, the features kept."""
+        """Get ready to load: the model's tokenizer and rate, each source's augmentation, the features kept.
+
+        What the objective can prepare of a batch is done where it is loaded, not in the thread that trains.
+        """
+        self._prepare = objective.prepare
         hear = None
         if self.stage.cache is not None:
             hear = FeatureCache(self.stage.cache, model.ears, self.stage.precision)
@@ -201,7 +206,7 @@ class StageData:
                 batch = self._collators[source](records, seeds)
             batches.append(batch)
             datasets += _clip_datasets(batch, records)
-        return Work(join(batches), datasets, groups[0].seed, counts)
+        return self._prepare(Work(join(batches), datasets, groups[0].seed, counts))
 
 
 def in_turns(records: Sequence[Record], turns: int) -> list[Record]:

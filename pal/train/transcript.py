@@ -15,6 +15,7 @@ from pal.errors import ConfigError
 from pal.integrations.base import ClipSpans, Route
 from pal.model import PalModel
 from pal.train.marks import marks
+from pal.transfer import to_device
 from pal.types import AudioFeatures, Batch
 
 
@@ -42,6 +43,7 @@ class Transcript(Route):
         words = [model.tokenizer(" " + name, add_special_tokens=False)["input_ids"] for name in names]
         self._ids_X = torch.tensor([token for ids in words for token in ids])
         self._label_X = torch.repeat_interleave(torch.tensor([len(ids) for ids in words]))
+        self._counts_J = torch.tensor([len(ids) for ids in words])
         self._rate = model.sampling_rate
         self._seconds_per_token = model.ears.encoder(0).seconds_per_token
         self.tokens = max(1, round(config.seconds_per_row / self._seconds_per_token))
@@ -66,12 +68,12 @@ class Transcript(Route):
 
     def spans(self, features: AudioFeatures, llm: Backbone) -> ClipSpans:
         """One row for every few tokens."""
-        embedded_XD = llm.embed(self._ids_X.to(llm.device))
+        embedded_XD = llm.embed(to_device(self._ids_X, llm.device))
         sums_JD = embedded_XD.new_zeros(len(self.numbers), llm.width)
-        label_X = self._label_X.to(llm.device)
-        means_JD = sums_JD.index_add(0, label_X, embedded_XD) / label_X.bincount()[:, None]
+        counts_J = to_device(self._counts_J, llm.device)
+        means_JD = sums_JD.index_add(0, to_device(self._label_X, llm.device), embedded_XD) / counts_J[:, None]
         return ClipSpans(
             lengths=[rows * self.tokens for rows in features.lengths],
             layout=Layout(self._seconds_per_token, tokens=self.tokens, rows=1),
-            rows_USD=features.x_BAE.to(means_JD) @ means_JD,
+            rows_USD=to_device(features.x_BAE, llm.device).to(means_JD) @ means_JD,
         )

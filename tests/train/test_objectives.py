@@ -125,8 +125,8 @@ def test_tags_against_loops(frame_weight: float) -> None:
 def test_tags_mixup_adds_sound_and_labels() -> None:
     objective = tags(mixup=1.0, mixup_db=0.0).train()
     given = work()
-    waveforms, spans, known_BJ = objective._targets(given)
-    again = objective._targets(given)
+    waveforms, spans, known_BJ = objective.mix(given)
+    again = objective.mix(given)
     assert all(torch.equal(x, y) for x, y in zip(waveforms, again[0], strict=True))
     mixed = 0
     for i, x_N in enumerate(given.batch.waveforms):
@@ -151,7 +151,7 @@ def test_tags_mixup_adds_sound_and_labels() -> None:
         assert {names[j] for j in known_BJ[i].nonzero()[:, 0]} == used[0] & used[1]
     assert mixed
     objective.eval()
-    assert torch.equal(objective._targets(given)[0][0], given.batch.waveforms[0])
+    assert torch.equal(objective.mix(given)[0][0], given.batch.waveforms[0])
 
 
 def loud(x_N: Tensor) -> float:
@@ -167,7 +167,7 @@ def test_mixing_leaves_both_sounds_within_the_bound(quieter: float) -> None:
     objective = tags(mixup=1.0, mixup_db=6.0).train()
     given = work()
     given.batch.waveforms[0] *= quieter
-    waveforms, _, _ = objective._targets(given)
+    waveforms, _, _ = objective.mix(given)
     mixed = 0
     for x_N, sum_N in zip(given.batch.waveforms, waveforms, strict=True):
         rest = sum_N - x_N
@@ -183,7 +183,7 @@ def test_mixing_adds_no_tag_that_the_end_cuts_off() -> None:
 
     def mixed(*spans: TagSpan) -> list[TagSpan]:
         batch = Batch([short, long], [], [], [[TagSpan("dog")], list(spans)])
-        return list(objective._targets(Work(batch, ["b", "b"], seed=3))[1][0])
+        return list(objective.mix(Work(batch, ["b", "b"], seed=3))[1][0])
 
     kept, late = TagSpan("cat", 0.1, 0.3), TagSpan("cat", 0.5, 0.9)
     assert mixed(kept, late) == [TagSpan("dog"), kept]
@@ -194,7 +194,7 @@ def test_mixing_adds_no_tag_that_the_end_cuts_off() -> None:
 def test_silence_is_not_mixed() -> None:
     objective = tags(mixup=1.0).train()
     batch = Batch([torch.zeros(50), torch.ones(50) / 10], [], [], [[], [TagSpan("cat")]])
-    waveforms, spans, _ = objective._targets(Work(batch, ["b", "b"], seed=3))
+    waveforms, spans, _ = objective.mix(Work(batch, ["b", "b"], seed=3))
     assert torch.equal(waveforms[0], batch.waveforms[0]) and spans == [[], [TagSpan("cat")]]
 
 
