@@ -161,11 +161,14 @@ def _stage(model: PalModel, stage: Stage, gpu: GPU, ears: _Listening, text_token
     heard = (costs["encoder"].saved + costs["connector"].saved) * (0.5 if autocast else 1.0)
     kept = costs["llm"].saved + costs["llm"].again + heard
     counts = {part: sum(p.numel() for p in weights.values()) for part, weights in trained.items()}
-    sizes = [p.numel() * p.itemsize for weights in trained.values() for p in weights.values()]
+    weights = [p for of_part in trained.values() for p in of_part.values()]
+    # float32 copies have both moments and gradients in float32
+    sizes = [p.numel() * (4 if stage.master_weights else p.itemsize) for p in weights]
+    copies = sum(4 * p.numel() for p in weights if stage.master_weights and p.itemsize < 4)
     memory = Memory(
         weights=sum(tensor.numel() * tensor.itemsize for tensor in (*model.parameters(), *model.buffers())),
         gradients=sum(sizes),
-        optimizer=2.0 * sum(sizes),
+        optimizer=2.0 * sum(sizes) + copies,
         activations=kept,
     )
     costs = {part: Cost(c.forward * batch.passes, c.backward * batch.passes, c.saved) for part, c in costs.items()}

@@ -2,7 +2,7 @@
 
 checkpoints/step0000200/
     weights.safetensors     everything that any stage so far has trained, and buffers
-    optimizer.safetensors   AdamW's state (absent at the border of two stages)
+    optimizer.safetensors   AdamW's state, float32 copies of weights included (absent at the border of two stages)
     state.json              where the run stands, and the recipe it follows
     manifest.json           SHA-256 of the files
 """

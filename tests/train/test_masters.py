@@ -10,7 +10,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from pal.errors import ConfigError
-from pal.train import loop, optim, run
+from pal.plan import plan
+from pal.plan.skeleton import skeleton
+from pal.train import loop, optim, run, stages
 from pal.train.masters import Masters
 from pal.train.objectives import Outcome
 from pal.train.recipe import Stage
@@ -161,6 +163,18 @@ def test_a_run_goes_on_from_its_copies(manifest: Path, tmp_path: Path, monkeypat
     assert not torch.equal(masters, masters.bfloat16().float())  # they hold more than the weights do
     gone_on = weights(run(settings(manifest), tmp_path / "cut", resume=True))
     assert [name for name in whole if not torch.equal(whole[name], gone_on[name])] == []
+
+
+@pytest.mark.parametrize("on", [True, False])
+def test_a_plan_knows_their_memory(manifest: Path, on: bool) -> None:
+    llm = {"fresh": {**LLM, "vocab_size": 280}, "dtype": "bfloat16"}
+    made = recipe(manifest, [STAGE | {"master_weights": on}], model={**MODEL, "llm": llm})
+    model = skeleton(made)
+    parts = stages.freeze(model, made.stages[0].train)
+    held = Masters(parts, on)
+    weights = [p for of in held.parts.values() for p in of.values()]
+    moments = sum(2 * p.numel() * p.itemsize for p in weights)
+    assert plan(made).stages[0].memory.optimizer == moments + sum(4 * copy.numel() for copy in held.copies)
 
 
 def test_there_must_be_something_to_keep_copies_of(manifest: Path, tmp_path: Path) -> None:
