@@ -26,6 +26,7 @@ from pal.transfer import real_ones
 
 if TYPE_CHECKING:
     from pal.backbone.context import AudioContext
+    from pal.backbone.packed import PackedContext
 
 AUDIO = -1
 """Stands in a list of token ids where a clip goes. No vocabulary has it, so none needs a new token."""
@@ -131,11 +132,30 @@ class TagSpan:
 
 
 @dataclass(frozen=True)
+class Targets:
+    """The labelled tokens of a batch and the rows that predict them; N tokens in order."""
+
+    rows_N: Tensor
+    """Number of the row that predicts each, among all rows of the sequence, padding included: int32."""
+    labels_N: Tensor
+    conversations_N: Tensor
+    """Which conversation each belongs to: int32."""
+    answers_N: Tensor
+    """Which answer each belongs to: int32."""
+    lengths: tuple[int, ...]
+    """Tokens of each answer, a run of labelled tokens."""
+    conversations: int
+
+
+@dataclass(frozen=True)
 class LLMInputs:
     """The one thing an integration makes; nothing after it knows which integration that was."""
 
     inputs_embeds_BTD: Tensor
     position_ids_BT: Tensor
     attention_mask_BT: Tensor
-    audio: AudioContext | None
+    audio: AudioContext | PackedContext | None
+    """With a `PackedContext` the conversations lie one after the other, and B is 1 unless they are equally long."""
     labels_BT: Tensor | None
+    targets: Targets | None = None
+    """What the labels ask for, as the host knows it; None where that is to be read from the labels."""

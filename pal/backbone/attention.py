@@ -21,6 +21,7 @@ from transformers.masking_utils import sdpa_mask
 from pal.backbone.cache import Step
 from pal.backbone.context import AudioView
 from pal.backbone.merged import merged_attention
+from pal.backbone.packed import PackedLayer
 from pal.errors import PalError
 
 NAME = "pal"
@@ -35,7 +36,7 @@ def attend(
     attention_mask: Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
-    audio: AudioView | Step | None = None,
+    audio: AudioView | PackedLayer | Step | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """One layer's attention, in the signature that transformers prescribes.
@@ -49,6 +50,10 @@ def attend(
     Returns:
         [B, Q, H, C] and None (no attention weights).
     """
+    if isinstance(audio, PackedLayer):  # first, since a compiled layer must not learn its own number
+        if audio.segments is None:
+            return sdpa_attention_forward(module, query, key, value, None, dropout=dropout, scaling=scaling)
+        return audio.attend(module, query, key, value, scaling), None
     layer: int = module.layer_idx  # type: ignore[assignment]
     if isinstance(audio, Step):
         attention_mask = audio.masks[layer]

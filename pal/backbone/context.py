@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,9 @@ from torch.utils.checkpoint import checkpoint
 from pal.backbone.kernels import takes_apart
 from pal.backbone.merged import Keys, Piece, masked, prefixes
 from pal.errors import ConfigError, PalError
+
+if TYPE_CHECKING:
+    from pal.backbone.packed import DeviceSegments
 
 Rope = dict[str, tuple[Tensor, Tensor]]
 """Layer type -> cos and sin, each [B, A, C]."""
@@ -32,6 +35,16 @@ class Block(Protocol):
 
     def weights(self, x_BQD: Tensor, k_BGAC: Tensor, seen_B1QA: Tensor) -> Tensor:
         """How each row's attention is shared among the keys: [B, H, Q, A], all 0 where it sees none."""
+        ...
+
+
+class PackedBlock(Block, Protocol):
+    """A `Block` that also takes packed rows."""
+
+    def packed(
+        self, x_1ND: Tensor, k_IGC: Tensor, v_IGC: Tensor, segments: DeviceSegments, hears_N1: Tensor
+    ) -> Tensor:
+        """Rows, all K and V, which keys the rows see, and which rows see any -> rows [1, N, D]."""
         ...
 
 

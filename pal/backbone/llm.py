@@ -9,6 +9,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
@@ -22,17 +23,20 @@ from transformers import (
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from pal.backbone import adapters
+from pal.backbone import adapters, regions
 from pal.backbone.attention import NAME, without_cudnn
 from pal.backbone.cache import JointCache, Step
 from pal.backbone.context import AudioContext, AudioView, Rope
-from pal.backbone.folded import FoldedKV, fold
-from pal.backbone.generate import generate, joint_cache, stream, through_cache
+from pal.backbone.folded import FoldedKV, fold, unhooked
+from pal.backbone.generate import cache_for, generate, stream, through_cache
+from pal.backbone.packed import PackedContext, Projection
 from pal.backbone.sources import first_sentence, more_layers, read_config
 from pal.backbone.tied import TiedRows
+from pal.backbone.varlen import has_kernel
 from pal.config import StrictConfig
 from pal.errors import ConfigError, PalError
-from pal.types import IGNORE, LLMInputs
+from pal.transfer import to_device
+from pal.types import IGNORE, LLMInputs, Targets
 
 FAMILIES = ("gemma", "gemma3_text", "llama", "mistral", "qwen2", "qwen3")
 """transformers' `model_type` of the supported LLMs (Qwen2.5 is qwen2)."""
@@ -84,7 +88,7 @@ class _Hears:
     ) -> Any:
         forward = partial(super().forward, labels=labels, use_cache=use_cache, logits_to_keep=logits_to_keep)  # type: ignore[misc]
         if audio is not None and use_cache and past_key_values is None and not torch.is_grad_enabled():
-            past_key_values = joint_cache(audio, attention_mask, position_ids)
+            past_key_values = cache_for(audio, inputs_embeds, attention_mask, position_ids)
         if isinstance(past_key_values, JointCache):
             return through_cache(
                 forward, past_key_values, input_ids, inputs_embeds, attention_mask, position_ids, kwargs
@@ -141,6 +145,7 @@ class Backbone(nn.Module):
         self.lora: LoRA | None = None
         self.recomputes_audio = True
         self._tied: TiedRows | None = None
+        self._packs: bool | None = None
         config = lm.config
         self.width: int = config.hidden_size
         self.n_layers: int = config.num_hidden_layers
@@ -150,6 +155,7 @@ class Backbone(nn.Module):
         self.head_width: int = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         self.dropout: float = config.attention_dropout
         self._typed_rope = config.model_type == "gemma3_text"
+        self._norm_offset = 1.0 if config.model_type.startswith("gemma") else 0.0  # Gemma's norms are stored around 0
         kinds = config.layer_types if self._typed_rope else ["all"] * self.n_layers
         self.layer_types: tuple[str, ...] = tuple(kinds)
         first = lm.model.layers[0]
@@ -157,7 +163,7 @@ class Backbone(nn.Module):
         self.norms_each: int = 2 if hasattr(first, "pre_feedforward_layernorm") else 1
         self.windows: tuple[int | None, ...] = tuple(_window(block.self_attn) for block in lm.model.layers)
         for block in lm.model.layers:
-            block.register_forward_pre_hook(_cross, with_kwargs=True)
+            block.register_forward_pre_hook(_enter, with_kwargs=True)
 
     @classmethod
     def load(
@@ -375,6 +381,11 @@ class Backbone(nn.Module):
             return {"all": rotary(like, positions_BA)}
         return {kind: rotary(like, positions_BA, kind) for kind in sorted(set(self.layer_types))}
 
+    @property
+    def hears(self) -> bool:
+        """Whether the attention function is the one that sees audio."""
+        return bool(self.lm.config._attn_implementation == NAME)
+
     def check_ears(self) -> None:
         """Raises PalError when another attention function was set on the LLM, which would ignore audio silently."""
         found = self.lm.config._attn_implementation
@@ -396,32 +407,26 @@ class Backbone(nn.Module):
 
         An answer is a run of labelled tokens.
         """
-        losses_N, row_N, column_N = self._token_losses(inputs)
+        targets = inputs.targets or _targets(inputs)
+        losses_N = self._token_losses(inputs, targets)
         if per == "token":
             return losses_N.sum(), len(losses_N)
-        starts_N = torch.ones_like(row_N, dtype=torch.bool)
-        starts_N[1:] = (row_N[1:] != row_N[:-1]) | (column_N[1:] != column_N[:-1] + 1)
-        answer_N = starts_N.cumsum(0) - 1
-        lengths_X = answer_N.bincount()
-        return (losses_N / lengths_X[answer_N]).sum(), len(lengths_X)
+        shares_N = np.repeat(1.0 / np.array(targets.lengths or [1.0]), targets.lengths or [0])
+        weights_N = to_device(torch.tensor(shares_N, dtype=losses_N.dtype), losses_N.device)
+        return (losses_N * weights_N).sum(), len(targets.lengths)
 
     def label_scores(self, inputs: LLMInputs) -> Tensor:
         """Log-likelihood of each row's labelled tokens, summed: float32 [B]."""
-        losses_N, row_N, _ = self._token_losses(inputs)
-        scores_B = losses_N.new_zeros(inputs.inputs_embeds_BTD.shape[0])
-        return scores_B.index_add(0, row_N, -losses_N)
+        targets = inputs.targets or _targets(inputs)
+        losses_N = self._token_losses(inputs, targets)
+        scores_B = losses_N.new_zeros(targets.conversations)
+        return scores_B.index_add(0, targets.conversations_N, -losses_N)
 
-    def _token_losses(self, inputs: LLMInputs) -> tuple[Tensor, Tensor, Tensor]:
-        """Cross-entropy of each labelled token, its row and column; the head runs on the rows that predict one.
-
-        A row's first token, which nothing predicts, does not count.
-        """
-        assert inputs.labels_BT is not None, "inputs without labels"
-        hidden_BTD = self.hidden(inputs)
-        next_BT = inputs.labels_BT[:, 1:].masked_fill(inputs.attention_mask_BT[:, :-1] == 0, IGNORE)
-        row_N, column_N = (next_BT != IGNORE).nonzero(as_tuple=True)
-        logits_NV = self._logits(hidden_BTD[row_N, column_N])
-        return F.cross_entropy(logits_NV.float(), next_BT[row_N, column_N], reduction="none"), row_N, column_N
+    def _token_losses(self, inputs: LLMInputs, targets: Targets) -> Tensor:
+        """Cross-entropy of each labelled token; the head runs on the rows that predict one."""
+        hidden_XD = self.hidden(inputs).flatten(0, 1)
+        logits_NV = self._logits(hidden_XD.index_select(0, targets.rows_N))
+        return F.cross_entropy(logits_NV.float(), targets.labels_N, reduction="none")
 
     def _logits(self, hidden_ND: Tensor) -> Tensor:
         """The head on a few rows."""
@@ -429,6 +434,8 @@ class Backbone(nn.Module):
         if type(head) is not nn.Linear or head.bias is not None or head._forward_hooks or head._forward_pre_hooks:
             logits_NV: Tensor = head(hidden_ND)
             return logits_NV
+        if hidden_ND.device.type != "cpu":
+            return F.linear(hidden_ND, head.weight)
         # the long side first: on a CPU up to 1.6 times as fast, and the weight's gradient comes out as it is stored,
         # so that autograd adds to it in place
         return (head.weight @ hidden_ND.T).T
@@ -442,11 +449,16 @@ class Backbone(nn.Module):
 
     def hidden(self, inputs: LLMInputs) -> Tensor:
         """What the head gets: [B, T, D] after the last norm."""
-        audio = inputs.audio
-        extra = {} if audio is None else {"audio": audio.view(inputs.attention_mask_BT, inputs.position_ids_BT)}
+        audio, mask = inputs.audio, inputs.attention_mask_BT
+        extra: dict[str, Any] = {}
+        if isinstance(audio, PackedContext):
+            self.check_ears()
+            extra["audio"], mask = audio, audio.mask(mask)
+        elif audio is not None:
+            extra["audio"] = audio.view(mask, inputs.position_ids_BT)
         hidden_BTD: Tensor = self.lm.model(
             inputs_embeds=inputs.inputs_embeds_BTD,
-            attention_mask=inputs.attention_mask_BT,
+            attention_mask=mask,
             position_ids=inputs.position_ids_BT,
             use_cache=False,
             **extra,
@@ -513,8 +525,43 @@ class Backbone(nn.Module):
             _renamed(self.lm, "activation_checkpointing_disable", "gradient_checkpointing_disable")()
 
     def compile(self, **options: Any) -> None:
-        """torch.compile the decoder in place; `options` go to torch.compile."""
-        self.lm.model.compile(**options)
+        """torch.compile each layer, its audio K/V included; `options` go to torch.compile. See `pal.backbone.regions`."""
+        regions.compile_layers(self.layers, **options)
+
+    def uncompile(self) -> None:
+        """Take that back."""
+        regions.uncompile_layers(self.layers)
+
+    @property
+    def packs(self) -> bool:
+        """Whether conversations are best laid one after the other here (`Integration.forward` with "none").
+
+        That is on a GPU, in a precision that its flash kernel takes. Set it to have it so or not in any case.
+        """
+        if self._packs is not None:
+            return self._packs
+        device = self.device
+        autocast = torch.is_autocast_enabled(device.type)
+        dtype = torch.get_autocast_dtype(device.type) if autocast else self.dtype
+        return not self.dropout and has_kernel(device, dtype, self.head_width)
+
+    @packs.setter
+    def packs(self, packs: bool | None) -> None:
+        self._packs = packs
+
+    @property
+    def side(self) -> Literal["right", "none"]:
+        """How rows are padded in training and scoring."""
+        return "none" if self.packs else "right"
+
+    def projection(self, layer: int, projector: nn.Module, x_ME: Tensor) -> Projection:
+        """What `layer` makes audio K/V of, given features of tokens without padding."""
+        norm: Any = self.layers[layer].input_layernorm
+        gain = None
+        if unhooked(norm) and type(norm).__name__.endswith("RMSNorm"):
+            eps = norm.variance_epsilon if hasattr(norm, "variance_epsilon") else norm.eps
+            gain = (norm.weight, self._norm_offset, eps)
+        return Projection(x_ME, projector, norm, self.dtype, gain, self.recomputes_audio)
 
     def add_lora(self, options: LoRA) -> None:
         """Put adapters beside the named layers. The projection of audio goes through them too."""
@@ -567,13 +614,35 @@ class Backbone(nn.Module):
         return chosen
 
 
-def _cross(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
-    """Let the blocks that an integration puts before a layer change the rows that go into it."""
+def _enter(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
+    """Let the blocks that an integration puts before a layer change the rows that go into it; tell it what it hears."""
     audio = kwargs.get("audio")
-    layer: int = block.self_attn.layer_idx  # type: ignore[union-attr, assignment]
-    if not isinstance(audio, AudioView | Step) or not audio.crosses(layer):
+    if not isinstance(audio, AudioView | PackedContext | Step):
         return None
-    return (audio.cross(layer, args[0]), *args[1:]), kwargs
+    layer: int = block.self_attn.layer_idx  # type: ignore[union-attr, assignment]
+    if not isinstance(audio, PackedContext):
+        return ((audio.cross(layer, args[0]), *args[1:]), kwargs) if audio.crosses(layer) else None
+    cache = kwargs.get("past_key_values")
+    caught = cache.catch(layer) if isinstance(cache, JointCache) else None
+    if audio.crosses(layer):
+        args = (audio.cross(layer, args[0], caught), *args[1:])
+    return args, {**kwargs, "audio": audio.at(layer, caught), **({} if caught is None else {"past_key_values": caught})}
+
+
+def _targets(inputs: LLMInputs) -> Targets:
+    """What labels ask for that were not laid out on the host.
+
+    A row's first token, which nothing predicts, does not count, nor one behind padding.
+    """
+    assert inputs.labels_BT is not None, "inputs without labels"
+    T = inputs.labels_BT.shape[1]
+    next_BT = inputs.labels_BT[:, 1:].masked_fill(inputs.attention_mask_BT[:, :-1] == 0, IGNORE)
+    row_N, column_N = (next_BT != IGNORE).nonzero(as_tuple=True)
+    starts_N = torch.ones_like(row_N, dtype=torch.bool)
+    starts_N[1:] = (row_N[1:] != row_N[:-1]) | (column_N[1:] != column_N[:-1] + 1)
+    answers_N = starts_N.cumsum(0) - 1
+    lengths = tuple(answers_N.bincount().tolist())
+    return Targets(row_N * T + column_N, next_BT[row_N, column_N], row_N, answers_N, lengths, len(next_BT))
 
 
 def _window(attention: Any) -> int | None:

@@ -7,10 +7,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from pal.errors import PalError
+
+Ints = NDArray[np.int64]
+Floats = NDArray[np.float64]
 
 _KEEP_DTYPE = ("k_scale_LBGA", "v_scale_LBGA")
 
@@ -45,33 +50,33 @@ class Layout:
         """Groups of a clip with so many tokens; the last one may be incomplete."""
         return -(-tokens // self.tokens)
 
-    def key_offsets(self, tokens: int) -> Tensor:
-        """Positions of a clip's keys, counted from its start: long [A], or [0] without keys."""
+    def key_offsets(self, tokens: int) -> Ints:
+        """Positions of a clip's keys, counted from its start: [A], or [0] without keys."""
         if not self.keys or self.beside:
-            return torch.zeros(tokens * self.keys, dtype=torch.long)
-        j_A = torch.arange(tokens)
+            return np.zeros(tokens * self.keys, np.int64)
+        j_A = np.arange(tokens)
         return j_A + j_A // self.tokens * self.rows
 
-    def key_turns(self, tokens: int, start: int) -> Tensor:
-        """Positions by which RoPE turns the keys of a clip at position `start`: long [A], or [0] without keys."""
-        return torch.arange(tokens * self.keys) if self.beside else start + self.key_offsets(tokens)
+    def key_turns(self, tokens: int, start: int) -> Ints:
+        """Positions by which RoPE turns the keys of a clip at position `start`: [A], or [0] without keys."""
+        return np.arange(tokens * self.keys) if self.beside else start + self.key_offsets(tokens)
 
-    def key_times(self, tokens: int) -> Tensor:
+    def key_times(self, tokens: int) -> Floats:
         """Seconds from the start of a clip at which its keys start and end: [A, 2]; NaN where tokens have no time."""
-        return self._seconds(torch.arange(tokens * self.keys)[:, None] + torch.tensor([0, 1]))
+        return self._seconds(np.arange(tokens * self.keys)[:, None] + np.array([0, 1]))
 
-    def row_times(self, tokens: int) -> Tensor:
+    def row_times(self, tokens: int) -> Floats:
         """The same of a clip's rows, which stand for their group: [S, 2]."""
-        group_S = torch.arange(self.groups(tokens)).repeat_interleave(self.rows)
-        return self._seconds(((group_S[:, None] + torch.tensor([0, 1])) * self.tokens).clamp(max=tokens))
+        group_S = np.arange(self.groups(tokens)).repeat(self.rows)
+        return self._seconds(np.minimum((group_S[:, None] + np.array([0, 1])) * self.tokens, tokens))
 
-    def _seconds(self, tokens_X: Tensor) -> Tensor:
+    def _seconds(self, tokens_X: Ints) -> Floats:
         return tokens_X * (self.seconds_per_token or math.nan)
 
-    def row_offsets(self, tokens: int) -> Tensor:
-        """Positions of a clip's rows, counted from its start: long [S]."""
-        group_S = torch.arange(self.groups(tokens)).repeat_interleave(self.rows)
-        within_S = torch.arange(self.rows).repeat(self.groups(tokens))
+    def row_offsets(self, tokens: int) -> Ints:
+        """Positions of a clip's rows, counted from its start: [S]."""
+        group_S = np.arange(self.groups(tokens)).repeat(self.rows)
+        within_S = np.tile(np.arange(self.rows), self.groups(tokens))
         return group_S * self.span + self.tokens * self.keys + within_S
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from pal.backbone.context import Block, attention_weights
 from pal.backbone.cost import Added, Cost, LayerAdded, Step, attention, linear
 from pal.backbone.llm import Backbone
+from pal.backbone.packed import DeviceSegments, among, take
 from pal.backbone.stream_kv import Layout
 from pal.config import StrictConfig
 from pal.errors import ConfigError
@@ -147,9 +148,25 @@ class GatedBlock(nn.Module):
             attn_mask=None if seen_B1QA is None or hears_B1Q1 is None else seen_B1QA | ~hears_B1Q1,
             enable_gqa=q_BHQC.shape[1] != k_BGAC.shape[1],
         )
-        y_BQD = x_BQD + (self.gate.tanh() * self.out(mixed_BHQC.transpose(1, 2).flatten(2))).to(x_BQD.dtype)
-        y_BQD = y_BQD + (self.ffn_gate.tanh() * self.ffn(y_BQD.to(dtype))).to(x_BQD.dtype)
+        y_BQD = self._added(x_BQD, mixed_BHQC.transpose(1, 2))
         return y_BQD if hears_B1Q1 is None else torch.where(hears_B1Q1[:, 0], y_BQD, x_BQD)
+
+    def packed(self, x_1ND: Tensor, k_IGC: Tensor, v_IGC: Tensor, segments: DeviceSegments, hears_N1: Tensor) -> Tensor:
+        """The same among packed rows: all keys, which of them the rows see, and which rows see any -> [1, N, D]."""
+        q_NHC = self._queries(x_1ND)[0].transpose(0, 1)
+        device = x_1ND.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else q_NHC.dtype
+        q_NHC, k_IGC, v_IGC = (x.to(dtype) for x in (q_NHC, k_IGC, v_IGC))
+        if segments.keys_K is not None:
+            k_IGC, v_IGC = (take(x, segments.keys_K, segments.back) for x in (k_IGC, v_IGC))
+        mixed_NHC = among(segments, q_NHC, k_IGC, v_IGC, False, None, None)
+        return torch.where(hears_N1, self._added(x_1ND, mixed_NHC[None]), x_1ND)
+
+    def _added(self, x_BQD: Tensor, mixed_BQHC: Tensor) -> Tensor:
+        """Rows with what the two gates let through."""
+        dtype = self.q.weight.dtype
+        y_BQD = x_BQD + (self.gate.tanh() * self.out(mixed_BQHC.flatten(2))).to(x_BQD.dtype)
+        return y_BQD + (self.ffn_gate.tanh() * self.ffn(y_BQD.to(dtype))).to(x_BQD.dtype)
 
     def weights(self, x_BQD: Tensor, k_BGAC: Tensor, seen_B1QA: Tensor) -> Tensor:
         """How each row's attention is shared among the keys: [B, H, Q, A], all 0 where it sees none."""

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from functools import cached_property
+
+import numpy as np
 from torch import Tensor
 
 from pal.backbone.llm import Backbone
+from pal.backbone.packed import Projection, take
+from pal.backbone.segments import where
 from pal.integrations.projector import LayerProjectors
+from pal.transfer import move
 from pal.types import AudioFeatures
 
 
@@ -13,9 +19,17 @@ class ProjectedKeys:
     """K/V made in the layer that asks: P_l(a), then the LLM's own norm and projections."""
 
     def __init__(self, features: AudioFeatures, projectors: LayerProjectors, llm: Backbone) -> None:
-        self._x_UAE = zeroed(features)
+        self._features = features
         self._projectors = projectors
         self._llm = llm
+
+    @cached_property
+    def _x_UAE(self) -> Tensor:
+        return zeroed(self._features)
+
+    @cached_property
+    def _x_ME(self) -> Tensor:
+        return real_tokens(self._features)
 
     def keys_values(self, layer: int) -> tuple[Tensor, Tensor]:
         """Keys before RoPE and values, each [U, G, A, C]."""
@@ -23,6 +37,21 @@ class ProjectedKeys:
         if folded is not None:
             return self._llm.folded_kv(layer, folded, self._projectors.inside(layer)(self._x_UAE))
         return self._llm.project_kv(layer, self._projectors.of(layer)(self._x_UAE))
+
+    def projection(self, layer: int) -> Projection:
+        """The same for the clips' real tokens alone, to be made in the layer."""
+        return self._llm.projection(layer, self._projectors.of(layer), self._x_ME)
+
+
+def real_tokens(features: AudioFeatures) -> Tensor:
+    """The real tokens of all clips, one after the other: [M, E]."""
+    x_XE = features.x_BAE.flatten(0, 1)
+    if not features.padded:
+        return x_XE
+    width = features.x_BAE.shape[1]
+    index_M = np.concatenate([clip * width + np.arange(count) for clip, count in enumerate(features.lengths)])
+    index, back = move([index_M, where(index_M, len(x_XE))[0]], x_XE.device)
+    return take(x_XE, index, (back,))
 
 
 def zeroed(features: AudioFeatures) -> Tensor:

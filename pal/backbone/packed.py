@@ -1,0 +1,319 @@
+"""Rows of all conversations one after the other, without padding: what training and prefill run on a GPU.
+
+`PackedContext` stands in the place of an `AudioContext`. Everything about the layout was decided on the host
+(`segments`), so nothing here waits for the device, and a layer's attention takes the same few operations whatever the
+batch's shape.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from pal.backbone.context import Geometry, KeySource, PackedBlock, rotate
+from pal.backbone.segments import Conversation
+from pal.backbone.rms import rms_norm
+from pal.backbone.varlen import segment_attention
+
+Turns = tuple[Tensor, Tensor]
+"""Cos and sin of the LLM's rotary embedding, each [I, C]."""
+
+
+@dataclass(frozen=True, eq=False)
+class DeviceSegments:
+    """`segments.Segments` on the device."""
+
+    firsts_q: Tensor
+    firsts_k: Tensor
+    longest_q: int
+    longest_k: int
+    keys_K: Tensor | None
+    back: tuple[Tensor, ...]
+    queries_Q: Tensor | None
+    queries_back_Q: Tensor | None
+    """The queries' rows once more, N where nothing is used of a query."""
+    outs_N: Tensor | None
+
+
+@dataclass(frozen=True, eq=False)
+class Projection:
+    """What a layer makes its audio K/V of; made inside the layer, which may be compiled and recomputed whole."""
+
+    x_ME: Tensor
+    """Features of all clips' real tokens."""
+    projector: nn.Module
+    norm: nn.Module
+    dtype: torch.dtype
+    """Of the LLM's numbers."""
+    gain: tuple[nn.Parameter, float, float] | None
+    """Weight of the norm, what is added to it, and its epsilon, where it is a plain RMSNorm: torch has that as one
+    kernel. None: it has to be called."""
+    recomputes: bool
+    """Whether the projector's activations are dropped and made again in the backward pass."""
+
+    def keys_values(self, attention: Any) -> tuple[Tensor, Tensor]:
+        """Keys before RoPE and values, each [M, G, C], by a layer's own norm and projections."""
+        if self.recomputes and torch.is_grad_enabled():
+            # there is nothing random in it
+            u_MD = checkpoint(self._normed, self.x_ME, use_reentrant=False, preserve_rng_state=False)
+        else:
+            u_MD = self._normed(self.x_ME)
+        shape = (u_MD.shape[0], -1, attention.head_dim)
+        k_MGC, v_MGC = attention.k_proj(u_MD).view(shape), attention.v_proj(u_MD).view(shape)
+        norm = getattr(attention, "k_norm", None)
+        return (k_MGC if norm is None else norm(k_MGC)), v_MGC
+
+    def _normed(self, x_ME: Tensor) -> Tensor:
+        u_MD = self.projector(x_ME).to(self.dtype)
+        if self.gain is None:
+            normed: Tensor = self.norm(u_MD)
+            return normed
+        weight_D, offset, eps = self.gain
+        return rms_norm(u_MD, weight_D + offset if offset else weight_D, eps)
+
+
+class Catches(Protocol):
+    """Who keeps the audio keys and values that a layer makes, [I, G, C] each, for decoding."""
+
+    audio: list[tuple[Tensor, Tensor]]
+    """Of each set that joins the layer's own."""
+    crossed: dict[int, tuple[Tensor, Tensor]]
+    """Of each set that a block before the layer looks at, by its number."""
+
+
+class PackedSource(Protocol):
+    """A `KeySource` that also makes K/V of the clips' real tokens alone."""
+
+    def projection(self, layer: int) -> Projection | None:
+        """What a layer makes them of; None where `keys_values` has to be asked."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class PackedKeys:
+    """Audio keys of one stream."""
+
+    source: KeySource
+    stream: int
+    layers: tuple[int, ...]
+    tokens_I: Tensor | None
+    """For each key its place among the source's tokens; None where each is used once, in order."""
+    tokens_back: tuple[Tensor, ...]
+    turns: Mapping[str, Turns]
+    """By type of layer."""
+    blocks: Mapping[int, PackedBlock] | None
+    crossing: DeviceSegments | None
+    """Which keys rows see through the blocks."""
+    hears_N1: Tensor | None
+    """Rows that see any, where there are blocks."""
+    bias: Mapping[int, Tensor] | None = None
+    """By layer, what is added to the scores of these keys, [H] or [1]."""
+
+    def made(self, layer: int) -> Projection | tuple[Tensor, Tensor]:
+        """What K/V of a layer are made of, or the K/V of all tokens."""
+        projection = getattr(self.source, "projection", None)
+        found = None if projection is None else projection(layer)
+        return flat(*self.source.keys_values(layer)) if found is None else found
+
+
+@dataclass(frozen=True, eq=False)
+class PackedContext:
+    """How the rows of a batch lie, and their audio."""
+
+    llm: Geometry
+    lengths: tuple[int, ...]
+    """Rows of each conversation."""
+    segments: tuple[DeviceSegments, ...]
+    """One for each kind of layer; none where every conversation has a row of its own in the batch."""
+    kinds: tuple[int, ...]
+    """Per layer, which of them."""
+    conversations: tuple[Conversation, ...]
+    """How each lies; on the host."""
+    windows: tuple[int | None, ...]
+    """Per layer, the LLM's sliding window where it is shorter than what there is."""
+    keys: tuple[PackedKeys, ...]
+
+    def mask(self, mask_BT: Tensor) -> Tensor:
+        """What is given to transformers in the place of a mask [1, 1, 1, 1], so that it makes none."""
+        return mask_BT[:1, :1, None, None]
+
+    def joined(self, layer: int) -> tuple[int, ...]:
+        """Which of `keys` join the layer's own."""
+        return tuple(i for i, one in enumerate(self.keys) if one.blocks is None and layer in one.layers)
+
+    def at(self, layer: int, catches: Catches | None = None) -> PackedLayer:
+        """What the attention of a layer has to know, and who keeps the audio keys and values that it makes."""
+        if not self.segments:
+            return PackedLayer(None, None, ())
+        kind = self.llm.layer_types[layer]
+        joined = tuple(
+            JoinedKeys(one.made(layer), one.turns[kind], one.tokens_I, one.tokens_back, (one.bias or {}).get(layer))
+            for one in (self.keys[i] for i in self.joined(layer))
+        )
+        return PackedLayer(self.segments[self.kinds[layer]], self.windows[layer], joined, catches)
+
+    def crosses(self, layer: int) -> bool:
+        """Whether blocks stand before a layer."""
+        return any(one.blocks is not None and layer in one.layers for one in self.keys)
+
+    def cross(self, layer: int, x_1ND: Tensor, catches: Catches | None = None) -> Tensor:
+        """The rows that go into a layer, after the blocks that stand before it."""
+        for which, one in enumerate(self.keys):
+            if one.blocks is None or layer not in one.layers:
+                continue
+            made = one.made(layer)
+            assert isinstance(made, tuple) and one.crossing is not None and one.hears_N1 is not None
+            joined = JoinedKeys(made, one.turns[self.llm.layer_types[layer]], one.tokens_I, one.tokens_back)
+            rotated = joined.rotated(None)
+            if catches is not None:
+                catches.crossed[which] = rotated
+            x_1ND = one.blocks[layer].packed(x_1ND, *rotated, one.crossing, one.hears_N1)
+        return x_1ND
+
+
+@dataclass(frozen=True, eq=False)
+class JoinedKeys:
+    """Audio keys that join a layer's own."""
+
+    made: Projection | tuple[Tensor, Tensor]
+    turns: Turns
+    tokens_I: Tensor | None
+    tokens_back: tuple[Tensor, ...]
+    bias: Tensor | None = None
+
+    def rotated(self, attention: Any) -> tuple[Tensor, Tensor]:
+        """K after RoPE and V, each [I, G, C]."""
+        k_MGC, v_MGC = self.made if isinstance(self.made, tuple) else self.made.keys_values(attention)
+        if self.tokens_I is not None:
+            k_MGC, v_MGC = (take(x, self.tokens_I, self.tokens_back) for x in (k_MGC, v_MGC))
+        return rotate(k_MGC, *self.turns), v_MGC
+
+
+@dataclass(frozen=True, eq=False)
+class PackedLayer:
+    """A layer's attention among packed rows; without segments, transformers' own causal one."""
+
+    segments: DeviceSegments | None
+    window: int | None
+    joined: tuple[JoinedKeys, ...]
+    catches: Catches | None = None
+
+    def attend(self, attention: Any, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
+        """Queries [1, H, N, C], keys and values [1, G, N, C], after RoPE -> [1, N, H, C]."""
+        segments = self.segments
+        assert segments is not None
+        dtype = query.dtype
+        if torch.is_autocast_enabled(query.device.type):
+            # rotary embeddings make queries float32 again, and autocast knows no rule for this kernel
+            dtype = torch.get_autocast_dtype(query.device.type)
+        q_NHC, k_KGC, v_KGC = (x.squeeze(0).transpose(0, 1).to(dtype) for x in (query, key, value))
+        rows = k_KGC.shape[0]
+        if self.joined:
+            made = [one.rotated(attention) for one in self.joined]
+            if self.catches is not None:
+                self.catches.audio = made
+            k_KGC = torch.cat((k_KGC, *(k.to(dtype) for k, _ in made)))
+            v_KGC = torch.cat((v_KGC, *(v.to(dtype) for _, v in made)))
+        if any(one.bias is not None for one in self.joined):
+            counts = [k.shape[0] for k, _ in made]
+            q_NHC, k_KGC, v_KGC = self._biased(q_NHC, k_KGC, v_KGC, rows, counts, scale)
+            scale = query.shape[-1] ** -0.5 if scale is None else scale
+        if segments.keys_K is not None:
+            k_KGC, v_KGC = (take(x, segments.keys_K, segments.back) for x in (k_KGC, v_KGC))
+        out_NHC = among(segments, q_NHC, k_KGC, v_KGC, True, self.window, scale)
+        width = query.shape[-1]
+        return (out_NHC if out_NHC.shape[-1] == width else out_NHC[..., :width]).unsqueeze(0)
+
+    def _biased(
+        self, q_NHC: Tensor, k_KGC: Tensor, v_KGC: Tensor, rows: int, counts: list[int], scale: float | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The same with columns whose products are the biases, as many as keep the kernel's width a multiple of 8."""
+        H, C = q_NHC.shape[1:]
+        scale = C**-0.5 if scale is None else scale
+        q_cols, k_cols = [], []
+        first = rows
+        for one, count in zip(self.joined, counts, strict=True):
+            if one.bias is not None:
+                q_cols.append((one.bias / scale).to(q_NHC.dtype).expand(H))
+                place_K = torch.arange(k_KGC.shape[0], device=k_KGC.device)
+                k_cols.append(((place_K >= first) & (place_K < first + count)).to(k_KGC.dtype))
+            first += count
+        pad = -len(q_cols) % 8
+        q_XHP = F.pad(torch.stack(q_cols, -1), (0, pad)).expand(q_NHC.shape[0], H, -1)
+        k_KGP = F.pad(torch.stack(k_cols, -1), (0, pad))[:, None].expand(-1, k_KGC.shape[1], -1)
+        width = q_XHP.shape[-1]
+        return torch.cat((q_NHC, q_XHP), -1), torch.cat((k_KGC, k_KGP), -1), F.pad(v_KGC, (0, width))
+
+
+def among(
+    segments: DeviceSegments,
+    q_NHC: Tensor,
+    k_KGC: Tensor,
+    v_KGC: Tensor,
+    causal: bool,
+    window: int | None,
+    scale: float | None,
+) -> Tensor:
+    """Attention of rows [N, H, C] to the keys of their segments -> [N, H, C]."""
+    if segments.queries_Q is not None:
+        assert segments.outs_N is not None and segments.queries_back_Q is not None
+        q_NHC = take(q_NHC, segments.queries_Q, (segments.outs_N,))
+    out_QHC = segment_attention(
+        q_NHC,
+        k_KGC,
+        v_KGC,
+        segments.firsts_q,
+        segments.firsts_k,
+        segments.longest_q,
+        segments.longest_k,
+        causal,
+        window,
+        scale,
+    )
+    if segments.outs_N is None:
+        return out_QHC
+    assert segments.queries_back_Q is not None
+    return take(out_QHC, segments.outs_N, (segments.queries_back_Q,))
+
+
+def take(x_X: Tensor, index_Y: Tensor, back: tuple[Tensor, ...]) -> Tensor:
+    """Entries [X, ...] by index -> [Y, ...].
+
+    Args:
+        x_X: the entries.
+        index_Y: which.
+        back: for each entry the places in the result where it stands, [X] each, Y for none. The gradient is then
+            gathered, too, in a fixed order and without atomic additions. Without it, it is scattered.
+    """
+    if not back:
+        return x_X.index_select(0, index_Y)
+    taken: Tensor = _Take.apply(x_X, index_Y, *back)
+    return taken
+
+
+class _Take(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_X: Tensor, index_Y: Tensor, *back: Tensor) -> Tensor:
+        ctx.save_for_backward(*back)
+        return x_X.index_select(0, index_Y)
+
+    @staticmethod
+    def backward(ctx: Any, grad_Y: Tensor) -> Any:
+        # a row of zeros at the end, for entries that stand nowhere
+        grad_Y = F.pad(grad_Y, (0, 0) * (grad_Y.ndim - 1) + (0, 1))
+        first, *more = ctx.saved_tensors
+        grad_X = grad_Y.index_select(0, first)
+        for back_X in more:
+            grad_X = grad_X + grad_Y.index_select(0, back_X)
+        return grad_X, None, *(None for _ in ctx.saved_tensors)
+
+
+def flat(k_UGAC: Tensor, v_UGAC: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values of padded clips, as the tokens of all, [U A, G, C] each."""
+    return k_UGAC.transpose(1, 2).flatten(0, 1), v_UGAC.transpose(1, 2).flatten(0, 1)

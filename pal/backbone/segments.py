@@ -1,0 +1,200 @@
+"""Which rows and keys make up the segments of one variable-length attention call; laid out on the host.
+
+A layer's queries of a conversation that see the same audio keys are a run. Each run becomes a segment whose keys are all
+it sees, in the order of their positions: [before | audio | after]. Its last query then sees all of them, the one before
+all but the last, as `segment_attention` has it. Where run follows run by a few keys each, as the summaries of PAL do,
+they stay one segment, and the keys between take part as queries of which nothing is used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+Ints = NDArray[np.int64]
+Bools = NDArray[np.bool_]
+
+BRIDGE = 16
+"""New keys between two runs up to which queries without use cost less than a segment with a copy of all keys so far."""
+COPIES = 3
+"""Times that a row may stand among the keys and still have its gradients gathered; beyond, they are scattered."""
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Where the rows and audio keys of one conversation stand."""
+
+    positions_T: Ints
+    """Of its rows."""
+    text_T: Bools
+    """True for rows of text; False for audio and for rows that ask again."""
+    asks_T: Bools
+    """True where a row repeats the last text row before it, behind clips; no other row sees it, nor it the repeated."""
+    keys: tuple[Ints, ...]
+    """Positions of the audio keys of each stream."""
+
+
+@dataclass(frozen=True)
+class Segments:
+    """One attention call; numbers of rows count through the batch, and those of keys follow them."""
+
+    firsts_q: Ints
+    firsts_k: Ints
+    keys_K: Ints | None
+    """For each key of the call, its number among all rows and audio keys; None where the rows are the keys."""
+    back: tuple[Ints, ...]
+    """For each row and audio key, places among the call's keys where it stands, once in each of these; K where none."""
+    queries_Q: Ints | None
+    """For each query of the call its row; None where the rows are the queries."""
+    unused_Q: Bools | None
+    """Which of them nothing is used of."""
+    outs_N: Ints | None
+    """For each row, its place among the queries."""
+
+    @property
+    def longest(self) -> tuple[int, int]:
+        """Most queries and most keys of a segment."""
+        return int(np.diff(self.firsts_q).max()), int(np.diff(self.firsts_k).max())
+
+    def hears(self) -> Bools:
+        """For each query whether its segment has keys."""
+        return np.repeat(np.diff(self.firsts_k) > 0, np.diff(self.firsts_q))
+
+
+def segments_of(
+    conversations: Sequence[Conversation], streams: Sequence[int], window: int | None = None
+) -> Segments | None:
+    """The segments of layers that the audio keys of some streams join; None where there are no such segments.
+
+    Args:
+        conversations: of the batch, in order.
+        streams: which streams' keys join; they follow the rows in this order.
+        window: positions that a query sees back, itself included. Segments count keys, so that many keys back must be
+            that many positions back.
+    """
+    rows = sum(len(one.positions_T) for one in conversations)
+    counts = [sum(len(one.keys[stream]) for one in conversations) for stream in streams]
+    first_row, first_keys = 0, list(np.cumsum([rows, *counts[:-1]])) if streams else []
+    queries: list[Ints] = []
+    keys: list[Ints] = []
+    for one in conversations:
+        numbers_A = [np.arange(len(one.keys[s])) + first for s, first in zip(streams, first_keys, strict=True)]
+        for own, before in _runs(one, streams):
+            # numbers below T are rows; keys count on from there
+            table_X = np.concatenate([np.arange(len(one.positions_T)) + first_row, *numbers_A])
+            positions_X = np.concatenate([one.positions_T, *(one.keys[s] for s in streams)])
+            if window is not None:
+                before = before[positions_X[before] > positions_X[own[0]] - window]
+            seen = np.concatenate((before, own))
+            if window is not None and not _counts_positions(positions_X[seen], len(own), window):
+                return None
+            keys.append(table_X[seen])
+            queries.append(np.where(own < len(one.positions_T), own + first_row, -1))
+        first_row += len(one.positions_T)
+        first_keys = [first + len(number) for first, number in zip(first_keys, numbers_A, strict=True)]
+    return _joined(queries, keys, rows, rows + sum(counts))
+
+
+def crossing_segments(conversations: Sequence[Conversation], stream: int) -> Segments:
+    """The segments of a block through which rows look at the keys of one stream alone; each row of one sees all of them.
+
+    Rows that hear nothing have a segment without keys.
+    """
+    rows = sum(len(one.positions_T) for one in conversations)
+    queries, keys = [], []
+    first_row = first_key = 0
+    for one in conversations:
+        heard_T = _heard(one, [stream])
+        for start, end in _same(heard_T):
+            queries.append(np.arange(start, end) + first_row)
+            keys.append(np.arange(heard_T[start]) + first_key)
+        first_row += len(one.positions_T)
+        first_key += len(one.keys[stream])
+    return _joined(queries, keys, rows, first_key)
+
+
+def _heard(one: Conversation, streams: Sequence[int]) -> Ints:
+    """How many audio keys each row sees, the earliest first; never fewer than the row before."""
+    positions_A = np.sort(np.concatenate([np.zeros(0, np.int64), *(one.keys[s] for s in streams)]))
+    heard_T = np.searchsorted(positions_A, one.positions_T + one.asks_T, side="right")
+    return np.asarray(np.maximum.accumulate(heard_T) if len(heard_T) else heard_T, dtype=np.int64)
+
+
+def _runs(one: Conversation, streams: Sequence[int]) -> Iterator[tuple[Ints, Ints]]:
+    """Each segment of a conversation: its own rows and the keys between them, and what it sees before them."""
+    T = len(one.positions_T)
+    order_A = np.argsort(np.concatenate([np.zeros(0, np.int64), *(one.keys[s] for s in streams)]), kind="stable")
+    heard_T = _heard(one, streams)
+    # in the order in which a query comes to see them: a key before the rows that hear it
+    place_T, place_A = 2 * heard_T, 2 * np.arange(len(order_A)) + 1
+    shown_T = ~one.asks_T
+    for start, end in _blocks(heard_T, one.asks_T):
+        known, last = heard_T[start], heard_T[end - 1]
+        earlier = np.flatnonzero(shown_T[:start])
+        if one.asks_T[start]:
+            text = np.flatnonzero(one.text_T[:start])
+            earlier = earlier[earlier != text[-1]] if len(text) else earlier
+        before = _merged(earlier, place_T[earlier], order_A[:known] + T, place_A[:known])
+        mine = np.arange(start, end)
+        yield _merged(mine, place_T[mine], order_A[known:last] + T, place_A[known:last]), before
+
+
+def _merged(rows: Ints, place_R: Ints, keys: Ints, place_K: Ints) -> Ints:
+    order = np.argsort(np.concatenate((place_R, place_K)), kind="stable")
+    return np.asarray(np.concatenate((rows, keys))[order], dtype=np.int64)
+
+
+def _same(counts_T: Ints) -> list[tuple[int, int]]:
+    """Runs of rows that see the same number of keys."""
+    borders = [0, *(np.flatnonzero(np.diff(counts_T)) + 1), len(counts_T)] if len(counts_T) else [0]
+    return [(int(a), int(b)) for a, b in zip(borders[:-1], borders[1:], strict=True)]
+
+
+def _blocks(heard_T: Ints, asks_T: Bools) -> Iterator[tuple[int, int]]:
+    """Runs that make one segment: where few keys lie between them, and no row among them asks again."""
+    start = end = 0
+    for a, b in _same(heard_T * 2 + asks_T):
+        apart = end > start and (asks_T[a] or asks_T[a - 1] or not 0 <= heard_T[a] - heard_T[a - 1] <= BRIDGE)
+        if apart:
+            yield start, end
+            start = a
+        end = b
+    if end > start:
+        yield start, end
+
+
+def _counts_positions(positions_K: Ints, own: int, window: int) -> bool:
+    """Whether a window of keys shows a segment's queries, the last keys of all, what one of positions would."""
+    return bool((np.diff(positions_K) == 1).all()) or (own == 1 and len(positions_K) <= window)
+
+
+def _joined(queries: list[Ints], keys: list[Ints], rows: int, sources: int) -> Segments:
+    firsts_q, firsts_k = (np.cumsum([0, *map(len, parts)]) for parts in (queries, keys))
+    queries_Q, keys_K = (np.concatenate([np.zeros(0, np.int64), *parts]) for parts in (queries, keys))
+    same_q = len(queries_Q) == rows and bool((queries_Q == np.arange(rows)).all())
+    same_k = len(keys_K) == sources and bool((keys_K == np.arange(sources)).all())
+    found = Segments(firsts_q, firsts_k, None if same_k else keys_K, (), None, None, None)
+    if not same_k:
+        found = replace(found, back=where(keys_K, sources))
+    if not same_q:
+        unused_Q = queries_Q < 0
+        outs_N = np.zeros(rows, np.int64)
+        outs_N[queries_Q[~unused_Q]] = np.flatnonzero(~unused_Q)
+        found = replace(found, queries_Q=np.maximum(queries_Q, 0), unused_Q=unused_Q, outs_N=outs_N)
+    return found
+
+
+def where(keys_K: Ints, sources: int) -> tuple[Ints, ...]:
+    """Where each source stands among the keys, the first places, the second ones, and so on; () where there are many."""
+    order_K = np.argsort(keys_K, kind="stable")
+    sorted_K = keys_K[order_K]
+    nth_K = np.arange(len(keys_K)) - np.searchsorted(sorted_K, sorted_K)
+    copies = int(nth_K.max()) + 1 if len(nth_K) else 1
+    if copies > COPIES:
+        return ()
+    places = np.full((copies, sources), len(keys_K))
+    places[nth_K, sorted_K] = order_K
+    return tuple(places)

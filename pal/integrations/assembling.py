@@ -1,0 +1,414 @@
+"""From places to `LLMInputs`: padded to a rectangle, or packed one after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from pal.backbone.context import AudioContext, AudioKeys, Block, KeySource, Places, gather
+from pal.backbone.llm import Backbone
+from pal.backbone.packed import DeviceSegments, PackedContext, PackedKeys, Turns, take
+from pal.backbone.segments import Conversation, Segments, crossing_segments, segments_of, where
+from pal.backbone.stream_kv import Layout
+from pal.integrations.placing import Ints, Placing, RowPlaces, place
+from pal.transfer import move
+from pal.types import AUDIO, IGNORE, LLMInputs, Targets, Tokens
+
+
+@dataclass(frozen=True)
+class ClipSpans:
+    """What a route makes of some clips: rows of the LLM's sequence, keys and values, or both."""
+
+    lengths: Sequence[int]
+    """Audio tokens of each clip."""
+    layout: Layout
+    """Where keys and rows lie in the position ids that a clip reserves."""
+    rows_USD: Tensor | None = None
+    """Embeddings that run through all layers; None when there are none."""
+    keys: KeySource | None = None
+    """Makes K/V of all clips, [U, G, A, C] each, when a layer asks."""
+    layers: tuple[int, ...] = ()
+    """The layers that ask."""
+    width_A: int = 0
+    """A of `keys`, padding included."""
+    blocks: Mapping[int, Block] | None = None
+    """Where given, they look at the keys before their layer, and the layer itself does not."""
+    bias: Mapping[int, Tensor] | None = None
+    """By layer, what is added to the scores of the keys, [H] for each head or [1]; only with packed rows."""
+
+    @property
+    def placing(self) -> Placing:
+        """What of it the host has to know."""
+        return Placing(self.lengths, self.layout, self.rows_USD is not None, self.keys is not None)
+
+    @property
+    def firsts(self) -> Ints:
+        """Where the keys of each clip start among all that `keys` makes for packed rows."""
+        if self.packs:
+            return np.cumsum([0, *self.lengths])
+        return np.arange(len(self.lengths) + 1) * self.width_A
+
+    @property
+    def packs(self) -> bool:
+        """Whether `keys` makes K/V of real tokens alone."""
+        return hasattr(self.keys, "projection")
+
+
+def assemble(
+    streams: Sequence[ClipSpans],
+    rows: Sequence[Tokens],
+    llm: Backbone,
+    side: Literal["left", "right", "none"],
+    located: bool,
+) -> LLMInputs:
+    """Place clips among the text of conversations; see `Integration.forward`."""
+    placed = place(rows, [spans.placing for spans in streams], located)
+    inputs = _packed(placed, streams, rows, llm) if side == "none" and not located else None
+    return inputs or _padded(placed, streams, rows, llm, "left" if side == "left" else "right", located)
+
+
+# Packed
+
+
+def _packed(
+    placed: list[RowPlaces], streams: Sequence[ClipSpans], rows: Sequence[Tokens], llm: Backbone
+) -> LLMInputs | None:
+    """Rows one after the other; None where some layer's attention cannot be laid out in segments."""
+    joining = [i for i, spans in enumerate(streams) if spans.keys is not None]
+    conversations = [one.conversation() for one in placed]
+    lengths = tuple(len(one) for one in placed)
+    furthest = max(int(one.positions.max()) for one in placed)
+    windows = tuple(None if window is None or window > furthest else window for window in llm.windows)
+    heard = any(len(positions_A) for one in conversations for positions_A in one.keys)
+    equal = len(set(lengths)) == 1 and not heard and not any(windows) and not any(one.asks.any() for one in placed)
+    kinds = [(windows[layer], _joined(streams, layer) if heard else ()) for layer in range(llm.n_layers)]
+    laid: dict[tuple[int | None, tuple[int, ...]], Segments] = {}
+    for kind in () if equal else dict.fromkeys(kinds):
+        segments = segments_of(conversations, kind[1], kind[0])
+        if segments is None:
+            return None
+        laid[kind] = segments
+
+    labelled = any(row.labels is not None for row in rows)
+    moves = _Moves()
+    index_N, back = _table_index(placed, streams)
+    token_ids = moves.add(np.array([token for row in rows for token in row.ids if token != AUDIO], np.int64))
+    positions = moves.add(np.concatenate([one.positions for one in placed]))
+    table = None if index_N is None else (moves.add(index_N), [moves.add(x) for x in back])
+    targets = _Targets(placed, list(np.cumsum([0, *lengths])[:-1]), moves)
+    on_device = {kind: _move_segments(segments, moves) for kind, segments in laid.items()}
+    keys = [_KeyMoves(i, streams[i], placed, conversations, moves) for i in joining] if heard else []
+    moves.go(llm.device)
+
+    table_XD = _table(llm, moves[token_ids], streams)
+    if table is not None:
+        table_XD = take(table_XD, moves[table[0]], tuple(moves[at] for at in table[1]))
+    shape = (len(rows), lengths[0]) if equal else (1, sum(lengths))
+    order = {kind: number for number, kind in enumerate(laid)}
+    return LLMInputs(
+        inputs_embeds_BTD=table_XD.view(*shape, -1),
+        position_ids_BT=moves[positions].long().view(shape),
+        attention_mask_BT=torch.ones(shape, dtype=torch.long, device=llm.device),
+        audio=PackedContext(
+            llm=llm,
+            lengths=lengths,
+            segments=tuple(_segments(moves, on_device[kind]) for kind in laid),
+            kinds=tuple(order[kind] for kind in kinds) if laid else (),
+            conversations=tuple(conversations),
+            windows=windows,
+            keys=tuple(one.keys(moves, llm) for one in keys),
+        ),
+        labels_BT=targets.labels(moves, shape) if labelled else None,
+        targets=targets.made(moves) if labelled else None,
+    )
+
+
+def _joined(streams: Sequence[ClipSpans], layer: int) -> tuple[int, ...]:
+    """The streams whose keys join a layer's own."""
+    return tuple(
+        i
+        for i, spans in enumerate(streams)
+        if spans.keys is not None and spans.blocks is None and layer in spans.layers
+    )
+
+
+class _Moves:
+    """Arrays that go to the device in one copy."""
+
+    def __init__(self) -> None:
+        self._arrays: list[NDArray[np.generic]] = []
+        self._moved: list[Tensor] = []
+
+    def add(self, array: NDArray[np.generic]) -> int:
+        """Its number."""
+        self._arrays.append(array)
+        return len(self._arrays) - 1
+
+    def maybe(self, array: NDArray[np.generic] | None) -> int | None:
+        return None if array is None else self.add(array)
+
+    def go(self, device: torch.device) -> None:
+        self._moved = move(self._arrays, device)
+
+    def __getitem__(self, number: int) -> Tensor:
+        return self._moved[number]
+
+    def get(self, number: int | None) -> Tensor | None:
+        return None if number is None else self._moved[number]
+
+
+@dataclass(frozen=True)
+class _MovedSegments:
+    firsts: tuple[int, int]
+    longest: tuple[int, int]
+    keys: int | None
+    back: tuple[int, ...]
+    queries: tuple[int, int, int] | None
+    """Of the queries' rows, the same for the gradient, and the rows' places."""
+
+
+def _move_segments(segments: Segments, moves: _Moves) -> _MovedSegments:
+    queries = None
+    if segments.queries_Q is not None and segments.outs_N is not None and segments.unused_Q is not None:
+        back_Q = np.where(segments.unused_Q, len(segments.outs_N), segments.queries_Q)
+        queries = (moves.add(segments.queries_Q), moves.add(back_Q), moves.add(segments.outs_N))
+    return _MovedSegments(
+        firsts=(moves.add(segments.firsts_q), moves.add(segments.firsts_k)),
+        longest=segments.longest,
+        keys=moves.maybe(segments.keys_K),
+        back=tuple(moves.add(places) for places in segments.back),
+        queries=queries,
+    )
+
+
+def _segments(moves: _Moves, moved: _MovedSegments) -> DeviceSegments:
+    queries = (None, None, None) if moved.queries is None else tuple(moves[i] for i in moved.queries)
+    return DeviceSegments(
+        firsts_q=moves[moved.firsts[0]],
+        firsts_k=moves[moved.firsts[1]],
+        longest_q=moved.longest[0],
+        longest_k=moved.longest[1],
+        keys_K=moves.get(moved.keys),
+        back=tuple(moves[i] for i in moved.back),
+        queries_Q=queries[0],
+        queries_back_Q=queries[1],
+        outs_N=queries[2],
+    )
+
+
+class _KeyMoves:
+    """The keys of one stream, on the way to the device."""
+
+    def __init__(
+        self,
+        stream: int,
+        spans: ClipSpans,
+        placed: list[RowPlaces],
+        conversations: list[Conversation],
+        moves: _Moves,
+    ) -> None:
+        self.spans, self.stream = spans, stream
+        places = [one.keys[stream] for one in placed]
+        tokens_I = np.concatenate([spans.firsts[one.clips] + one.tokens for one in places])
+        total = int(spans.firsts[-1])
+        self.tokens: int | None = None
+        self.back: list[int] = []
+        if not np.array_equal(tokens_I, np.arange(total)):
+            self.tokens = moves.add(tokens_I)
+            self.back = [moves.add(x) for x in where(tokens_I, total)]
+        self.turns = moves.add(np.concatenate([one.turns for one in places]))
+        self.crossing: _MovedSegments | None = None
+        if spans.blocks is not None:
+            crossing = crossing_segments(conversations, stream)
+            self.crossing = _move_segments(crossing, moves)
+            self.hears = moves.add(crossing.hears())
+
+    def keys(self, moves: _Moves, llm: Backbone) -> PackedKeys:
+        rope = llm.rope(moves[self.turns][None])
+        turns: dict[str, Turns] = {kind: (cos[0], sin[0]) for kind, (cos, sin) in rope.items()}
+        assert self.spans.keys is not None
+        return PackedKeys(
+            source=self.spans.keys,
+            stream=self.stream,
+            layers=self.spans.layers,
+            tokens_I=moves.get(self.tokens),
+            tokens_back=tuple(moves[i] for i in self.back),
+            turns=turns,
+            blocks=self.spans.blocks,
+            crossing=None if self.crossing is None else _segments(moves, self.crossing),
+            hears_N1=None if self.crossing is None else moves[self.hears].bool()[:, None],
+            bias=self.spans.bias,
+        )
+
+
+# Padded
+
+
+def _padded(
+    placed: list[RowPlaces],
+    streams: Sequence[ClipSpans],
+    rows: Sequence[Tokens],
+    llm: Backbone,
+    side: Literal["left", "right"],
+    located: bool,
+) -> LLMInputs:
+    """Rows filled up to the longest."""
+    device, left = llm.device, side == "left"
+    labelled = any(row.labels is not None for row in rows)
+    longest = max(len(one) for one in placed)
+    index_N, _ = _table_index(placed, streams, always=True)
+    assert index_N is not None
+    lengths = [len(one) for one in placed]
+    starts = np.cumsum([0, *lengths])
+    table_BT, real_BT = _stack([index_N[a:b] for a, b in zip(starts[:-1], starts[1:], strict=True)], left, 0)
+    positions_BT, _ = _stack([one.positions for one in placed], left, 0)
+    labels_BT, _ = _stack([one.labels for one in placed], left, IGNORE)
+    moves = _Moves()
+    token_ids = moves.add(np.array([token for row in rows for token in row.ids if token != AUDIO], np.int64))
+    at_table, at_positions, at_real, at_labels = map(moves.add, (table_BT, positions_BT, real_BT, labels_BT))
+    firsts = [b * longest + (longest - length if left else 0) for b, length in enumerate(lengths)]
+    targets = _Targets(placed, firsts, moves)
+    moves.go(device)
+    table_XD = _table(llm, moves[token_ids], streams)
+
+    context = None
+    if any(spans.keys is not None or located for spans in streams) and any(row.clips for row in rows):
+        audio_rows_BT, _ = _stack([~one.is_text for one in placed], left, False)
+        asks_BT, _ = _stack([one.asks for one in placed], left, False)
+        context = AudioContext(
+            llm=llm,
+            keys=tuple(
+                _audio_keys(spans, spans.keys, i, placed, rows, device)
+                for i, spans in enumerate(streams)
+                if spans.keys is not None
+            ),
+            rows_BT=moves[at_positions].long(),
+            audio_rows_BT=torch.tensor(audio_rows_BT).to(device),
+            places=_places([one.about for one in placed], left, device) if located else None,
+        )
+        if asks_BT.any():
+            context = context.asking(torch.tensor(asks_BT).to(device))
+    return LLMInputs(
+        inputs_embeds_BTD=gather(table_XD, moves[at_table].long()),
+        position_ids_BT=moves[at_positions].long(),
+        attention_mask_BT=moves[at_real].long(),
+        audio=context,
+        labels_BT=moves[at_labels].long() if labelled else None,
+        targets=targets.made(moves) if labelled else None,
+    )
+
+
+def _audio_keys(
+    spans: ClipSpans,
+    source: KeySource,
+    stream: int,
+    placed: list[RowPlaces],
+    rows: Sequence[Tokens],
+    device: torch.device,
+) -> AudioKeys:
+    keys = [one.keys[stream] for one in placed]
+    tokens_BA, mask_BA = _stack([one.clips * spans.width_A + one.tokens for one in keys], False, 0)
+    positions_BA, _ = _stack([one.positions for one in keys], False, 0)
+    turns_BA, _ = _stack([one.turns for one in keys], False, 0)
+    tokens, positions, turns = (x.long() for x in move([tokens_BA, positions_BA, turns_BA], device))
+    one_each = [row.clips for row in rows] == [[clip] for clip in range(len(spans.lengths))]
+    abouts = [one.about for one in keys]
+    return AudioKeys(
+        source=source,
+        layers=spans.layers,
+        tokens_BA=None if one_each else tokens,
+        positions_BA=positions,
+        turns_BA=turns,
+        mask_BA=torch.tensor(mask_BA).to(device),
+        blocks=spans.blocks,
+        places=None if abouts[0] is None else _places(abouts, False, device),
+    )
+
+
+def _places(abouts: Sequence[NDArray[np.float64] | None], left: bool, device: torch.device) -> Places:
+    columns = []
+    for column, fill in enumerate((-1, -1, np.nan, np.nan)):
+        rows = [about[:, column] for about in abouts if about is not None]
+        columns.append(torch.tensor(_stack(rows, left, fill)[0], dtype=torch.long if column < 2 else torch.float32))
+    stream, clip, start, end = (x.to(device) for x in columns)
+    return Places(stream, clip, start, end)
+
+
+def _stack(
+    rows: Sequence[NDArray[np.generic]], left: bool, fill: float
+) -> tuple[NDArray[np.generic], NDArray[np.bool_]]:
+    """Rows of different lengths as one matrix, and a mask that is True where they are."""
+    longest = max(len(row) for row in rows)
+    matrix = np.full((len(rows), longest), fill, rows[0].dtype)
+    mask = np.zeros((len(rows), longest), bool)
+    for i, row in enumerate(rows):
+        place = slice(longest - len(row), longest) if left else slice(0, len(row))
+        matrix[i, place] = row
+        mask[i, place] = True
+    return matrix, mask
+
+
+# Both
+
+
+def _table(llm: Backbone, ids_X: Tensor, streams: Sequence[ClipSpans]) -> Tensor:
+    """Embeddings of the text of all conversations, then each stream's rows: [X, D]."""
+    table_XD = llm.embed(ids_X)
+    audio_rows = [spans.rows_USD.flatten(0, 1) for spans in streams if spans.rows_USD is not None]
+    return torch.cat((table_XD, *(x_XD.to(table_XD.dtype) for x_XD in audio_rows))) if audio_rows else table_XD
+
+
+def _table_index(
+    placed: list[RowPlaces], streams: Sequence[ClipSpans], always: bool = False
+) -> tuple[Ints | None, tuple[Ints, ...]]:
+    """For each row its place in the table, and for each entry of the table where it stands; None where they are equal.
+
+    Audio rows that stand nowhere are padding of shorter clips.
+    """
+    words = sum(int(one.is_text.sum()) for one in placed)
+    firsts, widths, total = [], [], words
+    for spans in streams:
+        firsts.append(total)
+        widths.append(0 if spans.rows_USD is None else spans.rows_USD.shape[1])
+        total += 0 if spans.rows_USD is None else spans.rows_USD[..., 0].numel()
+    first_S, width_S = np.array([*firsts, 0]), np.array([*widths, 0])  # text is stream -1
+    index_N = np.concatenate(
+        [first_S[one.sources] + np.maximum(one.clips, 0) * width_S[one.sources] + one.numbers for one in placed]
+    )
+    if not always and np.array_equal(index_N, np.arange(total)):
+        return None, ()
+    return index_N, () if always else where(index_N, total)
+
+
+class _Targets:
+    """Which rows predict a labelled token, on the way to the device."""
+
+    def __init__(self, placed: list[RowPlaces], firsts: Sequence[int], moves: _Moves) -> None:
+        rows, labels, owners, answers = [], [], [], []
+        self.lengths: list[int] = []
+        for number, (one, first) in enumerate(zip(placed, firsts, strict=True)):
+            # nothing predicts the first row of a conversation
+            at = np.flatnonzero(one.labels[1:] != IGNORE)
+            starts = np.diff(at, prepend=-2) != 1
+            answers.append(starts.cumsum() - 1 + len(self.lengths))
+            self.lengths += np.diff([*np.flatnonzero(starts), len(at)]).tolist()
+            rows.append(at + first)
+            labels.append(one.labels[1:][at])
+            owners.append(np.full(len(at), number))
+        self.conversations = len(placed)
+        joined = [np.concatenate(parts) for parts in (rows, labels, owners, answers)]
+        self._at = [moves.add(column) for column in joined]
+        self._all = moves.add(np.concatenate([one.labels for one in placed]))
+
+    def made(self, moves: _Moves) -> Targets:
+        rows_N, labels_N, owners_N, answers_N = (moves[i] for i in self._at)
+        return Targets(rows_N, labels_N.long(), owners_N, answers_N, tuple(self.lengths), self.conversations)
+
+    def labels(self, moves: _Moves, shape: tuple[int, int]) -> Tensor:
+        return moves[self._all].long().view(shape)

@@ -1,0 +1,253 @@
+"""Where every row and key of a batch of conversations goes: positions, labels and sources, worked out on the host.
+
+Nothing here touches a device, so a loader's thread can do it while the device is busy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pal.backbone.segments import Conversation
+from pal.backbone.stream_kv import Layout
+from pal.errors import PromptError
+from pal.types import AUDIO, IGNORE, Tokens
+
+Ints = NDArray[np.int64]
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Placing:
+    """How the clips of one stream enter."""
+
+    lengths: Sequence[int]
+    """Audio tokens of each clip."""
+    layout: Layout
+    """Where keys and rows lie in the position ids that a clip reserves."""
+    rows: bool
+    """Whether it has rows of the sequence."""
+    keys: bool
+    """Whether it has keys and values."""
+
+
+@dataclass(frozen=True)
+class KeyPlaces:
+    """The audio keys of one stream in one conversation, each [A]."""
+
+    clips: Ints
+    """Of the batch."""
+    tokens: Ints
+    """Of their clip."""
+    positions: Ints
+    """A row sees the keys at or before its own position."""
+    turns: Ints
+    """Positions that RoPE turns them by."""
+    about: Floats | None
+    """[A, 4]: stream, clip of the conversation, and seconds of start and end; where that was asked for."""
+
+
+@dataclass(frozen=True)
+class RowPlaces:
+    """One conversation, each [T]."""
+
+    sources: Ints
+    """Stream whose row it is; -1 for text."""
+    clips: Ints
+    """Clip of the batch; -1 for text."""
+    numbers: Ints
+    """Of the row in its clip, or of the token in the text of all conversations."""
+    positions: Ints
+    labels: Ints
+    asks: NDArray[np.bool_]
+    """True where the last text row is asked again, behind clips."""
+    about: Floats | None
+    """[T, 4], as of keys."""
+    keys: tuple[KeyPlaces, ...]
+    """Of each stream."""
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    @property
+    def is_text(self) -> NDArray[np.bool_]:
+        """Rows of text that are said for the first time."""
+        return (self.sources < 0) & ~self.asks
+
+    def conversation(self) -> Conversation:
+        """What attention has to know of it."""
+        return Conversation(self.positions, self.is_text, self.asks, tuple(one.positions for one in self.keys))
+
+
+@dataclass
+class _Parts:
+    """Columns that grow piece by piece."""
+
+    parts: dict[str, list[NDArray[np.generic]]] = field(default_factory=dict)
+
+    def add(self, **columns: NDArray[np.generic] | None) -> None:
+        for name, column in columns.items():
+            if column is not None:
+                self.parts.setdefault(name, []).append(column)
+
+    def get(self, name: str, like: NDArray[np.generic]) -> NDArray[np.generic]:
+        return np.concatenate([like, *self.parts.get(name, [])])
+
+
+_NONE = np.zeros(0, np.int64)
+_NOWHERE = np.zeros((0, 4))
+
+
+class _Placer:
+    """One conversation being laid out."""
+
+    def __init__(self, streams: Sequence[Placing], located: bool) -> None:
+        self.streams = streams
+        self.located = located
+        self.rows = _Parts()
+        self.keys = [_Parts() for _ in streams]
+        self.count = 0
+        self.next = 0
+        """Position that comes next."""
+        self.last = -1
+        """Position of the last row."""
+        self.heard = -1
+        """Position of the latest key."""
+        self.last_row: tuple[int, int, int] | None = None
+        self.last_text: int | None = None
+
+    def _add(self, source: int, clip: int, numbers: Ints, positions: Ints, labels: Ints, about: Floats | None) -> None:
+        count = len(numbers)
+        self.rows.add(
+            sources=np.full(count, source),
+            clips=np.full(count, clip),
+            numbers=numbers,
+            positions=positions,
+            labels=labels,
+            asks=np.zeros(count, bool),
+            about=about,
+        )
+        self.count += count
+        if count:
+            self.last = int(positions[-1])
+            self.last_row = (source, clip, int(numbers[-1]))
+
+    def add_text(self, first: int, count: int, labels: list[int] | None) -> None:
+        numbers = np.arange(first, first + count)
+        said = np.full(count, IGNORE) if labels is None else np.asarray(labels, np.int64)
+        self._add(-1, -1, numbers, np.arange(self.next, self.next + count), said, self._nowhere(count))
+        if count:
+            self.last_text = first + count - 1
+        self.next += count
+
+    def add_clip(self, clip: int, number: int, stream: int) -> None:
+        """Clip `clip` of the batch, as number `number` of the conversation."""
+        placing = self.streams[stream]
+        layout, tokens = placing.layout, placing.lengths[clip]
+        if placing.rows:
+            offsets = layout.row_offsets(tokens)
+            about = self._about(stream, number, layout.row_times(tokens))
+            self._add(stream, clip, np.arange(len(offsets)), self.next + offsets, np.full(len(offsets), IGNORE), about)
+        if placing.keys:
+            positions = self.next + layout.key_offsets(tokens)
+            self.keys[stream].add(
+                clips=np.full(tokens, clip),
+                tokens=np.arange(tokens),
+                positions=positions,
+                turns=layout.key_turns(tokens, self.next),
+                about=self._about(stream, number, layout.key_times(tokens)),
+            )
+            self.heard = max(self.heard, int(positions.max(initial=-1)))
+        # reserved even where nothing stands, so that text after the clip has the ids PLITS would give
+        self.next += layout.groups(tokens) * layout.span
+
+    def ask_again(self) -> None:
+        """Where the last row does not hear all before it: a row that does, at the last position reserved so far."""
+        if self.last_row is None:
+            return  # nothing was said that could be asked
+        if self.last == self.next - 1 and self.heard <= self.last:
+            return
+        source, clip, number = self.last_row if self.last_text is None else (-1, -1, self.last_text)
+        self.rows.add(
+            sources=np.array([source]),
+            clips=np.array([clip]),
+            numbers=np.array([number]),
+            positions=np.array([self.next - 1]),
+            labels=np.array([IGNORE]),
+            asks=np.ones(1, bool),
+            about=self._nowhere(1),
+        )
+        self.count += 1
+        self.last, self.last_row = self.next - 1, (source, clip, number)
+
+    def _about(self, stream: int, clip: int, times_X2: Floats) -> Floats | None:
+        if not self.located:
+            return None
+        return np.concatenate((np.tile([float(stream), float(clip)], (len(times_X2), 1)), times_X2), axis=1)
+
+    def _nowhere(self, count: int) -> Floats | None:
+        return np.tile([-1.0, -1.0, np.nan, np.nan], (count, 1)) if self.located else None
+
+    def placed(self) -> RowPlaces:
+        """All of it."""
+        rows = {name: self.rows.get(name, _NONE).astype(np.int64) for name in _ROW_COLUMNS}
+        keys = []
+        for parts in self.keys:
+            columns = {name: parts.get(name, _NONE).astype(np.int64) for name in _KEY_COLUMNS}
+            keys.append(KeyPlaces(**columns, about=_floats(parts, self.located)))
+        asks = self.rows.get("asks", np.zeros(0, bool)).astype(bool)
+        return RowPlaces(**rows, asks=asks, about=_floats(self.rows, self.located), keys=tuple(keys))
+
+
+_ROW_COLUMNS = ("sources", "clips", "numbers", "positions", "labels")
+_KEY_COLUMNS = ("clips", "tokens", "positions", "turns")
+
+
+def _floats(parts: _Parts, located: bool) -> Floats | None:
+    return parts.get("about", _NOWHERE).astype(np.float64) if located else None
+
+
+def place(rows: Sequence[Tokens], streams: Sequence[Placing], located: bool = False) -> list[RowPlaces]:
+    """Lay out conversations.
+
+    Args:
+        rows: the conversations.
+        streams: how the clips of each stream enter.
+        located: also say whose audio each row and key is and when it sounds.
+
+    Raises:
+        PromptError: a conversation that is empty, names a clip that is not there, or has a clip that makes no rows and
+            no text to ask about it.
+    """
+    placed = []
+    first = 0
+    for row in rows:
+        placed.append(_place(row, first, streams, located))
+        first += len(row.ids) - len(row.clips)
+    return placed
+
+
+def _place(row: Tokens, text_first: int, streams: Sequence[Placing], located: bool) -> RowPlaces:
+    placer = _Placer(streams, located)
+    known = len(streams[0].lengths) if streams else 0
+    clips = enumerate(row.clips)
+    start = 0
+    for end in [*(i for i, token in enumerate(row.ids) if token == AUDIO), len(row.ids)]:
+        if start and (end > start or end == len(row.ids)) and row.asks_before(start):
+            placer.ask_again()
+        placer.add_text(text_first, end - start, None if row.labels is None else row.labels[start:end])
+        text_first += end - start
+        start = end + 1
+        if end < len(row.ids):
+            number, clip = next(clips)
+            if not 0 <= clip < known:
+                raise PromptError(f"a conversation names clip {clip}, but the batch has {known}")
+            for stream in range(len(streams)):
+                placer.add_clip(clip, number, stream)
+    if not placer.count:
+        about = " to ask about its clips; put some before or after them" if row.clips else ""
+        raise PromptError(f"a conversation needs some text{about}")
+    return placer.placed()
