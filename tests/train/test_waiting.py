@@ -1,0 +1,130 @@
+"""A training step waits for nothing: under fake tensors, which have no values, every look at one would raise."""
+
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from torch import nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+
+from pal.model import PalModel
+from pal.train import meter, optim, stages
+from pal.train.masters import Masters
+from pal.train.objectives import Answers, Objective, Outcome, Work
+from pal.train.processes import Hosts
+from pal.train.recipe import Stage
+from pal.train.step import Told, Update
+from pal.types import AUDIO, IGNORE, Batch, Heard, Tokens
+from tests.models import INTEGRATIONS, LLM, tiny_model
+
+ALL = {"connector": True, "projectors": True, "llm": "full"}
+
+
+def stage(**fields: Any) -> Stage:
+    return Stage(**{"train": ALL, "lr": 1e-3, "steps": 9, "batch": {"rows": 3}} | fields)
+
+
+@pytest.fixture
+def nothing() -> Iterator[FakeTensorMode]:
+    """While it lasts, tensors are made without values."""
+    with FakeTensorMode() as mode:
+        yield mode
+
+
+def updating(objective: Objective, made: Stage, parts: Any) -> Update:
+    """As the loop puts it together."""
+    masters = Masters(parts, made.master_weights)
+    optimizer = optim.adamw(optim.parameter_groups(masters.parts, made), made)
+    return Update(objective, optimizer, masters, made, Accelerator(cpu=True), Hosts(1))
+
+
+def noted(update: Update, works: list[Work], times: int = 2) -> Told:
+    """Steps of a run between two lines of its log: all but the reading."""
+    counts = meter.Meter("tokens", meter.new_totals())
+    for step in range(times):
+        optim.set_lr(update.optimizer, 1 / (1 + step))
+        told = update(works, False, True)
+        counts.add(told, meter.given(works, 16_000, "tokens"), 1.0, 0.0)
+    assert told.flags == [False, True] and isinstance(told.items, int)
+    with pytest.raises(DataDependentOutputException):  # reading is what it must not do before
+        counts.read()
+    return told
+
+
+class Counting(nn.Module):
+    """A network behind batch statistics whose hits the device counts."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.norm, self.linear = nn.BatchNorm1d(4), nn.Linear(4, 2, dtype=dtype)
+
+    def forward(self, work: Any) -> Outcome:
+        y_B2 = self.linear(self.norm(torch.ones(3, 4)).to(self.linear.weight.dtype))
+        right = y_B2.argmax(1) == 0
+        return Outcome(y_B2.float().square().sum(), 3, (right.sum(), 3))
+
+
+@pytest.mark.parametrize("on", [False, True])
+def test_the_trainers_own_part(nothing: FakeTensorMode, on: bool) -> None:
+    network: Any = Counting(torch.bfloat16 if on else torch.float32)
+    works: Any = [SimpleNamespace(counts=counts, batch=Batch([], [])) for counts in (True, True, False)]
+    update = updating(network, stage(master_weights=on), {"llm": dict(network.named_parameters())})
+    assert bool(update.masters.copies) is on and len(update.statistics) == 3
+    assert noted(update, works).items == 6
+
+
+def test_a_look_at_a_value_would_be_noticed(nothing: FakeTensorMode) -> None:
+    class Looking(Counting):
+        def forward(self, work: Any) -> Outcome:
+            loss, items, _ = super().forward(work)
+            return Outcome(loss, items if loss > 0 else 0)
+
+    network: Any = Looking(torch.float32)
+    works: Any = [SimpleNamespace(counts=True, batch=Batch([], []))]
+    update = updating(network, stage(), {"llm": dict(network.named_parameters())})
+    with pytest.raises(DataDependentOutputException):
+        update(works)
+
+
+def ragged(model: PalModel) -> Batch:
+    """Clips as frozen encoders heard them and conversations, all of other lengths."""
+    width = model.ears.encoder(0).width
+    heard = [Heard((torch.ones(tokens, width),), tokens * 0.04) for tokens in (9, 4, 17)]
+    rows = []
+    for clip, (text, before, answer) in enumerate([(12, 3, 4), (7, 1, 2), (20, 5, 9)]):
+        ids = [5 + i for i in range(text)]
+        labels = [IGNORE] * (text - answer) + ids[-answer:]
+        rows.append(Tokens([*ids[:before], AUDIO, *ids[before:]], [clip], [*labels[:before], IGNORE, *labels[before:]]))
+    return Batch([], rows, heard=heard)
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "full": {},
+    "frozen LLM": {"train": {"projectors": True}, "clip_grad": None, "recompute_audio": False},
+    "bf16, checkpointed": {"precision": "bf16", "gradient_checkpointing": True, "train": {**ALL, "llm": "attention"}},
+    "bf16 weights": {"master_weights": True, "precision": "bf16", "options": {"per": "answer"}},
+}
+
+
+@pytest.mark.parametrize(
+    ("integration", "options"),
+    [*((name, "full") for name in INTEGRATIONS), *((name, one) for name in ("lal", "pal") for one in [*OPTIONS][1:])],
+)
+def test_a_whole_step(nothing: FakeTensorMode, integration: str, options: str) -> None:
+    """On the path of a GPU, whose kernels have plain ones of the same signature in their place."""
+    made = stage(**OPTIONS[options])
+    dtype = "bfloat16" if made.master_weights else "float32"
+    model = tiny_model(integration, warm=False, llm={"fresh": LLM, "dtype": dtype})
+    model.llm.packs = True
+    parts = stages.freeze(model, made.train)
+    objective = Answers(model, Answers.Config(**made.options))
+    model.llm.checkpoint_gradients(made.gradient_checkpointing, audio=made.recompute_audio)
+    objective.train()
+    stages.set_modes(model, made)
+    batch = ragged(model)
+    told = noted(updating(objective, made, parts), [Work(batch, [], 0), Work(batch, [], 0)], times=1)
+    assert told.items == 2 * (3 if "per" in made.options else 15)
+    assert all(p.grad is None for of in parts.values() for p in of.values())
