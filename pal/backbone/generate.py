@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from threading import Thread
 from typing import TYPE_CHECKING, Any
@@ -27,13 +28,16 @@ from transformers import (
 from pal.backbone import graphs
 from pal.backbone.attention import without_cudnn
 from pal.backbone.cache import JointCache
+from pal.backbone.context import AudioContext
 from pal.backbone.options import check_generation
-from pal.backbone.storage import ROOM, Plan
+from pal.backbone.packed import PackedContext
+from pal.backbone.storage import ROOM, Plan, Prompts
 from pal.errors import PalError
+from pal.transfer import to_device
 from pal.types import LLMInputs
 
 if TYPE_CHECKING:
-    from pal.backbone.context import AudioContext
+    from pal.backbone.context import Geometry
     from pal.backbone.llm import Backbone
 
 LOOK = 16
@@ -120,22 +124,25 @@ def _resolved(llm: Backbone, kwargs: Mapping[str, Any]) -> GenerationConfig | No
 
 
 @dataclass(frozen=True)
-class _Options:
+class Options:
     """What our loop must know."""
 
     tokens: int
-    ends: tuple[int, ...]
-    pad: int
-    copies: int
+    """At most so many new ones."""
+    ends: tuple[int, ...] = ()
+    """Which of them end an answer."""
+    pad: int = 0
+    """What follows an end."""
+    copies: int = 1
     """Answers to each prompt."""
-    warpers: tuple[tuple[type, float], ...] | None
+    warpers: tuple[tuple[type, float], ...] | None = None
     """How logits are changed before one is drawn; None takes the largest."""
-    cache: str | None
-    watchers: Sequence[Callable[[Tensor, Tensor], Tensor]]
-    streamer: Any
+    cache: str | None = None
+    watchers: Sequence[Callable[[Tensor, Tensor], Tensor]] = ()
+    streamer: Any = None
 
 
-def _ours(config: GenerationConfig | None, kwargs: Mapping[str, Any]) -> _Options | None:
+def _ours(config: GenerationConfig | None, kwargs: Mapping[str, Any]) -> Options | None:
     """The options for our loop, where it follows all that are given."""
     if config is None:
         return None
@@ -157,7 +164,7 @@ def _ours(config: GenerationConfig | None, kwargs: Mapping[str, Any]) -> _Option
         return None
     if streamer is not None and copies > 1:
         return None
-    return _Options(tokens, ends, pad, copies, _warpers(config), cache, processors, streamer)
+    return Options(tokens, ends, pad, copies, _warpers(config), cache, processors, streamer)
 
 
 def _warpers(config: GenerationConfig) -> tuple[tuple[type, float], ...] | None:
@@ -179,48 +186,78 @@ def _by_transformers(
     llm: Backbone, inputs: LLMInputs, config: GenerationConfig | None, kwargs: dict[str, Any]
 ) -> Tensor:
     implementation = None if config is None else config.cache_implementation
-    audio: dict[str, Any] = {} if inputs.audio is None else {"audio": inputs.audio}
-    joint = llm.hears and config is not None and config.use_cache is not False
-    if joint and config is not None and implementation in (None, "dynamic", "static"):
+    cache = None
+    if llm.hears and config is not None and config.use_cache is not False:
         beams = max(config.num_beams or 1, config.num_return_sequences or 1)
-        if audio or beams > 1 or implementation == "static":
+        fits = implementation in (None, "dynamic", "static")
+        if fits and (inputs.audio is not None or beams > 1 or implementation == "static"):
             room = config.max_new_tokens if implementation == "static" and config.max_new_tokens else ROOM
-            kwargs = {**kwargs, "past_key_values": prepared(llm, inputs, beams=beams, room=room)}
+            cache = prepared(llm, inputs, beams=beams, room=room)
+            kwargs = {**kwargs, "past_key_values": cache}
             kwargs.pop("cache_implementation", None)
             if (given := kwargs.get("generation_config")) is not None:
                 kwargs["generation_config"] = copy.deepcopy(given)
                 kwargs["generation_config"].cache_implementation = None
-    elif audio:
-        audio = {"audio": inputs.audio.prebuilt()}  # type: ignore[union-attr]
-    made: Tensor = llm.lm.generate(
-        inputs_embeds=inputs.inputs_embeds_BTD,
-        attention_mask=inputs.attention_mask_BT,
-        position_ids=inputs.position_ids_BT,
-        **audio,
-        **kwargs,
-    )
+    if inputs.audio is not None and cache is None:
+        if isinstance(inputs.audio, PackedContext):
+            raise PalError("packed prompts need the LLM's own attention and cache; give padding_side='left'")
+        kwargs = {**kwargs, "audio": inputs.audio.prebuilt()}
+    made: Tensor = llm.lm.generate(**_as_given(cache, inputs), **kwargs)
     return made
 
 
-def prepared(llm: Backbone, inputs: LLMInputs, *, beams: int = 1, room: int = ROOM) -> JointCache:
-    """A cache for prompts that are padded on the left, with their audio keys and values."""
-    B, T = inputs.attention_mask_BT.shape
-    cache = JointCache(Plan.of(llm.windows, inputs.audio, B, T, beams=beams, room=room))
-    cache.begin(inputs.audio, inputs.attention_mask_BT, inputs.position_ids_BT, query_dtype(llm))
+def prepared(llm: Geometry, inputs: LLMInputs, *, beams: int = 1, room: int = ROOM, fixed: bool = False) -> JointCache:
+    """A cache that has begun with prompts, padded on the left or packed.
+
+    Args:
+        llm: the LLM.
+        inputs: the prompts.
+        beams: rows that continue each.
+        room: rows that will be generated, as far as known.
+        fixed: whether no more than these will be.
+    """
+    prompts = prompts_of(inputs)
+    cache = JointCache(Plan.of(llm.windows, prompts, beams=beams, room=room, fixed=fixed))
+    cache.begin(inputs, prompts, query_dtype(llm, inputs.position_ids_BT.device))
     return cache
 
 
-def joint_cache(audio: AudioContext, valid_BT: Tensor | None, positions_BT: Tensor | None) -> JointCache | None:
+def prompts_of(inputs: LLMInputs) -> Prompts:
+    """How prompts lie."""
+    if isinstance(inputs.audio, PackedContext):
+        return Prompts.packed(inputs.audio)
+    return Prompts.padded(inputs.audio, inputs.attention_mask_BT, inputs.position_ids_BT)
+
+
+def cache_for(
+    audio: AudioContext, embeds_BTD: Tensor | None, valid_BT: Tensor | None, positions_BT: Tensor | None
+) -> JointCache | None:
     """A cache for a forward that asks for one; None where its rows are not padded on the left, or incomplete."""
-    if valid_BT is None or positions_BT is None or valid_BT.ndim != 2 or valid_BT.shape != positions_BT.shape:
+    if embeds_BTD is None or valid_BT is None or positions_BT is None or valid_BT.ndim != 2:
         return None
-    if valid_BT.shape != audio.rows_BT.shape or not bool(valid_BT[:, -1].all()):
+    if not valid_BT.shape == positions_BT.shape == audio.rows_BT.shape or not bool(valid_BT[:, -1].all()):
         return None
-    device = positions_BT.device.type
-    autocast = torch.is_autocast_enabled(device)
-    cache = JointCache(Plan.of(audio.llm.windows, audio, *valid_BT.shape))
-    cache.begin(audio, valid_BT, positions_BT, torch.get_autocast_dtype(device) if autocast else audio.llm.dtype)
-    return cache
+    return prepared(audio.llm, LLMInputs(embeds_BTD, positions_BT, valid_BT, audio, None))
+
+
+def read_prompts(llm: Backbone, cache: JointCache, inputs: LLMInputs) -> Tensor:
+    """Put the prompts that a cache has begun with through the LLM; logits [B, V] of what follows them."""
+    out = llm.lm(**_as_given(cache, inputs), past_key_values=cache, use_cache=True, logits_to_keep=1)
+    logits_BV: Tensor = out.logits[:, -1]
+    return logits_BV
+
+
+def _as_given(cache: JointCache | None, inputs: LLMInputs) -> dict[str, Any]:
+    """Prompts as a causal LLM's forward takes them; of packed ones, which the cache has, what stands for them."""
+    if cache is None or not isinstance(inputs.audio, PackedContext):
+        rows, valid_BT, positions_BT = inputs.inputs_embeds_BTD, inputs.attention_mask_BT, inputs.position_ids_BT
+    else:
+        prompts = prompts_of(inputs)
+        device = inputs.position_ids_BT.device
+        valid_BT, positions_BT = (to_device(x.long(), device) for x in (prompts.valid_BT, prompts.positions_BT))
+        rows = inputs.inputs_embeds_BTD.new_zeros(1, 1, 1).expand(*prompts.shape, inputs.inputs_embeds_BTD.shape[-1])
+    given: dict[str, Any] = {"inputs_embeds": rows, "attention_mask": valid_BT, "position_ids": positions_BT}
+    return given
 
 
 def through_cache(
@@ -231,6 +268,7 @@ def through_cache(
     attention_mask: Tensor | None,
     position_ids: Tensor | None,
     kwargs: dict[str, Any],
+    compiled: bool,
 ) -> Any:
     """A causal LLM's forward with a cache of ours: the prompts, each once, or one row more of each beam.
 
@@ -242,30 +280,54 @@ def through_cache(
         attention_mask: [B, K] over all rows so far; the cache knows it in a step.
         position_ids: [B, Q] of the rows.
         kwargs: what else the forward takes.
+        compiled: whether layers are; those of a step run as they are written.
     """
     if position_ids is None:
         raise PalError("a forward with audio needs position_ids: positions have gaps that cannot be guessed")
-    given = {"input_ids": input_ids, "inputs_embeds": inputs_embeds, "position_ids": position_ids}
+    given: dict[str, Any] = {"input_ids": input_ids, "inputs_embeds": inputs_embeds, "position_ids": position_ids}
     with without_cudnn():
         if cache.begun:
-            step = cache.step(position_ids)
-            return forward(**given, attention_mask=cache.no_mask, past_key_values=cache, audio=step, **kwargs)
+            given |= {"attention_mask": cache.no_mask, "past_key_values": cache, "audio": cache.step(position_ids)}
+            # lengths and places change from step to step, so that compiled layers would be compiled for each
+            with torch.compiler.set_stance("force_eager") if compiled else nullcontext():
+                return forward(**given, **kwargs)
         beams = cache.plan.beams if position_ids.shape[0] > cache.plan.rows else 1
-        given = {name: None if x is None else x[::beams] for name, x in given.items()}
-        mask = None if attention_mask is None else attention_mask[::beams]
-        if cache.context is not None:
-            kwargs = {**kwargs, "audio": cache.context.view(mask, given["position_ids"])}
-        out = forward(**given, attention_mask=mask, past_key_values=cache, **kwargs)
-        cache.end_prompt()
+        if cache.packed is not None:
+            out = _read_packed(forward, cache, cache.packed, kwargs)
+        else:
+            given = {name: None if x is None else x[::beams] for name, x in given.items()}
+            # transformers drops a mask of ones
+            mask = (torch.ones_like(position_ids) if attention_mask is None else attention_mask)[::beams]
+            if cache.context is not None:
+                kwargs = {**kwargs, "audio": cache.context.view(mask, given["position_ids"])}
+            out = forward(**given, attention_mask=mask, past_key_values=cache, **kwargs)
+        cache.end_prompts()
         if beams > 1:
             out.logits = out.logits.repeat_interleave(beams, dim=0)
         return out
 
 
-def query_dtype(llm: Backbone) -> torch.dtype:
+def _read_packed(forward: Callable[..., Any], cache: JointCache, inputs: LLMInputs, kwargs: dict[str, Any]) -> Any:
+    audio = inputs.audio
+    assert isinstance(audio, PackedContext)
+    given: dict[str, Any] = {
+        "inputs_embeds": inputs.inputs_embeds_BTD,
+        "position_ids": inputs.position_ids_BT,
+        "attention_mask": audio.mask(inputs.attention_mask_BT),
+    }
+    if not audio.segments:  # each has a row of its own in the batch
+        return forward(**given, past_key_values=cache, audio=audio, **kwargs)
+    lasts = torch.tensor([sum(audio.lengths[: b + 1]) - 1 for b in range(len(audio.lengths))])
+    kwargs["logits_to_keep"] = to_device(lasts, inputs.position_ids_BT.device)
+    out = forward(**given, past_key_values=cache, audio=audio, **kwargs)
+    out.logits = out.logits.transpose(0, 1)
+    return out
+
+
+def query_dtype(llm: Geometry, device: torch.device) -> torch.dtype:
     """What attention computes in."""
-    device = llm.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else llm.dtype
+    autocast = torch.is_autocast_enabled(device.type)
+    return torch.get_autocast_dtype(device.type) if autocast else llm.dtype
 
 
 class Decoding:
@@ -278,7 +340,7 @@ class Decoding:
         fixed: whether all of it is kept for other calls.
     """
 
-    def __init__(self, cache: JointCache, options: _Options, device: torch.device) -> None:
+    def __init__(self, cache: JointCache, options: Options, device: torch.device) -> None:
         rows = cache.plan.rows * cache.plan.beams
         room = cache.plan.room if cache.plan.fixed else options.tokens
         self.cache = cache
@@ -336,32 +398,21 @@ class Decoding:
         self.choose(out.logits[:, -1])
 
 
-def _decode(llm: Backbone, inputs: LLMInputs, options: _Options) -> Tensor:
-    B, T = inputs.attention_mask_BT.shape
+def _decode(llm: Backbone, inputs: LLMInputs, options: Options) -> Tensor:
     gpu = llm.device.type == "cuda"
     fixed = options.cache == "static" or (options.cache is None and gpu and options.tokens >= STATIC_FROM)
+    prompts = prompts_of(inputs)
     room = options.tokens if fixed else min(options.tokens, ROOM)
-    plan = Plan.of(llm.windows, inputs.audio, B, T, beams=options.copies, room=room, fixed=fixed)
+    plan = Plan.of(llm.windows, prompts, beams=options.copies, room=room, fixed=fixed)
     kept = graphs.borrow(llm, plan, options) if fixed else None
     state = kept.state if kept is not None else Decoding(JointCache(plan), options, llm.device)
-    cache = state.cache
-    cache.begin(inputs.audio, inputs.attention_mask_BT, inputs.position_ids_BT, query_dtype(llm))
-    out = llm.lm(
-        inputs_embeds=inputs.inputs_embeds_BTD,
-        attention_mask=inputs.attention_mask_BT,
-        position_ids=inputs.position_ids_BT,
-        past_key_values=cache,
-        use_cache=True,
-        logits_to_keep=1,
-        audio=inputs.audio,
-    )
-    state.begin(inputs.position_ids_BT[:, -1:])
-    logits_RV = out.logits[:, -1].repeat_interleave(options.copies, dim=0)
-    del out
+    state.cache.begin(inputs, prompts, query_dtype(llm, llm.device))
+    logits_RV = read_prompts(llm, state.cache, inputs).repeat_interleave(options.copies, dim=0)
+    state.begin(to_device(prompts.positions_BT[:, -1:], llm.device))
     graph = graphs.Stepper(llm, state, kept) if fixed and gpu else None
     look = LOOK if gpu else 1
     if options.streamer is not None:
-        options.streamer.put(torch.zeros(B, 0, dtype=torch.long))
+        options.streamer.put(torch.zeros(plan.rows, 0, dtype=torch.long))
     for count in range(options.tokens):
         if count == 0:
             state.choose(logits_RV)
@@ -386,7 +437,9 @@ def _decode(llm: Backbone, inputs: LLMInputs, options: _Options) -> Tensor:
 
 
 def padded_left(inputs: LLMInputs) -> LLMInputs:
-    """The same rows with their padding moved to the left, as generation needs it."""
+    """The same rows with their padding moved to the left, as generation needs it; packed ones have none."""
+    if isinstance(inputs.audio, PackedContext):
+        return inputs
     mask_BT = inputs.attention_mask_BT
     order_BT = mask_BT.long().argsort(dim=1, stable=True)
     if bool((mask_BT[:, -1] != 0).all()):
@@ -404,6 +457,6 @@ def reordered(inputs: LLMInputs, order_BT: Tensor) -> LLMInputs:
         ),
         position_ids_BT=inputs.position_ids_BT.gather(1, order_BT),
         attention_mask_BT=mask_BT.gather(1, order_BT),
-        audio=None if inputs.audio is None else inputs.audio.reordered(order_BT),
+        audio=inputs.audio.reordered(order_BT) if isinstance(inputs.audio, AudioContext) else None,
         labels_BT=None if inputs.labels_BT is None else inputs.labels_BT.gather(1, order_BT),
     )

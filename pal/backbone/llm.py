@@ -90,9 +90,9 @@ class _Hears:
         if audio is not None and use_cache and past_key_values is None and not torch.is_grad_enabled():
             past_key_values = cache_for(audio, inputs_embeds, attention_mask, position_ids)
         if isinstance(past_key_values, JointCache):
-            return through_cache(
-                forward, past_key_values, input_ids, inputs_embeds, attention_mask, position_ids, kwargs
-            )
+            compiled = "forward" in vars(self.model.layers[0])  # type: ignore[attr-defined]
+            given = (input_ids, inputs_embeds, attention_mask, position_ids)
+            return through_cache(forward, past_key_values, *given, kwargs, compiled)
         if audio is not None:
             if getattr(past_key_values, "is_compileable", False):
                 raise PalError("this cache cannot be used with audio; leave cache_implementation out or say 'static'")

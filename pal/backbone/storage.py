@@ -4,31 +4,103 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
-from pal.backbone.context import AudioContext, AudioKeys
+from pal.backbone.context import AudioContext
+
+if TYPE_CHECKING:
+    from pal.backbone.packed import PackedContext
 
 ROOM = 64
 """Generated rows that a storage has room for at first; each time it is full, it gets as much again."""
 STEP = 64
 """Sizes of a fixed storage are multiples of this, so that prompts of like length can use one another's."""
 Kind = tuple[int | None, tuple[int, ...], tuple[int, ...]]
-"""Layers that see the same: their window, which of the context's `hidden_rows` hold, which of its `keys` join."""
+"""Layers that see the same: their window, which of the prompts' `hidden` hold, which of their `keys` join."""
 
 
-def kinds_of(windows: Sequence[int | None], audio: AudioContext | None) -> tuple[list[Kind], list[int]]:
-    """The kinds of layers there are, and each layer's number among them."""
-    each: list[Kind] = [
-        (window, (), ()) if audio is None else (*audio.rows_kind(layer, window), audio.joined(layer))
-        for layer, window in enumerate(windows)
-    ]
-    kinds = list(dict.fromkeys(each))
-    return kinds, [kinds.index(kind) for kind in each]
+@dataclass(frozen=True, eq=False)
+class KeySet:
+    """Audio keys of prompts, filled up on the right."""
+
+    layers: tuple[int, ...]
+    """Layers that they join, or, where they are `crossed`, before which blocks look at them."""
+    crossed: bool
+    mask_BA: Tensor
+    positions_BA: Tensor
+
+    @property
+    def width(self) -> int:
+        """A."""
+        return self.mask_BA.shape[1]
+
+
+@dataclass(frozen=True, eq=False)
+class Prompts:
+    """How prompts lie, filled up on the left, and what generated rows see of them; on any device."""
+
+    valid_BT: Tensor
+    """Which rows are real."""
+    positions_BT: Tensor
+    keys: tuple[KeySet, ...] = ()
+    hidden: tuple[tuple[frozenset[int], Tensor], ...] = ()
+    """Layers, and rows [B, T] that no generated row sees there."""
+
+    @classmethod
+    def padded(cls, audio: AudioContext | None, valid_BT: Tensor, positions_BT: Tensor) -> Prompts:
+        """Of rows that are padded on the left."""
+        if audio is None:
+            return cls(valid_BT.bool(), positions_BT)
+        keys = tuple(KeySet(one.layers, one.blocks is not None, one.mask_BA, one.positions_BA) for one in audio.keys)
+        return cls(valid_BT.bool(), positions_BT, keys, audio.hidden_rows)
+
+    @classmethod
+    def packed(cls, audio: PackedContext) -> Prompts:
+        """Of rows that lie one after the other; on the host."""
+        positions_BT, valid_BT = filled([one.positions_T for one in audio.conversations], left=True)
+        asks_BT, _ = filled([one.asks_T for one in audio.conversations], left=True)
+        keys = []
+        for one in audio.keys:
+            positions_BA, mask_BA = filled([talk.keys[one.stream] for talk in audio.conversations], left=False)
+            keys.append(KeySet(one.layers, one.blocks is not None, mask_BA, positions_BA))
+        hidden = ((frozenset(range(len(audio.windows))), asks_BT),) if bool(asks_BT.any()) else ()
+        return cls(valid_BT, positions_BT, tuple(keys), hidden)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """B and T."""
+        return self.valid_BT.shape[0], self.valid_BT.shape[1]
+
+    def kinds(self, windows: Sequence[int | None]) -> tuple[list[Kind], list[int]]:
+        """The kinds of layers there are, and each layer's number among them."""
+        each: list[Kind] = [
+            (
+                window,
+                tuple(i for i, (layers, _) in enumerate(self.hidden) if layer in layers),
+                tuple(i for i, one in enumerate(self.keys) if not one.crossed and layer in one.layers),
+            )
+            for layer, window in enumerate(windows)
+        ]
+        kinds = list(dict.fromkeys(each))
+        return kinds, [kinds.index(kind) for kind in each]
+
+
+def filled(rows: Sequence[Any], left: bool) -> tuple[Tensor, Tensor]:
+    """Rows of different lengths as one matrix, with zeros, and a mask that is True where they are."""
+    longest = max(len(row) for row in rows)
+    matrix = np.zeros((len(rows), longest), np.asarray(rows[0]).dtype)
+    mask = np.zeros((len(rows), longest), bool)
+    for b, row in enumerate(rows):
+        place = slice(longest - len(row), longest) if left else slice(0, len(row))
+        matrix[b, place] = row
+        mask[b, place] = True
+    return torch.from_numpy(matrix), torch.from_numpy(mask)
 
 
 @dataclass(frozen=True)
@@ -52,13 +124,16 @@ class Plan:
     crossed: tuple[tuple[int, tuple[int, ...]], ...]
     """Of each set of keys that blocks look at: A, and the layers the blocks stand before."""
 
+    @property
+    def slots(self) -> int:
+        """Generated rows of all beams of a prompt that there is room for."""
+        return self.room * self.beams
+
     @classmethod
     def of(
         cls,
         windows: Sequence[int | None],
-        audio: AudioContext | None,
-        rows: int,
-        text: int,
+        prompts: Prompts,
         *,
         beams: int = 1,
         room: int = ROOM,
@@ -68,9 +143,7 @@ class Plan:
 
         Args:
             windows: of the LLM's layers.
-            audio: of the prompts.
-            rows: number of prompts, B.
-            text: rows of each, T.
+            prompts: that will be stored.
             beams: rows that continue each prompt.
             room: rows that will be generated, as far as known.
             fixed: whether no more than these will be.
@@ -79,22 +152,18 @@ class Plan:
         def wide(width: int) -> int:
             return -(-width // STEP) * STEP if fixed else width
 
-        kinds, layers = kinds_of(windows, audio)
-        keys = () if audio is None else audio.keys
+        kinds, layers = prompts.kinds(windows)
+        keys = prompts.keys
         return cls(
-            rows=rows,
+            rows=prompts.shape[0],
             beams=beams,
-            text=wide(text),
+            text=wide(prompts.shape[1]),
             room=wide(room),
             fixed=fixed,
-            kinds=tuple((window, wide(sum(_width(keys[i]) for i in joined))) for window, _, joined in kinds),
+            kinds=tuple((window, wide(sum(keys[i].width for i in joined))) for window, _, joined in kinds),
             layers=tuple(layers),
-            crossed=tuple((wide(_width(one)), one.layers) for one in keys if one.blocks is not None),
+            crossed=tuple((wide(one.width), one.layers) for one in keys if one.crossed),
         )
-
-
-def _width(keys: AudioKeys) -> int:
-    return keys.mask_BA.shape[1]
 
 
 class Layer(CacheLayerMixin):
@@ -119,8 +188,6 @@ class Layer(CacheLayerMixin):
         self.steps = 0
         self.slots_X: Tensor | None = None
         """Where a fixed storage is written to next; one place for each beam."""
-        self.order_BT: Tensor | None = None
-        """With packed prompts, which of their rows goes where."""
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Storage for keys and values such as these."""
@@ -137,13 +204,12 @@ class Layer(CacheLayerMixin):
     def begin(self) -> None:
         """Forget what is stored."""
         self.rows = self.steps = 0
-        self.order_BT = None
         if self.is_initialized:  # what is not seen must still be finite
             self.keys.zero_()
             self.values.zero_()
 
     def hold(self, first: int, k_BGAC: Tensor, v_BGAC: Tensor) -> tuple[Tensor, Tensor]:
-        """Store audio keys and values from place `first` on; gives them back as parts of the storage."""
+        """Store keys and values from place `first` on; gives them back as parts of the storage."""
         if not self.is_initialized:
             self.lazy_initialization(k_BGAC, v_BGAC)
         places = slice(first, first + k_BGAC.shape[2])
@@ -153,7 +219,7 @@ class Layer(CacheLayerMixin):
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Store rows of text. In a prompt these come back alone; in a step everything does, the audio first."""
         if not self.rows:
-            self._prompt(key_states, value_states)
+            self.hold_prompt(key_states, value_states)
             return key_states, value_states
         k_BGXC, v_BGXC = self._beside(key_states), self._beside(value_states)
         assert k_BGXC.shape[2] == self.beams, "one row a step"
@@ -172,15 +238,10 @@ class Layer(CacheLayerMixin):
         self.rows += 1
         return self.keys[:, :, :end], self.values[:, :, :end]
 
-    def _prompt(self, k: Tensor, v: Tensor) -> None:
-        if self.order_BT is not None:  # packed: one row after the other, [1, G, N, C]
-            order = self.order_BT
-            k, v = (x[0].index_select(1, order.flatten()).unflatten(1, order.shape).transpose(0, 1) for x in (k, v))
-        if not self.is_initialized:
-            self.lazy_initialization(k, v)
-        self.rows = k.shape[2]
-        places = slice(self.prompt - self.rows, self.prompt)
-        self.keys[:, :, places], self.values[:, :, places] = k, v
+    def hold_prompt(self, k_BGTC: Tensor, v_BGTC: Tensor) -> None:
+        """Store the prompts' rows, padded on the left."""
+        self.rows = k_BGTC.shape[2]
+        self.hold(self.prompt - self.rows, k_BGTC, v_BGTC)
 
     def _beside(self, x_RG1C: Tensor) -> Tensor:
         """The beams' rows of each prompt side by side: [B, G, beams, C]."""

@@ -5,16 +5,16 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from pal.backbone.cache import ROOM, JointCache, Plan
-from pal.backbone.generate import Decoding
+from pal.backbone.cache import JointCache
+from pal.backbone.generate import Decoding, Options, padded_left, prepared, prompts_of, read_prompts
 from pal.backbone.graphs import WORTH, Stepper
 from pal.backbone.llm import Backbone
+from pal.backbone.storage import ROOM
 from pal.bench.presets import Preset
 from pal.bench.scene import Scene
 from pal.integrations.base import Integration, Route
@@ -95,7 +95,7 @@ class Subject(ABC):
         return self.weights() if train == "joint" else _unique(own)
 
     @abstractmethod
-    def compile(self) -> None:
+    def compile(self, **options: Any) -> None:
         """`torch.compile` the LLM's layers in place; those of one that is shared once."""
 
 
@@ -113,15 +113,15 @@ class Attached(Subject):
         """How audio enters; none without."""
         return self.integration.routes() if self._hears else ()
 
-    def compile(self) -> None:
+    def compile(self, **options: Any) -> None:
         """As the product does it."""
         if "forward" not in vars(self.llm.layers[0]):
-            self.llm.compile()
+            self.llm.compile(**options)
 
     def inputs(self, scene: Scene, trains: bool) -> LLMInputs:
-        """As the product makes them: for training without padding where the backbone takes that."""
+        """As the product makes them: without padding where the backbone takes that."""
         features = scene.features() if self._hears else None
-        side: Any = ("none" if packs(self.llm) else "right") if trains else "left"
+        side: Any = "none" if packs(self.llm) else "right" if trains else "left"
         return self.integration(features, scene.rows(self._hears, trains), self.llm, side)
 
     def read(self, scene: Scene, tokens: int = ROOM, fixed: bool = False) -> Reading:
@@ -132,24 +132,11 @@ class Attached(Subject):
             tokens: that will be written.
             fixed: whether into buffers of a fixed size, and by a CUDA graph where there is a GPU.
         """
-        inputs, llm = self.inputs(scene, trains=False), self.llm
-        rows, length = inputs.attention_mask_BT.shape
-        room = tokens if fixed else min(tokens, ROOM)
-        cache = JointCache(Plan.of(llm.windows, inputs.audio, rows, length, room=room, fixed=fixed))
-        cache.begin(inputs.audio, inputs.attention_mask_BT, inputs.position_ids_BT, llm.dtype)
-        out = llm.lm(
-            inputs_embeds=inputs.inputs_embeds_BTD,
-            attention_mask=inputs.attention_mask_BT,
-            position_ids=inputs.position_ids_BT,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-            audio=inputs.audio,
-        )
-        logits_BV = out.logits[:, -1]
-        options: Any = SimpleNamespace(tokens=tokens, ends=(), pad=0, warpers=None)
-        state = Decoding(cache, options, llm.device)
-        last_B1 = inputs.position_ids_BT[:, -1:]
+        inputs, llm = padded_left(self.inputs(scene, trains=False)), self.llm
+        cache = prepared(llm, inputs, room=tokens if fixed else min(tokens, ROOM), fixed=fixed)
+        logits_BV = read_prompts(llm, cache, inputs)
+        state = Decoding(cache, Options(tokens), llm.device)
+        last_B1 = prompts_of(inputs).positions_BT[:, -1:].to(llm.device)
         state.begin(last_B1)
         stepper = Stepper(llm, state, None) if fixed and llm.device.type == "cuda" else None
         return Reading(logits_BV, cache, inputs.attention_mask_BT, last_B1 + 1, state, stepper)

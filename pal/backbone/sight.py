@@ -1,0 +1,183 @@
+"""What generated rows see of a cache's keys: a mask a step for each kind of layer, or none."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pal.backbone.storage import Kind, Plan, Prompts, kept
+from pal.transfer import to_device
+
+ALIGNED = 8
+"""Columns of a mask are stored in multiples of this, as CUDA's kernels take them without a copy."""
+
+
+@dataclass(eq=False)
+class _Seen:
+    """What the generated rows see in the layers of one kind."""
+
+    window: int | None
+    seen_BK: Tensor
+    """Which keys of the storage; all that may be generated included."""
+    positions_BK: Tensor
+    order_K: Tensor
+    """The step that each is made in, counted from 1; 0 for the prompt's."""
+    prompt: int
+    """Keys before the generated ones."""
+    whole: bool
+    """Whether all of the prompts' keys are seen."""
+    mask_B11K: Tensor | None = None
+    """What is added to the scores, where that is the same in all steps."""
+
+
+class Sight:
+    """What is added to the scores of each step.
+
+    Args:
+        plan: of the storage.
+        prompts: as they lie.
+        dtype: of queries.
+        device: of the LLM. Where the prompts are described on the host, nobody waits for it.
+    """
+
+    def __init__(self, plan: Plan, prompts: Prompts, dtype: torch.dtype, device: torch.device) -> None:
+        self.plan = plan
+        self.device = device
+        kinds, _ = prompts.kinds([plan.kinds[kind][0] for kind in plan.layers])
+        crossed = [keys.mask_BA for keys in prompts.keys if keys.crossed]
+        seen = [self._seen_by(kind, width, prompts) for kind, (_, width) in zip(kinds, plan.kinds, strict=True)]
+        self.far = 0
+        """The largest position of a prompt's row; where storage is fixed, nobody asks."""
+        whole = [False] * (len(seen) + len(crossed))
+        if not plan.fixed:
+            facts = [seen_BK[:, : -plan.slots].all() for seen_BK, _ in seen] + [mask_BA.all() for mask_BA in crossed]
+            *found, self.far = torch.stack([*(fact.long() for fact in facts), prompts.positions_BT.max()]).tolist()
+            whole = [bool(fact) for fact in found]
+        order_X = torch.arange(plan.slots, device=device) // plan.beams + 1
+        with torch.inference_mode(False):  # a fixed storage is kept for other calls
+            self.done_1 = torch.zeros(1, dtype=torch.long, device=device) if plan.fixed else None
+            """Steps that were made with a fixed storage."""
+            self.zero = torch.zeros((), dtype=dtype, device=device)
+            self._never = torch.full((), -torch.inf, dtype=dtype, device=device)
+            tree_XX = torch.eye(plan.beams, dtype=torch.bool, device=device).repeat(1, plan.room)
+            self._tree_BXX = (tree_XX if plan.fixed else torch.zeros_like(tree_XX)).repeat(plan.rows, 1, 1)
+        self._seen = [
+            _Seen(
+                kind[0],
+                kept(to_device(seen_BK, device)),
+                kept(to_device(positions_BK, device)),
+                kept(F.pad(order_X, (width + plan.text, 0))),
+                width + plan.text,
+                all_seen,
+            )
+            for kind, (_, width), (seen_BK, positions_BK), all_seen in zip(kinds, plan.kinds, seen, whole, strict=False)
+        ]
+        self.crossed: list[Tensor | None] = [
+            None if all_seen else kept(to_device(F.pad(mask_BA, (0, width - mask_BA.shape[1])), device)[:, None, None])
+            for mask_BA, (width, _), all_seen in zip(crossed, plan.crossed, whole[len(seen) :], strict=True)
+        ]
+        """For each set of keys that blocks look at, which are seen: bool [B, 1, 1, A]; None where all are."""
+
+    def _seen_by(self, kind: Kind, width: int, prompts: Prompts) -> tuple[Tensor, Tensor]:
+        """Which keys the layers of a kind see, and the positions of all: [B, K] each."""
+        _, hiding, joined = kind
+        plan = self.plan
+        rows_BT, positions_BT = prompts.valid_BT, prompts.positions_BT
+        for i in hiding:
+            rows_BT = rows_BT & ~prompts.hidden[i][1]
+        sets = [prompts.keys[i] for i in joined]
+        left = width - sum(keys.width for keys in sets) + plan.text - rows_BT.shape[1]
+        steps_X = torch.arange(plan.slots, device=positions_BT.device) // plan.beams + 1
+        seen_BK = torch.cat([*(keys.mask_BA for keys in sets), F.pad(rows_BT, (left, plan.slots))], dim=1)
+        seen_BK[:, -plan.slots :] = True
+        positions = [*(keys.positions_BA for keys in sets), F.pad(positions_BT, (left, 0))]
+        return seen_BK, torch.cat([*positions, positions_BT[:, -1:] + steps_X], dim=1)
+
+    def again(self, other: Sight) -> None:
+        """See other prompts of the same plan, in the same tensors."""
+        assert self.done_1 is not None
+        self.done_1.zero_()
+        for mine, new in zip(self._seen, other._seen, strict=True):
+            mine.seen_BK.copy_(new.seen_BK)
+            mine.positions_BK.copy_(new.positions_BK)
+        for old, mask in zip(self.crossed, other.crossed, strict=True):
+            assert old is not None and mask is not None
+            old.copy_(mask)
+
+    def masks(self, steps: int, query_B1: Tensor) -> list[Tensor | None]:
+        """For each kind of layer what is added to the scores of the next step: [B, 1, 1 or beams, K].
+
+        Args:
+            steps: that were made, unless storage is fixed.
+            query_B1: position of the rows.
+        """
+        if self.done_1 is not None:
+            return [self._fixed(one, query_B1, self.done_1) for one in self._seen]
+        if self.plan.beams > 1:
+            self._branch(steps)
+        return [self._mask(one, steps, query_B1) for one in self._seen]
+
+    def _branch(self, steps: int) -> None:
+        """One more row for each beam, which it alone sees."""
+        beams = self.plan.beams
+        if (steps + 1) * beams > self._tree_BXX.shape[2]:
+            self._tree_BXX = F.pad(self._tree_BXX, (0, self._tree_BXX.shape[2]))
+        own_XX = torch.eye(beams, dtype=torch.bool, device=self.device)
+        self._tree_BXX[:, :, steps * beams : (steps + 1) * beams] = own_XX
+
+    def _mask(self, one: _Seen, steps: int, query_B1: Tensor) -> Tensor | None:
+        beams, window = self.plan.beams, one.window
+        near = window is None or window > self.far + 1 + steps
+        if near and one.whole and beams == 1:
+            return None
+        length = one.prompt + (steps + 1) * beams
+        wide = -(-length // ALIGNED) * ALIGNED
+        if wide > one.seen_BK.shape[1]:
+            self._longer(one, wide)
+        if near and beams == 1:
+            if one.mask_B11K is None:
+                one.mask_B11K = self._added(one.seen_BK[:, None, None])
+            return one.mask_B11K[..., :length]
+        seen_BXK = one.seen_BK[:, None, :wide]
+        if window is not None and not near:
+            seen_BXK = seen_BXK & (one.positions_BK[:, None, :wide] > query_B1[..., None] - window)
+        if beams > 1:
+            tree_BXX = self._tree_BXX[:, :, : wide - one.prompt]
+            tree_BXX = F.pad(tree_BXX, (0, wide - one.prompt - tree_BXX.shape[2]))
+            seen_BXK = self._among_beams(seen_BXK, one.prompt, tree_BXX)
+        return self._added(seen_BXK[:, None])[..., :length]
+
+    def _longer(self, one: _Seen, least: int) -> None:
+        """Room for as many more generated rows as there are, and `least` keys at least."""
+        more = max(one.seen_BK.shape[1] - one.prompt, least - one.seen_BK.shape[1])
+        one.seen_BK = F.pad(one.seen_BK, (0, more), value=True)
+        steps_X = torch.arange(one.seen_BK.shape[1] - one.prompt, device=self.device) // self.plan.beams
+        first_B1 = one.positions_BK[:, one.prompt : one.prompt + 1]
+        one.positions_BK = torch.cat((one.positions_BK[:, : one.prompt], first_B1 + steps_X), dim=1)
+        one.mask_B11K = None
+
+    def _fixed(self, one: _Seen, query_B1: Tensor, done_1: Tensor) -> Tensor:
+        """Over the whole of a fixed storage, this step being counted already."""
+        seen_BXK = (one.seen_BK & (one.order_K <= done_1))[:, None]
+        if one.window is not None:
+            seen_BXK = seen_BXK & (one.positions_BK[:, None] > query_B1[..., None] - one.window)
+        if self.plan.beams > 1:
+            seen_BXK = self._among_beams(seen_BXK, one.prompt, self._tree_BXX)
+        return self._added(seen_BXK[:, None])
+
+    def _among_beams(self, seen_B1K: Tensor, prompt: int, tree_BXX: Tensor) -> Tensor:
+        """The prompt for all beams, of what was generated each one's own."""
+        shared_BXK = seen_B1K[..., :prompt].expand(-1, self.plan.beams, -1)
+        return torch.cat((shared_BXK, seen_B1K[..., prompt:] & tree_BXX), dim=2)
+
+    def _added(self, seen: Tensor) -> Tensor:
+        return torch.where(seen, self.zero, self._never)
+
+    def reorder(self, from_R: Tensor) -> None:
+        """Let each row go on from what another one made."""
+        beams = self.plan.beams
+        from_BX = from_R.to(self.device).unflatten(0, (-1, beams)).long() % beams
+        self._tree_BXX = self._tree_BXX.gather(1, from_BX[..., None].expand(self._tree_BXX.shape))
