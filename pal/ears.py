@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ from pal.integrations.routed import Stream
 from pal.model_config import ModelConfig, Part
 from pal.registry import build, check, lookup
 from pal.transfer import to_device
-from pal.types import AudioFeatures, Heard
+from pal.types import AudioFeatures, Frames, Heard, Prepared
 
 
 class Ears(nn.Module):
@@ -49,27 +50,40 @@ class Ears(nn.Module):
         found: Encoder = encoder
         return found
 
-    def hear(self, waveforms: list[Tensor]) -> list[AudioFeatures]:
-        """Waveforms [N] at `sampling_rate`, one a clip -> what each encoder makes of them, [B, A, E]."""
-        return [self.hear_with(i, waveforms) for i in range(len(self.encoders))]
+    def prepare(self, clips: Sequence[Tensor] | Sequence[Heard]) -> Prepared:
+        """Waveforms [N] at `sampling_rate`, or clips heard before -> what `hear` takes in their place.
 
-    def hear_with(self, index: int, waveforms: list[Tensor]) -> AudioFeatures:
+        It is what needs no device: the front-ends' frames, or the features padded, in pinned memory where the encoders
+        are on a CUDA device. Any thread may do it.
+        """
+        heard = [clip for clip in clips if isinstance(clip, Heard)]
+        waveforms = [clip for clip in clips if isinstance(clip, Tensor)]
+        parts: list[Frames | AudioFeatures] = []
+        for i in range(len(self.encoders) if clips else 0):
+            encoder = self.encoder(i)
+            if heard:
+                parts.append(_padded(encoder, [clip.x_AE[i] for clip in heard]))
+            else:
+                parts.append(self.prepare_with(i, waveforms))
+        return Prepared(tuple(parts), len(clips))
+
+    def prepare_with(self, index: int, waveforms: Sequence[Tensor]) -> Frames:
+        """What `hear_with` takes in the waveforms' place, made without the device."""
+        return self.encoder(index).prepare(self._resampled(index, waveforms))
+
+    def hear(self, clips: list[Tensor] | Prepared) -> list[AudioFeatures]:
+        """Waveforms [N] at `sampling_rate`, one a clip -> what each encoder makes of them, [B, A, E]."""
+        if isinstance(clips, Prepared):
+            return [self._heard(i, part) for i, part in enumerate(clips.parts)]
+        return [self.hear_with(i, clips) for i in range(len(self.encoders))]
+
+    def hear_with(self, index: int, clips: Sequence[Tensor] | Frames) -> AudioFeatures:
         """The same with one of the encoders."""
-        encoder = self.encoder(index)
-        if encoder.sampling_rate != self.sampling_rate:
-            waveforms = [resample(samples_N, self.sampling_rate, encoder.sampling_rate) for samples_N in waveforms]
-        return encoder.encode(waveforms)
+        return self.encoder(index).encode(clips if isinstance(clips, Frames) else self._resampled(index, clips))
 
     def recall(self, clips: Sequence[Heard]) -> list[AudioFeatures]:
         """Clips that these encoders heard before -> the features [B, A, E] that `hear` gives of their waveforms."""
-        features = []
-        for i in range(len(self.encoders)):
-            encoder = self.encoder(i)
-            x_BAE = pad_sequence([clip.x_AE[i] for clip in clips], batch_first=True)
-            lengths = tuple(len(clip.x_AE[i]) for clip in clips)
-            device = next(encoder.parameters()).device
-            features.append(AudioFeatures(to_device(x_BAE, device), lengths, encoder.seconds_per_token))
-        return features
+        return self.hear(self.prepare(clips))
 
     def connect(self, heard: list[AudioFeatures]) -> list[AudioFeatures]:
         """What the encoders made -> the features of each stream, [B, A, E]."""
@@ -78,6 +92,18 @@ class Ears(nn.Module):
             streams.append(connector(*(heard[i] for i in takes)))
         return streams
 
+    def _resampled(self, index: int, waveforms: Sequence[Tensor]) -> Sequence[Tensor]:
+        rate = self.encoder(index).sampling_rate
+        if rate == self.sampling_rate:
+            return waveforms
+        return [resample(samples_N, self.sampling_rate, rate) for samples_N in waveforms]
+
+    def _heard(self, index: int, part: Frames | AudioFeatures) -> AudioFeatures:
+        encoder = self.encoder(index)
+        if isinstance(part, Frames):
+            return encoder.encode(part)
+        return replace(part, x_BAE=to_device(part.x_BAE, next(encoder.parameters()).device))
+
 
 def check_ears(config: ModelConfig) -> None:
     """Raises ConfigError for a fault in encoders and connectors, before anything is built."""
@@ -85,6 +111,14 @@ def check_ears(config: ModelConfig) -> None:
         check("encoder", part)
     for part, _ in _connections(config):
         check("connector", part)
+
+
+def _padded(encoder: Encoder, clips: Sequence[Tensor]) -> AudioFeatures:
+    """Features [A, E] of some clips in one tensor, in pinned memory where they are to move to a CUDA device."""
+    x_BAE = pad_sequence(list(clips), batch_first=True)
+    if next(encoder.parameters()).is_cuda and not x_BAE.is_cuda:
+        x_BAE = x_BAE.pin_memory()
+    return AudioFeatures(x_BAE, tuple(len(x_AE) for x_AE in clips), encoder.seconds_per_token)
 
 
 def _connections(config: ModelConfig) -> list[tuple[Part, list[int]]]:

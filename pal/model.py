@@ -28,7 +28,7 @@ from pal.errors import AudioWarning, ConfigError, PromptError, shortened
 from pal.integrations.routed import build_integration
 from pal.model_config import ModelConfig
 from pal.registry import check
-from pal.types import AUDIO, AudioFeatures, Batch, Heard, LLMInputs, Tokens
+from pal.types import AUDIO, AudioFeatures, Batch, Heard, LLMInputs, Prepared, Tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -36,8 +36,8 @@ if TYPE_CHECKING:
     from pal.integrations.base import Integration
 
 
-Clips = Sequence[Tensor] | Sequence[Heard] | Sequence[AudioKV]
-"""Waveforms [N], clips that the encoders heard before, or clips with their keys and values."""
+Clips = Sequence[Tensor] | Sequence[Heard] | Prepared | Sequence[AudioKV]
+"""Waveforms [N], clips that the encoders heard before, either made ready ahead, or clips with their keys and values."""
 
 
 class Loss(NamedTuple):
@@ -148,16 +148,18 @@ class PalModel(nn.Module):
     def hear(self, samples_N: Tensor) -> Heard:
         """One clip at `sampling_rate` as the encoders hear it by itself, for many questions in any batches."""
         heard = self.ears.hear([samples_N])
-        real = tuple(
-            stream.x_BAE[0, : stream.lengths[0]].clone() for stream in heard
-        )  # a view would keep the rest, too
+        # copies, since a view would keep the padding, too
+        real = tuple(stream.x_BAE[0, : stream.lengths[0]].clone() for stream in heard)
         return Heard(real, len(samples_N) / self.sampling_rate)
 
-    def features(self, clips: list[Tensor] | list[Heard]) -> list[AudioFeatures]:
-        """Waveforms [N] at `sampling_rate`, or what the encoders made of them -> the features [B, A, E] of each stream.
+    def features(self, clips: list[Tensor] | list[Heard] | Prepared) -> list[AudioFeatures]:
+        """Waveforms [N] at `sampling_rate`, what the encoders made of them, or what `Ears.prepare` did -> the features
+        [B, A, E] of each stream.
 
         One a clip.
         """
+        if isinstance(clips, Prepared):
+            return self.ears.connect(self.ears.hear(clips))
         known = [clip for clip in clips if isinstance(clip, Heard)]
         unheard = [clip for clip in clips if isinstance(clip, Tensor)]
         assert not known or not unheard, "a batch's clips are all waveforms, or all heard before"
@@ -173,14 +175,15 @@ class PalModel(nn.Module):
         """Everything the LLM needs for a batch of conversations.
 
         Args:
-            clips: waveforms [N], what the encoders made of them (`FeatureCache`), or what `index` did.
+            clips: waveforms [N], what the encoders made of them (`FeatureCache`), what `Ears.prepare` made of either,
+                or what `index` did.
             rows: conversations; `Tokens.clips` are indices into `clips`.
             padding_side: "left" for generation; for training and scoring "right", or "none", which lays conversations
                 one after the other (`Integration.forward`), quicker on a GPU.
             located: also say whose audio each row and key is, and when it sounds.
         """
-        audio: Any = list(clips)
-        if audio and not isinstance(audio[0], AudioKV):
+        audio: Any = clips if isinstance(clips, Prepared) else list(clips)
+        if audio and (isinstance(audio, Prepared) or not isinstance(audio[0], AudioKV)):
             audio = self.features(audio)
         return self.place(audio or None, rows, padding_side, located)
 

@@ -98,6 +98,30 @@ class Heard:
 
 
 @dataclass(frozen=True)
+class Frames:
+    """Some clips as an encoder's front-end leaves them, on the host: windows, one clip after the other."""
+
+    blocks_WFM: tuple[Tensor, ...]
+    """The windows that the network takes at once, zero-padded [W, F, M]."""
+    lengths: tuple[tuple[int, ...], ...]
+    """Real frames of each window, for each block."""
+    windows: tuple[int, ...]
+    """Windows of each clip."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Some clips as the encoders' device takes them: all that the host can do ahead, in any thread."""
+
+    parts: tuple[Frames | AudioFeatures, ...]
+    """For each of the model's encoders the frames, or what it made of the clips before."""
+    clips: int
+
+    def __len__(self) -> int:
+        return self.clips
+
+
+@dataclass(frozen=True)
 class Batch:
     """What the trainer and the evaluator hand to the model."""
 
@@ -111,10 +135,13 @@ class Batch:
     heard: list[Heard] = field(default_factory=list)
     """Each clip once as frozen encoders hear it, instead of the waveforms."""
 
+    prepared: Prepared | None = None
+    """The same clips made ready ahead; the model then takes these."""
+
     @property
-    def clips(self) -> list[Tensor] | list[Heard]:
+    def clips(self) -> list[Tensor] | list[Heard] | Prepared:
         """What the rows' `clips` count in."""
-        return self.heard or self.waveforms
+        return self.prepared or self.heard or self.waveforms
 
     def seconds(self, rate: int) -> float:
         """Length of all clips, given the waveforms' rate."""

@@ -68,7 +68,11 @@ class AFWhisper(Encoder):
 
     def frontend(self, samples_N: Tensor) -> Tensor:
         """Samples at 16 kHz [N] -> log-mel frames of 10 ms [F, M], a few more than the real ones."""
-        return self._log_mel(samples_N)
+        return self._log_mel([samples_N])[0]
+
+    def frontends(self, windows: Sequence[Tensor]) -> list[Tensor]:
+        """The same of several windows, those of like length in one transform."""
+        return self._log_mel(windows)
 
     def forward(self, frames_WFM: Tensor, lengths: Sequence[int]) -> AudioFeatures:
         """Frames as `frontend` makes them, zero-padded, and how many of each -> tokens [W, A, E]."""

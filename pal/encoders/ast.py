@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from pal.config import StrictConfig
 from pal.encoders.base import Encoder
 from pal.encoders.checkpoint import Checkpoint
-from pal.encoders.fbank import HOP, RATE, begun_frames, fbank
+from pal.encoders.fbank import HOP, RATE, begun_frames, fbanks
 from pal.encoders.patches import Frequency, pad_windows, to_features, tokens_per_step
 from pal.errors import ConfigError
 from pal.registry import register
@@ -79,9 +79,19 @@ class AST(Encoder):
         They equal those of transformers' ASTFeatureExtractor on the clip with up to 159 zeros behind
         it, which fill the last frame. The steps of 10 ms in which no frame begins have its padding.
         """
-        frames_FM = self._normalise(fbank(samples_N, mels=self.network.config.num_mel_bins))
-        rest = begun_frames(len(samples_N)) - len(frames_FM)
-        return F.pad(frames_FM, (0, 0, 0, rest), value=self._padding)
+        return self.frontends([samples_N])[0]
+
+    def frontends(self, windows: Sequence[Tensor]) -> list[Tensor]:
+        """The same of several windows in one transform."""
+        made = fbanks(windows, mels=self.network.config.num_mel_bins)
+        return [
+            F.pad(
+                self._normalise(frames_FM),
+                (0, 0, 0, begun_frames(len(samples_N)) - len(frames_FM)),
+                value=self._padding,
+            )
+            for samples_N, frames_FM in zip(windows, made, strict=True)
+        ]
 
     def forward(self, frames_WFM: Tensor, lengths: Sequence[int]) -> AudioFeatures:
         """Frames as `frontend` makes them, zero-padded, and how many of each -> tokens [W, A, E]."""

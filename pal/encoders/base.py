@@ -1,7 +1,7 @@
 """The contract of audio encoders: waveforms in, `AudioFeatures` out, nothing cut."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -10,17 +10,21 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from pal.transfer import to_device
-from pal.types import AudioFeatures
+from pal.types import AudioFeatures, Frames
 
 _WINDOWS_AT_ONCE = 16
+"""That a network takes: an hour in windows of 30 s is a batch of 120, and more at once would only take more memory."""
+_SAMPLES_AT_ONCE = 1 << 22
+"""That a front-end takes: its spectra in double precision need some 60 bytes for each."""
 
 
 class Encoder(nn.Module, ABC):
     """Turns clips of any length into tokens.
 
     A concrete encoder says how one window becomes a front-end matrix (`frontend`) and how a batch
-    of them becomes tokens (`forward`). `encode` does the rest: clips longer than the encoder's
-    window are taken window by window and their tokens joined in order.
+    of them becomes tokens (`forward`). `prepare` and `encode` do the rest: clips longer than the
+    encoder's window are taken window by window and their tokens joined in order. `prepare` needs neither weights nor
+    the device, so that the threads that load data can do it ahead.
     """
 
     hub_ids: tuple[str, ...] = ()
@@ -43,6 +47,10 @@ class Encoder(nn.Module, ABC):
     def frontend(self, samples_N: Tensor) -> Tensor:
         """Mono samples of at most one window, float32 [N] -> frames [F, M] on the CPU, deterministic."""
 
+    def frontends(self, windows: Sequence[Tensor]) -> list[Tensor]:
+        """What `frontend` makes of each window; an encoder that can do several in one call says so here."""
+        return [self.frontend(samples_N) for samples_N in windows]
+
     @abstractmethod
     def forward(self, frames_WFM: Tensor, lengths: Sequence[int]) -> AudioFeatures:
         """Zero-padded frames and the number of real ones of each window -> tokens [W, A, E].
@@ -50,27 +58,53 @@ class Encoder(nn.Module, ABC):
         How many tokens are real is worked out from `lengths`: reading a tensor would make the host wait for the device.
         """
 
-    def encode(self, waveforms: list[Tensor]) -> AudioFeatures:
-        """Waveforms [N] at `sampling_rate`, one a clip -> features [B, A, E], with padding behind the shorter ones."""
-        device = next(self.parameters()).device
-        dtype = next(self.parameters()).dtype
-        windows = [self._windows(samples_N) for samples_N in waveforms]
-        counts = [len(clip) for clip in windows]
-        flat = [window_N for clip in windows for window_N in clip]
-        # An hour in windows of 30 s is a batch of 120: more at once would only take more memory.
-        most = len(flat) if self.window_seconds is None else _WINDOWS_AT_ONCE
-        parts = []
-        for first in range(0, len(flat), most):
-            with torch.autocast("cpu", enabled=False):  # spectra in half precision are not those of the papers
-                frames = [self.frontend(window_N) for window_N in flat[first : first + most]]
-            lengths = [len(frames_FM) for frames_FM in frames]
-            parts.append(self(to_device(pad_sequence(frames, batch_first=True), device).to(dtype), lengths))
-        return join_windows(_one_batch(parts), counts)
+    def prepare(self, waveforms: Sequence[Tensor]) -> Frames:
+        """Waveforms [N] at `sampling_rate`, one a clip -> the frames of all their windows, on the host.
+
+        They are in pinned memory where the encoder is on a CUDA device.
+        """
+        pinned = next(self.parameters()).is_cuda
+        cut = [self._windows(samples_N) for samples_N in waveforms]
+        frames: list[Tensor] = []
+        with torch.autocast("cpu", enabled=False):  # spectra in half precision are not those of the papers
+            for group in _groups([window_N for clip in cut for window_N in clip]):
+                frames += self.frontends(group)
+        most = len(frames) if self.window_seconds is None else _WINDOWS_AT_ONCE
+        blocks = [frames[first : first + most] for first in range(0, len(frames), most)]
+        padded = [pad_sequence(block, batch_first=True) for block in blocks]
+        return Frames(
+            blocks_WFM=tuple(x_WFM.pin_memory() for x_WFM in padded) if pinned else tuple(padded),
+            lengths=tuple(tuple(len(frames_FM) for frames_FM in block) for block in blocks),
+            windows=tuple(len(clip) for clip in cut),
+        )
+
+    def encode(self, clips: Sequence[Tensor] | Frames) -> AudioFeatures:
+        """Waveforms as `prepare` takes them, or what it made of them -> features [B, A, E], with padding behind the
+        shorter ones."""
+        frames = clips if isinstance(clips, Frames) else self.prepare(clips)
+        weight = next(self.parameters())
+        parts = [
+            self(to_device(x_WFM, weight.device).to(weight.dtype), lengths)
+            for x_WFM, lengths in zip(frames.blocks_WFM, frames.lengths, strict=True)
+        ]
+        return join_windows(_one_batch(parts), frames.windows)
 
     def _windows(self, samples_N: Tensor) -> list[Tensor]:
         if self.window_seconds is None:
             return [samples_N]
         return list(samples_N.split(round(self.window_seconds * self.sampling_rate)))
+
+
+def _groups(windows: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Neighbouring windows that a front-end takes at once."""
+    group: list[Tensor] = []
+    for samples_N in windows:
+        if group and sum(map(len, group)) + len(samples_N) > _SAMPLES_AT_ONCE:
+            yield group
+            group = []
+        group.append(samples_N)
+    if group:
+        yield group
 
 
 def _one_batch(parts: list[AudioFeatures]) -> AudioFeatures:

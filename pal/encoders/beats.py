@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from pal.config import StrictConfig, parse
 from pal.encoders import weights
 from pal.encoders.base import Encoder
-from pal.encoders.fbank import HOP, RATE, fbank
+from pal.encoders.fbank import HOP, RATE, fbanks
 from pal.encoders.patches import Frequency, to_features, tokens_per_step
 from pal.errors import ConfigError
 from pal.registry import register
@@ -163,10 +163,14 @@ class Beats(Encoder):
         Silence behind the clip fills the last patch up, as it does in the original for the shorter
         clips of a batch.
         """
+        return self.frontends([samples_N])[0]
+
+    def frontends(self, windows: Sequence[Tensor]) -> list[Tensor]:
+        """The same of several windows in one transform."""
         size = self._sizes.input_patch_size
-        frames = size * -(-len(samples_N) // (size * HOP))
-        frames_FM = fbank(samples_N, mels=_MELS, window="povey", scale=_SCALE, frames=frames)
-        return (frames_FM - _MEAN) / (2 * _STD)
+        frames = [size * -(-len(samples_N) // (size * HOP)) for samples_N in windows]
+        made = fbanks(windows, mels=_MELS, window="povey", scale=_SCALE, frames=frames)
+        return [(frames_FM - _MEAN) / (2 * _STD) for frames_FM in made]
 
     def forward(self, frames_WFM: Tensor, lengths: Sequence[int]) -> AudioFeatures:
         """Frames as `frontend` makes them, zero-padded, and how many of each -> tokens [W, A, E]."""

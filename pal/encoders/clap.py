@@ -96,15 +96,18 @@ class Clap(Encoder):
         rows of zeros follow as steps of the feature map (0.3125 s) hold some of the clip itself, so
         that the number of rows says how much is real.
         """
-        samples_N = samples_N.cpu().double()
-        repeated_N = samples_N.repeat(_WINDOW // len(samples_N))
-        window_N = F.pad(repeated_N, (0, _WINDOW - len(repeated_N)))
+        return self.frontends([samples_N])[0]
+
+    def frontends(self, windows: Sequence[Tensor]) -> list[Tensor]:
+        """The same of several windows in one transform."""
+        repeated = [samples_N.cpu().double().repeat(_WINDOW // len(samples_N)) for samples_N in windows]
+        filled_WN = torch.stack([F.pad(samples_N, (0, _WINDOW - len(samples_N))) for samples_N in repeated])
         hann = torch.hann_window(_FFT, dtype=torch.double)
-        spectrum_XF = torch.stft(window_N, _FFT, _HOP, window=hann, pad_mode="reflect", return_complex=True)
-        power_FM = spectrum_XF.abs().square().T @ self._filters_XM
-        decibel_FM = 10 * power_FM.clamp_min(_FLOOR).log10()
-        steps = -(-len(samples_N) * self._steps // _WINDOW)
-        return F.pad(decibel_FM.float(), (0, 0, 0, steps))
+        spectrum_WXF = torch.stft(filled_WN, _FFT, _HOP, window=hann, pad_mode="reflect", return_complex=True)
+        power_WFM = spectrum_WXF.abs().square().mT @ self._filters_XM
+        decibel_WFM = (10 * power_WFM.clamp_min(_FLOOR).log10()).float()
+        steps = [-(-len(samples_N) * self._steps // _WINDOW) for samples_N in windows]
+        return [F.pad(decibel_FM, (0, 0, 0, n)) for decibel_FM, n in zip(decibel_WFM, steps, strict=True)]
 
     def forward(self, frames_WFM: Tensor, lengths: Sequence[int]) -> AudioFeatures:
         """Frames as `frontend` makes them, zero-padded, and how many of each -> tokens [W, A, E]."""

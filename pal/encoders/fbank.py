@@ -7,6 +7,7 @@ triangles from 20 Hz to 8 kHz on Kaldi's mel scale, natural logarithm, no dither
 """
 
 import warnings
+from collections.abc import Sequence
 from functools import cache
 from typing import Literal
 
@@ -45,14 +46,30 @@ def fbank(
     Kaldi leaves out the up to 159 samples at the end that fill no frame. Here zeros are put behind
     the clip so that the last frame holds them; all other frames are Kaldi's.
     """
+    return fbanks([samples_N], mels, window, scale, None if frames is None else [frames])[0]
+
+
+def fbanks(
+    clips: Sequence[Tensor],
+    mels: int = 128,
+    window: Literal["hanning", "povey"] = "hanning",
+    scale: float = 1.0,
+    frames: Sequence[int] | None = None,
+) -> list[Tensor]:
+    """`fbank` of each of some clips of any lengths; all their frames go through one transform."""
     if frames is None:
-        frames = whole_frames(len(samples_N))
-    samples_N = samples_N.detach().cpu().double() * scale
-    framed_FN = F.pad(samples_N, (0, (frames - 1) * HOP + _LENGTH - len(samples_N))).unfold(0, _LENGTH, HOP)
+        frames = [whole_frames(len(samples_N)) for samples_N in clips]
+    framed = []
+    for samples_N, count in zip(clips, frames, strict=True):
+        samples_N = samples_N.detach().cpu().double() * scale
+        behind = (count - 1) * HOP + _LENGTH - len(samples_N)
+        framed.append(F.pad(samples_N, (0, behind)).unfold(0, _LENGTH, HOP))
+    framed_FN = torch.cat(framed)
     framed_FN = framed_FN - framed_FN.mean(1, keepdim=True)
     before_FN = torch.cat([framed_FN[:, :1], framed_FN[:, :-1]], 1)
     spectrum_FX = torch.fft.rfft((framed_FN - _PREEMPHASIS * before_FN) * _window(window), _FFT)
-    return (spectrum_FX.abs().square() @ _filters(mels)).clamp_min(_FLOOR).log().float()
+    energy_FM = (spectrum_FX.abs().square() @ _filters(mels)).clamp_min(_FLOOR).log().float()
+    return list(energy_FM.split(list(frames)))
 
 
 def whole_frames(samples: int) -> int:

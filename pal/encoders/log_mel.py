@@ -11,6 +11,10 @@ _AFTER = 3
 """Frames that follow the real ones: two that the 25 ms window of the transform still reaches with
 its front half, and one of silence, whose value all padding up to the full window has."""
 
+_ROUND = 100
+"""Frames to a multiple of which windows are filled up, so that those of like length go through the extractor together.
+"""
+
 
 class WhisperLogMel:
     """Frames of 10 ms at 16 kHz, equal to those of transformers' extractor on the padded window.
@@ -29,22 +33,28 @@ class WhisperLogMel:
         self.hop: int = self._extractor.hop_length
         self.window_seconds = frames * self.hop / self.sampling_rate
 
-    def __call__(self, samples_N: Tensor) -> Tensor:
-        """Samples at 16 kHz [N] -> log-mel frames [F, M]: ceil(N / 160) real ones and `_AFTER` more.
+    def __call__(self, windows: Sequence[Tensor]) -> list[Tensor]:
+        """Samples at 16 kHz [N] of some windows -> log-mel frames [F, M] of each: ceil(N / 160) real, `_AFTER` more.
 
-        They equal those of transformers' extractor on the clip padded to the window.
+        They equal those of transformers' extractor on the clip padded to the window. Windows of like length go through
+        it together.
         """
-        frames = -(-len(samples_N) // self.hop) + _AFTER
-        features = self._extractor(
-            samples_N.cpu().float().numpy(),
-            sampling_rate=self.sampling_rate,
-            padding="max_length",
+        counts = [-(-len(samples_N) // self.hop) + _AFTER for samples_N in windows]
+        alike: dict[int, list[int]] = {}
+        for at, count in enumerate(counts):
             # its default is 30 s, most of it silence; at 30 s it mirrors the end, so no further
-            max_length=min(frames, self._frames) * self.hop,
-            return_tensors="pt",
-        )
-        frames_FM = features.input_features[0].T
-        return torch.cat([frames_FM, frames_FM[-1:].expand(frames - len(frames_FM), -1)])
+            alike.setdefault(min(-(-count // _ROUND) * _ROUND, self._frames), []).append(at)
+        made: dict[int, Tensor] = {}
+        for frames, places in alike.items():
+            features = self._extractor(
+                [windows[at].cpu().float().numpy() for at in places],
+                sampling_rate=self.sampling_rate,
+                padding="max_length",
+                max_length=frames * self.hop,
+                return_tensors="pt",
+            )
+            made.update(zip(places, features.input_features.mT, strict=True))
+        return [_filled(made[at], count) for at, count in enumerate(counts)]
 
     def fill(self, frames_WFM: Tensor, lengths: Sequence[int]) -> Tensor:
         """Frames as `__call__` makes them, zero-padded, and how many of each -> full windows.
@@ -61,3 +71,8 @@ class WhisperLogMel:
     def real(self, lengths: Sequence[int]) -> list[int]:
         """How many of the frames are real, those with samples at their centre or after it: ceil(N / 160)."""
         return [min(n - _AFTER, self._frames) for n in lengths]
+
+
+def _filled(frames_FM: Tensor, count: int) -> Tensor:
+    """So many frames: the first ones, or all and copies of the last one."""
+    return torch.cat([frames_FM[:count], frames_FM[-1:].expand(max(0, count - len(frames_FM)), -1)])

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from pal.config import StrictConfig, parse
 from pal.encoders import weights
 from pal.encoders.base import Encoder
-from pal.encoders.fbank import HOP, RATE, begun_frames, fbank
+from pal.encoders.fbank import HOP, RATE, begun_frames, fbanks
 from pal.encoders.patches import Frequency, pad_windows, to_features, tokens_per_step
 from pal.errors import ConfigError
 from pal.registry import register
@@ -133,9 +133,15 @@ class Sslam(Encoder):
         The window's mean is taken off, then Kaldi's filter bank with a hanning window. The steps of
         10 ms in which no frame begins have the network's padding.
         """
-        frames_FM = _normalise(fbank(samples_N - samples_N.mean(), mels=self._sizes.img_size[1]))
-        rest = begun_frames(len(samples_N)) - len(frames_FM)
-        return F.pad(frames_FM, (0, 0, 0, rest), value=self._padding)
+        return self.frontends([samples_N])[0]
+
+    def frontends(self, windows: Sequence[Tensor]) -> list[Tensor]:
+        """The same of several windows in one transform."""
+        made = fbanks([samples_N - samples_N.mean() for samples_N in windows], mels=self._sizes.img_size[1])
+        return [
+            F.pad(_normalise(frames_FM), (0, 0, 0, begun_frames(len(samples_N)) - len(frames_FM)), value=self._padding)
+            for samples_N, frames_FM in zip(windows, made, strict=True)
+        ]
 
     def forward(self, frames_WFM: Tensor, lengths: Sequence[int]) -> AudioFeatures:
         """Frames as `frontend` makes them, zero-padded, and how many of each -> tokens [W, A, E]."""

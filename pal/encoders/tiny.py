@@ -5,6 +5,7 @@ Every operation is local in time, so a clip of any length goes at once and the c
 
 from collections.abc import Sequence
 from functools import cache
+from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,8 @@ _RATE = 16_000
 _HOP = 160
 _FFT = 512
 _WINDOW = 400
+_BETWEEN = -(-(_FFT - _HOP) // _HOP)
+"""Hops behind a clip's frames, so that its last one ends before the next clip begins."""
 _FLOOR = 1e-8
 """Power under which a mel bin counts as silence; about the noise of 16-bit samples."""
 _SILENCE = -1.0
@@ -76,15 +79,24 @@ class Tiny(Encoder):
 
     def frontend(self, samples_N: Tensor) -> Tensor:
         """Samples [N] at 16 kHz -> log10 mel power [ceil(N / 160), M], scaled so that -40 dB is 0 and 0 dB is 1."""
-        frames = -(-len(samples_N) // _HOP)
+        return self.frontends([samples_N])[0]
+
+    def frontends(self, windows: Sequence[Tensor]) -> list[Tensor]:
+        """The same of several clips in one transform: one after the other, with silence between them."""
+        counts = [-(-len(samples_N) // _HOP) for samples_N in windows]
         # Frame f is centred on sample 160 f + 80, so that the last frame is real whatever the length.
-        padded_N = F.pad(samples_N, (_FFT // 2 - _HOP // 2, _FFT // 2 + _HOP))
+        before = _FFT // 2 - _HOP // 2
+        padded = []
+        for samples_N, count in zip(windows, counts, strict=True):
+            padded.append(F.pad(samples_N, (before, (count + _BETWEEN) * _HOP - before - len(samples_N))))
         spectrum_XF = torch.stft(
-            padded_N, _FFT, _HOP, _WINDOW, torch.hann_window(_WINDOW), center=False, return_complex=True
-        )[:, :frames]
+            torch.cat(padded), _FFT, _HOP, _WINDOW, torch.hann_window(_WINDOW), center=False, return_complex=True
+        )
         power_FX = spectrum_XF.abs().square().T / (_WINDOW * 0.375)
         mel_FM = power_FX @ _mel_filters(self.config.mels)
-        return (mel_FM.clamp_min(_FLOOR).log10() + 4) / 4
+        frames_FM = (mel_FM.clamp_min(_FLOOR).log10() + 4) / 4
+        starts = accumulate((count + _BETWEEN for count in counts), initial=0)
+        return [frames_FM[first : first + count] for first, count in zip(starts, counts, strict=False)]
 
     def forward(self, frames_WFM: Tensor, lengths: Sequence[int]) -> AudioFeatures:
         """Frames [W, F, M] -> tokens [W, ceil(F / 4), E]."""

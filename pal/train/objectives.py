@@ -22,13 +22,14 @@ from pal.train.marks import marks
 from pal.train.recipe import Stage
 from pal.train.transcript import Transcript
 from pal.transfer import to_device
-from pal.types import Batch, TagSpan
+from pal.types import Batch, Frames, TagSpan
 
 
 class Mixed(NamedTuple):
     """Clips and what sounds in them, after some were added to others."""
 
-    waveforms: list[Tensor]
+    clips: list[Tensor] | Frames
+    """Waveforms, or what the encoder's front-end made of them."""
     tags: list[list[TagSpan]]
     known_BJ: Tensor
     """Of which labels it is known whether they hold."""
@@ -98,6 +99,11 @@ class Answers(Objective):
         super().__init__(model)
         self.per = config.per
         self.unit = f"{config.per}s"
+
+    def prepare(self, work: Work) -> Work:
+        """The encoders' front-ends."""
+        batch = work.batch
+        return replace(work, batch=replace(batch, prepared=self.model.ears.prepare(batch.heard or batch.waveforms)))
 
     def forward(self, work: Work) -> Outcome:
         """As `PalModel.loss`."""
@@ -174,16 +180,18 @@ class Tags(Objective):
         return dict(self.linear.named_parameters(prefix="linear"))
 
     def prepare(self, work: Work) -> Work:
-        """Mixes clips."""
-        return replace(work, mixed=self.mix(work))
+        """Mixes clips, and the encoder's front-end."""
+        clips, tags, known_BJ = self.mix(work)
+        frames = clips if isinstance(clips, Frames) else self.model.ears.prepare_with(self.config.encoder, clips)
+        return replace(work, mixed=Mixed(frames, tags, known_BJ))
 
     def forward(self, work: Work) -> Outcome:
         """Sum over clips of each one's mean loss over its known labels.
 
         A hit is a clip whose likeliest known label is one of its own.
         """
-        waveforms, tags, known_BJ = work.mixed or self.mix(work)
-        features = self.model.ears.hear_with(self.config.encoder, waveforms)
+        clips, tags, known_BJ = work.mixed or self.mix(work)
+        features = self.model.ears.hear_with(self.config.encoder, clips)
         logits_BAJ = self.linear(features.x_BAE).float()
         mask_BA = features.mask_BA
         times = [marks(spans, self.index, mask_BA.shape[1], features.seconds_per_token) for spans in tags]
@@ -206,7 +214,7 @@ class Tags(Objective):
         best_B = pooled_BJ.masked_fill(~known_BJ, 0).argmax(1)
         held_BJ = (clip_BJ > 0) & known_BJ
         right = held_BJ.gather(1, best_B[:, None]).sum()
-        return Outcome(loss, len(waveforms), (right, held_BJ.any(1).sum()))
+        return Outcome(loss, len(tags), (right, held_BJ.any(1).sum()))
 
     def mix(self, work: Work) -> Mixed:
         """Clips after mixing, with the seed of the work."""
