@@ -262,16 +262,17 @@ class PalModel(nn.Module):
         options = generation_options({"max_new_tokens": max_new_tokens, **options}, self.tokenizer, several=True)
         if not rows:
             return []
-        inputs = self.inputs(clips, rows, padding_side="left")
-        ids_BT = self.llm.generate(inputs, **self._generation(options))
+        options = self._generation(options)
+        ids_BT = self.llm.generate(self.inputs(clips, rows, self.llm.prompt_side(**options)), **options)
         return [text.strip() for text in self.tokenizer.batch_decode(ids_BT, skip_special_tokens=True)]
 
     def stream(self, clips: Clips, row: Tokens, max_new_tokens: int = 64, **options: Any) -> Iterator[str]:
         """The answer to one conversation, in pieces as they are made."""
         options = generation_options({"max_new_tokens": max_new_tokens, **options}, self.tokenizer, stream=True)
         with torch.inference_mode():  # at once, so that what is hidden now stays hidden while it is read
-            inputs = self.inputs(clips, [row], padding_side="left")
-        return self.llm.stream(inputs, self.tokenizer, **self._generation(options))
+            options = self._generation(options)
+            inputs = self.inputs(clips, [row], self.llm.prompt_side(**options))
+        return self.llm.stream(inputs, self.tokenizer, **options)
 
     def _generation(self, options: dict[str, Any]) -> dict[str, Any]:
         ends = end_of_answer(self.tokenizer)
@@ -369,10 +370,11 @@ class PalModel(nn.Module):
             # the encoders' tokens tell what was heard; a connector's may stand for no time of their own
             used = [min(s, *(f.lengths[i] * f.seconds_per_token for f in heard)) for i, s in enumerate(seconds)]
         encoded = time.perf_counter()
-        inputs = self.place(clips_heard or None, rows, "left")
         first = _FirstToken()
         options["logits_processor"] = [first, *(options.get("logits_processor") or ())]
-        ids_BT = self.llm.generate(inputs, **self._generation(options))
+        options = self._generation(options)
+        inputs = self.place(clips_heard or None, rows, self.llm.prompt_side(**options))
+        ids_BT = self.llm.generate(inputs, **options)
         texts = self.tokenizer.batch_decode(ids_BT, skip_special_tokens=True)
         done = time.perf_counter()
         timings = {"encode": encoded - start, "prefill": first.at - encoded, "generate": done - first.at}

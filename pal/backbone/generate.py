@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from threading import Thread
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -112,6 +112,18 @@ def stream(llm: Backbone, inputs: LLMInputs, tokenizer: PreTrainedTokenizerBase,
         raise failures[0]
 
 
+def prompt_side(llm: Backbone, kwargs: Mapping[str, Any]) -> Literal["left", "none"]:
+    """How `Integration.forward` should lay out prompts for `generate` with these options: its `padding_side`."""
+    return "none" if llm.packs and _joins(llm, _resolved(llm, kwargs)) else "left"
+
+
+def _joins(llm: Backbone, config: GenerationConfig | None) -> bool:
+    """Whether a `JointCache` can be used."""
+    if config is None or config.use_cache is False:
+        return False
+    return llm.hears and config.cache_implementation in (None, "dynamic", "static")
+
+
 def _resolved(llm: Backbone, kwargs: Mapping[str, Any]) -> GenerationConfig | None:
     """The options as transformers puts them together; None where it would refuse them, and says so better."""
     config = copy.deepcopy(kwargs.get("generation_config")) or GenerationConfig()
@@ -185,13 +197,12 @@ def _warpers(config: GenerationConfig) -> tuple[tuple[type, float], ...] | None:
 def _by_transformers(
     llm: Backbone, inputs: LLMInputs, config: GenerationConfig | None, kwargs: dict[str, Any]
 ) -> Tensor:
-    implementation = None if config is None else config.cache_implementation
     cache = None
-    if llm.hears and config is not None and config.use_cache is not False:
+    if config is not None and _joins(llm, config):
+        static = config.cache_implementation == "static"
         beams = max(config.num_beams or 1, config.num_return_sequences or 1)
-        fits = implementation in (None, "dynamic", "static")
-        if fits and (inputs.audio is not None or beams > 1 or implementation == "static"):
-            room = config.max_new_tokens if implementation == "static" and config.max_new_tokens else ROOM
+        if inputs.audio is not None or beams > 1 or static:
+            room = config.max_new_tokens if static and config.max_new_tokens else ROOM
             cache = prepared(llm, inputs, beams=beams, room=room)
             kwargs = {**kwargs, "past_key_values": cache}
             kwargs.pop("cache_implementation", None)
@@ -200,7 +211,7 @@ def _by_transformers(
                 kwargs["generation_config"].cache_implementation = None
     if inputs.audio is not None and cache is None:
         if isinstance(inputs.audio, PackedContext):
-            raise PalError("packed prompts need the LLM's own attention and cache; give padding_side='left'")
+            raise PalError("packed prompts need a cache of ours; make them with padding_side='left'")
         kwargs = {**kwargs, "audio": inputs.audio.prebuilt()}
     made: Tensor = llm.lm.generate(**_as_given(cache, inputs), **kwargs)
     return made

@@ -28,7 +28,7 @@ from pal.backbone.attention import NAME, without_cudnn
 from pal.backbone.cache import JointCache, Step
 from pal.backbone.context import AudioContext, AudioView, Rope
 from pal.backbone.folded import FoldedKV, fold, unhooked
-from pal.backbone.generate import cache_for, generate, stream, through_cache
+from pal.backbone.generate import cache_for, generate, prompt_side, stream, through_cache
 from pal.backbone.packed import PackedContext, Projection
 from pal.backbone.sources import first_sentence, more_layers, read_config
 from pal.backbone.tied import TiedRows
@@ -500,6 +500,10 @@ class Backbone(nn.Module):
     def generate(self, inputs: LLMInputs, **kwargs: Any) -> Tensor:
         """New token ids [B (times returned sequences), N] that continue each row; see `pal.backbone.generate`."""
         return generate(self, inputs, **kwargs)
+
+    def prompt_side(self, **kwargs: Any) -> Literal["left", "none"]:
+        """The `padding_side` of inputs for `generate` with these options."""
+        return prompt_side(self, kwargs)
 
     def stream(self, inputs: LLMInputs, tokenizer: PreTrainedTokenizerBase, **kwargs: Any) -> Iterator[str]:
         """`generate` for one row, as pieces of text when they are ready; together they equal its whole text."""
