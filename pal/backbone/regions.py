@@ -1,12 +1,15 @@
-"""Compiling an LLM layer by layer: seconds instead of minutes, and one graph for all layers of a kind and all lengths."""
+"""Compiling an LLM layer by layer: seconds instead of minutes, one graph for all layers of a kind and all lengths."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
+
+from pal.backbone.packed import PackedLayer
 
 GRAPHS = 64
 """Graphs that a layer's code may have: in training and without gradients, with audio keys and without, and so on."""
@@ -22,13 +25,23 @@ def compile_layers(layers: Iterable[nn.Module], **options: Any) -> None:
     torch._dynamo.config.recompile_limit = max(GRAPHS, torch._dynamo.config.recompile_limit)
     chosen: dict[str, Any] = {"dynamic": True, "fullgraph": True, "options": {"guard_filter_fn": _needed}, **options}
     for layer in layers:
-        layer.forward = torch.compile(type(layer).forward.__get__(layer), **chosen)
+        plain = type(layer).forward.__get__(layer)
+        layer.forward = partial(_forward, plain, torch.compile(plain, **chosen))
 
 
 def uncompile_layers(layers: Iterable[nn.Module]) -> None:
     """Give the layers the `forward` of their class again."""
     for layer in layers:
         vars(layer).pop("forward", None)
+
+
+def _forward(plain: Callable[..., Any], compiled: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """A layer's `forward`, compiled where no audio is heard, or that of packed rows, which says what this layer hears.
+
+    In padded batches that depends on the layer's number, and one graph for all layers knows only that of the first.
+    """
+    audio = kwargs.get("audio")
+    return (compiled if audio is None or isinstance(audio, PackedLayer) else plain)(*args, **kwargs)
 
 
 def _needed(guards: Sequence[Any]) -> list[bool]:
