@@ -196,7 +196,7 @@ class _Run:
         objective.train()
         stages.set_modes(self.model, stage)
         data.start(self.model, objective, self.waveforms)
-        self._compile(stage)
+        compiled = self._compile(stage)
 
         accelerator = self.accelerator
         objective.to(accelerator.device)
@@ -264,6 +264,8 @@ class _Run:
                 ready = time.monotonic()
         total["median_step_seconds"] = meter.median()
         self.model.llm.checkpoint_gradients(False)
+        if compiled:  # the next stage may not want it, and neither does who gets the model
+            self.model.llm.uncompile()
         accelerator.free_memory()
         if stage.save_llm and accelerator.is_main_process:
             with atomic_folder(self.out / "llm") as folder:

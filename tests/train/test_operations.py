@@ -3,11 +3,13 @@
 import logging
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from pal.backbone.llm import Backbone
 from pal.bench.flops import flop_counter
 from pal.errors import ConfigError
 from pal.integrations.lal import LAL
@@ -16,7 +18,7 @@ from pal.train import loop, run
 from pal.train.curves import read_log
 from pal.train.objectives import Work
 from pal.train.operations import Operations, product_rate
-from pal.train.recipe import Recipe
+from pal.train.recipe import Recipe, Stage
 from pal.types import AUDIO, IGNORE, Batch, Heard, Tokens
 from tests import test_plan
 from tests.train.tiny import HEAR, recipe
@@ -150,15 +152,47 @@ def test_an_integration_that_does_not_say_what_it_costs_trains_without(
 def test_whether_layers_are_compiled(
     manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from pal.backbone.llm import Backbone
-
-    calls: list[int] = []
-    monkeypatch.setattr(Backbone, "compile", lambda self: calls.append(1))
+    calls: list[str] = []
+    monkeypatch.setattr(Backbone, "compile", lambda self: calls.append("compile"))
+    monkeypatch.setattr(Backbone, "uncompile", lambda self: calls.append("uncompile"))
+    cases: list[tuple[dict[str, Any], bool]] = [
+        ({}, False),
+        ({"compile": True}, True),
+        ({**HEAR, "compile": True}, False),
+    ]
     with caplog.at_level(logging.INFO):
-        for number, (options, compiles) in enumerate(
-            [({}, False), ({"compile": False}, False), ({"compile": True}, True), ({**HEAR, "compile": True}, False)]
-        ):
-            before = len(calls)
+        for number, (options, compiles) in enumerate(cases):
             ran(manifest, tmp_path / str(number), **{"steps": 1, **options})
-            assert len(calls) - before == compiles
+            assert calls == (["compile", "uncompile"] if compiles else [])
+            calls.clear()
     assert caplog.text.count("its first step compiles the LLM's layers") == 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "chosen", "compiles"), [("cuda", "auto", True), ("cpu", "auto", False), ("cuda", False, False)]
+)
+def test_auto_compiles_on_cuda(monkeypatch: pytest.MonkeyPatch, kind: str, chosen: Any, compiles: bool) -> None:
+    calls: list[int] = []
+    run: Any = SimpleNamespace(
+        accelerator=SimpleNamespace(device=torch.device(kind)),
+        model=SimpleNamespace(llm=SimpleNamespace(compile=lambda: calls.append(1))),
+    )
+    stage = Stage(train={"llm": "full"}, lr=1.0, steps=1, batch={"rows": 1}, compile=chosen)  # type: ignore[arg-type]
+    assert loop._Run._compile(run, stage) is compiles and len(calls) == compiles
+
+
+def test_compiled_layers_train_alike(manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Traced and run as they are, without a C++ compiler."""
+    plain = ran(manifest, tmp_path / "plain")
+    compile_, seen = Backbone.compile, []
+
+    def traced(self: Backbone) -> None:
+        seen.append(self)
+        compile_(self, backend="eager")
+        assert all("forward" in vars(layer) for layer in self.layers)
+
+    monkeypatch.setattr(Backbone, "compile", traced)
+    compiled = ran(manifest, tmp_path / "compiled", compile=True)
+    assert [line["loss"] for line in compiled] == pytest.approx([line["loss"] for line in plain], rel=1e-6)
+    (llm,) = seen
+    assert not any("forward" in vars(layer) for layer in llm.layers)
