@@ -1,6 +1,7 @@
 """A training step waits for nothing: under fake tensors, which have no values, every look at one would raise."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -8,16 +9,16 @@ import pytest
 import torch
 from accelerate import Accelerator
 from torch import nn
-from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode, unset_fake_temporarily
 
 from pal.model import PalModel
 from pal.train import meter, optim, stages
 from pal.train.masters import Masters
-from pal.train.objectives import Answers, Objective, Outcome, Work
+from pal.train.objectives import Answers, Objective, Outcome, Tags, Work
 from pal.train.processes import Hosts
 from pal.train.recipe import Stage
 from pal.train.step import Told, Update
-from pal.types import AUDIO, IGNORE, Batch, Heard, Tokens
+from pal.types import AUDIO, IGNORE, Batch, Frames, Heard, Prepared, TagSpan, Tokens
 from tests.models import INTEGRATIONS, LLM, tiny_model
 
 ALL = {"connector": True, "projectors": True, "llm": "full"}
@@ -89,6 +90,16 @@ def test_a_look_at_a_value_would_be_noticed(nothing: FakeTensorMode) -> None:
         update(works)
 
 
+WAVES = [torch.ones(samples) for samples in (7000, 2500, 9990)]
+
+
+def frames(mode: FakeTensorMode) -> Frames:
+    """What the threads that load make of clips, which may look at values, and no value more."""
+    with unset_fake_temporarily():
+        made = tiny_model("lal", warm=False).ears.prepare_with(0, WAVES)
+    return replace(made, blocks_WFM=tuple(mode.from_tensor(x_WFM) for x_WFM in made.blocks_WFM))
+
+
 def ragged(model: PalModel) -> Batch:
     """Clips as frozen encoders heard them and conversations, all of other lengths."""
     width = model.ears.encoder(0).width
@@ -103,6 +114,7 @@ def ragged(model: PalModel) -> Batch:
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "full": {},
+    "encoder": {"train": {"encoder": True, "connector": True, "projectors": True}},
     "frozen LLM": {"train": {"projectors": True}, "clip_grad": None, "recompute_audio": False},
     "bf16, checkpointed": {"precision": "bf16", "gradient_checkpointing": True, "train": {**ALL, "llm": "attention"}},
     "bf16 weights": {"master_weights": True, "precision": "bf16", "options": {"per": "answer"}},
@@ -125,6 +137,23 @@ def test_a_whole_step(nothing: FakeTensorMode, integration: str, options: str) -
     objective.train()
     stages.set_modes(model, made)
     batch = ragged(model)
-    told = noted(updating(objective, made, parts), [Work(batch, [], 0), Work(batch, [], 0)], times=1)
+    if "encoder" in made.train.model_fields_set:
+        batch = replace(batch, heard=[], waveforms=WAVES, prepared=Prepared((frames(nothing),), len(WAVES)))
+    works = [Work(batch, [], 0)] * 2
+    told = noted(updating(objective, made, parts), works, times=1)
     assert told.items == 2 * (3 if "per" in made.options else 15)
     assert all(p.grad is None for of in parts.values() for p in of.values())
+
+
+def test_a_step_of_the_encoder_alone(nothing: FakeTensorMode) -> None:
+    """Hits are counted on the device, too."""
+    model, made = tiny_model("lal", warm=False), stage(train={"encoder": True}, objective="tags")
+    spans = [[TagSpan("dog", 0.1, 0.2), TagSpan("bell")], None, [TagSpan("dog")]]
+    batch = Batch(WAVES, [], [], spans)
+    parts = stages.freeze(model, made.train)
+    objective = Tags(model, Tags.Config(), {"a": {"dog", "bell"}})
+    objective.train()
+    stages.set_modes(model, made)
+    work = Work(batch, ["a"] * 3, 0)
+    work = replace(work, mixed=objective.mix(work)._replace(clips=frames(nothing)))
+    assert noted(updating(objective, made, parts | {"head": objective.head()}), [work, work], times=1).items == 6
