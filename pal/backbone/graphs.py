@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from pal.backbone.generate import Decoding
+    from pal.backbone.decoding import Decoding, Options
     from pal.backbone.llm import Backbone
     from pal.backbone.storage import Plan
 
@@ -37,12 +37,12 @@ class Kept:
 _kept: WeakKeyDictionary[Backbone, OrderedDict[Hashable, Kept]] = WeakKeyDictionary()
 
 
-def borrow(llm: Backbone, plan: Plan, options: Any) -> Kept | None:
+def borrow(llm: Backbone, plan: Plan, options: Options) -> Kept | None:
     """Buffers of an equal plan, with their graph; nobody else has them until they are given back."""
     return _kept.get(llm, OrderedDict()).pop(_key(llm, plan, options), None)
 
 
-def give_back(llm: Backbone, plan: Plan, options: Any, state: Decoding, stepper: Stepper | None) -> None:
+def give_back(llm: Backbone, plan: Plan, options: Options, state: Decoding, stepper: Stepper | None) -> None:
     """Keep buffers for another call."""
     if llm.device.type != "cuda":  # nothing is gained
         return
@@ -59,7 +59,7 @@ def forget(llm: Backbone) -> None:
     _kept.pop(llm, None)
 
 
-def _key(llm: Backbone, plan: Plan, options: Any) -> Hashable:
+def _key(llm: Backbone, plan: Plan, options: Options) -> Hashable:
     device = llm.device.type
     autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
     return plan, options.ends, options.pad, options.warpers, llm.device, llm.dtype, autocast

@@ -28,8 +28,9 @@ from pal.backbone.attention import NAME, without_cudnn
 from pal.backbone.cache import JointCache, Step
 from pal.backbone.context import AudioContext, AudioView, Rope
 from pal.backbone.folded import FoldedKV, fold, unhooked
-from pal.backbone.generate import cache_for, generate, prompt_side, stream, through_cache
+from pal.backbone.generate import generate, prompt_side, stream
 from pal.backbone.packed import PackedContext, Projection
+from pal.backbone.reading import cache_for, through_cache
 from pal.backbone.sources import first_sentence, more_layers, read_config
 from pal.backbone.tied import TiedRows
 from pal.backbone.varlen import has_kernel

@@ -11,9 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from pal.backbone.cache import JointCache
-from pal.backbone.generate import Decoding, Options, padded_left, prepared, prompts_of, read_prompts
+from pal.backbone.decoding import Decoding, Options
+from pal.backbone.generate import padded_left
 from pal.backbone.graphs import WORTH, Stepper
 from pal.backbone.llm import Backbone
+from pal.backbone.reading import prepared, prompts_of, read_prompts
 from pal.backbone.storage import ROOM
 from pal.bench.presets import Preset
 from pal.bench.scene import Scene

@@ -1,0 +1,173 @@
+"""Our loop's options and state: greedy answers and plain samples, kept on the device while they are made."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import GenerationConfig, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+from pal.backbone.cache import JointCache
+
+if TYPE_CHECKING:
+    from pal.backbone.llm import Backbone
+
+_OURS = frozenset(
+    """max_new_tokens do_sample temperature top_k top_p num_return_sequences pad_token_id eos_token_id bos_token_id
+    max_length cache_implementation compile_config disable_compile transformers_version _from_model_config""".split()  # noqa: SIM905
+)
+"""Options that our loop follows, or that say nothing of what is generated."""
+_OFF = {
+    "num_beams": 1,
+    "num_beam_groups": 1,
+    "use_cache": True,
+    "repetition_penalty": 1.0,
+    "length_penalty": 1.0,
+    "diversity_penalty": 0.0,
+    "typical_p": 1.0,
+    "min_length": 0,
+}
+"""Values with which an option changes nothing, beside False."""
+
+
+def resolved(llm: Backbone, kwargs: Mapping[str, Any]) -> GenerationConfig | None:
+    """The options as transformers puts them together; None where it would refuse them, and says so better."""
+    config = copy.deepcopy(kwargs.get("generation_config")) or GenerationConfig()
+    try:
+        config.update(**llm.lm.generation_config.to_dict(), defaults_only=True)
+        config.update(**{name: value for name, value in kwargs.items() if name != "generation_config"})
+    except (AttributeError, TypeError, ValueError):
+        return None
+    return config
+
+
+@dataclass(frozen=True)
+class Options:
+    """What our loop must know."""
+
+    tokens: int
+    """At most so many new ones."""
+    ends: tuple[int, ...] = ()
+    """Which of them end an answer."""
+    pad: int = 0
+    """What follows an end."""
+    copies: int = 1
+    """Answers to each prompt."""
+    warpers: tuple[tuple[type, float], ...] | None = None
+    """How logits are changed before one is drawn; None takes the largest."""
+    cache: str | None = None
+    watchers: Sequence[Callable[[Tensor, Tensor], Tensor]] = ()
+    streamer: Any = None
+
+
+def options_of(config: GenerationConfig | None, kwargs: Mapping[str, Any]) -> Options | None:
+    """The options for our loop, where it follows all that are given."""
+    if config is None:
+        return None
+    given = {name: value for name, value in config.to_dict().items() if value is not None}
+    more = {name: value for name, value in kwargs.items() if value is not None and not hasattr(config, name)}
+    processors = list(more.pop("logits_processor", ()))
+    streamer = more.pop("streamer", None)
+    more.pop("generation_config", None)
+    follows = all(name in _OURS or _OFF.get(name, False) == value for name, value in given.items())
+    if more or not follows or not all(getattr(one, "only_watches", False) for one in processors):
+        return None
+    tokens, copies, cache = config.max_new_tokens, config.num_return_sequences or 1, config.cache_implementation
+    ends = config.eos_token_id
+    ends = () if ends is None else tuple(ends) if isinstance(ends, list | tuple) else (ends,)
+    pad = config.pad_token_id if config.pad_token_id is not None else ends[0] if ends else 0
+    if not isinstance(tokens, int) or tokens < 1 or cache not in (None, "static", "dynamic"):
+        return None
+    if not all(isinstance(token, int) for token in (*ends, pad)) or (copies > 1 and not config.do_sample):
+        return None
+    if streamer is not None and copies > 1:
+        return None
+    return Options(tokens, ends, pad, copies, _warpers(config), cache, processors, streamer)
+
+
+def _warpers(config: GenerationConfig) -> tuple[tuple[type, float], ...] | None:
+    """transformers' own, in its order and with its defaults."""
+    if not config.do_sample:
+        return None
+    found: list[tuple[type, float]] = []
+    if config.temperature is not None and config.temperature != 1.0:
+        found.append((TemperatureLogitsWarper, config.temperature))
+    top_k = 50 if config.top_k is None else config.top_k
+    if top_k != 0:
+        found.append((TopKLogitsWarper, top_k))
+    if config.top_p is not None and config.top_p < 1.0:
+        found.append((TopPLogitsWarper, config.top_p))
+    return tuple(found)
+
+
+class Decoding:
+    """The state of one answer to each row, on the device; nothing of it is read while a step is made.
+
+    Args:
+        cache: of the prompts.
+        options: what ends an answer and how a token is chosen.
+        device: of the LLM.
+        fixed: whether all of it is kept for other calls.
+    """
+
+    def __init__(self, cache: JointCache, options: Options, device: torch.device) -> None:
+        rows = cache.plan.rows * cache.plan.beams
+        room = cache.plan.room if cache.plan.fixed else options.tokens
+        self.cache = cache
+        self.pad = options.pad
+        self.warpers = None if options.warpers is None else [kind(value) for kind, value in options.warpers]
+        with torch.inference_mode(False):
+            self.ends_X = torch.tensor(options.ends, dtype=torch.long, device=device)
+            self.said_RN = torch.full((rows, room), options.pad, dtype=torch.long, device=device)
+            self.next_R1 = torch.zeros(rows, 1, dtype=torch.long, device=device)
+            self.positions_R1 = torch.zeros(rows, 1, dtype=torch.long, device=device)
+            self.ended_R = torch.zeros(rows, dtype=torch.bool, device=device)
+            self.lengths_R = torch.zeros(rows, dtype=torch.long, device=device)
+            self.count_1 = torch.zeros(1, dtype=torch.long, device=device)
+        self.logits_RV: Tensor | None = None
+        """Of the last token."""
+
+    def begin(self, last_B1: Tensor) -> None:
+        """Before the first token, given the positions of the prompts' last rows."""
+        self.said_RN.fill_(self.pad)
+        self.positions_R1.copy_(last_B1.repeat_interleave(self.cache.plan.beams, dim=0))
+        for state in (self.ended_R, self.lengths_R, self.count_1):
+            state.zero_()
+
+    def choose(self, logits_RV: Tensor) -> None:
+        """Take a token of each row by its logits; after the end of an answer it is padding."""
+        logits_RV = logits_RV.float()
+        if self.warpers is None:
+            next_R = logits_RV.argmax(-1)
+        else:
+            scores_RV = logits_RV
+            for warper in self.warpers:
+                scores_RV = warper(self.said_RN, scores_RV)
+            # what torch.multinomial does, which on a GPU looks at its input from the host
+            p_RV = F.softmax(scores_RV, dim=-1)
+            next_R = (p_RV / torch.empty_like(p_RV).exponential_(1)).argmax(-1)
+        next_R = next_R.masked_fill(self.ended_R, self.pad)
+        self.lengths_R += ~self.ended_R
+        if len(self.ends_X):
+            self.ended_R |= (next_R[:, None] == self.ends_X).any(1)
+        self.said_RN.index_copy_(1, self.count_1, next_R[:, None])
+        self.next_R1.copy_(next_R[:, None])
+        self.positions_R1 += 1
+        self.count_1 += 1
+        self.logits_RV = logits_RV
+
+    def step(self, lm: Any) -> None:
+        """One token more of each row."""
+        out = lm(
+            input_ids=self.next_R1,
+            position_ids=self.positions_R1,
+            past_key_values=self.cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        self.choose(out.logits[:, -1])

@@ -1,0 +1,146 @@
+"""Prompts and steps through an LLM with a `JointCache`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from pal.backbone.attention import without_cudnn
+from pal.backbone.cache import JointCache
+from pal.backbone.packed import PackedContext
+from pal.backbone.storage import ROOM, Plan, Prompts
+from pal.errors import PalError
+from pal.transfer import to_device
+from pal.types import LLMInputs
+
+if TYPE_CHECKING:
+    from pal.backbone.context import AudioContext, Geometry
+    from pal.backbone.llm import Backbone
+
+
+def prepared(llm: Geometry, inputs: LLMInputs, *, beams: int = 1, room: int = ROOM, fixed: bool = False) -> JointCache:
+    """A cache that has begun with prompts, padded on the left or packed.
+
+    Args:
+        llm: the LLM.
+        inputs: the prompts.
+        beams: rows that continue each.
+        room: rows that will be generated, as far as known.
+        fixed: whether no more than these will be.
+    """
+    prompts = prompts_of(inputs)
+    cache = JointCache(Plan.of(llm.windows, prompts, beams=beams, room=room, fixed=fixed))
+    cache.begin(inputs, prompts, query_dtype(llm, inputs.position_ids_BT.device))
+    return cache
+
+
+def prompts_of(inputs: LLMInputs) -> Prompts:
+    """How prompts lie."""
+    if isinstance(inputs.audio, PackedContext):
+        return Prompts.packed(inputs.audio)
+    return Prompts.padded(inputs.audio, inputs.attention_mask_BT, inputs.position_ids_BT)
+
+
+def cache_for(
+    audio: AudioContext, embeds_BTD: Tensor | None, valid_BT: Tensor | None, positions_BT: Tensor | None
+) -> JointCache | None:
+    """A cache for a forward that asks for one; None where its rows are not padded on the left, or incomplete."""
+    if embeds_BTD is None or valid_BT is None or positions_BT is None or valid_BT.ndim != 2:
+        return None
+    if not valid_BT.shape == positions_BT.shape == audio.rows_BT.shape or not bool(valid_BT[:, -1].all()):
+        return None
+    return prepared(audio.llm, LLMInputs(embeds_BTD, positions_BT, valid_BT, audio, None))
+
+
+def read_prompts(llm: Backbone, cache: JointCache, inputs: LLMInputs) -> Tensor:
+    """Put the prompts that a cache has begun with through the LLM; logits [B, V] of what follows them."""
+    out = llm.lm(**as_given(cache, inputs), past_key_values=cache, use_cache=True, logits_to_keep=1)
+    logits_BV: Tensor = out.logits[:, -1]
+    return logits_BV
+
+
+def as_given(cache: JointCache | None, inputs: LLMInputs) -> dict[str, Any]:
+    """Prompts as a causal LLM's forward takes them; of packed ones, which the cache has, what stands for them."""
+    if cache is None or not isinstance(inputs.audio, PackedContext):
+        rows, valid_BT, positions_BT = inputs.inputs_embeds_BTD, inputs.attention_mask_BT, inputs.position_ids_BT
+    else:
+        prompts = prompts_of(inputs)
+        device = inputs.position_ids_BT.device
+        valid_BT, positions_BT = (to_device(x.long(), device) for x in (prompts.valid_BT, prompts.positions_BT))
+        rows = inputs.inputs_embeds_BTD.new_zeros(1, 1, 1).expand(*prompts.shape, inputs.inputs_embeds_BTD.shape[-1])
+    given: dict[str, Any] = {"inputs_embeds": rows, "attention_mask": valid_BT, "position_ids": positions_BT}
+    return given
+
+
+def through_cache(
+    forward: Callable[..., Any],
+    cache: JointCache,
+    input_ids: Tensor | None,
+    inputs_embeds: Tensor | None,
+    attention_mask: Tensor | None,
+    position_ids: Tensor | None,
+    kwargs: dict[str, Any],
+    compiled: bool,
+) -> Any:
+    """A causal LLM's forward with a cache of ours: the prompts, each once, or one row more of each beam.
+
+    Args:
+        forward: transformers'.
+        cache: what is stored so far.
+        input_ids: of the rows, or
+        inputs_embeds: the rows [B, Q, D].
+        attention_mask: [B, K] over all rows so far; the cache knows it in a step.
+        position_ids: [B, Q] of the rows.
+        kwargs: what else the forward takes.
+        compiled: whether layers are; those of a step run as they are written.
+    """
+    if position_ids is None:
+        raise PalError("a forward with audio needs position_ids: positions have gaps that cannot be guessed")
+    given: dict[str, Any] = {"input_ids": input_ids, "inputs_embeds": inputs_embeds, "position_ids": position_ids}
+    with without_cudnn():
+        if cache.begun:
+            given |= {"attention_mask": cache.no_mask, "past_key_values": cache, "audio": cache.step(position_ids)}
+            # lengths and places change from step to step, so that compiled layers would be compiled for each
+            with torch.compiler.set_stance("force_eager") if compiled else nullcontext():
+                return forward(**given, **kwargs)
+        beams = cache.plan.beams if position_ids.shape[0] > cache.plan.rows else 1
+        if cache.packed is not None:
+            out = _read_packed(forward, cache, cache.packed, kwargs)
+        else:
+            given = {name: None if x is None else x[::beams] for name, x in given.items()}
+            # transformers drops a mask of ones
+            mask = (torch.ones_like(position_ids) if attention_mask is None else attention_mask)[::beams]
+            if cache.context is not None:
+                kwargs = {**kwargs, "audio": cache.context.view(mask, given["position_ids"])}
+            out = forward(**given, attention_mask=mask, past_key_values=cache, **kwargs)
+        cache.end_prompts()
+        if beams > 1:
+            out.logits = out.logits.repeat_interleave(beams, dim=0)
+        return out
+
+
+def _read_packed(forward: Callable[..., Any], cache: JointCache, inputs: LLMInputs, kwargs: dict[str, Any]) -> Any:
+    audio = inputs.audio
+    assert isinstance(audio, PackedContext)
+    given: dict[str, Any] = {
+        "inputs_embeds": inputs.inputs_embeds_BTD,
+        "position_ids": inputs.position_ids_BT,
+        "attention_mask": audio.mask(inputs.attention_mask_BT),
+    }
+    if not audio.segments:  # each has a row of its own in the batch
+        return forward(**given, past_key_values=cache, audio=audio, **kwargs)
+    lasts = torch.tensor([sum(audio.lengths[: b + 1]) - 1 for b in range(len(audio.lengths))])
+    kwargs["logits_to_keep"] = to_device(lasts, inputs.position_ids_BT.device)
+    out = forward(**given, past_key_values=cache, audio=audio, **kwargs)
+    out.logits = out.logits.transpose(0, 1)
+    return out
+
+
+def query_dtype(llm: Geometry, device: torch.device) -> torch.dtype:
+    """What attention computes in."""
+    autocast = torch.is_autocast_enabled(device.type)
+    return torch.get_autocast_dtype(device.type) if autocast else llm.dtype
