@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from pal.backbone.context import AudioContext
 from pal.bench.flops import flop_counter
 from pal.types import AUDIO, Batch, Tokens
 
@@ -166,12 +167,17 @@ def counts(
             in which nothing is compiled.
     """
     counter, held = flop_counter(), _Held(weights)
+
+    def run() -> None:
+        made = forward()
+        if backward is not None:
+            backward(made)
+
     if compiled:
         with torch.compiler.set_stance("force_eager"), counter:
-            made = forward()
-            if backward is not None:
-                backward(made)
-        del made
+            run()
+        # compiles, which is not the step's own work, and cannot be done under the hooks below
+        run()
 
     def step() -> None:
         with nullcontext() if compiled else counter:
@@ -182,8 +188,6 @@ def counts(
                 backward(made)
 
     saved: list[int] = []
-    if compiled:
-        step()  # compiles, which is not the step's own work
     peak = peak_bytes(step, device)
     return Counts(counter.get_total_flops(), saved[-1], peak)
 
@@ -328,7 +332,7 @@ def audio_cache_bytes(model: PalModel, samples_N: Tensor, row: Tokens) -> int:
     with torch.inference_mode():
         inputs = model.inputs([samples_N], [row])
         stored = 0
-        if inputs.audio is not None:
+        if isinstance(inputs.audio, AudioContext):
             built = [keys.built or {} for keys in inputs.audio.prebuilt().keys]
             stored = sum(tensor.nbytes for layers in built for pair in layers.values() for tensor in pair)
     llm = model.llm

@@ -22,8 +22,8 @@ from transformers import (
 from transformers.models.mllama.configuration_mllama import MllamaTextConfig
 
 from pal.backbone.llm import Backbone
+from pal.backbone.regions import compile_layers
 from pal.bench.presets import Preset
-from pal.bench.regions import compile_layers
 from pal.bench.scene import Scene, Side
 from pal.bench.subjects import Reading, Subject
 from pal.encoders.base import Encoder
@@ -104,9 +104,9 @@ class Peer(Subject):
         made = self.forward(scene, keep=keep_X, use_cache=False)
         return F.cross_entropy(made.logits_BXV.float().flatten(0, 1), scene.text_BT[:, -scene.answer :].flatten())
 
-    def compile(self) -> None:
+    def compile(self, **options: Any) -> None:
         """Each of its layers, as ours are."""
-        compile_layers(self.lm.model.layers)
+        compile_layers((layer for layer in self.lm.model.layers if "forward" not in vars(layer)), **options)
 
     def mask(self, scene: Scene) -> Tensor:
         """Of rows that are all real."""

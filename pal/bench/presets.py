@@ -72,6 +72,8 @@ class Preset(StrictConfig):
     """What a training step trains: the LLM and the integration's weights (the paper's joint stage), or the latter."""
     compiled: bool = False
     """Whether `torch.compile` compiles the LLM's layers for prefill and training; decoding runs as it is."""
+    compiler: str | None = None
+    """torch.compile's backend; None for its own choice."""
     seconds: float | None = Field(default=None, gt=0)
     """What has not begun by then is left out."""
 

@@ -126,7 +126,7 @@ def _table(rows: Sequence[Row], rate: float | None) -> list[str]:
                 f"{row.parameters:,}",
             )
         )
-    return _markdown(_HEAD, lines, left=2)
+    return markdown_table(_HEAD, lines, left=2)
 
 
 def _check_lines(result: Result) -> list[str]:
@@ -136,12 +136,13 @@ def _check_lines(result: Result) -> list[str]:
     for kind, title in titles.items():
         of_kind = [check for check in made if check.kind == kind]
         if of_kind:
-            lines += ["", f"## {title}", "", *_markdown(_CHECK_HEAD, [_check_row(check) for check in of_kind], left=5)]
+            rows = [_check_row(check) for check in of_kind]
+            lines += ["", f"## {title}", "", *markdown_table(_CHECK_HEAD, rows, left=5)]
     on_paper = [check for check in made if check.kind == "closed form"]
     off = [check for check in on_paper if not check.ok]
     lines += ["", "## The cost model, counted operations and measured bytes", ""]
     lines += [f"{len(on_paper) - len(off)} of {len(on_paper)} agree; the others are marked.", ""]
-    return lines + _markdown(_PAPER_HEAD, _paper_rows(on_paper), left=3)
+    return lines + markdown_table(_PAPER_HEAD, _paper_rows(on_paper), left=3)
 
 
 _PAPER_HEAD = (
@@ -189,7 +190,7 @@ def _check_row(check: Check) -> tuple[str, ...]:
     )
 
 
-def _markdown(head: Sequence[str], rows: Iterable[Sequence[str]], left: int) -> list[str]:
+def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]], left: int) -> list[str]:
     """A Markdown table whose first columns are words and whose others are numbers."""
     rule = ["---" if i < left else "--:" for i in range(len(head))]
     return ["| " + " | ".join(cells) + " |" for cells in (head, rule, *rows)]

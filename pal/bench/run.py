@@ -24,7 +24,6 @@ from pal.bench.machine import check_device, machine, product_rate
 from pal.bench.measure import Counts, Seconds, counts, give_back_freed_memory, keep_freed_memory, round_seconds
 from pal.bench.peers import Mllama, Plain, Qwen2Audio, plain_lm
 from pal.bench.presets import Length, Phase, Place, Preset, Scope
-from pal.bench.regions import many_graphs
 from pal.bench.scene import Scene, make_scene
 from pal.bench.subjects import Attached, Reading, Subject, attached
 from pal.encoders.base import Encoder
@@ -156,7 +155,9 @@ class Bench:
         self.result = result
         self.bar = bar
         self.keep = keep
-        self.started = time.monotonic()
+        self.seconds, self.started = preset.seconds, time.monotonic()
+        self._scene: tuple[Any, Scene] | None = None
+        self._subjects: dict[Encoder | None, list[Subject]] = {}
         self.device = torch.device(preset.device)
 
     def measure(self, scope: Scope) -> None:
@@ -170,13 +171,20 @@ class Bench:
         ahead = sum(paper.flops * self._passes(place.phase) for place in places for paper in papers[place].values())
         self.bar.total = (self.bar.total or 0) + ahead
         for place in places:
-            scene = make_scene(preset, place.batch, place.length, self.llm.vocab, encoder)
+            scene = self.scene(place, encoder)
             here = _Place(self, scope, scene, place.phase, encoder, papers[place])
-            if preset.seconds is not None and time.monotonic() - self.started > preset.seconds:
-                here.leave_out(subjects, f"not begun within {preset.seconds:g} s")
+            if self.seconds is not None and time.monotonic() - self.started > self.seconds:
+                here.leave_out(subjects, f"not begun within {self.seconds:.0f} s")
             else:
                 here.measure(subjects)
             self.keep(self.result)
+
+    def scene(self, place: Place, encoder: Encoder | None) -> Scene:
+        """What is read at a place; the last one is kept for other phases."""
+        about = (place.batch, place.length, encoder)
+        if self._scene is None or self._scene[0] != about:
+            self._scene = (about, make_scene(self.preset, place.batch, place.length, self.llm.vocab, encoder))
+        return self._scene[1]
 
     def _papers(self, place: Place, subjects: Sequence[Subject], encoder: Encoder | None) -> dict[str, OnPaper]:
         scene = make_scene(self.preset, place.batch, place.length, self.llm.vocab, encoder, shapes=True)
@@ -194,7 +202,27 @@ class Bench:
         return encoder.to(getattr(torch, self.preset.dtype)).eval()
 
     def subjects(self, encoder: Encoder | None) -> list[Subject]:
-        """Each variant, and next to `plits` and `text` the plain LLM on the same rows."""
+        """Each variant, and next to `plits` and `text` the plain LLM on the same rows; made once."""
+        if encoder not in self._subjects:
+            self._subjects[encoder] = self._made(encoder)
+        return self._subjects[encoder]
+
+    def give(self, seconds: float) -> None:
+        """So much time from now on, in place of the preset's."""
+        self.seconds, self.started = seconds, time.monotonic()
+
+    def tidy(self, always: bool = False) -> None:
+        """Give memory back to the system where it is scarce."""
+        if self.device.type == "cuda":
+            # every block that is given back has to be asked for again
+            total = torch.cuda.get_device_properties(self.device).total_memory
+            if always or torch.cuda.memory_reserved(self.device) > total / 2:
+                gc.collect()
+                torch.cuda.empty_cache()
+        elif self.preset.repeats:
+            give_back_freed_memory()
+
+    def _made(self, encoder: Encoder | None) -> list[Subject]:
         preset, llm = self.preset, self.llm
         found: list[Subject] = []
         for variant in preset.variants:
@@ -218,7 +246,7 @@ class Bench:
             encoder.requires_grad_(False)
         if preset.compiled:
             for subject in found:
-                subject.compile()
+                subject.compile(**({} if preset.compiler is None else {"backend": preset.compiler}))
         return found
 
 
@@ -258,7 +286,7 @@ class _Place:
                     if self.preset.repeats:
                         timed[subject.name] = self._timed(subject)
                 why = guard.why
-                self._tidy()
+                self.bench.tidy()
             self._advance(subject, 1 if why is None else self.bench._passes(self.phase))
             if why is not None:
                 looked.pop(subject.name, None)
@@ -273,7 +301,7 @@ class _Place:
             self.bench.result.paper[name, row.place] = self.papers[name]
         timed.clear()
         self._readings.clear()
-        self._tidy()
+        self.bench.tidy()
 
     def leave_out(self, subjects: Sequence[Subject], why: str) -> None:
         """Say of these that they are not measured here."""
@@ -293,7 +321,7 @@ class _Place:
         """Operations and bytes of the phase, and the bytes of its keys and values."""
         weights = self._weights(subject)
         if self.phase == "train":
-            with _training(subject, self.preset.train):
+            with training(subject, self.preset.train):
                 found = counts(
                     lambda: subject.loss(self.scene),
                     backward=lambda loss: loss.backward(),
@@ -312,7 +340,7 @@ class _Place:
                     compiled=self.preset.compiled,
                 )
                 return found, kept[-1].kv_bytes()
-            with _eager():
+            with eager():
                 reading = self._readings[subject.name] = self._prompt(subject)
                 kv = reading.kv_bytes()
                 found = counts(lambda: subject.write(reading, 1), weights=weights, device=self.bench.device)
@@ -329,7 +357,7 @@ class _Place:
         if self.phase == "train":
 
             def step() -> None:
-                with _training(subject, self.preset.train):
+                with training(subject, self.preset.train):
                     subject.loss(self.scene).backward()
 
             return step
@@ -353,7 +381,7 @@ class _Place:
                     failed[name] = guard.why
 
         steps = {name: partial(guarded, name, step) for name, step in timed.items()}
-        with _eager() if self.phase.startswith("decode") else nullcontext():
+        with eager() if self.phase.startswith("decode") else nullcontext():
             # memory was given back after each was looked at; a round that does not count has it made again
             for rounds in (1, self.preset.repeats) if timed else ():
                 found = round_seconds(
@@ -415,17 +443,7 @@ class _Place:
         except Exception as error:
             guard.why = where_it_failed(error)
         if guard.why is not None:
-            self._tidy(always=True)
-
-    def _tidy(self, always: bool = False) -> None:
-        if self.bench.device.type == "cuda":
-            # every block that is given back has to be asked for again
-            total = torch.cuda.get_device_properties(self.bench.device).total_memory
-            if always or torch.cuda.memory_reserved(self.bench.device) > total / 2:
-                gc.collect()
-                torch.cuda.empty_cache()
-        elif self.preset.repeats:
-            give_back_freed_memory()
+            self.bench.tidy(always=True)
 
     def _advance(self, subject: Subject, passes: int) -> None:
         self.bench.bar.update(self.papers[subject.name].flops * passes)
@@ -437,7 +455,7 @@ class _Guard:
 
 
 @contextmanager
-def _training(subject: Subject, train: str) -> Iterator[None]:
+def training(subject: Subject, train: str) -> Iterator[None]:
     """What is trained requires gradients inside; afterwards nothing does, and none is kept."""
     trained = subject.trained(train)
     for parameter in trained:
@@ -459,7 +477,15 @@ def where_it_failed(error: BaseException) -> str:
     return f"{type(error).__name__}: {said[:300]}{place if frames else ''}"
 
 
-def _eager() -> Any:
+@contextmanager
+def many_graphs() -> Iterator[None]:
+    """Room for the graphs of all variants; one that fills a cache has one for each layer."""
+    with torch._dynamo.config.patch(recompile_limit=512, accumulated_recompile_limit=8192):
+        yield
+
+
+def eager() -> Any:
+    """Nothing compiled inside, though it is."""
     return torch.compiler.set_stance("force_eager")
 
 
