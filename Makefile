@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: demo test lint format bench bench-gpu full-size full-evaluation cross-product mutants install
+.PHONY: demo test lint format bench bench-gpu gpu full-size full-evaluation cross-product mutants install
 .DEFAULT_GOAL := demo
 
 demo: $(STAMP)
@@ -29,6 +29,11 @@ bench: $(STAMP)
 bench-gpu: $(STAMP)
 	$(BIN)/pal bench --preset gpu --out runs/bench-gpu
 	$(BIN)/pal bench --preset gpu-3b --out runs/bench-gpu-3b
+
+# Values, launches and waits, and the benchmark with its goals, on one GPU in under 8 minutes; status 1 where something
+# is not as it should be. `python -m pal.bench.gpu` does the same from a source tree on PYTHONPATH.
+gpu: $(STAMP)
+	$(BIN)/python -m pal.bench.gpu --out runs/gpu
 
 # Llama-3.2-1B's shape with Whisper-small's on this machine: minutes, and several gigabytes.
 full-size: $(STAMP)

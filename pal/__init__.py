@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,22 @@ from pal.hf import lazy
 if TYPE_CHECKING:
     from pal.model import PalModel
 
-__version__ = version("pal-audio")
+
+def _version() -> str:
+    """Of the installed package; of a source tree that is only on the path, what its pyproject.toml says."""
+    try:
+        return version("pal-audio")
+    except PackageNotFoundError:
+        import tomllib
+
+        project = Path(__file__).resolve().parents[1] / "pyproject.toml"
+        try:
+            return str(tomllib.loads(project.read_text(encoding="utf-8"))["project"]["version"])
+        except (OSError, tomllib.TOMLDecodeError, KeyError):
+            return "unknown"
+
+
+__version__ = _version()
 
 lazy.watch()
 
