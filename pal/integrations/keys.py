@@ -22,25 +22,29 @@ class ProjectedKeys:
         self._features = features
         self._projectors = projectors
         self._llm = llm
+        if not llm.packs:
+            _ = self._padded  # not in a layer that asks, which may be made again in the backward pass, but this is kept
 
     @cached_property
-    def _x_UAE(self) -> Tensor:
+    def _padded(self) -> Tensor:
+        """Features [U, A, E]."""
         return zeroed(self._features)
 
     @cached_property
-    def _x_ME(self) -> Tensor:
+    def _packed(self) -> Tensor:
+        """The same without padding: [M, E]."""
         return real_tokens(self._features)
 
     def keys_values(self, layer: int) -> tuple[Tensor, Tensor]:
         """Keys before RoPE and values, each [U, G, A, C]."""
         folded = self._projectors.folded(layer, self._llm)
         if folded is not None:
-            return self._llm.folded_kv(layer, folded, self._projectors.inside(layer)(self._x_UAE))
-        return self._llm.project_kv(layer, self._projectors.of(layer)(self._x_UAE))
+            return self._llm.folded_kv(layer, folded, self._projectors.inside(layer)(self._padded))
+        return self._llm.project_kv(layer, self._projectors.of(layer)(self._padded))
 
     def projection(self, layer: int) -> Projection:
         """The same for the clips' real tokens alone, to be made in the layer."""
-        return self._llm.projection(layer, self._projectors.of(layer), self._x_ME)
+        return self._llm.projection(layer, self._projectors.of(layer), self._packed)
 
 
 def real_tokens(features: AudioFeatures) -> Tensor:
