@@ -68,6 +68,16 @@ def test_a_ragged_batch(integration: Any) -> None:
     assert ours < shared < ours + single[1] + operations([Work(replace(batch, rows=[batch.rows[3]]), [], 0)])
 
 
+def test_text_before_a_clip_does_not_hear_it() -> None:
+    made = test_plan.recipe("lal", test_plan.STAGES["projectors"])
+    model, batch = test_plan.prepared(made)
+    operations = Operations(made, made.stages[0], model)
+    first, last = batch.rows[:1], [Tokens([*batch.rows[0].ids[1:], AUDIO], [0], batch.rows[0].labels)]
+    behind, before = (operations([Work(replace(batch, rows=rows), [], 0)]) for rows in (first, last))
+    attention = 4 * test_plan.TEXT * 100 * 6 * 24 * 4  # two products with 100 keys of 6 heads of 24, in 4 layers
+    assert behind - before == pytest.approx(attention * (1 + 2.5), rel=0.05)
+
+
 @pytest.mark.parametrize("stage", ["projectors", "lora", "llm"])
 def test_what_a_stage_trains_counts(stage: str) -> None:
     made = test_plan.recipe("lal", {**test_plan.STAGES[stage], "recompute_audio": False})

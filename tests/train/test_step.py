@@ -16,6 +16,7 @@ from pal.backbone.llm import Backbone
 from pal.train import loop, run
 from pal.train.masters import Masters
 from pal.train.objectives import Outcome
+from pal.train.processes import Hosts
 from pal.train.step import Told, Update
 from tests.train.tiny import recipe
 
@@ -112,6 +113,23 @@ def test_several_processes_do_what_one_does(processes: int) -> None:
     moved, step = stepped([piece(1.0, 2.0, 6.0)], processes=processes)
     assert moved == pytest.approx(3.0)
     assert step.loss == pytest.approx(30.0) and step.items == 3 * processes
+
+
+def test_what_one_process_is_asked_all_know() -> None:
+    class Asked(Processes):
+        def sum(self, *numbers: float) -> list[float]:
+            items, stop, late = super().sum(*numbers)
+            return [items, stop + 1, late]  # another process was asked to stop
+
+    line, fake = Line(), Asked(2)
+    update = updating(line, torch.optim.SGD(line.parameters(), lr=1.0, fused=True))
+    update.hosts = fake  # type: ignore[assignment]
+    assert update([piece(1.0)], False, False).flags == [True, False]
+    assert update([piece(1.0)], False, True).flags == [True, True]
+
+
+def test_one_process_tells_itself() -> None:
+    assert Hosts(1).sum(3, False, True) == [3.0, 0.0, 1.0]
 
 
 @pytest.mark.parametrize(("most", "moves"), [(0.5, 0.5), (2.0, 2.0), (100.0, 3.0), (None, 3.0)])
