@@ -291,27 +291,34 @@ def take(x_X: Tensor, index_Y: Tensor, back: tuple[Tensor, ...]) -> Tensor:
         back: for each entry the places in the result where it stands, [X] each, Y for none. The gradient is then
             gathered, too, in a fixed order and without atomic additions. Without it, it is scattered.
     """
-    if not back:
+    if not torch.is_grad_enabled() or not back:  # compiled, the function below cannot be traced without gradients
         return x_X.index_select(0, index_Y)
-    taken: Tensor = _Take.apply(x_X, index_Y, *back)
+    first, second, third = (*back, None, None)[:3]
+    taken: Tensor = _Take.apply(x_X, index_Y, first, second, third)
     return taken
 
 
 class _Take(torch.autograd.Function):
+    # as many places as `segments.COPIES`, by name: a compiled layer cannot trace any number of them
+
     @staticmethod
-    def forward(ctx: Any, x_X: Tensor, index_Y: Tensor, *back: Tensor) -> Tensor:
-        ctx.save_for_backward(*back)
+    def forward(
+        ctx: Any, x_X: Tensor, index_Y: Tensor, first_X: Tensor, second_X: Tensor | None, third_X: Tensor | None
+    ) -> Tensor:
+        ctx.save_for_backward(first_X, second_X, third_X)
         return x_X.index_select(0, index_Y)
 
     @staticmethod
     def backward(ctx: Any, grad_Y: Tensor) -> Any:
+        first_X, second_X, third_X = ctx.saved_tensors
         # a row of zeros at the end, for entries that stand nowhere
         grad_Y = F.pad(grad_Y, (0, 0) * (grad_Y.ndim - 1) + (0, 1))
-        first, *more = ctx.saved_tensors
-        grad_X = grad_Y.index_select(0, first)
-        for back_X in more:
-            grad_X = grad_X + grad_Y.index_select(0, back_X)
-        return grad_X, None, *(None for _ in ctx.saved_tensors)
+        grad_X = grad_Y.index_select(0, first_X)
+        if second_X is not None:
+            grad_X = grad_X + grad_Y.index_select(0, second_X)
+        if third_X is not None:
+            grad_X = grad_X + grad_Y.index_select(0, third_X)
+        return grad_X, None, None, None, None
 
 
 def flat(k_UGAC: Tensor, v_UGAC: Tensor) -> tuple[Tensor, Tensor]:

@@ -106,13 +106,17 @@ def _packed(
     keys = [_KeyMoves(i, streams[i], placed, conversations, moves) for i in joining] if heard else []
     moves.go(llm.device)
 
-    table_XD = _table(llm, moves[token_ids], streams)
-    if table is not None:
-        table_XD = take(table_XD, moves[table[0]], tuple(moves[at] for at in table[1]))
     shape = (len(rows), lengths[0]) if equal else (1, sum(lengths))
+    if table is None:
+        embeds_BTD = llm.embed(moves[token_ids].view(shape))
+    else:
+        table_XD = _table(llm, moves[token_ids], streams)
+        table_XD = take(table_XD, moves[table[0]], tuple(moves[at] for at in table[1]))
+        # no view: a compiled layer would be one graph for views and another for what the layers make
+        embeds_BTD = table_XD.view(*shape, -1).clone()
     order = {kind: number for number, kind in enumerate(laid)}
     return LLMInputs(
-        inputs_embeds_BTD=table_XD.view(*shape, -1),
+        inputs_embeds_BTD=embeds_BTD,
         position_ids_BT=moves[positions].long().view(shape),
         attention_mask_BT=torch.ones(shape, dtype=torch.long, device=llm.device),
         audio=PackedContext(

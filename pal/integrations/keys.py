@@ -51,7 +51,7 @@ def real_tokens(features: AudioFeatures) -> Tensor:
     """The real tokens of all clips, one after the other: [M, E]."""
     x_XE = features.x_BAE.flatten(0, 1)
     if not features.padded:
-        return x_XE
+        return x_XE.clone()  # no view: a compiled layer would be one graph for views and another for the rest
     width = features.x_BAE.shape[1]
     index_M = np.concatenate([clip * width + np.arange(count) for clip, count in enumerate(features.lengths)])
     index, back = move([index_M, where(index_M, len(x_XE))[0]], x_XE.device)
