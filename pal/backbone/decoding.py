@@ -31,6 +31,7 @@ _OFF = {
     "diversity_penalty": 0.0,
     "typical_p": 1.0,
     "min_length": 0,
+    "no_repeat_ngram_size": 0,
 }
 """Values with which an option changes nothing, beside False."""
 
@@ -74,7 +75,10 @@ def options_of(config: GenerationConfig | None, kwargs: Mapping[str, Any]) -> Op
     processors = list(more.pop("logits_processor", ()))
     streamer = more.pop("streamer", None)
     more.pop("generation_config", None)
-    follows = all(name in _OURS or _OFF.get(name, False) == value for name, value in given.items())
+    # not ==, by which a token's id of 0 would be False
+    follows = all(
+        name in _OURS or (_OFF[name] == value if name in _OFF else value is False) for name, value in given.items()
+    )
     if more or not follows or not all(getattr(one, "only_watches", False) for one in processors):
         return None
     tokens, copies, cache = config.max_new_tokens, config.num_return_sequences or 1, config.cache_implementation

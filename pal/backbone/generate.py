@@ -36,7 +36,8 @@ if TYPE_CHECKING:
     from pal.backbone.llm import Backbone
 
 LOOK = 16
-"""Steps after which the host asks a GPU whether all rows have ended; on a CPU asking costs nothing, and it is 1."""
+"""Steps of a CUDA graph after which the host asks whether all rows have ended. Without a graph a GPU is asked four times
+as often, since it waits for the host anyway; on a CPU asking costs nothing, and it is 1."""
 STATIC_FROM = 32
 """New tokens from which on a GPU decodes with a static cache unless told otherwise: making a CUDA graph takes as long
 as some ten tokens, and is made once for prompts of like length."""
@@ -71,8 +72,10 @@ def generate(llm: Backbone, inputs: LLMInputs, **kwargs: Any) -> Tensor:
 
 def stream(llm: Backbone, inputs: LLMInputs, tokenizer: PreTrainedTokenizerBase, **kwargs: Any) -> Iterator[str]:
     """`generate` for one row, as pieces of text when they are ready; together they equal its whole text."""
-    if inputs.inputs_embeds_BTD.shape[0] != 1:
-        raise PalError(f"streaming takes one conversation, got {inputs.inputs_embeds_BTD.shape[0]}")
+    packed = isinstance(inputs.audio, PackedContext)
+    rows = len(inputs.audio.lengths) if packed else len(inputs.inputs_embeds_BTD)  # type: ignore[union-attr]
+    if rows != 1:
+        raise PalError(f"streaming takes one conversation, got {rows}")
     streamer = TextIteratorStreamer(tokenizer, skip_special_tokens=True)
     failures: list[BaseException] = []
 
@@ -127,7 +130,7 @@ def _by_transformers(
 
 
 def _decode(llm: Backbone, inputs: LLMInputs, options: Options) -> Tensor:
-    gpu = llm.device.type == "cuda"
+    gpu = graphs.possible(llm.device)
     fixed = options.cache == "static" or (options.cache is None and gpu and options.tokens >= STATIC_FROM)
     prompts = prompts_of(inputs)
     room = options.tokens if fixed else min(options.tokens, ROOM)
@@ -138,7 +141,7 @@ def _decode(llm: Backbone, inputs: LLMInputs, options: Options) -> Tensor:
     logits_RV = read_prompts(llm, state.cache, inputs).repeat_interleave(options.copies, dim=0)
     state.begin(to_device(prompts.positions_BT[:, -1:], llm.device))
     graph = graphs.Stepper(llm, state, kept) if fixed and gpu else None
-    look = LOOK if gpu else 1
+    look = 1 if not gpu else LOOK // 4 if graph is None else LOOK
     if options.streamer is not None:
         options.streamer.put(torch.zeros(plan.rows, 0, dtype=torch.long))
     for count in range(options.tokens):

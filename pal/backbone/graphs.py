@@ -37,6 +37,11 @@ class Kept:
 _kept: WeakKeyDictionary[Backbone, OrderedDict[Hashable, Kept]] = WeakKeyDictionary()
 
 
+def possible(device: torch.device) -> bool:
+    """Whether a device has graphs."""
+    return device.type == "cuda"
+
+
 def borrow(llm: Backbone, plan: Plan, options: Options) -> Kept | None:
     """Buffers of an equal plan, with their graph; nobody else has them until they are given back."""
     return _kept.get(llm, OrderedDict()).pop(_key(llm, plan, options), None)
@@ -44,8 +49,6 @@ def borrow(llm: Backbone, plan: Plan, options: Options) -> Kept | None:
 
 def give_back(llm: Backbone, plan: Plan, options: Options, state: Decoding, stepper: Stepper | None) -> None:
     """Keep buffers for another call."""
-    if llm.device.type != "cuda":  # nothing is gained
-        return
     state.cache.end()
     state.logits_RV = None
     mine = _kept.setdefault(llm, OrderedDict())
@@ -114,7 +117,7 @@ def _made_of(llm: Backbone, state: Decoding) -> Hashable | None:
             if module.training or module._forward_hooks or len(module._forward_pre_hooks) > own:
                 return None
             found.append(id(module))
-            if hasattr(module, "active_adapters"):  # PEFT's layers
+            if hasattr(module, "merged") and hasattr(module, "scaling"):  # PEFT's layers
                 adapters = (module.active_adapters, module.disable_adapters, module.merged, module.scaling)
                 found.append(repr(adapters))
         found += [weight.data_ptr() for weight in (*part.parameters(), *part.buffers())]

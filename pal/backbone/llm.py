@@ -23,7 +23,7 @@ from transformers import (
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from pal.backbone import adapters, regions
+from pal.backbone import adapters, graphs, regions
 from pal.backbone.attention import NAME, without_cudnn
 from pal.backbone.cache import JointCache, Step
 from pal.backbone.context import AudioContext, AudioView, Rope
@@ -270,6 +270,8 @@ class Backbone(nn.Module):
         PEFT says by this call that its adapters are in place.
         """
         super().train(mode)
+        if mode:
+            graphs.forget(self)
         adapters.check(*self._ends())
         self.note_ties()
         if self.lm.config.tie_word_embeddings and adapters.part(*self._ends()):
