@@ -8,7 +8,7 @@ from typing import Literal
 
 from pal.bench.goals import BY_PRESET, RATE, Quantity
 from pal.bench.presets import Length
-from pal.bench.run import BASELINES, Result, Row
+from pal.bench.result import BASELINES, Result, Row
 
 AGREE = 0.10
 """Disagreement of a measurement with its closed form from which on it is flagged."""

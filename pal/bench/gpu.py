@@ -23,7 +23,8 @@ from pal.bench.launches import StepCount, count_steps
 from pal.bench.machine import check_device, machine
 from pal.bench.presets import PRESETS, Phase, Preset
 from pal.bench.report import markdown_table, to_dict, to_markdown
-from pal.bench.run import Bench, Result, opened, where_it_failed
+from pal.bench.result import Result, where_it_failed
+from pal.bench.run import Bench, opened
 from pal.bench.values import LIMITS, TOY, Compared, Size, compare
 from pal.errors import PalError
 from pal.files import write_text

@@ -15,8 +15,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pal.bench.machine import settle
+from pal.bench.place import eager, training
 from pal.bench.presets import Length, Place
-from pal.bench.run import Bench, eager, training, where_it_failed
+from pal.bench.result import where_it_failed
+from pal.bench.run import Bench
 from pal.bench.scene import Scene
 from pal.bench.subjects import Attached, Subject
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pal.bench.checks import Check, checks
-from pal.bench.run import Result, Row
+from pal.bench.result import Result, Row
 from pal.errors import PalError
 from pal.files import write_bytes, write_text
 

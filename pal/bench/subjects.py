@@ -21,6 +21,7 @@ from pal.bench.presets import Preset
 from pal.bench.scene import Scene
 from pal.integrations.base import Integration, Route
 from pal.registry import build
+from pal.transfer import to_device
 from pal.types import LLMInputs
 
 INTEGRATIONS: dict[str, dict[str, Any]] = {
@@ -123,7 +124,7 @@ class Attached(Subject):
     def inputs(self, scene: Scene, trains: bool) -> LLMInputs:
         """As the product makes them: without padding where the backbone takes that."""
         features = scene.features() if self._hears else None
-        side: Any = "none" if packs(self.llm) else "right" if trains else "left"
+        side: Any = "none" if self.llm.packs else "right" if trains else "left"
         return self.integration(features, scene.rows(self._hears, trains), self.llm, side)
 
     def read(self, scene: Scene, tokens: int = ROOM, fixed: bool = False) -> Reading:
@@ -138,7 +139,7 @@ class Attached(Subject):
         cache = prepared(llm, inputs, room=tokens if fixed else min(tokens, ROOM), fixed=fixed)
         logits_BV = read_prompts(llm, cache, inputs)
         state = Decoding(cache, Options(tokens), llm.device)
-        last_B1 = prompts_of(inputs).positions_BT[:, -1:].to(llm.device)
+        last_B1 = to_device(prompts_of(inputs).positions_BT[:, -1:], llm.device)
         state.begin(last_B1)
         stepper = Stepper(llm, state, None) if fixed and llm.device.type == "cuda" else None
         return Reading(logits_BV, cache, inputs.attention_mask_BT, last_B1 + 1, state, stepper)
@@ -161,11 +162,6 @@ class Attached(Subject):
         """The model's own."""
         total, tokens = self.llm.loss(self.inputs(scene, trains=True))
         return total / tokens
-
-
-def packs(llm: Backbone) -> bool:
-    """Whether rows of different lengths need no padding here."""
-    return bool(getattr(llm, "packs", False))
 
 
 def attached(name: str, llm: Backbone, preset: Preset) -> Attached:

@@ -14,12 +14,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from pal.backbone.generate import padded_left
 from pal.backbone.llm import Backbone
-from pal.bench.run import many_graphs, where_it_failed
-from pal.bench.subjects import packs
+from pal.backbone.reading import prepared, read_prompts
+from pal.bench.place import many_graphs
+from pal.bench.result import where_it_failed
 from pal.integrations.base import Integration
 from pal.integrations.routed import Stream, build_integration
-from pal.types import AUDIO, IGNORE, AudioFeatures, Tokens
+from pal.types import AUDIO, IGNORE, AudioFeatures, LLMInputs, Tokens
 
 Given = tuple[list[AudioFeatures], list[Tokens]]
 """Clips for each stream, and conversations about them."""
@@ -166,18 +168,18 @@ def _compare(case: Case, size: Size, device: torch.device) -> Compared | None:
     if _pointless(case, device):
         return None
     llm, integration = _models(case.family, case.integration, size, str(device), case.dtype, case.compiled)
-    if case.rows == "none" and device.type == "cuda" and not packs(llm):
+    if case.rows == "none" and device.type == "cuda" and not llm.packs:
         return Compared(case, failed="the backbone does not pack rows here")
     exact = _reference(case.family, case.integration, size, case.batch)
     loss, gradients = _step(llm, integration, _given(case, size, device, trains=True), case.rows)
     errors = _errors(gradients, exact.gradients)
     worst = max(errors, key=lambda name: errors[name])
     logits = tokens = None
-    if case.rows == "left":
+    if case.rows != "right":  # of which nothing can be asked
         prompt = _given(case, size, device, trains=False)
-        logits = _off(_logits(llm, integration, prompt), exact.logits)
+        logits = _off(_logits(llm, integration, prompt, case.rows), exact.logits)
         if case.dtype == torch.float32:
-            made = [_written(llm, integration, prompt, cache) for cache in ("dynamic", "static")]
+            made = [_written(llm, integration, prompt, case.rows, cache) for cache in ("dynamic", "static")]
             tokens = all(torch.equal(one.cpu(), exact.tokens) for one in made)
     return Compared(
         case=case,
@@ -204,8 +206,8 @@ def _reference(family: str, name: str, size: Size, batch: str) -> _Exact:
     cpu = torch.device("cpu")
     loss, gradients = _step(llm, integration, _given(case, size, cpu, trains=True), "right")
     prompt = _given(case, size, cpu, trains=False)
-    tokens = _written(llm, integration, prompt, "dynamic")
-    return _Exact(loss, gradients, _logits(llm, integration, prompt), tokens)
+    tokens = _written(llm, integration, prompt, "left", "dynamic")
+    return _Exact(loss, gradients, _logits(llm, integration, prompt, "left"), tokens)
 
 
 @cache
@@ -291,18 +293,23 @@ def _step(llm: Backbone, integration: Integration, given: Given, rows: Rows) -> 
     return loss.item(), gradients
 
 
-@torch.no_grad()
-def _logits(llm: Backbone, integration: Integration, given: Given) -> Tensor:
-    """Of what follows each prompt: [B, V]."""
+def _prompts(integration: Integration, given: Given, llm: Backbone, rows: Rows) -> LLMInputs:
     audio, conversations = given
-    logits_BTV: Tensor = llm(integration(audio, conversations, llm, "left"), logits_to_keep=1).logits
-    return logits_BTV[:, -1].float().cpu()
-
-
-def _written(llm: Backbone, integration: Integration, given: Given, cache: str) -> Tensor:
-    audio, conversations = given
+    side: Any = rows
     with torch.no_grad():
-        inputs = integration(audio, conversations, llm, "left")
+        return integration(audio, conversations, llm, side)
+
+
+@torch.no_grad()
+def _logits(llm: Backbone, integration: Integration, given: Given, rows: Rows) -> Tensor:
+    """Of what follows each prompt: [B, V]."""
+    # some integrations cannot be packed in some LLMs, and are padded on the right
+    inputs = padded_left(_prompts(integration, given, llm, rows))
+    return read_prompts(llm, prepared(llm, inputs), inputs).float().cpu()
+
+
+def _written(llm: Backbone, integration: Integration, given: Given, rows: Rows, cache: str) -> Tensor:
+    inputs = _prompts(integration, given, llm, rows)
     return llm.generate(inputs, max_new_tokens=TOKENS, do_sample=False, cache_implementation=cache)
 
 

@@ -16,7 +16,8 @@ from pal.bench.goals import GOALS
 from pal.bench.measure import counts, peak_bytes, round_seconds, saved_bytes
 from pal.bench.presets import PHASES, PRESETS, VARIANTS, preset_of
 from pal.bench.report import to_dict, to_markdown
-from pal.bench.run import Result, Row, run
+from pal.bench.result import Result, Row
+from pal.bench.run import run
 from pal.errors import ConfigError
 
 ROW = {
@@ -201,8 +202,8 @@ def test_what_does_not_fit_is_left_out_and_the_run_goes_on(monkeypatch: pytest.M
             raise torch.OutOfMemoryError("no room")
         return counts(*args, **kwargs)
 
-    monkeypatch.setattr("pal.bench.run.counts", full)
-    monkeypatch.setattr("pal.bench.run._free_bytes", lambda: 0)
+    monkeypatch.setattr("pal.bench.place.counts", full)
+    monkeypatch.setattr("pal.bench.place._free_bytes", lambda: 0)
     found = run(preset)
     assert [(row.variant, row.phase) for row in found.rows] == [
         ("pal", "prefill"),
@@ -224,7 +225,7 @@ def test_an_interrupted_run_keeps_what_is_complete(monkeypatch: pytest.MonkeyPat
             raise KeyboardInterrupt
         return counts(*args, **kwargs)
 
-    monkeypatch.setattr("pal.bench.run.counts", stopped)
+    monkeypatch.setattr("pal.bench.place.counts", stopped)
     done = pal("--preset", "cpu-small", "--variants", "lal,pal", "--tokens", "20", "--json", tmp_path / "rows.json")
     assert done.exit_code == 130 and done.stderr.startswith("error: interrupted")
     rows = json.loads((tmp_path / "rows.json").read_text())["rows"]

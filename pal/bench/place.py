@@ -1,0 +1,265 @@
+"""One phase on one scene: each variant is looked at once, then all are timed in turns."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from pal.bench.closed_form import OnPaper
+from pal.bench.measure import Counts, Seconds, counts, round_seconds
+from pal.bench.presets import Phase, Scope
+from pal.bench.result import BASELINES, Row, where_it_failed
+from pal.bench.scene import Scene
+from pal.bench.subjects import Attached, Reading, Subject
+from pal.encoders.base import Encoder
+
+if TYPE_CHECKING:
+    from pal.bench.run import Bench
+
+
+class Measured:
+    """One phase on one scene: each variant is looked at once, then all are timed in turns."""
+
+    def __init__(
+        self,
+        bench: Bench,
+        scope: Scope,
+        scene: Scene,
+        phase: Phase,
+        encoder: Encoder | None,
+        papers: Mapping[str, OnPaper],
+    ) -> None:
+        self.bench = bench
+        self.preset = bench.preset
+        self.scope: Scope = scope
+        self.scene = scene
+        self.phase: Phase = phase
+        self.encoder = encoder
+        self.papers = papers
+        self._readings: dict[str, Reading] = {}
+        """Prompts that were read, to be written on."""
+
+    def measure(self, subjects: Sequence[Subject]) -> None:
+        """Add a row for each variant that can be measured here."""
+        looked: dict[str, tuple[Subject, Counts, int]] = {}
+        timed: dict[str, Callable[[], object]] = {}
+        for subject in subjects:
+            if self.phase == "decode_graph" and not subject.graphs:
+                continue
+            why = self._obstacle(subject)
+            if why is None:
+                with self._guard() as guard:
+                    looked[subject.name] = (subject, *self._look_at(subject))
+                    if self.preset.repeats:
+                        timed[subject.name] = self._timed(subject)
+                why = guard.why
+                self.bench.tidy()
+            self._advance(subject, 1 if why is None else self.bench._passes(self.phase))
+            if why is not None:
+                looked.pop(subject.name, None)
+                self.leave_out([subject], why)
+        seconds, failed = self._time(timed)
+        for name, (subject, found, kv) in looked.items():
+            if name in failed:
+                self.leave_out([subject], failed[name])
+                continue
+            row = self._row(subject, found, kv, seconds.get(name))
+            (self.bench.result.baselines if name in BASELINES else self.bench.result.rows).append(row)
+            self.bench.result.paper[name, row.place] = self.papers[name]
+        timed.clear()
+        self._readings.clear()
+        self.bench.tidy()
+
+    def leave_out(self, subjects: Sequence[Subject], why: str) -> None:
+        """Say of these that they are not measured here."""
+        for subject in subjects:
+            self.bench.result.left_out.append(
+                {
+                    "variant": subject.name,
+                    "scope": self.scope,
+                    "phase": self.phase,
+                    "audio_tokens": self.scene.length,
+                    "batch": self.scene.batch,
+                    "why": why,
+                }
+            )
+
+    def _look_at(self, subject: Subject) -> tuple[Counts, int]:
+        """Operations and bytes of the phase, and the bytes of its keys and values."""
+        weights = self._weights(subject)
+        if self.phase == "train":
+            with training(subject, self.preset.train):
+                found = counts(
+                    lambda: subject.loss(self.scene),
+                    backward=lambda loss: loss.backward(),
+                    weights=weights,
+                    device=self.bench.device,
+                    compiled=self.preset.compiled,
+                )
+            return found, 0
+        with torch.inference_mode():
+            if self.phase == "prefill":
+                kept = []
+                found = counts(
+                    lambda: kept.append(subject.read(self.scene)),
+                    weights=weights,
+                    device=self.bench.device,
+                    compiled=self.preset.compiled,
+                )
+                return found, kept[-1].kv_bytes()
+            with eager():
+                reading = self._readings[subject.name] = self._prompt(subject)
+                kv = reading.kv_bytes()
+                found = counts(lambda: subject.write(reading, 1), weights=weights, device=self.bench.device)
+            return found, kv
+
+    def _prompt(self, subject: Subject) -> Reading:
+        """Read, to be written on."""
+        if not isinstance(subject, Attached):
+            return subject.read(self.scene)
+        tokens = self.preset.decode_tokens * (2 + self.preset.repeats) + 8
+        return subject.read(self.scene, tokens, fixed=self.phase == "decode_graph")
+
+    def _timed(self, subject: Subject) -> Callable[[], object]:
+        if self.phase == "train":
+
+            def step() -> None:
+                with training(subject, self.preset.train):
+                    subject.loss(self.scene).backward()
+
+            return step
+        if self.phase == "prefill":
+            return torch.inference_mode()(lambda: subject.read(self.scene))
+        reading = self._readings[subject.name]
+        return torch.inference_mode()(lambda: subject.write(reading, self.preset.decode_tokens))
+
+    def _time(self, timed: dict[str, Callable[[], object]]) -> tuple[dict[str, Seconds], dict[str, str]]:
+        """Of each step, or why it failed; others go on."""
+        tokens = self.preset.decode_tokens if self.phase.startswith("decode") else 1
+        subjects = {name: self.papers[name].flops * tokens for name in timed}
+        found: dict[str, Seconds] = {}
+        failed: dict[str, str] = {}
+
+        def guarded(name: str, step: Callable[[], object]) -> None:
+            if name not in failed:
+                with self._guard() as guard:
+                    step()
+                if guard.why is not None:
+                    failed[name] = guard.why
+
+        steps = {name: partial(guarded, name, step) for name, step in timed.items()}
+        with eager() if self.phase.startswith("decode") else nullcontext():
+            # memory was given back after each was looked at; a round that does not count has it made again
+            for rounds in (1, self.preset.repeats) if timed else ():
+                found = round_seconds(
+                    steps,
+                    rounds,
+                    self.bench.device,
+                    each=tokens,
+                    done=lambda name: self.bench.bar.update(subjects[name]),
+                )
+        return found, failed
+
+    def _row(self, subject: Subject, found: Counts, kv: int, seconds: Seconds | None) -> Row:
+        return Row(
+            variant=subject.name,
+            scope=self.scope,
+            phase=self.phase,
+            audio_tokens=self.scene.length,
+            text_tokens=self.scene.text_tokens,
+            batch=self.scene.batch,
+            seconds=None if seconds is None else seconds.median,
+            seconds_spread=None if seconds is None else seconds.spread,
+            peak_bytes=found.peak_bytes,
+            saved_bytes=found.saved_bytes,
+            flops=found.flops,
+            flops_closed_form=self.papers[subject.name].flops,
+            kv_bytes=kv,
+            parameters=sum(p.numel() for p in self._parameters(subject)),
+        )
+
+    def _parameters(self, subject: Subject) -> list[nn.Parameter]:
+        hears = self.encoder is not None and subject.own is not None
+        return [*subject.weights(), *(self.encoder.parameters() if self.encoder is not None and hears else ())]
+
+    def _weights(self, subject: Subject) -> list[torch.Tensor]:
+        buffers = [*self.bench.llm.buffers(), *self.bench.plain.buffers()]
+        return [*self._parameters(subject), *buffers]
+
+    def _obstacle(self, subject: Subject) -> str | None:
+        """Why a variant is not even tried."""
+        if self.phase == "train" and not subject.trained(self.preset.train):
+            return f"nothing to train in stage '{self.preset.train}'"
+        if self.bench.device.type == "cuda" or self.phase != "train":
+            return None
+        # a process that runs out of the machine's memory is killed with all it has measured
+        needed = self.papers[subject.name].saved_bytes + sum(p.nbytes for p in subject.trained(self.preset.train))
+        free = _free_bytes()
+        if needed > free:
+            return f"needs about {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free"
+        return None
+
+    @contextmanager
+    def _guard(self) -> Iterator[_Guard]:
+        """A variant that does not fit, or fails, leaves its row out and the run goes on."""
+        guard = _Guard()
+        try:
+            yield guard
+        except torch.OutOfMemoryError:
+            guard.why = "out of memory"
+        except Exception as error:
+            guard.why = where_it_failed(error)
+        if guard.why is not None:
+            self.bench.tidy(always=True)
+
+    def _advance(self, subject: Subject, passes: int) -> None:
+        self.bench.bar.update(self.papers[subject.name].flops * passes)
+
+
+@dataclass
+class _Guard:
+    why: str | None = None
+
+
+@contextmanager
+def training(subject: Subject, train: str) -> Iterator[None]:
+    """What is trained requires gradients inside; afterwards nothing does, and none is kept."""
+    trained = subject.trained(train)
+    for parameter in trained:
+        parameter.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(False)
+            parameter.grad = None
+
+
+@contextmanager
+def many_graphs() -> Iterator[None]:
+    """Room for the graphs of all variants; one that fills a cache has one for each layer."""
+    with torch._dynamo.config.patch(recompile_limit=512, accumulated_recompile_limit=8192):
+        yield
+
+
+def eager() -> Any:
+    """Nothing compiled inside, though it is."""
+    return torch.compiler.set_stance("force_eager")
+
+
+def _free_bytes() -> int:
+    """Memory that a process can still have without pushing others out."""
+    info = Path("/proc/meminfo")
+    if info.is_file():
+        for line in info.read_text(encoding="utf-8").splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
