@@ -82,7 +82,7 @@ def segments_of(
     keys: list[Ints] = []
     for one in conversations:
         numbers_A = [np.arange(len(one.keys[s])) + first for s, first in zip(streams, first_keys, strict=True)]
-        for own, before in _runs(one, streams):
+        for own, before in _runs(one, streams, window is not None):
             # numbers below T are rows; keys count on from there
             table_X = np.concatenate([np.arange(len(one.positions_T)) + first_row, *numbers_A])
             positions_X = np.concatenate([one.positions_T, *(one.keys[s] for s in streams)])
@@ -123,15 +123,21 @@ def _heard(one: Conversation, streams: Sequence[int]) -> Ints:
     return np.asarray(np.maximum.accumulate(heard_T) if len(heard_T) else heard_T, dtype=np.int64)
 
 
-def _runs(one: Conversation, streams: Sequence[int]) -> Iterator[tuple[Ints, Ints]]:
-    """Each segment of a conversation: its own rows and the keys between them, and what it sees before them."""
+def _runs(one: Conversation, streams: Sequence[int], windowed: bool) -> Iterator[tuple[Ints, Ints]]:
+    """Each segment of a conversation: its own rows and the keys between them, and what it sees before them.
+
+    Where windows count, none has a gap in its positions.
+    """
     T = len(one.positions_T)
     order_A = np.argsort(np.concatenate([np.zeros(0, np.int64), *(one.keys[s] for s in streams)]), kind="stable")
     heard_T = _heard(one, streams)
     # in the order in which a query comes to see them: a key before the rows that hear it
     place_T, place_A = 2 * heard_T, 2 * np.arange(len(order_A)) + 1
     shown_T = ~one.asks_T
-    for start, end in _blocks(heard_T, one.asks_T):
+    gaps_T = np.zeros(T, bool)
+    if windowed:
+        gaps_T[1:] = np.diff(one.positions_T) != np.diff(heard_T) + 1
+    for start, end in _blocks(heard_T, one.asks_T, gaps_T):
         known, last = heard_T[start], heard_T[end - 1]
         earlier = np.flatnonzero(shown_T[:start])
         if one.asks_T[start]:
@@ -153,12 +159,11 @@ def _same(counts_T: Ints) -> list[tuple[int, int]]:
     return [(int(a), int(b)) for a, b in zip(borders[:-1], borders[1:], strict=True)]
 
 
-def _blocks(heard_T: Ints, asks_T: Bools) -> Iterator[tuple[int, int]]:
-    """Runs that make one segment: where few keys lie between them, and no row among them asks again."""
+def _blocks(heard_T: Ints, asks_T: Bools, gaps_T: Bools) -> Iterator[tuple[int, int]]:
+    """Runs that make one segment: where few keys and no gap lie between them, and no row among them asks again."""
     start = end = 0
-    for a, b in _same(heard_T * 2 + asks_T):
-        apart = end > start and (asks_T[a] or asks_T[a - 1] or not 0 <= heard_T[a] - heard_T[a - 1] <= BRIDGE)
-        if apart:
+    for a, b in _same(2 * (heard_T + gaps_T.cumsum() + asks_T.cumsum()) + ~asks_T):
+        if end > start and (asks_T[a] or asks_T[a - 1] or gaps_T[a] or heard_T[a] - heard_T[a - 1] > BRIDGE):
             yield start, end
             start = a
         end = b

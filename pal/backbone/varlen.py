@@ -50,13 +50,30 @@ def segment_attention(
         window: how many keys back a query sees, the last it sees included; None means all.
         scale: what scores are multiplied with; None is 1 / sqrt(C).
     """
+    sizes = (longest_q, longest_k, causal, window, scale)
     if q_NHC.device.type == "cuda":
-        back = -1 if window is None else window - 1
-        sizes: dict[str, Any] = {"window_size": (back, 0 if causal else -1), "scale": scale, **_grouped()}
-        out: Tensor = varlen_attn(q_NHC, k_KGC, v_KGC, firsts_q, firsts_k, longest_q, longest_k, **sizes)
-        return out
-    plain: Tensor = _plain(q_NHC, k_KGC, v_KGC, firsts_q, firsts_k, longest_q, longest_k, causal, window, scale)
-    return plain
+        return flash(q_NHC, k_KGC, v_KGC, firsts_q, firsts_k, *sizes)
+    out_NHC: Tensor = _plain(q_NHC, k_KGC, v_KGC, firsts_q, firsts_k, *sizes)
+    return out_NHC
+
+
+def flash(
+    q_NHC: Tensor,
+    k_KGC: Tensor,
+    v_KGC: Tensor,
+    firsts_q: Tensor,
+    firsts_k: Tensor,
+    longest_q: int,
+    longest_k: int,
+    causal: bool,
+    window: int | None,
+    scale: float | None,
+) -> Tensor:
+    """`segment_attention` by torch's kernel for a GPU."""
+    shown = (-1 if window is None else window - 1, 0 if causal else -1)
+    options: dict[str, Any] = {"window_size": shown, "scale": scale, **_grouped()}
+    out_NHC: Tensor = varlen_attn(q_NHC, k_KGC, v_KGC, firsts_q, firsts_k, longest_q, longest_k, **options)
+    return out_NHC
 
 
 @cache
