@@ -130,6 +130,7 @@ def _toy_stage(stage: Stage) -> Stage:
     # a long rise would keep the weights where they are
     changes = {"steps": STEPS, "epochs": None, "warmup": min(stage.warmup, 1), "batch": _toy_batch(stage.batch)}
     changes["cache"] = None  # the folder belongs to the real encoders
+    changes["compile"] = stage.compile is True  # which takes longer than all that is tried
     return Stage(**{**stage.model_dump(), **changes})
 
 

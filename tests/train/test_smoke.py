@@ -93,6 +93,7 @@ def test_stages_keep_what_they_do() -> None:
         "steps": 2,
         "epochs": None,
         "warmup": 1,
+        "compile": False,
         "batch": {
             "rows": 4,
             "clips": None,
