@@ -107,6 +107,8 @@ def _made_of(llm: Backbone, state: Decoding) -> Hashable | None:
 
     A graph calls no hooks.
     """
+    if llm.lm.training and llm.dropout:
+        return None
     blocks = [block for blocks in state.cache.blocks for block in blocks.values()]
     parts = [llm.lm, *(block for block in blocks if isinstance(block, torch.nn.Module))]
     layers = {id(layer) for layer in llm.layers}
@@ -114,7 +116,9 @@ def _made_of(llm: Backbone, state: Decoding) -> Hashable | None:
     for part in parts:
         for module in part.modules():
             own = 1 if id(module) in layers else 0  # through which blocks before a layer are called
-            if module.training or module._forward_hooks or len(module._forward_pre_hooks) > own:
+            if module._forward_hooks or len(module._forward_pre_hooks) > own:
+                return None
+            if isinstance(module, torch.nn.Dropout) and module.training and module.p:
                 return None
             found.append(id(module))
             if hasattr(module, "merged") and hasattr(module, "scaling"):  # PEFT's layers

@@ -86,7 +86,7 @@ def through_cache(
     kwargs: dict[str, Any],
     compiled: bool,
 ) -> Any:
-    """A causal LLM's forward with a cache of ours: the prompts, each once, or one row more of each beam.
+    """A causal LLM's forward with a cache of ours: the prompts, each once, or one row more of each beam. No gradients.
 
     Args:
         forward: transformers'.
@@ -97,11 +97,14 @@ def through_cache(
         position_ids: [B, Q] of the rows.
         kwargs: what else the forward takes.
         compiled: whether layers are; those of a step run as they are written.
+
+    Raises:
+        PalError: no positions, or an LLM that drops the cache.
     """
     if position_ids is None:
         raise PalError("a forward with audio needs position_ids: positions have gaps that cannot be guessed")
     given: dict[str, Any] = {"input_ids": input_ids, "inputs_embeds": inputs_embeds, "position_ids": position_ids}
-    with without_cudnn():
+    with torch.no_grad(), without_cudnn():
         if cache.begun:
             given |= {"attention_mask": cache.no_mask, "past_key_values": cache, "audio": cache.step(position_ids)}
             # lengths and places change from step to step, so that compiled layers would be compiled for each
@@ -118,6 +121,8 @@ def through_cache(
                 kwargs = {**kwargs, "audio": cache.context.view(mask, given["position_ids"])}
             out = forward(**given, attention_mask=mask, past_key_values=cache, **kwargs)
         cache.end_prompts()
+        if not cache.begun:
+            raise PalError("nothing is kept while an LLM trains with gradient checkpointing; call eval() to generate")
         if beams > 1:
             out.logits = out.logits.repeat_interleave(beams, dim=0)
         return out

@@ -278,12 +278,6 @@ def test_unsupported_models_are_refused_by_name(fields, word):
     assert "\n" not in str(error.value)
 
 
-def test_a_static_cache_is_refused():
-    llm, inputs = middle()
-    with pytest.raises(PalError, match="static cache"):
-        llm.generate(inputs, max_new_tokens=2, cache_implementation="static")
-
-
 @torch.no_grad()
 def test_a_folder_of_a_backbone_is_a_plain_transformers_model(tmp_path):
     from pal.backbone.llm import Backbone
