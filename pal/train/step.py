@@ -100,8 +100,8 @@ class Update:
         # Each process has the gradient of its sum, and DDP took the mean: make it that of the mean over all tokens.
         scale = accelerator.num_processes / max(1.0, counted)
         gradients = [p.grad for p in self.parameters if p.grad is not None]
-        if gradients:
-            torch._foreach_mul_(gradients, scale)
+        for dtype in {gradient.dtype for gradient in gradients}:  # of one type they take one kernel
+            torch._foreach_mul_([gradient for gradient in gradients if gradient.dtype == dtype], scale)
         norm = nn.utils.clip_grad_norm_(self.parameters, self.stage.clip_grad or float("inf")).to(sums.device)
         self._apply(told_3[0], norm, before)
         numbers_4 = torch.stack((told_3[0], norm.double(), told_3[1], told_3[2]))
