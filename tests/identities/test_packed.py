@@ -1,0 +1,163 @@
+"""Packed rows, the layout a GPU trains and reads with, equal padded ones: losses, gradients, scores."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from pal.backbone.context import Hide
+from pal.backbone.packed import PackedContext
+from pal.backbone.packed import take as taken
+from pal.backbone.segments import COPIES
+from pal.integrations.base import Route
+from pal.registry import build
+from pal.types import AUDIO, IGNORE, Tokens
+from tests.identities.models import E, FAMILIES, INTEGRATIONS, PLACEMENTS, features, make_backbone, shared
+
+SAME = {"rtol": 1e-5, "atol": 1e-5}
+
+
+def labelled(ids, first, trained):
+    """A conversation whose last `trained` tokens are the answer; its clips count from `first`."""
+    at = [i for i, token in enumerate(ids) if token != AUDIO][-trained:]
+    labels = [token if i in at else IGNORE for i, token in enumerate(ids)]
+    return Tokens(list(ids), list(range(first, first + ids.count(AUDIO))), labels)
+
+
+def batch(trained=2, without=()):
+    rows, clips = [], 0
+    for name, ids in PLACEMENTS.items():
+        if name not in without:
+            rows.append(labelled(ids, clips, trained))
+            clips += ids.count(AUDIO)
+    return features(*(2 + (7 * i) % 9 for i in range(clips))), rows
+
+
+def loss_and_gradients(llm, integration, audio, rows, side):
+    parameters = {f"{m}.{n}": p for m, part in (("llm", llm), ("own", integration)) for n, p in part.named_parameters()}
+    for parameter in parameters.values():
+        parameter.requires_grad_(True)
+    audio.x_BAE.requires_grad_(True)
+    inputs = integration(audio, rows, llm, side)
+    total, _ = llm.loss(inputs, "answer")
+    names = [*parameters, "features"]
+    grads = torch.autograd.grad(total, [*parameters.values(), audio.x_BAE], allow_unused=True)
+    return inputs, total.detach(), {name: grad for name, grad in zip(names, grads, strict=True) if grad is not None}
+
+
+@pytest.mark.parametrize("name", INTEGRATIONS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_losses_and_gradients(family, name):
+    llm, integration = shared(family, name)
+    windowed = any(llm.windows)
+    # a row that asks again stands at a position that a key has: a window of keys is then none of positions
+    audio, rows = batch(trained=1, without=("end",)) if windowed else batch()
+    _, padded, expected = loss_and_gradients(llm, integration, audio, rows, "right")
+    inputs, total, found = loss_and_gradients(llm, integration, audio, rows, "none")
+    packs = not windowed or name in ("plits", "flamingo", "lal")
+    assert isinstance(inputs.audio, PackedContext) or not packs
+    if packs:
+        assert inputs.inputs_embeds_BTD.shape[:2] == (1, sum(inputs.audio.lengths))
+    torch.testing.assert_close(total, padded, **SAME)
+    assert found.keys() == expected.keys()
+    for key, grad in found.items():
+        torch.testing.assert_close(grad, expected[key], **SAME, msg=lambda text, key=key: f"{key}: {text}")
+
+
+@pytest.mark.parametrize("name", ["plits", "lal", "pal", "flamingo"])
+def test_scores_of_rows_that_share_clips(name):
+    llm, integration = shared("llama", name)
+    audio = features(7, 4)
+    rows = [labelled([5, AUDIO, 6, 7 + i], 0, 1) for i in range(COPIES + 2)] + [labelled([AUDIO, 9, AUDIO, 8, 7], 0, 2)]
+    rows = [replace(row, clips=row.clips if row.ids[0] == AUDIO else [1]) for row in rows]
+    expected = llm.label_scores(integration(audio, rows, llm, "right"))
+    inputs = integration(audio, rows, llm, "none")
+    assert isinstance(inputs.audio, PackedContext)
+    torch.testing.assert_close(llm.label_scores(inputs), expected, **SAME)
+    _, _, right = loss_and_gradients(llm, integration, audio, rows, "right")
+    _, _, found = loss_and_gradients(llm, integration, audio, rows, "none")
+    for key, grad in found.items():
+        torch.testing.assert_close(grad, right[key], **SAME)
+
+
+@pytest.mark.parametrize("name", ["text", "plits"])
+def test_equal_conversations_without_keys_take_the_llms_own_path(name):
+    llm, integration = shared("qwen3", "plits")
+    clip = [AUDIO] * (name == "plits")
+    rows = [labelled([5, *clip, 6, 7], i, 1) for i in range(3)]
+    inputs = integration(features(4, 4, 4), rows, llm, "none")
+    assert inputs.inputs_embeds_BTD.shape[0] == 3 and inputs.audio.segments == ()
+    torch.testing.assert_close(llm.loss(inputs)[0], llm.loss(integration(features(4, 4, 4), rows, llm))[0], **SAME)
+
+
+def test_located_rows_are_never_packed():
+    llm, integration = shared("llama", "lal")
+    inputs = integration(features(4), [labelled([5, AUDIO, 6, 7], 0, 1)], llm, "none", located=True)
+    assert not isinstance(inputs.audio, PackedContext)
+
+
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_gradient_checkpointing(checkpointing):
+    llm = make_backbone("llama").train()
+    integration = build("integration", INTEGRATIONS["lal"], in_width=E, llm=llm)
+    audio, rows = batch()
+    _, total, expected = loss_and_gradients(llm, integration, audio, rows, "none")
+    llm.checkpoint_gradients(checkpointing, audio=not checkpointing)
+    _, again, found = loss_and_gradients(llm, integration, audio, rows, "none")
+    torch.testing.assert_close(again, total)
+    for key, grad in found.items():
+        torch.testing.assert_close(grad, expected[key], **SAME)
+
+
+class Biased(Route):
+    """An integration whose audio keys have a bias on their scores."""
+
+    def __init__(self, inner, biases):
+        super().__init__()
+        self.inner = inner
+        self.biases = torch.nn.ParameterDict({str(layer): bias for layer, bias in biases.items()})
+
+    def spans(self, audio, llm):
+        bias = {int(layer): bias for layer, bias in self.biases.items()}
+        return replace(self.inner.spans(audio, llm), bias=bias)
+
+
+@pytest.mark.parametrize("each", ["layer", "head"])
+@pytest.mark.parametrize("name", ["lal", "pal"])
+def test_a_learned_bias_on_the_scores_of_audio(name, each):
+    """A bias of log 2 counts each audio key twice: it equals audio that is there twice, and its gradient is right."""
+    llm, inner = shared("llama", name)
+    heads = llm.heads if each == "head" else 1
+    audio, rows = features(6, 3), [labelled([5, AUDIO, 6, 7], i, 1) for i in range(2)]
+    plain = llm.loss(inner(audio, rows, llm, "none"))[0]
+    zero = Biased(inner, {layer: torch.nn.Parameter(torch.zeros(heads)) for layer in inner.layers})
+    torch.testing.assert_close(llm.loss(zero(audio, rows, llm, "none"))[0], plain, **SAME)
+    far = Biased(inner, {layer: torch.nn.Parameter(torch.full((heads,), -1e4)) for layer in inner.layers})
+    deaf = inner(audio, rows, llm, located=True)
+    deaf = replace(deaf, audio=deaf.audio.without(Hide(pathway="keys")))
+    torch.testing.assert_close(llm.loss(far(audio, rows, llm, "none"))[0], llm.loss(deaf)[0], **SAME)
+
+    start = torch.linspace(-1, 1, heads)
+    some = Biased(inner, {layer: torch.nn.Parameter(start.clone()) for layer in inner.layers})
+    llm.loss(some(audio, rows, llm, "none"))[0].backward()
+    layer, step = inner.layers[0], 1e-2
+    for head in range(heads):
+        values = []
+        for sign in (1, -1):
+            moved = start.clone()
+            moved[head] += sign * step
+            given = {k: torch.nn.Parameter(moved if k == layer else start.clone()) for k in inner.layers}
+            values.append(float(llm.loss(Biased(inner, given)(audio, rows, llm, "none"))[0].detach()))
+        slope = (values[0] - values[1]) / (2 * step)
+        assert some.biases[str(layer)].grad[head] == pytest.approx(slope, abs=2e-3)
+
+
+def test_keys_that_stand_in_many_places_get_all_their_gradient():
+    x = torch.randn(3, 2, dtype=torch.double, requires_grad=True)
+    index = torch.tensor([0, 2, 2, 0, 0])
+    back = (torch.tensor([0, 5, 1]), torch.tensor([3, 5, 2]), torch.tensor([4, 5, 5]))
+    grad = torch.randn(5, 2, dtype=torch.double)
+    (found,) = torch.autograd.grad(taken(x, index, back), x, grad)
+    (expected,) = torch.autograd.grad(x[index], x, grad)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(torch.autograd.grad(taken(x, index, ()), x, grad)[0], expected)
