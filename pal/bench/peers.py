@@ -215,6 +215,9 @@ class Mllama(Peer):
     and a mask lets text look at the clips before it. (Without that mask the cross-attention would be causal by row.)
     """
 
+    # a cache makes a graph of each layer and size of batch, a minute of compiling
+    compiled_phases = ("train",)
+
     def __init__(self, llm: Backbone, plain: Any, preset: Preset) -> None:
         config = plain.config
         crossing = cross_layers(llm.n_layers)

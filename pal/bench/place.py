@@ -102,24 +102,26 @@ class Measured:
                     backward=lambda loss: loss.backward(),
                     weights=weights,
                     device=self.bench.device,
-                    compiled=self.preset.compiled,
+                    compiled=self._compiles(subject),
                 )
             return found, 0
-        with torch.inference_mode():
+        with torch.inference_mode(), nullcontext() if self._compiles(subject) else eager():
             if self.phase == "prefill":
                 kept = []
                 found = counts(
                     lambda: kept.append(subject.read(self.scene)),
                     weights=weights,
                     device=self.bench.device,
-                    compiled=self.preset.compiled,
+                    compiled=self._compiles(subject),
                 )
                 return found, kept[-1].kv_bytes()
-            with eager():
-                reading = self._readings[subject.name] = self._prompt(subject)
-                kv = reading.kv_bytes()
-                found = counts(lambda: subject.write(reading, 1), weights=weights, device=self.bench.device)
+            reading = self._readings[subject.name] = self._prompt(subject)
+            kv = reading.kv_bytes()
+            found = counts(lambda: subject.write(reading, 1), weights=weights, device=self.bench.device)
             return found, kv
+
+    def _compiles(self, subject: Subject) -> bool:
+        return self.preset.compiled and self.phase in subject.compiled_phases
 
     def _prompt(self, subject: Subject) -> Reading:
         """Read, to be written on."""
@@ -137,7 +139,12 @@ class Measured:
 
             return step
         if self.phase == "prefill":
-            return torch.inference_mode()(lambda: subject.read(self.scene))
+
+            def read() -> None:
+                with torch.inference_mode(), nullcontext() if self._compiles(subject) else eager():
+                    subject.read(self.scene)
+
+            return read
         reading = self._readings[subject.name]
         return torch.inference_mode()(lambda: subject.write(reading, self.preset.decode_tokens))
 

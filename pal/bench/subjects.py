@@ -68,6 +68,8 @@ class Subject(ABC):
     name: str
     own: nn.Module | None
     """What it adds to the LLM; None where it adds nothing."""
+    compiled_phases: ClassVar[tuple[str, ...]] = ("train", "prefill")
+    """Where a run that compiles does so with it."""
     graphs: ClassVar[bool] = False
     """Whether it can decode by a CUDA graph."""
 
