@@ -51,9 +51,7 @@ class Measured:
         """Add a row for each variant that can be measured here."""
         looked: dict[str, tuple[Subject, Counts, int]] = {}
         timed: dict[str, Callable[[], object]] = {}
-        for subject in subjects:
-            if self.phase == "decode_graph" and not subject.graphs:
-                continue
+        for subject in self._asked(subjects):
             why = self._obstacle(subject)
             if why is None:
                 with self._guard() as guard:
@@ -80,7 +78,7 @@ class Measured:
 
     def leave_out(self, subjects: Sequence[Subject], why: str) -> None:
         """Say of these that they are not measured here."""
-        for subject in subjects:
+        for subject in self._asked(subjects):
             self.bench.result.left_out.append(
                 {
                     "variant": subject.name,
@@ -91,6 +89,9 @@ class Measured:
                     "why": why,
                 }
             )
+
+    def _asked(self, subjects: Sequence[Subject]) -> list[Subject]:
+        return [subject for subject in subjects if subject.graphs or self.phase != "decode_graph"]
 
     def _look_at(self, subject: Subject) -> tuple[Counts, int]:
         """Operations and bytes of the phase, and the bytes of its keys and values."""

@@ -64,7 +64,7 @@ class Size:
     """torch.compile's backend; None for its own choice."""
 
 
-TOY = Size(head_width=8, layers=2, families=("gemma3_text",), integrations=("lal", "pal"), compiler="eager")
+TOY = Size(head_width=8, layers=2, families=("gemma3_text",), integrations=("lal",), compiler="eager")
 
 
 @dataclass(frozen=True)
