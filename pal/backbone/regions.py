@@ -18,6 +18,9 @@ GRAPHS = 64
 def compile_layers(layers: Iterable[nn.Module], **options: Any) -> None:
     """Compile the `forward` of each layer in place. Hooks on the layers stay outside, and may know a layer's number.
 
+    Hooks on torch's own modules inside a layer are heard only where they were there before; take them off or
+    uncompile.
+
     Args:
         layers: decoder layers of transformers.
         options: for torch.compile.
@@ -49,9 +52,12 @@ def _needed(guards: Sequence[Any]) -> list[bool]:
 
     Those on the insides of torch's own modules, such as that a linear layer has no hooks, are most of them, and
     checking them takes a GPU's host longer than a layer's kernels. What can change while training is still checked:
-    which weights there are, their type and whether they need gradients, and everything about the layers themselves.
+    which weights there are, their type and whether they need gradients, whether dropout is on, and everything about
+    the layers themselves.
     """
     return [
-        guard.guard_type == "TENSOR_MATCH" or not guard.orig_guard.source.is_unspecialized_builtin_nn_module()
+        guard.guard_type == "TENSOR_MATCH"
+        or guard.name.endswith("training")
+        or not guard.orig_guard.source.is_unspecialized_builtin_nn_module()
         for guard in guards
     ]

@@ -1,0 +1,125 @@
+"""Compiled by region: one graph for all layers of a kind and all lengths, and the same numbers."""
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+from pal.backbone.llm import LoRA
+from pal.registry import build
+from pal.types import AUDIO, IGNORE, Tokens
+from tests.identities.models import E, INTEGRATIONS, features, make_backbone
+
+
+def batch(seed, hears=True, clips=(17, 60)):
+    """Two or three conversations of random lengths, each about a clip of its own.
+
+    More would have as many segments as a head is wide here, and a compiler takes two sizes that are equal for one.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def drawn(low, high):
+        return int(torch.randint(low, high, (1,), generator=generator))
+
+    rows, lengths = [], []
+    for clip in range(drawn(2, 4)):
+        lengths.append(drawn(*clips))
+        ids = [5] * drawn(1, 5) + [AUDIO] * hears + [6] * drawn(8, 30)
+        rows.append(Tokens(ids, [clip] * hears, [IGNORE] * (len(ids) - 4) + ids[-4:]))
+    return (features(*lengths) if hears else None), rows
+
+
+def made(name, layers=3, **more):
+    torch._dynamo.reset()
+    counters.clear()
+    llm = make_backbone("llama", layers, **more)
+    integration = build("integration", INTEGRATIONS.get(name, {"name": "plits"}), in_width=E, llm=llm)
+    return llm, integration
+
+
+def step(llm, integration, audio, rows):
+    parameters = [*llm.parameters(), *integration.parameters()]
+    for parameter in parameters:
+        parameter.grad = None
+    loss, _ = llm.loss(integration(audio, rows, llm, "none"))
+    loss.backward()
+    return [loss.detach(), *(p.grad for p in parameters)]
+
+
+KINDS = {"text": 1, "plits": 1, "lal": 1, "lal_first": 2, "pal": 2, "flamingo": 1}
+"""Kinds of layers: with audio keys, and without."""
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_one_graph_for_each_kind_of_layer(name):
+    """Twenty batches of other lengths, ragged, then equal ones; none of them makes a graph anew, none breaks one."""
+    llm, integration = made(name)
+    llm.compile(backend="eager")
+    for seed in range(20):
+        step(llm, integration, *batch(seed, name != "text"))
+    assert counters["stats"]["unique_graphs"] == KINDS[name] and not counters["graph_break"]
+    audio, rows = batch(0, name != "text")
+    step(llm, integration, features(*[40] * len(rows)) if audio else None, rows)
+    assert counters["stats"]["unique_graphs"] == KINDS[name]
+
+
+@pytest.mark.parametrize("name", ["lal", "pal"])
+def test_short_clips_cost_at_most_two_graphs_more(name):
+    llm, integration = made(name)
+    llm.compile(backend="eager")
+    for seed in range(20):
+        step(llm, integration, *batch(seed, clips=(1, 40)))
+    assert counters["stats"]["unique_graphs"] <= KINDS[name] + 2
+
+
+@pytest.mark.parametrize("name", ["lal", "pal"])
+def test_the_same_losses_and_gradients(name):
+    llm, integration = made(name, layers=2)
+    batches = [batch(seed) for seed in range(3)]
+    expected = [step(llm, integration, *one) for one in batches]
+    llm.compile(backend="aot_eager")
+    for one, right in zip(batches, expected, strict=True):
+        torch.testing.assert_close(step(llm, integration, *one), right, rtol=1e-5, atol=1e-5)
+    assert "forward" in vars(llm.layers[0])
+    llm.uncompile()
+    assert "forward" not in vars(llm.layers[0])
+
+
+def test_by_the_compiler_that_users_get():
+    llm, integration = made("lal", layers=1)
+    one = batch(0)
+    expected = step(llm, integration, *one)
+    llm.compile()
+    torch.testing.assert_close(step(llm, integration, *one), expected, rtol=1e-5, atol=1e-5)
+    assert counters["stats"]["unique_graphs"] == 1
+
+
+def test_what_is_trained_may_change():
+    """Weights that are frozen or trained after a graph was made are noticed."""
+    llm, integration = made("lal", layers=1)
+    one = batch(0)
+    llm.compile(backend="aot_eager")
+    step(llm, integration, *one)
+    llm.requires_grad_(False)
+    found = step(llm, integration, *one)
+    assert all(grad is None for grad in found[1 : 1 + len(list(llm.parameters()))])
+    llm.layers[0].mlp.up_proj.weight.requires_grad_(True)
+    step(llm, integration, *one)
+    assert llm.layers[0].mlp.up_proj.weight.grad.any()
+
+
+def test_dropout_of_adapters_ends_with_training():
+    llm, integration = made("lal", layers=1)
+    llm.add_lora(LoRA(dropout=0.9, rank=2))
+    with torch.no_grad():
+        for name, parameter in llm.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_()
+    one = batch(0)
+    llm.eval()
+    expected = step(llm, integration, *one)[0]
+    llm.compile(backend="eager")
+    llm.train()
+    different = {float(step(llm, integration, *one)[0]) for _ in range(3)}
+    assert len(different) > 1
+    llm.eval()
+    torch.testing.assert_close(step(llm, integration, *one)[0], expected, rtol=1e-5, atol=1e-5)
