@@ -105,10 +105,10 @@ class Stepper:
 def _made_of(llm: Backbone, state: Decoding) -> Hashable | None:
     """What a graph stands for: modules and the places of their weights; None where a step must run as it is written.
 
-    A graph calls no hooks.
+    A graph calls no hooks, those of accelerate included.
     """
-    if llm.lm.training and llm.dropout:
-        return None
+    if (llm.lm.training and llm.dropout) or torch.is_autocast_enabled(llm.device.type):
+        return None  # autocast keeps cast weights only while it lasts
     blocks = [block for blocks in state.cache.blocks for block in blocks.values()]
     parts = [llm.lm, *(block for block in blocks if isinstance(block, torch.nn.Module))]
     layers = {id(layer) for layer in llm.layers}
@@ -116,7 +116,7 @@ def _made_of(llm: Backbone, state: Decoding) -> Hashable | None:
     for part in parts:
         for module in part.modules():
             own = 1 if id(module) in layers else 0  # through which blocks before a layer are called
-            if module._forward_hooks or len(module._forward_pre_hooks) > own:
+            if module._forward_hooks or len(module._forward_pre_hooks) > own or hasattr(module, "_hf_hook"):
                 return None
             if isinstance(module, torch.nn.Dropout) and module.training and module.p:
                 return None

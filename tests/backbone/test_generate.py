@@ -7,6 +7,7 @@ from threading import Thread
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, GenerationConfig
 
 from pal.backbone import generate as generation
@@ -20,6 +21,7 @@ from pal.types import AUDIO, Tokens
 from tests.identities.models import (
     INTEGRATIONS,
     PLACEMENTS,
+    VOCAB,
     conversation,
     features,
     make_backbone,
@@ -368,6 +370,37 @@ def test_a_graph_is_made_once_and_gives_the_same_tokens(gpu, name):
     llm.eval()
     llm.generate(given, **options)
     assert FakeGraph.made == 3
+
+
+@torch.no_grad()
+def test_under_autocast_no_graph_is_made(gpu):
+    llm, integration = shared("llama", "lal")
+    with torch.autocast("cpu", torch.bfloat16):
+        assert llm.generate(inputs_of(llm, integration), max_new_tokens=40, **GREEDY).shape == (4, 40)
+    assert FakeGraph.made == 0
+
+
+@pytest.mark.parametrize("cache, every", [("static", generation.LOOK), ("dynamic", generation.LOOK // 4)])
+@torch.no_grad()
+def test_the_host_asks_now_and_then_whether_all_have_ended(gpu, cache, every):
+    llm, integration = shared("llama", "lal")
+    reads = []
+    for tokens in (16, 48):
+        options = {"max_new_tokens": tokens, "cache_implementation": cache, "do_sample": False, "pad_token_id": 0}
+        with Reads() as found:
+            llm.generate(inputs_of(llm, integration), eos_token_id=[VOCAB - 1], **options)
+        reads.append(found.count)
+    assert reads[1] - reads[0] == (48 - 16) // every
+
+
+class Reads(TorchDispatchMode):
+    """Counts the values that are read from tensors."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
 
 
 @torch.no_grad()
