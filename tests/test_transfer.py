@@ -55,7 +55,7 @@ def test_a_mask_made_under_inference_is_fit_for_training() -> None:
     some = AudioFeatures(torch.randn(2, 4, 3, requires_grad=True), (4, 2), 0.1)
     with torch.inference_mode():
         assert some.mask_BA.any()
-    some.x_BAE.masked_fill(~some.mask_BA[..., None], 0.0).square().sum().backward()
+    torch.where(some.mask_BA[..., None], some.x_BAE, 0.0).square().sum().backward()  # keeps the mask itself
     assert some.x_BAE.grad is not None and not some.x_BAE.grad[1, 2:].any()
 
 
