@@ -1,5 +1,6 @@
 """`evaluate` with a model that answers from a table: what is asked, shared, counted and reported."""
 
+import copy
 import json
 from types import SimpleNamespace
 
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 
 from pal.backbone.tokenizer import train_tokenizer
 from pal.data.manifest import Manifest
@@ -314,6 +316,27 @@ def test_what_round_off_could_decide_is_asked_again_alone(folder, scoring, calls
     score = evaluate(model, manifest(folder, records), scoring, no_audio=False, batch=64, progress=False)
     assert [item.prediction for item in score.items] == ["dog", "cat", "dog"]
     assert model.calls == calls
+
+
+class Unread(Fake):
+    """While it writes, values of tensors cannot be looked at."""
+
+    def generate(self, clips, rows, logits_processor=(), **options):
+        for watch in logits_processor:
+            assert watch.only_watches
+            with FakeTensorMode() as mode, FakeCopyMode(mode):
+                unread = copy.deepcopy(watch)
+            with mode:
+                for said in range(3):
+                    unread(torch.zeros(len(rows), said, dtype=torch.long), torch.zeros(len(rows), 9))
+            assert unread.close_B.shape == (len(rows),)
+        return ["dog"] * len(rows)
+
+
+def test_margins_are_read_once_a_batch(folder):
+    records = [record(f"{name}.wav", "dog") for name in ("cat", "bell", "dog")]
+    score = evaluate(Unread(), manifest(folder, records), no_audio=False, progress=False)
+    assert [item.error for item in score.items] == [None] * 3
 
 
 def test_what_raised_is_wrong_even_where_the_right_answer_is_nothing(folder):
