@@ -18,6 +18,7 @@ from pal.bench.presets import PHASES, PRESETS, VARIANTS, preset_of
 from pal.bench.report import to_dict, to_markdown
 from pal.bench.result import Result, Row
 from pal.bench.run import run
+from pal.bench.subjects import Attached
 from pal.errors import ConfigError
 
 ROW = {
@@ -230,6 +231,139 @@ def test_an_interrupted_run_keeps_what_is_complete(monkeypatch: pytest.MonkeyPat
     assert done.exit_code == 130 and done.stderr.startswith("error: interrupted")
     rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
     assert [(row["variant"], row["phase"]) for row in rows] == [("lal", "prefill"), ("pal", "prefill")]
+
+
+def test_a_killed_run_keeps_the_places_before(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """JSON and tables are there after each place, whole, and say that more was to come."""
+    calls = iter(range(100))
+
+    def killed(*args: Any, **kwargs: Any) -> Any:
+        if next(calls) == 1:
+            found = json.loads((tmp_path / "bench.json").read_text())
+            assert [(row["variant"], row["phase"]) for row in found["rows"]] == [("lal", "prefill")]
+            assert not found["complete"]
+            assert "**Incomplete**" in (tmp_path / "bench.md").read_text()
+            raise SystemExit(137)
+        return counts(*args, **kwargs)
+
+    monkeypatch.setattr("pal.bench.place.counts", killed)
+    done = pal("--preset", "cpu-small", "--variants", "lal", "--tokens", "20", "--scopes", "llm", "--out", tmp_path)
+    assert done.exit_code == 137
+    assert len(json.loads((tmp_path / "bench.json").read_text())["rows"]) == 1
+
+
+def test_a_variant_that_fails_is_left_out_and_the_run_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Looked at or timed; the line says where."""
+    preset = preset_of(
+        "cpu-small", variants=["text", "lal", "pal"], audio_tokens=[20], scopes=["llm"], phases=["prefill"], repeats=2
+    )
+    calls = {"lal": 0, "pal": 0}
+    read = Attached.read
+
+    def broken(self: Attached, *args: Any, **kwargs: Any) -> Any:
+        calls[self.name] = calls.get(self.name, 0) + 1
+        if self.name == "lal" or (self.name == "pal" and calls["pal"] == 3):
+            raise RuntimeError("an illegal access\nwas made")
+        return read(self, *args, **kwargs)
+
+    monkeypatch.setattr(Attached, "read", broken)
+    found = run(preset)
+    assert [row.variant for row in found.rows] == ["text"] and found.complete
+    left = {one["variant"]: one["why"] for one in found.left_out}
+    assert set(left) == {"lal", "pal"}
+    assert all(why.startswith("RuntimeError: an illegal access (place.py:") for why in left.values())
+
+
+def test_ragged_batches_have_a_place_of_their_own() -> None:
+    preset = preset_of(
+        "cpu-small",
+        variants=["lal"],
+        audio_tokens=["20", "ragged"],
+        ragged=((5, 16), (20, 24)),
+        batch=[1, 2],
+        phases=["prefill"],
+    )
+    places = preset.places()
+    assert {place.batch for place in places if place.length == "ragged"} == {2}
+    result = run(preset)
+    assert result.left_out == [] and result.complete
+    assert all(row.scope == "llm" for row in result.rows if row.audio_tokens == "ragged")
+    (row,) = (row for row in result.rows if row.audio_tokens == "ragged")
+    # padding is computed, too, where rows are not packed
+    assert row.flops_closed_form < row.flops < 2 * row.flops_closed_form and row.text_tokens == 24
+    text = to_markdown(result)
+    assert "| ragged | lal |" in text and "audio + text tokens: 5 + 16, 20 + 24." in text
+    assert {check.audio_tokens for check in checks(result) if check.kind == "closed form"} == {20}
+
+
+def test_gpu_quick_is_what_was_asked_for() -> None:
+    preset = PRESETS["gpu-quick"]
+    found = {(place.phase, place.batch, place.length) for place in preset.places()}
+    lengths = (750, 1500, 7500)
+    assert found == {
+        *(("train", 4 if length == 7500 else 8, length) for length in (*lengths, "ragged")),
+        *(("prefill", 8, length) for length in (*lengths, "ragged")),
+        *(("prefill", 1, length) for length in lengths),
+        *((phase, 8, length) for phase in ("decode", "decode_graph") for length in (*lengths, "ragged")),
+    }
+    assert preset.variants == VARIANTS and preset.compiled and preset.dtype == "bfloat16" and preset.seconds == 300
+    assert sorted(clip for clip, _ in preset.ragged) == [250, 400, 600, 750, 900, 1100, 1300, 1500]
+    assert (min(text for _, text in preset.ragged), max(text for _, text in preset.ragged)) == (48, 192)
+
+
+def test_what_has_not_begun_in_time_is_left_out() -> None:
+    preset = preset_of("cpu-small", variants=["lal"], audio_tokens=[20], scopes=["llm"], seconds=1e-9)
+    found = run(preset)
+    assert found.rows == [] and found.complete
+    assert {one["why"] for one in found.left_out} == {"not begun within 0 s"}
+
+
+def test_goals_on_a_gpu() -> None:
+    """Those of the issue's table, each on either side of its bound."""
+
+    def row(variant: str, phase: Any, seconds: float, length: Any = 1500, batch: int = 8, saved: int = 1) -> Row:
+        return Row(variant, "llm", phase, length, 128, batch, seconds, 0.0, 1, saved, 10**12, 1.0, 0, 1)
+
+    train = [row("plits", "train", 9.0, saved=1000), row("lal", "train", 2.1, saved=121), row("pal", "train", 4.4)]
+    ragged = [row("plits", "train", 9.0, "ragged"), row("lal_third", "train", 2.2, "ragged")]
+    ask = [
+        row("plits", "prefill", 1.3, batch=1),
+        row("lal", "prefill", 1.0, batch=1),
+        row("pal", "prefill", 1.1, batch=1),
+    ]
+    write = [row("lal", "decode", 1.2), row("lal", "decode_graph", 0.24)]
+    result = Result(
+        PRESETS["gpu-quick"], {"product_flops_per_second": 1e12}, [*train, *ragged, *ask, *write],
+        [row("plain", "train", 8.9), row("plain", "decode", 1.0)],
+    )  # fmt: skip
+    made = [check for check in checks(replace(result, paper=_Anything())) if check.kind == "goal"]
+    found = {(one.variant, one.phase, one.audio_tokens, one.against, one.quantity): one.ok for one in made}
+    assert found == {
+        ("lal", "train", 1500, "plits", "seconds"): False,
+        ("lal", "train", 1500, "plits", "saved_bytes"): False,
+        ("pal", "train", 1500, "plits", "seconds"): True,
+        ("pal", "train", 1500, "plits", "saved_bytes"): True,
+        ("lal_third", "train", "ragged", "plits", "seconds"): True,
+        ("plits", "train", 1500, "plain", "seconds"): True,
+        ("plits", "train", 1500, "product", "rate"): False,
+        ("lal", "train", 1500, "product", "rate"): True,
+        ("lal", "prefill", 1500, "plits", "seconds"): True,
+        ("pal", "prefill", 1500, "plits", "seconds"): False,
+        ("lal", "decode", 1500, "plain", "seconds"): False,
+        ("lal", "decode_graph", 1500, "plain", "seconds"): True,
+    }
+
+
+def test_shares_of_a_products_rate() -> None:
+    preset = preset_of(
+        "cpu-small", variants=["plits"], audio_tokens=[20], phases=["prefill"], scopes=["llm"], repeats=1
+    )
+    result = run(preset)
+    assert result.rate is not None and result.rate > 1e8
+    (ratio,), (one,) = to_dict(result)["ratios"], result.rows
+    assert one.seconds is not None
+    assert ratio["flops_per_second"] == one.flops / one.seconds
+    assert ratio["of_product"] == ratio["flops_per_second"] / result.rate
 
 
 def test_goals_are_checked_where_they_are_set() -> None:

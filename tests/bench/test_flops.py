@@ -97,6 +97,19 @@ def test_varlen_of_grouped_heads(groups: int, torch_2_13: bool) -> None:
     assert counted("aten._flash_attention_backward", *given) == backward
 
 
+def test_packed_rows_of_other_kernels() -> None:
+    """Which take a bias before the starts, and cuDNN's seeds before both."""
+    (q, k, v), starts, forward, backward = packed(2)
+    out, lse, seed = meta(10, H, V), meta(H, 10), meta(2)
+    given: tuple[Any, ...] = (*(x[None] for x in (q, k, v)), None, *starts, 7, 25, 0.0, 1, True)
+    assert counted("aten._efficient_attention_forward", *given) == forward
+    given = (*(x[None] for x in (out, q, k, v)), None, out[None], *starts, 7, 25, lse, 0.0, seed, seed, 1, False)
+    assert counted("aten._efficient_attention_backward", *given) == backward
+    assert counted("aten._cudnn_attention_forward", q, k, v, None, *starts, 7, 25, True, 0.0, True) == forward
+    given = (out, q, k, v, out, lse, seed, seed, None, *starts, 7, 25, 0.0, True)
+    assert counted("aten._cudnn_attention_backward", *given) == backward
+
+
 def test_varlen_whose_keys_start_with_the_queries() -> None:
     q, k, v = meta(10, H, C), meta(10, 2, C), meta(10, 2, V)
     starts = torch.tensor(FIRST_Q)

@@ -81,7 +81,7 @@ def test_what_was_written_before_a_kill_stays(tmp_path: Path, monkeypatch: pytes
 
 
 def test_what_does_not_fit_is_left_out_and_said(tmp_path: Path) -> None:
-    assert gpu.main(["--out", str(tmp_path), *TOY, "--limit", "0.001"]) == 1
+    assert gpu.main(["--out", str(tmp_path), *TOY, "--limit", "0"]) == 1
     found = json.loads((tmp_path / "gpu.json").read_text())
     assert found["complete"] and not found["ok"]
     assert found["left_out"] == ["values: no time for 13 cases", "counts: no time for 8 steps"]

@@ -24,6 +24,9 @@ def preset() -> Preset:
     return small.model_copy(update={"text_tokens": 32, "encoder": {**small.encoder, "max_source_positions": 400}})
 
 
+RAGGED = ((5, 16), (20, 24), (33, 48))
+
+
 @pytest.fixture(scope="module")
 def llm(preset: Preset) -> Backbone:
     torch.manual_seed(0)
@@ -93,6 +96,45 @@ def test_qwen2audio_from_frames_is_qwen2audio_on_the_features(
     assert whole.own is not None and parts.own is not None
     parts.own.load_state_dict(whole.own.state_dict())
     same(whole, parts, scene, given)
+
+
+@pytest.mark.parametrize("packs", [False, True])
+def test_a_ragged_batch_is_its_rows_one_by_one(
+    preset: Preset, llm: Backbone, plain: Any, packs: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Padding changes nothing, neither the peers' nor ours; and the answers' tokens count alike."""
+    monkeypatch.setattr(llm, "_packs", packs)
+    ragged = preset.model_copy(update={"ragged": RAGGED})
+    scene = make_scene(ragged, 3, "ragged", llm.vocab, None)
+    assert (scene.length, scene.audio_tokens, scene.text_tokens) == ("ragged", 33, 48)
+    rows = scene.alone()
+    assert [(row.audio_tokens, row.text_tokens, row.before, row.answer) for row in rows] == [
+        (5, 16, 2, 4),
+        (20, 24, 3, 6),
+        (33, 48, 6, 12),
+    ]
+    plits = attached("plits", llm, preset)
+    assert isinstance(plits.integration, PLITS)
+    subjects: list[Subject] = [plits, *(attached(name, llm, preset) for name in ("text", "lal", "pal", "flamingo"))]
+    if not packs:
+        subjects += [Plain("plain", llm, plain, plits.integration), Plain("plain_text", llm, plain, None)]
+        subjects += [Qwen2Audio(llm, plain, preset, None), opened(Mllama(llm, plain, preset))]
+    for subject in subjects:
+        together = written(subject, scene, 2)
+        apart = [torch.cat(parts) for parts in zip(*(written(subject, row, 2) for row in rows), strict=True)]
+        # Mllama's own masks are for its prompt alone: later rows look at padded keys, too
+        steps = 1 if subject.name == "mllama" else 3
+        torch.testing.assert_close(together[:steps], apart[:steps], rtol=1e-4, atol=1e-5, msg=subject.name)
+        with torch.no_grad():
+            losses = sum(subject.loss(row) * row.answer for row in rows) / sum(row.answer for row in rows)
+            torch.testing.assert_close(subject.loss(scene), losses, rtol=1e-5, atol=1e-5, msg=subject.name)
+
+
+def opened(peer: Mllama) -> Mllama:
+    """With gates that let audio through."""
+    for i in cross_layers(peer.llm.n_layers):
+        torch.nn.init.ones_(peer.lm.model.layers[i].cross_attn_attn_gate)
+    return peer
 
 
 def test_peers_share_the_weights_of_the_llm(preset: Preset, llm: Backbone, plain: Any) -> None:
