@@ -213,7 +213,7 @@ def _values(run: Run, device: torch.device, size: Size) -> None:
 
     _, left = compare(device, size, in_time=lambda: run.seconds < end, done=done)
     if left:
-        run.left_out.append(f"values: no time for {left} cases, compiled ones")
+        run.left_out.append(f"values: no time for {left} cases")
     run.say(f"values: {len(run.values)} cases, {sum(not one.ok for one in run.values)} off, {left} left out")
 
 

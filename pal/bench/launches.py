@@ -24,6 +24,8 @@ from pal.bench.subjects import Attached, Subject
 
 _READS = ("aten._local_scalar_dense", "aten.nonzero", "aten.masked_select", "aten.is_nonzero", "aten.equal")
 """Operators whose result the host has to see."""
+_WAITED = "called a synchronizing CUDA operation"
+"""What torch warns of then; that it watches for it is another warning."""
 
 
 @dataclass(frozen=True)
@@ -150,7 +152,7 @@ class Dispatched(TorchDispatchMode):
         self.reads: list[str] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if not func.is_view:
+        if not getattr(func, "is_view", False):
             self.operations += 1
         if str(func._overloadpacket) in _READS:
             self.reads.append(_line())
@@ -171,7 +173,7 @@ def waits(step: Callable[[], object], device: torch.device) -> list[str]:
             step()
         finally:
             torch.cuda.set_sync_debug_mode(before)
-    return [f"{Path(w.filename).name}:{w.lineno}" for w in caught if "synchroniz" in str(w.message)]
+    return [f"{Path(w.filename).name}:{w.lineno}" for w in caught if _WAITED in str(w.message)]
 
 
 def launches(step: Callable[[], object], device: torch.device) -> tuple[int | None, float | None]:

@@ -194,7 +194,7 @@ def test_warnings_of_cuda_are_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     def step() -> None:
         for _ in range(2):
             warnings.warn("called a synchronizing CUDA operation", stacklevel=1)
-        warnings.warn("something else", stacklevel=1)
+        warnings.warn("does not yet detect all synchronizing operations", stacklevel=1)
 
     found = waits(step, torch.device("cuda"))
     assert len(found) == 2 and all(place.startswith("test_gpu.py:") for place in found)
