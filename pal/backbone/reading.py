@@ -96,7 +96,7 @@ def through_cache(
         attention_mask: [B, K] over all rows so far; the cache knows it in a step.
         position_ids: [B, Q] of the rows.
         kwargs: what else the forward takes.
-        compiled: whether layers are; those of a step run as they are written.
+        compiled: whether layers are; only packed prompts go through them so.
 
     Raises:
         PalError: no positions, or an LLM that drops the cache.
@@ -104,12 +104,12 @@ def through_cache(
     if position_ids is None:
         raise PalError("a forward with audio needs position_ids: positions have gaps that cannot be guessed")
     given: dict[str, Any] = {"input_ids": input_ids, "inputs_embeds": inputs_embeds, "position_ids": position_ids}
-    with torch.no_grad(), without_cudnn():
+    # a compiled layer can write to no cache; what packed prompts leave there is stored outside of it
+    plain = torch.compiler.set_stance("force_eager") if compiled and cache.packed is None else nullcontext()
+    with torch.no_grad(), without_cudnn(), plain:
         if cache.begun:
             given |= {"attention_mask": cache.no_mask, "past_key_values": cache, "audio": cache.step(position_ids)}
-            # lengths and places change from step to step, so that compiled layers would be compiled for each
-            with torch.compiler.set_stance("force_eager") if compiled else nullcontext():
-                return forward(**given, **kwargs)
+            return forward(**given, **kwargs)
         beams = cache.plan.beams if position_ids.shape[0] > cache.plan.rows else 1
         if cache.packed is not None:
             out = _read_packed(forward, cache, cache.packed, kwargs)

@@ -263,6 +263,20 @@ def test_compiled_layers_read_packed_prompts_and_give_the_same_tokens(name):
     assert counters["stats"]["unique_graphs"] == prompts  # steps have none
 
 
+@pytest.mark.parametrize("name", ["plits", "lal"])
+@torch.no_grad()
+def test_compiled_layers_get_no_cache_of_padded_prompts(name):
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    llm = make_backbone("llama")
+    integration = make_integration(name, llm)
+    expected = llm.generate(inputs_of(llm, integration), max_new_tokens=5, **GREEDY)
+    llm.compile(backend="eager")
+    for more in ({}, {"cache_implementation": "static"}):
+        assert torch.equal(llm.generate(inputs_of(llm, integration), max_new_tokens=5, **GREEDY, **more), expected)
+    assert not torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
 # What runs on a GPU
 
 
