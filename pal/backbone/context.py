@@ -41,9 +41,7 @@ class Block(Protocol):
 class PackedBlock(Block, Protocol):
     """A `Block` that also takes packed rows."""
 
-    def packed(
-        self, x_1ND: Tensor, k_IGC: Tensor, v_IGC: Tensor, segments: DeviceSegments, hears_N1: Tensor
-    ) -> Tensor:
+    def packed(self, x_1ND: Tensor, k_IGC: Tensor, v_IGC: Tensor, segments: DeviceSegments, hears_N1: Tensor) -> Tensor:
         """Rows, all K and V, which keys the rows see, and which rows see any -> rows [1, N, D]."""
         ...
 

@@ -532,7 +532,7 @@ class Backbone(nn.Module):
             _renamed(self.lm, "activation_checkpointing_disable", "gradient_checkpointing_disable")()
 
     def compile(self, **options: Any) -> None:
-        """torch.compile each layer, its audio K/V included; `options` go to torch.compile. See `pal.backbone.regions`."""
+        """torch.compile each layer with its audio K/V (`pal.backbone.regions`); `options` go to torch.compile."""
         regions.compile_layers(self.layers, **options)
 
     def uncompile(self) -> None:
@@ -547,9 +547,9 @@ class Backbone(nn.Module):
         """
         if self._packs is not None:
             return self._packs
-        device = self.device
-        autocast = torch.is_autocast_enabled(device.type)
-        dtype = torch.get_autocast_dtype(device.type) if autocast else self.dtype
+        device, dtype = self.device, self.dtype
+        if device.type == "cuda" and torch.is_autocast_enabled("cuda"):
+            dtype = torch.get_autocast_dtype("cuda")
         return not self.dropout and has_kernel(device, dtype, self.head_width)
 
     @packs.setter

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from pal.backbone.context import Geometry, KeySource, PackedBlock, rotate
-from pal.backbone.segments import Conversation
 from pal.backbone.rms import rms_norm
+from pal.backbone.segments import Conversation
 from pal.backbone.varlen import segment_attention
 
 Turns = tuple[Tensor, Tensor]

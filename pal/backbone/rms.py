@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 def rms_norm(x_MD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-    """Rows by their root mean square, times a weight: [M, D] (Zhang and Sennrich 2019); sums are in float32 at least."""
+    """Rows by their root mean square, times a weight: [M, D] (Zhang and Sennrich 2019); sums are float32 at least."""
     if x_MD.device.type == "cuda" or torch.compiler.is_compiling():
         return F.rms_norm(x_MD, weight_D.shape, weight_D, eps)
     normed: Tensor = _plain(x_MD, weight_D, eps)

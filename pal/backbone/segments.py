@@ -1,15 +1,16 @@
 """Which rows and keys make up the segments of one variable-length attention call; laid out on the host.
 
-A layer's queries of a conversation that see the same audio keys are a run. Each run becomes a segment whose keys are all
-it sees, in the order of their positions: [before | audio | after]. Its last query then sees all of them, the one before
-all but the last, as `segment_attention` has it. Where run follows run by a few keys each, as the summaries of PAL do,
-they stay one segment, and the keys between take part as queries of which nothing is used.
+A layer's queries of a conversation that see the same audio keys are a run. Each run becomes a segment, whose keys are
+all that it sees, in the order of their positions: [before | audio | after]. Its last query then sees all of them, the
+one before all but the last, as `segment_attention` has it. Where run follows run by a few keys each, as the summaries
+of PAL do, they stay one segment, and the keys between take part as queries of which nothing is used.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -99,7 +100,7 @@ def segments_of(
 
 
 def crossing_segments(conversations: Sequence[Conversation], stream: int) -> Segments:
-    """The segments of a block through which rows look at the keys of one stream alone; each row of one sees all of them.
+    """The segments of a block through which rows look at the keys of one stream alone; a row sees all of its segment.
 
     Rows that hear nothing have a segment without keys.
     """
@@ -156,7 +157,7 @@ def _merged(rows: Ints, place_R: Ints, keys: Ints, place_K: Ints) -> Ints:
 def _same(counts_T: Ints) -> list[tuple[int, int]]:
     """Runs of rows that see the same number of keys."""
     borders = [0, *(np.flatnonzero(np.diff(counts_T)) + 1), len(counts_T)] if len(counts_T) else [0]
-    return [(int(a), int(b)) for a, b in zip(borders[:-1], borders[1:], strict=True)]
+    return [(int(a), int(b)) for a, b in pairwise(borders)]
 
 
 def _blocks(heard_T: Ints, asks_T: Bools, gaps_T: Bools) -> Iterator[tuple[int, int]]:
@@ -193,7 +194,7 @@ def _joined(queries: list[Ints], keys: list[Ints], rows: int, sources: int) -> S
 
 
 def where(keys_K: Ints, sources: int) -> tuple[Ints, ...]:
-    """Where each source stands among the keys, the first places, the second ones, and so on; () where there are many."""
+    """Where each source stands among the keys: the first places, the second ones, and so on; () where it is often."""
     order_K = np.argsort(keys_K, kind="stable")
     sorted_K = keys_K[order_K]
     nth_K = np.arange(len(keys_K)) - np.searchsorted(sorted_K, sorted_K)

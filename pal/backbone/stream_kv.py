@@ -71,7 +71,7 @@ class Layout:
         return self._seconds(np.minimum((group_S[:, None] + np.array([0, 1])) * self.tokens, tokens))
 
     def _seconds(self, tokens_X: Ints) -> Floats:
-        return tokens_X * (self.seconds_per_token or math.nan)
+        return np.asarray(tokens_X * (self.seconds_per_token or math.nan), np.float64)
 
     def row_offsets(self, tokens: int) -> Ints:
         """Positions of a clip's rows, counted from its start: [S]."""

@@ -1,8 +1,9 @@
 """Attention of segments that lie one after the other, in one kernel whatever their number and lengths.
 
 Query i of a segment with Q queries and K keys sees its keys up to i + K - Q: the last query sees all (bottom-right
-causal); or each sees all. On a GPU that is `torch.nn.attention.varlen.varlen_attn`, whose flash kernel reads grouped heads as they are;
-elsewhere the same signature is written out segment by segment, so that a CPU can test what a GPU runs.
+causal); or each sees all. On a GPU that is `torch.nn.attention.varlen.varlen_attn`, whose flash kernel reads grouped
+heads as they are; elsewhere the same signature is written out segment by segment, so that a CPU can test what a GPU
+runs.
 """
 
 from __future__ import annotations
@@ -72,7 +73,8 @@ def flash(
     """`segment_attention` by torch's kernel for a GPU."""
     shown = (-1 if window is None else window - 1, 0 if causal else -1)
     options: dict[str, Any] = {"window_size": shown, "scale": scale, **_grouped()}
-    out_NHC: Tensor = varlen_attn(q_NHC, k_KGC, v_KGC, firsts_q, firsts_k, longest_q, longest_k, **options)
+    out_NHC = varlen_attn(q_NHC, k_KGC, v_KGC, firsts_q, firsts_k, longest_q, longest_k, **options)
+    assert isinstance(out_NHC, Tensor)  # alone, without the log-sum-exp that can be asked for
     return out_NHC
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pal.backbone.context import AudioContext, AudioKeys, Block, KeySource, Places, gather
+from pal.backbone.context import AudioContext, AudioKeys, KeySource, PackedBlock, Places, gather
 from pal.backbone.llm import Backbone
 from pal.backbone.packed import DeviceSegments, PackedContext, PackedKeys, Turns, take
 from pal.backbone.segments import Conversation, Segments, crossing_segments, segments_of, where
@@ -37,7 +38,7 @@ class ClipSpans:
     """The layers that ask."""
     width_A: int = 0
     """A of `keys`, padding included."""
-    blocks: Mapping[int, Block] | None = None
+    blocks: Mapping[int, PackedBlock] | None = None
     """Where given, they look at the keys before their layer, and the layer itself does not."""
     bias: Mapping[int, Tensor] | None = None
     """By layer, what is added to the scores of the keys, [H] for each head or [1]; only with packed rows."""
@@ -270,7 +271,7 @@ def _padded(
     assert index_N is not None
     lengths = [len(one) for one in placed]
     starts = np.cumsum([0, *lengths])
-    table_BT, real_BT = _stack([index_N[a:b] for a, b in zip(starts[:-1], starts[1:], strict=True)], left, 0)
+    table_BT, real_BT = _stack([index_N[a:b] for a, b in pairwise(starts)], left, 0)
     positions_BT, _ = _stack([one.positions for one in placed], left, 0)
     labels_BT, _ = _stack([one.labels for one in placed], left, IGNORE)
     moves = _Moves()

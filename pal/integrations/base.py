@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from pal.backbone.audio_kv import AudioKV
-from pal.backbone.context import Block
+from pal.backbone.context import PackedBlock
 from pal.backbone.cost import Added, Step
 from pal.backbone.llm import Backbone
 from pal.backbone.stream_kv import StreamKV
@@ -118,7 +118,7 @@ class Route(Integration):
         """Itself."""
         return (self,)
 
-    def blocks(self) -> Mapping[int, Block] | None:
+    def blocks(self) -> Mapping[int, PackedBlock] | None:
         """Networks of its own before some of the LLM's layers, which look at the keys in the layers' place."""
         return None
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from pal.backbone.context import Block, attention_weights
+from pal.backbone.context import PackedBlock, attention_weights
 from pal.backbone.cost import Added, Cost, LayerAdded, Step, attention, linear
 from pal.backbone.llm import Backbone
 from pal.backbone.packed import DeviceSegments, among, take
@@ -55,7 +55,7 @@ class Flamingo(Route):
         ffn = config.ffn or 4 * llm.width
         self.cross = nn.ModuleDict({str(layer): GatedBlock(in_width, llm, ffn) for layer in self.layers})
 
-    def blocks(self) -> Mapping[int, Block]:
+    def blocks(self) -> Mapping[int, PackedBlock]:
         """Its gated blocks, by the layer they stand before."""
         return {layer: cast(GatedBlock, self.cross[str(layer)]) for layer in self.layers}
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from pal.backbone.context import Hide
+from pal.backbone.context import AudioContext, Hide
 from pal.backbone.generate import reordered
 from pal.backbone.llm import Backbone
 from pal.bench.flops import flop_counter
@@ -107,7 +107,7 @@ def cost(model: PalModel, example: Example, condition: Condition) -> Cost:
         as_is = _prefill(model.llm, inputs)
         seen_in = [layer for layer, pathway, _ in view if pathway == "rows"]
         behind = range(max(seen_in, default=-1) + 1, model.llm.n_layers)
-        assert inputs.audio is not None
+        assert isinstance(inputs.audio, AudioContext)
         rows = int(inputs.audio.audio_rows_BT.sum())
         rowless = _prefill(model.llm, _without_rows(inputs)) if rows and behind else as_is
     flops = making.get_total_flops() + sum(as_is)
@@ -225,7 +225,7 @@ def _prefill(llm: Backbone, inputs: LLMInputs) -> list[int]:
 
 def _without_rows(inputs: LLMInputs) -> LLMInputs:
     """One conversation without its audio rows: what a layer takes once they were left out before it."""
-    assert inputs.audio is not None
+    assert isinstance(inputs.audio, AudioContext)
     kept_T = (~inputs.audio.audio_rows_BT[0]).nonzero().flatten()
     return reordered(inputs, kept_T[None])
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pal import audio as audio_io
-from pal.backbone.context import AudioKeys, Places
+from pal.backbone.context import AudioContext, AudioKeys, Places
 from pal.backbone.cost import Step, decoder
 from pal.bench.measure import saved_bytes
 from pal.data import prompts
@@ -221,7 +221,7 @@ def order(inputs: LLMInputs) -> Check:
     name = "order of summaries and tokens"
     remedy = "Put each summary right after the last token it sums up: Layout.row_offsets and key_offsets."
     context = inputs.audio
-    if context is None or context.places is None:
+    if not isinstance(context, AudioContext) or context.places is None:
         return Check(name, "does not apply", "no audio", remedy)
     wrong = compared = 0
     for b in range(inputs.position_ids_BT.shape[0]):
@@ -256,7 +256,7 @@ def gaps(inputs: LLMInputs) -> Check:
         "let attention_mask be None."
     )
     context = inputs.audio
-    if context is None or context.places is None:
+    if not isinstance(context, AudioContext) or context.places is None:
         return Check(name, "does not apply", "no audio", remedy)
     faults: list[str] = []
     reserved = 0

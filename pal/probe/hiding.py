@@ -81,7 +81,7 @@ class Example:
         # hiding it in no layer hides nothing, but says of every token what it stands for
         with model.hiding(*condition.hides, Hide(layers=())), evaluation_mode(model):
             audio = model.inputs(list(self.clips), [self.row]).audio
-        assert audio is not None
+        assert isinstance(audio, AudioContext)
         return audio
 
     def seen(self, model: PalModel, condition: Condition) -> Seen:

@@ -50,7 +50,7 @@ def record(model: PalModel, clips: Clips, rows: Sequence[Tokens], bins: int = 40
     after = [len(row.ids) - 1 - max(i for i, token in enumerate(row.ids) if token == AUDIO) for row in rows]
     # with padding on the left the rows after the last clip are simply the last ones
     inputs = model.inputs(clips, rows, padding_side="left", located=True)
-    assert inputs.audio is not None and inputs.audio.places is not None
+    assert isinstance(inputs.audio, AudioContext) and inputs.audio.places is not None
     B, T = inputs.position_ids_BT.shape
     N = max(after)
     rows_BN = torch.arange(T - N, T, device=model.device).expand(B, N)

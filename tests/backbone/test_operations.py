@@ -3,12 +3,11 @@
 from collections import Counter
 
 import pytest
-import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pal.registry import build
 from pal.types import AUDIO, IGNORE, Tokens
-from tests.identities.models import E, INTEGRATIONS, features, make_backbone
+from tests.identities.models import INTEGRATIONS, E, features, make_backbone
 
 LAYERS = 16
 NO_KERNEL = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "lift_fresh", "_unsafe_view"}

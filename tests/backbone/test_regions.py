@@ -7,7 +7,7 @@ from torch._dynamo.utils import counters
 from pal.backbone.llm import LoRA
 from pal.registry import build
 from pal.types import AUDIO, IGNORE, Tokens
-from tests.identities.models import E, INTEGRATIONS, features, make_backbone
+from tests.identities.models import INTEGRATIONS, E, features, make_backbone
 
 
 def batch(seed, hears=True, clips=(17, 60)):

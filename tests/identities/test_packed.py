@@ -12,7 +12,7 @@ from pal.backbone.segments import COPIES
 from pal.integrations.base import Route
 from pal.registry import build
 from pal.types import AUDIO, IGNORE, Tokens
-from tests.identities.models import E, FAMILIES, INTEGRATIONS, PLACEMENTS, features, make_backbone, shared
+from tests.identities.models import FAMILIES, INTEGRATIONS, PLACEMENTS, E, features, make_backbone, shared
 
 SAME = {"rtol": 1e-5, "atol": 1e-5}
 
