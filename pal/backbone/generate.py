@@ -36,8 +36,8 @@ if TYPE_CHECKING:
     from pal.backbone.llm import Backbone
 
 LOOK = 16
-"""Steps of a CUDA graph after which the host asks whether all rows have ended. Without a graph a GPU is asked four times
-as often, since it waits for the host anyway; on a CPU asking costs nothing, and it is 1."""
+"""Steps of a CUDA graph after which the host asks whether all rows have ended. Without a graph a GPU is asked four
+times as often, since it waits for the host anyway; on a CPU asking costs nothing, and it is 1."""
 STATIC_FROM = 32
 """New tokens from which on a GPU decodes with a static cache unless told otherwise: making a CUDA graph takes as long
 as some ten tokens, and is made once for prompts of like length."""
