@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -26,6 +27,9 @@ from pal.errors import PalError
 
 NAME = "pal"
 """Must not contain 'sdpa', 'flash' or 'flex_attention', which make transformers check the model class."""
+
+_KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+"""Of torch's attention: all but cuDNN's, see `without_cudnn`."""
 
 
 def attend(
@@ -52,7 +56,8 @@ def attend(
     """
     if isinstance(audio, PackedLayer):  # first, since a compiled layer must not learn its own number
         if audio.segments is None:
-            return sdpa_attention_forward(module, query, key, value, None, dropout=dropout, scaling=scaling)
+            with sdpa_kernel(_KERNELS):  # here, since a layer may be made again when no forward pass is on
+                return sdpa_attention_forward(module, query, key, value, None, dropout=dropout, scaling=scaling)
         return audio.attend(module, query, key, value, scaling), None
     layer: int = module.layer_idx  # type: ignore[assignment]
     if isinstance(audio, Step):
@@ -79,12 +84,13 @@ def _masked_attention(
 ) -> Tensor:
     """Grouped-query attention under a dense mask, without copies of the key/value heads -> [B, Q, H, C]."""
     H, G = q_BHQC.shape[1], k_BGKC.shape[1]
-    if q_BHQC.device.type == "cpu" or G == H:
-        out_BHQC = F.scaled_dot_product_attention(
-            q_BHQC, k_BGKC, v_BGKC, attn_mask=mask_B1QK, dropout_p=dropout, scale=scaling, enable_gqa=G != H
-        )
-    else:
-        out_BHQC = _folded_attention(q_BHQC, k_BGKC, v_BGKC, mask_B1QK, dropout, scaling)
+    with sdpa_kernel(_KERNELS):
+        if q_BHQC.device.type == "cpu" or G == H:
+            out_BHQC = F.scaled_dot_product_attention(
+                q_BHQC, k_BGKC, v_BGKC, attn_mask=mask_B1QK, dropout_p=dropout, scale=scaling, enable_gqa=G != H
+            )
+        else:
+            out_BHQC = _folded_attention(q_BHQC, k_BGKC, v_BGKC, mask_B1QK, dropout, scaling)
     return out_BHQC.transpose(1, 2).contiguous()
 
 

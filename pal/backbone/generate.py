@@ -38,9 +38,6 @@ if TYPE_CHECKING:
 LOOK = 16
 """Steps of a CUDA graph after which the host asks whether all rows have ended. Without a graph a GPU is asked four
 times as often, since it waits for the host anyway; on a CPU asking costs nothing, and it is 1."""
-STATIC_FROM = 32
-"""New tokens from which on a GPU decodes with a static cache unless told otherwise: making a CUDA graph takes as long
-as some ten tokens, and is made once for prompts of like length."""
 
 
 @torch.no_grad()
@@ -54,9 +51,9 @@ def generate(llm: Backbone, inputs: LLMInputs, **kwargs: Any) -> Tensor:
         inputs: the prompts.
         kwargs: transformers' options. With `cache_implementation="static"` greedy answers and plain samples are
             decoded in buffers of a fixed size, on a GPU by a CUDA graph that is kept for prompts of like length;
-            beams and processors use the buffers without a graph. It is the default on a GPU from `STATIC_FROM` new
-            tokens on; "dynamic" turns it off. A logits processor with `only_watches = True` says that it changes
-            nothing and leaves what it sees on the device.
+            beams and processors use the buffers without a graph. It pays from some tens of new tokens on, and is not
+            the default: no graph of it has been recorded on a card yet. A logits processor with
+            `only_watches = True` says that it changes nothing and leaves what it sees on the device.
 
     Raises:
         PalError: an option that cannot be followed.
@@ -131,7 +128,7 @@ def _by_transformers(
 
 def _decode(llm: Backbone, inputs: LLMInputs, options: Options) -> Tensor:
     gpu = graphs.possible(llm.device)
-    fixed = options.cache == "static" or (options.cache is None and gpu and options.tokens >= STATIC_FROM)
+    fixed = options.cache == "static"
     prompts = prompts_of(inputs)
     room = options.tokens if fixed else min(options.tokens, ROOM)
     plan = Plan.of(llm.windows, prompts, beams=options.copies, room=room, fixed=fixed)

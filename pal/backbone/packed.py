@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -87,11 +87,16 @@ class Catches(Protocol):
     """Of each set that a block before the layer looks at, by its number."""
 
 
-class PackedSource(Protocol):
+@runtime_checkable
+class PackedSource(KeySource, Protocol):
     """A `KeySource` that also makes K/V of the clips' real tokens alone."""
 
-    def projection(self, layer: int) -> Projection | None:
-        """What a layer makes them of; None where `keys_values` has to be asked."""
+    def ready(self, packed: bool) -> None:
+        """Make what all layers share, for packed rows or padded ones."""
+        ...
+
+    def projection(self, layer: int) -> Projection:
+        """What a layer makes K/V of."""
         ...
 
 
@@ -117,9 +122,9 @@ class PackedKeys:
 
     def made(self, layer: int) -> Projection | tuple[Tensor, Tensor]:
         """What K/V of a layer are made of, or the K/V of all tokens."""
-        projection = getattr(self.source, "projection", None)
-        found = None if projection is None else projection(layer)
-        return flat(*self.source.keys_values(layer)) if found is None else found
+        if isinstance(self.source, PackedSource):
+            return self.source.projection(layer)
+        return flat(*self.source.keys_values(layer))
 
 
 @dataclass(frozen=True, eq=False)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pal.backbone.context import AudioContext, AudioKeys, KeySource, PackedBlock, Places, gather
 from pal.backbone.llm import Backbone
-from pal.backbone.packed import DeviceSegments, PackedContext, PackedKeys, Turns, take
+from pal.backbone.packed import DeviceSegments, PackedContext, PackedKeys, PackedSource, Turns, take
 from pal.backbone.segments import Conversation, Segments, crossing_segments, segments_of, where
 from pal.backbone.stream_kv import Layout
 from pal.integrations.placing import Ints, Placing, RowPlaces, place
@@ -58,7 +58,7 @@ class ClipSpans:
     @property
     def packs(self) -> bool:
         """Whether `keys` makes K/V of real tokens alone."""
-        return hasattr(self.keys, "projection")
+        return isinstance(self.keys, PackedSource)
 
 
 def assemble(
@@ -104,6 +104,7 @@ def _packed(
     table = None if index_N is None else (moves.add(index_N), [moves.add(x) for x in back])
     targets = _Targets(placed, list(np.cumsum([0, *lengths])[:-1]), moves)
     on_device = {kind: _move_segments(segments, moves) for kind, segments in laid.items()}
+    _ready(streams, packed=True)
     keys = [_KeyMoves(i, streams[i], placed, conversations, moves) for i in joining] if heard else []
     moves.go(llm.device)
 
@@ -132,6 +133,12 @@ def _packed(
         labels_BT=targets.labels(moves, shape) if labelled else None,
         targets=targets.made(moves) if labelled else None,
     )
+
+
+def _ready(streams: Sequence[ClipSpans], packed: bool) -> None:
+    for spans in streams:
+        if isinstance(spans.keys, PackedSource):
+            spans.keys.ready(packed)
 
 
 def _joined(streams: Sequence[ClipSpans], layer: int) -> tuple[int, ...]:
@@ -283,6 +290,7 @@ def _padded(
     table_XD = _table(llm, moves[token_ids], streams)
 
     context = None
+    _ready(streams, packed=False)
     if any(spans.keys is not None or located for spans in streams) and any(row.clips for row in rows):
         audio_rows_BT, _ = _stack([~one.is_text for one in placed], left, False)
         asks_BT, _ = _stack([one.asks for one in placed], left, False)

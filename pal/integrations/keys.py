@@ -22,8 +22,6 @@ class ProjectedKeys:
         self._features = features
         self._projectors = projectors
         self._llm = llm
-        if not llm.packs:
-            _ = self._padded  # not in a layer that asks, which may be made again in the backward pass, but this is kept
 
     @cached_property
     def _padded(self) -> Tensor:
@@ -34,6 +32,10 @@ class ProjectedKeys:
     def _packed(self) -> Tensor:
         """The same without padding: [M, E]."""
         return real_tokens(self._features)
+
+    def ready(self, packed: bool) -> None:
+        """Make what all layers share before any of them asks, since a layer may be made again in the backward pass."""
+        _ = self._packed if packed else self._padded
 
     def keys_values(self, layer: int) -> tuple[Tensor, Tensor]:
         """Keys before RoPE and values, each [U, G, A, C]."""

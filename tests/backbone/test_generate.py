@@ -364,12 +364,13 @@ def gpu(monkeypatch):
 def test_a_graph_is_made_once_and_gives_the_same_tokens(gpu, name):
     llm = make_backbone("llama")
     integration = make_integration(name, llm)
-    options = {"max_new_tokens": 40, **GREEDY}
+    growing = {"max_new_tokens": 40, **GREEDY}
+    options = {**growing, "cache_implementation": "static"}
     for rows in (RAGGED, [RAGGED[1], *RAGGED[:3]]):  # of like length: one plan
         watch, plain_watch = Watch(True), Watch(True)
         given = inputs_of(llm, integration, rows=rows)
         ours = llm.generate(given, logits_processor=[watch], **options)
-        theirs = llm.generate(given, logits_processor=[plain_watch], cache_implementation="dynamic", **options)
+        theirs = llm.generate(given, logits_processor=[plain_watch], **growing)
         assert torch.equal(ours, theirs)
         for (_, logits), (_, wanted) in zip(watch.seen, plain_watch.seen, strict=True):
             torch.testing.assert_close(logits, wanted, atol=1e-4, rtol=1e-4)
@@ -379,7 +380,7 @@ def test_a_graph_is_made_once_and_gives_the_same_tokens(gpu, name):
     given = inputs_of(llm, integration)
     changed = llm.generate(given, **options)
     assert FakeGraph.made == 2
-    assert torch.equal(changed, llm.generate(given, cache_implementation="dynamic", **options))
+    assert torch.equal(changed, llm.generate(given, **growing))
     seen = []
     hook = llm.lm.model.norm.register_forward_hook(lambda *given: seen.append(1))
     replays = FakeGraph.replays
@@ -396,8 +397,9 @@ def test_a_graph_is_made_once_and_gives_the_same_tokens(gpu, name):
 def test_under_autocast_no_graph_is_made(gpu):
     llm, integration = shared("llama", "lal")
     with torch.autocast("cpu", torch.bfloat16):
-        assert llm.generate(inputs_of(llm, integration), max_new_tokens=40, **GREEDY).shape == (4, 40)
-    assert FakeGraph.made == 0
+        given = inputs_of(llm, integration)
+        ids = llm.generate(given, max_new_tokens=40, cache_implementation="static", **GREEDY)
+    assert ids.shape == (4, 40) and FakeGraph.made == 0
 
 
 @pytest.mark.parametrize("cache, every", [("static", generation.LOOK), ("dynamic", generation.LOOK // 4)])
@@ -428,7 +430,9 @@ def test_few_buffers_are_kept_and_none_while_training(gpu):
     llm = make_backbone("llama")
     integration = make_integration("lal", llm)
     for rows in (1, 2, 3, 2):
-        llm.generate(inputs_of(llm, integration, rows=RAGGED[:rows]), max_new_tokens=40, **GREEDY)
+        llm.generate(
+            inputs_of(llm, integration, rows=RAGGED[:rows]), max_new_tokens=40, cache_implementation="static", **GREEDY
+        )
     assert FakeGraph.made == 3
     assert len(graphs._kept[llm]) == graphs.KEPT
     llm.train()
@@ -436,10 +440,10 @@ def test_few_buffers_are_kept_and_none_while_training(gpu):
 
 
 @torch.no_grad()
-def test_short_answers_get_no_graph(gpu):
+def test_short_answers_and_growing_caches_get_no_graph(gpu):
     llm, integration = shared("llama", "lal")
     llm.generate(inputs_of(llm, integration), max_new_tokens=6, cache_implementation="static", **GREEDY)
-    llm.generate(inputs_of(llm, integration), max_new_tokens=generation.STATIC_FROM - 1, **GREEDY)
+    llm.generate(inputs_of(llm, integration), max_new_tokens=40, **GREEDY)
     llm.generate(inputs_of(llm, integration), max_new_tokens=40, cache_implementation="dynamic", **GREEDY)
     assert FakeGraph.made == 0
 

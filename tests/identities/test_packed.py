@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from pal.backbone import attention
 from pal.backbone.context import Hide
 from pal.backbone.packed import PackedContext
 from pal.backbone.packed import take as taken
@@ -88,6 +89,30 @@ def test_equal_conversations_without_keys_take_the_llms_own_path(name):
     inputs = integration(features(4, 4, 4), rows, llm, "none")
     assert inputs.inputs_embeds_BTD.shape[0] == 3 and inputs.audio.segments == ()
     torch.testing.assert_close(llm.loss(inputs)[0], llm.loss(integration(features(4, 4, 4), rows, llm))[0], **SAME)
+
+
+def test_cudnns_attention_is_off_in_both_passes(monkeypatch):
+    """A layer that is made again in the backward pass must take the kernel it took before."""
+    on = []
+    ours = attention.sdpa_attention_forward
+
+    def watched(*args, **kwargs):
+        on.append(torch.backends.cuda.cudnn_sdp_enabled())
+        return ours(*args, **kwargs)
+
+    monkeypatch.setattr(attention, "sdpa_attention_forward", watched)
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    try:
+        llm = make_backbone("llama").train()
+        llm.checkpoint_gradients(True)
+        integration = build("integration", INTEGRATIONS["plits"], in_width=E, llm=llm)
+        rows = [labelled([5, AUDIO, 6, 7], i, 1) for i in range(2)]
+        llm.loss(integration(features(4, 4), rows, llm, "none"))[0].backward()
+        assert torch.backends.cuda.cudnn_sdp_enabled()
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
+    assert on == [False] * 2 * llm.n_layers
 
 
 def test_located_rows_are_never_packed():
