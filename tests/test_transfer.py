@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pal.integrations.keys import zeroed
@@ -28,6 +29,24 @@ def test_a_tensor_moves_as_it_is() -> None:
     x = torch.randn(3)
     assert to_device(x, "cpu") is x
     assert to_device(x, "meta").is_meta
+
+
+def test_to_a_gpu_it_is_copied_from_pinned_memory_without_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+
+    def pinned(x: Tensor) -> Tensor:
+        calls.append("pinned")
+        return x
+
+    def copied(x: Tensor, device: torch.device, non_blocking: bool = False) -> Tensor:
+        calls.append(f"{device} {non_blocking}")
+        return x
+
+    monkeypatch.setattr(Tensor, "pin_memory", pinned)
+    monkeypatch.setattr(Tensor, "to", copied)
+    move([np.arange(5)], "cuda")
+    to_device(torch.ones(2), "cuda")
+    assert calls == ["pinned", "cuda True"] * 2
 
 
 def test_arrays_move_together() -> None:

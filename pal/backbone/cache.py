@@ -76,6 +76,8 @@ class JointCache(Cache):
             dtype: of queries, in which masks are made.
         """
         audio, device = inputs.audio, inputs.position_ids_BT.device
+        if isinstance(audio, PackedContext) and any(one.bias is not None for one in audio.keys):
+            raise PalError("prompts with a bias on the scores of audio can be scored, not continued yet")
         for layer in self.stores:
             layer.begin()
         sight = Sight(self.plan, prompts, dtype, device)

@@ -52,12 +52,10 @@ def _needed(guards: Sequence[Any]) -> list[bool]:
 
     Those on the insides of torch's own modules, such as that a linear layer has no hooks, are most of them, and
     checking them takes a GPU's host longer than a layer's kernels. What can change while training is still checked:
-    which weights there are, their type and whether they need gradients, whether dropout is on, and everything about
-    the layers themselves.
+    which weights there are, their type and whether they need gradients, and everything about the layers themselves,
+    such as whether they train.
     """
     return [
-        guard.guard_type == "TENSOR_MATCH"
-        or guard.name.endswith("training")
-        or not guard.orig_guard.source.is_unspecialized_builtin_nn_module()
+        guard.guard_type == "TENSOR_MATCH" or not guard.orig_guard.source.is_unspecialized_builtin_nn_module()
         for guard in guards
     ]

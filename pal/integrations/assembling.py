@@ -17,6 +17,7 @@ from pal.backbone.llm import Backbone
 from pal.backbone.packed import DeviceSegments, PackedContext, PackedKeys, PackedSource, Turns, take
 from pal.backbone.segments import Conversation, Segments, crossing_segments, segments_of, where
 from pal.backbone.stream_kv import Layout
+from pal.errors import PalError
 from pal.integrations.placing import Ints, Placing, RowPlaces, place
 from pal.transfer import move
 from pal.types import AUDIO, IGNORE, LLMInputs, Targets, Tokens
@@ -271,6 +272,8 @@ def _padded(
     located: bool,
 ) -> LLMInputs:
     """Rows filled up to the longest."""
+    if any(spans.bias is not None for spans in streams):
+        raise PalError("a bias on the scores of audio needs packed rows; set llm.packs, and do not generate yet")
     device, left = llm.device, side == "left"
     labelled = any(row.labels is not None for row in rows)
     longest = max(len(one) for one in placed)

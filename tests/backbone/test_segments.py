@@ -135,6 +135,7 @@ def test_one_clip_makes_two_segments_and_repeats_only_the_text_before_it():
     assert np.diff(segments.firsts_q).tolist() == [2, 3]
     assert np.diff(segments.firsts_k).tolist() == [2, 105]
     assert segments.queries_Q is None and len(segments.back) == 2
+    assert segments.longest == (3, 105)  # for which the kernel on a GPU makes room, and reads no key beyond
 
 
 def test_summaries_make_one_segment_without_copies():

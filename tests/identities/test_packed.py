@@ -6,10 +6,13 @@ import pytest
 import torch
 
 from pal.backbone import attention
+from pal.backbone import packed
 from pal.backbone.context import Hide
-from pal.backbone.packed import PackedContext
+from pal.backbone.packed import DeviceSegments, JoinedKeys, PackedContext, PackedLayer
 from pal.backbone.packed import take as taken
 from pal.backbone.segments import COPIES
+from pal.backbone.varlen import segment_attention
+from pal.errors import PalError
 from pal.integrations.base import Route
 from pal.registry import build
 from pal.types import AUDIO, IGNORE, Tokens
@@ -115,6 +118,43 @@ def test_cudnns_attention_is_off_in_both_passes(monkeypatch):
     assert on == [False] * 2 * llm.n_layers
 
 
+@pytest.mark.parametrize("length", [7, 8, 12])
+@pytest.mark.parametrize("name", ["text", "plits"])
+def test_equal_conversations_keep_a_window_that_is_shorter(name, length):
+    """Windows reach over all of 7 positions, and hide the first of 8 from the last."""
+    llm, integration = shared("mistral", "plits")
+    assert set(llm.windows) == {7}
+    ids = [5, AUDIO, *range(6, length + 2)] if name == "plits" else list(range(5, length + 5))
+    rows = [labelled(ids, i, 2) for i in range(2)]
+    inputs = integration(features(3, 3), rows, llm, "none")
+    assert int(inputs.position_ids_BT.max()) == length - 1 + 2 * (name == "plits")
+    expected = llm.label_scores(integration(features(3, 3), rows, llm, "right"))
+    torch.testing.assert_close(llm.label_scores(inputs), expected, **SAME)
+
+
+@pytest.fixture
+def kernels(monkeypatch):
+    """Queries, keys and values that the variable-length kernel is given."""
+    seen = []
+
+    def noted(*given):
+        seen.append(given[:3])
+        return segment_attention(*given)
+
+    monkeypatch.setattr(packed, "segment_attention", noted)
+    return seen
+
+
+@pytest.mark.parametrize("name", ["plits", "lal", "flamingo"])
+def test_under_autocast_the_kernel_gets_half_precision(kernels, name):
+    """A GPU has it for nothing else, and rotary embeddings give float32."""
+    llm, integration = shared("llama", name)
+    audio, rows = batch()
+    with torch.autocast("cpu", torch.bfloat16):
+        llm.loss(integration(audio, rows, llm, "none"))
+    assert kernels and {x.dtype for given in kernels for x in given} == {torch.bfloat16}
+
+
 def test_located_rows_are_never_packed():
     llm, integration = shared("llama", "lal")
     inputs = integration(features(4), [labelled([5, AUDIO, 6, 7], 0, 1)], llm, "none", located=True)
@@ -149,10 +189,11 @@ class Biased(Route):
 
 @pytest.mark.parametrize("each", ["layer", "head"])
 @pytest.mark.parametrize("name", ["lal", "pal"])
-def test_a_learned_bias_on_the_scores_of_audio(name, each):
-    """A bias of log 2 counts each audio key twice: it equals audio that is there twice, and its gradient is right."""
+def test_a_learned_bias_on_the_scores_of_audio(name, each, kernels):
+    """None changes nothing, one far below hides all audio, and the gradient is the slope."""
     llm, inner = shared("llama", name)
     heads = llm.heads if each == "head" else 1
+    assert llm.head_width % 8 == 0
     audio, rows = features(6, 3), [labelled([5, AUDIO, 6, 7], i, 1) for i in range(2)]
     plain = llm.loss(inner(audio, rows, llm, "none"))[0]
     zero = Biased(inner, {layer: torch.nn.Parameter(torch.zeros(heads)) for layer in inner.layers})
@@ -175,6 +216,39 @@ def test_a_learned_bias_on_the_scores_of_audio(name, each):
             values.append(float(llm.loss(Biased(inner, given)(audio, rows, llm, "none"))[0].detach()))
         slope = (values[0] - values[1]) / (2 * step)
         assert some.biases[str(layer)].grad[head] == pytest.approx(slope, abs=2e-3)
+    # as CUDA's kernel wants widths to be
+    assert all(x.shape[-1] % 8 == 0 for given in kernels for x in given)
+
+
+def test_a_bias_is_never_left_out_silently():
+    llm, inner = shared("llama", "lal")
+    biased = Biased(inner, {layer: torch.nn.Parameter(torch.ones(1)) for layer in inner.layers})
+    rows = [labelled([5, AUDIO, 6, 7], 0, 1)]
+    with pytest.raises(PalError, match="packed rows"):
+        biased(features(5), rows, llm, "right")
+    with pytest.raises(PalError, match="not continued"), torch.no_grad():
+        llm.generate(biased(features(5), rows, llm, "none"), max_new_tokens=2, pad_token_id=0)
+
+
+def test_a_bias_is_added_to_the_scaled_scores():
+    torch.manual_seed(0)
+    H, G, C, N, A = 4, 2, 8, 3, 5
+    q, k, v = (torch.randn(1, heads, N, C) for heads in (H, G, G))
+    more = (torch.randn(A, G, C), torch.randn(A, G, C))
+    bias = torch.randn(H)
+    still = (torch.ones(A, C), torch.zeros(A, C))  # RoPE by no angle
+    order = torch.tensor([3, 4, 5, 6, 7, 0, 1, 2])  # all audio before the text
+    firsts = [torch.tensor([0, size], dtype=torch.int32) for size in (N, N + A)]
+    segments = DeviceSegments(*firsts, N, N + A, order, (), None, None, None)
+    layer = PackedLayer(segments, None, (JoinedKeys(more, still, None, (), bias),))
+    found = layer.attend(None, q, k, v, 0.3)[0]
+    keys = torch.cat((more[0], k[0].transpose(0, 1))).repeat_interleave(H // G, 1)
+    values = torch.cat((more[1], v[0].transpose(0, 1))).repeat_interleave(H // G, 1)
+    scores = 0.3 * torch.einsum("hqc,khc->hqk", q[0], keys)
+    scores[:, :, :A] += bias[:, None, None]
+    unseen = torch.ones(N, N + A, dtype=torch.bool).triu(A + 1)
+    weights = scores.masked_fill(unseen, -torch.inf).softmax(-1)
+    torch.testing.assert_close(found, torch.einsum("hqk,khc->qhc", weights, values))
 
 
 def test_keys_that_stand_in_many_places_get_all_their_gradient():

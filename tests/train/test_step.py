@@ -1,6 +1,7 @@
 """One update of the weights, by hand; what is random in it; and that layers are kept or made again as a stage says."""
 
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -113,6 +114,58 @@ def test_several_processes_do_what_one_does(processes: int) -> None:
     moved, step = stepped([piece(1.0, 2.0, 6.0)], processes=processes)
     assert moved == pytest.approx(3.0)
     assert step.loss == pytest.approx(30.0) and step.items == 3 * processes
+
+
+class Synced(Processes):
+    """One of two processes, whose mean gradient is twice this one's; taken where it is not held back."""
+
+    def __init__(self, line: nn.Module) -> None:
+        super().__init__(2)
+        self.line, self.held = line, False
+        self.synced: list[bool] = []
+
+    @contextmanager
+    def no_sync(self, module: nn.Module) -> Iterator[None]:  # type: ignore[override]
+        assert module is self.line
+        self.held = True
+        yield
+        self.held = False
+
+    def backward(self, loss: Tensor) -> None:
+        loss.backward()
+        self.synced.append(not self.held)
+        if not self.held:
+            for parameter in self.line.parameters():
+                assert parameter.grad is not None
+                parameter.grad *= 2
+
+
+@pytest.mark.parametrize("copies", [False, True])
+def test_processes_sync_once_a_step_what_all_parts_gave(copies: bool) -> None:
+    line = Line().to(torch.bfloat16 if copies else torch.float32)
+    masters = Masters({"llm": dict(line.named_parameters())}, on=copies)
+    fake: Any = Synced(line)
+    stage: Any = SimpleNamespace(clip_grad=None, precision="fp32")
+    held = list(masters.parts["llm"].values())
+    update = Update(line, torch.optim.SGD(held, lr=1.0, fused=True), masters, stage, fake, fake)
+    update([piece(1.0, 2.0), piece(5.0), piece(4.0)])
+    assert fake.synced == [False, False, True]
+    assert line.weight.item() == 10.0 - 2 * 12.0 / 4
+
+
+def test_weights_of_two_types_train_alike() -> None:
+    class Lines(Line):
+        def __init__(self) -> None:
+            super().__init__()
+            self.half = nn.Parameter(torch.tensor([10.0], dtype=torch.bfloat16))
+
+        def forward(self, work: Any) -> Outcome:
+            outcome = super().forward(work)
+            return outcome._replace(sum=outcome.sum + self.half[0].float() * sum(work.numbers))
+
+    lines = Lines()
+    updating(lines, torch.optim.SGD(lines.parameters(), lr=1.0))([piece(1.0, 2.0, 6.0)])
+    assert lines.weight.item() == lines.half.item() == 7.0
 
 
 def test_what_one_process_is_asked_all_know() -> None:
