@@ -123,3 +123,16 @@ def test_dropout_of_adapters_ends_with_training():
     assert len(different) > 1
     llm.eval()
     torch.testing.assert_close(step(llm, integration, *one)[0], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_under_autocast():
+    """As a GPU trains float32 weights: what is attended to is in 16 bits, in the one graph."""
+    llm, integration = made("lal", layers=1)
+    one = batch(0)
+    found = []
+    for _ in range(2):
+        with torch.autocast("cpu", torch.bfloat16):
+            found.append(step(llm, integration, *one)[0])
+        llm.compile(backend="eager")
+    torch.testing.assert_close(*found)
+    assert counters["stats"]["unique_graphs"] == 1
