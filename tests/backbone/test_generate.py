@@ -322,15 +322,26 @@ class FakeGraph:
 
     def replay(self):
         FakeGraph.replays += 1
+        assert places(self.state) == self.places
         self.state.step(self.lm)
         self.logits.copy_(self.state.logits_RV)
+
+
+def places(state):
+    """Where all that a step reads and writes lies, as a graph knows it."""
+    cache, sight = state.cache, state.cache.sight
+    of = [vars(one) for one in (state, sight, *sight._seen, *cache.stores)]
+    of += [dict(enumerate(x)) for x in (sight.crossed, *(pair for sets in cache._crossed for pair in sets.values()))]
+    made = ("logits_RV", "slots_X")  # by the step itself
+    found = [x for one in of for name, x in one.items() if isinstance(x, torch.Tensor) and name not in made]
+    return [x.data_ptr() for x in found]
 
 
 @contextmanager
 def fake_capture(graph, capture_error_mode):
     stepper = fake_capture.stepper
     state = stepper.state
-    graph.state, graph.lm = state, stepper.llm.lm
+    graph.state, graph.lm, graph.places = state, stepper.llm.lm, places(state)
     held = [x for x in vars(state).values() if isinstance(x, torch.Tensor)] + [state.cache.sight.done_1]
     held += [x for layer in state.cache.stores for x in (layer.keys, layer.values)]
     before = [x.clone() for x in held]

@@ -5,10 +5,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from pal.backbone import attention, packed
+from pal.backbone import attention, context, packed
 from pal.backbone.context import Hide
 from pal.backbone.packed import DeviceSegments, JoinedKeys, PackedContext, PackedLayer
 from pal.backbone.packed import take as taken
+from pal.backbone.reading import prepared, read_prompts
 from pal.backbone.segments import COPIES
 from pal.backbone.varlen import segment_attention
 from pal.errors import PalError
@@ -127,8 +128,11 @@ def test_equal_conversations_keep_a_window_that_is_shorter(name, length):
     rows = [labelled(ids, i, 2) for i in range(2)]
     inputs = integration(features(3, 3), rows, llm, "none")
     assert int(inputs.position_ids_BT.max()) == length - 1
-    expected = llm.label_scores(integration(features(3, 3), rows, llm, "right"))
-    torch.testing.assert_close(llm.label_scores(inputs), expected, **SAME)
+    padded = integration(features(3, 3), rows, llm, "left")
+    torch.testing.assert_close(llm.label_scores(inputs), llm.label_scores(padded), **SAME)
+    # the last row, by which no label is predicted
+    found, expected = (read_prompts(llm, prepared(llm, one), one) for one in (inputs, padded))
+    torch.testing.assert_close(found, expected, **SAME)
 
 
 @pytest.fixture
@@ -152,6 +156,19 @@ def test_under_autocast_the_kernel_gets_half_precision(kernels, name):
     with torch.autocast("cpu", torch.bfloat16):
         llm.loss(integration(audio, rows, llm, "none"))
     assert kernels and {x.dtype for given in kernels for x in given} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("name", ["lal", "pal"])
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_padded_rows_under_one_mask(family, name, monkeypatch):
+    """As a GPU takes rows that are not packed."""
+    llm, integration = shared(family, name)
+    _, total, expected = loss_and_gradients(llm, integration, *batch(), "right")
+    monkeypatch.setattr(context, "takes_apart", lambda device: False)
+    _, again, found = loss_and_gradients(llm, integration, *batch(), "right")
+    torch.testing.assert_close(again, total, **SAME)
+    for key, grad in found.items():
+        torch.testing.assert_close(grad, expected[key], **SAME)
 
 
 def test_located_rows_are_never_packed():
