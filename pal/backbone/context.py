@@ -380,9 +380,7 @@ class AudioContext:
         ahead_BQ = None if self.asks_BT is None else _prompt(self.asks_BT, valid_BK, beams)[:, -position_ids.shape[1] :]
         heard = {(i, windows[layer]) for layer in range(len(windows)) for i in self.joined(layer)}
         device = position_ids.device
-        autocast = torch.is_autocast_enabled(device.type)
-        dtype = torch.get_autocast_dtype(device.type) if autocast else self.llm.dtype
-        apart = not self.llm.dropout and takes_apart(device, dtype, self.llm.head_width)
+        apart = not self.llm.dropout and takes_apart(device)
         return AudioView(
             context=self,
             beams=beams,
