@@ -413,6 +413,14 @@ def test_under_autocast_no_graph_is_made(gpu):
     assert ids.shape == (4, 40) and FakeGraph.made == 0
 
 
+@torch.no_grad()
+def test_dropout_is_drawn_anew_at_each_step(gpu):
+    llm = make_backbone("llama", attention_dropout=0.5).train()
+    integration = make_integration("lal", llm)
+    assert llm.generate(inputs_of(llm, integration), max_new_tokens=40, **GREEDY).shape == (4, 40)
+    assert FakeGraph.made == 0
+
+
 @pytest.mark.parametrize("cache, every", [("static", generation.LOOK), ("dynamic", generation.LOOK // 4)])
 @torch.no_grad()
 def test_the_host_asks_now_and_then_whether_all_have_ended(gpu, cache, every):

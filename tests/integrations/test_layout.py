@@ -88,6 +88,8 @@ def test_refusals():
     llm, integration = shared("llama", "lal")
     with pytest.raises(PromptError, match="clip 3"):
         integration(features(2), [Tokens([AUDIO, 5], [3])], llm)
+    with pytest.raises(PromptError, match="clip -1"):  # which is none from the end
+        integration(features(2), [Tokens([AUDIO, 5], [-1])], llm)
     with pytest.raises(PromptError, match="clip 0"):
         integration(None, [Tokens([AUDIO, 5], [0])], llm)
     with pytest.raises(PromptError, match="text"):

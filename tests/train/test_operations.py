@@ -14,11 +14,12 @@ from pal.bench.flops import flop_counter
 from pal.errors import ConfigError
 from pal.integrations.lal import LAL
 from pal.model import PalModel
-from pal.train import loop, run
+from pal.train import loop, meter, run
 from pal.train.curves import read_log
 from pal.train.objectives import Work
 from pal.train.operations import Operations, product_rate
 from pal.train.recipe import Recipe, Stage
+from pal.train.step import Told
 from pal.types import AUDIO, IGNORE, Batch, Heard, Tokens
 from tests import test_plan
 from tests.train.tiny import HEAR, recipe
@@ -120,6 +121,43 @@ def test_parts_of_a_step_add_up() -> None:
 
 
 # The log
+
+
+def test_lines_and_totals_of_steps_by_a_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two steps that are read together, then one."""
+    now = 100.0
+    monkeypatch.setattr(meter, "time", SimpleNamespace(monotonic=lambda: now))
+    total = meter.new_totals()
+    counts = meter.Meter("tokens", total, peak=100.0)
+
+    def step(wait: float, busy: float, loss: float, items: int, norm: float) -> None:
+        nonlocal now
+        ready, began, now = now, now + wait, now + wait + busy
+        numbers_4 = torch.tensor([loss * items, norm, 1.0, 2.0], dtype=torch.float64)
+        counts.add(Told(numbers_4, items, []), meter.Given(3, {"steps": 1, "rows": 2}, [], 0, 8.0), began, ready)
+
+    step(1.0, 2.0, loss=1.0, items=30, norm=7.0)
+    step(3.0, 2.0, loss=5.0, items=10, norm=4.0)
+    assert counts.read() is None
+    assert (total["seconds"], total["steps"], total["rows"]) == (8.0, 2, 4)
+    assert counts.line() == {
+        "loss": 2.0, "gradient_norm": 7.0, "tokens": 40, "tokens_per_second": 5.0, "rows_per_second": 0.8,
+        "step_seconds": 2.0, "wait_seconds": 2.0, "wait_share": 0.5, "mfu": 0.02, "accuracy": 0.5,
+    }  # fmt: skip
+    step(0.0, 5.0, loss=3.0, items=20, norm=1.0)
+    assert counts.read() is None
+    assert (total["seconds"], total["steps"], total["rows"]) == (13.0, 3, 6)
+    assert counts.line() == {
+        "loss": 3.0, "gradient_norm": 1.0, "tokens": 20, "tokens_per_second": 4.0, "rows_per_second": 0.6,
+        "step_seconds": 5.0, "wait_seconds": 0.0, "wait_share": 0.0, "mfu": 0.016, "accuracy": 0.5,
+    }  # fmt: skip
+
+
+def test_repeated_rows_are_no_part_of_the_totals() -> None:
+    batch = Batch([torch.ones(8_000)], [Tokens([5, AUDIO, 6], [0], [IGNORE, IGNORE, 6])], records=["one"])
+    found = meter.given([Work(batch, [], 0), Work(batch, [], 0, counts=False)], 16_000, "tokens")
+    assert found.totals == {"steps": 1, "rows": 1, "clips": 1, "audio_seconds": 0.5, "tokens": 1}
+    assert found.rows == 2
 
 
 def ran(manifest: Path, out: Path, **fields: Any) -> list[dict[str, Any]]:
