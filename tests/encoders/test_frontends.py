@@ -1,5 +1,6 @@
 """What the host makes of clips before an encoder's network runs: frames, in blocks, by as few calls as give the same."""
 
+import copy
 from typing import Any
 
 import pytest
@@ -62,6 +63,15 @@ def test_frames_made_ahead_give_the_features_of_the_waveforms(encoders: dict[str
         expected = encoder.encode(given_clips)
         ahead = encoder.encode(encoder.prepare(given_clips))
     assert torch.equal(ahead.x_BAE, expected.x_BAE) and ahead.lengths == expected.lengths
+
+
+@every
+def test_a_network_of_half_precision_takes_the_same_frames(encoders: dict[str, Encoder], name: str) -> None:
+    half = copy.deepcopy(encoders[name]).bfloat16()
+    frames = half.prepare(clips(half, 0.8))
+    assert all(x_WFM.dtype == torch.float32 for x_WFM in frames.blocks_WFM)
+    with torch.no_grad():
+        assert half.encode(frames).x_BAE.dtype == torch.bfloat16
 
 
 @every

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from torch import Tensor
 from pal.data.collate import WaveformCache
 from pal.data.manifest import Manifest
 from pal.data.synth import synthesise
+from pal.encoders.base import Encoder
 from pal.encoders.tiny import Tiny
 from pal.encoders.whisper import Whisper
 from pal.model import PalModel
@@ -133,6 +135,23 @@ def test_known_features_are_padded_ahead(model: PalModel) -> None:
         assert torch.equal(ours.x_BAE, theirs.x_BAE) and ours.lengths == theirs.lengths
     # no more than its own tokens are kept of a clip
     assert all(x_AE.untyped_storage().nbytes() == x_AE.nbytes for one in heard for x_AE in one.x_AE)
+
+
+def test_for_a_gpu_all_is_in_pinned_memory(model: PalModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    waves = [noise(0.3), noise(0.5)]
+    heard = [model.hear(wave) for wave in waves]
+    pinned: list[int] = []
+
+    def pin(x: Tensor) -> Tensor:
+        pinned.append(id(x))
+        return x
+
+    monkeypatch.setattr(Tensor, "pin_memory", pin)
+    monkeypatch.setattr(Encoder, "parameters", lambda self: iter([SimpleNamespace(is_cuda=True)]))
+    frames, features = model.ears.prepare(waves), model.ears.prepare(heard)
+    made = [x for part in frames.parts if isinstance(part, Frames) for x in part.blocks_WFM]
+    made += [part.x_BAE for part in features.parts if isinstance(part, AudioFeatures)]
+    assert len(made) == 4 and pinned == [id(x) for x in made]
 
 
 def test_a_batch_without_clips_has_nothing_to_prepare(model: PalModel) -> None:
