@@ -12,6 +12,7 @@ from pal.config import parse
 from pal.data.prompts import encode, user_turn
 from pal.errors import AudioError, BundleError, ConfigError, PalError, PromptError
 from pal.model_config import ModelConfig
+from pal.types import AUDIO, IGNORE, Batch, Tokens
 from tests.models import INTEGRATIONS, LLM, noise, pal, tiny_model, tone
 
 QUESTION = "What sound is this?"
@@ -306,3 +307,14 @@ def test_numbers_and_parts_are_one_line(model):
         model.ask([0.1] * 1000, QUESTION)
     with pytest.raises(PromptError, match="chats with parts go to the processor"):
         model.ask(clip(0.2), [{"role": "user", "content": [{"type": "text", "text": QUESTION}]}])
+
+
+def test_losses_and_scores_are_packed_where_the_llm_packs():
+    model = tiny_model("lal")
+    sides = []
+    model.integration.register_forward_pre_hook(lambda module, given: sides.append(given[3]))
+    rows = [Tokens([5, AUDIO, 6], [0], [IGNORE, IGNORE, 6])]
+    for model.llm.packs in (False, True):
+        model.loss(Batch([noise(0.3)], rows))
+        model.answer_scores([noise(0.3)], rows)
+    assert sides == ["right"] * 2 + ["none"] * 2

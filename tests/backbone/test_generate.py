@@ -6,13 +6,14 @@ from threading import Thread
 
 import pytest
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, GenerationConfig
 
 from pal.backbone import generate as generation
 from pal.backbone import graphs, reading
-from pal.backbone.decoding import Decoding, Options
+from pal.backbone.decoding import Decoding, Options, options_of
 from pal.backbone.generate import padded_left
 from pal.backbone.llm import LoRA
 from pal.backbone.reading import prepared, prompts_of, read_prompts
@@ -145,6 +146,14 @@ def test_pad_is_the_end_where_none_is_named():
         )
     finally:
         llm.lm.generation_config.pad_token_id = 0
+    assert options_of(GenerationConfig(max_new_tokens=6, eos_token_id=7, pad_token_id=0), {}).pad == 0
+
+
+def test_the_callers_options_stay_as_they_are():
+    llm, integration = shared("llama", "lal")
+    given = GenerationConfig(max_new_tokens=3, num_beams=2, pad_token_id=0, cache_implementation="static")
+    llm.generate(inputs_of(llm, integration), generation_config=given)
+    assert given.cache_implementation == "static" and given.num_beams == 2
 
 
 class Watch:
@@ -402,6 +411,11 @@ def test_a_graph_is_made_once_and_gives_the_same_tokens(gpu, name):
     llm.eval()
     llm.generate(given, **options)
     assert FakeGraph.made == 3
+    for module in llm.lm.modules():
+        if isinstance(module, BaseTunerLayer):
+            module.enable_adapters(False)
+    llm.generate(given, **options)
+    assert FakeGraph.made == 4
 
 
 @torch.no_grad()
@@ -482,6 +496,25 @@ def test_two_threads_have_buffers_of_their_own():
     for thread in threads:
         thread.join()
     assert all(torch.equal(made, expected[i]) for i in range(2) for made in found[i])
+
+
+@torch.no_grad()
+def test_kept_buffers_forget_the_prompts_before():
+    """Where those lay, which a window counts by, and what was stored of them, finite or not."""
+    llm = make_backbone("mistral")
+    integration = make_integration("lal", llm)
+    options = {"max_new_tokens": 12, "cache_implementation": "static", **GREEDY}
+    for rows in (RAGGED, RAGGED[::-1], RAGGED):
+        watch, plain_watch = Watch(True), Watch(True)
+        given = inputs_of(llm, integration, rows=rows)
+        llm.generate(given, logits_processor=[watch], **options)
+        llm.generate(given, logits_processor=[plain_watch], **options | {"cache_implementation": "dynamic"})
+        for (_, logits), (_, wanted) in zip(watch.seen, plain_watch.seen, strict=True):
+            torch.testing.assert_close(logits, wanted, atol=1e-4, rtol=1e-4)
+        (kept,) = graphs._kept[llm].values()
+        for layer in kept.state.cache.stores:
+            layer.keys.fill_(torch.nan)
+            layer.values.fill_(torch.nan)
 
 
 def test_buffers_made_in_inference_mode_serve_outside_of_it():

@@ -12,6 +12,7 @@ from pal.backbone.packed import take as taken
 from pal.backbone.reading import prepared, read_prompts
 from pal.backbone.segments import COPIES
 from pal.backbone.varlen import segment_attention
+from pal.bench.measure import saved_bytes
 from pal.errors import PalError
 from pal.integrations.base import Route
 from pal.registry import build
@@ -188,6 +189,18 @@ def test_gradient_checkpointing(checkpointing):
     torch.testing.assert_close(again, total)
     for key, grad in found.items():
         torch.testing.assert_close(grad, expected[key], **SAME)
+
+
+def test_projectors_activations_are_made_again():
+    llm = make_backbone("llama").train()
+    integration = build("integration", INTEGRATIONS["lal"], in_width=E, llm=llm)
+    audio, rows = batch()
+    weights = [*llm.parameters(), *integration.parameters()]
+    held = []
+    for again in (False, True):
+        llm.checkpoint_gradients(False, audio=again)
+        held.append(saved_bytes(lambda: llm.loss(integration(audio, rows, llm, "none"))[0], weights))
+    assert held[1] < held[0]
 
 
 class Biased(Route):

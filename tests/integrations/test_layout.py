@@ -36,6 +36,13 @@ def test_the_hybrid_interleaves_tokens_and_summaries(tokens, keys, rows, span):
     assert inputs.audio.audio_rows_BT.tolist() == [[False, False, True, True, False]]
 
 
+def test_clips_are_those_that_rows_name_in_any_order():
+    llm, lal = shared("llama", "lal")
+    a = lal(features(3, 2), [Tokens([AUDIO, 5], [1]), Tokens([AUDIO, 6], [0])], llm).audio.keys[0]
+    assert a.tokens_BA.tolist() == [[3, 4, 0], [0, 1, 2]] and a.mask_BA.sum(1).tolist() == [2, 3]
+    assert lal(features(3, 2), [Tokens([AUDIO, 5], [0]), Tokens([AUDIO, 6], [1])], llm).audio.keys[0].tokens_BA is None
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_labels_stand_with_their_tokens(side):
     llm, integration = shared("llama", "pal")

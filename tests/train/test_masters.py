@@ -195,3 +195,9 @@ def test_runs_without_the_new_keys_go_on() -> None:
         "compile": False,
     }
     assert other.digest != made.digest
+
+
+@pytest.mark.parametrize(("dtype", "copies"), [(torch.float16, 1), (torch.bfloat16, 1), (torch.float32, 0)])
+def test_weights_with_fewer_bits_have_copies(dtype: torch.dtype, copies: int) -> None:
+    weight = nn.Parameter(torch.ones(2, dtype=dtype))
+    assert len(Masters({"llm": {"weight": weight}}, on=True).copies) == copies
