@@ -431,8 +431,11 @@ def test_under_autocast_no_graph_is_made(gpu):
 def test_dropout_is_drawn_anew_at_each_step(gpu):
     llm = make_backbone("llama", attention_dropout=0.5).train()
     integration = make_integration("lal", llm)
-    assert llm.generate(inputs_of(llm, integration), max_new_tokens=40, **GREEDY).shape == (4, 40)
+    options = {"max_new_tokens": 40, "cache_implementation": "static", **GREEDY}
+    assert llm.generate(inputs_of(llm, integration), **options).shape == (4, 40)
     assert FakeGraph.made == 0
+    llm.eval().generate(inputs_of(llm, integration), **options)
+    assert FakeGraph.made == 1
 
 
 @pytest.mark.parametrize("cache, every", [("static", generation.LOOK), ("dynamic", generation.LOOK // 4)])

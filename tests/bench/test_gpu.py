@@ -116,6 +116,13 @@ def test_limits_of_values(change: dict[str, Any], ok: bool) -> None:
     assert Compared(**{**about, **change}).ok == ok
 
 
+@pytest.mark.parametrize(("off", "ok"), [(0.9e-5, True), (1.1e-4, False)])
+@pytest.mark.parametrize("quantity", ["loss", "gradients", "logits"])
+def test_float32_may_be_off_by_rounding_alone(quantity: str, off: float, ok: bool) -> None:
+    case = Case("lal", "llama", torch.float32, "equal", "left", False)
+    assert Compared(case, **{quantity: off}).ok == ok  # type: ignore[arg-type]
+
+
 def test_a_wrong_gradient_is_off() -> None:
     exact = {"a": torch.ones(100), "b": torch.ones(100)}
     assert max(values._errors(exact, exact).values()) == 0
