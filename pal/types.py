@@ -163,12 +163,10 @@ class Targets:
     """The labelled tokens of a batch and the rows that predict them; N tokens in order."""
 
     rows_N: Tensor
-    """Number of the row that predicts each, among all rows of the sequence, padding included: int32."""
+    """Number of the row that predicts each, among all rows of the sequence, padding included."""
     labels_N: Tensor
     conversations_N: Tensor
-    """Which conversation each belongs to: int32."""
-    answers_N: Tensor
-    """Which answer each belongs to: int32."""
+    """Which conversation each belongs to."""
     lengths: tuple[int, ...]
     """Tokens of each answer, a run of labelled tokens."""
     conversations: int

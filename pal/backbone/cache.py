@@ -152,7 +152,8 @@ class JointCache(Cache):
             first += k_BGAC.shape[2]
         for which, made in caught.crossed.items():
             self._hold_crossed(audio, which, caught.layer, *(self._laid(x, self._key_orders[which]) for x in made))
-        assert caught.text is not None
+        if caught.text is None:  # transformers drops the cache there
+            raise PalError("nothing is kept while an LLM trains with gradient checkpointing; call eval() to generate")
         k, v = caught.text
         if self._order_BT is not None:
             k, v = (self._laid(x[0].transpose(0, 1), self._order_BT) for x in (k, v))

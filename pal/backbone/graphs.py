@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Hashable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
@@ -81,6 +82,11 @@ class Stepper:
 
     def step(self, left: int) -> None:
         """One token more; `left` of them are still to be made, this one included."""
+        # streams and graphs belong to the current device, which need not be the LLM's
+        with torch.cuda.device(self.llm.device) if self.llm.device.type == "cuda" else nullcontext():
+            self._step(left)
+
+    def _step(self, left: int) -> None:
         if self.kept.graph is not None:
             self.kept.graph.replay()
             self.state.logits_RV = self.kept.logits_RV

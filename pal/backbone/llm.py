@@ -84,20 +84,25 @@ class _Hears:
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
-        audio: AudioContext | None = None,
+        audio: AudioContext | PackedContext | None = None,
         **kwargs: Any,
     ) -> Any:
         forward = partial(super().forward, labels=labels, use_cache=use_cache, logits_to_keep=logits_to_keep)  # type: ignore[misc]
-        if audio is not None and use_cache and past_key_values is None and not torch.is_grad_enabled():
+        if isinstance(audio, AudioContext) and use_cache and past_key_values is None and not torch.is_grad_enabled():
             past_key_values = cache_for(audio, inputs_embeds, attention_mask, position_ids)
         if isinstance(past_key_values, JointCache):
-            compiled = "forward" in vars(self.model.layers[0])  # type: ignore[attr-defined]
+            compiled = regions.is_compiled(self.model.layers[0])  # type: ignore[attr-defined]
             given = (input_ids, inputs_embeds, attention_mask, position_ids)
             return through_cache(forward, past_key_values, *given, kwargs, compiled)
         if audio is not None:
             if getattr(past_key_values, "is_compileable", False):
                 raise PalError("this cache cannot be used with audio; leave cache_implementation out or say 'static'")
-            kwargs["audio"] = audio.view(attention_mask, position_ids)
+            if isinstance(audio, PackedContext):
+                if past_key_values is not None or use_cache or attention_mask is None:
+                    raise PalError("packed rows need their attention_mask and use_cache=False; generate keeps them")
+                kwargs["audio"], attention_mask = audio, audio.mask(attention_mask)
+            else:
+                kwargs["audio"] = audio.view(attention_mask, position_ids)
         with without_cudnn():
             return forward(
                 input_ids=input_ids,
@@ -156,7 +161,7 @@ class Backbone(nn.Module):
         self.head_width: int = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         self.dropout: float = config.attention_dropout
         self._typed_rope = config.model_type == "gemma3_text"
-        self._norm_offset = 1.0 if config.model_type.startswith("gemma") else 0.0  # Gemma's norms are stored around 0
+        self._gemma = config.model_type.startswith("gemma")
         kinds = config.layer_types if self._typed_rope else ["all"] * self.n_layers
         self.layer_types: tuple[str, ...] = tuple(kinds)
         first = lm.model.layers[0]
@@ -543,14 +548,17 @@ class Backbone(nn.Module):
     def packs(self) -> bool:
         """Whether conversations are best laid one after the other here (`Integration.forward` with "none").
 
-        That is on a GPU, in a precision that its flash kernel takes. Set it to have it so or not in any case.
+        That is on a GPU, in a precision that its flash kernel takes. Set it to have it so or not; with dropout of
+        attention it never is.
         """
+        if self.dropout:  # of attention probabilities, which its kernel does not know
+            return False
         if self._packs is not None:
             return self._packs
         device, dtype = self.device, self.dtype
         if device.type == "cuda" and torch.is_autocast_enabled("cuda"):
             dtype = torch.get_autocast_dtype("cuda")
-        return not self.dropout and has_kernel(device, dtype, self.head_width)
+        return has_kernel(device, dtype, self.head_width)
 
     @packs.setter
     def packs(self, packs: bool | None) -> None:
@@ -565,10 +573,11 @@ class Backbone(nn.Module):
         """What `layer` makes audio K/V of, given features of tokens without padding."""
         norm: Any = self.layers[layer].input_layernorm
         gain = None
-        if unhooked(norm) and type(norm).__name__.endswith("RMSNorm"):
-            eps = norm.variance_epsilon if hasattr(norm, "variance_epsilon") else norm.eps
-            gain = (norm.weight, self._norm_offset, eps)
-        return Projection(x_ME, projector, norm, self.dtype, gain, self.recomputes_audio)
+        # Gemma's weights are stored around 0, and transformers adds the 1 in float32
+        if unhooked(norm) and type(norm).__name__.endswith("RMSNorm") and not self._gemma:
+            gain = (norm.weight, norm.variance_epsilon if hasattr(norm, "variance_epsilon") else norm.eps)
+        random = any(isinstance(part, nn.Dropout) and part.training and part.p for part in projector.modules())
+        return Projection(x_ME, projector, norm, self.dtype, gain, self.recomputes_audio, random)
 
     def add_lora(self, options: LoRA) -> None:
         """Put adapters beside the named layers. The projection of audio goes through them too."""
@@ -649,7 +658,7 @@ def _targets(inputs: LLMInputs) -> Targets:
     starts_N[1:] = (row_N[1:] != row_N[:-1]) | (column_N[1:] != column_N[:-1] + 1)
     answers_N = starts_N.cumsum(0) - 1
     lengths = tuple(answers_N.bincount().tolist())
-    return Targets(row_N * T + column_N, next_BT[row_N, column_N], row_N, answers_N, lengths, len(next_BT))
+    return Targets(row_N * T + column_N, next_BT[row_N, column_N], row_N, lengths, len(next_BT))
 
 
 def _window(attention: Any) -> int | None:

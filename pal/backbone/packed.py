@@ -51,17 +51,18 @@ class Projection:
     norm: nn.Module
     dtype: torch.dtype
     """Of the LLM's numbers."""
-    gain: tuple[nn.Parameter, float, float] | None
-    """Weight of the norm, what is added to it, and its epsilon, where it is a plain RMSNorm: torch has that as one
-    kernel. None: it has to be called."""
+    gain: tuple[nn.Parameter, float] | None
+    """Weight and epsilon of the norm where it is a plain RMSNorm: torch has that as one kernel. None: it has to be
+    called."""
     recomputes: bool
     """Whether the projector's activations are dropped and made again in the backward pass."""
+    random: bool
+    """Whether anything in the projector is, such as dropout of adapters."""
 
     def keys_values(self, attention: Any) -> tuple[Tensor, Tensor]:
         """Keys before RoPE and values, each [M, G, C], by a layer's own norm and projections."""
         if self.recomputes and torch.is_grad_enabled():
-            # there is nothing random in it
-            u_MD = checkpoint(self._normed, self.x_ME, use_reentrant=False, preserve_rng_state=False)
+            u_MD = checkpoint(self._normed, self.x_ME, use_reentrant=False, preserve_rng_state=self.random)
         else:
             u_MD = self._normed(self.x_ME)
         shape = (u_MD.shape[0], -1, attention.head_dim)
@@ -74,8 +75,7 @@ class Projection:
         if self.gain is None:
             normed: Tensor = self.norm(u_MD)
             return normed
-        weight_D, offset, eps = self.gain
-        return rms_norm(u_MD, weight_D + offset if offset else weight_D, eps)
+        return rms_norm(u_MD, *self.gain)
 
 
 class Catches(Protocol):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -28,23 +28,45 @@ def compile_layers(layers: Iterable[nn.Module], **options: Any) -> None:
     torch._dynamo.config.recompile_limit = max(GRAPHS, torch._dynamo.config.recompile_limit)
     chosen: dict[str, Any] = {"dynamic": True, "fullgraph": True, "options": {"guard_filter_fn": _needed}, **options}
     for layer in layers:
-        plain = type(layer).forward.__get__(layer)
-        layer.forward = partial(_forward, plain, torch.compile(plain, **chosen))
+        if "forward" not in vars(layer) or is_compiled(layer):  # another's, such as accelerate's, which has hooks in it
+            layer.forward = Region(layer, chosen)
 
 
 def uncompile_layers(layers: Iterable[nn.Module]) -> None:
     """Give the layers the `forward` of their class again."""
     for layer in layers:
-        vars(layer).pop("forward", None)
+        if is_compiled(layer):
+            del layer.forward
 
 
-def _forward(plain: Callable[..., Any], compiled: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def is_compiled(layer: nn.Module) -> bool:
+    """Whether `compile_layers` compiled a layer."""
+    return isinstance(vars(layer).get("forward"), Region)
+
+
+class Region:
     """A layer's `forward`, compiled where no audio is heard, or that of packed rows, which says what this layer hears.
 
     In padded batches that depends on the layer's number, and one graph for all layers knows only that of the first.
+    A copy of the layer gets one of its own.
     """
-    audio = kwargs.get("audio")
-    return (compiled if audio is None or isinstance(audio, PackedLayer) else plain)(*args, **kwargs)
+
+    def __init__(self, layer: nn.Module, options: dict[str, Any]) -> None:
+        self._layer, self._options = layer, options
+        self._plain: Callable[..., Any] = type(layer).forward.__get__(layer)
+        self._compiled = torch.compile(self._plain, **options)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The layer's output."""
+        audio = kwargs.get("audio")
+        packed = audio is None or isinstance(audio, PackedLayer)
+        return (self._compiled if packed else self._plain)(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Region:
+        return Region(deepcopy(self._layer, memo), self._options)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Region, (self._layer, self._options)
 
 
 def _needed(guards: Sequence[Any]) -> list[bool]:

@@ -94,7 +94,9 @@ class Prompts:
 def filled(rows: Sequence[Any], left: bool) -> tuple[Tensor, Tensor]:
     """Rows of different lengths as one matrix, with zeros, and a mask that is True where they are."""
     longest = max(len(row) for row in rows)
-    matrix = np.zeros((len(rows), longest), np.asarray(rows[0]).dtype)
+    # an empty range says nothing of its kind
+    kind = next((np.asarray(row).dtype for row in rows if len(row)), np.dtype(np.int64))
+    matrix = np.zeros((len(rows), longest), kind)
     mask = np.zeros((len(rows), longest), bool)
     for b, row in enumerate(rows):
         place = slice(longest - len(row), longest) if left else slice(0, len(row))

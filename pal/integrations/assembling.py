@@ -17,7 +17,7 @@ from pal.backbone.llm import Backbone
 from pal.backbone.packed import DeviceSegments, PackedContext, PackedKeys, PackedSource, Turns, take
 from pal.backbone.segments import Conversation, Segments, crossing_segments, segments_of, where
 from pal.backbone.stream_kv import Layout
-from pal.errors import PalError
+from pal.errors import PalError, PromptError
 from pal.integrations.placing import Ints, Placing, RowPlaces, place
 from pal.transfer import move
 from pal.types import AUDIO, IGNORE, LLMInputs, Targets, Tokens
@@ -70,6 +70,8 @@ def assemble(
     located: bool,
 ) -> LLMInputs:
     """Place clips among the text of conversations; see `Integration.forward`."""
+    if not rows:
+        raise PromptError("there is no conversation to place; give at least one")
     placed = place(rows, [spans.placing for spans in streams], located)
     inputs = _packed(placed, streams, rows, llm) if side == "none" and not located else None
     return inputs or _padded(placed, streams, rows, llm, "left" if side == "left" else "right", located)
@@ -383,7 +385,7 @@ def _table(llm: Backbone, ids_X: Tensor, streams: Sequence[ClipSpans]) -> Tensor
 def _table_index(
     placed: list[RowPlaces], streams: Sequence[ClipSpans], always: bool = False
 ) -> tuple[Ints | None, tuple[Ints, ...]]:
-    """For each row its place in the table, and for each entry of the table where it stands; None where they are equal.
+    """For each row its place in the table, and for each entry of the table where it stands; None where text is all.
 
     Audio rows that stand nowhere are padding of shorter clips.
     """
@@ -397,7 +399,7 @@ def _table_index(
     index_N = np.concatenate(
         [first_S[one.sources] + np.maximum(one.clips, 0) * width_S[one.sources] + one.numbers for one in placed]
     )
-    if not always and np.array_equal(index_N, np.arange(total)):
+    if not always and total == words and np.array_equal(index_N, np.arange(total)):
         return None, ()
     return index_N, () if always else where(index_N, total)
 
@@ -406,25 +408,24 @@ class _Targets:
     """Which rows predict a labelled token, on the way to the device."""
 
     def __init__(self, placed: list[RowPlaces], firsts: Sequence[int], moves: _Moves) -> None:
-        rows, labels, owners, answers = [], [], [], []
+        rows, labels, owners = [], [], []
         self.lengths: list[int] = []
         for number, (one, first) in enumerate(zip(placed, firsts, strict=True)):
             # nothing predicts the first row of a conversation
             at = np.flatnonzero(one.labels[1:] != IGNORE)
             starts = np.diff(at, prepend=-2) != 1
-            answers.append(starts.cumsum() - 1 + len(self.lengths))
             self.lengths += np.diff([*np.flatnonzero(starts), len(at)]).tolist()
             rows.append(at + first)
             labels.append(one.labels[1:][at])
             owners.append(np.full(len(at), number))
         self.conversations = len(placed)
-        joined = [np.concatenate(parts) for parts in (rows, labels, owners, answers)]
+        joined = [np.concatenate(parts) for parts in (rows, labels, owners)]
         self._at = [moves.add(column) for column in joined]
         self._all = moves.add(np.concatenate([one.labels for one in placed]))
 
     def made(self, moves: _Moves) -> Targets:
-        rows_N, labels_N, owners_N, answers_N = (moves[i] for i in self._at)
-        return Targets(rows_N, labels_N.long(), owners_N, answers_N, tuple(self.lengths), self.conversations)
+        rows_N, labels_N, owners_N = (moves[i] for i in self._at)
+        return Targets(rows_N, labels_N.long(), owners_N, tuple(self.lengths), self.conversations)
 
     def labels(self, moves: _Moves, shape: tuple[int, int]) -> Tensor:
         return moves[self._all].long().view(shape)

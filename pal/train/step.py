@@ -23,7 +23,7 @@ class Told(NamedTuple):
     """What a step leaves behind, over all processes."""
 
     numbers_4: Tensor
-    """float64 on the device: the sum of the losses, the gradient's norm before it was clipped, hits, tries."""
+    """On the device: the sum of the losses, the gradient's norm before it was clipped, hits, tries."""
     items: int
     """Trained tokens, or clips, that the sum is over."""
     flags: list[bool]
@@ -104,7 +104,7 @@ class Update:
             torch._foreach_mul_([gradient for gradient in gradients if gradient.dtype == dtype], scale)
         norm = nn.utils.clip_grad_norm_(self.parameters, self.stage.clip_grad or float("inf")).to(sums.device)
         self._apply(told_3[0], norm, before)
-        numbers_4 = torch.stack((told_3[0], norm.double(), told_3[1], told_3[2]))
+        numbers_4 = torch.stack((told_3[0], norm.to(told_3.dtype), told_3[1], told_3[2]))
         return Told(numbers_4, int(counted), [flag > 0 for flag in raised])
 
     @torch.no_grad()
@@ -121,10 +121,9 @@ class Update:
 
 
 def _number(x: Tensor | float, device: torch.device) -> Tensor:
-    """float64 on the device; numbers of the host get there with the kernel that fills them in."""
-    return (
-        x.to(device, torch.float64) if isinstance(x, Tensor) else torch.full((), x, dtype=torch.float64, device=device)
-    )
+    """In float64 where the device has it; numbers of the host get there with the kernel that fills them in."""
+    dtype = torch.float32 if device.type == "mps" else torch.float64
+    return x.to(device, dtype) if isinstance(x, Tensor) else torch.full((), x, dtype=dtype, device=device)
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:

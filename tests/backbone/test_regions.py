@@ -1,5 +1,8 @@
 """Compiled by region: one graph for all layers of a kind and all lengths, and the same numbers."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 from torch._dynamo.utils import counters
@@ -136,3 +139,31 @@ def test_under_autocast():
         llm.compile(backend="eager")
     torch.testing.assert_close(*found)
     assert counters["stats"]["unique_graphs"] == 1
+
+
+def test_a_copy_computes_with_its_own_weights():
+    llm, integration = made("lal", layers=1)
+    one = batch(0)
+    llm.compile(backend="eager")
+    step(llm, integration, *one)
+    for other in (copy.deepcopy(llm), pickle.loads(pickle.dumps(llm))):
+        with torch.no_grad():
+            for parameter in other.layers.parameters():
+                parameter.mul_(1.5)
+        found = step(other, integration, *one)[0]
+        other.uncompile()
+        torch.testing.assert_close(found, step(other, integration, *one)[0])
+        assert not torch.allclose(found, step(llm, integration, *one)[0])
+
+
+def test_a_forward_of_somebody_elses_stays():
+    """accelerate puts its hooks into a layer's own forward."""
+    llm, integration = made("lal", layers=2)
+    layer, seen = llm.layers[0], []
+    plain = layer.forward
+    layer.forward = lambda *args, **kwargs: seen.append(1) or plain(*args, **kwargs)
+    llm.compile(backend="eager")
+    step(llm, integration, *batch(0))
+    llm.uncompile()
+    step(llm, integration, *batch(0))
+    assert len(seen) == 2 and "forward" in vars(layer) and "forward" not in vars(llm.layers[1])

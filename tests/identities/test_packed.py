@@ -289,3 +289,66 @@ def test_keys_that_stand_in_many_places_get_all_their_gradient():
     (expected,) = torch.autograd.grad(x[index], x, grad)
     torch.testing.assert_close(found, expected)
     torch.testing.assert_close(torch.autograd.grad(taken(x, index, ()), x, grad)[0], expected)
+
+
+@pytest.mark.parametrize("name", ["plits", "lal", "pal", "flamingo"])
+@pytest.mark.parametrize("ids", [[5, 6, AUDIO], [5, AUDIO, 6, 7]], ids=["end", "middle"])
+def test_one_conversation_and_others_without_clips(name, ids):
+    llm, integration = shared("llama", name)
+    for rows in ([Tokens(ids, [0])], [Tokens([5, 6, 7], []), Tokens(ids, [0])]):
+        options = {"max_new_tokens": 3, "pad_token_id": 0, "eos_token_id": None, "do_sample": False}
+        with torch.no_grad():
+            expected = llm.generate(integration(features(5), rows, llm, "left"), **options)
+            found = llm.generate(integration(features(5), rows, llm, "none"), **options)
+        assert torch.equal(found, expected)
+
+
+def test_one_clip_that_ends_what_is_trained():
+    for name in ("plits", "pal"):
+        llm, integration = shared("llama", name)
+        rows = [Tokens([5, 6, 7, AUDIO], [0], [IGNORE, 6, 7, IGNORE])]
+        _, expected, right = loss_and_gradients(llm, integration, features(6), rows, "right")
+        _, total, found = loss_and_gradients(llm, integration, features(6), rows, "none")
+        torch.testing.assert_close(total, expected, **SAME)
+        for key, grad in found.items():
+            torch.testing.assert_close(grad, right[key], **SAME)
+
+
+@pytest.mark.parametrize("side", ["right", "left", "none"])
+@pytest.mark.parametrize("name", ["lal", "pal"])
+def test_any_layout_trains_where_packing_is_on(name, side):
+    llm = make_backbone("llama").train()
+    integration = build("integration", INTEGRATIONS[name], in_width=E, llm=llm)
+    _, total, expected = loss_and_gradients(llm, integration, *batch(), side)
+    llm.packs = True
+    _, again, found = loss_and_gradients(llm, integration, *batch(), side)
+    torch.testing.assert_close(again, total)
+    assert found.keys() == expected.keys()
+    llm.checkpoint_gradients(True)
+    loss_and_gradients(llm, integration, *batch(), side)
+
+
+def test_dropout_inside_a_projector_is_the_same_when_made_again():
+    llm = make_backbone("llama", layers=1).train()
+    integration = build("integration", INTEGRATIONS["lal"], in_width=E, llm=llm)
+    integration.projectors["0"].insert(1, torch.nn.Dropout(0.5))
+    audio, rows = batch()
+    found = []
+    for recomputes in (True, False):
+        llm.checkpoint_gradients(False, audio=recomputes)
+        torch.manual_seed(0)
+        found.append(loss_and_gradients(llm, integration, audio, rows, "none")[1:])
+    torch.testing.assert_close(*found)
+
+
+def test_packed_rows_in_one_forward_pass():
+    llm, integration = shared("llama", "lal")
+    rows = [labelled([5, AUDIO, 6, 7], 0, 1), labelled([5, AUDIO, 6, 8], 1, 1)]
+    with torch.no_grad():
+        logits = llm(integration(features(4, 6), rows, llm, "none")).logits[0]
+        padded = llm(integration(features(4, 6), rows, llm, "right")).logits
+        torch.testing.assert_close(logits, padded.flatten(0, 1), **SAME)
+        with pytest.raises(PalError, match="use_cache=False"):
+            llm(integration(features(4, 6), rows, llm, "none"), use_cache=True)
+    with pytest.raises(PalError, match="no conversation"):
+        integration(features(4), [], llm)
