@@ -2,6 +2,5 @@
 
 from pal.audio.decode import Limits, Source, Waveform, load, seconds
 from pal.audio.pcm import resample
-from pal.audio.sources import is_clip, is_list, read_clip
 
-__all__ = ["Limits", "Source", "Waveform", "is_clip", "is_list", "load", "read_clip", "resample", "seconds"]
+__all__ = ["Limits", "Source", "Waveform", "load", "resample", "seconds"]

@@ -36,8 +36,10 @@ class Waveform:
     """A clip, ready for an encoder."""
 
     samples_N: Tensor
-    """Mono float32 at the rate that was asked for."""
-    seconds_given: float
+    """Mono float32."""
+    rate: int
+    """Hz of the samples: the rate that was asked for."""
+    seconds: float
     """Length of the source, by its own rate."""
     name: str
     """The path, or what else the source was."""
@@ -76,7 +78,7 @@ def load(
             samples_N, seconds, note = _from_file(read(source, limits), rate, limits, read_to_end)
     except DecodeError as error:
         raise AudioError(f"{shown}: {error.what}; {error.remedy}") from None
-    return Waveform(samples_N, seconds, shown, note)
+    return Waveform(samples_N, rate, seconds, shown, note)
 
 
 def seconds(path: str | os.PathLike[str], limits: Limits = _LIMITS, read_to_end: bool = False) -> float:

@@ -198,7 +198,7 @@ def check(
                 bad.append(Fault(path, outcome))
                 bad_clips.append(path)
                 continue
-            durations.append(outcome.seconds_given)
+            durations.append(outcome.seconds)
             if outcome.note is not None:
                 notes.append(Fault(path, outcome.note))
         complete = True
@@ -253,14 +253,14 @@ def _read_all(paths: list[str], progress: bool, read_to_end: bool) -> Iterator[t
 
 
 class _Clip(NamedTuple):
-    seconds_given: float
+    seconds: float
     note: str | None
 
 
 def _read(path: str, read_to_end: bool) -> _Clip | str:
     try:
         wave = pal.audio.load(path, RATE, name="clip", read_to_end=read_to_end)
-        return _Clip(wave.seconds_given, wave.note)
+        return _Clip(wave.seconds, wave.note)
     except (AudioError, OSError) as error:
         return str(error).removeprefix("clip: ")
 

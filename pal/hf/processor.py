@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import tempfile
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,10 +13,10 @@ from torch import Tensor
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import ProcessorMixin
 
-from pal.audio import is_list, read_clip
+from pal.clips import AudioInput, clip_list, clip_notes, read_waveform, warn_of
 from pal.data import prompts
 from pal.data.manifest import PLACEHOLDER
-from pal.errors import AudioWarning, ConfigError, PromptError
+from pal.errors import ConfigError, PromptError
 from pal.files import MANIFEST, amend, verify
 from pal.hf.chats import read_chat
 from pal.hf.inputs import stack_prompts
@@ -113,7 +112,7 @@ class PalProcessor(ProcessorMixin):
     def __call__(
         self,
         text: str | Sequence[str] | None = None,
-        audio: Any = None,
+        audio: AudioInput | Sequence[AudioInput] | Sequence[Sequence[AudioInput]] | None = None,
         images: Any = None,
         videos: Any = None,
         **kwargs: Any,
@@ -123,7 +122,7 @@ class PalProcessor(ProcessorMixin):
         Args:
             text: a prompt or several. Chats are made into prompts by `apply_chat_template`.
             audio: a clip, or a list of clips in the order of their places, or a list of such lists for each prompt.
-                A clip is in any of the forms of `pal.audio.sources`; a bare array is at `sampling_rate`.
+                A clip is in any of the forms of `pal.clips`; a bare array is at `sampling_rate`.
             images: none.
             videos: none.
             kwargs: `sampling_rate` of bare arrays, `padding`, `padding_side`, `max_length` (at least so wide, with
@@ -157,7 +156,7 @@ class PalProcessor(ProcessorMixin):
         return_tensors: str | None = "pt",
         return_assistant_tokens_mask: bool = False,
         processor_kwargs: Mapping[str, Any] | None = None,
-        audio: Any = None,
+        audio: AudioInput | Sequence[AudioInput] | Sequence[Sequence[AudioInput]] | None = None,
         **kwargs: Any,
     ) -> Any:
         """A chat or several as text, or with `tokenize=True, return_dict=True` as all the tensors the model takes.
@@ -218,7 +217,7 @@ class PalProcessor(ProcessorMixin):
         return other
 
     def _tensors(
-        self, rows: list[Tokens], clips: list[Any], options: Mapping[str, Any], masks: bool = False
+        self, rows: list[Tokens], clips: Sequence[AudioInput], options: Mapping[str, Any], masks: bool = False
     ) -> PalInputs:
         """`options` are those of `__call__`, also in transformers' groups by modality."""
         given = {name: value for name, value in options.items() if name not in _IGNORED}
@@ -243,12 +242,10 @@ class PalProcessor(ProcessorMixin):
         width = width if padding == "max_length" and width else 0
         if width and any(len(row.ids) > width for row in rows):
             raise PromptError(f"a conversation has more than max_length {width} ids, and nothing is cut; raise it")
-        door = {"source_rate": source_rate, "allow_urls": allow_urls, "read_to_end": read_to_end}
-        heard = [read_clip(clip, self.sampling_rate, **door) for clip in clips]
-        for wave in heard:
-            if wave.note is not None:
-                warnings.warn(f"{wave.name}: {wave.note}", AudioWarning, stacklevel=2)
-        waves = [wave.samples_N for wave in heard]
+        reading: dict[str, Any] = {"source_rate": source_rate, "allow_urls": allow_urls, "read_to_end": read_to_end}
+        read = [read_waveform(clip, self.sampling_rate, **reading) for clip in clips]
+        warn_of(clip_notes(read))
+        waves = [wave.samples_N for wave in read]
         ids_BT, mask_BT = stack_prompts(rows, self._pad(), side, width)
         data = {"input_ids": ids_BT, "attention_mask": mask_BT}
         if masks:
@@ -311,13 +308,10 @@ def _answers(rows: Sequence[Tokens], mask_BT: Tensor) -> Tensor:
     return answers_BT
 
 
-def _flat(audio: Any) -> list[Any]:
+def _flat(audio: AudioInput | Sequence[AudioInput] | Sequence[Sequence[AudioInput]] | None) -> list[AudioInput]:
     """Clips given alone, in a list, or in a list for each prompt."""
-    if audio is None:
-        return []
-    if not is_list(audio):
-        return [audio]
-    return [clip for part in audio for clip in (part if is_list(part) else [part])]
+    given: Any = audio
+    return [] if audio is None else [clip for part in clip_list(given) for clip in clip_list(part)]
 
 
 def _shares(texts: Sequence[str], clips: int) -> list[int]:

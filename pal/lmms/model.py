@@ -11,7 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import pal
-from pal.audio import is_clip, read_clip
+from pal.clips import is_clip, read_waveform
 from pal.data.prompts import encode, user_turn
 from pal.errors import ConfigError
 from pal.types import IGNORE, Tokens
@@ -120,7 +120,7 @@ class Pal(lmms):
                     f"a document's medium is a {type(clip).__name__}, not audio with array and sampling_rate; "
                     "choose a task about audio"
                 )
-            clips.append(read_clip(clip, self.model.sampling_rate).samples_N)
+            clips.append(read_waveform(clip, self.model.sampling_rate).samples_N)
         return clips
 
     def _batches(self, order: list[int], arguments: list[Any]) -> list[list[int]]:

@@ -12,7 +12,8 @@ import soundfile
 import torch
 from torch.testing import assert_close
 
-from pal.audio import addresses, read_clip
+from pal.audio import addresses
+from pal.clips import read_clip
 from pal.errors import AudioError
 
 RATE = 16_000

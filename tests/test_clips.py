@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from pal.audio import is_clip, is_list, read_clip
+from pal.clips import is_clip, is_clip_list, read_clip
 from pal.errors import AudioError
 
 RATE = 16_000
@@ -96,7 +96,7 @@ def test_every_form_is_the_same_clip(path):
         assert is_clip(form)
         found = read_clip(form, RATE)
         assert_close(found.samples_N, tensor, msg=f"{type(form)} {str(form)[:80]}")
-        assert found.seconds_given == 900 / RATE
+        assert found.seconds == 900 / RATE
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
@@ -144,7 +144,7 @@ def test_channels_are_mixed_and_rates_kept():
         (wav(rate=8_000), {"source_rate": 4_000}),
     ):
         found = read_clip(form, RATE, **options)
-        assert (found.seconds_given, len(found.samples_N)) == (900 / 8_000, 1800)
+        assert (found.seconds, len(found.samples_N)) == (900 / 8_000, 1800)
 
 
 class Closed(io.BytesIO):
@@ -240,11 +240,11 @@ def test_no_line_is_long_whatever_is_given(clip):
 
 
 def test_a_list_is_several_clips_and_a_pair_is_one():
-    assert is_list([]) and is_list(["a.wav"]) and is_list([SOUND_N])
-    assert not any(map(is_list, ("a.wav", b"RIFF", (SOUND_N, RATE), SOUND_N, torch.zeros(3), {"path": "x"}, None)))
+    assert is_clip_list([]) and is_clip_list(["a.wav"]) and is_clip_list([SOUND_N])
+    assert not any(map(is_clip_list, ("a.wav", b"RIFF", (SOUND_N, RATE), SOUND_N, torch.zeros(3), {"path": "x"}, None)))
     for numbers in ([0.1, 0.2], [1], [np.float32(1)]):
         with pytest.raises(AudioError, match="a list of numbers is no clip; give an array"):
-            is_list(numbers)
+            is_clip_list(numbers)
     assert not is_clip(object()) and not is_clip(5)
 
 

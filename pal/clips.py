@@ -1,0 +1,323 @@
+"""Audio clips: `read_clip` tells apart all forms in which one is given; what follows has types of its own.
+
+A clip is a `Waveform`, a `Heard` (what the encoders made of it) or an `AudioKV` (its keys and values). As input it is
+one of these, or
+
+| form | |
+|---|---|
+| path, bytes, file object | of an audio file |
+| address | http, https, file (both only where they are allowed) and data |
+| `(array, rate)`, `(rate, array)` | see `pal.audio.arrays`; numpy, torch on any device, lists |
+| array or tensor | the same at a rate that is given beside it |
+| `{"array", "sampling_rate"}` | datasets 1 to 3, transformers; also `raw` or `waveform`, and `sample_rate` |
+| `{"bytes", "path"}` | datasets' undecoded audio; either may be None |
+| decoder | torchcodec's `AudioDecoder`, as datasets 4 and 5 give it, and what its `get_all_samples` gives |
+
+and in a message of a chat an audio part (`part_clip`):
+
+| part | its clip |
+|---|---|
+| `{"type": "audio", ...}` | `audio`, `url`, `path`, `audio_url`, `base64` or `data`; or the keys of a clip as a dict |
+| `{"type": "audio_url", "audio_url": ...}` | an address, or `{"url": ...}` (Qwen, vLLM) |
+| `{"type": "input_audio", "input_audio": {"data": ..., "format": ...}}` | base64 (OpenAI), or an address |
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import IO, Any
+
+import numpy as np
+from torch import Tensor
+
+from pal.audio import Limits, Waveform, load
+from pal.audio.addresses import from_base64, is_address, read_address, shown
+from pal.audio.arrays import (
+    Array,
+    DecodedSamples,
+    SamplesDecoder,
+    channels_last,
+    decode_all,
+    is_array,
+    is_decoder,
+    read_pair,
+)
+from pal.audio.declared import DecodeError
+from pal.backbone.audio_kv import AudioKV
+from pal.errors import AudioError, AudioWarning, shortened
+from pal.types import AudioFeatures, Heard, Prepared
+
+Clip = Waveform | Heard | AudioKV
+"""One clip as the model takes it; each has its length as `seconds`."""
+AudioInput = (
+    str
+    | os.PathLike[str]
+    | bytes
+    | bytearray
+    | memoryview
+    | IO[bytes]
+    | tuple[Array, float]
+    | tuple[float, Array]
+    | np.ndarray
+    | Tensor
+    | Mapping[str, object]
+    | SamplesDecoder
+    | DecodedSamples
+    | Clip
+)
+"""One clip as users and other libraries give it."""
+Clips = Prepared | Sequence[Tensor] | Sequence[Waveform] | Sequence[Heard] | Sequence[AudioKV] | Sequence[Clip]
+"""The clips of a batch, all of one kind; tensors are waveforms [N] at the model's rate."""
+
+_ARRAYS, _RATES = ("array", "raw", "waveform"), ("sampling_rate", "sample_rate")
+"""Keys of a clip given as a dict."""
+_LIMITS = Limits()
+_PART_CLIPS = ("audio", "url", "path", "audio_url", "input_audio")
+"""Keys of a chat's audio part that hold a clip or its address."""
+_PART_BASE64 = ("base64", "data")
+_PART_CUTS = ("audio_start", "audio_end", "start", "end", "offset", "duration")
+"""Keys that ask for a piece of a clip elsewhere."""
+
+
+def read_clip(
+    clip: AudioInput,
+    rate: int,
+    *,
+    source_rate: int | None = None,
+    allow_urls: bool = False,
+    limits: Limits = _LIMITS,
+    read_to_end: bool = False,
+) -> Clip:
+    """A clip of any form, whole or not at all; audio becomes a waveform at `rate`.
+
+    Args:
+        clip: see above.
+        rate: Hz of the result.
+        source_rate: of a bare array; None means `rate`, as transformers has it.
+        allow_urls: whether http, https and file addresses are followed.
+        limits: what to refuse.
+        read_to_end: see `pal.audio.load`.
+
+    Raises:
+        AudioError: one line with name, fault and remedy.
+    """
+    if isinstance(clip, Heard | AudioKV) or (isinstance(clip, Waveform) and clip.rate == rate):
+        return clip
+    given: Any = (clip.samples_N, clip.rate) if isinstance(clip, Waveform) else clip
+    name = clip.name if isinstance(clip, Waveform) else None
+    try:
+        if isinstance(given, Mapping):
+            given, name = _of_mapping(given)
+        elif isinstance(given, str) and is_address(given):
+            name = shown(given)
+        if isinstance(given, str) and is_address(given):
+            given = read_address(given, allow_urls, limits.max_bytes)
+        elif is_decoder(given):
+            given = decode_all(given)
+        elif isinstance(given, tuple):
+            given = read_pair(given, limits)
+        elif is_array(given):
+            given = (channels_last(given, limits), source_rate or rate)
+    except DecodeError as error:
+        raise AudioError(f"{shortened(name or _name(given), 140)}: {error.what}; {error.remedy}") from None
+    return load(given, rate, limits, name=name, read_to_end=read_to_end)
+
+
+def read_waveform(
+    clip: AudioInput,
+    rate: int,
+    *,
+    source_rate: int | None = None,
+    allow_urls: bool = False,
+    limits: Limits = _LIMITS,
+    read_to_end: bool = False,
+) -> Waveform:
+    """`read_clip` where samples are needed.
+
+    Raises:
+        AudioError: also for a clip that no longer has them.
+    """
+    found = read_clip(
+        clip, rate, source_rate=source_rate, allow_urls=allow_urls, limits=limits, read_to_end=read_to_end
+    )
+    if not isinstance(found, Waveform):
+        raise AudioError(f"{type(found).__name__} holds no samples; give the audio itself, or ask the model with it")
+    return found
+
+
+def is_clip(value: object) -> bool:
+    """Whether a value has one of the forms; what it holds is not looked at."""
+    known = str | os.PathLike | bytes | bytearray | memoryview | tuple | Mapping | Waveform | Heard | AudioKV
+    return isinstance(value, known) or is_array(value) or is_decoder(value) or callable(getattr(value, "read", None))
+
+
+def is_clip_list(clips: object) -> bool:
+    """Whether a value is several clips: a list, or a column of a data set; not a tuple, which is one clip.
+
+    Raises:
+        AudioError: a list of numbers.
+    """
+    if not isinstance(clips, Sequence) or isinstance(clips, str | bytes | bytearray | memoryview | tuple):
+        return False
+    if len(clips) and isinstance(clips[0], int | float | np.number):
+        raise AudioError("a list of numbers is no clip; give an array, or (array, rate)")
+    return True
+
+
+def clip_list(clips: AudioInput | Sequence[AudioInput]) -> list[AudioInput]:
+    """One clip or several, as a list."""
+    several: Any = clips
+    return list(several) if is_clip_list(clips) else [several]
+
+
+def clip_notes(clips: Sequence[Clip]) -> tuple[str, ...]:
+    """One sentence for each clip whose length could not be checked."""
+    waves = [clip for clip in clips if isinstance(clip, Waveform)]
+    return tuple(f"{wave.name}: {wave.note}" for wave in waves if wave.note is not None)
+
+
+def warn_of(notes: Sequence[str], stacklevel: int = 3) -> None:
+    """An `AudioWarning` for each note, at the line that called the caller."""
+    for line in notes:
+        warnings.warn(line, AudioWarning, stacklevel=stacklevel)
+
+
+def of_one_kind(
+    clips: Sequence[Clip], encode: Callable[[Waveform], Heard], index: Callable[[Clip], AudioKV]
+) -> list[Clip]:
+    """Clips of several kinds as those of one, since a batch is of one: the kind of which the most was made before.
+
+    Args:
+        clips: in any mixture.
+        encode: runs the encoders.
+        index: makes keys and values.
+    """
+    if any(isinstance(clip, AudioKV) for clip in clips):
+        return [clip if isinstance(clip, AudioKV) else index(clip) for clip in clips]
+    if any(isinstance(clip, Heard) for clip in clips):
+        return [encode(clip) if isinstance(clip, Waveform) else clip for clip in clips]
+    return list(clips)
+
+
+@dataclass(frozen=True)
+class ClipBatch:
+    """The clips of a batch, told apart: one of the fields has them all."""
+
+    waveforms: tuple[Tensor, ...] = ()
+    """[N] at the model's rate."""
+    encoded: tuple[Heard, ...] = ()
+    prepared: Prepared | None = None
+    """Waveforms or encoded clips, as the encoders' device takes them."""
+    indexed: tuple[AudioKV, ...] = ()
+
+    @classmethod
+    def of(cls, clips: Clips) -> ClipBatch:
+        """Clips of one kind."""
+        if isinstance(clips, Prepared):
+            return cls(prepared=clips)
+        batch = cls(
+            waveforms=tuple(
+                c.samples_N if isinstance(c, Waveform) else c for c in clips if isinstance(c, Waveform | Tensor)
+            ),
+            encoded=tuple(clip for clip in clips if isinstance(clip, Heard)),
+            indexed=tuple(clip for clip in clips if isinstance(clip, AudioKV)),
+        )
+        assert len(clips) in map(len, (batch.waveforms, batch.encoded, batch.indexed)), (
+            "a batch's clips are of one kind"
+        )
+        return batch
+
+
+@dataclass(frozen=True)
+class ClipFeatures:
+    """The clips of a batch as an integration takes them, and how much of each it was given."""
+
+    audio: Sequence[AudioFeatures] | Sequence[AudioKV]
+    """Features [B, A, E] of each stream, or each clip's keys and values; empty without clips."""
+    encoders: Sequence[AudioFeatures] = ()
+    """What each encoder made of the clips, where they were encoded for this."""
+
+    def tokens(self) -> list[int]:
+        """Audio tokens of each clip, of all streams together."""
+        streams = [part.lengths for part in self.audio if isinstance(part, AudioFeatures)]
+        if streams:
+            return [sum(counts) for counts in zip(*streams, strict=True)]
+        return [part.tokens for part in self.audio if isinstance(part, AudioKV)]
+
+    def covered(self, seconds: Sequence[float]) -> list[float]:
+        """Seconds of each clip that the encoders' tokens stand for; a connector's may stand for no time of their own.
+
+        Args:
+            seconds: length of each clip.
+        """
+        return [
+            min([whole, *(part.lengths[at] * part.seconds_per_token for part in self.encoders)])
+            for at, whole in enumerate(seconds)
+        ]
+
+
+def part_clip(part: Mapping[str, Any]) -> Any:
+    """What an audio part of a chat's message holds, as `read_clip` takes it; None where it only marks a place.
+
+    Raises:
+        AudioError: two clips, a piece of one, or base64 that is none.
+    """
+    cuts = [key for key in _PART_CUTS if part.get(key) is not None]
+    if cuts:
+        raise AudioError(f"an audio part has '{cuts[0]}', and clips are heard whole; cut the clip yourself")
+    if any(part.get(key) is not None for key in (*_ARRAYS, "bytes")):
+        return part
+    given = [key for key in (*_PART_CLIPS, *_PART_BASE64) if part.get(key) is not None]
+    if len(given) > 1:
+        raise AudioError(f"an audio part has {' and '.join(given)}; give one of {', '.join(_PART_CLIPS)}")
+    if not given:
+        return None
+    clip = part[given[0]]
+    encoded = given[0] in (*_PART_BASE64, "input_audio")
+    if isinstance(clip, Mapping) and given[0] in ("input_audio", "audio_url", "audio", "url"):
+        inner = [key for key in ("url", *_PART_BASE64) if isinstance(clip.get(key), str | bytes)]
+        if len(inner) == 1:
+            encoded, clip = inner[0] in _PART_BASE64, clip[inner[0]]
+        elif given[0] in ("input_audio", "audio_url"):
+            raise AudioError(f"the '{given[0]}' of an audio part needs 'data' or 'url'; give one of them")
+    if given[0] == "path" and isinstance(clip, bytes):
+        return os.fsdecode(clip)
+    if encoded and isinstance(clip, str | bytes) and not (isinstance(clip, str) and is_address(clip)):
+        try:
+            return from_base64(clip, _LIMITS.max_bytes)
+        except DecodeError as error:
+            if isinstance(clip, bytes):
+                return clip  # the bytes of a file as they are
+            raise AudioError(f"'{given[0]}' of an audio part: {error.what}; {error.remedy}") from None
+    rate = part.get("sampling_rate")
+    bare = isinstance(clip, list) or is_array(clip)
+    return {"array": clip, "sampling_rate": rate} if bare and rate is not None else clip
+
+
+def _of_mapping(clip: Mapping[str, Any]) -> tuple[Any, str | None]:
+    """What a dict holds, and what messages call it; decoded samples go before the file that they come from."""
+    path = clip.get("path")
+    path = os.fsdecode(path) if isinstance(path, bytes) else path
+    name = os.fsdecode(path) if isinstance(path, str | os.PathLike) else None
+    arrays = [key for key in _ARRAYS if clip.get(key) is not None]
+    rates = [key for key in _RATES if clip.get(key) is not None]
+    if len(arrays) == 1 and len(rates) == 1:
+        return (clip[arrays[0]], clip[rates[0]]), name
+    if not arrays and clip.get("bytes") is not None:
+        if not isinstance(clip["bytes"], bytes | bytearray | memoryview):
+            raise DecodeError(f"its 'bytes' are of type {type(clip['bytes']).__name__}", "give the bytes of a file")
+        return clip["bytes"], name
+    if not arrays and path is not None:
+        return path, None if name is None or not is_address(name) else shown(name)
+    if not arrays and ("bytes" in clip or "path" in clip):
+        raise DecodeError("it holds neither bytes nor a path", "leave the record out")
+    raise DecodeError("a clip given as a dict needs 'array' and 'sampling_rate'", "or give 'bytes' or 'path' of a file")
+
+
+def _name(clip: object) -> str:
+    if isinstance(clip, str):
+        return shown(clip)
+    return "array" if isinstance(clip, tuple) or is_array(clip) else "clip"
