@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from pal.backbone.finetuning import LoRA
 from pal.config import parse
 from pal.errors import BundleError
 from pal.files import MANIFEST, amend, atomic_folder, recover, verify
@@ -165,7 +166,7 @@ def upgrade(folder: str | Path) -> None:
     amend(folder, {_CONFIG: _json(description).encode(), _PROCESSOR: _json(_processor(model)).encode()})
 
 
-def shape_of(path: str | Path) -> tuple[ModelConfig, dict[str, Any] | None]:
+def shape_of(path: str | Path) -> tuple[ModelConfig, LoRA | None]:
     """What a bundle on this machine is made of, so that it could be built with other weights; and its LoRA options.
 
     Raises:
@@ -175,9 +176,11 @@ def shape_of(path: str | Path) -> tuple[ModelConfig, dict[str, Any] | None]:
         raise BundleError(f"{path}: no such folder; give one that save_pretrained wrote")
     folder = find(path)
     description = read_description(folder)
-    config = parse(ModelConfig, description["model"], where=f"bundle {folder}")
+    where = f"bundle {folder}"
+    config = parse(ModelConfig, description["model"], where=where)
     llm = LLMConfig(fresh=description["llm"], dtype=config.llm.dtype)
-    return config.model_copy(update={"llm": llm, "encoders": description["encoders"]}), description["lora"]
+    shape = config.model_copy(update={"llm": llm, "encoders": description["encoders"]})
+    return shape, _lora_of(description, where)
 
 
 def find(path: str | Path, **hub: Any) -> Path:
@@ -236,7 +239,6 @@ def _build(
     description: Mapping[str, Any], from_source: set[str], tokenizer: PreTrainedTokenizerBase, where: str
 ) -> PalModel:
     """The model that a description stands for; parts that are not in `from_source` get random weights."""
-    from pal.backbone.llm import LoRA
     from pal.model import PalModel
 
     config = parse(ModelConfig, description["model"], where=where)
@@ -255,9 +257,18 @@ def _build(
         model.llm.resize_vocab(description["llm"]["vocab_size"], mean_resizing=False)
     if model.llm.lm.config.tie_word_embeddings and not description["llm"].get("tie_word_embeddings", True):
         model.llm.untie_head()
-    if description["lora"]:
-        model.llm.add_lora(parse(LoRA, description["lora"], where=where))
+    lora = _lora_of(description, where)
+    if lora is not None:
+        model.llm.add_lora(lora)
     return model
+
+
+def _lora_of(description: Mapping[str, Any], where: str) -> LoRA | None:
+    """The options of the LLM's adapters; None where it has none. Earlier bundles call `r` `rank`."""
+    options = description["lora"]
+    if not options:
+        return None
+    return parse(LoRA, {"r" if name == "rank" else name: value for name, value in options.items()}, where=where)
 
 
 def _write_weights(kept: Mapping[str, Tensor], folder: Path, dtype: torch.dtype | None, largest: int) -> None:

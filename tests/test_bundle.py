@@ -5,9 +5,10 @@ import json
 import pytest
 import torch
 
-from pal.backbone.llm import LoRA
+from pal.backbone.finetuning import LoRA
 from pal.bundle import cast, from_source, source_digests
 from pal.errors import BundleError
+from pal.files import amend
 from pal.model import PalModel
 from tests.models import INTEGRATIONS, LLM, noise, pal, tiny_model
 
@@ -114,7 +115,7 @@ def test_another_llm_is_refused(tmp_path):
 def test_adapters_are_kept(tmp_path):
     llm = llm_folder(tmp_path / "llm")
     model = tiny_model(llm=llm)
-    model.llm.add_lora(LoRA(rank=2))
+    model.llm.add_lora(LoRA(r=2))
     with torch.no_grad():
         for name, parameter in model.llm.named_parameters():
             if "lora_B" in name:
@@ -123,6 +124,18 @@ def test_adapters_are_kept(tmp_path):
     loaded = pal.load(tmp_path / "m")
     assert loaded.digest == model.digest
     assert ask(loaded) == ask(model)
+
+
+def test_adapters_whose_rank_has_its_earlier_name(tmp_path):
+    model = tiny_model()
+    model.llm.add_lora(LoRA(r=2))
+    model.save_pretrained(tmp_path / "m")
+    description = json.loads((tmp_path / "m" / "config.json").read_text())
+    description["lora"]["rank"] = description["lora"].pop("r")
+    amend(tmp_path / "m", {"config.json": json.dumps(description).encode()})
+    loaded = pal.load(tmp_path / "m")
+    assert loaded.llm.lora == model.llm.lora
+    assert loaded.digest == model.digest
 
 
 def test_half_precision_on_disk(tmp_path):

@@ -20,7 +20,7 @@ from pal.registry import build
 from pal.types import AudioFeatures
 
 PRESET = preset_of("cpu")
-CHOICE = "pal.backbone.context.takes_apart"
+CHOICE = "pal.backbone.attention_metadata.takes_apart"
 
 
 def attention(rounds: int) -> None:

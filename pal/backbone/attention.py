@@ -19,8 +19,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from pal.backbone.attention_metadata import AudioView
 from pal.backbone.cache import Step
-from pal.backbone.context import AudioView
 from pal.backbone.merged import merged_attention
 from pal.backbone.packed import PackedLayer
 from pal.errors import PalError

@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import Cache
 
-from pal.backbone.context import AudioContext, Block
+from pal.backbone.context import AudioContext
+from pal.backbone.interfaces import Block
 from pal.backbone.packed import PackedContext
 from pal.backbone.sight import Sight
 from pal.backbone.storage import Layer, Plan, Prompts, filled, kept

@@ -16,7 +16,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from pal.backbone.llm import Backbone, Trained
+from pal.backbone.finetuning import LLMPart
+from pal.backbone.llm import Backbone
 
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 
@@ -66,7 +67,7 @@ class Step:
     """Tokens of a conversation that are trained."""
     before: int = 0
     """Text tokens that stand before the clip, and do not see its keys."""
-    llm: Trained = "none"
+    llm: LLMPart = "none"
     """What of the LLM trains."""
     integration: bool = False
     """Whether the integration's own weights train."""
@@ -175,7 +176,7 @@ def project_kv(llm: Backbone, step: Step, tokens: int, making: Cost, u_grad: boo
 def _last(llm: Backbone, name: str, rows: int) -> float:
     """Operations of the last product of k_proj or v_proj: its own, or that of the adapter's second matrix."""
     adapted = llm.lora is not None and name in llm.lora.targets
-    inputs = llm.lora.rank if adapted and llm.lora is not None else llm.width
+    inputs = llm.lora.r if adapted and llm.lora is not None else llm.width
     return 2.0 * rows * inputs * _kv_width(llm)
 
 
@@ -285,7 +286,7 @@ def _matrix(
     if llm.lora is None or name not in llm.lora.targets:
         return cost, x_grad or trained
     adapts = trained or step.llm == "lora"
-    rank = llm.lora.rank
+    rank = llm.lora.r
     narrow = linear(rows, inputs, rank, x_grad, adapts, step.own_bytes)
     wide = linear(rows, rank, outputs, x_grad or adapts, adapts, step.own_bytes)
     return cost + narrow + wide, x_grad or trained or adapts

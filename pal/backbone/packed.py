@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from pal.backbone.context import Geometry, KeySource, PackedBlock, rotate
+from pal.backbone.audio_keys import rotate
+from pal.backbone.interfaces import Geometry, KeySource, PackedBlock
 from pal.backbone.rms import rms_norm
 from pal.backbone.segments import Conversation
 from pal.backbone.varlen import segment_attention
@@ -91,8 +92,8 @@ class Catches(Protocol):
 class PackedSource(KeySource, Protocol):
     """A `KeySource` that also makes K/V of the clips' real tokens alone."""
 
-    def ready(self, packed: bool) -> None:
-        """Make what all layers share, for packed rows or padded ones."""
+    def ready(self, more: int | None) -> None:
+        """Make what all layers share: for packed rows, with so many tokens more, or, where None, for padded ones."""
         ...
 
     def projection(self, layer: int) -> Projection:

@@ -18,7 +18,8 @@ from pal.transfer import to_device
 from pal.types import LLMInputs
 
 if TYPE_CHECKING:
-    from pal.backbone.context import AudioContext, Geometry
+    from pal.backbone.context import AudioContext
+    from pal.backbone.interfaces import Geometry
     from pal.backbone.llm import Backbone
 
 

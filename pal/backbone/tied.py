@@ -1,4 +1,4 @@
-"""Where the LM head has the embeddings' weights: the gradient of both without a second matrix of the vocabulary.
+"""An LM head that shares the embeddings' weights: when it still does, and the gradient of both in one matrix.
 
 Autograd would make one dense gradient for the head and one for the embeddings, and a third for their sum, each as large
 as the vocabulary: three times a gigabyte for a Llama of 1B in float32, most of what a short step touches. Here the
@@ -12,6 +12,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from pal.backbone import adapters
 
 
 class TiedRows:
@@ -68,3 +70,57 @@ class _Lookup(torch.autograd.Function):
             grad_XD = grad_XD.masked_fill((ids_X == ctx.padding)[:, None], 0.0)
         ctx.tied.remember(ids_X, grad_XD)
         return None, None, None, None
+
+
+def tied_rows(lm: Any, known: TiedRows | None) -> TiedRows | None:
+    """Lookup for embeddings that train together with the head; None where the module itself has to be called.
+
+    Args:
+        lm: transformers' model.
+        known: what this gave before, which is kept while the weights are the same.
+    """
+    table, head = ends(lm)
+    if not isinstance(table, nn.Embedding):  # PEFT adapts it
+        return None
+    weight = table.weight
+    if not (torch.is_grad_enabled() and weight.requires_grad and head is not None and head.weight is weight):
+        return None
+    # hooks, such as those that put a sharded weight together, belong to the module
+    if type(weight) is not nn.Parameter or table._forward_hooks or table._forward_pre_hooks:
+        return None
+    return known if known is not None and known.weight_VD is weight else TiedRows(weight)
+
+
+def ends(lm: Any) -> tuple[Any, Any]:
+    """Embeddings and head of an LLM."""
+    return lm.get_input_embeddings(), lm.get_output_embeddings()
+
+
+def note_ties(lm: Any) -> None:
+    """Say in the configuration that head and embeddings are two matrices, where training has parted them.
+
+    Whoever reads the configuration would make them one again.
+    """
+    table, head = (adapters.beneath(module) for module in ends(lm))
+    if lm.config.tie_word_embeddings and head.weight.data_ptr() != table.weight.data_ptr():
+        lm.config.tie_word_embeddings = False
+        lm.all_tied_weights_keys = {}
+
+
+def untie_head(lm: Any) -> None:
+    """Give the head a matrix of its own, equal to the embeddings'."""
+    head = adapters.beneath(lm.get_output_embeddings())
+    head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=head.weight.requires_grad)
+    note_ties(lm)
+
+
+def untie_adapted_head(lm: Any) -> None:
+    """Untie a head that PEFT adapts apart from the embeddings, so that the adapter can be merged.
+
+    Raises:
+        PalError: one of the two is adapted in ways that cannot be merged.
+    """
+    adapters.check(*ends(lm))
+    note_ties(lm)
+    if lm.config.tie_word_embeddings and adapters.part(*ends(lm)):
+        untie_head(lm)

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from pal.backbone.audio_kv import AudioKV
-from pal.backbone.context import PackedBlock
 from pal.backbone.cost import Added, Step
+from pal.backbone.interfaces import PackedBlock
 from pal.backbone.llm import Backbone
 from pal.backbone.stream_kv import StreamKV
 from pal.errors import ConfigError

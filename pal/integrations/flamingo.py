@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from pal.backbone.context import PackedBlock, attention_weights
 from pal.backbone.cost import Added, Cost, LayerAdded, Step, attention, linear
+from pal.backbone.interfaces import PackedBlock
 from pal.backbone.llm import Backbone
+from pal.backbone.observers import attention_weights
 from pal.backbone.packed import DeviceSegments, among, take
 from pal.backbone.stream_kv import Layout
 from pal.config import StrictConfig

@@ -7,8 +7,8 @@ from typing import Any, cast
 import torch
 
 from pal import bundle, known
-from pal.backbone.llm import Backbone, LoRA
-from pal.config import StrictConfig, parse
+from pal.backbone.llm import Backbone
+from pal.config import StrictConfig
 from pal.ears import check_ears
 from pal.model import PalModel
 from pal.model_config import LLMConfig, Part
@@ -36,7 +36,7 @@ def skeleton(recipe: Recipe) -> PalModel:
         llm = Backbone.load(_fields(config.llm), dtype=getattr(torch, config.llm.dtype))
         model = PalModel(config, llm, cast(Any, None))
         if lora is not None:
-            llm.add_lora(parse(LoRA, lora, where=f"bundle {recipe.bundle}"))
+            llm.add_lora(lora)
     return model.eval()
 
 

@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from pal.backbone.context import AudioContext, Hide
+from pal.backbone.audio_mask import Hide
+from pal.backbone.context import AudioContext
 from pal.backbone.generate import reordered
 from pal.backbone.llm import Backbone
 from pal.bench.flops import flop_counter
 from pal.evaluate.runner import Hearing, evaluation_mode
 from pal.integrations.layers import LayerRange, chosen_layers
-from pal.probe.finding import Finding, Picture, about
+from pal.probe.finding import Finding, Plot, about
 from pal.probe.hiding import (
     DEAF,
     WHOLE,
@@ -321,20 +322,20 @@ def _reading(asked: Asked, groups: Sequence[_Group], costs: Mapping[str, Cost], 
     return said
 
 
-def _pictures(asked: Asked, groups: Sequence[_Group], costs: Mapping[str, Cost], seed: int) -> dict[str, Picture]:
-    pictures: dict[str, Picture] = {}
+def _pictures(asked: Asked, groups: Sequence[_Group], costs: Mapping[str, Cost], seed: int) -> dict[str, Plot]:
+    pictures: dict[str, Plot] = {}
     for group in groups:
         of = "" if group.pathway is None else f"-{group.pathway}"
         firsts = [(len(one.layers), one.name) for one in group.depths.values()]
         nowhere = [] if group.pathway else [(0, DEAF.name)]
-        pictures[f"depth{of}"] = Picture(
+        pictures[f"depth{of}"] = Plot(
             f"Audio seen in the first layers only{group.suffix}",
             "Accuracy with 95 % intervals, by the number of layers from the first on that still see the audio; the "
             "dashed line is the model without audio in the prompt.",
             partial(_profile, asked=asked, at=[*nowhere, *firsts], label="first layers that see audio", seed=seed),
         )
         if len(group.windows) > 1:
-            pictures[f"window{of}"] = Picture(
+            pictures[f"window{of}"] = Plot(
                 f"Audio seen in {len(group.windows[0].layers)} of the layers{group.suffix}",
                 "Accuracy with 95 % intervals, by the first layer of the window that still sees the audio; the dashed "
                 "line is the model without audio in the prompt.",
@@ -346,7 +347,7 @@ def _pictures(asked: Asked, groups: Sequence[_Group], costs: Mapping[str, Cost],
                     seed=seed,
                 ),
             )
-    pictures["cost"] = Picture(
+    pictures["cost"] = Plot(
         "Accuracy against what it costs",
         "Each depth and window of one question's prefill and of the audio's K/V. Filled: as it runs here. Hollow: at "
         "least, without rows and their K/V where no layer sees them.",

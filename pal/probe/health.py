@@ -22,8 +22,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pal import audio as audio_io
-from pal.backbone.context import AudioContext, AudioKeys, Places
+from pal.backbone.audio_keys import AudioKeys
+from pal.backbone.audio_mask import Places
+from pal.backbone.context import AudioContext
 from pal.backbone.cost import Step, decoder
+from pal.backbone.observers import count_ffn_rows
 from pal.bench.measure import saved_bytes
 from pal.data import prompts
 from pal.data.manifest import Record
@@ -31,7 +34,7 @@ from pal.errors import PalError
 from pal.evaluate import evaluate
 from pal.evaluate.runner import evaluation_mode
 from pal.evaluate.scorers import bootstrap_ci
-from pal.probe.finding import Finding, Picture, about
+from pal.probe.finding import Finding, Plot, about
 from pal.probe.material import spread
 from pal.probe.record import PATHWAYS, record
 from pal.types import AUDIO, AudioFeatures, LLMInputs, Tokens
@@ -115,7 +118,7 @@ def probe_health(model: PalModel, records: Sequence[Record], batch: int = 32, pr
         },
         details={"remedies": {check.name: check.remedy for check in checks}},
         pictures={
-            "listening": Picture(
+            "listening": Plot(
                 "Does each layer listen?",
                 "Left: attention on audio as a multiple of what even attention would give. Right: how much of it moves "
                 "when another clip of the same length sounds (total variation). A layer near zero on either side "
@@ -135,7 +138,7 @@ def _structure(model: PalModel, one: Record) -> Iterator[Check]:
     clip_N = audio_io.load(one.clips[0], model.sampling_rate).samples_N
     row = _about_one_clip(model, one)
     features = model.features([clip_N])
-    with model.llm.counting_ffn_rows() as counts, torch.no_grad():
+    with count_ffn_rows(model.llm) as counts, torch.no_grad():
         inputs = model.inputs([clip_N], [row], located=True)
         model.llm.hidden(inputs)
     yield _feed_forward(model, row, features, counts)

@@ -11,7 +11,8 @@ import torch
 from tqdm import tqdm
 
 from pal.audio import seconds
-from pal.backbone.context import AudioContext, Hide
+from pal.backbone.audio_mask import Hide
+from pal.backbone.context import AudioContext
 from pal.data import prompts
 from pal.errors import AudioError, ConfigError
 from pal.evaluate.runner import Hearing, evaluate, evaluation_mode

@@ -28,16 +28,17 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pal import audio
+from pal.backbone.observers import residual_stream
 from pal.data.manifest import Record
 from pal.data.prompts import encode, user_turn
 from pal.data.synth.questions import PARAPHRASES
 from pal.errors import ManifestError
 from pal.evaluate.figures import INTERVALS
 from pal.evaluate.runner import evaluation_mode
-from pal.probe.finding import Finding, Picture, about
+from pal.plots import style_of
+from pal.probe.finding import Finding, Plot, about
 from pal.probe.linear import FOLDS, INNER_FOLDS, ROUND_OFF, STRENGTHS, Labels, Probed, check, probed
 from pal.probe.material import SCENES_SEED, material, spread
-from pal.probe.style import style_of
 from pal.types import AUDIO, AudioFeatures, Tokens
 
 if TYPE_CHECKING:
@@ -219,7 +220,7 @@ def _text_rows(model: PalModel, streams: list[AudioFeatures] | None, tokens: lis
             kept["before"] = hidden_BTD[torch.arange(len(tokens)), first_B + at - 1]
         return {name: rows_BD.float().cpu() for name, rows_BD in kept.items()}
 
-    layers = model.llm.hidden_rows(inputs, keep)
+    layers = residual_stream(model.llm, inputs, keep)
     return {name: [layer[name] for layer in layers] for name in layers[0]}
 
 
@@ -346,17 +347,17 @@ def _at(chance: float, real: Probed) -> bool:
     return abs(real.score - chance) < 1e-9  # the same sum in another order
 
 
-def _pictures(found: Mapping[str, _Found]) -> dict[str, Picture]:
+def _pictures(found: Mapping[str, _Found]) -> dict[str, Plot]:
     pictures = {}
     for number, (title, one) in enumerate(found.items(), start=1):
         tail = f"-{number}" if len(found) > 1 else ""
-        pictures[f"layers{tail}"] = Picture(
+        pictures[f"layers{tail}"] = Plot(
             f"{title}: sound labels in text rows, by layer",
             "How well a linear probe reads the labels off rows of clips that it has not seen, with intervals over "
             "clips. Grey: the same with shuffled labels. Dashed across: the encoder's and the connector's features.",
             lambda figure, one=one: _draw(figure, one),  # type: ignore[misc]
         )
-        pictures[f"labels{tail}"] = Picture(
+        pictures[f"labels{tail}"] = Plot(
             f"{title}: each label in the rows behind the audio, by layer",
             "Labels from the best to the worst in the last layer; their number of clips is in brackets.",
             lambda figure, one=one: _draw_labels(figure, one),  # type: ignore[misc]

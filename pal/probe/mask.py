@@ -12,10 +12,10 @@ from functools import partial
 from itertools import pairwise, product
 from typing import TYPE_CHECKING, Any, Literal, cast
 
-from pal.backbone.context import Hide
+from pal.backbone.audio_mask import Hide
 from pal.errors import ConfigError
 from pal.evaluate.runner import Hearing
-from pal.probe.finding import Finding, Picture, about
+from pal.probe.finding import Finding, Plot, about
 from pal.probe.hiding import (
     DEAF,
     WHOLE,
@@ -298,7 +298,7 @@ def _reading(
     return said
 
 
-def _pictures(asked: Asked, kinds: Mapping[str, Sequence[Condition]], drops: Drops) -> dict[str, Picture]:
+def _pictures(asked: Asked, kinds: Mapping[str, Sequence[Condition]], drops: Drops) -> dict[str, Plot]:
     asked_for = {
         kind: [c.name for c in same if asked.same_as.get(c.name) != WHOLE.name] for kind, same in kinds.items()
     }
@@ -306,7 +306,7 @@ def _pictures(asked: Asked, kinds: Mapping[str, Sequence[Condition]], drops: Dro
     domains = asked.values("domain")
     columns = [("all", "all"), *(("domain", domain) for domain in domains)]
     pictures = {
-        "drops": Picture(
+        "drops": Plot(
             "What hiding costs",
             "Points of accuracy lost, with 95 % intervals below; bold where the interval excludes 0. "
             "The last row is what audio brings in all.",
@@ -320,7 +320,7 @@ def _pictures(asked: Asked, kinds: Mapping[str, Sequence[Condition]], drops: Dro
     ):
         same = [condition.name for condition in kinds.get(kind, ())]
         if len(same) > 1:
-            pictures[kind] = Picture(
+            pictures[kind] = Plot(
                 title,
                 f"{caption} Bars are 95 % intervals, paired over clips.",
                 partial(_profile, names=same, columns=columns, drops=drops),

@@ -8,7 +8,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from pal.backbone.context import AudioContext, Places, Weights
+from pal.backbone.audio_mask import Places
+from pal.backbone.context import AudioContext
+from pal.backbone.observers import Weights
 from pal.model import Clips, PalModel
 from pal.types import AUDIO, Tokens
 

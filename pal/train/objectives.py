@@ -12,7 +12,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pal.backbone.llm import Per
+from pal.backbone.loss import Per
 from pal.config import StrictConfig, parse
 from pal.data.augment import heard_within, loudness
 from pal.data.manifest import Record

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BeforeValidator, Field, model_validator
 
+from pal.backbone.finetuning import LLMPart, LoRA
 from pal.config import StrictConfig, parse
 from pal.errors import ConfigError
 from pal.model_config import ModelConfig
@@ -22,7 +23,7 @@ PARTS = ("encoder", "connector", "projectors", "llm")
 _WORDS = {"full": True, "none": False}
 _Switch = Annotated[bool, BeforeValidator(lambda value: _WORDS.get(value, value) if isinstance(value, str) else value)]
 _LLM = Annotated[
-    Literal["none", "full", "no_ffn", "lora", "attention"],
+    LLMPart,
     BeforeValidator(lambda value: {True: "full", False: "none"}.get(value, value)),
 ]
 
@@ -80,16 +81,6 @@ class Source(StrictConfig):
         if sum(origin is not None for origin in (self.manifest, self.synth, self.prepare)) != 1:
             raise ValueError("give one of 'manifest', 'synth' and 'prepare'")
         return self
-
-
-class LoRA(StrictConfig):
-    """Low-rank adapters of the LLM (defaults: LTU's)."""
-
-    r: int = Field(default=8, gt=0)
-    alpha: int = 16
-    dropout: float = Field(default=0.05, ge=0, lt=1)
-    targets: tuple[str, ...] = ("q_proj", "v_proj")
-    """Names of the linear layers that get one."""
 
 
 class Trained(StrictConfig):

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
-from pal.backbone.llm import LoRA
 from pal.errors import ConfigError
 from pal.model import PalModel
 from pal.train.recipe import PARTS, Stage, Trained
@@ -20,8 +20,7 @@ def freeze(model: PalModel, train: Trained) -> dict[str, dict[str, nn.Parameter]
         ConfigError: a part is to be trained that has no weights.
     """
     if train.llm == "lora" and model.llm.lora is None:
-        lora = train.lora
-        model.llm.add_lora(LoRA(rank=lora.r, alpha=lora.alpha, dropout=lora.dropout, targets=lora.targets))
+        model.llm.add_lora(train.lora)
     parts = model.parts()
     chosen = {part: list(parts[part].parameters()) for part in PARTS if part != "llm" and train.part(part)}
     if isinstance(train.encoder, list) and train.encoder:
@@ -50,6 +49,12 @@ def set_modes(model: PalModel, stage: Stage) -> None:
     if stage.gradient_checkpointing:
         # transformers checkpoints layers in training mode only, and a frozen LLM holds activations, too.
         model.llm.train()
+
+
+def compiles(stage: Stage, device: torch.device) -> bool:
+    """Whether a stage compiles the LLM's layers: `auto` does on CUDA, and a stage without the LLM never does."""
+    wanted = device.type == "cuda" if stage.compile == "auto" else stage.compile
+    return wanted and not stage.by_clip
 
 
 def lasting_name(name: str) -> str:

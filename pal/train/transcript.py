@@ -8,7 +8,8 @@ from collections.abc import Iterable
 import torch
 from pydantic import Field
 
-from pal.backbone.llm import Backbone, Per
+from pal.backbone.llm import Backbone
+from pal.backbone.loss import Per
 from pal.backbone.stream_kv import Layout
 from pal.config import StrictConfig
 from pal.errors import ConfigError

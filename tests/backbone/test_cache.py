@@ -7,7 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache
 
-from pal.backbone.context import Hide
+from pal.backbone.audio_mask import Hide
 from pal.backbone.generate import padded_left
 from pal.backbone.reading import prepared, prompts_of, read_prompts
 from pal.backbone.storage import STEP

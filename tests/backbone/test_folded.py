@@ -4,8 +4,10 @@ import pytest
 import torch
 from torch import nn
 
+from pal.backbone.families import FAMILIES
+from pal.backbone.finetuning import LoRA
 from pal.backbone.folded import fold, pays
-from pal.backbone.llm import FAMILIES, Backbone, LoRA
+from pal.backbone.llm import Backbone
 from pal.bench.flops import flop_counter
 from pal.types import AudioFeatures
 from tests.models import LLM, noise, tiny_model
@@ -139,7 +141,7 @@ def _switched(model):
 
 
 def _lora(model):
-    model.llm.add_lora(LoRA(rank=2, targets=("k_proj",)))
+    model.llm.add_lora(LoRA(r=2, targets=("k_proj",)))
     for name, parameter in model.llm.named_parameters():
         if "lora_B" in name:
             parameter.data.normal_()

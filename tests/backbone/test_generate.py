@@ -14,8 +14,8 @@ from transformers import DynamicCache, GenerationConfig
 from pal.backbone import generate as generation
 from pal.backbone import graphs, reading
 from pal.backbone.decoding import Decoding, Options, options_of
+from pal.backbone.finetuning import LoRA
 from pal.backbone.generate import padded_left
-from pal.backbone.llm import LoRA
 from pal.backbone.reading import prepared, prompts_of, read_prompts
 from pal.errors import PalError
 from pal.types import AUDIO, Tokens
@@ -407,7 +407,7 @@ def test_a_graph_is_made_once_and_gives_the_same_tokens(gpu, name):
     llm.generate(given, **options)
     hook.remove()
     assert len(seen) == 40 and FakeGraph.made == 2 and FakeGraph.replays == replays
-    llm.add_lora(LoRA(rank=2))
+    llm.add_lora(LoRA(r=2))
     llm.eval()
     llm.generate(given, **options)
     assert FakeGraph.made == 3

@@ -6,7 +6,8 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
-from pal.backbone.llm import Backbone, LoRA
+from pal.backbone.finetuning import LoRA
+from pal.backbone.llm import Backbone
 from pal.backbone.tokenizer import train_tokenizer
 from pal.errors import ConfigError, PalError
 from pal.types import AUDIO, Tokens
@@ -176,7 +177,7 @@ def test_lora_starts_as_nothing_then_reaches_text_and_audio(name):
     integration = make_integration(name, llm)
     before = {key: x.clone() for key, x in llm.lm.state_dict().items()}
     plain = llm(labelled(llm, integration)).logits
-    llm.add_lora(LoRA(rank=2, dropout=0.0, targets=("k_proj", "v_proj")))
+    llm.add_lora(LoRA(r=2, dropout=0.0, targets=("k_proj", "v_proj")))
     torch.testing.assert_close(llm(labelled(llm, integration)).logits, plain)
     with torch.no_grad():
         for key, parameter in llm.lm.named_parameters():

@@ -2,7 +2,8 @@
 
 import torch
 
-from pal.backbone.llm import Backbone, LoRA
+from pal.backbone.finetuning import LoRA
+from pal.backbone.llm import Backbone
 from tests.models import LLM
 
 
@@ -21,7 +22,7 @@ def adapted(**options):
 def test_alpha_by_rank_scales_what_is_added():
     x = torch.randn(5, LLM["hidden_size"])
     for rank, alpha in ((2, 16), (4, 4), (8, 1)):
-        llm, layer = adapted(rank=rank, alpha=alpha)
+        llm, layer = adapted(r=rank, alpha=alpha)
         llm.eval()
         a, b = layer.lora_A.default.weight, layer.lora_B.default.weight
         expected = x @ layer.base_layer.weight.T + alpha / rank * (x @ a.T @ b.T)
@@ -32,7 +33,7 @@ def test_alpha_by_rank_scales_what_is_added():
 
 @torch.no_grad()
 def test_dropout_hides_its_share_of_what_goes_into_adapters():
-    llm, layer = adapted(rank=4, dropout=0.25)
+    llm, layer = adapted(r=4, dropout=0.25)
     x = torch.ones(4000, LLM["hidden_size"])
     llm.train()
     kept = layer.lora_dropout.default(x)
@@ -40,6 +41,6 @@ def test_dropout_hides_its_share_of_what_goes_into_adapters():
     assert not layer(x).equal(layer(x))
     llm.eval()
     assert layer(x).equal(layer(x))
-    llm, layer = adapted(rank=4, dropout=0.0)
+    llm, layer = adapted(r=4, dropout=0.0)
     llm.train()
     assert layer(x).equal(layer(x))

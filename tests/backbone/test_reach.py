@@ -4,7 +4,7 @@ from unittest.mock import Mock
 
 import torch
 
-from pal.backbone.context import AudioKeys
+from pal.backbone.audio_keys import AudioKeys
 
 
 def test_rows_that_ask_again_reach_one_key_further_in_rectangles_too() -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from pal.backbone.llm import LoRA
+from pal.backbone.finetuning import LoRA
 from pal.registry import build
 from pal.types import AUDIO, IGNORE, Tokens
 from tests.identities.models import INTEGRATIONS, E, features, make_backbone
@@ -112,7 +112,7 @@ def test_what_is_trained_may_change():
 
 def test_dropout_of_adapters_ends_with_training():
     llm, integration = made("lal", layers=1)
-    llm.add_lora(LoRA(dropout=0.9, rank=2))
+    llm.add_lora(LoRA(dropout=0.9, r=2))
     with torch.no_grad():
         for name, parameter in llm.named_parameters():
             if "lora_B" in name:

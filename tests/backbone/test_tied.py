@@ -5,7 +5,8 @@ from copy import deepcopy
 import pytest
 import torch
 
-from pal.backbone.llm import FAMILIES, Backbone
+from pal.backbone.families import FAMILIES
+from pal.backbone.llm import Backbone
 from pal.types import IGNORE, LLMInputs
 from tests.models import LLM
 

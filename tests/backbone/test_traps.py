@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM
 
 from pal.backbone.attention import NAME
-from pal.backbone.context import Hide
+from pal.backbone.audio_mask import Hide
 from pal.errors import PalError
 from pal.types import AUDIO, Tokens
 from tests.identities.models import (

@@ -7,7 +7,9 @@ import pickle
 import pytest
 import torch
 
-from pal.backbone.llm import FAMILIES, Backbone, LoRA
+from pal.backbone.families import FAMILIES
+from pal.backbone.finetuning import LoRA
+from pal.backbone.llm import Backbone
 from pal.hf import PalForConditionalGeneration, PalProcessor
 from tests.hf.chats import KINDS, chat, model_of, tensors
 from tests.models import LLM, noise, tiny_model
@@ -45,7 +47,7 @@ def test_the_class_of_an_llm_is_found_by_its_name(family):
 def test_a_copy_trains_as_the_original_does():
     """Trap: gradients of tied embeddings are put together by a hook, which no pickle holds."""
     model = tiny_model(llm={"fresh": {**LLM, "tie_word_embeddings": True}})
-    model.llm.add_lora(LoRA(rank=2))
+    model.llm.add_lora(LoRA(r=2))
     wrapped = PalForConditionalGeneration.wrap(model)
     wrapped.requires_grad_(True)
     inputs = tensors(PalProcessor.of(model), chat(0.3))

@@ -7,7 +7,7 @@ from transformers import (
     AutoModelForMultimodalLM,
 )
 
-from pal.backbone.llm import LoRA
+from pal.backbone.finetuning import LoRA
 from pal.errors import BundleError, PalError
 from pal.hf import PalForConditionalGeneration, PalProcessor
 from tests.hf.chats import chat, left_out, tensors, turns
@@ -17,7 +17,7 @@ from tests.models import LLM, pal, tiny_model
 
 def test_adapters_of_a_bundle_load_and_merge(foreign, tmp_path):
     model = pal.load(foreign)
-    model.llm.add_lora(LoRA(rank=2))
+    model.llm.add_lora(LoRA(r=2))
     torch.manual_seed(1)
     with torch.no_grad():
         for name, parameter in model.llm.named_parameters():

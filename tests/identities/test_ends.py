@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pal.backbone.context import Hide
+from pal.backbone.audio_mask import Hide
 from pal.errors import PromptError
 from pal.integrations.routed import Stream, build_integration
 from pal.types import AUDIO, IGNORE, Tokens

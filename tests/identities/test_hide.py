@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import pal
-from pal.backbone.context import Hide
+from pal.backbone.audio_mask import Hide
 from pal.errors import ConfigError
 from pal.types import AUDIO, AudioFeatures, Batch, Tokens
 from tests.identities.models import (

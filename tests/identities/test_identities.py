@@ -8,8 +8,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from pal.backbone.context import Hide
-from pal.backbone.llm import LoRA
+from pal.backbone.audio_mask import Hide
+from pal.backbone.finetuning import LoRA
 from pal.errors import PalError
 from pal.types import AUDIO, AudioFeatures, Tokens
 from tests.identities.models import (
@@ -360,7 +360,7 @@ def test_9_what_is_trained_gets_a_gradient_and_nothing_else_does(family, name, w
     llm = make_backbone(family)
     integration = make_integration(name, llm)
     if what == "lora":
-        llm.add_lora(LoRA(rank=2, dropout=0.0))
+        llm.add_lora(LoRA(r=2, dropout=0.0))
         with torch.no_grad():  # adapters start at zero, where their first half gets no gradient
             for parameter_name, parameter in llm.named_parameters():
                 if "lora_B" in parameter_name:

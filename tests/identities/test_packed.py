@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from pal.backbone import attention, context, packed
-from pal.backbone.context import Hide
+from pal.backbone import attention, attention_metadata, packed
+from pal.backbone.audio_mask import Hide
 from pal.backbone.packed import DeviceSegments, JoinedKeys, PackedContext, PackedLayer
 from pal.backbone.packed import take as taken
 from pal.backbone.reading import prepared, read_prompts
@@ -165,7 +165,7 @@ def test_padded_rows_under_one_mask(family, name, monkeypatch):
     """As a GPU takes rows that are not packed."""
     llm, integration = shared(family, name)
     _, total, expected = loss_and_gradients(llm, integration, *batch(), "right")
-    monkeypatch.setattr(context, "takes_apart", lambda device: False)
+    monkeypatch.setattr(attention_metadata, "takes_apart", lambda device: False)
     _, again, found = loss_and_gradients(llm, integration, *batch(), "right")
     torch.testing.assert_close(again, total, **SAME)
     for key, grad in found.items():

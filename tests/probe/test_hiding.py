@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from pal.backbone.context import Hide
+from pal.backbone.audio_mask import Hide
 from pal.errors import ConfigError
 from pal.evaluate import evaluate
 from pal.evaluate.runner import Hearing

@@ -5,6 +5,7 @@ import pytest
 import soundfile
 import torch
 
+from pal.backbone.observers import residual_stream
 from pal.data.manifest import Record, Turn
 from pal.data.prompts import encode, user_turn
 from pal.errors import ManifestError
@@ -89,7 +90,7 @@ def test_hooks_are_gone_after_an_error(clips):
     inputs = model.integration(None, tokens, model.llm, "left")
     blocks = model.llm.lm.model.layers
     with pytest.raises(ZeroDivisionError):
-        model.llm.hidden_rows(inputs, lambda x: x if x is inputs.inputs_embeds_BTD else 1 / 0)
+        residual_stream(model.llm, inputs, lambda x: x if x is inputs.inputs_embeds_BTD else 1 / 0)
     assert not any(block._forward_hooks for block in blocks)
 
 

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from pal.backbone.context import Hide
+from pal.backbone.audio_mask import Hide
 from pal.errors import ConfigError
 from pal.evaluate.runner import Hearing
 from pal.probe.finding import read

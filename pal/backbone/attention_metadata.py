@@ -1,0 +1,179 @@
+"""`AudioView`: what the attention of one forward is told about audio, worked out once for all layers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from pal.backbone.attention_masks import RowKind, for_beams, of_prompt, row_pieces, rows_seen
+from pal.backbone.interfaces import Rope
+from pal.backbone.kernels import takes_apart
+from pal.backbone.merged import Keys, Piece, masked
+from pal.backbone.observers import Weights, attention_weights
+from pal.errors import PalError
+
+if TYPE_CHECKING:
+    from pal.backbone.context import AudioContext
+
+
+@dataclass(frozen=True, eq=False)
+class AudioView:
+    """An `AudioContext` as the query rows of one forward see it; nothing in it changes, so it compiles whole."""
+
+    context: AudioContext
+    beams: int
+    ropes: tuple[Rope, ...]
+    """For each of the context's `keys`."""
+    windows: tuple[int | None, ...]
+    """Per layer, the LLM's sliding window where it is shorter than what there is."""
+    kinds: tuple[RowKind, ...]
+    """Per layer, its place in `rows_seen`."""
+    rows_seen: dict[RowKind, Tensor]
+    """Per kind of layer, which rows each query sees: bool [B, 1, Q, K]."""
+    rows_pieces: dict[RowKind, tuple[Piece, ...]] | None
+    """The same as rectangles, where attention can take each set of keys by itself; else None."""
+    keys_seen: dict[tuple[int, int | None], Tensor]
+    """Per number in `keys` and sliding window, which of them each query sees: bool [B, 1, Q, A]."""
+    keys_pieces: dict[tuple[int, int | None], tuple[Piece, ...]]
+    """The same as rectangles."""
+    cross_seen: tuple[Tensor | None, ...]
+    """For each of `keys` with blocks, which of them each query sees: bool [B, 1, Q, A]."""
+
+    @classmethod
+    def of(cls, context: AudioContext, attention_mask: Tensor | None, position_ids: Tensor | None) -> AudioView:
+        """The metadata of one forward.
+
+        Args:
+            context: the batch's audio.
+            attention_mask: [B, K] over all rows so far, cached ones included.
+            position_ids: [B, Q] of the query rows. B may be a multiple of the context's batch (beams).
+
+        Raises:
+            PalError: when either is missing, since transformers would then guess, silently and wrongly.
+        """
+        if attention_mask is None or position_ids is None:
+            name = "attention_mask" if attention_mask is None else "position_ids"
+            raise PalError(f"a forward with audio needs {name}: positions have gaps that cannot be guessed")
+        if not isinstance(attention_mask, Tensor) or attention_mask.ndim != 2:
+            raise PalError("a forward with audio needs the 2-D attention mask, one number per row so far")
+        context.llm.check_ears()
+        beams, rest = divmod(position_ids.shape[0], context.rows_BT.shape[0])
+        if rest or position_ids.shape[0] != attention_mask.shape[0]:
+            raise PalError(
+                f"audio of {context.rows_BT.shape[0]} rows does not fit position_ids of {position_ids.shape[0]} rows "
+                f"and attention_mask of {attention_mask.shape[0]}"
+            )
+        far = int(position_ids.max())
+        windows = tuple(None if window is None or window > far else window for window in context.llm.windows)
+        valid_BK = attention_mask.bool()
+        kinds = tuple(context.rows_kind(layer, window) for layer, window in enumerate(windows))
+        seen = {
+            kind: rows_seen(context, kind, valid_BK, position_ids, beams)
+            for layer, kind in enumerate(kinds)
+            if context.joined(layer) or kind != (None, ()) or context.watch is not None
+        }
+        ahead_BQ = (
+            None
+            if context.asks_BT is None
+            else of_prompt(context.asks_BT, valid_BK, beams)[:, -position_ids.shape[1] :]
+        )
+        heard = {(i, windows[layer]) for layer in range(len(windows)) for i in context.joined(layer)}
+        device = position_ids.device
+        apart = not context.llm.dropout and takes_apart(device)
+        return cls(
+            context=context,
+            beams=beams,
+            windows=windows,
+            kinds=kinds,
+            ropes=tuple({} if keys.built is not None else context.llm.rope(keys.turns_BA) for keys in context.keys),
+            rows_seen=seen,
+            rows_pieces={kind: row_pieces(kind, valid_BK, seen_B1QK) for kind, seen_B1QK in seen.items()}
+            if apart
+            else None,
+            keys_seen={}
+            if apart and context.watch is None
+            else {(i, w): context.keys[i].seen(w, position_ids, beams, ahead_BQ) for i, w in heard},
+            keys_pieces={(i, w): context.keys[i].pieces(w, position_ids, beams, ahead_BQ) for i, w in heard}
+            if apart
+            else {},
+            # a block looks at whole clips, however short the windows of the layer after it
+            cross_seen=tuple(
+                None if keys.blocks is None else keys.seen(None, position_ids, beams, ahead_BQ) for keys in context.keys
+            ),
+        )
+
+    def sets(self, layer: int, key: Tensor, value: Tensor) -> list[Keys] | None:
+        """The layer's own keys, then those that join them, each with the rectangles that are seen.
+
+        None where the layer must be taken under one mask; see `whole`.
+        """
+        if self.rows_pieces is None:
+            return None
+        window, kind = self.windows[layer], self.kinds[layer]
+        rows = self.rows_pieces[kind]
+        if key.shape[2] != self.rows_seen[kind].shape[3]:  # a windowed cache drops old rows
+            rows = masked(self.rows_seen[kind][..., -key.shape[2] :])
+        joined = [(i, self.keys_pieces[i, window]) for i in self.context.joined(layer)]
+        return [Keys(key, value, rows), *(Keys(*self._made(i, layer), pieces) for i, pieces in joined if pieces)]
+
+    def whole(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """All keys and values of a layer as one, and which each query sees: bool [B, 1, Q, A + K]."""
+        window = self.windows[layer]
+        seen = [self.rows_seen[self.kinds[layer]][..., -key.shape[2] :]]
+        parts = [(key, value)]
+        for i in self.context.joined(layer):
+            seen.append(self.keys_seen[i, window])
+            parts.append(self._made(i, layer))
+        keys, values = (torch.cat([x.to(key.dtype) for x in same], dim=2) for same in zip(*parts, strict=True))
+        return keys, values, torch.cat(seen, dim=3)
+
+    def ordinary(self, layer: int) -> bool:
+        """Whether transformers' own mask says all that this layer's queries see; it counts windows in rows."""
+        return not self.context.joined(layer) and self.kinds[layer] == (None, ())
+
+    def show(self, layer: int, query: Tensor, key: Tensor, scale: float | None) -> None:
+        """Let the context's watch see how a layer's attention is shared; computed here, beside the layer's own."""
+        watch = self.context.watch
+        if watch is None:
+            return
+        window, rows_BN = self.windows[layer], watch.rows_BN
+        joined = self.context.joined(layer)
+        keys = [key, *(self._made(i, layer)[0] for i in joined)]
+        seen = [self.rows_seen[self.kinds[layer]], *(self.keys_seen[i, window] for i in joined)]
+        weights_BHNX = attention_weights(
+            _rows(query, rows_BN), torch.cat(keys, 2), _rows(torch.cat(seen, 3), rows_BN), scale
+        )
+        rows_BHNK, *keys_BHNA = weights_BHNX.split([k.shape[2] for k in keys], dim=3)
+        watch.attended(layer, Weights(rows_BHNK, dict(zip(joined, keys_BHNA, strict=True))))
+
+    def _made(self, which: int, layer: int) -> tuple[Tensor, Tensor]:
+        keys, llm = self.context.keys[which], self.context.llm
+        if keys.built is not None:
+            k_BGAC, v_BGAC = keys.built[layer]
+        else:
+            k_BGAC, v_BGAC = keys.keys_values(layer, llm, self.ropes[which])
+        return for_beams(k_BGAC, self.beams), for_beams(v_BGAC, self.beams)
+
+    def crosses(self, layer: int) -> bool:
+        """Whether blocks stand before a layer."""
+        return bool(self.context.crossing(layer))
+
+    def cross(self, layer: int, x_BQD: Tensor) -> Tensor:
+        """The rows that go into a layer, after the blocks that stand before it."""
+        for i in self.context.crossing(layer):
+            blocks, seen_B1QA = self.context.keys[i].blocks, self.cross_seen[i]
+            assert blocks is not None and seen_B1QA is not None
+            k_BGAC, v_BGAC = self._made(i, layer)
+            if self.context.watch is not None:
+                weights_BHQA = blocks[layer].weights(x_BQD, k_BGAC, seen_B1QA)
+                self.context.watch.crossed(layer, i, _rows(weights_BHQA, self.context.watch.rows_BN))
+            x_BQD = blocks[layer](x_BQD, k_BGAC, v_BGAC, seen_B1QA)
+        return x_BQD
+
+
+def _rows(x_BHQX: Tensor, rows_BN: Tensor) -> Tensor:
+    """Some of the rows of each item -> [B, H, N, X]."""
+    return x_BHQX.gather(2, rows_BN[:, None, :, None].expand(-1, x_BHQX.shape[1], -1, x_BHQX.shape[3]))

@@ -1,0 +1,88 @@
+"""Audio that queries must not see (`Hide`), chosen by what each token stands for (`Places`)."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass, fields
+from typing import Literal
+
+from torch import Tensor
+
+from pal.errors import ConfigError
+
+EDGE = 1e-4
+"""Seconds by which a token must reach into a span: more than round-off, less than any token."""
+
+
+@dataclass(frozen=True)
+class Hide:
+    """Audio that no query sees. Positions, and what is computed of the audio itself, stay as they are.
+
+    An audio row still sees itself: where a prompt ends in one, as PLITS' does in a clip, it predicts the first token.
+    What is given narrows it down; without anything it is all audio.
+    """
+
+    pathway: Literal["keys", "rows"] | None = None
+    """Audio K/V (LAL), or audio rows of the sequence (PLITS, summaries)."""
+    stream: int | None = None
+    """Number of a connector's output, counted from 0; a model with one encoder has one."""
+    layers: Collection[int] | None = None
+    """Layers whose queries do not see it."""
+    seconds: tuple[float, float] | None = None
+    """Tokens that sound at any time between these two, counted from the start of their clip."""
+    share: tuple[float, float] | None = None
+    """The same in shares of their clip, from 0 to 1, so that clips of any length lose as much."""
+
+    @property
+    def timed(self) -> bool:
+        """Whether it asks when tokens sound."""
+        return self.seconds is not None or self.share is not None
+
+    @property
+    def placed(self) -> bool:
+        """Whether it asks what each token stands for."""
+        return self.stream is not None or self.timed
+
+
+@dataclass(frozen=True)
+class Places:
+    """What rows of the sequence, or keys, stand for; all [B, X]."""
+
+    stream_BX: Tensor
+    """Number of the stream they are made from; -1 for text and padding."""
+    clip_BX: Tensor
+    """Number of the clip within its conversation; -1 for text and padding."""
+    start_BX: Tensor
+    """Seconds from the start of the clip; NaN where tokens stand for no time of their own, and for text."""
+    end_BX: Tensor
+
+    def chosen(self, what: Hide) -> Tensor:
+        """Those of the stream and the time that `what` names: bool [B, X].
+
+        Raises:
+            ConfigError: a time, of tokens that have none.
+        """
+        chosen_BX = self.stream_BX >= 0
+        if what.stream is not None:
+            chosen_BX = self.stream_BX == what.stream
+        if what.timed and bool(self.start_BX[chosen_BX].isnan().any()):
+            raise ConfigError("a span of time cannot be hidden here: the connector's tokens have no time of their own")
+        if what.seconds is not None:
+            start, end = what.seconds
+            chosen_BX = chosen_BX & (self.start_BX < end - EDGE) & (self.end_BX > start + EDGE)
+        if what.share is not None:
+            lengths_BX = self.lengths()
+            start_BX, end_BX = (share * lengths_BX for share in what.share)
+            chosen_BX = chosen_BX & (self.start_BX < end_BX - EDGE) & (self.end_BX > start_BX + EDGE)
+        return chosen_BX
+
+    def lengths(self) -> Tensor:
+        """Seconds of the clip that each is from: where its last token ends; [B, X]."""
+        clips = int(self.clip_BX.max()) + 2 if self.clip_BX.numel() else 1
+        ends_BY = self.end_BX.new_zeros(len(self.end_BX), clips)
+        ends_BY = ends_BY.scatter_reduce(1, self.clip_BX + 1, self.end_BX.nan_to_num(), "amax")
+        return ends_BY.gather(1, self.clip_BX + 1)
+
+    def ordered(self, order_BT: Tensor) -> Places:
+        """The same in another order ([B, T] of indices)."""
+        return Places(*(getattr(self, part.name).gather(1, order_BT) for part in fields(self)))

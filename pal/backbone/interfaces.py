@@ -1,0 +1,71 @@
+"""What attention to audio asks of others: an LLM's geometry, a source of keys and values, blocks between layers."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from pal.backbone.packed import DeviceSegments
+
+Rope = dict[str, tuple[Tensor, Tensor]]
+"""Layer type -> cos and sin, each [B, A, C]."""
+
+
+class Block(Protocol):
+    """A network between two layers, through which rows look at keys."""
+
+    def __call__(self, x_BQD: Tensor, k_BGAC: Tensor, v_BGAC: Tensor, seen_B1QA: Tensor | None) -> Tensor:
+        """Rows, K and V, and which keys each row sees, None where all -> rows [B, Q, D]."""
+        ...
+
+    def weights(self, x_BQD: Tensor, k_BGAC: Tensor, seen_B1QA: Tensor) -> Tensor:
+        """How each row's attention is shared among the keys: [B, H, Q, A], all 0 where it sees none."""
+        ...
+
+
+class PackedBlock(Block, Protocol):
+    """A `Block` that also takes packed rows."""
+
+    def packed(self, x_1ND: Tensor, k_IGC: Tensor, v_IGC: Tensor, segments: DeviceSegments, hears_N1: Tensor) -> Tensor:
+        """Rows, all K and V, which keys the rows see, and which rows see any -> rows [1, N, D]."""
+        ...
+
+
+class Geometry(Protocol):
+    """What attention to audio must know of an LLM (`Backbone`): where its positions turn keys, how far back it sees."""
+
+    layer_types: tuple[str, ...]
+    """Per layer, the key of its rotary embedding in `rope`."""
+    windows: tuple[int | None, ...]
+    """Per layer, how many positions back a query sees, itself included; None means all."""
+
+    head_width: int
+    """C."""
+    dropout: float
+    """Of attention probabilities, while it trains."""
+    recomputes_audio: bool
+    """Whether what makes a layer's audio K/V is dropped and made again in the backward pass."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of its numbers."""
+        ...
+
+    def rope(self, positions_BA: Tensor) -> Rope:
+        """Cos and sin of the LLM's rotary embedding at positions."""
+        ...
+
+    def check_ears(self) -> None:
+        """Raise where the LLM's attention cannot see audio."""
+        ...
+
+
+class KeySource(Protocol):
+    """Where a layer's audio keys and values come from: projected on the spot, or stored ahead."""
+
+    def keys_values(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Keys before RoPE and values of all clips, each [U, G, A, C], U the number of clips."""
+        ...

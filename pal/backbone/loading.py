@@ -1,0 +1,67 @@
+"""Load an LLM's weights, all of them and no others, or make one with random weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import PreTrainedModel
+
+from pal.backbone.attention import NAME
+from pal.backbone.causal_lm import class_for
+from pal.backbone.families import check_family, config_from
+from pal.backbone.sources import first_sentence, more_layers, read_config
+from pal.errors import PalError
+
+
+def load_lm(source: str | Path | Mapping[str, Any], revision: str | None, dtype: torch.dtype) -> PreTrainedModel:
+    """transformers' model with audio in its forward; see `Backbone.load`.
+
+    Raises:
+        PalError: an unsupported family, a folder that is none, or weights that are missing.
+    """
+    if isinstance(source, Mapping):
+        config = config_from(source)
+        fresh: PreTrainedModel = class_for(config)._from_config(config, attn_implementation=NAME, dtype=dtype)
+        return fresh
+    try:
+        config = read_config(source, revision)
+        check_family(config)
+        lm, report = class_for(config).from_pretrained(
+            source,
+            revision=revision or "main",
+            attn_implementation=NAME,
+            dtype=dtype,
+            use_safetensors=True,  # the others are pickle
+            ignore_mismatched_sizes=True,  # refused below, by name
+            output_loading_info=True,
+        )
+    except SafetensorError as error:
+        reason = first_sentence(error)
+        raise PalError(f"cannot load the LLM '{source}': {reason}; copy or download its weights again") from None
+    except (OSError, RuntimeError) as error:
+        raise PalError(f"cannot load the LLM '{source}': {first_sentence(error)}") from None
+    _check_complete(source, report, lm)
+    loaded: PreTrainedModel = lm
+    return loaded
+
+
+def _check_complete(source: str | Path, report: Mapping[str, Any], lm: PreTrainedModel) -> None:
+    """Refuse weights that are not those of the configuration: transformers would go on with random ones and a log."""
+    if report["mismatched_keys"]:
+        name, found, expected = sorted(report["mismatched_keys"])[0]
+        raise PalError(
+            f"the LLM '{source}': its weights are of another model than its config.json: {name} has shape "
+            f"{tuple(found)}, not {tuple(expected)}; give both of one model"
+        )
+    more = more_layers(report["unexpected_keys"], lm.state_dict().keys())
+    if more is not None:
+        raise PalError(
+            f"the LLM '{source}': its weights have more layers than its config.json, such as {more}; "
+            "give both of one model"
+        )
+    if report["missing_keys"]:
+        raise PalError(f"the LLM '{source}' lacks weights, such as {sorted(report['missing_keys'])[0]}")
