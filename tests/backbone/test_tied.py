@@ -92,8 +92,8 @@ def test_nothing_is_left_of_a_backward_pass_that_broke_off():
     ids_BT = some_ids()
     expected = plain_gradient(llm, ids_BT)
     llm.zero_grad()
-    tied = llm._tied_rows()
-    tied.remember(ids_BT[0], torch.ones(T, llm.width, dtype=torch.float64))
+    llm.embed(ids_BT)
+    llm._tied.remember(ids_BT[0], torch.ones(T, llm.width, dtype=torch.float64))
     torch.testing.assert_close(gradient(llm, ids_BT), expected)
 
 
