@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-import io
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pal.bench.checks import Check, checks
 from pal.bench.result import Result, Row
 from pal.errors import PalError
 from pal.files import write_bytes, write_text
+from pal.plots import MISSING, render, style_of
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _REFERENCE = "plits"
 _RATIOS = ("seconds", "peak_bytes", "saved_bytes", "flops", "kv_bytes")
@@ -226,45 +230,45 @@ def _ratios(row: Row, rows: Iterable[Row], rate: float | None) -> dict[str, Any]
 
 
 def _draw(result: Result, folder: Path) -> list[Path]:
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise PalError("pictures need matplotlib; install it with: pip install 'pal-audio[plots]'") from None
-
     paths = []
     timed = any(row.seconds is not None for row in result.rows)
-    quantities = [("seconds", "seconds")] if timed else [("flops", "operations")]
-    quantities += [("peak_bytes", "peak bytes"), ("saved_bytes", "saved bytes"), ("kv_bytes", "bytes of K and V")]
+    quantities = {"seconds": "seconds"} if timed else {"flops": "operations"}
+    quantities |= {"peak_bytes": "peak bytes", "saved_bytes": "saved bytes", "kv_bytes": "bytes of K and V"}
     for scope, batch in dict.fromkeys((row.scope, row.batch) for row in result.rows):
         rows = [row for row in result.rows if (row.scope, row.batch) == (scope, batch)]
         phases = list(dict.fromkeys(row.phase for row in rows))
-        figure = Figure(figsize=(4.2 * len(quantities), 3.2 * len(phases)), layout="constrained")
-        FigureCanvasAgg(figure)
-        grid = figure.subplots(len(phases), len(quantities), squeeze=False)
-        for axes_of_phase, phase in zip(grid, phases, strict=True):
-            for axes, (quantity, title) in zip(axes_of_phase, quantities, strict=True):
-                for variant in dict.fromkeys(row.variant for row in rows):
-                    points = [
-                        (row.audio_tokens, getattr(row, quantity))
-                        for row in rows
-                        if (row.variant, row.phase) == (variant, phase)
-                        and getattr(row, quantity)
-                        and row.audio_tokens != "ragged"
-                    ]
-                    if points:
-                        axes.plot(*zip(*sorted(points), strict=True), marker=".", label=variant)
-                axes.set(title=f"{phase}: {title}", xlabel="audio tokens")
-                if axes.lines:
-                    axes.set(xscale="log", yscale="log")
-                else:
-                    axes.set_axis_off()
-        handles, labels = grid[0][0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside right upper")
-        figure.suptitle(f"{_SCOPES[scope]}, batch {batch}: {result.machine['shape']}")
-        picture = io.BytesIO()
-        figure.savefig(picture, format="png", dpi=110)
-        path = folder / f"{scope.replace('_', '-')}-batch{batch}.png"
-        write_bytes(path, picture.getvalue())
-        paths.append(path)
+        title = f"{_SCOPES[scope]}, batch {batch}: {result.machine['shape']}"
+        draw = partial(_draw_rows, rows=rows, phases=phases, quantities=quantities, title=title)
+        rendered = render(draw, (4.2 * len(quantities), 3.2 * len(phases)))
+        if rendered is None:
+            raise PalError(MISSING)
+        paths.append(folder / f"{scope.replace('_', '-')}-batch{batch}.png")
+        write_bytes(paths[-1], rendered.png)
     return paths
+
+
+def _draw_rows(
+    figure: Figure, rows: Sequence[Row], phases: Sequence[str], quantities: Mapping[str, str], title: str
+) -> None:
+    """A panel for each phase and quantity over the audio tokens of a clip, a line for each variant."""
+    grid = figure.subplots(len(phases), len(quantities), squeeze=False)
+    variants = list(dict.fromkeys(row.variant for row in rows))
+    for axes_of_phase, phase in zip(grid, phases, strict=True):
+        for axes, (quantity, name) in zip(axes_of_phase, quantities.items(), strict=True):
+            for place, variant in enumerate(variants):
+                points = [
+                    (row.audio_tokens, getattr(row, quantity))
+                    for row in rows
+                    if (row.variant, row.phase) == (variant, phase)
+                    and getattr(row, quantity)
+                    and row.audio_tokens != "ragged"
+                ]
+                if points:
+                    axes.plot(*zip(*sorted(points), strict=True), ms=4, label=variant, **style_of(place))
+            axes.set(title=f"{phase}: {name}", xlabel="audio tokens")
+            if axes.lines:
+                axes.set(xscale="log", yscale="log")
+            else:
+                axes.set_axis_off()
+    figure.legend(*grid[0][0].get_legend_handles_labels(), loc="outside right upper")
+    figure.suptitle(title)

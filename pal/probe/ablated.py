@@ -13,7 +13,7 @@ import numpy as np
 from pal.evaluate import Score
 from pal.probe.axes import Cell
 from pal.probe.crossed import INTERVALS, Draws, Estimate
-from pal.probe.finding import Picture, Row
+from pal.probe.finding import Plot, Row
 from pal.train.curves import smooth
 
 if TYPE_CHECKING:
@@ -272,24 +272,24 @@ class Ablated:
 
     # Pictures
 
-    def pictures(self) -> dict[str, Picture]:
+    def pictures(self) -> dict[str, Plot]:
         """Scores, costs and losses."""
         rows, columns = len(self.cells), len(self.answers)
         return {
-            "score": Picture(
+            "score": Plot(
                 "Score of each cell",
                 "A dot is one seed, the bar their mean, the line its 95 % interval over clips and seeds, the cross the "
                 "same models without audio.",
                 self._draw_scores,
                 size=(2.0 + 3.2 * columns, 1.6 + 0.4 * rows),
             ),
-            "cost": Picture(
+            "cost": Plot(
                 "Score against the cost of a training step",
                 "Left is cheaper, up is better; the line is the score's 95 % interval.",
                 self._draw_costs,
                 size=(9.0, 1.0 + 2.8 * columns),
             ),
-            "loss": Picture(
+            "loss": Plot(
                 "Loss while training", "Thin: a seed, smoothed. Thick: the mean of the seeds.", self._draw_losses
             ),
         }

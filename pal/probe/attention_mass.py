@@ -22,7 +22,8 @@ from pal.data.manifest import Record
 from pal.errors import PalError
 from pal.evaluate.runner import evaluation_mode
 from pal.evaluate.scorers import bootstrap_ci, exact_match
-from pal.probe.finding import TIME, Finding, Picture, about
+from pal.plots import TIME, plain, printable
+from pal.probe.finding import Finding, Plot, about
 from pal.probe.record import PATHWAYS, Attention, record
 from pal.types import IGNORE, Tokens
 
@@ -87,13 +88,13 @@ def probe_attention(
     pointing = [row for layer in range(model.llm.n_layers) if (row := _pointing_row(read, layer)) is not None]
     shown = _examples(read, examples)
     pictures = {
-        "by-layer": Picture(
+        "by-layer": Plot(
             "Attention mass on audio by layer",
             "Share of the attention of the rows that predict the answer, mean of heads; bands are 95 % intervals over "
             "clips. Dashed: what even attention to all that is seen would give.",
             lambda figure: _draw_layers(figure, by_layer, paths),
         ),
-        "by-head": Picture(
+        "by-head": Plot(
             "Attention mass on audio by layer and head",
             "All audio pathways together. Columns that stand out are heads that listen.",
             lambda figure: _draw_heads(figure, _heads(read)),
@@ -328,12 +329,7 @@ def words(model: PalModel, attention: Attention) -> list[tuple[str, list[int]]]:
             found[-1] = found[-1][0] + piece, [*found[-1][1], row]
         else:
             found.append((piece, [row]))
-    return [(_printable(word.strip()), rows) for word, rows in found]
-
-
-def _printable(text: str) -> str:
-    """Text for a picture, whose fonts have no control characters."""
-    return "".join(letter if letter.isprintable() else "·" for letter in text)
+    return [(printable(word.strip()), rows) for word, rows in found]
 
 
 def _word_times(model: PalModel, one: Read) -> tuple[list[str], NDArray[np.float64]]:
@@ -366,13 +362,13 @@ def _example_details(model: PalModel, one: Read) -> dict[str, Any]:
     }
 
 
-def _example_picture(model: PalModel, one: Read, name: str) -> Picture:
+def _example_picture(model: PalModel, one: Read, name: str) -> Plot:
     said, word_times = _word_times(model, one)
     assert one.attention.time_LNX is not None
     layers = one.attention.time_LNX[:, one.attention.answer].mean(1).double().numpy()
     question = one.record.turns[-1].question.replace(prompts.PLACEHOLDER, "").strip()
-    return Picture(
-        _printable(f"“{question}” – “{one.answer}”"),
+    return Plot(
+        printable(f"“{question}” – “{one.answer}”"),
         f"{_truth(one)}Upper panels: the spectrogram under the attention of the rows that predict each word of the "
         "answer, mean of layers and heads; yellow is the most. Below: the same by layer.",
         lambda figure: _draw_example(figure, one, said, word_times, layers, model.sampling_rate),
@@ -436,7 +432,7 @@ def _draw_example(
             vmax=1,
             interpolation="nearest",
         )
-        axes.set_ylabel(word, rotation=0, ha="right", va="center")
+        axes.set_ylabel(plain(word), rotation=0, ha="right", va="center")
         axes.set(ylim=(0, rate / 2), yticks=[])
     for axes in panels:
         axes.set_gid(TIME)

@@ -10,8 +10,7 @@
 from __future__ import annotations
 
 import json
-import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from io import BytesIO
@@ -25,39 +24,30 @@ import pal
 from pal.errors import BundleError, ConfigError
 from pal.evaluate.score import jsonable, write_json
 from pal.files import write_bytes
+from pal.plots import Draw, Rendered, render
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
     from pal.model import PalModel
 
-logger = logging.getLogger(__name__)
-
 FILE = "probe.json"
-
-TIME = "time"
-"""What `Picture.draw` gives to `set_gid` of the axes whose x are the seconds of the picture's clip. `probe.json` then
-says of each picture under `axes` where they lie, `[{"left", "right", "top", "bottom", "start", "end"}, ...]`: the sides
-as fractions of the picture's width and height from its upper left corner, and the seconds at the left and right side.
-`pal report` moves a line along them while the clip plays."""
 
 Row = Mapping[str, Any]
 """A line of a table: heading -> value. A value's interval stands right after it as `ci95`, or as `HEADING ci95`."""
 
 
 @dataclass(frozen=True)
-class Picture:
-    """One picture, and what to see in it."""
+class Plot:
+    """One plot, and what to see in it."""
 
     title: str
     caption: str
     """One or two sentences: how to read it."""
-    draw: Callable[[Figure], None]
-    """Draws into an empty matplotlib figure."""
+    draw: Draw
     size: tuple[float, float] = (8.0, 4.5)
     """Width and height in inches."""
     clip: str | None = None
-    """The name in `Finding.clips` of the sound that it shows."""
+    """The name in `Finding.clips` of the sound that it shows: a line moves along its axes of `pal.plots.TIME` while the
+    clip plays in a page."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +66,7 @@ class Finding:
     """Title -> rows with the same headings."""
     details: Mapping[str, Any] = field(default_factory=dict)
     """Numbers too many for a table."""
-    pictures: Mapping[str, Picture] = field(default_factory=dict)
+    pictures: Mapping[str, Plot] = field(default_factory=dict)
     """By name, which becomes the file's."""
     clips: Mapping[str, tuple[Tensor, int]] = field(default_factory=dict)
     """By name, which becomes the file's: samples [N] within -1..1, and their rate in Hz."""
@@ -84,9 +74,9 @@ class Finding:
     """That it took."""
 
     @cached_property
-    def drawings(self) -> dict[str, tuple[bytes, list[dict[str, float]]]]:
-        """What `drawn` makes of the pictures, by name; drawn once, and empty without matplotlib."""
-        made = {name: drawn(picture) for name, picture in self.pictures.items()}
+    def rendered(self) -> dict[str, Rendered]:
+        """The pictures by name, rendered once; empty without matplotlib."""
+        made = {name: render(plot.draw, plot.size) for name, plot in self.pictures.items()}
         return {name: one for name, one in made.items() if one is not None}
 
     def to_dict(self) -> dict[str, Any]:
@@ -101,12 +91,12 @@ class Finding:
                 "pictures": [
                     {
                         "file": f"{name}.png",
-                        "title": picture.title,
-                        "caption": picture.caption,
-                        "clip": None if picture.clip is None else f"{picture.clip}.wav",
-                        "axes": self.drawings[name][1] if name in self.drawings else [],
+                        "title": plot.title,
+                        "caption": plot.caption,
+                        "clip": None if plot.clip is None else f"{plot.clip}.wav",
+                        "axes": self.rendered[name].time_axes if name in self.rendered else [],
                     }
-                    for name, picture in self.pictures.items()
+                    for name, plot in self.pictures.items()
                 ],
                 "clips": [f"{name}.wav" for name in self.clips],
                 "details": dict(self.details),
@@ -134,34 +124,9 @@ class Finding:
             file = BytesIO()
             soundfile.write(file, samples_N.numpy(), rate, format="WAV", subtype="PCM_16")
             write_bytes(folder / f"{name}.wav", file.getvalue())
-        for name, (png, _) in self.drawings.items():
-            write_bytes(folder / f"{name}.png", png)
+        for name, one in self.rendered.items():
+            write_bytes(folder / f"{name}.png", one.png)
         write_json(folder / FILE, self.to_dict())
-
-
-def drawn(picture: Picture) -> tuple[bytes, list[dict[str, float]]] | None:
-    """The picture as PNG and its axes of `TIME`; None, with a line in the log, where matplotlib is missing."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        logger.warning("no pictures: matplotlib is not installed (pip install 'pal-audio[plots]')")
-        return None
-    figure = Figure(figsize=picture.size, dpi=120, layout="constrained")
-    picture.draw(figure)
-    file = BytesIO()
-    figure.savefig(file, format="png", metadata={"Software": None})
-    return file.getvalue(), _time_axes(figure)
-
-
-def _time_axes(figure: Figure) -> list[dict[str, float]]:
-    """Of a figure that has been drawn, which is when its layout is known."""
-    places = []
-    for axes in figure.axes:
-        if axes.get_gid() == TIME:
-            box, (start, end) = axes.get_position(), axes.get_xlim()
-            ends = {"left": box.x0, "right": box.x1, "top": 1 - box.y1, "bottom": 1 - box.y0}
-            places.append({name: float(value) for name, value in {**ends, "start": start, "end": end}.items()})
-    return places
 
 
 def read(folder: Path) -> dict[str, Any]:

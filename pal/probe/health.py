@@ -28,6 +28,7 @@ from pal.backbone.context import AudioContext
 from pal.backbone.cost import Step, decoder
 from pal.backbone.observers import count_ffn_rows
 from pal.bench.measure import saved_bytes
+from pal.clips import ClipFeatures
 from pal.data import prompts
 from pal.data.manifest import Record
 from pal.errors import PalError
@@ -203,7 +204,7 @@ def _memory(model: PalModel, row: Tokens, features: Sequence[AudioFeatures]) -> 
             parameter.requires_grad_(name.startswith("integration."))
         with torch.enable_grad():
             measured = saved_bytes(
-                lambda: model.llm.loss(model.place(fixed, [row]))[0],
+                lambda: model.llm.loss(model.inputs(ClipFeatures(fixed), [row]))[0],
                 [*model.parameters(), *model.buffers()],
             )
     finally:

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from pal import audio
 from pal.backbone.observers import residual_stream
+from pal.clips import ClipFeatures
 from pal.data.manifest import Record
 from pal.data.prompts import encode, user_turn
 from pal.data.synth.questions import PARAPHRASES
@@ -205,7 +206,7 @@ def _prompt(model: PalModel, question: str, clips: list[int]) -> Tokens:
 def _text_rows(model: PalModel, streams: list[AudioFeatures] | None, tokens: list[Tokens]) -> dict[str, list[Tensor]]:
     """`last`, and with audio `after` and `before`, by layer: float32 [B, D] each. All prompts have the same text."""
     ids = tokens[0].ids
-    inputs = model.place(streams, tokens, "left")
+    inputs = model.inputs(ClipFeatures(streams or ()), tokens, "left")
     mask_BT = inputs.attention_mask_BT
     # with padding on the left, text behind the audio is the end of every sequence and text before it the start of its
     # real rows, whatever an integration puts between them

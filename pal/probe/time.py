@@ -43,9 +43,9 @@ from pal.data.synth.waves import RATE
 from pal.errors import ConfigError
 from pal.evaluate.runner import evaluate
 from pal.evaluate.scorers import bootstrap_ci
-from pal.probe.finding import Finding, Picture, about
+from pal.plots import style_of
+from pal.probe.finding import Finding, Plot, about
 from pal.probe.material import SCENES_SEED
-from pal.probe.style import style_of
 from pal.probe.threshold import LEVEL, Threshold, threshold
 
 if TYPE_CHECKING:
@@ -497,7 +497,7 @@ def _heard_but_unordered(point: Point) -> bool:
     return point.named is not None and point.named >= 0.9 and point.ci95[0] <= 0.5
 
 
-def _picture(name: str, seen: Mapping[str, _Seen]) -> Picture:
+def _picture(name: str, seen: Mapping[str, _Seen]) -> Plot:
     sweep = SWEEPS[name]
     caption = "Share of right answers with its interval; a diamond where the fitted curve crosses 75 %. "
     if sweep.named:
@@ -506,7 +506,7 @@ def _picture(name: str, seen: Mapping[str, _Seen]) -> Picture:
         "Grey ground: what made-up scenes have in training. Dashes up and down: the length of the encoder's token; "
         "finer differences can only be told from what a token says, not from which token says it."
     )
-    return Picture(sweep.title, caption, lambda figure: _draw(figure, name, seen), size=(8.0, 4.8))
+    return Plot(sweep.title, caption, lambda figure: _draw(figure, name, seen), size=(8.0, 4.8))
 
 
 def _draw(figure: Figure, name: str, seen: Mapping[str, _Seen]) -> None:

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pal.audio import load
 from pal.errors import BundleError
 from pal.files import write_text
-from pal.report import figures
+from pal.plots import colour_of
 from pal.report.embed import RATE, Embedder
 from pal.report.numbers import milliseconds, size, times
 from pal.report.page import Card, Cards, Cell, Chapter, Page, Part, Picture, Points, Prose, Section, Table, render
+from pal.report.plots import draw_scores, draw_spectrogram, score_size
+from pal.train.curves import draw_losses, loss_size
 
 if TYPE_CHECKING:
     from rich.table import Table as TerminalTable
@@ -118,11 +121,12 @@ def write_page(path: Path, results: Mapping[str, Any], clip: Path) -> None:
         lead.append(_quick())
     names = list(results["integrations"])
     cards = [_card(number, name, results["integrations"]) for number, name in enumerate(names)]
+    embed = Embedder()
     sections = [
         _comparison(results),
-        _accuracy(results),
-        _learning(results),
-        _fresh_scene(results, clip, Embedder()),
+        _accuracy(results, embed),
+        _learning(results, embed),
+        _fresh_scene(results, clip, embed),
         Section("What LAL saves, and what it does not", [Points(_NOTES)]),
     ]
     page = Page(
@@ -196,7 +200,7 @@ def _comparison(results: Mapping[str, Any]) -> Section:
     return Section("The comparison", [Prose(caption), Table("The integrations, side by side", headings, groups)])
 
 
-def _accuracy(results: Mapping[str, Any]) -> Section:
+def _accuracy(results: Mapping[str, Any], embed: Embedder) -> Section:
     each = results["integrations"]
     tasks = list(next(iter(each.values()))["per_task"])
     scores = {task: {name.upper(): one["per_task"][task] for name, one in each.items()} for task in tasks}
@@ -206,10 +210,11 @@ def _accuracy(results: Mapping[str, Any]) -> Section:
         "Look for marks of one row whose bars do not overlap: only there do the integrations really differ. The "
         "distance between a mark and its upright tick is what the model owes to its ears."
     )
-    return Section("Accuracy, task by task", [Prose(caption), Picture(alt, figures.score_intervals(scores, alt))])
+    picture = embed.plot(alt, partial(draw_scores, scores=scores), score_size(scores))
+    return Section("Accuracy, task by task", [Prose(caption), picture])
 
 
-def _learning(results: Mapping[str, Any]) -> Section:
+def _learning(results: Mapping[str, Any], embed: Embedder) -> Section:
     curves = {
         name.upper(): [(step, loss) for step, loss in one["training"]["loss_curve"]]
         for name, one in results["integrations"].items()
@@ -218,7 +223,8 @@ def _learning(results: Mapping[str, Any]) -> Section:
         "Loss on the answers while training; pale is every logged value, bold the running mean. A curve that bends "
         "down earlier learned to listen earlier."
     )
-    picture = Picture("Training loss of each integration", figures.loss_curves(curves))
+    draw = partial(draw_losses, curves=curves, borders={})
+    picture = embed.plot("Training loss of each integration", draw, loss_size(len(curves)))
     return Section("Learning", [Prose(caption), picture])
 
 
@@ -229,12 +235,13 @@ def _fresh_scene(results: Mapping[str, Any], clip: Path, embed: Embedder) -> Sec
         "show as level stripes, noise as clouds, knocks as upright lines."
     )
     sound = embed.sound(clip)
-    picture = Picture("Spectrogram of the fresh scene", missing="no picture without its sound", sound=sound)
+    alt = "Spectrogram of the fresh scene, with its events underneath"
+    picture = Picture(alt, missing="no picture without its sound", sound=sound)
     if clip.is_file():
-        samples = load(clip, RATE)
+        samples_N = load(clip, RATE).samples_N.numpy()
         events = [(event["label"], event["start"], event["end"]) for event in fresh["events"]]
-        svg, time = figures.spectrogram(samples.samples_N.numpy(), RATE, events)
-        picture = Picture("Spectrogram of the fresh scene", svg, sound=sound, time=[time])
+        draw = partial(draw_spectrogram, samples_N=samples_N, rate=RATE, events=events)
+        picture = replace(embed.plot(alt, draw, (8.0, 4.2)), sound=sound)
     return Section("A fresh scene", [Prose(caption), picture, _answers(fresh, list(results["integrations"]))])
 
 
@@ -257,7 +264,7 @@ def _card(number: int, name: str, integrations: Mapping[str, Any]) -> Card:
     }
     return Card(
         title=name.upper(),
-        series=number % figures.COLOURS,
+        colour=colour_of(number),
         value=_share(one["accuracy"]["score"]),
         note=f"accuracy, 95\u202f% interval {_share(low)} to {_share(high)}",
         facts=[(label, times(one["cost"][key], plits["cost"][key])) for key, label in labels.items()],

@@ -12,8 +12,9 @@ import soundfile
 
 from pal.audio import load
 from pal.errors import AudioError
+from pal.plots import MISSING, Draw, render
 from pal.report.numbers import size
-from pal.report.page import Sound
+from pal.report.page import Picture, Sound, TimeAxis
 
 RATE = 16_000
 """Most Hz of a clip in a page; mono, 16 bits a sample."""
@@ -57,15 +58,27 @@ class Embedder:
     def picture(self, path: Path) -> tuple[str | None, str]:
         """A PNG as data URI, or None and why."""
         if not path.is_file():
-            return None, f"{path.name} is not there; pictures need matplotlib: pip install 'pal-audio[plots]'"
+            return None, f"{path.name} is not there; {MISSING}"
         data = path.read_bytes()
         if not data.startswith(b"\x89PNG\r\n\x1a\n"):
             self.damaged.append(f"{path}: damaged, no PNG picture; make it again")
             return None, f"{path.name} is damaged"
+        return self._png(path.name, data)
+
+    def plot(self, alt: str, draw: Draw, size: tuple[float, float], caption: str = "", title: str = "") -> Picture:
+        """A plot made here, within the same budget as pictures; or why it is not there."""
+        rendered = render(draw, size)
+        if rendered is None:
+            return Picture(alt, missing=MISSING, caption=caption, title=title)
+        source, missing = self._png(alt, rendered.png)
+        axes = [TimeAxis(**sides) for sides in rendered.time_axes]
+        return Picture(alt, source, missing, title, caption, time=axes)
+
+    def _png(self, name: str, data: bytes) -> tuple[str | None, str]:
         source = _uri("image/png", data)
         if len(source) > self.picture_bytes:
-            self.left_out.append(path.name)
-            return None, f"{path.name} ({size(len(data))}) is left out to keep this page small."
+            self.left_out.append(name)
+            return None, f"{name} ({size(len(data))}) is left out to keep this page small."
         self.picture_bytes -= len(source)
         return source, ""
 

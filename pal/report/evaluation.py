@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,9 @@ from pal.evaluate.result import Answered
 from pal.evaluate.score import ItemResult, Score
 from pal.evaluate.scorers import bootstrap_ci
 from pal.report.embed import Embedder
-from pal.report.figures import score_intervals
 from pal.report.numbers import chance, figure
-from pal.report.page import Cell, Fold, Part, Picture, Points, Prose, Question, Section, Sound, Table
+from pal.report.page import Cell, Fold, Part, Points, Prose, Question, Section, Sound, Table
+from pal.report.plots import Scores, draw_scores, score_size, series_of
 
 TITLE = "Scores"
 UNDERSTANDS = "evaluations (score.json, with or without settings.json and items.jsonl)"
@@ -26,7 +27,7 @@ UNDERSTANDS = "evaluations (score.json, with or without settings.json and items.
 _SHOWN = 12
 """Questions of each set that are shown with their answers."""
 _ROWS = 40
-"""Most rows of a figure; beyond, there is the table alone."""
+"""Most rows of a plot; beyond, there is the table alone."""
 _ERRORS = 20
 """Most errors that are shown of a run."""
 
@@ -252,7 +253,7 @@ def _parts(runs: Mapping[str, Run], embed: Embedder) -> list[Part]:
     ]
     if len(runs) > 1:
         parts += _compared(runs)
-    parts += _axis("overall", {"all": {name: run.overall for name, run in runs.items()}}, alt)[:1]
+    parts += _axis("overall", {"all": {name: run.overall for name, run in runs.items()}}, alt, embed)[:1]
     others: dict[str, dict[str, Mapping[str, Any]]] = {}
     for name, run in runs.items():
         for metric, one in run.figures.items():
@@ -265,7 +266,7 @@ def _parts(runs: Mapping[str, Run], embed: Embedder) -> list[Part]:
             value: {name: run.parts[axis][value] for name, run in runs.items() if value in run.parts.get(axis, {})}
             for value in values
         }
-        parts += _axis(axis, by_value, f"{first.metric} by {axis}; the numbers are in the table below")
+        parts += _axis(axis, by_value, f"{first.metric} by {axis}; the numbers are in the table below", embed)
     for name, run in runs.items():
         if run.errors:
             shown = list(run.errors[:_ERRORS])
@@ -282,14 +283,15 @@ def _cells(one: Mapping[str, Any]) -> list[str]:
     return [figure(one[key]) for key in ("score", "ci95", "no_audio_score", "gain", "gain_ci95")]
 
 
-def _axis(axis: str, by_value: Mapping[str, Mapping[str, Mapping[str, Any]]], alt: str) -> list[Part]:
+def _axis(axis: str, by_value: Scores, alt: str, embed: Embedder) -> list[Part]:
     table = Fold(f"By {axis}, in numbers", [_table(f"Score by {axis}", by_value)])
-    if len(by_value) > _ROWS:
+    if len(by_value) > _ROWS or not series_of(by_value):
         return [table]
-    return [Picture(alt, score_intervals(by_value, alt), title="" if axis == "overall" else f"By {axis}"), table]
+    title = "" if axis == "overall" else f"By {axis}"
+    return [embed.plot(alt, partial(draw_scores, scores=by_value), score_size(by_value), title=title), table]
 
 
-def _table(caption: str, by_value: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Table:
+def _table(caption: str, by_value: Scores) -> Table:
     several = any(len(by_run) > 1 for by_run in by_value.values())
     groups = []
     lines: list[list[str]] = []

@@ -91,12 +91,10 @@ class Picture:
 
     kind: ClassVar = "picture"
     alt: str
-    svg: str = ""
-    """Markup, put in as it is."""
     source: str | None = None
-    """Or a data URI."""
+    """A data URI."""
     missing: str = ""
-    """Why there is neither."""
+    """Why there is none."""
     title: str = ""
     caption: str = ""
     sound: Sound | None = None
@@ -113,8 +111,8 @@ class Card:
     """One subject's headline."""
 
     title: str
-    series: int
-    """Its number in the figures, which is its colour."""
+    colour: str
+    """Its colour in the plots."""
     value: str
     note: str
     facts: Sequence[tuple[str, str]]

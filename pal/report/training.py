@@ -5,16 +5,15 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from pal.errors import BundleError
 from pal.report.embed import Embedder
-from pal.report.figures import loss_curves
 from pal.report.numbers import figure, milliseconds, three_digits
-from pal.report.page import Part, Picture, Prose, Section, Table
-from pal.train.curves import read_log
+from pal.report.page import Part, Prose, Section, Table
+from pal.train.curves import Borders, Curve, draw_losses, loss_curve, loss_size, read_log, stage_borders
 from pal.train.recipe import differences
 
 TITLE = "Training"
@@ -29,9 +28,8 @@ class Run:
     """One run, finished or not."""
 
     recipe: Mapping[str, Any]
-    curve: Sequence[tuple[float, float]]
-    borders: Sequence[tuple[float, str]]
-    """(last step before it, stage) of each stage but the first."""
+    curve: Curve
+    borders: Borders
     stages: Sequence[Mapping[str, Any]]
     seconds: float | None
     """None while it is not finished, as are the others."""
@@ -51,8 +49,7 @@ def read(path: Path) -> Run:
         BundleError: a file is damaged or missing.
     """
     log = read_log(path / "log.jsonl")
-    curve = [(line["step"], line["loss"]) for line in log]
-    borders = [(one["step"], two["stage"]) for one, two in pairwise(log) if one["stage"] != two["stage"]]
+    curve, borders = loss_curve(log), stage_borders(log)
     if (path / "train.json").is_file():
         report = _json(path / "train.json")
         stages = [{key: stage[key] for key in _STAGE} for stage in report["stages"]]
@@ -71,14 +68,14 @@ def chapter(found: Sequence[tuple[str, Run]], embed: Embedder) -> tuple[list[Sec
     sections = []
     if any(run.curve for run in runs.values()):
         caption = (
-            "Pale is every logged value, bold the running mean; long curves are drawn by means of stretches. Upright "
-            "lines are the borders of stages. Stages with another objective have losses that cannot be compared."
+            "Pale is every logged value, bold the running mean. Upright lines are the borders of stages that all runs "
+            "have, marks those of one run. Stages with another objective have losses that cannot be compared."
         )
-        svg = loss_curves(
-            {name: run.curve for name, run in runs.items()}, {name: run.borders for name, run in runs.items()}
-        )
+        curves = {name: run.curve for name, run in runs.items()}
+        borders = {name: run.borders for name, run in runs.items()}
         alt = "Training loss over the steps; the losses at the end are in the table"
-        sections.append(Section("Losses", [Picture(alt, svg, caption=caption)]))
+        draw = partial(draw_losses, curves=curves, borders=borders)
+        sections.append(Section("Losses", [embed.plot(alt, draw, loss_size(len(curves)), caption)]))
     sections.append(Section("What was done", [_done(runs)]))
     if len(runs) > 1:
         sections.append(Section("What distinguishes the runs", _distinguished(runs)))

@@ -1,17 +1,26 @@
-"""The log of a run, and its loss curves as a picture."""
+"""The log of a run, and its loss curves as a plot."""
 
 from __future__ import annotations
 
 import json
-import logging
 import os
+from collections.abc import Mapping, Sequence
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from pal.files import write_text
+from pal.files import write_bytes, write_text
+from pal.plots import colour_of, plain, render, style_of
 
-logger = logging.getLogger(__name__)
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Curve = Sequence[tuple[float, float]]
+"""(step, loss), ..."""
+Borders = Sequence[tuple[float, str]]
+"""(last step before it, stage) of each stage but the first."""
 
 
 class Log:
@@ -53,44 +62,73 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def draw(logs: dict[str, Path], picture: Path) -> bool:
-    """Loss over steps, a curve for each run, stages marked; written as PNG.
+def draw(logs: Mapping[str, Path], picture: Path) -> bool:
+    """Plot the loss over the steps, a curve for each run, as PNG.
 
     Args:
         logs: name of each run -> its `log.jsonl`.
+        picture: the file to write.
 
     Returns:
         False, with a line in the log, where matplotlib is missing.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        logger.info("no loss curves: matplotlib is not installed (pip install 'pal-audio[plots]')")
+    runs = {name: read_log(path) for name, path in logs.items()}
+    curves = {name: loss_curve(lines) for name, lines in runs.items()}
+    borders = {name: stage_borders(lines) for name, lines in runs.items()}
+    rendered = render(partial(draw_losses, curves=curves, borders=borders), loss_size(len(curves)))
+    if rendered is None:
         return False
-    figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
-    axes = figure.subplots()
-    for name, path in logs.items():
-        lines = read_log(path)
-        steps, losses = [line["step"] for line in lines], [line["loss"] for line in lines]
-        (curve,) = axes.plot(steps, losses, alpha=0.35, linewidth=0.8)
-        axes.plot(steps, smooth(losses), color=curve.get_color(), label=name)
-    if len(logs) == 1:
-        for before, after in pairwise(lines):
-            if before["stage"] != after["stage"]:
-                axes.axvline(before["step"], color="grey", linewidth=0.6, linestyle="--")
-                axes.text(before["step"], axes.get_ylim()[1], f" {after['stage']}", fontsize=7, va="top")
-    axes.set_xlabel("step")
-    axes.set_ylabel("loss")
-    axes.set_ylim(bottom=0)
-    axes.grid(alpha=0.25)
-    axes.legend()
-    temporary = picture.with_name(f".{picture.name}")
-    figure.savefig(temporary, format="png")
-    temporary.replace(picture)
+    write_bytes(picture, rendered.png)
     return True
 
 
-def smooth(values: list[float], weight: float = 0.9) -> list[float]:
+def loss_curve(lines: Sequence[Mapping[str, Any]]) -> Curve:
+    """The loss of each line of a log."""
+    return [(line["step"], line["loss"]) for line in lines]
+
+
+def stage_borders(lines: Sequence[Mapping[str, Any]]) -> Borders:
+    """Where the stages of a log but the first begin."""
+    return [(one["step"], two["stage"]) for one, two in pairwise(lines) if one["stage"] != two["stage"]]
+
+
+def loss_size(runs: int) -> tuple[float, float]:
+    """Width and height in inches of what `draw_losses` draws of so many runs."""
+    return 8.0, max(4.5, 0.6 + 0.17 * runs)
+
+
+def draw_losses(figure: Figure, curves: Mapping[str, Curve], borders: Mapping[str, Borders]) -> None:
+    """Losses over steps, pale as logged and bold as the running mean.
+
+    Args:
+        figure: an empty one.
+        curves: name of each run -> its curve; those without points are left out.
+        borders: name of each run -> its stages. Those that all runs share are upright lines, the others marks on their
+            run's curve.
+    """
+    axes: Axes = figure.subplots()
+    curves = {name: curve for name, curve in curves.items() if curve}
+    shared = set.intersection(*(set(borders.get(name, ())) for name in curves)) if curves else set()
+    for place, (name, curve) in enumerate(curves.items()):
+        steps, losses = zip(*curve, strict=True)
+        mean, colour = smooth(losses), colour_of(place)
+        axes.plot(steps, losses, color=colour, alpha=0.35, lw=0.8)
+        axes.plot(steps, mean, color=colour, ls=style_of(place)["ls"], lw=1.6, label=plain(name))
+        own = [(step, stage) for step, stage in borders.get(name, ()) if (step, stage) not in shared]
+        for step, stage in own:
+            at = min(range(len(steps)), key=lambda i: abs(steps[i] - step))
+            axes.plot([steps[at]], [mean[at]], color=colour, marker=style_of(place)["marker"])
+            axes.annotate(plain(stage), (steps[at], mean[at]), xytext=(3, 3), textcoords="offset points", fontsize=7)
+    for step, stage in sorted(shared):
+        axes.axvline(step, color="grey", lw=0.6, ls="--")
+        axes.text(step, 0.985, f" {plain(stage)}", transform=axes.get_xaxis_transform(), fontsize=7, va="top")
+    axes.set(xlabel="step", ylabel="loss", ylim=(0, None))
+    axes.grid(alpha=0.25)
+    if curves:
+        figure.legend(loc="outside right upper", fontsize=8, frameon=False)
+
+
+def smooth(values: Sequence[float], weight: float = 0.9) -> list[float]:
     """Running mean that forgets exponentially, without a bias to its start."""
     smooth, total, seen = [], 0.0, 0.0
     for value in values:

@@ -1,0 +1,94 @@
+"""Plots: the one place that asks for matplotlib, an optional dependency (`pip install 'pal-audio[plots]'`).
+
+A plot is a function that draws into an empty figure. `render` makes a PNG of it, the same bytes for the same numbers.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from io import BytesIO
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+logger = logging.getLogger(__name__)
+
+Draw = Callable[["Figure"], None]
+"""Draws into an empty matplotlib figure."""
+
+MISSING = "plots need matplotlib: pip install 'pal-audio[plots]'"
+TIME = "time"
+"""Group id (`set_gid`) of axes whose x are the seconds of a clip: `Rendered.time_axes` says where they lie."""
+DPI = 120
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
+"""Okabe and Ito's palette, those that are dark enough for lines: told apart by colour-blind eyes."""
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+"""One for each colour, for prints in grey."""
+_DASHES = ("-", "--", ":", "-.")
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """A plot as a picture."""
+
+    png: bytes
+    time_axes: list[dict[str, float]]
+    """Of each axes with the group id `TIME` its sides, `left`, `right`, `top` and `bottom`, as fractions of the
+    picture's width and height from the upper left corner, and the seconds at its left and right side, `start` and
+    `end`."""
+
+
+def render(draw: Draw, size: tuple[float, float] = (8.0, 4.5)) -> Rendered | None:
+    """The plot as PNG; None, with a line in the log, where matplotlib is missing.
+
+    Args:
+        draw: what to draw.
+        size: width and height in inches.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        logger.warning("no %s", MISSING)
+        return None
+    figure = Figure(figsize=size, dpi=DPI, layout="constrained")
+    draw(figure)
+    file = BytesIO()
+    figure.savefig(file, format="png", metadata={"Software": None})
+    return Rendered(file.getvalue(), _time_axes(figure))
+
+
+def colour_of(place: int) -> str:
+    """Colour of the series at `place` of a plot."""
+    return COLOURS[place % len(COLOURS)]
+
+
+def style_of(place: int) -> dict[str, Any]:
+    """Colour, marker and dashes of the line at `place` of a plot, as matplotlib's `plot` takes them."""
+    dashes = _DASHES[place // len(COLOURS) % len(_DASHES)]
+    return {"color": colour_of(place), "marker": MARKERS[place % len(MARKERS)], "ls": dashes}
+
+
+def plain(text: str) -> str:
+    """Text of a user as a label: matplotlib takes `$` for mathematics, and hides what begins with `_` from legends."""
+    shown = printable(text).replace("$", r"\$")
+    return f" {shown}" if shown.startswith("_") else shown
+
+
+def printable(text: str) -> str:
+    """The text with a dot for each control character, for which fonts have no picture."""
+    return "".join(letter if letter.isprintable() else "·" for letter in text)
+
+
+def _time_axes(figure: Figure) -> list[dict[str, float]]:
+    """Of a figure that has been drawn, which is when its layout is known."""
+    found = []
+    for axes in figure.axes:
+        if axes.get_gid() == TIME:
+            box, (start, end) = axes.get_position(), axes.get_xlim()
+            sides = {"left": box.x0, "right": box.x1, "top": 1 - box.y1, "bottom": 1 - box.y0}
+            found.append({name: float(value) for name, value in {**sides, "start": start, "end": end}.items()})
+    return found
