@@ -85,6 +85,12 @@ def set_checkpointing(lm: Any, on: bool) -> None:
     lm.disable_input_require_grads()
 
 
+def checkpoints(lm: Any) -> bool:
+    """Whether transformers makes layers again in the backward pass."""
+    name = "is_activation_checkpointing"
+    return bool(lm.training and getattr(lm, name if hasattr(lm, name) else "is_gradient_checkpointing"))
+
+
 def _renamed(lm: Any, new: str, old: str) -> Callable[..., None]:
     """The method under its name in this version of transformers."""
     return getattr(lm, new if hasattr(lm, new) else old)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from pal.backbone.decoding import Decoding, Options
+    from pal.backbone.decoding import Decoding, DecodingOptions
     from pal.backbone.llm import Backbone
-    from pal.backbone.storage import Plan
+    from pal.backbone.storage import CachePlan
 
 KEPT = 2
 """Buffers, and graphs of them, that are kept for an LLM: those used last."""
@@ -43,12 +43,14 @@ def possible(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
-def borrow(llm: Backbone, plan: Plan, options: Options) -> Kept | None:
+def borrow(llm: Backbone, plan: CachePlan, options: DecodingOptions) -> Kept | None:
     """Buffers of an equal plan, with their graph; nobody else has them until they are given back."""
     return _kept.get(llm, OrderedDict()).pop(_key(llm, plan, options), None)
 
 
-def give_back(llm: Backbone, plan: Plan, options: Options, state: Decoding, stepper: Stepper | None) -> None:
+def give_back(
+    llm: Backbone, plan: CachePlan, options: DecodingOptions, state: Decoding, stepper: Stepper | None
+) -> None:
     """Keep buffers for another call."""
     state.cache.end()
     state.logits_RV = None
@@ -63,7 +65,7 @@ def forget(llm: Backbone) -> None:
     _kept.pop(llm, None)
 
 
-def _key(llm: Backbone, plan: Plan, options: Options) -> Hashable:
+def _key(llm: Backbone, plan: CachePlan, options: DecodingOptions) -> Hashable:
     device = llm.device.type
     autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
     return plan, options.ends, options.pad, options.warpers, llm.device, llm.dtype, autocast
@@ -109,26 +111,36 @@ class Stepper:
 
 
 def _made_of(llm: Backbone, state: Decoding) -> Hashable | None:
-    """What a graph stands for: modules and the places of their weights; None where a step must run as it is written.
-
-    A graph calls no hooks, those of accelerate included.
-    """
+    """What a graph of a decoding step stands for; None where a step must run as it is written."""
     if (llm.lm.training and llm.dropout) or torch.is_autocast_enabled(llm.device.type):
         return None  # autocast keeps cast weights only while it lasts
     blocks = [block for blocks in state.cache.blocks for block in blocks.values()]
-    parts = [llm.lm, *(block for block in blocks if isinstance(block, torch.nn.Module))]
-    layers = {id(layer) for layer in llm.layers}
-    found: list[Hashable] = []
+    return made_of([llm.lm, *(block for block in blocks if isinstance(block, torch.nn.Module))], llm.layers)
+
+
+def made_of(parts: Iterable[torch.nn.Module], layers: Iterable[torch.nn.Module]) -> Hashable | None:
+    """Modules, their settings and the places of their weights, all of which a CUDA graph fixes; None where none can be.
+
+    A graph calls no hooks, those of accelerate included, and would repeat one draw of a dropout.
+
+    Args:
+        parts: what runs.
+        layers: the LLM's layers, before each of which `Backbone` has a hook that a graph may leave out.
+    """
+    hooked = {id(layer) for layer in layers}
+    found: dict[int, Hashable] = {}
     for part in parts:
         for module in part.modules():
-            own = 1 if id(module) in layers else 0  # through which blocks before a layer are called
+            if id(module) in found:
+                continue
+            own = 1 if id(module) in hooked else 0
             if module._forward_hooks or len(module._forward_pre_hooks) > own or hasattr(module, "_hf_hook"):
                 return None
             if isinstance(module, torch.nn.Dropout) and module.training and module.p:
                 return None
-            found.append(id(module))
+            about = ""
             if hasattr(module, "merged") and hasattr(module, "scaling"):  # PEFT's layers
-                adapters = (module.active_adapters, module.disable_adapters, module.merged, module.scaling)
-                found.append(repr(adapters))
-        found += [weight.data_ptr() for weight in (*part.parameters(), *part.buffers())]
-    return tuple(found)
+                about = repr((module.active_adapters, module.disable_adapters, module.merged, module.scaling))
+            tensors = (*module._parameters.values(), *module._buffers.values())
+            found[id(module)] = (about, *(None if x is None else x.data_ptr() for x in tensors))
+    return tuple(found.items())

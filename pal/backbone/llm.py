@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from pal.backbone import adapters, families, graphs, regions, tied
 from pal.backbone.attention import NAME
 from pal.backbone.attention_metadata import AudioView
-from pal.backbone.cache import JointCache, Step
+from pal.backbone.cache import DecodingStep, JointCache
 from pal.backbone.causal_lm import AudioCausalLM
 from pal.backbone.finetuning import LLMPart, LoRA, freeze_except, insert_lora
 from pal.backbone.folded import FoldedKV, fold, unhooked
@@ -21,6 +21,7 @@ from pal.backbone.generate import generate, prompt_side, stream
 from pal.backbone.interfaces import Rope
 from pal.backbone.loading import load_lm
 from pal.backbone.loss import Per, label_scores, loss
+from pal.backbone.loss_graphs import LossGraphs
 from pal.backbone.packed import PackedContext, Projection
 from pal.backbone.varlen import has_kernel
 from pal.errors import ConfigError, PalError
@@ -51,6 +52,7 @@ class Backbone(nn.Module):
         self.recomputes_audio = True
         self._tied: tied.TiedRows | None = None
         self._packs: bool | None = None
+        self.loss_graphs: LossGraphs | None = None
         config = lm.config
         self.width: int = config.hidden_size
         self.n_layers: int = config.num_hidden_layers
@@ -308,6 +310,18 @@ class Backbone(nn.Module):
         """Take that back."""
         regions.uncompile_layers(self.layers)
 
+    def capture(self, on: bool = True) -> None:
+        """Run training steps as CUDA graphs (`pal.backbone.loss_graphs`), for which batches are filled up; or stop.
+
+        For one process: gradients go around what several wait for to add theirs.
+        """
+        self.loss_graphs = LossGraphs() if on else None
+
+    @property
+    def captures(self) -> bool:
+        """Whether training steps become CUDA graphs."""
+        return self.loss_graphs is not None and self.loss_graphs.failed is None
+
     @property
     def packs(self) -> bool:
         """Whether conversations are best laid one after the other here (`Integration.forward` with "none").
@@ -366,7 +380,7 @@ class Backbone(nn.Module):
 def _enter(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
     """Let the blocks that an integration puts before a layer change the rows that go into it; tell it what it hears."""
     audio = kwargs.get("audio")
-    if not isinstance(audio, AudioView | PackedContext | Step):
+    if not isinstance(audio, AudioView | PackedContext | DecodingStep):
         return None
     layer: int = block.self_attn.layer_idx  # type: ignore[union-attr, assignment]
     if not isinstance(audio, PackedContext):

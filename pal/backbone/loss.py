@@ -25,18 +25,25 @@ def loss(llm: Backbone, inputs: LLMInputs, per: Per = "token") -> tuple[Tensor, 
     An answer is a run of labelled tokens.
     """
     targets = inputs.targets or targets_of(inputs)
-    losses_N = _token_losses(llm, inputs, targets)
-    if per == "token":
-        return losses_N.sum(), len(losses_N)
-    shares_N = np.repeat(1.0 / np.array(targets.lengths or [1.0]), targets.lengths or [0])
-    weights_N = to_device(torch.tensor(shares_N, dtype=losses_N.dtype), losses_N.device)
-    return (losses_N * weights_N).sum(), len(targets.lengths)
+    weights_N, count = None, sum(targets.lengths)
+    if per == "answer":
+        count = len(targets.lengths)
+        shares_N = np.repeat(1.0 / np.array(targets.lengths or [1.0]), targets.lengths or [0])
+        filled_N = np.pad(shares_N, (0, len(targets.rows_N) - len(shares_N)))
+        weights_N = to_device(torch.tensor(filled_N, dtype=torch.float32), targets.rows_N.device)
+    total = None
+    if llm.loss_graphs is not None and torch.is_grad_enabled():
+        total = llm.loss_graphs.total(llm, inputs, targets, weights_N, token_losses)
+    if total is None:
+        losses_N = token_losses(llm, inputs, targets)
+        total = (losses_N if weights_N is None else losses_N * weights_N).sum()
+    return total, count
 
 
 def label_scores(llm: Backbone, inputs: LLMInputs) -> Tensor:
     """Log-likelihood of each row's labelled tokens, summed: float32 [B]."""
     targets = inputs.targets or targets_of(inputs)
-    losses_N = _token_losses(llm, inputs, targets)
+    losses_N = token_losses(llm, inputs, targets)
     scores_B = losses_N.new_zeros(targets.conversations)
     return scores_B.index_add(0, targets.conversations_N, -losses_N)
 
@@ -57,8 +64,8 @@ def targets_of(inputs: LLMInputs) -> Targets:
     return Targets(row_N * T + column_N, next_BT[row_N, column_N], row_N, lengths, len(next_BT))
 
 
-def _token_losses(llm: Backbone, inputs: LLMInputs, targets: Targets) -> Tensor:
-    """Cross-entropy of each labelled token [N]."""
+def token_losses(llm: Backbone, inputs: LLMInputs, targets: Targets) -> Tensor:
+    """Cross-entropy of each labelled token [N]; 0 for those that only fill up."""
     hidden_XD = llm.hidden(inputs).flatten(0, 1)
     logits_NV = _logits(llm.lm.lm_head, hidden_XD.index_select(0, targets.rows_N))
     return F.cross_entropy(logits_NV.float(), targets.labels_N, reduction="none")

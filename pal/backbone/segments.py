@@ -8,9 +8,10 @@ of PAL do, they stay one segment, and the keys between take part as queries of w
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -63,6 +64,53 @@ class Segments:
     def hears(self) -> Bools:
         """For each query whether its segment has keys."""
         return np.repeat(np.diff(self.firsts_k) > 0, np.diff(self.firsts_q))
+
+
+def widened(segments: Segments, size: Callable[[int], int]) -> Segments:
+    """The same attention with `size(n)` in the place of each number n of segments, queries and keys.
+
+    The last segment, a run of rows without audio keys, gets queries of which nothing is used and keys that stand for
+    its last row once more; empty segments follow.
+
+    Args:
+        segments: whose last one nothing depends on.
+        size: the same or a larger number.
+    """
+    count = len(segments.firsts_q) - 1
+    firsts_q, firsts_k = (
+        np.concatenate((firsts, np.full(size(count) - count, firsts[-1])))
+        for firsts in (segments.firsts_q, segments.firsts_k)
+    )
+    if segments.keys_K is None:
+        return replace(segments, firsts_q=firsts_q, firsts_k=firsts_k)
+    queries, keys = int(segments.firsts_q[-1]), int(segments.firsts_k[-1])
+    last_q, last_k = int(segments.firsts_q[-2]), int(segments.firsts_k[-2])
+    more_q = 0 if segments.queries_Q is None else size(queries) - queries
+    more_k = size(keys + more_q) - keys  # no fewer than queries, so that each sees a key
+    firsts_q[count:] += more_q
+    firsts_k[count:] += more_k
+    found = replace(
+        segments,
+        firsts_q=firsts_q,
+        firsts_k=firsts_k,
+        keys_K=_inserted(segments.keys_K, last_k, more_k),
+        back=tuple(np.where(places >= last_k, places + more_k, places) for places in segments.back),
+    )
+    if segments.queries_Q is None or segments.unused_Q is None or segments.outs_N is None:
+        return found
+    unused_Q = _inserted(segments.unused_Q, last_q, more_q)
+    unused_Q[last_q : last_q + more_q] = True
+    return replace(
+        found,
+        queries_Q=_inserted(segments.queries_Q, last_q, more_q),
+        unused_Q=unused_Q,
+        outs_N=np.where(segments.outs_N >= last_q, segments.outs_N + more_q, segments.outs_N),
+    )
+
+
+def _inserted(values_X: NDArray[Any], at: int, count: int) -> NDArray[Any]:
+    """The last value so many times more, before place `at`."""
+    return np.insert(values_X, at, np.full(count, values_X[-1]))
 
 
 def segments_of(

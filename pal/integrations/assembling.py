@@ -12,15 +12,20 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pal.backbone.context import AudioContext, AudioKeys, KeySource, PackedBlock, Places, gather
+from pal.backbone.audio_keys import AudioKeys, gather
+from pal.backbone.audio_mask import Places
+from pal.backbone.context import AudioContext
+from pal.backbone.interfaces import KeySource, PackedBlock
 from pal.backbone.llm import Backbone
-from pal.backbone.packed import DeviceSegments, PackedContext, PackedKeys, PackedSource, Turns, take
-from pal.backbone.segments import Conversation, Segments, crossing_segments, segments_of, where
+from pal.backbone.packed import PackedContext, PackedSource, take
+from pal.backbone.segments import Segments, segments_of, where, widened
 from pal.backbone.stream_kv import Layout
 from pal.errors import PalError, PromptError
+from pal.integrations.filling import filler, rounded, uniform
+from pal.integrations.moving import MovedKeys, MovedTargets, Moves, device_segments, move_segments
 from pal.integrations.placing import Ints, Placing, RowPlaces, place
 from pal.transfer import move
-from pal.types import AUDIO, IGNORE, LLMInputs, Targets, Tokens
+from pal.types import AUDIO, IGNORE, LLMInputs, Tokens
 
 
 @dataclass(frozen=True)
@@ -85,6 +90,14 @@ def _packed(
 ) -> LLMInputs | None:
     """Rows one after the other; None where some layer's attention cannot be laid out in segments."""
     joining = [i for i, spans in enumerate(streams) if spans.keys is not None]
+    labelled = any(row.labels is not None for row in rows)
+    real = len(placed)
+    more: tuple[int, ...] = (0,) * len(streams)
+    fills = llm.captures and labelled and torch.is_grad_enabled() and not uniform(placed)
+    if fills:
+        totals = [int(spans.firsts[-1]) if spans.packs else None for spans in streams]
+        last, more = filler(placed, len(streams[0].lengths) if streams else 0, totals)
+        placed = [*placed, last]
     conversations = [one.conversation() for one in placed]
     lengths = tuple(len(one) for one in placed)
     furthest = max(int(one.positions.max()) for one in placed)
@@ -97,21 +110,21 @@ def _packed(
         segments = segments_of(conversations, kind[1], kind[0])
         if segments is None:
             return None
-        laid[kind] = segments
+        laid[kind] = widened(segments, rounded) if fills else segments
 
-    labelled = any(row.labels is not None for row in rows)
-    moves = _Moves()
+    moves = Moves()
     index_N, back = _table_index(placed, streams)
-    token_ids = moves.add(np.array([token for row in rows for token in row.ids if token != AUDIO], np.int64))
+    token_ids = moves.add(_text_ids(rows, len(placed[-1]) if fills else 0))
     positions = moves.add(np.concatenate([one.positions for one in placed]))
     table = None if index_N is None else (moves.add(index_N), [moves.add(x) for x in back])
-    targets = _Targets(placed, list(np.cumsum([0, *lengths])[:-1]), moves)
-    on_device = {kind: _move_segments(segments, moves) for kind, segments in laid.items()}
-    _ready(streams, packed=True)
-    keys = [_KeyMoves(i, streams[i], placed, conversations, moves) for i in joining] if heard else []
+    targets = MovedTargets(placed[:real], list(np.cumsum([0, *lengths])[:real]), moves, lengths[real:])
+    size = rounded if fills else None
+    on_device = {kind: move_segments(segments, moves, size) for kind, segments in laid.items()}
+    _ready(streams, more)
+    keys = [MovedKeys(i, streams[i], more[i], placed, conversations, moves, size) for i in joining] if heard else []
     moves.go(llm.device)
 
-    shape = (len(rows), lengths[0]) if equal else (1, sum(lengths))
+    shape = (len(placed), lengths[0]) if equal else (1, sum(lengths))
     if table is None:
         embeds_BTD = llm.embed(moves[token_ids].view(shape))
     else:
@@ -127,7 +140,7 @@ def _packed(
         audio=PackedContext(
             llm=llm,
             lengths=lengths,
-            segments=tuple(_segments(moves, on_device[kind]) for kind in laid),
+            segments=tuple(device_segments(moves, on_device[kind]) for kind in laid),
             kinds=tuple(order[kind] for kind in kinds) if laid else (),
             conversations=tuple(conversations),
             windows=windows,
@@ -138,10 +151,11 @@ def _packed(
     )
 
 
-def _ready(streams: Sequence[ClipSpans], packed: bool) -> None:
-    for spans in streams:
+def _ready(streams: Sequence[ClipSpans], more: Sequence[int] | None) -> None:
+    """Make what all layers share: for packed rows with so many tokens more of each stream, or for padded ones."""
+    for number, spans in enumerate(streams):
         if isinstance(spans.keys, PackedSource):
-            spans.keys.ready(packed)
+            spans.keys.ready(None if more is None else more[number])
 
 
 def _joined(streams: Sequence[ClipSpans], layer: int) -> tuple[int, ...]:
@@ -151,115 +165,6 @@ def _joined(streams: Sequence[ClipSpans], layer: int) -> tuple[int, ...]:
         for i, spans in enumerate(streams)
         if spans.keys is not None and spans.blocks is None and layer in spans.layers
     )
-
-
-class _Moves:
-    """Arrays that go to the device in one copy."""
-
-    def __init__(self) -> None:
-        self._arrays: list[NDArray[np.generic]] = []
-        self._moved: list[Tensor] = []
-
-    def add(self, array: NDArray[np.generic]) -> int:
-        """Its number."""
-        self._arrays.append(array)
-        return len(self._arrays) - 1
-
-    def maybe(self, array: NDArray[np.generic] | None) -> int | None:
-        return None if array is None else self.add(array)
-
-    def go(self, device: torch.device) -> None:
-        self._moved = move(self._arrays, device)
-
-    def __getitem__(self, number: int) -> Tensor:
-        return self._moved[number]
-
-    def get(self, number: int | None) -> Tensor | None:
-        return None if number is None else self._moved[number]
-
-
-@dataclass(frozen=True)
-class _MovedSegments:
-    firsts: tuple[int, int]
-    longest: tuple[int, int]
-    keys: int | None
-    back: tuple[int, ...]
-    queries: tuple[int, int, int] | None
-    """Of the queries' rows, the same for the gradient, and the rows' places."""
-
-
-def _move_segments(segments: Segments, moves: _Moves) -> _MovedSegments:
-    queries = None
-    if segments.queries_Q is not None and segments.outs_N is not None and segments.unused_Q is not None:
-        back_Q = np.where(segments.unused_Q, len(segments.outs_N), segments.queries_Q)
-        queries = (moves.add(segments.queries_Q), moves.add(back_Q), moves.add(segments.outs_N))
-    return _MovedSegments(
-        firsts=(moves.add(segments.firsts_q), moves.add(segments.firsts_k)),
-        longest=segments.longest,
-        keys=moves.maybe(segments.keys_K),
-        back=tuple(moves.add(places) for places in segments.back),
-        queries=queries,
-    )
-
-
-def _segments(moves: _Moves, moved: _MovedSegments) -> DeviceSegments:
-    queries = (None, None, None) if moved.queries is None else tuple(moves[i] for i in moved.queries)
-    return DeviceSegments(
-        firsts_q=moves[moved.firsts[0]],
-        firsts_k=moves[moved.firsts[1]],
-        longest_q=moved.longest[0],
-        longest_k=moved.longest[1],
-        keys_K=moves.get(moved.keys),
-        back=tuple(moves[i] for i in moved.back),
-        queries_Q=queries[0],
-        queries_back_Q=queries[1],
-        outs_N=queries[2],
-    )
-
-
-class _KeyMoves:
-    """The keys of one stream, on the way to the device."""
-
-    def __init__(
-        self,
-        stream: int,
-        spans: ClipSpans,
-        placed: list[RowPlaces],
-        conversations: list[Conversation],
-        moves: _Moves,
-    ) -> None:
-        self.spans, self.stream = spans, stream
-        places = [one.keys[stream] for one in placed]
-        tokens_I = np.concatenate([spans.firsts[one.clips] + one.tokens for one in places])
-        total = int(spans.firsts[-1])
-        self.tokens: int | None = None
-        self.back: list[int] = []
-        if not np.array_equal(tokens_I, np.arange(total)):
-            self.tokens = moves.add(tokens_I)
-            self.back = [moves.add(x) for x in where(tokens_I, total)]
-        self.turns = moves.add(np.concatenate([one.turns for one in places]))
-        self.crossing: _MovedSegments | None = None
-        if spans.blocks is not None:
-            crossing = crossing_segments(conversations, stream)
-            self.crossing = _move_segments(crossing, moves)
-            self.hears = moves.add(crossing.hears())
-
-    def keys(self, moves: _Moves, llm: Backbone) -> PackedKeys:
-        rope = llm.rope(moves[self.turns][None])
-        turns: dict[str, Turns] = {kind: (cos[0], sin[0]) for kind, (cos, sin) in rope.items()}
-        assert self.spans.keys is not None
-        return PackedKeys(
-            source=self.spans.keys,
-            stream=self.stream,
-            layers=self.spans.layers,
-            tokens_I=moves.get(self.tokens),
-            tokens_back=tuple(moves[i] for i in self.back),
-            turns=turns,
-            blocks=self.spans.blocks,
-            crossing=None if self.crossing is None else _segments(moves, self.crossing),
-            hears_N1=None if self.crossing is None else moves[self.hears].bool()[:, None],
-            bias=self.spans.bias,
-        )
 
 
 # Padded
@@ -286,16 +191,16 @@ def _padded(
     table_BT, real_BT = _stack([index_N[a:b] for a, b in pairwise(starts)], left, 0)
     positions_BT, _ = _stack([one.positions for one in placed], left, 0)
     labels_BT, _ = _stack([one.labels for one in placed], left, IGNORE)
-    moves = _Moves()
-    token_ids = moves.add(np.array([token for row in rows for token in row.ids if token != AUDIO], np.int64))
+    moves = Moves()
+    token_ids = moves.add(_text_ids(rows))
     at_table, at_positions, at_real, at_labels = map(moves.add, (table_BT, positions_BT, real_BT, labels_BT))
     firsts = [b * longest + (longest - length if left else 0) for b, length in enumerate(lengths)]
-    targets = _Targets(placed, firsts, moves)
+    targets = MovedTargets(placed, firsts, moves)
     moves.go(device)
     table_XD = _table(llm, moves[token_ids], streams)
 
     context = None
-    _ready(streams, packed=False)
+    _ready(streams, None)
     if any(spans.keys is not None or located for spans in streams) and any(row.clips for row in rows):
         audio_rows_BT, _ = _stack([~one.is_text for one in placed], left, False)
         asks_BT, _ = _stack([one.asks for one in placed], left, False)
@@ -375,6 +280,11 @@ def _stack(
 # Both
 
 
+def _text_ids(rows: Sequence[Tokens], more: int = 0) -> Ints:
+    """Token ids of the text of all conversations, and as many more of any."""
+    return np.array([token for row in rows for token in row.ids if token != AUDIO] + [0] * more, np.int64)
+
+
 def _table(llm: Backbone, ids_X: Tensor, streams: Sequence[ClipSpans]) -> Tensor:
     """Embeddings of the text of all conversations, then each stream's rows: [X, D]."""
     table_XD = llm.embed(ids_X)
@@ -402,30 +312,3 @@ def _table_index(
     if not always and total == words and np.array_equal(index_N, np.arange(total)):
         return None, ()
     return index_N, () if always else where(index_N, total)
-
-
-class _Targets:
-    """Which rows predict a labelled token, on the way to the device."""
-
-    def __init__(self, placed: list[RowPlaces], firsts: Sequence[int], moves: _Moves) -> None:
-        rows, labels, owners = [], [], []
-        self.lengths: list[int] = []
-        for number, (one, first) in enumerate(zip(placed, firsts, strict=True)):
-            # nothing predicts the first row of a conversation
-            at = np.flatnonzero(one.labels[1:] != IGNORE)
-            starts = np.diff(at, prepend=-2) != 1
-            self.lengths += np.diff([*np.flatnonzero(starts), len(at)]).tolist()
-            rows.append(at + first)
-            labels.append(one.labels[1:][at])
-            owners.append(np.full(len(at), number))
-        self.conversations = len(placed)
-        joined = [np.concatenate(parts) for parts in (rows, labels, owners)]
-        self._at = [moves.add(column) for column in joined]
-        self._all = moves.add(np.concatenate([one.labels for one in placed]))
-
-    def made(self, moves: _Moves) -> Targets:
-        rows_N, labels_N, owners_N = (moves[i] for i in self._at)
-        return Targets(rows_N, labels_N.long(), owners_N, tuple(self.lengths), self.conversations)
-
-    def labels(self, moves: _Moves, shape: tuple[int, int]) -> Tensor:
-        return moves[self._all].long().view(shape)

@@ -22,6 +22,7 @@ class ProjectedKeys:
         self._features = features
         self._projectors = projectors
         self._llm = llm
+        self._more = 0
 
     @cached_property
     def _padded(self) -> Tensor:
@@ -31,11 +32,16 @@ class ProjectedKeys:
     @cached_property
     def _packed(self) -> Tensor:
         """The same without padding: [M, E]."""
-        return real_tokens(self._features)
+        return real_tokens(self._features, self._more)
 
-    def ready(self, packed: bool) -> None:
-        """Make what all layers share before any of them asks, since a layer may be made again in the backward pass."""
-        _ = self._packed if packed else self._padded
+    def ready(self, more: int | None) -> None:
+        """Make what all layers share before any of them asks, since a layer may be made again in the backward pass.
+
+        Args:
+            more: tokens that fill up those of the clips; None where rows are padded.
+        """
+        self._more = more or 0
+        _ = self._padded if more is None else self._packed
 
     def keys_values(self, layer: int) -> tuple[Tensor, Tensor]:
         """Keys before RoPE and values, each [U, G, A, C]."""
@@ -49,14 +55,17 @@ class ProjectedKeys:
         return self._llm.projection(layer, self._projectors.of(layer), self._packed)
 
 
-def real_tokens(features: AudioFeatures) -> Tensor:
-    """The real tokens of all clips, one after the other: [M, E]."""
+def real_tokens(features: AudioFeatures, more: int = 0) -> Tensor:
+    """The real tokens of all clips, one after the other, and so many more that stand for the first one: [M, E]."""
     x_XE = features.x_BAE.flatten(0, 1)
-    if not features.padded:
+    if not features.padded and not more:
         return x_XE.clone()  # no view: a compiled layer would be one graph for views and another for the rest
     width = features.x_BAE.shape[1]
     index_M = np.concatenate([clip * width + np.arange(count) for clip, count in enumerate(features.lengths)])
-    index, back = move([index_M, where(index_M, len(x_XE))[0]], x_XE.device)
+    filled_M = np.concatenate((index_M, np.full(more, index_M[0])))
+    # no gradient comes from those that fill up: nothing attends to them
+    none, places = len(index_M), where(index_M, len(x_XE))[0]
+    index, back = move([filled_M, np.where(places == none, len(filled_M), places)], x_XE.device)
     return take(x_XE, index, (back,))
 
 

@@ -1,0 +1,180 @@
+"""Layouts on the way to the device: made on the host, moved in one copy, and put together there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from pal.backbone.llm import Backbone
+from pal.backbone.packed import DeviceSegments, PackedKeys, Turns
+from pal.backbone.segments import Conversation, Segments, crossing_segments, where
+from pal.integrations.filling import rounded
+from pal.integrations.placing import RowPlaces
+from pal.transfer import move
+from pal.types import IGNORE, Targets
+
+if TYPE_CHECKING:
+    from pal.integrations.assembling import ClipSpans
+
+
+class Moves:
+    """Arrays that go to the device in one copy."""
+
+    def __init__(self) -> None:
+        self._arrays: list[NDArray[np.generic]] = []
+        self._moved: list[Tensor] = []
+
+    def add(self, array: NDArray[np.generic]) -> int:
+        """Its number."""
+        self._arrays.append(array)
+        return len(self._arrays) - 1
+
+    def maybe(self, array: NDArray[np.generic] | None) -> int | None:
+        """Its number; None of none."""
+        return None if array is None else self.add(array)
+
+    def go(self, device: torch.device) -> None:
+        """Move all that was added."""
+        self._moved = move(self._arrays, device)
+
+    def __getitem__(self, number: int) -> Tensor:
+        return self._moved[number]
+
+    def get(self, number: int | None) -> Tensor | None:
+        """The moved array of a number; None of none."""
+        return None if number is None else self._moved[number]
+
+
+@dataclass(frozen=True)
+class MovedSegments:
+    """Segments by the numbers of their arrays."""
+
+    firsts: tuple[int, int]
+    longest: tuple[int, int]
+    keys: int | None
+    back: tuple[int, ...]
+    queries: tuple[int, int, int] | None
+    """Of the queries' rows, the same for the gradient, and the rows' places."""
+
+
+def move_segments(segments: Segments, moves: Moves, size: Callable[[int], int] | None = None) -> MovedSegments:
+    """Segments on the way to the device; `size` rounds up the longest ones' numbers of queries and keys."""
+    longest_q, longest_k = segments.longest
+    queries = None
+    if segments.queries_Q is not None and segments.outs_N is not None and segments.unused_Q is not None:
+        back_Q = np.where(segments.unused_Q, len(segments.outs_N), segments.queries_Q)
+        queries = (moves.add(segments.queries_Q), moves.add(back_Q), moves.add(segments.outs_N))
+    return MovedSegments(
+        firsts=(moves.add(segments.firsts_q), moves.add(segments.firsts_k)),
+        longest=(longest_q, longest_k) if size is None else (size(longest_q), size(longest_k)),
+        keys=moves.maybe(segments.keys_K),
+        back=tuple(moves.add(places) for places in segments.back),
+        queries=queries,
+    )
+
+
+def device_segments(moves: Moves, moved: MovedSegments) -> DeviceSegments:
+    """Segments after the move."""
+    queries = (None, None, None) if moved.queries is None else tuple(moves[i] for i in moved.queries)
+    return DeviceSegments(
+        firsts_q=moves[moved.firsts[0]],
+        firsts_k=moves[moved.firsts[1]],
+        longest_q=moved.longest[0],
+        longest_k=moved.longest[1],
+        keys_K=moves.get(moved.keys),
+        back=tuple(moves[i] for i in moved.back),
+        queries_Q=queries[0],
+        queries_back_Q=queries[1],
+        outs_N=queries[2],
+    )
+
+
+class MovedKeys:
+    """The keys of one stream, on the way to the device."""
+
+    def __init__(
+        self,
+        stream: int,
+        spans: ClipSpans,
+        more: int,
+        placed: list[RowPlaces],
+        conversations: list[Conversation],
+        moves: Moves,
+        size: Callable[[int], int] | None,
+    ) -> None:
+        self.spans, self.stream = spans, stream
+        places = [one.keys[stream] for one in placed]
+        tokens_I = np.concatenate([spans.firsts[one.clips] + one.tokens for one in places])
+        total = int(spans.firsts[-1]) + more
+        self.tokens: int | None = None
+        self.back: list[int] = []
+        if not np.array_equal(tokens_I, np.arange(total)):
+            self.tokens = moves.add(tokens_I)
+            self.back = [moves.add(x) for x in where(tokens_I, total)]
+        self.turns = moves.add(np.concatenate([one.turns for one in places]))
+        self.crossing: MovedSegments | None = None
+        if spans.blocks is not None:
+            crossing = crossing_segments(conversations, stream)
+            self.crossing = move_segments(crossing, moves, size)
+            self.hears = moves.add(crossing.hears())
+
+    def keys(self, moves: Moves, llm: Backbone) -> PackedKeys:
+        """The keys after the move."""
+        rope = llm.rope(moves[self.turns][None])
+        turns: dict[str, Turns] = {kind: (cos[0], sin[0]) for kind, (cos, sin) in rope.items()}
+        assert self.spans.keys is not None
+        return PackedKeys(
+            source=self.spans.keys,
+            stream=self.stream,
+            layers=self.spans.layers,
+            tokens_I=moves.get(self.tokens),
+            tokens_back=tuple(moves[i] for i in self.back),
+            turns=turns,
+            blocks=self.spans.blocks,
+            crossing=None if self.crossing is None else device_segments(moves, self.crossing),
+            hears_N1=None if self.crossing is None else moves[self.hears].bool()[:, None],
+            bias=self.spans.bias,
+        )
+
+
+class MovedTargets:
+    """Which rows predict a labelled token, on the way to the device."""
+
+    def __init__(
+        self, placed: list[RowPlaces], firsts: Sequence[int], moves: Moves, filling: Sequence[int] = ()
+    ) -> None:
+        """`filling`: rows of conversations that follow; the labelled tokens are filled up, too, by some without."""
+        rows, labels, owners = [], [], []
+        self.lengths: list[int] = []
+        for number, (one, first) in enumerate(zip(placed, firsts, strict=True)):
+            # nothing predicts the first row of a conversation
+            at = np.flatnonzero(one.labels[1:] != IGNORE)
+            starts = np.diff(at, prepend=-2) != 1
+            self.lengths += np.diff([*np.flatnonzero(starts), len(at)]).tolist()
+            rows.append(at + first)
+            labels.append(one.labels[1:][at])
+            owners.append(np.full(len(at), number))
+        self.conversations = len(placed)
+        joined = [np.concatenate(parts) for parts in (rows, labels, owners)]
+        more = rounded(len(joined[0])) - len(joined[0]) if filling else 0
+        fills = (0, IGNORE, 0)
+        self._at = [
+            moves.add(np.pad(x, (0, more), constant_values=fill)) for x, fill in zip(joined, fills, strict=True)
+        ]
+        ignored = np.full(sum(filling), IGNORE)
+        self._all = moves.add(np.concatenate([*(one.labels for one in placed), ignored]))
+
+    def made(self, moves: Moves) -> Targets:
+        """The targets after the move."""
+        rows_N, labels_N, owners_N = (moves[i] for i in self._at)
+        return Targets(rows_N, labels_N.long(), owners_N, tuple(self.lengths), self.conversations)
+
+    def labels(self, moves: Moves, shape: tuple[int, int]) -> Tensor:
+        """The label of each row, after the move."""
+        return moves[self._all].long().view(shape)
