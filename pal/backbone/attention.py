@@ -20,7 +20,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from pal.backbone.attention_metadata import AudioView
-from pal.backbone.cache import Step
+from pal.backbone.cache import DecodingStep
 from pal.backbone.merged import merged_attention
 from pal.backbone.packed import PackedLayer
 from pal.errors import PalError
@@ -40,7 +40,7 @@ def attend(
     attention_mask: Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
-    audio: AudioView | PackedLayer | Step | None = None,
+    audio: AudioView | PackedLayer | DecodingStep | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """One layer's attention, in the signature that transformers prescribes.
@@ -60,7 +60,7 @@ def attend(
                 return sdpa_attention_forward(module, query, key, value, None, dropout=dropout, scaling=scaling)
         return audio.attend(module, query, key, value, scaling), None
     layer: int = module.layer_idx  # type: ignore[assignment]
-    if isinstance(audio, Step):
+    if isinstance(audio, DecodingStep):
         attention_mask = audio.masks[layer]
         if attention_mask is not None and audio.beams > 1:
             return _attend_together(query, key, value, attention_mask, audio.beams, dropout, scaling), None

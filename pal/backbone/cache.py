@@ -22,7 +22,7 @@ from pal.backbone.context import AudioContext
 from pal.backbone.interfaces import Block
 from pal.backbone.packed import PackedContext
 from pal.backbone.sight import Sight
-from pal.backbone.storage import Layer, Plan, Prompts, filled, kept
+from pal.backbone.storage import CachedPrompts, CachePlan, Layer, filled, kept
 from pal.errors import PalError
 from pal.transfer import to_device
 from pal.types import LLMInputs
@@ -31,11 +31,11 @@ from pal.types import LLMInputs
 class JointCache(Cache):
     """transformers' cache of prompts with audio; see this file's head.
 
-    `begin` takes prompts, which then go through the LLM once. Each later forward is one row more, with a `Step` as its
-    `audio`. Lengths are those of the text, as transformers' loops count them.
+    `begin` takes prompts, which then go through the LLM once. Each later forward is one row more, with a
+    `DecodingStep` as its `audio`. Lengths are those of the text, as transformers' loops count them.
     """
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: CachePlan) -> None:
         self.stores = [Layer(plan, kind) for kind in plan.layers]
         super().__init__(layers=list(self.stores))
         self.plan = plan
@@ -68,7 +68,7 @@ class JointCache(Cache):
         return self.sight.zero.view(1, 1, 1, 1)
 
     @torch.no_grad()
-    def begin(self, inputs: LLMInputs, prompts: Prompts, dtype: torch.dtype) -> None:
+    def begin(self, inputs: LLMInputs, prompts: CachedPrompts, dtype: torch.dtype) -> None:
         """Take prompts, padded on the left or packed; audio keys and values of padded ones are made now.
 
         Args:
@@ -175,7 +175,7 @@ class JointCache(Cache):
         self.end_prompts()
         self.blocks = []
 
-    def step(self, position_ids: Tensor) -> Step:
+    def step(self, position_ids: Tensor) -> DecodingStep:
         """What the next row of each beam sees.
 
         Args:
@@ -194,7 +194,7 @@ class JointCache(Cache):
                 layer.slots_X = places[layer.prompt]
             sight.done_1 += 1
         masks = sight.masks(self.stores[0].steps, position_ids[:: plan.beams])
-        return Step(self, tuple(masks[kind] for kind in plan.layers))
+        return DecodingStep(self, tuple(masks[kind] for kind in plan.layers))
 
     def crossing(self, layer: int) -> list[tuple[Block, Tensor | None, Tensor, Tensor]]:
         """The blocks before the layer, each with what its rows see, bool [B, 1, 1, A], and the keys and values."""
@@ -229,7 +229,7 @@ class Caught:
 
 
 @dataclass(frozen=True, eq=False)
-class Step:
+class DecodingStep:
     """What one generated row of each beam sees; takes an `AudioView`'s place in the layers."""
 
     cache: JointCache

@@ -48,7 +48,7 @@ def resolved(llm: Backbone, kwargs: Mapping[str, Any]) -> GenerationConfig | Non
 
 
 @dataclass(frozen=True)
-class Options:
+class DecodingOptions:
     """What our loop must know."""
 
     tokens: int
@@ -66,7 +66,7 @@ class Options:
     streamer: Any = None
 
 
-def options_of(config: GenerationConfig | None, kwargs: Mapping[str, Any]) -> Options | None:
+def options_of(config: GenerationConfig | None, kwargs: Mapping[str, Any]) -> DecodingOptions | None:
     """The options for our loop, where it follows all that are given."""
     if config is None:
         return None
@@ -91,7 +91,7 @@ def options_of(config: GenerationConfig | None, kwargs: Mapping[str, Any]) -> Op
         return None
     if streamer is not None and copies > 1:
         return None
-    return Options(tokens, ends, pad, copies, _warpers(config), cache, processors, streamer)
+    return DecodingOptions(tokens, ends, pad, copies, _warpers(config), cache, processors, streamer)
 
 
 def _warpers(config: GenerationConfig) -> tuple[tuple[type, float], ...] | None:
@@ -119,7 +119,7 @@ class Decoding:
         fixed: whether all of it is kept for other calls.
     """
 
-    def __init__(self, cache: JointCache, options: Options, device: torch.device) -> None:
+    def __init__(self, cache: JointCache, options: DecodingOptions, device: torch.device) -> None:
         rows = cache.plan.rows * cache.plan.beams
         room = cache.plan.room if cache.plan.fixed else options.tokens
         self.cache = cache

@@ -23,11 +23,11 @@ from transformers import (
 from pal.backbone import graphs
 from pal.backbone.cache import JointCache
 from pal.backbone.context import AudioContext
-from pal.backbone.decoding import Decoding, Options, options_of, resolved
+from pal.backbone.decoding import Decoding, DecodingOptions, options_of, resolved
 from pal.backbone.options import check_generation
 from pal.backbone.packed import PackedContext
 from pal.backbone.reading import as_given, prepared, prompts_of, query_dtype, read_prompts
-from pal.backbone.storage import ROOM, Plan
+from pal.backbone.storage import ROOM, CachePlan
 from pal.errors import PalError
 from pal.transfer import to_device
 from pal.types import LLMInputs
@@ -126,12 +126,12 @@ def _by_transformers(
     return made
 
 
-def _decode(llm: Backbone, inputs: LLMInputs, options: Options) -> Tensor:
+def _decode(llm: Backbone, inputs: LLMInputs, options: DecodingOptions) -> Tensor:
     gpu = graphs.possible(llm.device)
     fixed = options.cache == "static"
     prompts = prompts_of(inputs)
     room = options.tokens if fixed else min(options.tokens, ROOM)
-    plan = Plan.of(llm.windows, prompts, beams=options.copies, room=room, fixed=fixed)
+    plan = CachePlan.of(llm.windows, prompts, beams=options.copies, room=room, fixed=fixed)
     kept = graphs.borrow(llm, plan, options) if fixed else None
     state = kept.state if kept is not None else Decoding(JointCache(plan), options, llm.device)
     state.cache.begin(inputs, prompts, query_dtype(llm, llm.device))

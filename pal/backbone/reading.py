@@ -12,7 +12,7 @@ from torch import Tensor
 from pal.backbone.attention import without_cudnn
 from pal.backbone.cache import JointCache
 from pal.backbone.packed import PackedContext
-from pal.backbone.storage import ROOM, Plan, Prompts
+from pal.backbone.storage import ROOM, CachedPrompts, CachePlan
 from pal.errors import PalError
 from pal.transfer import to_device
 from pal.types import LLMInputs
@@ -34,16 +34,16 @@ def prepared(llm: Geometry, inputs: LLMInputs, *, beams: int = 1, room: int = RO
         fixed: whether no more than these will be.
     """
     prompts = prompts_of(inputs)
-    cache = JointCache(Plan.of(llm.windows, prompts, beams=beams, room=room, fixed=fixed))
+    cache = JointCache(CachePlan.of(llm.windows, prompts, beams=beams, room=room, fixed=fixed))
     cache.begin(inputs, prompts, query_dtype(llm, inputs.position_ids_BT.device))
     return cache
 
 
-def prompts_of(inputs: LLMInputs) -> Prompts:
+def prompts_of(inputs: LLMInputs) -> CachedPrompts:
     """How prompts lie."""
     if isinstance(inputs.audio, PackedContext):
-        return Prompts.packed(inputs.audio)
-    return Prompts.padded(inputs.audio, inputs.attention_mask_BT, inputs.position_ids_BT)
+        return CachedPrompts.packed(inputs.audio)
+    return CachedPrompts.padded(inputs.audio, inputs.attention_mask_BT, inputs.position_ids_BT)
 
 
 def cache_for(

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pal.backbone.storage import Kind, Plan, Prompts, kept
+from pal.backbone.storage import CachedPrompts, CachePlan, Kind, kept
 from pal.transfer import to_device
 
 ALIGNED = 8
@@ -16,7 +16,7 @@ ALIGNED = 8
 
 
 @dataclass(eq=False)
-class _Seen:
+class _SeenKeys:
     """What the generated rows see in the layers of one kind."""
 
     window: int | None
@@ -43,7 +43,7 @@ class Sight:
         device: of the LLM. Where the prompts are described on the host, nobody waits for it.
     """
 
-    def __init__(self, plan: Plan, prompts: Prompts, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, plan: CachePlan, prompts: CachedPrompts, dtype: torch.dtype, device: torch.device) -> None:
         self.plan = plan
         self.device = device
         kinds, _ = prompts.kinds([plan.kinds[kind][0] for kind in plan.layers])
@@ -65,7 +65,7 @@ class Sight:
             tree_XX = torch.eye(plan.beams, dtype=torch.bool, device=device).repeat(1, plan.room)
             self._tree_BXX = (tree_XX if plan.fixed else torch.zeros_like(tree_XX)).repeat(plan.rows, 1, 1)
         self._seen = [
-            _Seen(
+            _SeenKeys(
                 kind[0],
                 kept(to_device(seen_BK, device)),
                 kept(to_device(positions_BK, device)),
@@ -81,7 +81,7 @@ class Sight:
         ]
         """For each set of keys that blocks look at, which are seen: bool [B, 1, 1, A]; None where all are."""
 
-    def _seen_by(self, kind: Kind, width: int, prompts: Prompts) -> tuple[Tensor, Tensor]:
+    def _seen_by(self, kind: Kind, width: int, prompts: CachedPrompts) -> tuple[Tensor, Tensor]:
         """Which keys the layers of a kind see, and the positions of all: [B, K] each."""
         _, hiding, joined = kind
         plan = self.plan
@@ -128,7 +128,7 @@ class Sight:
         own_XX = torch.eye(beams, dtype=torch.bool, device=self.device)
         self._tree_BXX[:, :, steps * beams : (steps + 1) * beams] = own_XX
 
-    def _mask(self, one: _Seen, steps: int, query_B1: Tensor) -> Tensor | None:
+    def _mask(self, one: _SeenKeys, steps: int, query_B1: Tensor) -> Tensor | None:
         beams, window = self.plan.beams, one.window
         near = window is None or window > self.far + 1 + steps
         if near and one.whole and beams == 1:
@@ -150,7 +150,7 @@ class Sight:
             seen_BXK = self._among_beams(seen_BXK, one.prompt, tree_BXX)
         return self._added(seen_BXK[:, None])[..., :length]
 
-    def _longer(self, one: _Seen, least: int) -> None:
+    def _longer(self, one: _SeenKeys, least: int) -> None:
         """Room for as many more generated rows as there are, and `least` keys at least."""
         more = max(one.seen_BK.shape[1] - one.prompt, least - one.seen_BK.shape[1])
         one.seen_BK = F.pad(one.seen_BK, (0, more), value=True)
@@ -159,7 +159,7 @@ class Sight:
         one.positions_BK = torch.cat((one.positions_BK[:, : one.prompt], first_B1 + steps_X), dim=1)
         one.mask_B11K = None
 
-    def _fixed(self, one: _Seen, query_B1: Tensor, done_1: Tensor) -> Tensor:
+    def _fixed(self, one: _SeenKeys, query_B1: Tensor, done_1: Tensor) -> Tensor:
         """Over the whole of a fixed storage, this step being counted already."""
         seen_BXK = (one.seen_BK & (one.order_K <= done_1))[:, None]
         if one.window is not None:

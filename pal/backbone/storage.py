@@ -42,7 +42,7 @@ class KeySet:
 
 
 @dataclass(frozen=True, eq=False)
-class Prompts:
+class CachedPrompts:
     """How prompts lie, filled up on the left, and what generated rows see of them; on any device."""
 
     valid_BT: Tensor
@@ -53,7 +53,7 @@ class Prompts:
     """Layers, and rows [B, T] that no generated row sees there."""
 
     @classmethod
-    def padded(cls, audio: AudioContext | None, valid_BT: Tensor, positions_BT: Tensor) -> Prompts:
+    def padded(cls, audio: AudioContext | None, valid_BT: Tensor, positions_BT: Tensor) -> CachedPrompts:
         """Of rows that are padded on the left."""
         if audio is None:
             return cls(valid_BT.bool(), positions_BT)
@@ -61,7 +61,7 @@ class Prompts:
         return cls(valid_BT.bool(), positions_BT, keys, audio.hidden_rows)
 
     @classmethod
-    def packed(cls, audio: PackedContext) -> Prompts:
+    def packed(cls, audio: PackedContext) -> CachedPrompts:
         """Of rows that lie one after the other; on the host."""
         positions_BT, valid_BT = filled([one.positions_T for one in audio.conversations], left=True)
         asks_BT, _ = filled([one.asks_T for one in audio.conversations], left=True)
@@ -106,7 +106,7 @@ def filled(rows: Sequence[Any], left: bool) -> tuple[Tensor, Tensor]:
 
 
 @dataclass(frozen=True)
-class Plan:
+class CachePlan:
     """What a storage must hold. Of equal plans a fixed one can be used again."""
 
     rows: int
@@ -135,12 +135,12 @@ class Plan:
     def of(
         cls,
         windows: Sequence[int | None],
-        prompts: Prompts,
+        prompts: CachedPrompts,
         *,
         beams: int = 1,
         room: int = ROOM,
         fixed: bool = False,
-    ) -> Plan:
+    ) -> CachePlan:
         """What prompts need.
 
         Args:
@@ -179,7 +179,7 @@ class Layer(CacheLayerMixin):
     keys: Any
     values: Any
 
-    def __init__(self, plan: Plan, kind: int) -> None:
+    def __init__(self, plan: CachePlan, kind: int) -> None:
         super().__init__()
         self.audio = plan.kinds[kind][1]
         self.prompt = self.audio + plan.text

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pal.backbone.cache import JointCache
-from pal.backbone.decoding import Decoding, Options
+from pal.backbone.decoding import Decoding, DecodingOptions
 from pal.backbone.generate import padded_left
 from pal.backbone.graphs import WORTH, Stepper
 from pal.backbone.llm import Backbone
@@ -140,7 +140,7 @@ class Attached(Subject):
         inputs, llm = padded_left(self.inputs(scene, trains=False)), self.llm
         cache = prepared(llm, inputs, room=tokens if fixed else min(tokens, ROOM), fixed=fixed)
         logits_BV = read_prompts(llm, cache, inputs)
-        state = Decoding(cache, Options(tokens), llm.device)
+        state = Decoding(cache, DecodingOptions(tokens), llm.device)
         last_B1 = to_device(prompts_of(inputs).positions_BT[:, -1:], llm.device)
         state.begin(last_B1)
         stepper = Stepper(llm, state, None) if fixed and llm.device.type == "cuda" else None

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from pal.backbone import generate as generation
 from pal.backbone import graphs
-from pal.backbone.decoding import Decoding, Options
+from pal.backbone.decoding import Decoding, DecodingOptions
 from pal.backbone.finetuning import LoRA
 from pal.backbone.reading import prepared, prompts_of, read_prompts
 from tests.backbone.generating import GREEDY, RAGGED, Watch, inputs_of
@@ -27,7 +27,7 @@ from tests.identities.models import (
 def ready(llm, integration, fixed, rows=RAGGED, copies=1, **options):
     inputs = inputs_of(llm, integration, rows=rows)
     cache = prepared(llm, inputs, beams=copies, room=8, fixed=fixed)
-    state = Decoding(cache, Options(8, ends=(1,), copies=copies, **options), llm.device)
+    state = Decoding(cache, DecodingOptions(8, ends=(1,), copies=copies, **options), llm.device)
     logits_BV = read_prompts(llm, cache, inputs)
     state.begin(prompts_of(inputs).positions_BT[:, -1:])
     state.choose(logits_BV.repeat_interleave(copies, dim=0))
