@@ -1,18 +1,72 @@
-"""Options of transformers' `generate` as users of `ask` give them, checked before anything is generated."""
+"""Answers: options of transformers' `generate`, checked before anything is generated, and what an answer cost."""
 
 from __future__ import annotations
 
 import copy
 import inspect
+import time
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
+import torch
+from torch import Tensor
+
 from pal.backbone.options import check_generation
+from pal.data.prompts import end_of_answer
 from pal.errors import PalError, shortened
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class DetailedAnswer:
+    """One answer, what it is based on, and what it cost."""
+
+    text: str
+    audio_seconds: float
+    """Length of the clips given."""
+    audio_seconds_used: float
+    """Length that the encoders' tokens cover; equal to the seconds given, since nothing is cut."""
+    audio_tokens: int
+    """Audio tokens that the integration was given."""
+    seconds: dict[str, float] = field(default_factory=dict)
+    """Time of each step: encode, prefill, generate."""
+    notes: tuple[str, ...] = ()
+    """With `read_to_end`: clips whose length could not be checked, each with the reason."""
+
+
+class FirstTokenTimer:
+    """A logits processor that changes nothing and notes when the first logits came: the end of prefill."""
+
+    only_watches = True
+    at = 0.0
+    """By `time.perf_counter`."""
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """The scores as they are."""
+        if not self.at:
+            if scores.device.type == "cuda":
+                torch.cuda.synchronize(scores.device)  # until then they are only asked for
+            self.at = time.perf_counter()
+        return scores
+
+
+def default_options(tokenizer: PreTrainedTokenizerBase, vocab: int) -> dict[str, Any]:
+    """What `generate` is told where nobody says otherwise: greedy, and how an answer ends.
+
+    Args:
+        tokenizer: of the model; it may have entries that the LLM has no embedding for, as Gemma3's has.
+        vocab: the LLM's embeddings.
+    """
+    ends = [token for token in end_of_answer(tokenizer) if token < vocab]
+    # Generation needs some id for padding; which one is never seen.
+    pad = tokenizer.pad_token_id
+    if pad is None or pad >= vocab:
+        pad = (ends or [0])[0]
+    return {"do_sample": False, "pad_token_id": pad, "eos_token_id": ends or None}
 
 
 def generation_options(

@@ -193,10 +193,10 @@ def of_one_kind(
     Args:
         clips: in any mixture.
         encode: runs the encoders.
-        index: makes keys and values.
+        index: makes keys and values, and checks those that are there.
     """
     if any(isinstance(clip, AudioKV) for clip in clips):
-        return [clip if isinstance(clip, AudioKV) else index(clip) for clip in clips]
+        return [index(clip) for clip in clips]
     if any(isinstance(clip, Heard) for clip in clips):
         return [encode(clip) if isinstance(clip, Waveform) else clip for clip in clips]
     return list(clips)
@@ -233,12 +233,19 @@ class ClipBatch:
 
 @dataclass(frozen=True)
 class ClipFeatures:
-    """The clips of a batch as an integration takes them, and how much of each it was given."""
+    """The clips of a batch as an integration takes them."""
 
     audio: Sequence[AudioFeatures] | Sequence[AudioKV]
     """Features [B, A, E] of each stream, or each clip's keys and values; empty without clips."""
-    encoders: Sequence[AudioFeatures] = ()
-    """What each encoder made of the clips, where they were encoded for this."""
+    seconds: Sequence[float] = ()
+    """Of each clip what the encoders' tokens stand for; those of a connector may stand for no time of their own."""
+
+    @classmethod
+    def encoded(cls, audio: Sequence[AudioFeatures], encoders: Sequence[AudioFeatures]) -> ClipFeatures:
+        """Features of each stream, made of those of each encoder."""
+        counts = zip(*(part.lengths for part in encoders), strict=True)
+        scales = [part.seconds_per_token for part in encoders]
+        return cls(audio, [min(n * scale for n, scale in zip(own, scales, strict=True)) for own in counts])
 
     def tokens(self) -> list[int]:
         """Audio tokens of each clip, of all streams together."""
@@ -246,17 +253,6 @@ class ClipFeatures:
         if streams:
             return [sum(counts) for counts in zip(*streams, strict=True)]
         return [part.tokens for part in self.audio if isinstance(part, AudioKV)]
-
-    def covered(self, seconds: Sequence[float]) -> list[float]:
-        """Seconds of each clip that the encoders' tokens stand for; a connector's may stand for no time of their own.
-
-        Args:
-            seconds: length of each clip.
-        """
-        return [
-            min([whole, *(part.lengths[at] * part.seconds_per_token for part in self.encoders)])
-            for at, whole in enumerate(seconds)
-        ]
 
 
 def part_clip(part: Mapping[str, Any]) -> Any:

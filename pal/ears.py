@@ -10,14 +10,15 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from pal.audio import resample
+from pal.clips import ClipBatch, Clips
 from pal.connectors.base import Connector
 from pal.encoders.base import Encoder
-from pal.errors import ConfigError
+from pal.errors import ConfigError, PalError
 from pal.integrations.routed import Stream
 from pal.model_config import ModelConfig, Part
 from pal.registry import build, check, lookup
 from pal.transfer import to_device
-from pal.types import AudioFeatures, Frames, Heard, Prepared
+from pal.types import AudioFeatures, Frames, Heard, Prepared, waveform_seconds
 
 
 class Ears(nn.Module):
@@ -50,40 +51,46 @@ class Ears(nn.Module):
         found: Encoder = encoder
         return found
 
-    def prepare(self, clips: Sequence[Tensor] | Sequence[Heard]) -> Prepared:
-        """Waveforms [N] at `sampling_rate`, or clips heard before -> what `hear` takes in their place.
+    def prepare(self, clips: Clips) -> Prepared:
+        """Waveforms [N] at `sampling_rate`, or encoded clips -> what `hear` makes of them first.
 
         It is what needs no device: the front-ends' frames, or the features padded, in pinned memory where the encoders
         are on a CUDA device. Any thread may do it.
+
+        Raises:
+            PalError: clips that another model's encoders encoded.
         """
-        heard = [clip for clip in clips if isinstance(clip, Heard)]
-        waveforms = [clip for clip in clips if isinstance(clip, Tensor)]
+        batch = ClipBatch.of(clips)
+        if batch.prepared is not None:
+            return batch.prepared
+        assert not batch.indexed, "keys and values are behind the encoders"
+        self._check(batch.encoded)
         parts: list[Frames | AudioFeatures] = []
-        for i in range(len(self.encoders) if clips else 0):
+        for i in range(len(self.encoders) if len(clips) else 0):
             encoder = self.encoder(i)
-            if heard:
-                parts.append(_padded(encoder, [clip.x_AE[i] for clip in heard]))
+            if batch.encoded:
+                parts.append(_padded(encoder, [clip.x_AE[i] for clip in batch.encoded]))
             else:
-                parts.append(self.prepare_with(i, waveforms))
+                parts.append(self.prepare_with(i, batch.waveforms))
         return Prepared(tuple(parts), len(clips))
 
     def prepare_with(self, index: int, waveforms: Sequence[Tensor]) -> Frames:
         """What `hear_with` takes in the waveforms' place, made without the device."""
         return self.encoder(index).prepare(self._resampled(index, waveforms))
 
-    def hear(self, clips: list[Tensor] | Prepared) -> list[AudioFeatures]:
-        """Waveforms [N] at `sampling_rate`, one a clip -> what each encoder makes of them, [B, A, E]."""
-        if isinstance(clips, Prepared):
-            return [self._heard(i, part) for i, part in enumerate(clips.parts)]
-        return [self.hear_with(i, clips) for i in range(len(self.encoders))]
+    def hear(self, clips: Clips) -> list[AudioFeatures]:
+        """Waveforms [N] at `sampling_rate`, encoded clips, or either prepared -> each encoder's features [B, A, E]."""
+        return [self._heard(i, part) for i, part in enumerate(self.prepare(clips).parts)]
+
+    def hear_alone(self, samples_N: Tensor) -> Heard:
+        """A waveform at `sampling_rate`, encoded by itself."""
+        # copies, since a view would keep the padding, too
+        real = tuple(stream.x_BAE[0, : stream.lengths[0]].clone() for stream in self.hear([samples_N]))
+        return Heard(real, waveform_seconds(samples_N, self.sampling_rate))
 
     def hear_with(self, index: int, clips: Sequence[Tensor] | Frames) -> AudioFeatures:
         """The same with one of the encoders."""
         return self.encoder(index).encode(clips if isinstance(clips, Frames) else self._resampled(index, clips))
-
-    def recall(self, clips: Sequence[Heard]) -> list[AudioFeatures]:
-        """Clips that these encoders heard before -> the features [B, A, E] that `hear` gives of their waveforms."""
-        return self.hear(self.prepare(clips))
 
     def connect(self, heard: list[AudioFeatures]) -> list[AudioFeatures]:
         """What the encoders made -> the features of each stream, [B, A, E]."""
@@ -97,6 +104,13 @@ class Ears(nn.Module):
         if rate == self.sampling_rate:
             return waveforms
         return [resample(samples_N, self.sampling_rate, rate) for samples_N in waveforms]
+
+    def _check(self, clips: Sequence[Heard]) -> None:
+        widths = [self.encoder(i).width for i in range(len(self.encoders))]
+        for clip in clips:
+            found = [x_AE.shape[-1] for x_AE in clip.x_AE]
+            if found != widths:
+                raise PalError(f"an encoded clip has features of widths {found}, not {widths}; encode it anew")
 
     def _heard(self, index: int, part: Frames | AudioFeatures) -> AudioFeatures:
         encoder = self.encoder(index)

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import warnings
 from functools import lru_cache
 from pathlib import Path
 from threading import Lock
@@ -24,11 +23,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from pal import audio
+from pal.clips import clip_notes, read_waveform, warn_of
 from pal.digest import digest
 from pal.ears import Ears
 from pal.encoders.base import Encoder
-from pal.errors import AudioError, AudioWarning, BundleError
+from pal.errors import AudioError, BundleError
 from pal.files import sha256, write_bytes
 from pal.types import Heard
 
@@ -121,16 +120,14 @@ class FeatureCache:
             )
 
     def _add(self, entry: Path, name: str, path: str, read_to_end: bool) -> None:
-        wave = audio.load(path, self.ears.sampling_rate, read_to_end=read_to_end)
-        if wave.note is not None:
-            warnings.warn(f"{wave.name}: {wave.note}", AudioWarning, stacklevel=2)
-        samples_N = wave.samples_N
+        wave = read_waveform(Path(path), self.ears.sampling_rate, read_to_end=read_to_end)
+        warn_of(clip_notes([wave]))
         device = next(self.ears.encoders.parameters()).device
         assert not any(encoder.training for encoder in self.ears.encoders), "an encoder in training mode"
         with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bf16"):
-            heard = self.ears.hear([samples_N])
-        tensors = {str(i): features.x_BAE[0, : features.lengths[0]].cpu() for i, features in enumerate(heard)}
-        about = {"encoders": self.digest, "clip": name, "seconds": len(samples_N) / self.ears.sampling_rate}
+            clip = self.ears.hear_alone(wave.samples_N)
+        tensors = {str(i): x_AE.cpu() for i, x_AE in enumerate(clip.x_AE)}
+        about = {"encoders": self.digest, "clip": name, "seconds": clip.seconds}
         _write(entry, tensors, json.dumps(about))
 
     def _read(self, entry: Path, name: str) -> Heard:

@@ -2,33 +2,44 @@
 
 from __future__ import annotations
 
-import hashlib
-import reprlib
 import time
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor, nn
 
-from pal import audio as audio_io
-from pal.answering import generation_options
+from pal.answering import DetailedAnswer, FirstTokenTimer, default_options, generation_options
 from pal.backbone import adapters
 from pal.backbone.audio_kv import AudioKV
-from pal.backbone.context import Hide
-from pal.backbone.llm import Backbone, Per
+from pal.backbone.audio_mask import Hide
+from pal.backbone.llm import Backbone
+from pal.backbone.loss import Per
 from pal.backbone.sources import load_tokenizer
-from pal.data.prompts import Conversation, encode, end_of_answer, user_turn
+from pal.clips import (
+    AudioInput,
+    Clip,
+    ClipBatch,
+    ClipFeatures,
+    Clips,
+    clip_list,
+    clip_notes,
+    of_one_kind,
+    read_clip,
+    read_waveform,
+    warn_of,
+)
+from pal.conversations import ChatTurns, check_ids, read_question
+from pal.digest import CachedModelDigest
 from pal.ears import Ears, check_ears
-from pal.errors import AudioWarning, ConfigError, PromptError, shortened
+from pal.errors import ConfigError, PromptError
 from pal.integrations.routed import build_integration
 from pal.model_config import ModelConfig
 from pal.registry import check
-from pal.types import AUDIO, AudioFeatures, Batch, Heard, LLMInputs, Prepared, Tokens
+from pal.types import AudioFeatures, Batch, Heard, LLMInputs, Tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -36,8 +47,8 @@ if TYPE_CHECKING:
     from pal.integrations.base import Integration
 
 
-Clips = Sequence[Tensor] | Sequence[Heard] | Prepared | Sequence[AudioKV]
-"""Waveforms [N], clips that the encoders heard before, either made ready ahead, or clips with their keys and values."""
+Question = str | list[str] | tuple[str, ...] | ChatTurns
+"""A text, several texts, or the turns of a chat."""
 
 
 class Loss(NamedTuple):
@@ -46,23 +57,6 @@ class Loss(NamedTuple):
     sum: Tensor
     items: int
     """Trained tokens, or answers, that the sum is over."""
-
-
-@dataclass(frozen=True)
-class Answer:
-    """One answer, what it is based on, and what it cost."""
-
-    text: str
-    audio_seconds: float
-    """Length of the clips given."""
-    audio_seconds_used: float
-    """Length that the encoder's tokens cover; equal to the seconds given, since nothing is cut."""
-    audio_tokens: int
-    """Audio tokens that the integration was given."""
-    seconds: dict[str, float] = field(default_factory=dict)
-    """Time of each step: encode, prefill, generate."""
-    notes: tuple[str, ...] = ()
-    """With `read_to_end`: clips whose length could not be checked, each with the reason."""
 
 
 class PalModel(nn.Module):
@@ -78,6 +72,7 @@ class PalModel(nn.Module):
         self.llm = llm
         self.ears = Ears(config)
         self.integration: Integration = build_integration(config.integration, self.ears.streams, llm)
+        self._digest = CachedModelDigest()
         self.source = "untrained"
         """What the model is called in answers and scores."""
         self._hidden: tuple[Hide, ...] = ()
@@ -145,65 +140,49 @@ class PalModel(nn.Module):
     # Audio to LLM inputs
 
     @torch.inference_mode()
-    def hear(self, samples_N: Tensor) -> Heard:
-        """One clip at `sampling_rate` as the encoders hear it by itself, for many questions in any batches."""
-        heard = self.ears.hear([samples_N])
-        # copies, since a view would keep the padding, too
-        real = tuple(stream.x_BAE[0, : stream.lengths[0]].clone() for stream in heard)
-        return Heard(real, len(samples_N) / self.sampling_rate)
+    def hear(self, clip: AudioInput) -> Heard:
+        """One clip, encoded by itself, for many questions in any batches."""
+        found = read_clip(clip, self.sampling_rate)
+        if isinstance(found, Heard):
+            return found
+        return self.ears.hear_alone(read_waveform(found, self.sampling_rate).samples_N)
 
-    def features(self, clips: list[Tensor] | list[Heard] | Prepared) -> list[AudioFeatures]:
-        """Waveforms [N] at `sampling_rate`, what the encoders made of them, or what `Ears.prepare` did -> the features
-        [B, A, E] of each stream.
+    def features(self, clips: Clips) -> list[AudioFeatures]:
+        """Waveforms [N] at `sampling_rate`, encoded clips, or either prepared -> each stream's features [B, A, E]."""
+        return self.ears.connect(self.ears.hear(clips))
 
-        One a clip.
-        """
-        if isinstance(clips, Prepared):
-            return self.ears.connect(self.ears.hear(clips))
-        known = [clip for clip in clips if isinstance(clip, Heard)]
-        unheard = [clip for clip in clips if isinstance(clip, Tensor)]
-        assert not known or not unheard, "a batch's clips are all waveforms, or all heard before"
-        return self.ears.connect(self.ears.recall(known) if known else self.ears.hear(unheard))
+    def encode(self, clips: Clips) -> ClipFeatures:
+        """The clips of a batch as the integration takes them."""
+        indexed = ClipBatch.of(clips).indexed
+        if indexed or not len(clips):
+            return ClipFeatures(indexed, [clip.seconds for clip in indexed])
+        heard = self.ears.hear(clips)
+        return ClipFeatures.encoded(self.ears.connect(heard), heard)
 
     def inputs(
         self,
-        clips: Clips,
+        clips: Clips | ClipFeatures,
         rows: Sequence[Tokens],
         padding_side: Literal["left", "right", "none"] = "right",
         located: bool = False,
     ) -> LLMInputs:
         """Everything the LLM needs for a batch of conversations.
 
+        All that is asked or scored goes through here, so that what `hiding` names is hidden from all of it.
+
         Args:
-            clips: waveforms [N], what the encoders made of them (`FeatureCache`), what `Ears.prepare` made of either,
-                or what `index` did.
+            clips: of the batch, or what `encode` made of them.
             rows: conversations; `Tokens.clips` are indices into `clips`.
             padding_side: "left" for generation; for training and scoring "right", or "none", which lays conversations
                 one after the other (`Integration.forward`), quicker on a GPU.
             located: also say whose audio each row and key is, and when it sounds.
-        """
-        audio: Any = clips if isinstance(clips, Prepared) else list(clips)
-        if audio and (isinstance(audio, Prepared) or not isinstance(audio[0], AudioKV)):
-            audio = self.features(audio)
-        return self.place(audio or None, rows, padding_side, located)
-
-    def place(
-        self,
-        audio: Sequence[AudioFeatures] | Sequence[AudioKV] | None,
-        rows: Sequence[Tokens],
-        padding_side: Literal["left", "right", "none"] = "right",
-        located: bool = False,
-    ) -> LLMInputs:
-        """`inputs` of clips that are features of each stream already, or indexed; None without any.
-
-        All that is asked or scored goes through here, so that what `hiding` names is hidden from all of it.
 
         Raises:
             PromptError: an id that the LLM has no embedding for.
         """
-        self._check_ids(rows)
-        given: Any = audio
-        inputs = self.integration(given, rows, self.llm, padding_side, located=located or bool(self._hidden))
+        check_ids(rows, self.llm.vocab, self.tokenizer)
+        audio = (clips if isinstance(clips, ClipFeatures) else self.encode(clips)).audio or None
+        inputs = self.integration(audio, rows, self.llm, padding_side, located=located or bool(self._hidden))
         for what in self._hidden if inputs.audio is not None else ():
             inputs = replace(inputs, audio=inputs.audio.without(what))
         return inputs
@@ -216,18 +195,7 @@ class PalModel(nn.Module):
             ConfigError: a stream or a layer that the model does not have, or an empty time.
         """
         for one in what:
-            for times in (one.seconds, one.share):
-                if times is not None and not 0 <= times[0] < times[1]:
-                    raise ConfigError(
-                        f"{times[0]:g} to {times[1]:g} cannot be hidden: the end must lie after the start"
-                    )
-            if one.stream is not None and not 0 <= one.stream < len(self.ears.streams):
-                raise ConfigError(
-                    f"stream {one.stream} cannot be hidden; the model has 0 to {len(self.ears.streams) - 1}"
-                )
-            wrong = sorted(set(one.layers or ()) - set(range(self.llm.n_layers)))
-            if wrong:
-                raise ConfigError(f"layer {wrong[0]} cannot be hidden; the LLM has 0 to {self.llm.n_layers - 1}")
+            one.check(len(self.ears.streams), self.llm.n_layers)
         before, self._hidden = self._hidden, (*self._hidden, *what)
         try:
             yield
@@ -250,7 +218,7 @@ class PalModel(nn.Module):
     @torch.inference_mode()
     def generate(
         self,
-        clips: Clips,
+        clips: Clips | ClipFeatures,
         rows: list[Tokens],
         max_new_tokens: int = 64,
         **options: Any,
@@ -262,7 +230,7 @@ class PalModel(nn.Module):
         options = generation_options({"max_new_tokens": max_new_tokens, **options}, self.tokenizer, several=True)
         if not rows:
             return []
-        options = self._generation(options)
+        options = {**default_options(self.tokenizer, self.llm.vocab), **options}
         ids_BT = self.llm.generate(self.inputs(clips, rows, self.llm.prompt_side(**options)), **options)
         return [text.strip() for text in self.tokenizer.batch_decode(ids_BT, skip_special_tokens=True)]
 
@@ -270,18 +238,9 @@ class PalModel(nn.Module):
         """The answer to one conversation, in pieces as they are made."""
         options = generation_options({"max_new_tokens": max_new_tokens, **options}, self.tokenizer, stream=True)
         with torch.inference_mode():  # at once, so that what is hidden now stays hidden while it is read
-            options = self._generation(options)
+            options = {**default_options(self.tokenizer, self.llm.vocab), **options}
             inputs = self.inputs(clips, [row], self.llm.prompt_side(**options))
         return self.llm.stream(inputs, self.tokenizer, **options)
-
-    def _generation(self, options: dict[str, Any]) -> dict[str, Any]:
-        ends = end_of_answer(self.tokenizer)
-        ends = [token for token in ends if token < self.llm.vocab]
-        # Generation needs some id for padding; which one is never seen.
-        pad = self.tokenizer.pad_token_id
-        if pad is None or pad >= self.llm.vocab:
-            pad = (ends or [0])[0]
-        return {"do_sample": False, "pad_token_id": pad, "eos_token_id": ends or None, **options}
 
     def fold(self) -> int:
         """Prepare for many answers: put together what can be done in one product; in how many layers that was.
@@ -293,32 +252,89 @@ class PalModel(nn.Module):
         return sum(route.fold(self.llm) for route in self.integration.routes())
 
     @torch.inference_mode()
-    def index(self, audio: Any, allow_urls: bool = False, read_to_end: bool = False) -> AudioKV:
+    def index(self, audio: AudioInput, allow_urls: bool = False, read_to_end: bool = False) -> AudioKV:
         """A clip's audio as the keys and values of all injected layers, made once for many questions.
 
         The options are those of `ask`.
         """
-        if isinstance(audio, AudioKV):
-            audio.check(self.digest)
-            return audio
-        wave = audio_io.read_clip(audio, self.sampling_rate, allow_urls=allow_urls, read_to_end=read_to_end)
-        _warn(_notes([wave]))
-        return self.integration.index(self.features([wave.samples_N]), self.llm, self.digest, [wave.seconds_given])
+        clip = read_clip(audio, self.sampling_rate, allow_urls=allow_urls, read_to_end=read_to_end)
+        warn_of(clip_notes([clip]))
+        return self._indexed(clip)
+
+    def _indexed(self, clip: Clip) -> AudioKV:
+        if isinstance(clip, AudioKV):
+            clip.check(self.digest)
+            return clip
+        return self.integration.index(self.features([clip]), self.llm, self.digest, [clip.seconds])
+
+    @overload
+    def ask(
+        self,
+        audio: AudioInput | Sequence[AudioInput],
+        question: Question,
+        stream: Literal[True],
+        allow_urls: bool = False,
+        read_to_end: bool = False,
+        **options: object,
+    ) -> Iterator[str]: ...
+
+    @overload
+    def ask(
+        self,
+        audio: AudioInput,
+        question: str | ChatTurns,
+        stream: Literal[False] = False,
+        allow_urls: bool = False,
+        read_to_end: bool = False,
+        **options: object,
+    ) -> str: ...
+
+    @overload
+    def ask(
+        self,
+        audio: Sequence[AudioInput],
+        question: ChatTurns,
+        stream: Literal[False] = False,
+        allow_urls: bool = False,
+        read_to_end: bool = False,
+        **options: object,
+    ) -> str: ...
+
+    @overload
+    def ask(
+        self,
+        audio: Sequence[AudioInput],
+        question: str,
+        stream: Literal[False] = False,
+        allow_urls: bool = False,
+        read_to_end: bool = False,
+        **options: object,
+    ) -> str | list[str]: ...
+
+    @overload
+    def ask(
+        self,
+        audio: AudioInput | Sequence[AudioInput],
+        question: list[str] | tuple[str, ...],
+        stream: Literal[False] = False,
+        allow_urls: bool = False,
+        read_to_end: bool = False,
+        **options: object,
+    ) -> list[str]: ...
 
     def ask(
         self,
-        audio: Any,
-        question: Any,
+        audio: AudioInput | Sequence[AudioInput],
+        question: Question,
         stream: bool = False,
         allow_urls: bool = False,
         read_to_end: bool = False,
         **options: Any,
-    ) -> Any:
+    ) -> str | list[str] | Iterator[str]:
         """Answer questions about audio.
 
         Args:
-            audio: a clip (a path, `(array, rate)`, another form of `pal.audio.sources`, or an `AudioKV`), or a list of
-                clips.
+            audio: a clip (a path, `(array, rate)`, another form of `pal.clips`, or an `AudioKV`), or a list of clips.
             question: a string, a list of strings, or chat turns (`[{"role", "content"}, ...]`) with
                 `<audio>` where each clip stands.
             stream: yield the text of a single answer piece by piece.
@@ -337,136 +353,66 @@ class PalModel(nn.Module):
             PromptError: clips and placeholders do not match.
         """
         generation_options(options, self.tokenizer, stream)  # said before a clip is decoded
-        single, clips, rows = self._conversations(audio, question)
-        loaded, _, notes = self._load(clips, allow_urls, read_to_end)
-        _warn(notes)
+        given = clip_list(audio)
+        asked = read_question(question, len(given), self.tokenizer, self.config.system)
+        clips = self._read(given, allow_urls, read_to_end)
+        warn_of(clip_notes(clips))
         if stream:
-            if len(rows) != 1:
+            if len(asked.rows) != 1:
                 raise PromptError("stream=True takes one conversation; ask the others one by one")
-            return self.stream(loaded, rows[0], **options)
-        answers = self.generate(loaded, rows, **options)
-        return answers[0] if single else answers
+            return self.stream(clips, asked.rows[0], **options)
+        answers = self.generate(clips, asked.rows, **options)
+        return answers[0] if asked.single else answers
 
     @torch.inference_mode()
     def ask_detailed(
         self,
-        audio: Any,
-        question: Any,
+        audio: AudioInput | Sequence[AudioInput],
+        question: Question,
         max_new_tokens: int = 64,
         allow_urls: bool = False,
         read_to_end: bool = False,
-        **options: Any,
-    ) -> list[Answer]:
+        **options: object,
+    ) -> list[DetailedAnswer]:
         """As `ask`, with seconds used, audio tokens and the time of each step; always a list."""
-        options = generation_options({"max_new_tokens": max_new_tokens, **options}, self.tokenizer)
-        _, clips, rows = self._conversations(audio, question)
-        loaded, seconds, notes = self._load(clips, allow_urls, read_to_end)
+        watched: dict[str, Any] = {"max_new_tokens": max_new_tokens, **options}
+        generation_options(watched, self.tokenizer)  # said before a clip is decoded
+        given = clip_list(audio)
+        asked = read_question(question, len(given), self.tokenizer, self.config.system)
+        clips = self._read(given, allow_urls, read_to_end)
         start = time.perf_counter()
-        clips_heard: Any = loaded
-        used = seconds
-        if loaded and isinstance(loaded[0], Tensor):
-            heard = self.ears.hear(loaded)
-            clips_heard = self.ears.connect(heard)
-            # the encoders' tokens tell what was heard; a connector's may stand for no time of their own
-            used = [min(s, *(f.lengths[i] * f.seconds_per_token for f in heard)) for i, s in enumerate(seconds)]
+        features = self.encode(clips)
         encoded = time.perf_counter()
-        first = _FirstToken()
-        options["logits_processor"] = [first, *(options.get("logits_processor") or ())]
-        options = self._generation(options)
-        inputs = self.place(clips_heard or None, rows, self.llm.prompt_side(**options))
-        ids_BT = self.llm.generate(inputs, **options)
-        texts = self.tokenizer.batch_decode(ids_BT, skip_special_tokens=True)
+        first = FirstTokenTimer()
+        watched["logits_processor"] = [first, *(watched.get("logits_processor") or ())]
+        texts = self.generate(features, asked.rows, **watched)
         done = time.perf_counter()
         timings = {"encode": encoded - start, "prefill": first.at - encoded, "generate": done - first.at}
-        if clips_heard and isinstance(clips_heard[0], AudioFeatures):
-            tokens = [sum(counts) for counts in zip(*(stream.lengths for stream in clips_heard), strict=True)]
-        else:
-            tokens = [clip.tokens for clip in clips_heard]
+        used = [min(clip.seconds, covered) for clip, covered in zip(clips, features.seconds, strict=True)]
+        tokens = features.tokens()
         return [
-            Answer(
-                text=text.strip(),
-                audio_seconds=sum(seconds[clip] for clip in row.clips),
+            DetailedAnswer(
+                text=text,
+                audio_seconds=sum(clips[clip].seconds for clip in row.clips),
                 audio_seconds_used=sum(used[clip] for clip in row.clips),
                 audio_tokens=sum(tokens[clip] for clip in row.clips),
                 seconds=timings,
-                notes=notes,
+                notes=clip_notes(clips),
             )
-            for text, row in zip(texts, rows, strict=True)
+            for text, row in zip(texts, asked.rows, strict=True)
         ]
 
-    def _load(
-        self, clips: list[Any], allow_urls: bool, read_to_end: bool
-    ) -> tuple[list[Tensor] | list[AudioKV], list[float], tuple[str, ...]]:
-        """Waveforms (or indexed clips, if all are), the seconds of each, and what could not be checked."""
-        if clips and all(isinstance(clip, AudioKV) for clip in clips):
-            for clip in clips:
-                clip.check(self.digest)
-            return clips, [clip.seconds for clip in clips], ()
-        if any(isinstance(clip, AudioKV) for clip in clips):
-            indexed = [self.index(clip, allow_urls, read_to_end) for clip in clips]
-            return indexed, [clip.seconds for clip in indexed], ()
-        waves = [
-            audio_io.read_clip(clip, self.sampling_rate, allow_urls=allow_urls, read_to_end=read_to_end)
-            for clip in clips
-        ]
-        return [wave.samples_N for wave in waves], [wave.seconds_given for wave in waves], _notes(waves)
-
-    def _conversations(self, audio: Any, question: Any) -> tuple[bool, list[Any], list[Tokens]]:
-        """Whether one plain answer is wanted, the clips, and the conversations about them."""
-        clips = list(audio) if audio_io.is_list(audio) else [audio]
-        turns = isinstance(question, list) and bool(question) and isinstance(question[0], dict)
-        if isinstance(question, tuple):
-            question = list(question)
-        questions = question if isinstance(question, list) and not turns else [question]
-        for text in question if turns else questions:
-            if not (isinstance(text, dict) and "role" in text) if turns else not isinstance(text, str):
-                raise PromptError(
-                    f"a question is a text, or a list of chat turns with 'role' and 'content', not "
-                    f"{shortened(reprlib.repr(text), 120)}"
-                )
-        if turns:
-            return True, clips, [self._encode(question, list(range(len(clips))))]
-        joint = len(clips) != 1 and isinstance(question, str) and ("<audio>" in question or not clips)
-        if joint or len(clips) == 1:
-            all_clips = list(range(len(clips)))
-            rows = [self._encode([user_turn(text, len(clips))], all_clips) for text in questions]
-            return isinstance(question, str), clips, rows
-        if isinstance(question, str):
-            questions = [question] * len(clips)
-        if len(questions) != len(clips):
-            raise PromptError(
-                f"{len(clips)} clips and {len(questions)} questions; give one question, or as many as clips"
-            )
-        rows = [self._encode([user_turn(text, 1)], [i]) for i, text in enumerate(questions)]
-        return False, clips, rows
-
-    def _encode(self, conversation: Conversation, clips: list[int]) -> Tokens:
-        if self.config.system and not any(turn["role"] == "system" for turn in conversation):
-            conversation = [{"role": "system", "content": self.config.system}, *conversation]
-        return encode(self.tokenizer, conversation, clips)
-
-    def _check_ids(self, rows: Sequence[Tokens]) -> None:
-        known = self.llm.vocab
-        for row in rows:
-            for number in row.ids:
-                if not (0 <= number < known or number == AUDIO):
-                    entry = self.tokenizer.convert_ids_to_tokens(number) if number >= 0 else None
-                    named = f"'{str(entry)[:60]}' (id {number})" if entry else f"id {number}"
-                    raise PromptError(
-                        f"{named} is outside of the LLM's vocabulary of {known}; leave it out, or give the LLM a row "
-                        "for it with resize_token_embeddings"
-                    )
+    def _read(self, given: Sequence[AudioInput], allow_urls: bool, read_to_end: bool) -> list[Clip]:
+        """Clips in any forms, all of one kind."""
+        clips = [read_clip(clip, self.sampling_rate, allow_urls=allow_urls, read_to_end=read_to_end) for clip in given]
+        return of_one_kind(clips, self.hear, self._indexed)
 
     # Identity
 
     @property
     def digest(self) -> str:
-        """SHA-256 of all weights; equal for equal models, whatever file they came from."""
-        sha = hashlib.sha256()
-        for name, tensor in sorted(self.state_dict().items()):
-            sha.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-            sha.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-        return sha.hexdigest()
+        """SHA-256 of all weights, cached until one changes; equal for equal models, whatever file they came from."""
+        return self._digest.of(self.state_dict())
 
     def merge_adapters(self) -> None:
         """Fold adapters into the weights beside them, which a bundle then holds."""
@@ -476,7 +422,7 @@ class PalModel(nn.Module):
 
     def generation_options(self) -> dict[str, Any]:
         """What transformers' `generate` is told where nobody says otherwise: greedy, and how an answer ends."""
-        return {"max_new_tokens": 64, **self._generation({})}
+        return {"max_new_tokens": 64, **default_options(self.tokenizer, self.llm.vocab)}
 
     def save_pretrained(
         self,
@@ -498,30 +444,7 @@ class PalModel(nn.Module):
         return bundle.load(path)
 
 
-def _notes(waves: Sequence[audio_io.Waveform]) -> tuple[str, ...]:
-    return tuple(f"{wave.name}: {wave.note}" for wave in waves if wave.note is not None)
-
-
-def _warn(notes: Sequence[str]) -> None:
-    for line in notes:
-        warnings.warn(line, AudioWarning, stacklevel=3)
-
-
 def _trains(layer: nn.Module, part: nn.Module) -> bool:
     """Whether a layer with batch statistics is trained: itself, or, where it has no weights, its part."""
     own = list(layer.parameters(recurse=False))
     return all(weight.requires_grad for weight in own or part.parameters())
-
-
-class _FirstToken:
-    """A logits processor that changes nothing and notes when the first logits came: the end of prefill."""
-
-    only_watches = True
-    at = 0.0
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        if not self.at:
-            if scores.device.type == "cuda":
-                torch.cuda.synchronize(scores.device)  # until then they are only asked for
-            self.at = time.perf_counter()
-        return scores

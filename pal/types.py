@@ -97,6 +97,11 @@ class Heard:
     """Length of the clip."""
 
 
+def waveform_seconds(samples_N: Tensor, rate: int) -> float:
+    """Length of a waveform at `rate` Hz."""
+    return len(samples_N) / rate
+
+
 @dataclass(frozen=True)
 class Frames:
     """Some clips as an encoder's front-end leaves them, on the host: windows, one clip after the other."""
@@ -143,9 +148,13 @@ class Batch:
         """What the rows' `clips` count in."""
         return self.prepared or self.heard or self.waveforms
 
+    def durations(self, rate: int) -> list[float]:
+        """Seconds of each clip, given the waveforms' rate."""
+        return [clip.seconds for clip in self.heard] or [waveform_seconds(x_N, rate) for x_N in self.waveforms]
+
     def seconds(self, rate: int) -> float:
         """Length of all clips, given the waveforms' rate."""
-        return sum(clip.seconds for clip in self.heard) + sum(len(samples_N) for samples_N in self.waveforms) / rate
+        return sum(self.durations(rate))
 
 
 @dataclass(frozen=True)

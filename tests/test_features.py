@@ -53,12 +53,12 @@ def test_what_is_recalled_is_what_is_heard(encoder: str, clips: list[str], tmp_p
     waveforms = [audio.load(path, model.sampling_rate).samples_N for path in clips]
     with torch.no_grad():
         for path, samples_N in zip(clips, waveforms, strict=True):
-            for ours, theirs in zip(model.ears.recall([cache(path)]), model.ears.hear([samples_N]), strict=True):
+            for ours, theirs in zip(model.ears.hear([cache(path)]), model.ears.hear([samples_N]), strict=True):
                 assert torch.equal(ours.x_BAE, theirs.x_BAE) and torch.equal(ours.mask_BA, theirs.mask_BA)
                 assert ours.seconds_per_token == theirs.seconds_per_token
         # in a batch to rounding, and padding is zero
         for ours, theirs in zip(
-            model.ears.recall([cache(path) for path in clips]), model.ears.hear(waveforms), strict=True
+            model.ears.hear([cache(path) for path in clips]), model.ears.hear(waveforms), strict=True
         ):
             assert torch.equal(ours.mask_BA, theirs.mask_BA)
             assert_close(ours.x_BAE[ours.mask_BA], theirs.x_BAE[theirs.mask_BA], atol=1e-4, rtol=1e-4)

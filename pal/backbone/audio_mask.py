@@ -43,6 +43,17 @@ class Hide:
         """Whether it asks what each token stands for."""
         return self.stream is not None or self.timed
 
+    def check(self, streams: int, layers: int) -> None:
+        """Raises ConfigError for an empty time, and for what a model of so many streams and layers does not have."""
+        for times in (self.seconds, self.share):
+            if times is not None and not 0 <= times[0] < times[1]:
+                raise ConfigError(f"{times[0]:g} to {times[1]:g} cannot be hidden: the end must lie after the start")
+        if self.stream is not None and not 0 <= self.stream < streams:
+            raise ConfigError(f"stream {self.stream} cannot be hidden; the model has 0 to {streams - 1}")
+        wrong = sorted(set(self.layers or ()) - set(range(layers)))
+        if wrong:
+            raise ConfigError(f"layer {wrong[0]} cannot be hidden; the LLM has 0 to {layers - 1}")
+
 
 @dataclass(frozen=True)
 class Places:

@@ -36,10 +36,10 @@ from pal.data.synth.questions import PARAPHRASES
 from pal.errors import ManifestError
 from pal.evaluate.figures import INTERVALS
 from pal.evaluate.runner import evaluation_mode
+from pal.lab.records import SCENES_SEED, records_to_ask, spread
 from pal.plots import style_of
 from pal.probe.finding import Finding, Plot, about
 from pal.probe.linear import FOLDS, INNER_FOLDS, ROUND_OFF, STRENGTHS, Labels, Probed, check, probed
-from pal.probe.material import SCENES_SEED, material, spread
 from pal.types import AUDIO, AudioFeatures, Tokens
 
 if TYPE_CHECKING:
@@ -100,7 +100,7 @@ def probe(
     """
     check()
     started = time.perf_counter()
-    with material(manifests, 4 * clips, seed) as records:
+    with records_to_ask(manifests, 4 * clips, seed) as records:
         chosen = _chosen(records, clips)
         sets = {title: labels_of(title, part) for title, part in chosen.items()}
         found: dict[str, _Found] = {}

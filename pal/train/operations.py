@@ -89,7 +89,7 @@ class Operations:
         return sum(self._of(work.batch) for work in works)
 
     def _of(self, batch: Batch) -> float:
-        seconds = [clip.seconds for clip in batch.heard] or [len(x_N) / self._rate for x_N in batch.waveforms]
+        seconds = batch.durations(self._rate)
         done = sum(seconds) * (self._connecting + self._encoding * (not batch.heard))
         if not self._llm:
             return done

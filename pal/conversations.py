@@ -1,0 +1,88 @@
+"""Questions about clips, as users ask them, become conversations of token ids."""
+
+from __future__ import annotations
+
+import reprlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from pal.data.manifest import PLACEHOLDER
+from pal.data.prompts import encode, user_turn
+from pal.errors import PromptError, shortened
+from pal.types import AUDIO, Tokens
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+ChatTurns = list[dict[str, str]]
+"""`[{"role": ..., "content": ...}, ...]`, with `<audio>` in a content where a clip stands."""
+
+
+@dataclass(frozen=True)
+class Conversations:
+    """One conversation for each answer."""
+
+    rows: list[Tokens]
+    single: bool
+    """Whether the answer is wanted alone, not in a list."""
+
+
+def read_question(
+    question: str | Sequence[str] | ChatTurns, clips: int, tokenizer: PreTrainedTokenizerBase, system: str | None
+) -> Conversations:
+    """Conversations about clips.
+
+    Args:
+        question: a text, several texts, or the turns of a chat.
+        clips: how many there are. One is asked all the questions. Several are asked one question each, or stand all in
+            the one question that has as many `<audio>`, or in the chat.
+        tokenizer: of the model.
+        system: put before conversations that bring no system message.
+
+    Raises:
+        PromptError: neither texts nor turns, or clips and placeholders do not match.
+    """
+    given: Any = list(question) if isinstance(question, tuple) else question
+    if isinstance(given, list) and given and isinstance(given[0], dict):
+        _check(given, lambda turn: isinstance(turn, dict) and "role" in turn)
+        return Conversations([_encode(given, list(range(clips)), tokenizer, system)], single=True)
+    texts = given if isinstance(given, list) else [given]
+    _check(texts, lambda text: isinstance(text, str))
+    single = isinstance(given, str)
+    if clips == 1 or (single and (PLACEHOLDER in given or not clips)):
+        rows = [_encode([user_turn(text, clips)], list(range(clips)), tokenizer, system) for text in texts]
+        return Conversations(rows, single)
+    texts = texts * clips if single else texts
+    if len(texts) != clips:
+        raise PromptError(f"{clips} clips and {len(texts)} questions; give one question, or as many as clips")
+    rows = [_encode([user_turn(text, 1)], [at], tokenizer, system) for at, text in enumerate(texts)]
+    return Conversations(rows, single=False)
+
+
+def check_ids(rows: Sequence[Tokens], vocab: int, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises PromptError for an id that an LLM with `vocab` embeddings has none for."""
+    for row in rows:
+        for number in row.ids:
+            if not (0 <= number < vocab or number == AUDIO):
+                entry = tokenizer.convert_ids_to_tokens(number) if number >= 0 else None
+                named = f"'{str(entry)[:60]}' (id {number})" if entry else f"id {number}"
+                raise PromptError(
+                    f"{named} is outside of the LLM's vocabulary of {vocab}; leave it out, or give the LLM a row "
+                    "for it with resize_token_embeddings"
+                )
+
+
+def _check(questions: list[Any], fits: Callable[[Any], bool]) -> None:
+    for one in questions:
+        if not fits(one):
+            raise PromptError(
+                f"a question is a text, or a list of chat turns with 'role' and 'content', not "
+                f"{shortened(reprlib.repr(one), 120)}"
+            )
+
+
+def _encode(talk: ChatTurns, clips: list[int], tokenizer: PreTrainedTokenizerBase, system: str | None) -> Tokens:
+    if system and not any(turn["role"] == "system" for turn in talk):
+        talk = [{"role": "system", "content": system}, *talk]
+    return encode(tokenizer, talk, clips)
