@@ -62,7 +62,7 @@ _UNMEASURED = "Nothing yet. `pal eval` measures it, and `pal card --scores` puts
 
 
 @dataclass(frozen=True)
-class Card:
+class ModelCard:
     """A card's Markdown, and the file it was written to."""
 
     text: str
@@ -75,7 +75,7 @@ def write_card(
     data: Sequence[str] = (),
     license_name: str | None = None,
     into_bundle: bool = False,
-) -> Card:
+) -> ModelCard:
     """The card of a bundle.
 
     Args:
@@ -98,7 +98,7 @@ def write_card(
     text = card(model, title, read, data, license_name, report, bundle.read_description(folder)["left_out"])
     if into_bundle:
         amend(folder, {NAME: text.encode()})
-    return Card(text, str(folder / NAME) if into_bundle else None)
+    return ModelCard(text, str(folder / NAME) if into_bundle else None)
 
 
 def card(

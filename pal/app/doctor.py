@@ -28,7 +28,7 @@ _FORMATS = ("WAV", "FLAC", "OGG", "MP3")
 
 
 @dataclass(frozen=True)
-class Finding:
+class Diagnosis:
     """One check."""
 
     name: str
@@ -44,13 +44,13 @@ class Finding:
         return asdict(self)
 
 
-def examine() -> list[Finding]:
+def examine() -> list[Diagnosis]:
     """All checks, in the order in which a reader would mend them."""
     findings = [_python(), *_packages(), _codecs(), _gpu(), _machine(), _disk()]
     return [*findings, _shipped("shipped model", SHIPPED), _shipped("its text-only LLM", TEXT_LLM)]
 
 
-def report(findings: list[Finding]) -> str:
+def report(findings: list[Diagnosis]) -> str:
     """The findings as lines of text, each fault with its remedy under it."""
     lines = []
     for finding in findings:
@@ -63,15 +63,15 @@ def report(findings: list[Finding]) -> str:
     return "\n".join(lines)
 
 
-def _python() -> Finding:
+def _python() -> Diagnosis:
     wanted = metadata.metadata(DISTRIBUTION)["Requires-Python"] or ""
     version = platform.python_version()
     if satisfies(version, wanted):
-        return Finding("python", True, version)
-    return Finding("python", False, f"{version}, wanted {wanted}", f"make the environment with python {wanted}")
+        return Diagnosis("python", True, version)
+    return Diagnosis("python", False, f"{version}, wanted {wanted}", f"make the environment with python {wanted}")
 
 
-def _packages() -> Iterator[Finding]:
+def _packages() -> Iterator[Diagnosis]:
     """One finding for each requirement in the package's own metadata, so that ranges stand in one place."""
     for line in metadata.requires(DISTRIBUTION) or []:
         requirement, _, marker = (part.strip() for part in line.partition(";"))
@@ -85,11 +85,11 @@ def _packages() -> Iterator[Finding]:
         try:
             version = metadata.version(name)
         except metadata.PackageNotFoundError:
-            yield Finding(name, False, f"not installed (wanted {wanted})", remedy, required=extra is None)
+            yield Diagnosis(name, False, f"not installed (wanted {wanted})", remedy, required=extra is None)
             continue
         fits = satisfies(version, wanted)
         detail = version if fits else f"{version}, wanted {wanted}"
-        yield Finding(name, fits, detail, "" if fits else remedy, required=extra is None)
+        yield Diagnosis(name, fits, detail, "" if fits else remedy, required=extra is None)
 
 
 def satisfies(version: str, wanted: str) -> bool:
@@ -120,34 +120,34 @@ def _numbers(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in match.group().split(".")) if match else (0,)
 
 
-def _codecs() -> Finding:
+def _codecs() -> Diagnosis:
     remedy = "pip install --upgrade --force-reinstall soundfile"
     try:
         import soundfile
     except (ImportError, OSError) as error:
-        return Finding("audio formats", False, f"soundfile does not load: {error}", remedy)
+        return Diagnosis("audio formats", False, f"soundfile does not load: {error}", remedy)
     known = soundfile.available_formats()
     missing = [name for name in _FORMATS if name not in known]
     if "OPUS" not in soundfile.available_subtypes("OGG"):
         missing.append("OPUS")
     if missing:
-        return Finding("audio formats", False, f"libsndfile lacks {', '.join(missing)}", remedy)
+        return Diagnosis("audio formats", False, f"libsndfile lacks {', '.join(missing)}", remedy)
     more = ", m4a, webm" if find_spec("av") else ""
     detail = f"WAV, FLAC, MP3, OGG, Opus{more} (libsndfile {soundfile.__libsndfile_version__})"
-    return Finding("audio formats", True, detail)
+    return Diagnosis("audio formats", True, detail)
 
 
-def _gpu() -> Finding:
+def _gpu() -> Diagnosis:
     if sys.platform == "darwin" and platform.machine() == "arm64":
-        return Finding("gpu", True, "Apple silicon", required=False)
+        return Diagnosis("gpu", True, "Apple silicon", required=False)
     driver = Path("/proc/driver/nvidia/version").is_file() or shutil.which("nvidia-smi") is not None
     build = _torch_cuda()
     if driver and build is None:
         remedy = "install a CUDA build of torch: see https://pytorch.org/get-started/locally"
-        return Finding("gpu", False, "an NVIDIA driver is here, but this torch is built for the CPU", remedy, False)
+        return Diagnosis("gpu", False, "an NVIDIA driver is here, but this torch is built for the CPU", remedy, False)
     if driver:
-        return Finding("gpu", True, f"NVIDIA driver found, torch built for CUDA {build}", required=False)
-    return Finding("gpu", True, "none found; the CPU is used", required=False)
+        return Diagnosis("gpu", True, f"NVIDIA driver found, torch built for CUDA {build}", required=False)
+    return Diagnosis("gpu", True, "none found; the CPU is used", required=False)
 
 
 def _torch_cuda() -> str | None:
@@ -162,34 +162,36 @@ def _torch_cuda() -> str | None:
     return match.group(1) if match else None
 
 
-def _machine() -> Finding:
+def _machine() -> Diagnosis:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     detail = f"{platform.system()} {platform.machine()}, {cores} CPU cores"
     try:
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
     except (AttributeError, ValueError, OSError):  # not on every system
-        return Finding("machine", True, detail)
+        return Diagnosis("machine", True, detail)
     detail += f", {memory:.1f} GB memory"
     if memory < _MEMORY_GB:
-        return Finding("machine", False, detail, f"{_MEMORY_GB:.0f} GB of memory are needed to train", required=False)
-    return Finding("machine", True, detail)
+        return Diagnosis("machine", False, detail, f"{_MEMORY_GB:.0f} GB of memory are needed to train", required=False)
+    return Diagnosis("machine", True, detail)
 
 
-def _disk() -> Finding:
+def _disk() -> Diagnosis:
     free = shutil.disk_usage(Path.cwd()).free / 1e9
     detail = f"{free:.1f} GB free in this folder"
     if free < _FREE_GB:
-        return Finding("disk", False, detail, f"free {_FREE_GB:.0f} GB, or give --out on another disk", required=False)
-    return Finding("disk", True, detail)
+        return Diagnosis(
+            "disk", False, detail, f"free {_FREE_GB:.0f} GB, or give --out on another disk", required=False
+        )
+    return Diagnosis("disk", True, detail)
 
 
-def _shipped(name: str, folder: Path) -> Finding:
+def _shipped(name: str, folder: Path) -> Diagnosis:
     """A folder of the package's data, every byte of it."""
     try:
         digests = verify(folder)
     except BundleError as error:
-        return Finding(name, False, str(error), _REINSTALL)
-    return Finding(name, True, f"{len(digests)} files, {_megabytes(folder):.1f} MB, every SHA-256 as it should be")
+        return Diagnosis(name, False, str(error), _REINSTALL)
+    return Diagnosis(name, True, f"{len(digests)} files, {_megabytes(folder):.1f} MB, every SHA-256 as it should be")
 
 
 def _megabytes(folder: Path) -> float:

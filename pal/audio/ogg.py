@@ -36,7 +36,7 @@ _LONGEST_VORBIS = 8192
 
 
 @dataclass(frozen=True)
-class Page:
+class OggPage:
     """One page, checked by its own sum."""
 
     data: bytes
@@ -107,9 +107,9 @@ def declared(data: bytes) -> Declared:
     return replace(found[0], rest=tuple(found[1:]), doubt=doubts[0] if doubts else None)
 
 
-def _pages(data: bytes) -> tuple[list[Page], str | None]:
+def _pages(data: bytes) -> tuple[list[OggPage], str | None]:
     """All pages, and what is wrong with the end of the file."""
-    pages: list[Page] = []
+    pages: list[OggPage] = []
     offset = 0
     while offset < len(data):
         if data[offset : offset + 5] != b"OggS\0":
@@ -121,12 +121,12 @@ def _pages(data: bytes) -> tuple[list[Page], str | None]:
         page = data[offset:end]
         if _checksum(page[:22] + bytes(4) + page[26:]) != int.from_bytes(page[22:26], "little"):
             raise DecodeError(f"it is damaged: the Ogg page at byte {offset} has a wrong checksum")
-        pages.append(Page(page, int.from_bytes(page[18:22], "little")))
+        pages.append(OggPage(page, int.from_bytes(page[18:22], "little")))
         offset = end
     return pages, None
 
 
-def _tail(data: bytes, offset: int, pages: list[Page]) -> str | None:
+def _tail(data: bytes, offset: int, pages: list[OggPage]) -> str | None:
     """What the bytes behind the last page say."""
     rest = data[offset:]
     if b"OggS" in rest:
@@ -138,17 +138,17 @@ def _tail(data: bytes, offset: int, pages: list[Page]) -> str | None:
     return _needed(pages, f"it is cut or damaged: the last {len(rest)} bytes are no Ogg page")
 
 
-def _needed(pages: list[Page], fault: str) -> str:
+def _needed(pages: list[OggPage], fault: str) -> str:
     if not pages:
         raise DecodeError(fault)
     return fault
 
 
-def _links(pages: list[Page]) -> list[list[Page]]:
+def _links(pages: list[OggPage]) -> list[list[OggPage]]:
     """The pages of each link of a chain; a link begins with the first pages of its streams."""
     if not pages[0].flags & _FIRST:
         raise DecodeError("its beginning is missing: its first page starts no stream")
-    links: list[list[Page]] = []
+    links: list[list[OggPage]] = []
     for before, page in itertools.pairwise([None, *pages]):
         assert page is not None
         if page.flags & _FIRST and (before is None or not before.flags & _FIRST):
@@ -157,9 +157,9 @@ def _links(pages: list[Page]) -> list[list[Page]]:
     return links
 
 
-def _of_link(pages: list[Page]) -> Declared:
+def _of_link(pages: list[OggPage]) -> Declared:
     """The one sound stream of a link."""
-    streams: dict[bytes, list[Page]] = {}
+    streams: dict[bytes, list[OggPage]] = {}
     for page in pages:
         streams.setdefault(page.data[14:18], []).append(page)
     names = {serial: _codec(own[0].body) for serial, own in streams.items()}
@@ -189,7 +189,7 @@ def _codec(body: bytes) -> str:
     return f"a stream of an unknown kind ({body[:8].decode('ascii', 'replace')!r})"
 
 
-def _of_stream(pages: list[Page], name: str) -> Declared:
+def _of_stream(pages: list[OggPage], name: str) -> Declared:
     if name == "FLAC":
         packets = b"".join(page.body for page in pages)
         if packets[:5] == b"\x7fFLAC":  # a header of its own, then the header of a FLAC file
@@ -207,7 +207,7 @@ def _of_stream(pages: list[Page], name: str) -> Declared:
     raise DecodeError(f"its codec {name} is not read", "convert it: ffmpeg -i IN OUT.wav")
 
 
-def _of_vorbis(pages: list[Page]) -> Declared:
+def _of_vorbis(pages: list[OggPage]) -> Declared:
     if pages[-1].flags & _LAST:
         return Declared(None, payload=_joined(pages))
     # without the mark all of the last packet is sound, which libsndfile cuts where the page says it ends
@@ -221,7 +221,7 @@ def _of_vorbis(pages: list[Page]) -> Declared:
     return Declared(None, payload=_joined(longer), slack=0 if is_only else _LONGEST_VORBIS)
 
 
-def _of_opus(pages: list[Page]) -> Declared:
+def _of_opus(pages: list[OggPage]) -> Declared:
     """Opus as RFC 7845 has it: 48 kHz, whatever the header says of the rate before encoding.
 
     libsndfile lowers its rate to that of the header, and believes positions that do not fit the packets. It gets pages
@@ -274,7 +274,7 @@ def _of_opus(pages: list[Page]) -> Declared:
     return Declared(frames, opus.RATE, head.channels, payload=_joined(new), doubt=doubt)
 
 
-def _joined(pages: list[Page]) -> bytes:
+def _joined(pages: list[OggPage]) -> bytes:
     return b"".join(page.data for page in pages)
 
 

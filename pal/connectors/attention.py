@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 
-class Attention(nn.Module):
+class MultiHeadAttention(nn.Module):
     """Multi-head attention of queries to keys of another width."""
 
     def __init__(self, width: int, key_width: int, heads: int) -> None:

@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from pal.config import StrictConfig
-from pal.connectors.attention import Attention, heads_of, sinusoids
+from pal.connectors.attention import MultiHeadAttention, heads_of, sinusoids
 from pal.connectors.base import Connector
 from pal.errors import ConfigError
 from pal.registry import register
@@ -67,7 +67,7 @@ class LFST(Connector):
         self.latent_E = nn.Parameter(torch.randn(config.width) * 0.02)
         self.enter = nn.ModuleList(nn.Sequential(nn.LayerNorm(w), nn.Linear(w, config.width)) for w in in_widths)
         self.layers = nn.ModuleList(
-            _Layer(config.width, heads, config.hidden or 4 * config.width) for _ in range(config.layers)
+            _LFSTLayer(config.width, heads, config.hidden or 4 * config.width) for _ in range(config.layers)
         )
         self.norm = nn.LayerNorm(config.width)
 
@@ -145,14 +145,14 @@ def _times(first: int, last: int, step: float) -> Tensor:
     return (torch.arange(first, last, dtype=torch.float64) + 0.5) * step
 
 
-class _Layer(nn.Module):
+class _LFSTLayer(nn.Module):
     """Cross-attention and a feed-forward network, norms before each."""
 
     def __init__(self, width: int, heads: int, hidden: int) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(width)
         self.key_norm = nn.LayerNorm(width)
-        self.attention = Attention(width, width, heads)
+        self.attention = MultiHeadAttention(width, width, heads)
         self.ffn = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width))
 
     def forward(self, x_BQE: Tensor, keys_BKE: Tensor, seen_BQK: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pal.config import StrictConfig
-from pal.connectors.attention import Attention, heads_of, sinusoids
+from pal.connectors.attention import MultiHeadAttention, heads_of, sinusoids
 from pal.connectors.base import Connector
 from pal.errors import ConfigError
 from pal.registry import register
@@ -71,7 +71,7 @@ class QFormer(Connector):
         self.query_norm = nn.LayerNorm(self.width)
         self.audio_norm = nn.LayerNorm(in_width)
         self.blocks = nn.ModuleList(
-            _Block(
+            _QFormerLayer(
                 self.width,
                 heads,
                 hidden,
@@ -110,16 +110,16 @@ class QFormer(Connector):
         return AudioFeatures(s_WSE.reshape(batch, -1, self.width), lengths, seconds)
 
 
-class _Block(nn.Module):
+class _QFormerLayer(nn.Module):
     """One BERT layer, norms after the sums: self-attention, cross-attention where it has one, feed-forward."""
 
     def __init__(self, width: int, heads: int, hidden: int, dropout: float, audio_width: int | None) -> None:
         super().__init__()
-        self.self_attention = Attention(width, width, heads)
+        self.self_attention = MultiHeadAttention(width, width, heads)
         self.self_norm = nn.LayerNorm(width)
         self.cross_attention = None
         if audio_width is not None:
-            self.cross_attention = Attention(width, audio_width, heads)
+            self.cross_attention = MultiHeadAttention(width, audio_width, heads)
             self.cross_norm = nn.LayerNorm(width)
         self.ffn = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width))
         self.ffn_norm = nn.LayerNorm(width)

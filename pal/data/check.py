@@ -43,7 +43,7 @@ _WIDEST = 1000
 
 
 @dataclass
-class Fault:
+class UnusableItem:
     """A record or clip that cannot be used."""
 
     where: str
@@ -52,7 +52,7 @@ class Fault:
 
 
 @dataclass
-class Seconds:
+class Durations:
     """Durations of the clips that could be read."""
 
     min: float
@@ -62,7 +62,7 @@ class Seconds:
 
 
 @dataclass
-class Report:
+class ManifestReport:
     """What `check` found."""
 
     manifest: str
@@ -73,18 +73,18 @@ class Report:
     clips_read: int
     complete: bool
     """False when the check was interrupted."""
-    seconds: Seconds | None
+    seconds: Durations | None
     """None when no clip could be read."""
     datasets: dict[str, int]
     answers: dict[str, dict[str, int]]
     """Per task, how often each answer comes, most frequent first."""
     tags: dict[str, int]
-    bad: list[Fault] = field(default_factory=list)
+    bad: list[UnusableItem] = field(default_factory=list)
     bad_records: list[int] = field(default_factory=list)
     """Which of the records cannot be used, counted from 0."""
     bad_clips: list[str] = field(default_factory=list)
     """Paths of the clips that cannot be read."""
-    notes: list[Fault] = field(default_factory=list)
+    notes: list[UnusableItem] = field(default_factory=list)
     """With `read_to_end`: clips that were taken as far as they go, and why their length could not be checked."""
     example: str | None = None
     """One record as the model sees it, what is trained between ⟦ and ⟧; None without a tokenizer."""
@@ -138,7 +138,7 @@ def check(
     root: str | Path | None = None,
     progress: bool = True,
     read_to_end: bool = False,
-) -> Report:
+) -> ManifestReport:
     """Read every record and every clip of a manifest.
 
     Args:
@@ -155,10 +155,10 @@ def check(
         ManifestError: the file cannot be divided into records. Faulty records are listed instead.
     """
     records = Manifest(manifest, root)
-    bad: list[Fault] = []
+    bad: list[UnusableItem] = []
     bad_records: list[int] = []
     bad_clips: list[str] = []
-    notes: list[Fault] = []
+    notes: list[UnusableItem] = []
     example = None
     ids: dict[str, int] = {}
     # An answer counts under its task; keys keep the order in which they came.
@@ -175,12 +175,12 @@ def check(
                 tokens = None if tokenizer is None else _encoded(tokenizer, record)
             except (ManifestError, PromptError) as error:
                 where = records.where(at)
-                bad.append(Fault(where, str(error).removeprefix(f"{records.path}, {where}: ")))
+                bad.append(UnusableItem(where, str(error).removeprefix(f"{records.path}, {where}: ")))
                 bad_records.append(at)
                 continue
             if record.id in ids:
                 other = records.where(ids[record.id])
-                bad.append(Fault(records.where(at), f"id '{record.id}' is taken by {other}"))
+                bad.append(UnusableItem(records.where(at), f"id '{record.id}' is taken by {other}"))
                 bad_records.append(at)
             ids.setdefault(record.id, at)
             if example is None and tokenizer is not None and tokens is not None:
@@ -195,16 +195,16 @@ def check(
         for path, outcome in _read_all(list(clips), progress, read_to_end):
             read += 1
             if isinstance(outcome, str):
-                bad.append(Fault(path, outcome))
+                bad.append(UnusableItem(path, outcome))
                 bad_clips.append(path)
                 continue
             durations.append(outcome.seconds)
             if outcome.note is not None:
-                notes.append(Fault(path, outcome.note))
+                notes.append(UnusableItem(path, outcome.note))
         complete = True
     except KeyboardInterrupt:
         complete = False
-    return Report(
+    return ManifestReport(
         manifest=str(manifest),
         digest=records.digest,
         records=len(records),
@@ -265,10 +265,10 @@ def _read(path: str, read_to_end: bool) -> _Clip | str:
         return str(error).removeprefix("clip: ")
 
 
-def _summary(durations: array[float]) -> Seconds | None:
+def _summary(durations: array[float]) -> Durations | None:
     if not durations:
         return None
-    return Seconds(min(durations), statistics.median(durations), max(durations), sum(durations))
+    return Durations(min(durations), statistics.median(durations), max(durations), sum(durations))
 
 
 def _listed(counts: dict[str, Any]) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from pal.data.check import Report
+from pal.data.check import ManifestReport
 from pal.data.manifest import Manifest, portable
 from pal.data.tables import lines_of
 from pal.errors import ConfigError, ManifestError
@@ -44,7 +44,9 @@ def check_out(out: Path, manifest: str | Path) -> None:
         raise ConfigError(f"{out}: is the manifest that is checked, which stays as it is; give another file")
 
 
-def write_clean(manifest: str | Path, report: Report, out: str | Path, root: str | Path | None = None) -> Cleaned:
+def write_clean(
+    manifest: str | Path, report: ManifestReport, out: str | Path, root: str | Path | None = None
+) -> Cleaned:
     """Write the records that can be used, as they stand in the manifest and in their order, whole or not at all.
 
     JSON Lines stay JSON Lines, a list a list. Where paths are relative to the manifest's folder and `out` lies in
@@ -101,7 +103,7 @@ def _moved(text: bytes, records: Manifest, folder: Path) -> bytes:
         return json.dumps(raw).encode()
 
 
-def write_bad(report: Report, out: str | Path) -> int:
+def write_bad(report: ManifestReport, out: str | Path) -> int:
     """Write the clips that cannot be read, one path a line, for `skip_clips` of a recipe; gives their number.
 
     A path that a line cannot hold as it is, such as one with a line break, is written as a JSON string.

@@ -21,17 +21,17 @@ OPUS = encoded(sound(48_000, 2.5), 48_000, "OGG", "OPUS")
 NO_PACKET = (1 << 64) - 1
 
 
-def pages_of(data: bytes) -> list[ogg.Page]:
+def pages_of(data: bytes) -> list[ogg.OggPage]:
     pages, start = [], 0
     while start < len(data):
         segments = data[start + 26]
         end = start + 27 + segments + sum(data[start + 27 : start + 27 + segments])
-        pages.append(ogg.Page(data[start:end], int.from_bytes(data[start + 18 : start + 22], "little")))
+        pages.append(ogg.OggPage(data[start:end], int.from_bytes(data[start + 18 : start + 22], "little")))
         start = end
     return pages
 
 
-def joined(pages: list[ogg.Page]) -> bytes:
+def joined(pages: list[ogg.OggPage]) -> bytes:
     return b"".join(page.data for page in pages)
 
 
@@ -48,9 +48,9 @@ def with_head(data: bytes, at: int, field: bytes) -> bytes:
     return joined([first.changed(body=body[:at] + field + body[at + len(field) :]), *rest])
 
 
-def of_serial(data: bytes, serial: int) -> list[ogg.Page]:
+def of_serial(data: bytes, serial: int) -> list[ogg.OggPage]:
     return [
-        ogg.Page(page.data[:14] + serial.to_bytes(4, "little") + page.data[18:], page.number).changed()
+        ogg.OggPage(page.data[:14] + serial.to_bytes(4, "little") + page.data[18:], page.number).changed()
         for page in pages_of(data)
     ]
 
@@ -75,11 +75,11 @@ def flac_in_ogg(samples: np.ndarray = SOUND, total: bool = True) -> bytes:
     return joined(pages)
 
 
-def page(body: bytes, number: int, flags: int, granule: int, ends: bool = True) -> ogg.Page:
+def page(body: bytes, number: int, flags: int, granule: int, ends: bool = True) -> ogg.OggPage:
     lengths = [255] * (len(body) // 255) + ([len(body) % 255] if ends else [])
     body = body if ends else body[: 255 * len(lengths)]
     head = b"OggS\0" + bytes([flags]) + granule.to_bytes(8, "little") + b"abcd" + number.to_bytes(4, "little")
-    return ogg.Page(head + bytes(4) + bytes([len(lengths), *lengths]) + body, number).changed()
+    return ogg.OggPage(head + bytes(4) + bytes([len(lengths), *lengths]) + body, number).changed()
 
 
 @pytest.mark.parametrize("rate", [0, 1, 8_000, 12_000, 16_000, 24_000, 44_100, 48_000, 96_000, 4_000_000_000])
@@ -263,7 +263,7 @@ def test_no_change_of_bytes_raises_anything_else(data: st.DataObject) -> None:
             data.draw(st.integers(0, 255))
         )
     mended = data.draw(st.booleans()) and changed[:5] == b"OggS\0"  # with the right checksum it goes deeper
-    pages[place] = ogg.Page(bytes(changed), 0).changed() if mended else ogg.Page(bytes(changed), 0)
+    pages[place] = ogg.OggPage(bytes(changed), 0).changed() if mended else ogg.OggPage(bytes(changed), 0)
     for read_to_end in (False, True):
         try:
             load(joined(pages), RATE, read_to_end=read_to_end)

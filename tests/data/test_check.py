@@ -8,7 +8,7 @@ import pytest
 import soundfile
 
 import pal.audio
-from pal.data.check import Fault, check, marked
+from pal.data.check import UnusableItem, check, marked
 from pal.data.manifest import Record, Turn, write_manifest
 from pal.errors import ManifestError
 from pal.types import AUDIO, IGNORE, TagSpan, Tokens
@@ -90,7 +90,7 @@ def test_records_that_cannot_be_tokenised_are_bad(good, make_tokenizer):
     refuses = make_tokenizer(["</s>"], "{{ raise_exception('no: never') }}", eos_token="</s>")
     report = check(good, refuses)
     assert report.bad == [
-        Fault(f"line {at}", "the chat template refuses this conversation: no: never") for at in (1, 2, 3, 4)
+        UnusableItem(f"line {at}", "the chat template refuses this conversation: no: never") for at in (1, 2, 3, 4)
     ]
 
 

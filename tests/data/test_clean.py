@@ -10,7 +10,7 @@ import soundfile
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pal.data.check import Report, check
+from pal.data.check import ManifestReport, check
 from pal.data.clean import Cleaned, check_out, read_clips, write_bad, write_clean
 from pal.data.manifest import Manifest
 from pal.errors import ConfigError, ManifestError
@@ -146,8 +146,8 @@ def test_any_path_comes_back_from_the_list(tmp_path_factory: pytest.TempPathFact
     assert [clip for _, clip in read_clips(out)] == paths
 
 
-def report(clips: list[str]) -> Report:
-    return Report("m", "", 1, 1, 1, True, None, {}, {}, {}, bad_clips=clips)
+def report(clips: list[str]) -> ManifestReport:
+    return ManifestReport("m", "", 1, 1, 1, True, None, {}, {}, {}, bad_clips=clips)
 
 
 def test_lists_by_hand(tmp_path: Path) -> None:

@@ -11,7 +11,16 @@ import soundfile
 from pal.data.manifest import Manifest
 from pal.data.synth import synthesise
 from pal.data.synth.events import KINDS, active_rms, render
-from pal.data.synth.questions import LOUDER_DB, SEMITONES, TASKS, Chooser, Question, candidates, caption, question_rng
+from pal.data.synth.questions import (
+    LOUDER_DB,
+    SEMITONES,
+    TASKS,
+    Chooser,
+    SceneQuestion,
+    candidates,
+    caption,
+    question_rng,
+)
 from pal.data.synth.scene import OVERLAP, REGISTERS, Event, Scene, plan, sound
 from pal.data.synth.waves import RATE
 from pal.errors import ConfigError
@@ -19,19 +28,19 @@ from pal.errors import ConfigError
 SECONDS = 4.0
 
 
-def questions_of(seed: int, scenes: int, number: int = 6, seconds: float = SECONDS) -> list[Question]:
+def questions_of(seed: int, scenes: int, number: int = 6, seconds: float = SECONDS) -> list[SceneQuestion]:
     chooser = Chooser()
     plans = [plan(seed, index, seconds) for index in range(scenes)]
     return [question for scene in plans for question in chooser.choose(scene, number, question_rng(scene))]
 
 
 @pytest.fixture(scope="module")
-def train() -> list[Question]:
+def train() -> list[SceneQuestion]:
     return questions_of(1, 1500)
 
 
 @pytest.fixture(scope="module")
-def held_out() -> list[Question]:
+def held_out() -> list[SceneQuestion]:
     return questions_of(2, 800)
 
 
@@ -266,26 +275,28 @@ def test_answers_of_a_form_are_equally_frequent(train):
             assert len(counts) == len(KINDS) and max(counts.values()) <= 2.2 * even, (form, counts)
 
 
-def by_form(question: Question) -> Hashable:
+def by_form(question: SceneQuestion) -> Hashable:
     """What a listener to the template knows: the way of asking, with the kinds struck out."""
     return question.form
 
 
-def by_text(question: Question) -> Hashable:
+def by_text(question: SceneQuestion) -> Hashable:
     """The exact words."""
     return question.text
 
 
-def by_mention(question: Question) -> Hashable:
+def by_mention(question: SceneQuestion) -> Hashable:
     """The form and the last kind that is named, whatever the paraphrase."""
     words = question.text.lower().rstrip("?.").split()
     return question.form, next((word for word in reversed(words) if word in KINDS), "")
 
 
-def guess(train: list[Question], held_out: list[Question], key: Callable[[Question], Hashable], place: bool):
+def guess(
+    train: list[SceneQuestion], held_out: list[SceneQuestion], key: Callable[[SceneQuestion], Hashable], place: bool
+):
     """Accuracy per task of the majority answer (or the majority place among the choices), with chance."""
 
-    def answer_of(question: Question) -> object:
+    def answer_of(question: SceneQuestion) -> object:
         assert question.choices is not None
         return question.choices.index(question.answer) if place else question.answer
 

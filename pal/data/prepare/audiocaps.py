@@ -19,7 +19,7 @@ QUESTIONS = (
 )
 
 
-class Options(StrictConfig):
+class AudioCapsOptions(StrictConfig):
     """Which clips, and how they are asked about."""
 
     split: Literal["train", "val", "test"] = "train"
@@ -30,8 +30,8 @@ class Options(StrictConfig):
     """What to do about listed clips that are not there; some videos can no longer be had."""
 
 
-@dataset("audiocaps", Options)
-def audiocaps(root: Path, options: Options) -> Iterator[Record]:
+@dataset("audiocaps", AudioCapsOptions)
+def audiocaps(root: Path, options: AudioCapsOptions) -> Iterator[Record]:
     """One record a caption.
 
     `SPLIT.csv`, in the folder or in `dataset/`, has audiocap_id, youtube_id, start_time and caption. A

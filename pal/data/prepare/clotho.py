@@ -12,7 +12,7 @@ from pal.data.prepare.audiocaps import QUESTIONS
 from pal.data.tables import find_clip
 
 
-class Options(StrictConfig):
+class ClothoOptions(StrictConfig):
     """Which clips, and how they are asked about."""
 
     split: Literal["development", "validation", "evaluation"] = "development"
@@ -21,8 +21,8 @@ class Options(StrictConfig):
     """Vary the question from caption to caption, for training."""
 
 
-@dataset("clotho", Options)
-def clotho(root: Path, options: Options) -> Iterator[Record]:
+@dataset("clotho", ClothoOptions)
+def clotho(root: Path, options: ClothoOptions) -> Iterator[Record]:
     """One record a caption, five a clip."""
     table = root / f"clotho_captions_{options.split}.csv"
     captions = tuple(f"caption_{number}" for number in range(1, 6))

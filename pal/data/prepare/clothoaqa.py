@@ -14,7 +14,7 @@ from pal.data.prepare import dataset
 from pal.data.tables import find_clip
 
 
-class Options(StrictConfig):
+class ClothoAQAOptions(StrictConfig):
     """Which questions."""
 
     split: Literal["train", "val", "test"] = "train"
@@ -23,8 +23,8 @@ class Options(StrictConfig):
     """How many of the three must have given the answer; questions with less are left out."""
 
 
-@dataset("clothoaqa", Options)
-def clothoaqa(root: Path, options: Options) -> Iterator[Record]:
+@dataset("clothoaqa", ClothoAQAOptions)
+def clothoaqa(root: Path, options: ClothoAQAOptions) -> Iterator[Record]:
     """One record a question that enough people answered alike, with their answer; the audio is in `audio_files/`."""
     table = root / f"clotho_aqa_{options.split}.csv"
     columns = ("file_name", "QuestionText", "answer", "confidence")

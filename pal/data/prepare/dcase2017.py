@@ -28,7 +28,7 @@ QUESTIONS = (
 _FOLDED = {label.lower().replace(",", ""): label for label in LABELS}
 
 
-class Options(StrictConfig):
+class DCASE2017Options(StrictConfig):
     """Which clips, and how they are asked about."""
 
     split: Literal["training", "testing", "evaluation"] = "training"
@@ -37,8 +37,8 @@ class Options(StrictConfig):
     """Vary the question from clip to clip, for training."""
 
 
-@dataset("dcase2017", Options)
-def dcase2017(root: Path, options: Options) -> Iterator[Record]:
+@dataset("dcase2017", DCASE2017Options)
+def dcase2017(root: Path, options: DCASE2017Options) -> Iterator[Record]:
     """One record a clip: its labels, joined by "; " in the order of `LABELS`, and when each sounds where that is known.
 
     The table is `groundtruth_{strong,weak}_label_SPLIT_set.csv`, in the folder or in `metadata/`: tab

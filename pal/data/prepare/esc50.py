@@ -21,7 +21,7 @@ QUESTIONS = (
 _COLUMNS = ("filename", "fold", "category")
 
 
-class Options(StrictConfig):
+class ESC50Options(StrictConfig):
     """Which clips, and how they are asked about."""
 
     folds: str | None = None
@@ -32,8 +32,8 @@ class Options(StrictConfig):
     """Vary the question from clip to clip, for training."""
 
 
-@dataset("esc50", Options)
-def esc50(root: Path, options: Options) -> Iterator[Record]:
+@dataset("esc50", ESC50Options)
+def esc50(root: Path, options: ESC50Options) -> Iterator[Record]:
     """One record a clip: what sound it is, out of the categories of the table (all folds')."""
     table = first_file(root, ("esc50.csv", "meta/esc50.csv"), "ESC-50's main folder")
     rows = tables.rows(table, _COLUMNS, "ESC-50")

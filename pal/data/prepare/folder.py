@@ -16,7 +16,7 @@ from pal.errors import ManifestError
 from pal.types import TagSpan
 
 
-class Options(StrictConfig):
+class FolderOptions(StrictConfig):
     """What is asked, and which share of the clips is taken."""
 
     question: str = "What sound is this?"
@@ -27,8 +27,8 @@ class Options(StrictConfig):
     """Of the clips, about."""
 
 
-@dataset("folder", Options)
-def folder(root: Path, options: Options) -> Iterator[Record]:
+@dataset("folder", FolderOptions)
+def folder(root: Path, options: FolderOptions) -> Iterator[Record]:
     """One record a clip: which label its folder has."""
     clips = files_in(root, "*/*", SUFFIXES)
     labels = tuple(sorted({_label(path) for path in clips}))

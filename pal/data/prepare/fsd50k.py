@@ -19,7 +19,7 @@ QUESTIONS = (
 )
 
 
-class Options(StrictConfig):
+class FSD50KOptions(StrictConfig):
     """Which clips, and how they are asked about."""
 
     split: Literal["train", "val", "eval"] = "train"
@@ -34,8 +34,8 @@ def vocabulary(root: Path) -> tuple[str, ...]:
     return tuple(_words(row["label"]) for row in tables.rows(table, ("index", "label", "mid"), "FSD50K", header=False))
 
 
-@dataset("fsd50k", Options)
-def fsd50k(root: Path, options: Options) -> Iterator[Record]:
+@dataset("fsd50k", FSD50KOptions)
+def fsd50k(root: Path, options: FSD50KOptions) -> Iterator[Record]:
     """One record a clip: its labels joined by "; ", in the table's order.
 
     `FSD50K.ground_truth/` holds the tables, `FSD50K.dev_audio/` and `FSD50K.eval_audio/` the clips.

@@ -24,7 +24,7 @@ QUESTIONS = (
 _NAME = re.compile(r"(\d)_([^_]+)_(\d+)")
 
 
-class Options(StrictConfig):
+class FSDDOptions(StrictConfig):
     """Which clips, and how they are asked about."""
 
     speakers: str | None = None
@@ -35,8 +35,8 @@ class Options(StrictConfig):
     """Vary the question from clip to clip, for training."""
 
 
-@dataset("fsdd", Options)
-def fsdd(root: Path, options: Options) -> Iterator[Record]:
+@dataset("fsdd", FSDDOptions)
+def fsdd(root: Path, options: FSDDOptions) -> Iterator[Record]:
     """One record a clip: which digit is spoken."""
     folder = root / "recordings" if (root / "recordings").is_dir() else root
     clips = {path: _NAME.fullmatch(path.stem) for path in files_in(folder, "*.wav")}

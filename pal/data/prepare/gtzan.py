@@ -19,15 +19,15 @@ QUESTIONS = (
 )
 
 
-class Options(StrictConfig):
+class GTZANOptions(StrictConfig):
     """How the clips are asked about."""
 
     paraphrase: bool = False
     """Vary the question from clip to clip, for training."""
 
 
-@dataset("gtzan", Options)
-def gtzan(root: Path, options: Options) -> Iterator[Record]:
+@dataset("gtzan", GTZANOptions)
+def gtzan(root: Path, options: GTZANOptions) -> Iterator[Record]:
     """One record a clip: the genre whose folder it lies in, below `genres/`, `genres_original/` or `root` itself."""
     places = [root / "genres", root / "genres_original", root]
     folder = next((place for place in places if all((place / genre).is_dir() for genre in GENRES)), None)

@@ -16,7 +16,7 @@ QUESTIONS = (
 )
 
 
-class Options(StrictConfig):
+class LibriSpeechOptions(StrictConfig):
     """Which utterances, and how they are asked about."""
 
     split: str = "train-clean-100"
@@ -25,8 +25,8 @@ class Options(StrictConfig):
     """Vary the question from utterance to utterance, for training."""
 
 
-@dataset("librispeech", Options)
-def librispeech(root: Path, options: Options) -> Iterator[Record]:
+@dataset("librispeech", LibriSpeechOptions)
+def librispeech(root: Path, options: LibriSpeechOptions) -> Iterator[Record]:
     """One record an utterance, by the `*.trans.txt` of `SPLIT/SPEAKER/CHAPTER/`; answers in lower case."""
     base = root / "LibriSpeech" if (root / "LibriSpeech").is_dir() else root
     for split in (part.strip() for part in options.split.split(",")):

@@ -18,7 +18,7 @@ QUESTIONS = (
 )
 
 
-class Options(StrictConfig):
+class MusicCapsOptions(StrictConfig):
     """Which clips, and how they are asked about."""
 
     split: Literal["train", "eval"] = "train"
@@ -29,8 +29,8 @@ class Options(StrictConfig):
     """What to do about listed clips that are not there; some videos can no longer be had."""
 
 
-@dataset("musiccaps", Options)
-def musiccaps(root: Path, options: Options) -> Iterator[Record]:
+@dataset("musiccaps", MusicCapsOptions)
+def musiccaps(root: Path, options: MusicCapsOptions) -> Iterator[Record]:
     """One record a clip, by `musiccaps-public.csv`; a clip is `YTID` or `[YTID]-[START-END]`, in `audio/` or here."""
     table = root / "musiccaps-public.csv"
     columns = ("ytid", "start_s", "end_s", "caption", "is_audioset_eval")

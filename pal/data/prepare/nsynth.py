@@ -32,7 +32,7 @@ QUESTIONS = {
 _CHOICES = {"family": FAMILIES, "source": SOURCES}
 
 
-class Options(StrictConfig):
+class NSynthOptions(StrictConfig):
     """Which notes, and what is asked about them."""
 
     split: Literal["train", "valid", "test"] = "train"
@@ -43,8 +43,8 @@ class Options(StrictConfig):
     """Vary the question from note to note, for training."""
 
 
-@dataset("nsynth", Options)
-def nsynth(root: Path, options: Options) -> Iterator[Record]:
+@dataset("nsynth", NSynthOptions)
+def nsynth(root: Path, options: NSynthOptions) -> Iterator[Record]:
     """One record a note, in the order of the names; `root` holds `nsynth-SPLIT/` or is that folder."""
     table = first_file(
         root, (f"nsynth-{options.split}/examples.json", "examples.json"), f"the folder with nsynth-{options.split}"

@@ -14,7 +14,7 @@ from pal.errors import ManifestError
 from pal.types import TagSpan
 
 
-class Options(StrictConfig):
+class VGGSoundOptions(StrictConfig):
     """Which clips, and how they are asked about."""
 
     split: Literal["train", "test"] = "train"
@@ -27,8 +27,8 @@ class Options(StrictConfig):
     """What to do about listed clips that are not there; many videos can no longer be had."""
 
 
-@dataset("vggsound", Options)
-def vggsound(root: Path, options: Options) -> Iterator[Record]:
+@dataset("vggsound", VGGSoundOptions)
+def vggsound(root: Path, options: VGGSoundOptions) -> Iterator[Record]:
     """One record a clip: its label.
 
     `vggsound.csv` holds ytid, start, label, split without a heading. A clip is `YTID_000012`, `YTID_12`

@@ -324,7 +324,7 @@ def thunder(rng: Rng, n: int, hz: float) -> Signal:
 
 
 @dataclass(frozen=True)
-class Kind:
+class SoundKind:
     """One kind of event: its noun, how to speak of it, and how it sounds."""
 
     name: str
@@ -346,30 +346,30 @@ class Kind:
     """Takes an article in captions."""
 
 
-KINDS: dict[str, Kind] = {
+KINDS: dict[str, SoundKind] = {
     kind.name: kind
     for kind in (
-        Kind("piano", "a piano", piano, "piano note", 0.7, 1.3, musical=True),
-        Kind("guitar", "a guitar", guitar, "guitar note", 0.6, 1.2, musical=True),
-        Kind("flute", "a flute", flute, "flute note", 0.6, 1.2, musical=True),
-        Kind("organ", "an organ", organ, "organ note", 0.6, 1.2, musical=True),
-        Kind("bell", "a bell", bell, "bell note", 0.7, 1.3, musical=True),
-        Kind("siren", "a siren", siren, "siren", 0.8, 1.3),
-        Kind("alarm", "an alarm", alarm, "alarm", 0.6, 1.2),
-        Kind("telephone", "a telephone", telephone, "telephone ring", 0.7, 1.2),
-        Kind("engine", "an engine", engine, "engine", 0.7, 1.3),
-        Kind("knocking", "knocking", knocking, "knocking", 0.5, 1.0, countable=False),
-        Kind("footsteps", "footsteps", footsteps, "footsteps", 0.8, 1.3, plural=True, countable=False),
-        Kind("clapping", "clapping", clapping, "clapping", 0.6, 1.2, countable=False),
-        Kind("drum", "a drum", drum, "drum", 0.5, 1.2),
-        Kind("dog", "a dog", dog, "dog bark", 0.5, 1.1),
-        Kind("cat", "a cat", cat, "cat meow", 0.6, 1.1),
-        Kind("bird", "a bird", bird, "bird song", 0.5, 1.2),
-        Kind("speech", "speech", speech, "speech", 0.7, 1.3, countable=False),
-        Kind("wind", "wind", wind, "wind", 0.8, 1.3, countable=False),
-        Kind("rain", "rain", rain, "rain", 0.7, 1.3, countable=False),
-        Kind("static", "static", static, "static", 0.5, 1.1, countable=False),
-        Kind("thunder", "thunder", thunder, "thunder", 0.8, 1.3, countable=False),
+        SoundKind("piano", "a piano", piano, "piano note", 0.7, 1.3, musical=True),
+        SoundKind("guitar", "a guitar", guitar, "guitar note", 0.6, 1.2, musical=True),
+        SoundKind("flute", "a flute", flute, "flute note", 0.6, 1.2, musical=True),
+        SoundKind("organ", "an organ", organ, "organ note", 0.6, 1.2, musical=True),
+        SoundKind("bell", "a bell", bell, "bell note", 0.7, 1.3, musical=True),
+        SoundKind("siren", "a siren", siren, "siren", 0.8, 1.3),
+        SoundKind("alarm", "an alarm", alarm, "alarm", 0.6, 1.2),
+        SoundKind("telephone", "a telephone", telephone, "telephone ring", 0.7, 1.2),
+        SoundKind("engine", "an engine", engine, "engine", 0.7, 1.3),
+        SoundKind("knocking", "knocking", knocking, "knocking", 0.5, 1.0, countable=False),
+        SoundKind("footsteps", "footsteps", footsteps, "footsteps", 0.8, 1.3, plural=True, countable=False),
+        SoundKind("clapping", "clapping", clapping, "clapping", 0.6, 1.2, countable=False),
+        SoundKind("drum", "a drum", drum, "drum", 0.5, 1.2),
+        SoundKind("dog", "a dog", dog, "dog bark", 0.5, 1.1),
+        SoundKind("cat", "a cat", cat, "cat meow", 0.6, 1.1),
+        SoundKind("bird", "a bird", bird, "bird song", 0.5, 1.2),
+        SoundKind("speech", "speech", speech, "speech", 0.7, 1.3, countable=False),
+        SoundKind("wind", "wind", wind, "wind", 0.8, 1.3, countable=False),
+        SoundKind("rain", "rain", rain, "rain", 0.7, 1.3, countable=False),
+        SoundKind("static", "static", static, "static", 0.5, 1.1, countable=False),
+        SoundKind("thunder", "thunder", thunder, "thunder", 0.8, 1.3, countable=False),
     )
 }
 """Every kind of event by name; the names are the answers of "what" questions."""

@@ -64,7 +64,7 @@ PARAPHRASES: dict[str, tuple[str, ...]] = {
 
 
 @dataclass(frozen=True)
-class Question:
+class SceneQuestion:
     """A question with its one right answer."""
 
     task: str
@@ -161,7 +161,7 @@ class Chooser:
         self.answers: Counter[tuple[str, str]] = Counter()
         self.subjects: Counter[tuple[str, str, str]] = Counter()
 
-    def choose(self, scene: Scene, number: int, rng: Rng) -> list[Question]:
+    def choose(self, scene: Scene, number: int, rng: Rng) -> list[SceneQuestion]:
         """Up to `number` different questions about the scene, in random order."""
         pool = list(candidates(scene))
         pool = [pool[i] for i in rng.permutation(len(pool))]  # ties fall to chance
@@ -202,7 +202,7 @@ def _answers(candidate: Candidate) -> tuple[str, ...]:
     return candidate.choices or (candidate.balance,)
 
 
-def worded(candidate: Candidate, paraphrase: int = 0) -> Question:
+def worded(candidate: Candidate, paraphrase: int = 0) -> SceneQuestion:
     """The candidate in the words of one of its form's `PARAPHRASES`."""
     words = {}
     if candidate.first:
@@ -213,7 +213,7 @@ def worded(candidate: Candidate, paraphrase: int = 0) -> Question:
     if candidate.second:
         words["b"] = f"the {candidate.second}"
     text = PARAPHRASES[candidate.form][paraphrase].format(**words)
-    return Question(candidate.task, text, candidate.answer, candidate.choices, candidate.form)
+    return SceneQuestion(candidate.task, text, candidate.answer, candidate.choices, candidate.form)
 
 
 def spans(scene: Scene) -> list[tuple[str, float, float]]:
