@@ -256,9 +256,9 @@ def test_nothing_after_an_integration_asks_which_it_is():
     """The contract: outside their own package no code compares names or classes of integrations."""
     import pal.backbone.llm
     import pal.model
-    import pal.train.loop
+    import pal.train.trainer
 
-    for module in (pal.model, pal.backbone.llm, pal.train.loop):
+    for module in (pal.model, pal.backbone.llm, pal.train.trainer):
         source = inspect.getsource(module)
         for name in ("PLITS", "LAL", "Hybrid", '"plits"', '"lal"'):
             assert name not in source.replace("integrations with LAL", ""), f"{module.__name__} mentions {name}"

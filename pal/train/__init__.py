@@ -1,20 +1,32 @@
-"""Staged training from a recipe: `run(load_recipe("recipes/tiny.yaml"), out="runs/tiny")`."""
+"""Staged training from a recipe: `run(load_recipe("recipes/tiny.yaml"), out="runs/tiny")`.
+
+`Trainer` does the same step by step: `for step in Trainer(recipe, out).steps(): ...`.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pal.model import PalModel
     from pal.train.recipe import Recipe
+    from pal.train.trainer import Trainer
 
-__all__ = ["run"]
+__all__ = ["Trainer", "run"]
+
+
+def __getattr__(name: str) -> Any:
+    # Imported here: reading a recipe must not cost an import of torch.
+    if name == "Trainer":
+        from pal.train.trainer import Trainer
+
+        return Trainer
+    raise AttributeError(f"module 'pal.train' has no attribute '{name}'")
 
 
 def run(recipe: Recipe, out: str | Path, resume: bool = False, overwrite: bool = False) -> PalModel:
-    """Train what `recipe` describes into the folder `out`; see `pal.train.loop.run`."""
-    # Imported here: reading a recipe must not cost an import of torch.
-    from pal.train.loop import run as train
+    """Train what `recipe` describes into the folder `out`; see `pal.train.trainer.run`."""
+    from pal.train.trainer import run as train
 
     return train(recipe, Path(out), resume=resume, overwrite=overwrite)

@@ -22,8 +22,8 @@ from pal.model import PalModel
 from pal.model_config import ModelConfig, Part
 from pal.registry import toy
 from pal.train import stages
-from pal.train.loop import run
 from pal.train.recipe import PARTS, BatchSize, Keeping, Recipe, Source, Stage, SynthSource
+from pal.train.trainer import run
 
 STEPS = 2
 """Of each stage: the second step is the first whose gradient has passed weights that began at zero."""
@@ -131,6 +131,7 @@ def _toy_stage(stage: Stage) -> Stage:
     changes = {"steps": STEPS, "epochs": None, "warmup": min(stage.warmup, 1), "batch": _toy_batch(stage.batch)}
     changes["cache"] = None  # the folder belongs to the real encoders
     changes["compile"] = stage.compile is True  # which takes longer than all that is tried
+    changes["cuda_graphs"] = False
     return Stage(**{**stage.model_dump(), **changes})
 
 

@@ -57,6 +57,21 @@ def compiles(stage: Stage, device: torch.device) -> bool:
     return wanted and not stage.by_clip
 
 
+def captures(stage: Stage, device: torch.device, processes: int) -> bool:
+    """Whether a stage replays its steps as CUDA graphs: `auto` does on CUDA in one process.
+
+    Raises:
+        ConfigError: where the stage insists and it cannot be.
+    """
+    possible = device.type == "cuda" and processes == 1 and not stage.by_clip
+    if stage.cuda_graphs is True and not possible:
+        raise ConfigError(
+            f"stage '{stage.name}': cuda_graphs: true needs CUDA, one process and an objective with the LLM; "
+            "leave the key out to have graphs where they can be had"
+        )
+    return possible and stage.cuda_graphs is not False
+
+
 def lasting_name(name: str) -> str:
     """A weight's name as it was before adapters were put around its layer: what checkpoints call it."""
     return name.replace(".base_layer.", ".")

@@ -17,10 +17,11 @@ from pal.evaluate import Score
 from pal.model import PalModel
 from pal.probe import ablate as probe
 from pal.probe.ablate import ablate
-from pal.train.loop import _Run, seed_everything
 from pal.train.recipe import load_recipe
+from pal.train.seeding import seed_everything
 from pal.train.setup import build_model
 from pal.train.sources import open_sources
+from pal.train.step import Update
 from tests.probe.test_axes import RECIPE
 
 AXES = ["ffn"]
@@ -189,7 +190,7 @@ def test_a_second_call_does_nothing(done, recipe, questions, counted):
 
 def test_what_changed_is_asked_again_and_not_trained(done, recipe, questions, counted, monkeypatch):
     _, out = done
-    monkeypatch.setattr(_Run, "run", None)
+    monkeypatch.setattr(Update, "__call__", None)
     before = (out / "ffn-trained/seed-1/on/one.json").read_bytes()
     fewer = ablate(recipe, ["ffn=trained"], out, seeds=1, on=questions, limit=2)
     assert counted == {"run": 1, "evaluate": 2, "counts": 0}
@@ -219,14 +220,14 @@ def test_killed_and_gone_on_with(done, recipe, questions, counted, monkeypatch, 
     finding, whole = done
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
-        step, left = _Run._step, iter(range(5))  # up to the middle of the third run
+        update, left = Update.__call__, iter(range(5))  # up to the middle of the third run
 
         def dies(self, *args):
             if next(left, None) is None:
                 raise KeyboardInterrupt
-            return step(self, *args)
+            return update(self, *args)
 
-        patch.setattr(_Run, "_step", dies)
+        patch.setattr(Update, "__call__", dies)
         with pytest.raises(KeyboardInterrupt):
             ablate(recipe, AXES, out, seeds=2, on=questions)
     assert counted == {"run": 3, "evaluate": 4, "counts": 2}

@@ -15,10 +15,11 @@ from pal.encoders.whisper import Whisper
 from pal.errors import BundleError, ConfigError
 from pal.model import PalModel
 from pal.registry import toy
-from pal.train import loop, run
+from pal.train import run
 from pal.train.curves import read_log
 from pal.train.recipe import load_recipe
-from tests.train.tiny import MODEL, recipe
+from pal.train.step import Update
+from tests.train.tiny import MODEL, failing_after, recipe
 
 TRAIN = {"connector": True, "projectors": True, "llm": "lora"}
 ALONE = {"clips": 3, "rows_per_clip": 2, "accumulate": 3}
@@ -107,17 +108,9 @@ def test_batches_of_mixed_lengths_to_rounding(
 def test_resumed(data: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, emptied: bool) -> None:
     whole = train(data, tmp_path / "whole", "two", tmp_path / "cache", batch=TOGETHER)
     shutil.rmtree(tmp_path / "cache")
-    step = loop._Run._step
-
-    def stopping(self: loop._Run, *args: Any) -> Any:
-        if self.state.step == 3:
-            raise KeyboardInterrupt
-        return step(self, *args)
-
-    monkeypatch.setattr(loop._Run, "_step", stopping)
-    with pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Update, "__call__", failing_after(3))
         train(data, tmp_path / "cut", "two", tmp_path / "cache", batch=TOGETHER, keep={"checkpoint_every": 2})
-    monkeypatch.setattr(loop._Run, "_step", step)
     if emptied:
         shutil.rmtree(tmp_path / "cache")
     assert_same(train(data, tmp_path / "cut", "two", tmp_path / "cache", resume=True, batch=TOGETHER), whole)

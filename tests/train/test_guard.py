@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from pal.model import PalModel
-from pal.train import loop, optim, run
+from pal.train import optim, run, trainer
 from pal.train.curves import read_log
-from pal.train.loop import TrainingError
 from pal.train.masters import Masters
 from pal.train.objectives import Outcome
 from pal.train.step import Told, Update
+from pal.train.trainer import TrainingError
 from tests.train.test_step import Processes
 from tests.train.tiny import recipe
 
@@ -136,21 +136,21 @@ def test_the_step_is_named_and_the_state_before_it_kept_whenever_it_is_read(
     spoil = {"loss": lambda total: total * math.nan, "gradient": steepened}[what]
     made = settings(manifest, log_every=100)
     drawn: list[list[str]] = []
-    step = loop._Run._step
+    update = Update.__call__
 
-    def noted(self: loop._Run, update: Update, works: Any) -> Told:
+    def noted(self: Update, works: Any, *flags: bool) -> Told:
         drawn.append([record for work in works for record in work.batch.records])
-        return step(self, update, works)
+        return update(self, works, *flags)
 
     with monkeypatch.context() as patch:
         poison(patch, at, spoil)
-        patch.setattr(loop._Run, "_step", noted)
+        patch.setattr(Update, "__call__", noted)
         with pytest.raises(TrainingError) as caught:
-            loop.run(made, tmp_path, read_every=every)
+            trainer.run(made, tmp_path, read_every=every)
     assert f"step {at}: the {what} is not finite; records: {', '.join(drawn[at])}. The" in str(caught.value)
     assert "\n" not in str(caught.value)
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == [f"step{at:07d}"]
-    gone_on = weights(loop.run(made, tmp_path, resume=True, read_every=every))
+    gone_on = weights(trainer.run(made, tmp_path, resume=True, read_every=every))
     right = PalModel.from_pretrained(whole / "model").state_dict()
     assert [name for name in right if not torch.equal(gone_on[name], right[name])] == []
     assert read_totals(tmp_path) == read_totals(whole)
@@ -166,7 +166,7 @@ def test_how_often_the_device_is_read_changes_neither_weights_nor_log(manifest: 
         return [{k: v for k, v in line.items() if "second" not in k and k != "wait_share"} for line in read_log(out)]
 
     made = settings(manifest, log_every=3)
-    models = [weights(loop.run(made, tmp_path / str(every), read_every=every)) for every in (1, 100)]
+    models = [weights(trainer.run(made, tmp_path / str(every), read_every=every)) for every in (1, 100)]
     assert [name for name in models[0] if not torch.equal(models[0][name], models[1][name])] == []
     logs = [numbers(tmp_path / name / "log.jsonl") for name in ("1", "100")]
     assert logs[0] == logs[1] and [line["step"] for line in logs[0]] == [3, 6]
@@ -174,6 +174,6 @@ def test_how_often_the_device_is_read_changes_neither_weights_nor_log(manifest: 
 
 def test_a_checkpoint_counts_the_steps_before_it(manifest: Path, tmp_path: Path) -> None:
     made = settings(manifest, log_every=100, checkpoint_every=4)
-    loop.run(made, tmp_path, read_every=100)
+    trainer.run(made, tmp_path, read_every=100)
     saved = json.loads((tmp_path / "checkpoints" / "step0000004" / "state.json").read_text())["state"]
     assert saved["step"] == 4 and saved["totals"][0]["steps"] == 4 and saved["totals"][0]["rows"] == 8

@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from pal.errors import ConfigError
 from pal.plan import plan
 from pal.plan.skeleton import skeleton
-from pal.train import loop, optim, run, stages
+from pal.train import optim, run, stages
 from pal.train.masters import Masters
 from pal.train.objectives import Outcome
 from pal.train.recipe import Stage
 from pal.train.step import Update
 from tests.train.test_step import Processes
-from tests.train.tiny import LLM, MODEL, recipe
+from tests.train.tiny import LLM, MODEL, failing_after, recipe
 
 BF16 = {**MODEL, "llm": {"fresh": LLM, "vocabulary": 280, "dtype": "bfloat16"}}
 STAGE = {
@@ -145,17 +145,9 @@ def test_a_run_goes_on_from_its_copies(manifest: Path, tmp_path: Path, monkeypat
 
     whole = weights(run(settings(manifest), tmp_path / "whole"))
     assert whole["llm.lm.model.layers.0.mlp.up_proj.weight"].dtype == torch.bfloat16
-    step = loop._Run._step
-
-    def stopping(self: loop._Run, *args: Any) -> Any:
-        if self.state.step == 3:
-            raise KeyboardInterrupt
-        return step(self, *args)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(loop._Run, "_step", stopping)
-        with pytest.raises(KeyboardInterrupt):
-            run(settings(manifest), tmp_path / "cut")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Update, "__call__", failing_after(3))
+        run(settings(manifest), tmp_path / "cut")
     saved = load_file(tmp_path / "cut" / "checkpoints" / "step0000002" / "optimizer.safetensors")
     name = "llm.lm.model.layers.0.mlp.up_proj.weight"
     assert {saved[f"{name}/{entry}"].dtype for entry in ("master", "exp_avg", "exp_avg_sq")} == {torch.float32}

@@ -12,9 +12,10 @@ import pytest
 import torch
 
 from pal.model import PalModel
-from pal.train import loop, run
+from pal.train import Trainer, run
 from pal.train.curves import read_log
-from tests.train.tiny import recipe
+from pal.train.step import Update
+from tests.train.tiny import failing_after, recipe
 
 STEPS = 3 + 3 + 5
 
@@ -35,26 +36,12 @@ def assert_same_run(ours: Path, whole: Path) -> None:
     assert len(losses[0]) == STEPS
 
 
-class StopError(Exception):
-    pass
-
-
 @pytest.mark.parametrize("at", [1, 3, 7])
 def test_exception(manifest: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int) -> None:
-    steps = 0
-    step = loop._Run._step
-
-    def failing(self: loop._Run, *args: object) -> object:
-        nonlocal steps
-        steps += 1
-        if steps == at + 1:
-            raise StopError
-        return step(self, *args)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(loop._Run, "_step", failing)
-    with pytest.raises(StopError):
+    """In the middle of a step."""
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Update, "__call__", failing_after(at))
         run(recipe(manifest), tmp_path)
-    monkeypatch.setattr(loop._Run, "_step", step)
     run(recipe(manifest), tmp_path, resume=True)
     assert_same_run(tmp_path, whole)
 
@@ -71,26 +58,44 @@ def test_signals_save_and_say_how_to_go_on(
     manifest: Path,
     whole: Path,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     number: int,
 ) -> None:
-    step = loop._Run._step
-
-    def signalled(self: loop._Run, *args: object) -> object:
-        if self.state.step == 6:
-            os.kill(os.getpid(), number)
-        return step(self, *args)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(loop._Run, "_step", signalled)
+    before = signal.getsignal(number)
     with pytest.raises(SystemExit) as left:
-        run(recipe(manifest), tmp_path)
+        for step in Trainer(recipe(manifest), tmp_path).steps():
+            if step == 6:
+                os.kill(os.getpid(), number)
+    assert signal.getsignal(number) is before
     assert left.value.code == 130
     assert "--resume" in capsys.readouterr().err
     assert (tmp_path / "checkpoints" / "step0000007").is_dir()
-    monkeypatch.setattr(loop._Run, "_step", step)
     run(recipe(manifest), tmp_path, resume=True)
     assert_same_run(tmp_path, whole)
+
+
+def test_a_caller_steps_stops_and_goes_on(manifest: Path, whole: Path, tmp_path: Path) -> None:
+    """Leaving the loop is like a kill; `stop` ends with a checkpoint; `fit` goes on from it."""
+    before = signal.getsignal(signal.SIGINT)
+    first = Trainer(recipe(manifest), tmp_path)
+    for step in first.steps():
+        assert step == first.state.step
+        if step == 5:  # the last checkpoint is that of step 4
+            break
+    assert signal.getsignal(signal.SIGINT) is before
+    assert not (tmp_path / "train.json").exists()
+    second = Trainer(recipe(manifest), tmp_path, resume=True)
+    steps = second.steps()
+    assert next(steps) == 5
+    second.stop()
+    with pytest.raises(SystemExit):
+        list(steps)
+    assert (tmp_path / "checkpoints" / "step0000006").is_dir()
+    third = Trainer(recipe(manifest), tmp_path, resume=True)
+    assert third.fit() is third.model
+    assert_same_run(tmp_path, whole)
+    fourth = Trainer(recipe(manifest), tmp_path, resume=True)
+    assert fourth.finished and list(fourth.steps()) == [] and fourth.fit() is fourth.model
 
 
 def test_kill(manifest: Path, whole: Path, tmp_path: Path) -> None:

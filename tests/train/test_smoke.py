@@ -10,17 +10,25 @@ from typer.testing import CliRunner
 
 from pal.app.cli import app
 from pal.model import PalModel
-from pal.train import loop, optim, stages
+from pal.plan.skeleton import skeleton
+from pal.train import optim, stages
 from pal.train.recipe import Recipe, load_recipe
 from pal.train.smoke import SmokeError, smoke, toy_recipe
 from tests.train.tiny import HEAR, JOIN, READ
 
 ROOT = Path(__file__).parents[2]
-RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
+RECIPES = ROOT / "recipes"
+SMALLEST = RECIPES / "paper" / "llama-3.2-1b"
+RUN = [
+    *sorted(RECIPES.glob("*.yaml")),
+    *sorted(SMALLEST.glob("*.yaml")),
+    RECIPES / "paper" / "qwen2.5-1.5b" / "pal.yaml",
+]
+"""The recipes that are run; those of the other LLMs make the same toys, but for the LLM."""
 WHISPER = {"name": "whisper", "path": "openai/whisper-small"}
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: str(path.relative_to(ROOT / "recipes")))
+@pytest.mark.parametrize("path", RUN, ids=lambda path: str(path.relative_to(RECIPES)))
 def test_recipes(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     recipe = load_recipe(path)
@@ -32,6 +40,17 @@ def test_recipes(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         "asked",
         "resumed",
     ]
+
+
+def test_recipes_of_other_llms(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    others = [path for path in sorted((RECIPES / "paper").rglob("*.yaml")) if path not in RUN]
+    assert len(others) + len(RUN) == len(list(RECIPES.rglob("*.yaml")))
+    for path in others:
+        small, same = toy_recipe(load_recipe(path)), toy_recipe(load_recipe(SMALLEST / path.name))
+        assert small.model is not None and same.model is not None
+        model = small.model.model_copy(update={"llm": same.model.llm})
+        assert small.model_copy(update={"model": model}) == same, path
 
 
 def recipe(integration: Any = "lal", **fields: Any) -> Recipe:
@@ -47,21 +66,26 @@ def recipe(integration: Any = "lal", **fields: Any) -> Recipe:
     return Recipe(**given | fields)
 
 
-@pytest.mark.parametrize(
-    "integration",
-    [
-        "plits",
-        {"name": "lal", "layers": {"range": [7, 28]}, "hidden": 512},
-        {"name": "lal", "layers": [3, 20], "projector": "low_rank"},
-        {"name": "pal", "layers": {"first": 0.25}},
-        {"name": "pal_routed", "routes": {"whisper": {"name": "pal", "hidden": 99}}},
-        {"name": "flamingo", "every": 7, "ffn": 4096},
-        {"name": "lal_audio_query", "layers": {"last": 0.5}},
-    ],
-    ids=str,
-)
-def test_integrations(integration: Any, tmp_path: Path) -> None:
-    assert len(list(smoke(recipe(integration), tmp_path))) == 5
+INTEGRATIONS: dict[str, Any] = {
+    "plits": "plits",
+    "lal, range": {"name": "lal", "layers": {"range": [7, 28]}, "hidden": 512},
+    "lal, low rank": {"name": "lal", "layers": [3, 20], "projector": "low_rank"},
+    "pal": {"name": "pal", "layers": {"first": 0.25}},
+    "routed": {"name": "pal_routed", "routes": {"whisper": {"name": "pal", "hidden": 99}}},
+    "flamingo": {"name": "flamingo", "every": 7, "ffn": 4096},
+    "audio queries": {"name": "lal_audio_query", "layers": {"last": 0.5}},
+}
+
+
+@pytest.mark.parametrize("name", INTEGRATIONS)
+def test_options_of_integrations_fit_a_toy(name: str) -> None:
+    small = skeleton(toy_recipe(recipe(INTEGRATIONS[name])))
+    assert sum(p.numel() for p in small.integration.parameters()) < 100_000
+
+
+@pytest.mark.parametrize("name", ["lal, low rank", "audio queries"])
+def test_integrations_that_no_recipe_has(name: str, tmp_path: Path) -> None:
+    assert len(list(smoke(recipe(INTEGRATIONS[name]), tmp_path))) == 5
 
 
 def test_stages_keep_what_they_do() -> None:
@@ -164,7 +188,7 @@ def test_frozen_weights_that_move_are_found(tmp_path: Path, monkeypatch: pytest.
         with torch.no_grad():
             next(iter(model.ears.encoders.parameters())).add_(1)
 
-    monkeypatch.setattr(loop.stages, "set_modes", thaw)
+    monkeypatch.setattr(stages, "set_modes", thaw)
     with pytest.raises(SmokeError, match=r"stage 'join' changed 'ears.encoders.*', which it leaves frozen"):
         run(recipe(), tmp_path)
 

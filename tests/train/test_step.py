@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from transformers.models.llama import modeling_llama
 
 from pal.backbone.llm import Backbone
-from pal.train import loop, run
+from pal.train import run
 from pal.train.masters import Masters
 from pal.train.objectives import Outcome
 from pal.train.processes import Hosts
+from pal.train.seeding import seed_everything
 from pal.train.step import Told, Update
 from tests.train.tiny import recipe
 
@@ -223,11 +224,11 @@ def drawn(manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> An
     def draws(process: int) -> list[tuple[float, float]]:
         seen = []
 
-        def step(self: loop._Run, *args: object) -> Told:
+        def update(self: Update, *args: object) -> Told:
             seen.append((torch.rand(1).item(), float(np.random.rand())))
             return TOLD
 
-        monkeypatch.setattr(loop._Run, "_step", step)
+        monkeypatch.setattr(Update, "__call__", update)
         monkeypatch.setattr(Accelerator, "process_index", property(lambda self: process))
         stages = [STAGE | {"steps": 3, "name": name} for name in ("one", "two")]
         made = recipe(manifest, stages, data={"scenes": {"manifest": str(manifest)}})
@@ -246,7 +247,7 @@ def test_dropout_is_drawn_anew_for_each_step_stage_and_process(drawn: Any) -> No
 
 def test_seeds_come_from_the_whole_key() -> None:
     def drew(*key: object) -> float:
-        loop.seed_everything(*key)
+        seed_everything(*key)
         return float(torch.rand(1))
 
     keys = [(1, 0, 0, 0), (2, 0, 0, 0), (1, 1, 0, 0), (1, 0, 1, 0), (1, 0, 0, 1)]
@@ -294,10 +295,10 @@ def test_a_runs_rates_are_its_stages(
 ) -> None:
     seen = []
 
-    def step(self: loop._Run, update: Update, works: Any) -> Told:
-        seen.append(update.optimizer.param_groups[0]["lr"])
+    def update(self: Update, *args: object) -> Told:
+        seen.append(self.optimizer.param_groups[0]["lr"])
         return TOLD
 
-    monkeypatch.setattr(loop._Run, "_step", step)
+    monkeypatch.setattr(Update, "__call__", update)
     ran(manifest, tmp_path, steps=3, warmup=1, schedule=schedule)
     assert seen == pytest.approx(rates)

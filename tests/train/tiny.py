@@ -2,11 +2,13 @@
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from pal.train import run
 from pal.train.recipe import Recipe
+from pal.train.step import Told, Update
 
 LLM = {
     "model_type": "llama",
@@ -47,6 +49,18 @@ def recipe(manifest: Path, stages: list[dict[str, Any]] | None = None, **fields:
     return Recipe(
         **{"seed": 1, "model": MODEL, "data": data, "stages": stages or [HEAR, READ, JOIN], "keep": keep} | fields
     )
+
+
+def failing_after(steps: int) -> Callable[..., Told]:
+    """In place of `Update.__call__`: raises KeyboardInterrupt after so many steps."""
+    update, left = Update.__call__, iter(range(steps))
+
+    def failing(self: Update, *args: Any) -> Told:
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        return update(self, *args)
+
+    return failing
 
 
 if __name__ == "__main__":

@@ -1,24 +1,15 @@
-"""Stage after stage, step after step; stopping and going on without a difference."""
+"""`Trainer`: stage after stage, step after step; stopping and going on without a difference."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
-import random
-import shutil
-import signal
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from functools import partial
 from pathlib import Path
-from types import FrameType
-from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
@@ -26,22 +17,23 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from pal.data.collate import WaveformCache
-from pal.data.manifest import Manifest
 from pal.errors import ConfigError, PalError
-from pal.files import atomic_folder, write_text
+from pal.files import atomic_folder
 from pal.model import PalModel
-from pal.train import checkpoint, curves, optim, stages
+from pal.train import checkpoint, curves, optim, run_folder, stages
 from pal.train.checkpoint import Checkpoint, State
 from pal.train.masters import Masters
 from pal.train.meter import Fault, Meter, given, new_totals
-from pal.train.objectives import Objective, Work, build_objective
+from pal.train.objectives import Objective, build_objective
 from pal.train.operations import Operations, product_rate
 from pal.train.processes import Hosts
 from pal.train.recipe import Recipe, Stage
+from pal.train.seeding import seed_everything
 from pal.train.setup import build_model
 from pal.train.skips import digests
 from pal.train.sources import Feed, StageData, open_sources
-from pal.train.step import Told, Update
+from pal.train.step import Update
+from pal.train.stopping import stop_signals
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +55,20 @@ def run(
 ) -> PalModel:
     """Train and write into `out`: `model/` (the bundle), `log.jsonl`, `loss.png`, `train.json`, `checkpoints/`.
 
-    SIGINT and SIGTERM end the run after the current step with a checkpoint and exit status 130.
+    SIGINT and SIGTERM end the run after the current step with a checkpoint and exit status 130. Arguments and errors
+    are those of `Trainer` and its `steps`.
+
+    Returns:
+        The trained model in evaluation mode, on the device it was trained on.
+    """
+    return Trainer(recipe, out, resume, overwrite, watch, read_every).fit()
+
+
+class Trainer:
+    """One run of a recipe: the model, where the run stands, and what it writes.
+
+    `Trainer(recipe, out).fit()` does everything. `steps` gives control back after each step, so that the caller can
+    look at `model` and `state`, stop iterating, or ask for an orderly end with `stop`; `finish` then writes the result.
 
     Args:
         recipe: what to do.
@@ -75,82 +80,80 @@ def run(
             every line of the log and every checkpoint. Without it 1 where the CPU computes and nothing is waited for,
             and `log_every` elsewhere.
 
-    Returns:
-        The trained model in evaluation mode, on the device it was trained on.
-
     Raises:
         ConfigError: the recipe cannot be carried out, or `out` holds another run.
-        TrainingError: the loss or the gradient of a step is not finite. It is noticed when the step is read; the state
-            before that step is kept.
     """
-    accelerator = Accelerator(kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)])
-    if accelerator.is_main_process:
-        _claim(out, recipe, resume, overwrite)
-    accelerator.wait_for_everyone()
-    if resume and (out / "train.json").exists():
-        logger.info("%s is finished; nothing to do", out)
-        return PalModel.from_pretrained(out / "model")
-    with accelerator.main_process_first():
-        manifests = open_sources(recipe, out / "data")
-    if read_every is None:
-        read_every = 1 if accelerator.device.type == "cpu" else recipe.keep.log_every
-    return _Run(recipe, out, accelerator, manifests, watch, read_every).run(resume)
-
-
-def _claim(out: Path, recipe: Recipe, resume: bool, overwrite: bool) -> None:
-    """Make `out` the folder of this run, or raise ConfigError."""
-    marker = out / "recipe.json"
-    if marker.exists() and overwrite and not resume:
-        for name in ("checkpoints", "data", "tokenizer", "model"):
-            shutil.rmtree(out / name, ignore_errors=True)
-        for name in ("train.json", "log.jsonl", "loss.png", "recipe.json"):
-            (out / name).unlink(missing_ok=True)
-    if marker.exists():
-        if not resume:
-            finished = "a finished run" if (out / "train.json").exists() else "a run that was begun"
-            raise ConfigError(f"{out} holds {finished}; use --resume to go on with it, --overwrite, or another --out")
-        settings = json.loads(marker.read_text())
-        checkpoint.check_recipe(out, settings["digest"], settings["recipe"], recipe)
-        return
-    write_text(marker, json.dumps({"digest": recipe.digest, "recipe": recipe.settings()}, indent=1) + "\n")
-
-
-class _Run:
-    """One run of a recipe: the model, where it stands, and what it writes."""
 
     def __init__(
         self,
         recipe: Recipe,
         out: Path,
-        accelerator: Accelerator,
-        manifests: dict[str, Manifest],
-        watch: Callable[[PalModel], None] | None,
-        read_every: int,
+        resume: bool = False,
+        overwrite: bool = False,
+        watch: Callable[[PalModel], None] | None = None,
+        read_every: int | None = None,
     ) -> None:
         self.recipe = recipe
         self.out = out
-        self.accelerator = accelerator
-        self.manifests = manifests
+        self.resume = resume
         self.watch = watch
+        self.accelerator = Accelerator(kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)])
+        if self.accelerator.is_main_process:
+            run_folder.claim(out, recipe, resume, overwrite)
+        self.accelerator.wait_for_everyone()
+        if read_every is None:
+            read_every = 1 if self.accelerator.device.type == "cpu" else recipe.keep.log_every
         self.read_every = read_every
-        self.hosts = Hosts(accelerator.num_processes)
-        self.state = State(data=digests(recipe, manifests))
+        self.hosts = Hosts(self.accelerator.num_processes)
         self.trained: set[str] = set()
-        self.asked = False
-        """A signal asked this process to stop."""
-        self.stop = False
+        """Lasting names of the weights that any stage so far has trained."""
+        self.stop_requested = False
+        """Of this process, by `stop`."""
+        self.stop_agreed = False
         """All processes know of it and stop after the same step."""
-        self.late = False
+        self.checkpoint_due = False
         """All processes know that a checkpoint is due by the clock."""
         self.peak: float | None = None
         """Operations a second that the card can do, where there is one."""
         self.saved_at = time.monotonic()
         self.waveforms = WaveformCache(_CACHE_BYTES)
+        self.finished = resume and run_folder.is_finished(out)
+        """The run had ended before, so that there is nothing to do."""
+        if self.finished:
+            logger.info("%s is finished; nothing to do", out)
+            self.model = PalModel.from_pretrained(out / "model")
+            self.state = State()
+            return
+        with self.accelerator.main_process_first():
+            self.manifests = open_sources(recipe, out / "data")
+        self.state = State(data=digests(recipe, self.manifests))
         seed_everything(recipe.seed, "model")
-        self.model = build_model(recipe, manifests, out)
+        self.model = build_model(recipe, self.manifests, out)
 
-    def run(self, resume: bool) -> PalModel:
-        found = checkpoint.load_newest(self.out / "checkpoints", self.recipe) if resume else None
+    def fit(self) -> PalModel:
+        """All steps, and `finish`; the trained model."""
+        for _ in self.steps():
+            pass
+        return self.finish()
+
+    def stop(self) -> None:
+        """Ask for a checkpoint and SystemExit(130) after the current step; what a first SIGINT or SIGTERM does."""
+        self.stop_requested = True
+
+    def steps(self) -> Iterator[int]:
+        """Train step by step; gives the number of steps done, over all stages, after each.
+
+        While it is iterated, SIGINT and SIGTERM call `stop`.
+
+        Raises:
+            ConfigError: the newest checkpoint does not fit, or a stage cannot be carried out.
+            TrainingError: the loss or the gradient of a step is not finite. It is noticed when the step is read; the
+                state before that step is kept.
+            SystemExit: with status 130, after `stop`.
+        """
+        if self.finished:
+            return
+        found = checkpoint.load_newest(self.out / "checkpoints", self.recipe) if self.resume else None
         if found is not None:
             self._check_data(found)
             self.state = found.state
@@ -162,18 +165,39 @@ class _Run:
         self.peak = product_rate(self.accelerator.device)
         log = curves.Log(self.out / "log.jsonl", self.state.step) if self.accelerator.is_main_process else None
         try:
-            with self._signals():
+            with stop_signals(self.stop):
                 if self.watch is not None:
                     self.watch(self.model)
                 for index in range(self.state.stage, len(self.recipe.stages)):
-                    self._stage(index, found if index == self.state.stage else None, log)
+                    yield from self._stage(index, found if index == self.state.stage else None, log)
                     found = None
                     if self.watch is not None:
                         self.watch(self.model)
         finally:
             if log is not None:
                 log.close()
-        return self._finish()
+
+    def finish(self) -> PalModel:
+        """Write the bundle, the curve and `train.json`; the model in evaluation mode, with nothing left to train."""
+        if self.finished:
+            return self.model
+        self.model.eval().requires_grad_(False)
+        changed = {stages.lasting_name(name) for name in self.model.trained} | self.trained
+        self.model.trained = {name for name in self.model.state_dict() if stages.lasting_name(name) in changed}
+        if self.accelerator.is_main_process:
+            self.model.save_pretrained(self.out / "model")
+            curves.draw({self.out.name: self.out / "log.jsonl"}, self.out / "loss.png")
+            run_folder.write_report(
+                self.out,
+                self.recipe,
+                self.state,
+                self._seconds(),
+                {name: sum(p.numel() for p in part.parameters()) for name, part in self.model.parts().items()},
+                processes=self.accelerator.num_processes,
+                device=str(self.accelerator.device),
+            )
+        self.accelerator.wait_for_everyone()
+        return self.model
 
     # One stage
 
@@ -183,7 +207,7 @@ class _Run:
         self.trained |= {stages.lasting_name(name) for part in parameters.values() for name in part}
         return parameters
 
-    def _stage(self, index: int, found: Checkpoint | None, log: curves.Log | None) -> None:
+    def _stage(self, index: int, found: Checkpoint | None, log: curves.Log | None) -> Iterator[int]:
         stage, state = self.recipe.stages[index], self.state
         parameters = self._set_up(stage)
         data = StageData(self.recipe, index, self.manifests)
@@ -196,9 +220,15 @@ class _Run:
         objective.train()
         stages.set_modes(self.model, stage)
         data.start(self.model, objective, self.waveforms)
-        compiled = self._compile(stage)
-
         accelerator = self.accelerator
+        compiled = stages.compiles(stage, accelerator.device)
+        if compiled:
+            logger.info(
+                "stage '%s': its first step compiles the LLM's layers (compile: false leaves it out)", stage.name
+            )
+            self.model.llm.compile()
+        captured = stages.captures(stage, accelerator.device, accelerator.num_processes)
+        self.model.llm.capture(captured)
         objective.to(accelerator.device)
         masters = _masters(parameters, stage)
         named = {name: p for part in masters.parts.values() for name, p in part.items()}
@@ -235,16 +265,17 @@ class _Run:
                     optimizer, optim.lr_factor(state.stage_step, data.steps, stage.warmup, stage.schedule)
                 )
                 seed_everything(self.recipe.seed, index, state.stage_step, accelerator.process_index)
-                told = self._step(update, works)
+                told = update(works, self.stop_requested, self._is_late())
                 done = 0.0 if operations is None else operations(works)
                 meter.add(told, given(works, self.model.sampling_rate, objective.unit, done), loaded, ready)
-                self.stop, self.late = told.flags
+                self.stop_agreed, self.checkpoint_due = told.flags
                 state.step += 1
                 state.stage_step += 1
                 bar.update()
                 last = state.stage_step == data.steps
-                logs = last or self.stop or state.step % keep.log_every == 0
-                saves = not last and (self.stop or self.late or state.step % keep.checkpoint_every == 0)
+                logs = last or self.stop_agreed or state.step % keep.log_every == 0
+                due = self.stop_agreed or self.checkpoint_due or state.step % keep.checkpoint_every == 0
+                saves = due and not last
                 if logs or saves or state.step % self.read_every == 0:
                     fault = meter.read()
                     if fault is not None:
@@ -259,13 +290,15 @@ class _Run:
                         log.write(step=state.step, stage=stage.name, lr=rates, **line, seconds=self._seconds())
                 if saves:
                     path = save()
-                    if self.stop:
+                    if self.stop_agreed:
                         self._leave(path)
+                yield state.step
                 ready = time.monotonic()
         total["median_step_seconds"] = meter.median()
         self.model.llm.checkpoint_gradients(False)
         if compiled:  # the next stage may not want it, and neither does who gets the model
             self.model.llm.uncompile()
+        self.model.llm.capture(False)
         accelerator.free_memory()
         if stage.save_llm and accelerator.is_main_process:
             with atomic_folder(self.out / "llm") as folder:
@@ -273,12 +306,8 @@ class _Run:
                 self.model.tokenizer.save_pretrained(folder)
         state.stage, state.stage_step = index + 1, 0
         self._save(None, None, {}, None)
-        if self.stop and index + 1 < len(self.recipe.stages):
+        if self.stop_agreed and index + 1 < len(self.recipe.stages):
             self._leave(self.out / "checkpoints")
-
-    def _step(self, update: Update, works: list[Work]) -> Told:
-        """One update of the weights; processes that are asked to stop, or late, tell the others."""
-        return update(works, self.asked, self._is_late())
 
     def _operations(self, stage: Stage) -> Operations | None:
         if self.peak is None:
@@ -288,15 +317,6 @@ class _Run:
         except PalError as error:
             logger.info("stage '%s': no 'mfu' in the log: %s", stage.name, error)
             return None
-
-    def _compile(self, stage: Stage) -> bool:
-        """Compile the LLM's layers where the stage wants it; whether it did."""
-        wanted = self.accelerator.device.type == "cuda" if stage.compile == "auto" else stage.compile
-        if not wanted or stage.by_clip:
-            return False
-        logger.info("stage '%s': its first step compiles the LLM's layers (compile: false leaves it out)", stage.name)
-        self.model.llm.compile()
-        return True
 
     # What is kept
 
@@ -336,65 +356,6 @@ class _Run:
     def _seconds(self) -> float:
         return round(sum(total["seconds"] for total in self.state.totals), 3)
 
-    def _finish(self) -> PalModel:
-        self.model.eval().requires_grad_(False)
-        changed = {stages.lasting_name(name) for name in self.model.trained} | self.trained
-        self.model.trained = {name for name in self.model.state_dict() if stages.lasting_name(name) in changed}
-        if self.accelerator.is_main_process:
-            self.model.save_pretrained(self.out / "model")
-            curves.draw({self.out.name: self.out / "log.jsonl"}, self.out / "loss.png")
-            write_text(self.out / "train.json", json.dumps(self._report(), indent=1) + "\n")
-        self.accelerator.wait_for_everyone()
-        return self.model
-
-    def _report(self) -> dict[str, Any]:
-        import transformers
-
-        import pal
-
-        return {
-            "recipe": self.recipe.settings(),
-            "notes": self.recipe.notes,
-            "recipe_digest": self.recipe.digest,
-            "data": self.state.data,
-            "seconds": self._seconds(),
-            "stages": [
-                {"name": stage.name, "objective": stage.objective, **total}
-                for stage, total in zip(self.recipe.stages, self.state.totals, strict=True)
-            ],
-            "parameters": {
-                name: sum(p.numel() for p in part.parameters()) for name, part in self.model.parts().items()
-            },
-            "processes": self.accelerator.num_processes,
-            "device": str(self.accelerator.device),
-            "versions": {
-                "pal": pal.__version__,
-                "torch": torch.__version__,
-                "transformers": transformers.__version__,
-            },
-        }
-
-    # Stopping
-
-    @contextmanager
-    def _signals(self) -> Iterator[None]:
-        """SIGINT and SIGTERM ask for a stop after the step; a second SIGINT stops at once."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-
-        def ask(number: int, frame: FrameType | None) -> None:
-            if self.asked and number == signal.SIGINT:
-                raise KeyboardInterrupt
-            self.asked = True
-
-        before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
     def _leave(self, path: Path) -> None:
         if self.accelerator.is_main_process:
             tqdm.write(f"stopped after step {self.state.step}, saved in {path}; go on with --resume", file=sys.stderr)
@@ -431,14 +392,3 @@ def _fill(model: PalModel, objective: Objective, found: Checkpoint) -> None:
             if name not in own or own[name].shape != tensor.shape:
                 raise ConfigError(f"{found.path}: its '{name}' does not fit the model of the recipe; start anew")
             own[name].copy_(tensor)
-
-
-def seed_everything(*key: object) -> None:
-    """Seed Python, numpy and torch from `key`.
-
-    Called before every step, so that dropout needs no saved generator states to go on as it would have.
-    """
-    seed = int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=4).digest())
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)

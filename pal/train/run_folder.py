@@ -1,0 +1,75 @@
+"""The folder of a run: whose it is, and the report of a finished one."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from pal.errors import ConfigError
+from pal.files import write_text
+from pal.train import checkpoint
+from pal.train.recipe import Recipe
+
+
+def is_finished(out: Path) -> bool:
+    """Whether a run has ended in this folder."""
+    return (out / "train.json").exists()
+
+
+def claim(out: Path, recipe: Recipe, resume: bool, overwrite: bool) -> None:
+    """Make `out` the folder of a recipe's run.
+
+    Raises:
+        ConfigError: it holds a run that is neither to be resumed nor overwritten, or one of another recipe.
+    """
+    marker = out / "recipe.json"
+    if marker.exists() and overwrite and not resume:
+        for name in ("checkpoints", "data", "tokenizer", "model"):
+            shutil.rmtree(out / name, ignore_errors=True)
+        for name in ("train.json", "log.jsonl", "loss.png", "recipe.json"):
+            (out / name).unlink(missing_ok=True)
+    if marker.exists():
+        if not resume:
+            finished = "a finished run" if is_finished(out) else "a run that was begun"
+            raise ConfigError(f"{out} holds {finished}; use --resume to go on with it, --overwrite, or another --out")
+        settings = json.loads(marker.read_text())
+        checkpoint.check_recipe(out, settings["digest"], settings["recipe"], recipe)
+        return
+    write_text(marker, json.dumps({"digest": recipe.digest, "recipe": recipe.settings()}, indent=1) + "\n")
+
+
+def write_report(
+    out: Path, recipe: Recipe, state: checkpoint.State, seconds: float, parameters: dict[str, int], **machine: Any
+) -> None:
+    """Write `train.json`, which also says that the run is finished.
+
+    Args:
+        out: folder of the run.
+        recipe: what was done.
+        state: where the run ended, with the totals of its stages.
+        seconds: of all stages.
+        parameters: part of the model -> its parameters.
+        machine: processes and device.
+    """
+    import torch
+    import transformers
+
+    import pal
+
+    report = {
+        "recipe": recipe.settings(),
+        "notes": recipe.notes,
+        "recipe_digest": recipe.digest,
+        "data": state.data,
+        "seconds": seconds,
+        "stages": [
+            {"name": stage.name, "objective": stage.objective, **total}
+            for stage, total in zip(recipe.stages, state.totals, strict=True)
+        ],
+        "parameters": parameters,
+        **machine,
+        "versions": {"pal": pal.__version__, "torch": torch.__version__, "transformers": transformers.__version__},
+    }
+    write_text(out / "train.json", json.dumps(report, indent=1) + "\n")
