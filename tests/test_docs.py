@@ -136,6 +136,15 @@ def test_import_table_is_true():
     }
 
 
+def test_nothing_depends_on_the_laboratory():
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    (said,) = re.findall(r"^(.*) are a laboratory", page.split("## Who may import whom")[1], re.MULTILINE)
+    laboratory = set(_CODE.findall(said)) - {"pal/__main__.py", "app"}
+    assert laboratory == {"lab", "bench", "probe", "report"}
+    users = {part for part, others in imports().items() if others & laboratory}
+    assert users - laboratory == {"app"}
+
+
 def test_the_checks_can_fail():
     page = (
         "Use `pal/nowhere.py` and [this](docs/none.md).\n\n```sh\npal fly --high\n$ pal ask x.wav 'why?' --jsn\n```\n"

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,6 +13,8 @@ from pal.app.options import AsJson
 from pal.app.output import print_json, shows_progress
 
 if TYPE_CHECKING:
+    from pal.data.manifest import Record
+    from pal.model import PalModel
     from pal.probe.finding import Finding
 
 probe_app = typer.Typer(no_args_is_help=True, help="Look inside a model: writes JSON and pictures.")
@@ -50,23 +53,18 @@ def attention(
     import pal
     from pal.data.manifest import Record, Turn
     from pal.probe.attention_mass import probe_attention
-    from pal.probe.material import SCENES_SEED, material
 
     if (audio is None) != (question is None):
         raise typer.BadParameter("give both, or none", param_hint="--audio --ask")
     if audio is not None and manifests:
         raise typer.BadParameter("takes no manifest", param_hint="--audio")
-    loaded = pal.load(model)
+    options: Any = {"examples": examples, "batch": batch, "progress": shows_progress()}
     if audio is not None and question is not None:
         one = Record("audio", (str(audio),), (Turn(question, ""),), task="", dataset="")
-        finding = probe_attention(
-            loaded, [one], examples, batch, progress=shows_progress(), settings={"audio": str(audio)}
-        )
+        finding = probe_attention(pal.load(model), [one], settings={"audio": str(audio)}, **options)
     else:
-        drawn = SCENES_SEED if seed is None else seed
-        facts = {"manifests": [str(path) for path in manifests or []], "limit": limit, "seed": drawn}
-        with material(manifests or [], limit, drawn) as records:
-            finding = probe_attention(loaded, records, examples, batch, progress=shows_progress(), settings=facts)
+        with _opened(model, manifests, limit, seed) as (loaded, records, settings):
+            finding = probe_attention(loaded, records, settings=settings, **options)
     finish(finding, model, out, as_json)
 
 
@@ -81,12 +79,10 @@ def health(
     as_json: AsJson = False,
 ) -> None:
     """Look for the faults that an audio LLM can have and still answer; status 1 where there is one."""
-    import pal
     from pal.probe.health import probe_health
-    from pal.probe.material import SCENES_SEED, material
 
-    with material(manifests or [], limit, SCENES_SEED if seed is None else seed) as records:
-        finding = probe_health(pal.load(model), records, batch, progress=shows_progress())
+    with _opened(model, manifests, limit, seed) as (loaded, records, _):
+        finding = probe_health(loaded, records, batch, progress=shows_progress())
     finish(finding, model, out, as_json)
     if any(row["status"] == "fault" for row in finding.tables["checks"]):
         raise typer.Exit(1)
@@ -109,14 +105,16 @@ def time_(
     What ignores time scores exactly one half. One line a model.
     """
     import pal
-    from pal.probe import time
-    from pal.probe.material import SCENES_SEED
+    from pal.errors import ConfigError
+    from pal.lab.names import distinct_names
+    from pal.probe.time import probe_time
 
-    names = labels(models)
+    if len(set(models)) < len(models):
+        raise ConfigError("a model is given twice; give each once")
+    names = distinct_names([Path(model) for model in models])
     # all before the first clip is made: a name that is wrong is said at once
     loaded = [(name, pal.load(model)) for name, model in zip(names, models, strict=True)]
-    chosen = SCENES_SEED if seed is None else seed
-    finding = time.probe(loaded, pairs, wordings, chosen, batch, shows_progress())
+    finding = probe_time(loaded, pairs, wordings, _seed(seed), batch, shows_progress())
     finish(finding, models[0] if len(models) == 1 else "+".join(names).replace("/", "-"), out, as_json)
 
 
@@ -133,12 +131,10 @@ def layers_(
 ) -> None:
     """Where does audio enter the LLM's own rows? Linear probes for what sounds, on text rows after each layer."""
     import pal
-    from pal.probe import layers
-    from pal.probe.material import SCENES_SEED
+    from pal.probe.layers import QUESTION, probe_layers
 
-    chosen = SCENES_SEED if seed is None else seed
-    asked = layers.QUESTION if question is None else question
-    finding = layers.probe(pal.load(model), manifests or [], clips, chosen, asked, batch, shows_progress())
+    asked = QUESTION if question is None else question
+    finding = probe_layers(pal.load(model), manifests or [], clips, _seed(seed), asked, batch, shows_progress())
     finish(finding, model, out, as_json)
 
 
@@ -172,15 +168,9 @@ def mask(
     from pal.probe.mask import chosen_condition, probe_mask
 
     chosen = chosen_condition(pathway or (), encoder or (), layers or (), seconds or ())
-    import pal
-    from pal.probe.material import SCENES_SEED, material
-
-    drawn = SCENES_SEED if seed is None else seed
-    facts = {"manifests": [str(path) for path in manifests or []], "limit": limit}
-    with material(manifests or [], limit, drawn) as records:
-        finding = probe_mask(
-            pal.load(model), records, chosen, seed=drawn, batch=batch, progress=shows_progress(), settings=facts
-        )
+    with _opened(model, manifests, limit, seed) as (loaded, records, settings):
+        options: Any = {"batch": batch, "progress": shows_progress(), "settings": settings}
+        finding = probe_mask(loaded, records, chosen, seed=settings["seed"], **options)
     finish(finding, model, out, as_json)
 
 
@@ -198,17 +188,31 @@ def depth(
     as_json: AsJson = False,
 ) -> None:
     """The same weights with audio in the first 1/4, 1/3, 1/2 or all of the layers, or a window: accuracy and cost."""
-    import pal
     from pal.probe.depth import probe_depth
-    from pal.probe.material import SCENES_SEED, material
 
-    drawn = SCENES_SEED if seed is None else seed
-    facts = {"manifests": [str(path) for path in manifests or []], "limit": limit}
-    with material(manifests or [], limit, drawn) as records:
-        finding = probe_depth(
-            pal.load(model), records, alone, seed=drawn, batch=batch, progress=shows_progress(), settings=facts
-        )
+    with _opened(model, manifests, limit, seed) as (loaded, records, settings):
+        options: Any = {"batch": batch, "progress": shows_progress(), "settings": settings}
+        finding = probe_depth(loaded, records, alone, seed=settings["seed"], **options)
     finish(finding, model, out, as_json)
+
+
+@contextmanager
+def _opened(
+    model: str, manifests: list[Path] | None, limit: int, seed: int | None
+) -> Iterator[tuple[PalModel, list[Record], dict[str, Any]]]:
+    """The model, the records to ask it, and where those came from; made-up scenes last as long as the block."""
+    import pal
+    from pal.lab.records import records_to_ask
+
+    settings = {"manifests": [str(path) for path in manifests or []], "limit": limit, "seed": _seed(seed)}
+    with records_to_ask(manifests or [], limit, _seed(seed)) as records:
+        yield pal.load(model), records, settings
+
+
+def _seed(given: int | None) -> int:
+    from pal.lab.records import SCENES_SEED
+
+    return SCENES_SEED if given is None else given
 
 
 def finish(finding: Finding, model: str, out: Path | None, as_json: bool) -> None:
@@ -244,33 +248,9 @@ def _print_tables(finding: Finding) -> None:
 
 def _cell(row: Mapping[str, Any], heading: str) -> str:
     """A value, with its interval where the row has one: under "X ci95", or "ci95" right after X."""
+    from pal.lab.numbers import shown
+
     headings = list(row)
     after = headings[headings.index(heading) + 1 : headings.index(heading) + 2]
     ends = row.get(f"{heading} ci95", row["ci95"] if after == ["ci95"] else None)
-    return _shown(row[heading]) if ends is None else f"{_shown(row[heading])} ({' to '.join(map(_shown, ends))})"
-
-
-def _shown(value: object) -> str:
-    if value is None:
-        return ""
-    return f"{value:.3f}" if isinstance(value, float) else str(value)
-
-
-def labels(models: list[str]) -> list[str]:
-    """What tells the models apart: their paths without what all begin and end with.
-
-    Raises:
-        ConfigError: a model is given twice.
-    """
-    from pal.errors import ConfigError
-
-    if len(set(models)) < len(models):
-        raise ConfigError("a model is given twice; give each once")
-    if len(models) == 1:
-        return [Path(models[0]).name]
-    paths = [list(Path(model).parts) for model in models]
-    while all(len(path) > 1 for path in paths) and len({path[-1] for path in paths}) == 1:
-        paths = [path[:-1] for path in paths]
-    while all(len(path) > 1 for path in paths) and len({path[0] for path in paths}) == 1:
-        paths = [path[1:] for path in paths]
-    return ["/".join(path) for path in paths]
+    return shown(row[heading]) if ends is None else f"{shown(row[heading])} ({shown(ends)})"

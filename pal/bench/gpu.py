@@ -22,12 +22,13 @@ from pal.bench.checks import Check, checks
 from pal.bench.launches import StepCount, count_steps
 from pal.bench.machine import check_device, machine
 from pal.bench.presets import PRESETS, Phase, Preset
-from pal.bench.report import markdown_table, to_dict, to_markdown
+from pal.bench.report import to_dict, to_markdown
 from pal.bench.result import Result, where_it_failed
 from pal.bench.run import Bench, opened
 from pal.bench.values import LIMITS, TOY, Compared, Size, compare
 from pal.errors import PalError
 from pal.files import write_text
+from pal.lab.tables import markdown_table
 
 SHARES = {"values": 0.25, "counts": 0.2}
 """Of the time, at most; the benchmark has the rest."""
@@ -154,6 +155,7 @@ def _value_table(values: Sequence[Compared]) -> list[str]:
     for one in values:
         case = one.case
         way = f"{'packed' if case.rows == 'none' else 'padded'}{', compiled' if case.compiled else ''}"
+        way += ", CUDA graph" if case.graph else ""
         groups.setdefault((case.integration, case.family, str(case.dtype).split(".")[1], way), []).append(one)
     rows = []
     for about, ones in groups.items():

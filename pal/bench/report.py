@@ -13,6 +13,8 @@ from pal.bench.checks import Check, checks
 from pal.bench.result import Result, Row
 from pal.errors import PalError
 from pal.files import write_bytes, write_text
+from pal.lab.numbers import three_digits
+from pal.lab.tables import markdown_table
 from pal.plots import MISSING, render, style_of
 
 if TYPE_CHECKING:
@@ -116,17 +118,17 @@ def _table(rows: Sequence[Row], rate: float | None) -> list[str]:
             (
                 str(row.audio_tokens),
                 row.variant,
-                _number(row.seconds, 1e3),
-                _number(row.seconds_spread, 1e3),
-                _number(ratios["speed"]),
-                _number(row.peak_bytes, 1e-6),
-                _number(row.saved_bytes, 1e-6) if row.saved_bytes else "",
-                _number(ratios["saved_bytes"], 100),
-                _number(row.flops, 1e-9),
-                _number(row.flops / row.flops_closed_form),
-                _number(ratios["flops_per_second"], 1e-12),
-                _number(ratios["of_product"], 100),
-                _number(row.kv_bytes, 1e-6) if row.kv_bytes else "",
+                three_digits(row.seconds, 1e3),
+                three_digits(row.seconds_spread, 1e3),
+                three_digits(ratios["speed"]),
+                three_digits(row.peak_bytes, 1e-6),
+                three_digits(row.saved_bytes, 1e-6) if row.saved_bytes else "",
+                three_digits(ratios["saved_bytes"], 100),
+                three_digits(row.flops, 1e-9),
+                three_digits(row.flops / row.flops_closed_form),
+                three_digits(ratios["flops_per_second"], 1e-12),
+                three_digits(ratios["of_product"], 100),
+                three_digits(row.kv_bytes, 1e-6) if row.kv_bytes else "",
                 f"{row.parameters:,}",
             )
         )
@@ -170,7 +172,7 @@ def _paper_rows(made: Sequence[Check]) -> list[tuple[str, ...]]:
                 continue
             one = of_row[quantity]
             mark = "" if one.ok else " **off**"
-            cells += [_number(one.value, scale), _number(one.reference, scale), f"{one.ratio:.3f}{mark}"]
+            cells += [three_digits(one.value, scale), three_digits(one.reference, scale), f"{one.ratio:.3f}{mark}"]
         rows.append((*row, *cells))
     return rows
 
@@ -192,20 +194,6 @@ def _check_row(check: Check) -> tuple[str, ...]:
         ", ".join(bounds),
         "ok" if check.ok else "missed" if check.kind == "goal" else "off",
     )
-
-
-def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]], left: int) -> list[str]:
-    """A Markdown table whose first columns are words and whose others are numbers."""
-    rule = ["---" if i < left else "--:" for i in range(len(head))]
-    return ["| " + " | ".join(cells) + " |" for cells in (head, rule, *rows)]
-
-
-def _number(value: float | None, scale: float = 1.0) -> str:
-    """Three digits that count."""
-    if value is None:
-        return ""
-    scaled = value * scale
-    return f"{scaled:,.0f}" if abs(scaled) >= 100 else f"{scaled:.3g}"
 
 
 def _ratios(row: Row, rows: Iterable[Row], rate: float | None) -> dict[str, Any]:

@@ -35,10 +35,10 @@ from pal.errors import ConfigError
 from pal.evaluate import Score, evaluate
 from pal.evaluate.score import write_json
 from pal.files import MANIFEST, sha256, write_text
+from pal.lab.records import SCENES_SEED, domain_of, records_to_ask
 from pal.probe.ablated import Ablated, Answers, Curve, Spent
 from pal.probe.axes import Cell, grid
 from pal.probe.finding import Finding
-from pal.probe.material import SCENES_SEED, domain_of, material
 from pal.train.checkpoint import check_recipe
 from pal.train.curves import read_log
 from pal.train.objectives import build_objective
@@ -215,7 +215,7 @@ def _manifests(on: Sequence[Path], limit: int, out: Path) -> list[Path]:
 
 
 def _asked(path: Path, limit: int) -> Asked:
-    with material([path], limit) as records:
+    with records_to_ask([path], limit) as records:
         name = path.parent.name if path.stem == "manifest" else path.stem
         return Asked(name, Manifest(path).digest, records, limit)
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pal.evaluate import Score
+from pal.lab.tables import markdown_table
 from pal.probe.axes import Cell
 from pal.probe.crossed import INTERVALS, Draws, Estimate
 from pal.probe.finding import Plot, Row
@@ -179,14 +180,15 @@ class Ablated:
                 row.append(f"{draws.deaf_X[place]:.3f}")
             row += [f"{spent.trained_parameters:,}", f"{spent.flops / 1e9:.3g}", f"{spent.saved_bytes / 1e6:.3g}"]
             rows.append([*row, f"{spent.step_seconds:.3g}"])
-        text = _markdown(headings, rows)
+        text = _lines(markdown_table(headings, rows, left=len(headings)))
         if self.frozen():
             kept = []
             for pair in self._frozen_rows():
                 whole, above = ((pair[key], pair[ends]) for key, ends in _KEPT.items())
                 shares = ["" if share[0] is None else _percent(share) for share in (whole, above)]
                 kept.append([pair["cell"], pair["on"], f"{pair['trained']:.3f}", f"{pair['frozen']:.3f}", *shares])
-            text += "\n" + _markdown(["cell", "on", "trained", "frozen", "kept", "kept above no audio"], kept)
+            head = ("cell", "on", "trained", "frozen", "kept", "kept above no audio")
+            text += "\n" + _lines(markdown_table(head, kept, left=len(head)))
         seeds = len(self.answers[0].scores[0])
         runs = f"{seeds} seeds" if seeds > 1 else "one seed"
         return f"{text}\nExact match: mean of {runs} [95 % interval] (lowest to highest seed). {INTERVALS}\n"
@@ -367,6 +369,5 @@ def _percent(estimate: Estimate) -> str:
     return f"{100 * value:.1f} % ({100 * low:.1f} to {100 * high:.1f})"
 
 
-def _markdown(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [headings, ["---"] * len(headings), *rows]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+def _lines(lines: Sequence[str]) -> str:
+    return "".join(f"{line}\n" for line in lines)

@@ -173,7 +173,7 @@ def probe_depth(
     restrictions = [one for group in groups for one in (*group.depths.values(), *group.windows)]
     conditions = {one.name: one.condition(model.llm.n_layers) for one in restrictions}
     conditions[DEAF.name] = DEAF
-    asked = ask(model, records, list(conditions.values()), example, hear, batch, progress)
+    asked = ask(model, records, list(conditions.values()), example, hear, batch, progress, seed)
     costs = {WHOLE.name: cost(model, example, WHOLE)}
     for name, condition in conditions.items():
         other = asked.same_as.get(name)
@@ -183,7 +183,7 @@ def probe_depth(
         model=about(model),
         settings={
             **(settings or {}),
-            **settings_of(records, asked, seed, batch),
+            **settings_of(records, asked, batch),
             "cost_of": {
                 "clip_seconds": sum(clip.seconds for clip in example.clips),
                 "audio_tokens": _tokens(whole),
@@ -193,10 +193,10 @@ def probe_depth(
             "2 for a multiplication and an addition; attention's products in full, masked or not",
             "bytes": "K and V of one question's audio in the LLM's precision, which decoding keeps; not the text's",
         },
-        reading=_reading(asked, groups, costs, rows="rows" in pathways(whole), seed=seed),
-        tables=_tables(asked, groups, costs, seed),
+        reading=_reading(asked, groups, costs, rows="rows" in pathways(whole)),
+        tables=_tables(asked, groups, costs),
         details={"costs": {name: vars(one) for name, one in costs.items()}, **asked.details()},
-        pictures=_pictures(asked, groups, costs, seed),
+        pictures=_pictures(asked, groups, costs),
         seconds=time.perf_counter() - started,
     )
 
@@ -239,12 +239,10 @@ def _tokens(view: Seen) -> dict[str, int]:
     return {name: sum(n for (pathway, _), n in most.items() if pathway == name) for name in pathways(view)}
 
 
-def _tables(
-    asked: Asked, groups: Sequence[_Group], costs: Mapping[str, Cost], seed: int
-) -> dict[str, list[dict[str, Any]]]:
-    def scored(items: Sequence[int], name: str) -> dict[str, Any]:
-        score, ends = asked.score(asked.right(name), items, seed)
-        drop = asked.drop(name, items, seed)
+def _tables(asked: Asked, groups: Sequence[_Group], costs: Mapping[str, Cost]) -> dict[str, list[dict[str, Any]]]:
+    def scored(name: str, items: Sequence[int] | None = None) -> dict[str, Any]:
+        score, ends = asked.score(asked.right(name), items)
+        drop = asked.drop(name, items)
         return {"score": score, "ci95": ends, "drop": drop.drop, "drop ci95": drop.ci95}
 
     def overall(shown: str, name: str) -> dict[str, Any]:
@@ -252,7 +250,7 @@ def _tables(
         return {
             "depth": shown,
             "seen": "nowhere" if name == DEAF.name else name,
-            **scored(range(len(asked.items)), name),
+            **scored(name),
             "gflops": of.flops / 1e9,
             "gflops_least": of.flops_least / 1e9,
             "kv_kB": of.bytes / 1e3,
@@ -261,7 +259,7 @@ def _tables(
 
     def by_domain(names: Iterable[str]) -> list[dict[str, Any]]:
         return [
-            {"seen": name, "domain": domain, "n": len(items), **scored(items, name)}
+            {"seen": name, "domain": domain, "n": len(items), **scored(name, items)}
             for name in names
             for domain in asked.values("domain")
             for items in [asked.among(domain=domain)]
@@ -280,11 +278,9 @@ def _tables(
     return tables
 
 
-def _reading(asked: Asked, groups: Sequence[_Group], costs: Mapping[str, Cost], rows: bool, seed: int) -> list[str]:
-    everywhere = range(len(asked.items))
+def _reading(asked: Asked, groups: Sequence[_Group], costs: Mapping[str, Cost], rows: bool) -> list[str]:
     whole, deaf, floor = (
-        100 * asked.score(right, everywhere, seed)[0]
-        for right in (asked.right(WHOLE.name), asked.right(DEAF.name), asked.no_audio)
+        100 * asked.score(right)[0] for right in (asked.right(WHOLE.name), asked.right(DEAF.name), asked.no_audio)
     )
     said = [
         f"{whole:.0f} % of {len(asked.items)} questions are right with the audio seen wherever the model has it, "
@@ -297,17 +293,14 @@ def _reading(asked: Asked, groups: Sequence[_Group], costs: Mapping[str, Cost], 
                 continue
             of = costs[one.name]
             said.append(
-                f"With {one.name} only ({shown} of them), {asked.drop(one.name, everywhere, seed).points()} are lost; "
+                f"With {one.name} only ({shown} of them), {asked.drop(one.name).points()} are lost; "
                 f"a prefill takes {_share(of.flops, full.flops)} of the operations and decoding keeps "
                 f"{_share(of.bytes, full.bytes)} of the audio's K/V"
                 + (f" (least: {_share(of.flops_least, full.flops)}, {_share(of.bytes_least, full.bytes)})" * rows)
                 + "."
             )
-        best = max(group.windows, key=lambda one: asked.score(asked.right(one.name), everywhere, seed)[0])
-        said.append(
-            f"Of {len(group.windows)} windows, {best.name} loses least: "
-            f"{asked.drop(best.name, everywhere, seed).points()}."
-        )
+        best = max(group.windows, key=lambda one: asked.score(asked.right(one.name))[0])
+        said.append(f"Of {len(group.windows)} windows, {best.name} loses least: {asked.drop(best.name).points()}.")
     said += remarks(asked)
     if rows:
         said.append(
@@ -322,7 +315,7 @@ def _reading(asked: Asked, groups: Sequence[_Group], costs: Mapping[str, Cost], 
     return said
 
 
-def _pictures(asked: Asked, groups: Sequence[_Group], costs: Mapping[str, Cost], seed: int) -> dict[str, Plot]:
+def _pictures(asked: Asked, groups: Sequence[_Group], costs: Mapping[str, Cost]) -> dict[str, Plot]:
     pictures: dict[str, Plot] = {}
     for group in groups:
         of = "" if group.pathway is None else f"-{group.pathway}"
@@ -332,7 +325,7 @@ def _pictures(asked: Asked, groups: Sequence[_Group], costs: Mapping[str, Cost],
             f"Audio seen in the first layers only{group.suffix}",
             "Accuracy with 95 % intervals, by the number of layers from the first on that still see the audio; the "
             "dashed line is the model without audio in the prompt.",
-            partial(_profile, asked=asked, at=[*nowhere, *firsts], label="first layers that see audio", seed=seed),
+            partial(_profile, asked=asked, at=[*nowhere, *firsts], label="first layers that see audio"),
         )
         if len(group.windows) > 1:
             pictures[f"window{of}"] = Plot(
@@ -344,29 +337,27 @@ def _pictures(asked: Asked, groups: Sequence[_Group], costs: Mapping[str, Cost],
                     asked=asked,
                     at=[(one.layers[0], one.name) for one in group.windows],
                     label="first layer of the window",
-                    seed=seed,
                 ),
             )
     pictures["cost"] = Plot(
         "Accuracy against what it costs",
         "Each depth and window of one question's prefill and of the audio's K/V. Filled: as it runs here. Hollow: at "
         "least, without rows and their K/V where no layer sees them.",
-        partial(_costs, asked=asked, group=groups[0], costs=costs, seed=seed),
+        partial(_costs, asked=asked, group=groups[0], costs=costs),
         size=(10.0, 4.5),
     )
     return pictures
 
 
-def _profile(figure: Figure, asked: Asked, at: Sequence[tuple[int, str]], label: str, seed: int) -> None:
+def _profile(figure: Figure, asked: Asked, at: Sequence[tuple[int, str]], label: str) -> None:
     axes = figure.add_subplot()
-    everywhere = list(range(len(asked.items)))
-    items = {"all": everywhere, **{domain: asked.among(domain=domain) for domain in asked.values("domain")}}
+    items = {"all": None, **{domain: asked.among(domain=domain) for domain in asked.values("domain")}}
     lines(
         axes,
         [x for x, _ in at],
-        {shown: [asked.score(asked.right(name), some, seed) for _, name in at] for shown, some in items.items()},
+        {shown: [asked.score(asked.right(name), some) for _, name in at] for shown, some in items.items()},
     )
-    axes.axhline(sum(asked.no_audio) / len(everywhere), color="grey", ls="--", lw=0.8)
+    axes.axhline(sum(asked.no_audio) / len(asked.no_audio), color="grey", ls="--", lw=0.8)
     axes.set_xticks([x for x, _ in at])
     axes.set_ylim(-0.02, 1.02)
     axes.set_xlabel(label)
@@ -374,8 +365,7 @@ def _profile(figure: Figure, asked: Asked, at: Sequence[tuple[int, str]], label:
     axes.legend(frameon=False)
 
 
-def _costs(figure: Figure, asked: Asked, group: _Group, costs: Mapping[str, Cost], seed: int) -> None:
-    everywhere = range(len(asked.items))
+def _costs(figure: Figure, asked: Asked, group: _Group, costs: Mapping[str, Cost]) -> None:
     named = {one.name: shown for shown, one in group.depths.items()}
     names = dict.fromkeys([DEAF.name, *named, *(one.name for one in group.windows)])
     for place, (label, run, least) in enumerate(
@@ -383,7 +373,7 @@ def _costs(figure: Figure, asked: Asked, group: _Group, costs: Mapping[str, Cost
     ):
         axes = figure.add_subplot(1, 2, place + 1)
         for name in names:
-            score, ends = asked.score(asked.right(name), everywhere, seed)
+            score, ends = asked.score(asked.right(name))
             x, low = (getattr(costs[name], key) / (1e9 if key.startswith("flops") else 1e3) for key in (run, least))
             colour = "C0" if name in named else "grey" if name == DEAF.name else "C1"
             axes.plot([low, x], [score, score], color=colour, lw=0.8)

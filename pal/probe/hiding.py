@@ -17,7 +17,7 @@ from pal.data import prompts
 from pal.errors import AudioError, ConfigError
 from pal.evaluate.runner import Hearing, evaluate, evaluation_mode
 from pal.evaluate.scorers import bootstrap_ci
-from pal.probe.material import domain_of
+from pal.lab.records import domain_of
 from pal.types import Heard, Tokens
 
 if TYPE_CHECKING:
@@ -142,6 +142,8 @@ class Asked:
     """Condition -> share of the tokens, each counted in every layer that sees it, that it hides in the example."""
     raised: list[str] = field(default_factory=list)
     """Questions that raised, and why; they count as wrong."""
+    seed: int = 0
+    """Of the intervals."""
 
     def right(self, name: str) -> list[bool]:
         """Under a condition."""
@@ -155,14 +157,16 @@ class Asked:
         """The domains or the tasks that there are."""
         return sorted({getattr(item, key) for item in self.items})
 
-    def score(self, right: Sequence[bool], items: Sequence[int], seed: int) -> tuple[float, tuple[float, float]]:
-        """Accuracy over some items, and its interval."""
+    def score(self, right: Sequence[bool], items: Sequence[int] | None = None) -> tuple[float, tuple[float, float]]:
+        """Accuracy over all items or some, and its interval."""
+        items = range(len(self.items)) if items is None else items
         values = [float(right[i]) for i in items]
-        return sum(values) / len(values), bootstrap_ci(values, self._clips(items), seed=seed)
+        return sum(values) / len(values), bootstrap_ci(values, self._clips(items), seed=self.seed)
 
-    def drop(self, name: str, items: Sequence[int], seed: int, whole: str = WHOLE.name) -> Drop:
-        """What a condition costs over some items, against another one."""
-        before = [self.right(whole)[i] for i in items]
+    def drop(self, name: str, items: Sequence[int] | None = None) -> Drop:
+        """What a condition costs over all items or some, against nothing hidden."""
+        items = range(len(self.items)) if items is None else items
+        before = [self.right(WHOLE.name)[i] for i in items]
         after = [self.right(name)[i] for i in items]
         apart = [float(a) - float(b) for a, b in zip(before, after, strict=True)]
         return Drop(
@@ -170,7 +174,7 @@ class Asked:
             whole=sum(before) / len(items),
             score=sum(after) / len(items),
             drop=sum(apart) / len(items),
-            ci95=bootstrap_ci(apart, self._clips(items), seed=seed),
+            ci95=bootstrap_ci(apart, self._clips(items), seed=self.seed),
             lost=sum(a and not b for a, b in zip(before, after, strict=True)),
             gained=sum(b and not a for a, b in zip(before, after, strict=True)),
         )
@@ -230,6 +234,7 @@ def ask(
     hear: Hearing,
     batch: int = 32,
     progress: bool = False,
+    seed: int = 0,
 ) -> Asked:
     """Ask all questions once under each condition; first with nothing hidden, and without audio in the prompt.
 
@@ -241,6 +246,7 @@ def ask(
         hear: keeps the clips from one condition to the next.
         batch: rows of a forward pass.
         progress: show a bar.
+        seed: of the intervals.
 
     Raises:
         ConfigError: a condition that the model or the tokens do not allow; nothing was asked then.
@@ -277,10 +283,10 @@ def ask(
             no_audio = [bool(item.no_audio_correct) for item in answered]
             items = [item for part, score in zip(parts, scores, strict=True) for item in _items(part, score, clips)]
     hidden = {name: 1 - sum(map(len, view.values())) / total for name, view in views.items()}
-    return Asked(items, no_audio, correct, same_as, hidden, raised)
+    return Asked(items, no_audio, correct, same_as, hidden, raised, seed)
 
 
-def settings_of(records: Sequence[Record], asked: Asked, seed: int, batch: int) -> dict[str, Any]:
+def settings_of(records: Sequence[Record], asked: Asked, batch: int) -> dict[str, Any]:
     """What a finding says of its questions."""
     text = repr([(r.id, r.dataset, r.task, r.turns, r.choices, len(r.clips)) for r in records])
     return {
@@ -288,8 +294,8 @@ def settings_of(records: Sequence[Record], asked: Asked, seed: int, batch: int) 
         "clips": len({item.clip for item in asked.items}),
         "questions_digest": hashlib.sha256(text.encode()).hexdigest(),
         "scoring": SCORING,
-        "intervals": f"percentile bootstrap of 95 %, 2000 resamples of whole clips, paired, seed {seed}",
-        "seed": seed,
+        "intervals": f"percentile bootstrap of 95 %, 2000 resamples of whole clips, paired, seed {asked.seed}",
+        "seed": asked.seed,
         "batch": batch,
     }
 

@@ -70,7 +70,7 @@ class Rows:
     """Means over time of what encoders and connectors give, side by side where there are several: [N, E]."""
 
 
-def probe(
+def probe_layers(
     model: PalModel,
     manifests: Sequence[Path] = (),
     clips: int = CLIPS,

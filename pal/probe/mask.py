@@ -158,20 +158,20 @@ def probe_mask(
     example = Example.of(model, records, hear)
     kinds = default_conditions(model, example) if chosen is None else {"chosen": [chosen], "all": [DEAF]}
     conditions = [condition for same in kinds.values() for condition in same]
-    asked = ask(model, records, conditions, example, hear, batch, progress)
-    drops = _drops(asked, [condition.name for condition in conditions], seed)
-    whole = asked.score(asked.right(WHOLE.name), range(len(asked.items)), seed)
-    floor = asked.score(asked.no_audio, range(len(asked.items)), seed)
+    asked = ask(model, records, conditions, example, hear, batch, progress, seed)
+    drops = _drops(asked, [condition.name for condition in conditions])
+    whole = asked.score(asked.right(WHOLE.name))
+    floor = asked.score(asked.no_audio)
     return Finding(
         probe="mask",
         model=about(model),
         settings={
             **(settings or {}),
-            **settings_of(records, asked, seed, batch),
+            **settings_of(records, asked, batch),
             "conditions": {condition.name: [_written(hide) for hide in condition.hides] for condition in conditions},
         },
         reading=_reading(asked, kinds, drops, whole, floor),
-        tables=_tables(asked, kinds, drops, whole, floor, seed),
+        tables=_tables(asked, kinds, drops, whole, floor),
         details={
             "kinds": {kind: [condition.name for condition in same] for kind, same in kinds.items()},
             "drops": [
@@ -189,13 +189,13 @@ Drops = Mapping[tuple[str, str, str], Drop]
 """Condition, "all" or "domain" or "task", and which -> what it costs there."""
 
 
-def _drops(asked: Asked, names: Sequence[str], seed: int) -> Drops:
+def _drops(asked: Asked, names: Sequence[str]) -> Drops:
     found = {}
     for name in names:
-        found[name, "all", "all"] = asked.drop(name, range(len(asked.items)), seed)
+        found[name, "all", "all"] = asked.drop(name)
         for key in ("domain", "task"):
             for value in asked.values(key):
-                found[name, key, value] = asked.drop(name, asked.among(**{key: value}), seed)
+                found[name, key, value] = asked.drop(name, asked.among(**{key: value}))
     return found
 
 
@@ -205,17 +205,15 @@ def _tables(
     drops: Drops,
     whole: tuple[float, tuple[float, float]],
     floor: tuple[float, tuple[float, float]],
-    seed: int,
 ) -> dict[str, list[dict[str, Any]]]:
     conditions = [condition for same in kinds.values() for condition in same]
-    everywhere = range(len(asked.items))
     nothing = {"condition": WHOLE.name, "share_hidden": 0.0, "score": whole[0], "ci95": whole[1]}
     unasked = {"condition": "no audio in the prompt", "share_hidden": None, "score": floor[0], "ci95": floor[1]}
     of_drop: dict[str, Any] = {"drop": None, "drop ci95": None, "relative": None, "lost": None, "gained": None}
     overall = [{**nothing, **of_drop}]
     for condition in conditions:
         drop = drops[condition.name, "all", "all"]
-        score, ends = asked.score(asked.right(condition.name), everywhere, seed)
+        score, ends = asked.score(asked.right(condition.name))
         overall.append(
             {
                 "condition": condition.name,

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from pal.errors import BundleError
+from pal.lab.numbers import three_digits
 from pal.report.embed import Embedder
-from pal.report.numbers import three_digits
 from pal.report.page import Fold, Part, Picture, Points, Prose, Section, Table
 
 TITLE = "Cost"

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 from pal.audio import load
 from pal.errors import BundleError
 from pal.files import write_text
+from pal.lab.numbers import milliseconds, size, times
 from pal.plots import colour_of
 from pal.report.embed import RATE, Embedder
-from pal.report.numbers import milliseconds, size, times
 from pal.report.page import Card, Cards, Cell, Chapter, Page, Part, Picture, Points, Prose, Section, Table, render
 from pal.report.plots import draw_scores, draw_spectrogram, score_size
 from pal.train.curves import draw_losses, loss_size

@@ -12,8 +12,8 @@ import soundfile
 
 from pal.audio import load
 from pal.errors import AudioError
+from pal.lab.numbers import size
 from pal.plots import MISSING, Draw, render
-from pal.report.numbers import size
 from pal.report.page import Picture, Sound, TimeAxis
 
 RATE = 16_000

@@ -16,8 +16,8 @@ from pal.evaluate.folder import SCORE, SETTINGS, RunFolder
 from pal.evaluate.result import Answered
 from pal.evaluate.score import ItemResult, Score
 from pal.evaluate.scorers import bootstrap_ci
+from pal.lab.numbers import p_value, shown
 from pal.report.embed import Embedder
-from pal.report.numbers import chance, figure
 from pal.report.page import Cell, Fold, Part, Points, Prose, Question, Section, Sound, Table
 from pal.report.plots import Scores, draw_scores, score_size, series_of
 
@@ -57,7 +57,7 @@ class Run:
     model: str
     n: int
     overall: Mapping[str, Any]
-    figures: Mapping[str, Mapping[str, Any]]
+    metrics: Mapping[str, Mapping[str, Any]]
     """The others that the rule gives."""
     parts: Mapping[str, Mapping[str, Mapping[str, Any]]]
     """Axis -> value -> the headline over its items."""
@@ -165,7 +165,7 @@ def _of_result(path: Path, found: Mapping[str, Any], settings: Mapping[str, Any]
         model=", ".join(models),
         n=found["n"],
         overall=_part(found),
-        figures=others,
+        metrics=others,
         parts={axis: of for axis, of in parts.items() if of},
         errors=[f"{one['id']}: {one['error']}" for one in found["errors"]["items"]],
         intervals=found["intervals"],
@@ -199,7 +199,7 @@ def _of_score(path: Path, score: Score) -> Run:
         model="",
         n=score.overall.n,
         overall=asdict(score.overall),
-        figures={},
+        metrics={},
         parts={"task": {task: asdict(part) for task, part in score.per_task.items()}},
         errors=[f"{item.id}: {item.error or item.no_audio_error}" for item in score.errors],
         intervals=score.settings.get("intervals", ""),
@@ -256,10 +256,10 @@ def _parts(runs: Mapping[str, Run], embed: Embedder) -> list[Part]:
     parts += _axis("overall", {"all": {name: run.overall for name, run in runs.items()}}, alt, embed)[:1]
     others: dict[str, dict[str, Mapping[str, Any]]] = {}
     for name, run in runs.items():
-        for metric, one in run.figures.items():
+        for metric, one in run.metrics.items():
             others.setdefault(metric, {})[name] = one
     if others:
-        parts.append(Fold("Other figures", [_table("Other figures of the same answers", others)]))
+        parts.append(Fold("Other metrics", [_table("Other metrics of the same answers", others)]))
     for axis in dict.fromkeys(axis for run in runs.values() for axis in run.parts):
         values = dict.fromkeys(value for run in runs.values() for value in run.parts.get(axis, {}))
         by_value = {
@@ -280,7 +280,7 @@ _HEADINGS = ("score", "95 % interval", "without audio", "gain", "its 95 % interv
 
 
 def _cells(one: Mapping[str, Any]) -> list[str]:
-    return [figure(one[key]) for key in ("score", "ci95", "no_audio_score", "gain", "gain_ci95")]
+    return [shown(one[key]) for key in ("score", "ci95", "no_audio_score", "gain", "gain_ci95")]
 
 
 def _axis(axis: str, by_value: Scores, alt: str, embed: Embedder) -> list[Part]:
@@ -296,7 +296,7 @@ def _table(caption: str, by_value: Scores) -> Table:
     groups = []
     lines: list[list[str]] = []
     for value, by_run in by_value.items():
-        of_value = [[name if several else value, figure(one.get("n")), *_cells(one)] for name, one in by_run.items()]
+        of_value = [[name if several else value, shown(one.get("n")), *_cells(one)] for name, one in by_run.items()]
         if several:
             groups.append((value, of_value))
         else:
@@ -318,7 +318,7 @@ def _compared(runs: Mapping[str, Run]) -> list[Part]:
             pairs = zip(first, runs[name].items, strict=True)
             gains = [float(bool(its.correct)) - float(bool(firsts.correct)) for firsts, its in pairs]
             ends = bootstrap_ci(gains, ["\n".join(item.clips) for item in first])
-            rows.append([name, figure(sum(gains) / len(gains)), figure(ends)])
+            rows.append([name, shown(sum(gains) / len(gains)), shown(ends)])
         return [Table.of(title, headings, rows)]
     try:
         found = compare([run.path for run in runs.values()])
@@ -327,12 +327,12 @@ def _compared(runs: Mapping[str, Run]) -> list[Part]:
     cells = [
         [
             name,
-            figure(row.difference),
-            figure(row.difference_ci95),
-            chance(row.p_bootstrap),
-            figure(row.only_first),
-            figure(row.only_this),
-            chance(row.p_mcnemar),
+            shown(row.difference),
+            shown(row.difference_ci95),
+            p_value(row.p_bootstrap),
+            shown(row.only_first),
+            shown(row.only_this),
+            p_value(row.p_mcnemar),
         ]
         for name, row in zip(names, found.rows, strict=True)
     ]
@@ -376,7 +376,7 @@ def _question(row: int, runs: Mapping[str, Run], embed: Embedder) -> Question:
         mark = "" if asked.correct is None else "right" if asked.correct else "wrong"
         text = f"raised: {asked.error}" if asked.answer is None else asked.answer
         if asked.correct is None and asked.value is not None:
-            text += f" ({figure(asked.value)})"
+            text += f" ({shown(asked.value)})"
         who, deaf = (name, f"{name}, without audio") if len(runs) > 1 else ("answer", "without audio")
         answers.append((who, Cell(text, mark)))
         if asked.deaf_answer is not None:

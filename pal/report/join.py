@@ -15,9 +15,10 @@ from tqdm import tqdm
 import pal
 from pal.errors import ConfigError, PalError
 from pal.files import write_text
+from pal.lab.names import distinct_names
+from pal.lab.numbers import joined, size
 from pal.report import cost, demo, evaluation, probe, training
 from pal.report.embed import AUDIO_BYTES, PICTURE_BYTES, Embedder
-from pal.report.numbers import joined, size
 from pal.report.page import Chapter, Page, Part, Points, Prose, Section, render
 
 DEPTH = 3
@@ -145,22 +146,10 @@ def search(path: Path, kind: Kind, depth: int = DEPTH) -> list[Path]:
 
 
 def labels(paths: Sequence[Path]) -> list[str]:
-    """A name for each path: what is left of it without the parts that all begin or end with.
-
-    A file that is called as its kind usually is goes by its folder.
-    """
+    """A name for each path; a file that is called as its kind usually is goes by its folder."""
     usual = ("score.json", "bench.json")
-    parts = [
-        list((path.parent if path.name in usual else path.with_suffix("") if path.is_file() else path).resolve().parts)
-        for path in paths
-    ]
-    if len(parts) == 1:
-        return [parts[0][-1]]
-    while len({one[0] for one in parts}) == 1 and min(map(len, parts)) > 1:
-        parts = [one[1:] for one in parts]
-    while len({one[-1] for one in parts}) == 1 and min(map(len, parts)) > 1:
-        parts = [one[:-1] for one in parts]
-    return ["/".join(one) for one in parts]
+    named = (path.parent if path.name in usual else path.with_suffix("") if path.is_file() else path for path in paths)
+    return distinct_names([path.resolve() for path in named])
 
 
 def _readable(kind: Kind, paths: Sequence[Path], faults: list[str], bar: tqdm[Any]) -> dict[Path, Any]:

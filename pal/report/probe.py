@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pal.lab.numbers import shown
 from pal.probe import finding
 from pal.report.embed import Embedder
-from pal.report.numbers import figure
 from pal.report.page import Fold, Part, Picture, Points, Prose, Section, Table, TimeAxis
 
 TITLE = "Probes"
@@ -94,7 +94,7 @@ def _parts(probe: Probe, embed: Embedder) -> list[Part]:
 
 def _table(title: str, rows: Sequence[Mapping[str, Any]]) -> Table:
     headings = list(rows[0])
-    cells = [[figure(row[heading]) for heading in headings] for row in rows]
+    cells = [[shown(row[heading]) for heading in headings] for row in rows]
     return Table.of(title, [heading.replace("_", " ") for heading in headings], cells)
 
 

@@ -1,4 +1,4 @@
-"""Folders of `pal train`: losses of all runs in one figure, and what distinguishes the runs."""
+"""Folders of `pal train`: losses of all runs in one plot, and what distinguishes the runs."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from pal.errors import BundleError
+from pal.lab.numbers import milliseconds, shown, three_digits
 from pal.report.embed import Embedder
-from pal.report.numbers import figure, milliseconds, three_digits
 from pal.report.page import Part, Prose, Section, Table
 from pal.train.curves import Borders, Curve, draw_losses, loss_curve, loss_size, read_log, stage_borders
 from pal.train.recipe import differences
@@ -96,12 +96,12 @@ def _done(runs: Mapping[str, Run]) -> Table:
     rows = []
     for name, run in runs.items():
         for stage in run.stages:
-            cells = [f"{name}, {stage['name']}", stage["objective"], f"{stage['steps']:,}", figure(stage["loss"])]
+            cells = [f"{name}, {stage['name']}", stage["objective"], f"{stage['steps']:,}", shown(stage["loss"])]
             cells += [milliseconds(stage["median_step_seconds"]), three_digits(stage["seconds"])]
             rows.append([*cells, f"{stage['trained_parameters']:,}", run.device])
         if run.seconds is None:
             step, loss = run.curve[-1] if run.curve else (0, None)
-            rows.append([name, "not finished", f"{step:,.0f}", figure(loss), "", "", "", ""])
+            rows.append([name, "not finished", f"{step:,.0f}", shown(loss), "", "", "", ""])
     return Table.of("Stages of each run", headings, rows)
 
 

@@ -7,9 +7,7 @@ import pytest
 from typer.testing import CliRunner
 
 from pal.app import cli
-from pal.app.probing import labels
-from pal.errors import ConfigError
-from pal.probe import time
+from pal.probe import sweeps, time
 
 RUNNER = CliRunner()
 
@@ -19,7 +17,9 @@ def run(*arguments):
 
 
 def test_time(shipped, tmp_path, monkeypatch):
-    monkeypatch.setattr(time, "SWEEPS", {k: replace(v, points=v.points[-2:]) for k, v in time.SWEEPS.items()})
+    few = {name: replace(sweep, points=sweep.points[-2:]) for name, sweep in sweeps.SWEEPS.items()}
+    for module in (sweeps, time):
+        monkeypatch.setattr(module, "SWEEPS", few)
     out = tmp_path / "found"
     result = run("time", "tiny", "--pairs", 2, "--out", out)
     assert result.exit_code == 0, result.output
@@ -45,13 +45,9 @@ def test_layers(shipped, tmp_path):
     assert {path.name for path in out.iterdir()} == {"probe.json", "layers.png", "labels.png"}
 
 
-def test_what_tells_models_apart():
-    assert labels(["tiny"]) == ["tiny"]
-    assert labels(["runs/a-lal/seed-1/model", "runs/a-pal/seed-1/model"]) == ["a-lal", "a-pal"]
-    assert labels(["tiny", "runs/x/model"]) == ["tiny", "runs/x/model"]
-    assert labels(["runs/x/seed-1/model", "runs/x/seed-2/model"]) == ["seed-1", "seed-2"]
-    with pytest.raises(ConfigError, match="twice"):
-        labels(["tiny", "tiny"])
+def test_a_model_that_is_given_twice():
+    result = run("time", "tiny", "tiny")
+    assert (result.exit_code, result.stderr) == (1, "error: a model is given twice; give each once\n")
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,9 @@ from pal.data.synth.events import KINDS
 from pal.data.synth.questions import candidates
 from pal.data.synth.scene import sound
 from pal.errors import ConfigError
-from pal.probe import time
-from pal.probe.time import LENGTH, SECONDS, SWEEPS, Answered, judge, questions, thresholds, trials
+from pal.probe import sweeps, time
+from pal.probe.sweeps import LENGTH, SECONDS, SWEEPS, questions, trials, twins
+from pal.probe.time import Answered, judge, probe_time, thresholds
 from tests.models import tiny_model
 
 
@@ -94,7 +95,7 @@ def test_twins_hold_the_same_waveforms():
     """Without overlap and background each sound of one clip is found in the other, sample for sample."""
     trial = replace(trials(2, 7)[0], kinds=("dog", "static"), notes=(None, None), place=0.0)
     trial = replace(trial, background="floor", background_db=-300.0)
-    (one, _), (two, _) = time._twins("gap", 0.4, trial, seed=7)
+    (one, _), (two, _) = twins("gap", 0.4, trial, seed=7)
     n, shift = round(LENGTH * 16_000), round((LENGTH + 0.4) * 16_000)
     a, b = sound(one), sound(two)
     np.testing.assert_allclose(a[:n], b[shift : shift + n], atol=1e-6)
@@ -131,7 +132,7 @@ def test_a_timing_question_is_asked_in_training_where_the_sweep_says():
         if name in ("half", "third"):
             for point in (*sweep.points, sweep.trained[0] + 1e-6):
                 for trial in trials(2, 1):
-                    (scene, asked), _ = time._twins(name, point, trial, 1)
+                    (scene, asked), _ = twins(name, point, trial, 1)
                     forms = {(one.form, one.answer) for one in candidates(scene)}
                     inside = ((name, asked[0].answer)) in forms
                     assert inside == (point > sweep.trained[0])
@@ -141,12 +142,13 @@ def test_a_timing_question_is_asked_in_training_where_the_sweep_says():
 def small(monkeypatch):
     """Two points a sweep, so that a whole probe is quick."""
     few = {name: replace(sweep, points=sweep.points[-2:]) for name, sweep in SWEEPS.items()}
-    monkeypatch.setattr(time, "SWEEPS", few)
+    for module in (sweeps, time):
+        monkeypatch.setattr(module, "SWEEPS", few)
 
 
 def test_a_probe_of_two_models_is_the_same_twice(small, tmp_path):
     models = [("one", tiny_model("lal")), ("two", tiny_model("plits"))]
-    first, second = (time.probe(models, pairs=2, seed=1).to_dict() for _ in range(2))
+    first, second = (probe_time(models, pairs=2, seed=1).to_dict() for _ in range(2))
     assert first | {"seconds": 0} == second | {"seconds": 0}
     table = first["tables"]["Order against the gap"]
     assert [row["model"] for row in table] == ["one", "one", "two", "two"]
@@ -158,12 +160,12 @@ def test_a_probe_of_two_models_is_the_same_twice(small, tmp_path):
 @pytest.mark.parametrize("wrong", [{"pairs": 1}, {"wordings": 0}])
 def test_wrong_use(wrong):
     with pytest.raises(ConfigError, match="give"):
-        time.probe([], **wrong)
+        probe_time([], **wrong)
 
 
 def test_seeds_of_a_folder_stand_side_by_side():
     models = [(f"lal/seed-{seed}", tiny_model("lal", seed=seed)) for seed in (0, 1)] + [("pal", tiny_model("pal"))]
-    finding = time.probe(models, pairs=2)
+    finding = probe_time(models, pairs=2)
     (title,) = [title for title in finding.tables if title.endswith("mean of the models of a folder")]
     assert {row["models"] for row in finding.tables[title]} == {"lal (2)"}
     for row in finding.tables[title]:

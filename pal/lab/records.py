@@ -1,4 +1,4 @@
-"""What probes ask about: records of manifests, or made-up scenes; and what kind of sound a question is about."""
+"""Records to ask a model about, of manifests or made-up scenes; and the kind of sound of each."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ def domain_of(record: Record) -> str:
 
 
 @contextmanager
-def material(manifests: Sequence[Path], limit: int, seed: int = SCENES_SEED) -> Iterator[list[Record]]:
-    """The records to ask, while the block lasts: only those with allowed answers, where a manifest has any.
+def records_to_ask(manifests: Sequence[Path], limit: int, seed: int = SCENES_SEED) -> Iterator[list[Record]]:
+    """Records of some manifests, while the block lasts: only those with allowed answers, where a manifest has any.
 
     Args:
         manifests: files; made-up scenes where there are none.

@@ -1,4 +1,4 @@
-"""Numbers for readers."""
+"""Numbers in words, for tables and sentences."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ def times(value: float, reference: float) -> str:
     return f"×{value / reference:.2f}" if reference else "–"
 
 
-def figure(value: object) -> str:
+def shown(value: object) -> str:
     """Three decimals of a fraction, an interval of two of them, anything else as it is, nothing for None."""
     if value is None:
         return ""
     if isinstance(value, list | tuple):
-        return " to ".join(figure(part) for part in value)
+        return " to ".join(shown(part) for part in value)
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, int):
@@ -46,8 +46,8 @@ def three_digits(value: float | None, scale: float = 1.0) -> str:
     return f"{scaled:,.0f}" if abs(scaled) >= 100 else f"{scaled:.3g}"
 
 
-def chance(p: float | None) -> str:
-    """A p-value."""
+def p_value(p: float | None) -> str:
+    """Two digits that count."""
     return "" if p is None else f"{p:.2g}"
 
 

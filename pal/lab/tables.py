@@ -1,0 +1,11 @@
+"""Tables as Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+
+def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]], left: int) -> list[str]:
+    """Lines of a table whose first `left` columns are words and whose others are numbers."""
+    rule = ["---" if i < left else "--:" for i in range(len(head))]
+    return ["| " + " | ".join(cells) + " |" for cells in (head, rule, *rows)]

@@ -1,0 +1,237 @@
+"""Faults in how audio is laid out in the LLM: rows where keys are meant, bytes, order, positions, decoding."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor
+
+from pal import audio as audio_io
+from pal.backbone.audio_keys import AudioKeys
+from pal.backbone.audio_mask import Places
+from pal.backbone.context import AudioContext
+from pal.backbone.cost import Step, decoder
+from pal.backbone.observers import count_ffn_rows
+from pal.bench.measure import saved_bytes
+from pal.clips import ClipFeatures
+from pal.data import prompts
+from pal.data.manifest import Record
+from pal.types import AUDIO, AudioFeatures, LLMInputs, Tokens
+
+if TYPE_CHECKING:
+    from pal.model import PalModel
+
+MEMORY = 0.15
+"""Saved bytes beyond the closed form, as a share of it, that are put down to masks and other small things that it does
+not count; they weigh most in small models."""
+
+Status = Literal["ok", "warning", "fault", "does not apply"]
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that can be wrong."""
+
+    name: str
+    status: Status
+    measured: str
+    remedy: str
+    """What to do where it is wrong."""
+
+
+def layout_checks(model: PalModel, one: Record) -> Iterator[Check]:
+    """Checks on one record's first clip: rows, bytes, order, positions, decoding."""
+    clip_N = audio_io.load(one.clips[0], model.sampling_rate).samples_N
+    row = about_first_clip(model, one)
+    features = model.features([clip_N])
+    with count_ffn_rows(model.llm) as counts, torch.no_grad():
+        inputs = model.inputs([clip_N], [row], located=True)
+        model.llm.hidden(inputs)
+    yield _feed_forward(model, row, features, counts)
+    yield _memory(model, row, features)
+    yield order(inputs)
+    yield gaps(inputs)
+    yield _decoding(model, clip_N, row)
+
+
+def about_first_clip(model: PalModel, one: Record) -> Tokens:
+    """A record's last question and right answer, about its first clip."""
+    turn = one.turns[-1]
+    talk = [prompts.user_turn(prompts.without_audio(turn.question), 1), {"role": "assistant", "content": turn.answer}]
+    return prompts.encode(model.tokenizer, talk, [0], train=True)
+
+
+def _step(model: PalModel, row: Tokens) -> Step:
+    assert row.labels is not None
+    return Step(
+        clips=1,
+        rows=1,
+        text=len(row.ids) - 1,
+        targets=sum(label >= 0 for label in row.labels),
+        before=row.ids.index(AUDIO),
+        integration=True,
+    )
+
+
+def _feed_forward(model: PalModel, row: Tokens, features: Sequence[AudioFeatures], counts: Sequence[int]) -> Check:
+    """Rows counted in the networks, against the text and the rows that the integration says it adds."""
+    lengths = [stream.lengths[0] for stream in features]
+    routes = model.integration.routes()
+    step = _step(model, row)
+    said = sum(route.cost(step, n, model.llm).rows for route, n in zip(routes, lengths, strict=True))
+    text, tokens = len(row.ids) - 1, sum(lengths)
+    audio = [count - text for count in counts]
+    wrong = [layer for layer, count in enumerate(audio) if count != said]
+    measured = f"{said} rows for {tokens} audio tokens go through the feed-forward networks, as the integration says"
+    if wrong:
+        measured = (
+            f"{audio[wrong[0]]} audio rows reach the feed-forward network of layer {wrong[0]}; "
+            f"the integration says {said}"
+        )
+    return Check(
+        "audio in the feed-forward networks",
+        "fault" if wrong else "ok",
+        measured,
+        "Audio that is meant as keys must be ClipSpans.keys, not rows_USD; make Route.cost say what spans() does.",
+    )
+
+
+def _memory(model: PalModel, row: Tokens, features: Sequence[AudioFeatures]) -> Check:
+    """Bytes that a step on the LLM keeps, encoder and connector aside, against the closed form."""
+    trained = {name: p.requires_grad for name, p in model.named_parameters()}
+    fixed = [replace(stream, x_BAE=stream.x_BAE.detach()) for stream in features]
+    step = _step(model, row)
+    lengths = [stream.lengths[0] for stream in fixed]
+    routes = model.integration.routes()
+    added = [route.cost(step, n, model.llm) for route, n in zip(routes, lengths, strict=True)]
+    try:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name.startswith("integration."))
+        with torch.enable_grad():
+            measured = saved_bytes(
+                lambda: model.llm.loss(model.inputs(ClipFeatures(fixed), [row]))[0],
+                [*model.parameters(), *model.buffers()],
+            )
+    finally:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(trained[name])
+    expected = decoder(model.llm, step, added).saved
+    ratio = measured / expected
+    return Check(
+        "memory",
+        "ok" if ratio <= 1 + MEMORY else "warning",
+        f"a step keeps {measured:,} bytes for the backward pass, {ratio:.2f} times the closed form",
+        "Look for audio that is kept as rows, or for activations that Route.cost does not name; pal bench shows where.",
+    )
+
+
+def order(inputs: LLMInputs) -> Check:
+    """Check that rows of a clip and its keys follow one another by position as they do in time."""
+    name = "order of summaries and tokens"
+    remedy = "Put each summary right after the last token it sums up: Layout.row_offsets and key_offsets."
+    context = inputs.audio
+    if not isinstance(context, AudioContext) or context.places is None:
+        return Check(name, "does not apply", "no audio", remedy)
+    wrong = compared = 0
+    for b in range(inputs.position_ids_BT.shape[0]):
+        rows = _entities(context.places, inputs.position_ids_BT, b)
+        for keys in context.keys:
+            assert keys.places is not None
+            theirs = _entities(keys.places, keys.positions_BA, b)
+            for stream, clip, end, position in rows:
+                for other_stream, other_clip, other_end, other_position in theirs:
+                    if (stream, clip) == (other_stream, other_clip) and keys.blocks is None:
+                        compared += 1
+                        # a row comes after the tokens it sums up, and before all later ones
+                        wrong += (position > other_position) != (other_end <= end + 1e-6)
+    if not compared:
+        return Check(name, "does not apply", "audio enters as rows or as keys, not as both", remedy)
+    status: Status = "fault" if wrong else "ok"
+    return Check(name, status, f"{wrong} of {compared} pairs of a row and a key are out of order", remedy)
+
+
+def _entities(places: Places, positions_BX: Tensor, b: int) -> list[tuple[int, int, float, int]]:
+    """(stream, clip, end in seconds, position) of the audio of one conversation."""
+    is_audio = places.stream_BX[b] >= 0
+    columns = (places.stream_BX, places.clip_BX, places.end_BX, positions_BX)
+    return list(zip(*(column[b][is_audio].tolist() for column in columns), strict=True))
+
+
+def gaps(inputs: LLMInputs) -> Check:
+    """Check that text after a clip stands where it would after as many ordinary tokens, and sees all of the clip."""
+    name = "gaps in the positions"
+    remedy = (
+        "Reserve a position id for every audio token and row (Layout.span), give generate the position ids, and never "
+        "let attention_mask be None."
+    )
+    context = inputs.audio
+    if not isinstance(context, AudioContext) or context.places is None:
+        return Check(name, "does not apply", "no audio", remedy)
+    faults: list[str] = []
+    reserved = 0
+    for b in range(inputs.position_ids_BT.shape[0]):
+        is_audio_T = context.places.stream_BX[b] >= 0
+        positions_T = inputs.position_ids_BT[b]
+        text = positions_T[inputs.attention_mask_BT[b].bool() & ~is_audio_T]
+        taken = [positions_T[is_audio_T]]
+        for keys in context.keys:
+            own = keys.positions_BA[b][keys.mask_BA[b]]
+            faults += _turns(keys, b)
+            late = int((own > text[-1]).sum())
+            if late:
+                faults.append(f"{late} audio tokens lie after the last text, which never sees them")
+            if keys.blocks is None:
+                taken.append(own)
+        places = torch.cat(taken)
+        if len(places.unique()) != len(places):
+            faults.append("two audio tokens have the same position")
+        free = set(range(int(text[-1]))) - set(text.tolist())
+        reserved += len(free)
+        outside = len(set(places.tolist()) - free)
+        if outside:
+            faults.append(f"{outside} audio tokens have positions that text does not leave free for them")
+        # within a clip a last, incomplete group may leave some unused, but not at its ends
+        ends = {p for p in free if p - 1 not in free or p + 1 not in free}
+        if ends - set(places.tolist()):
+            faults.append(f"text leaves {len(free)} positions free for {len(places)} audio tokens")
+    if faults:
+        return Check(name, "fault", faults[0], remedy)
+    return Check(
+        name, "ok", f"{reserved} positions are reserved for audio, and text after a clip sees all of it", remedy
+    )
+
+
+def _turns(keys: AudioKeys, b: int) -> Iterator[str]:
+    """Keys of a clip must be turned by different positions that rise with time, or their order is lost."""
+    assert keys.places is not None
+    for clip in set(keys.places.clip_BX[b][keys.mask_BA[b]].tolist()):
+        own = keys.mask_BA[b] & (keys.places.clip_BX[b] == clip)
+        if (keys.turns_BA[b][own].diff() <= 0).any():
+            yield "keys of a clip are turned by positions that do not rise with time"
+
+
+def _decoding(model: PalModel, clip_N: Tensor, row: Tokens, count: int = 8) -> Check:
+    """Token by token with the cache, against one full pass."""
+    assert row.labels is not None
+    prompt = row.ids[: next(i for i, label in enumerate(row.labels) if label >= 0)]
+    inputs = model.inputs([clip_N], [Tokens(prompt, [0])], padding_side="left")
+    made = model.llm.generate(inputs, max_new_tokens=count, do_sample=False, eos_token_id=None, pad_token_id=0)
+    written = made[0].tolist()
+    with torch.no_grad():
+        whole = model.inputs([clip_N], [Tokens(prompt + written, [0])])
+        logits_NV = model.llm(whole).logits[0, -len(written) - 1 : -1]
+    best = logits_NV.max(-1).values
+    chosen = logits_NV[torch.arange(len(written)), torch.tensor(written)]
+    apart = float((best - chosen).max())
+    same = apart <= 1e-3
+    return Check(
+        "decoding",
+        "ok" if same else "fault",
+        f"{len(written)} tokens written one by one with the cache are those of one full pass"
+        if same
+        else f"a token written with the cache has a logit {apart:.3g} below the best one of a full pass",
+        "Positions must go on from the prompt's last one, and audio K/V must reach every decoding step.",
+    )

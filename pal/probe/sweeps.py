@@ -1,0 +1,232 @@
+"""What `pal probe time` asks: made-up scenes in which one thing is swept and all else stays, sample for sample.
+
+| sweep | clip | question |
+|---|---|---|
+| `gap` | two sounds of 0.8 s; seconds of silence between them, negative where they overlap | which comes first |
+| `length` | two short or long sounds with 0.4 s between them | which comes first |
+| `half` | one sound of 0.8 s whose own middle is before or after that of the clip | in which half |
+| `third` | one sound of 0.8 s that starts before or after a border of two thirds | beginning, middle or end |
+
+Every clip has a *twin* in which time is the other way round: the two sounds change places, or the sound lies on the
+border's other side. It holds the same waveforms and its right answer is the other one. Order is asked in both orders
+of mention. So whatever ignores time, be it deaf, fond of one kind of sound or of the first one mentioned, gets one of
+the twins right and the other wrong: exactly 1/2.
+
+Where order is asked, the model is also asked whether it hears each of the sounds, and the sounds of another pair; over
+all pairs each question is as often to be answered yes as no.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import soundfile
+
+from pal.data.manifest import Record, Turn
+from pal.data.synth.events import KINDS
+from pal.data.synth.questions import BORDER, HALVES, PARAPHRASES, THIRDS, Candidate, worded
+from pal.data.synth.scene import BACKGROUNDS, LOUD_DB, ONSET_GAP, OVERLAP, REGISTERS, Event, Scene, sound
+from pal.data.synth.waves import RATE
+from pal.errors import ConfigError
+
+SECONDS = 4.0
+"""Length of every clip, that of the scenes that recipes train on."""
+LENGTH = 0.8
+"""Of a sound, where it is not what is swept: one that every kind has in training."""
+GAP = 0.4
+"""Between two sounds, where it is not what is swept."""
+PAIRS = 20
+_ROUND = 10
+"""Pairs that are drawn together, of different kinds throughout."""
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """One thing that is varied."""
+
+    title: str
+    unit: str
+    points: tuple[float, ...]
+    """In seconds, rising."""
+    trained: tuple[float, float]
+    """The part of the sweep that scenes have in training."""
+    named: bool = False
+    """Whether the model is also asked if it hears the sounds."""
+
+
+SWEEPS: dict[str, Sweep] = {
+    "gap": Sweep(
+        "Order against the gap",
+        "gap between two sounds (s)",
+        (-0.75, -0.7, -0.6, -0.5, -0.3, 0.0, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6),
+        (-min(OVERLAP * LENGTH, LENGTH - ONSET_GAP), SECONDS - 2 * LENGTH),
+        named=True,
+    ),
+    "length": Sweep(
+        "Order against length",
+        "length of each of two sounds (s)",
+        (0.1, 0.2, 0.4, 0.8, 1.2),
+        (max(kind.shortest for kind in KINDS.values()), min(kind.longest for kind in KINDS.values())),
+        named=True,
+    ),
+    "half": Sweep(
+        "First or second half",
+        "from the sound's middle to the clip's (s)",
+        (0.05, 0.1, 0.2, 0.4, 0.6, 1.0),
+        (LENGTH / 2 + BORDER, SECONDS / 2 - LENGTH / 2),
+    ),
+    "third": Sweep(
+        "Beginning, middle or end",
+        "from the onset to the border of two thirds (s)",
+        (0.02, 0.05, 0.1, 0.2, 0.35, 0.5),
+        (BORDER, SECONDS / 6),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What stays the same through all sweeps."""
+
+    index: int
+    kinds: tuple[str, str]
+    notes: tuple[int | None, int | None]
+    absent: tuple[str, str]
+    """The kinds of another pair."""
+    place: float
+    """Where in the time that is free the first sound begins, from 0 to 1."""
+    background: str
+    background_db: float
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One question, and what it is for."""
+
+    sweep: str
+    point: float
+    trial: int
+    timed: bool
+    """About time; else whether a sound is heard."""
+    scene: Scene
+    record: Record
+
+
+def trials(count: int, seed: int) -> list[Trial]:
+    """Pairs of different kinds, each kind about equally often; the absent ones are those of another pair.
+
+    Raises:
+        ConfigError: fewer than two pairs.
+    """
+    if count < 2:
+        raise ConfigError(f"{count} pairs are too few; the sounds of one are the absent ones of another: give two")
+    rng = np.random.default_rng(seed)
+    pairs: list[tuple[str, str]] = []
+    absent: list[tuple[str, str]] = []
+    for part in np.array_split(np.arange(count), -(-count // _ROUND)):
+        kinds = [list(KINDS)[i] for i in rng.permutation(len(KINDS))]
+        drawn = [(kinds[2 * i], kinds[2 * i + 1]) for i in range(len(part))]
+        pairs += drawn
+        absent += [*drawn[1:], drawn[0]]
+    return [
+        Trial(
+            index=index,
+            kinds=pair,
+            notes=(_note(pair[0], rng), _note(pair[1], rng)),
+            absent=other,
+            place=float(rng.random()),
+            background=BACKGROUNDS[rng.integers(len(BACKGROUNDS))],
+            background_db=float(rng.uniform(-70, -42)),
+        )
+        for index, (pair, other) in enumerate(zip(pairs, absent, strict=True))
+    ]
+
+
+def _note(kind: str, rng: np.random.Generator) -> int | None:
+    if not KINDS[kind].musical:
+        return None
+    low, high = list(REGISTERS.values())[rng.integers(len(REGISTERS))]
+    return int(rng.integers(low, high + 1))
+
+
+def questions(count: int, seed: int, folder: Path, wordings: int = 1) -> list[Asked]:
+    """All questions of all sweeps; the twins of a clip follow each other.
+
+    Args:
+        count: pairs of sounds.
+        seed: of the pairs and their sounds.
+        folder: where the clips will be.
+        wordings: how many ways of asking each question.
+    """
+    drawn = trials(count, seed)
+    asked = []
+    for name, sweep in SWEEPS.items():
+        for place, point in enumerate(sweep.points):
+            for trial in drawn:
+                for twin, (scene, candidates) in enumerate(twins(name, point, trial, seed)):
+                    clip = folder / f"{name}-{place}-{trial.index}-{twin}.wav"
+                    for number, candidate in enumerate(candidates):
+                        for wording in range(min(wordings, len(PARAPHRASES[candidate.form]))):
+                            question = worded(candidate, wording)
+                            record = Record(
+                                id=f"{clip.stem}-{number}-{wording}",
+                                clips=(str(clip),),
+                                turns=(Turn(question.text, question.answer),),
+                                task=name,
+                                dataset="synth",
+                                choices=question.choices,
+                            )
+                            timed = candidate.form != "presence"
+                            asked.append(Asked(name, point, trial.index, timed, scene, record))
+    return asked
+
+
+def twins(name: str, point: float, trial: Trial, seed: int) -> Iterator[tuple[Scene, list[Candidate]]]:
+    """A clip and its twin, each with what is asked about it."""
+    if name in ("gap", "length"):
+        gap, length = (point, LENGTH) if name == "gap" else (GAP, point)
+        start = trial.place * (SECONDS - 2 * length - gap)
+        early, late = start, start + length + gap
+        for twin, starts in enumerate(((early, late), (late, early))):
+            # each kind keeps its place in the scene's list: sounds are drawn in that order, so both clips have the same
+            order = [
+                Candidate("order", "earlier", trial.kinds[twin], (a, b), a, b)
+                for a, b in (trial.kinds, trial.kinds[::-1])
+            ]
+            heard = [_presence(trial.kinds[twin], "yes"), _presence(trial.absent[twin], "no")]
+            yield _scene(trial, seed, length, starts), [*order, *heard]
+    elif name == "half":
+        kind, centred = trial.kinds[0], (SECONDS - LENGTH) / 2
+        for start, answer in zip((centred - point, centred + point), HALVES, strict=True):
+            yield _scene(trial, seed, LENGTH, (start,)), [Candidate("timing", "half", answer, HALVES, kind)]
+    else:
+        kind, border = trial.kinds[0], 1 + trial.index % 2
+        sides = THIRDS[border - 1 : border + 1]
+        for start, answer in zip((-point, point), sides, strict=True):
+            scene = _scene(trial, seed, LENGTH, (SECONDS * border / 3 + start,))
+            yield scene, [Candidate("timing", "third", answer, sides, kind)]
+
+
+def _presence(kind: str, answer: str) -> Candidate:
+    return Candidate("presence", "presence", answer, ("yes", "no"), kind)
+
+
+def _scene(trial: Trial, seed: int, length: float, starts: Sequence[float]) -> Scene:
+    events = tuple(
+        Event(kind, start, start + length, True, LOUD_DB, note)
+        for kind, note, start in zip(trial.kinds, trial.notes, starts, strict=False)
+    )
+    return Scene(seed, trial.index, SECONDS, events, trial.background, trial.background_db)
+
+
+def render_clips(asked: Sequence[Asked], progress: bool) -> None:
+    """Write the clips of some questions, each once."""
+    from tqdm import tqdm
+
+    scenes = {question.record.clips[0]: question.scene for question in asked}
+    for path, scene in tqdm(scenes.items(), desc="clips", unit="clip", disable=not progress, leave=False):
+        samples_N = np.round(sound(scene) * 32767).astype(np.int16)
+        soundfile.write(path, samples_N, RATE, subtype="PCM_16")
