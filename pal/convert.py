@@ -111,13 +111,13 @@ def _sslam(checkpoint: dict[str, Any], where: str) -> Converted:
         "mlp_ratio": len(renamed["blocks.0.mlp.fc1.weight"]) / width,
         "patch_size": patch,
     }
-    sizes = parse(sslam.Architecture, found, where)
+    sizes = parse(sslam.SslamArchitecture, found, where)
     published_names = {
         **{f"{part}.": f"{image}{part}." for part in ("local_encoder", "fixed_positional_encoder")},
         "extra_tokens": f"{image}extra_tokens",
         "pre_norm.": f"{image}context_encoder.norm.",
     }
-    own = _checked(sslam.Network, sizes, sslam.own_layout(renamed, sizes), where, published_names)
+    own = _checked(sslam.SslamNetwork, sizes, sslam.own_layout(renamed, sizes), where, published_names)
     return sizes, {sslam.PREFIX + name: tensor for name, tensor in own.items()}
 
 
@@ -142,9 +142,9 @@ def _beats(checkpoint: dict[str, Any], where: str) -> Converted:
     silent = {"deep_norm": False, "max_distance": 1280, "relative_position_embedding": False, "gru_rel_pos": False}
     fields = silent | fields
     beats.check_kind(fields, where)
-    known = {name: value for name, value in fields.items() if name in beats.Architecture.model_fields}
-    sizes = parse(beats.Architecture, known, f"{where}: cfg")
-    return sizes, _checked(beats.Network, sizes, beats.own_layout(checkpoint["model"], where), where, {})
+    known = {name: value for name, value in fields.items() if name in beats.BeatsArchitecture.model_fields}
+    sizes = parse(beats.BeatsArchitecture, known, f"{where}: cfg")
+    return sizes, _checked(beats.BeatsNetwork, sizes, beats.own_layout(checkpoint["model"], where), where, {})
 
 
 def _checked(

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from pal import convert as module
 from pal.app import cli
 from pal.convert import convert
-from pal.encoders.sslam import Architecture, Network
+from pal.encoders.sslam import SslamArchitecture, SslamNetwork
 from pal.errors import ConfigError
 from pal.registry import build
 from tests.encoders.published import BEATS, beats_tensors, save_beats, save_sslam, sslam_fairseq, sslam_tensors
@@ -201,7 +201,7 @@ def test_an_interrupted_conversion_leaves_nothing(tmp_path: Path, monkeypatch: p
 
 def test_the_names_are_those_of_the_whole_network() -> None:
     with torch.device("meta"):
-        network = Network(Architecture(embed_dim=16, depth=2, num_heads=4))
+        network = SslamNetwork(SslamArchitecture(embed_dim=16, depth=2, num_heads=4))
     assert network.state_dict().keys() == sslam_tensors().keys()
 
 

@@ -75,7 +75,7 @@ class OggPage:
         if lengths[-1:] == b"\xff":
             yield body[start:at], False
 
-    def changed(self, granule: int | None = None, last: bool | None = None, body: bytes | None = None) -> "Page":
+    def changed(self, granule: int | None = None, last: bool | None = None, body: bytes | None = None) -> "OggPage":
         """The page with another position, mark of the end or body of the same size, and the right checksum."""
         page = bytearray(self.data)
         if granule is not None:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from pal.config import StrictConfig
 from pal.encoders.base import Encoder
-from pal.encoders.checkpoint import Checkpoint
+from pal.encoders.checkpoint import EncoderCheckpoint
 from pal.encoders.log_mel import WhisperLogMel
 from pal.encoders.unasked import make_masks_unasked, padded
 from pal.errors import ConfigError
@@ -99,6 +99,6 @@ def _load(config: AFWhisper.Config) -> Any:
         raise ConfigError("encoder 'af_whisper': missing key 'path'; give a Hub id such as nvidia/audio-flamingo-3-hf")
     from transformers import AudioFlamingo3Encoder, AudioFlamingo3EncoderConfig
 
-    checkpoint = Checkpoint("af_whisper", config.path, config.revision)
+    checkpoint = EncoderCheckpoint("af_whisper", config.path, config.revision)
     fields = checkpoint.fields({"audioflamingo3": "audio_config", "audioflamingo3_encoder": None})
     return checkpoint.load(AudioFlamingo3Encoder, AudioFlamingo3EncoderConfig(**fields), part="audio_tower")

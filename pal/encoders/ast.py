@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from pal.config import StrictConfig
 from pal.encoders.base import Encoder
-from pal.encoders.checkpoint import Checkpoint
+from pal.encoders.checkpoint import EncoderCheckpoint
 from pal.encoders.fbank import HOP, RATE, begun_frames, fbanks
 from pal.encoders.patches import Frequency, pad_windows, to_features, tokens_per_step
 from pal.errors import ConfigError
@@ -121,5 +121,5 @@ def _load(config: AST.Config) -> Any:
         )
     from transformers import ASTConfig, ASTModel
 
-    checkpoint = Checkpoint("ast", config.path, config.revision)
+    checkpoint = EncoderCheckpoint("ast", config.path, config.revision)
     return checkpoint.load(ASTModel, ASTConfig(**checkpoint.fields({_TYPE: None})), part=_TYPE.replace("-", "_"))

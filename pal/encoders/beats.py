@@ -34,7 +34,7 @@ _SCALE = 2.0**15
 """To 16-bit integers, as Kaldi has them."""
 
 
-class Architecture(StrictConfig):
+class BeatsArchitecture(StrictConfig):
     """Sizes of the network, named as in the official `cfg`. The defaults are the published models'."""
 
     input_patch_size: int = Field(default=16, ge=1, le=_MELS)
@@ -63,7 +63,7 @@ class Architecture(StrictConfig):
     """Patches from which on all positions are the same."""
 
     @model_validator(mode="after")
-    def _fits(self) -> "Architecture":
+    def _fits(self) -> "BeatsArchitecture":
         for name in ("encoder_attention_heads", "conv_pos_groups"):
             if self.encoder_embed_dim % getattr(self, name):
                 raise ValueError(f"encoder_embed_dim {self.encoder_embed_dim} is no multiple of {name}")
@@ -74,10 +74,10 @@ class Architecture(StrictConfig):
         return self
 
 
-class Network(nn.Module):
+class BeatsNetwork(nn.Module):
     """The network; its parts and their names are the official ones."""
 
-    def __init__(self, sizes: Architecture) -> None:
+    def __init__(self, sizes: BeatsArchitecture) -> None:
         super().__init__()
         patch, width = sizes.input_patch_size, sizes.encoder_embed_dim
         self.patch_embedding = nn.Conv2d(1, sizes.embed_dim, patch, stride=patch, bias=sizes.conv_bias)
@@ -108,7 +108,7 @@ class Beats(Encoder):
         """Folder that `pal convert` wrote, or a Hub id with the same two files."""
         revision: str | None = None
         """Branch, tag or commit on the Hub."""
-        architecture: Architecture | None = None
+        architecture: BeatsArchitecture | None = None
         """Sizes. Where given, nothing is read from `path`: the network is built with random weights, for
         a caller that then loads its own. `{}` is the published models'."""
         frequency: Frequency = "tokens"
@@ -120,7 +120,7 @@ class Beats(Encoder):
 
         def toy(self) -> "Beats.Config":
             """One layer."""
-            sizes = Architecture(
+            sizes = BeatsArchitecture(
                 embed_dim=8,
                 encoder_embed_dim=16,
                 encoder_ffn_embed_dim=32,
@@ -149,7 +149,7 @@ class Beats(Encoder):
         self.width = sizes.encoder_embed_dim
         self.seconds_per_token = self._step_seconds / tokens_per_step(self._patches, config.frequency)
         self.window_seconds = config.window_seconds
-        self.network = Network(sizes)
+        self.network = BeatsNetwork(sizes)
         if tensors is not None:
             self.network.load_state_dict(weights.check(self.network, tensors, f"encoder 'beats': {config.path}"))
 
@@ -183,7 +183,7 @@ class Beats(Encoder):
 
 
 class _Transformer(nn.Module):
-    def __init__(self, sizes: Architecture) -> None:
+    def __init__(self, sizes: BeatsArchitecture) -> None:
         super().__init__()
         self.pos_conv = nn.ModuleList([_PositionalConv(sizes)])
         self.layer_norm = nn.LayerNorm(sizes.encoder_embed_dim)
@@ -204,7 +204,7 @@ class _Transformer(nn.Module):
 class _PositionalConv(nn.Module):
     """A convolution over the patches in their order, its weight stored as direction and length of each tap."""
 
-    def __init__(self, sizes: Architecture) -> None:
+    def __init__(self, sizes: BeatsArchitecture) -> None:
         super().__init__()
         width, kernel, self.groups = sizes.encoder_embed_dim, sizes.conv_pos, sizes.conv_pos_groups
         self.weight_v = nn.Parameter(torch.randn(width, width // self.groups, kernel) * (4 / (kernel * width)) ** 0.5)
@@ -221,10 +221,10 @@ class _PositionalConv(nn.Module):
 class _Layer(nn.Module):
     """Self-attention and a feed-forward network, each with the norm after its weighted sum."""
 
-    def __init__(self, sizes: Architecture, has_bias: bool) -> None:
+    def __init__(self, sizes: BeatsArchitecture, has_bias: bool) -> None:
         super().__init__()
         width = sizes.encoder_embed_dim
-        self.self_attn = _Attention(sizes, has_bias)
+        self.self_attn = _BeatsAttention(sizes, has_bias)
         self.self_attn_layer_norm = nn.LayerNorm(width)
         self.fc1 = nn.Linear(width, sizes.encoder_ffn_embed_dim)
         self.fc2 = nn.Linear(sizes.encoder_ffn_embed_dim, width)
@@ -236,10 +236,10 @@ class _Layer(nn.Module):
         return self.final_layer_norm(self.residual * x_WAE + self.fc2(F.gelu(self.fc1(x_WAE))))
 
 
-class _Attention(nn.Module):
+class _BeatsAttention(nn.Module):
     """Attention with a bias for each relative position, which each query scales by a gate of its own."""
 
-    def __init__(self, sizes: Architecture, has_bias: bool) -> None:
+    def __init__(self, sizes: BeatsArchitecture, has_bias: bool) -> None:
         super().__init__()
         width, self.heads = sizes.encoder_embed_dim, sizes.encoder_attention_heads
         self.max_distance = sizes.max_distance
@@ -283,7 +283,7 @@ def _bucket(distance_AK: Tensor, buckets: int, max_distance: int) -> Tensor:
 
 
 def own_layout(tensors: dict[str, Tensor], where: str) -> dict[str, Tensor]:
-    """Official tensors by the names of `Network`: without the copies of the bias that each further layer has.
+    """Official tensors by the names of `BeatsNetwork`: without the copies of the bias that each further layer has.
 
     Raises:
         ConfigError: the copies differ.
@@ -304,7 +304,7 @@ def check_kind(fields: dict[str, Any], where: str) -> None:
             raise ConfigError(f"{where}: '{name}' is {fields[name]}, and this encoder only does {value}")
 
 
-def _read(config: Beats.Config) -> tuple[Architecture, dict[str, Tensor]]:
+def _read(config: Beats.Config) -> tuple[BeatsArchitecture, dict[str, Tensor]]:
     """Sizes and tensors of a folder or Hub id. Raises ConfigError where there are none."""
     if config.path is None:
         raise ConfigError(
@@ -313,5 +313,5 @@ def _read(config: Beats.Config) -> tuple[Architecture, dict[str, Tensor]]:
     where = f"encoder 'beats': {config.path}"
     fields, stored = weights.read(config.path, config.revision, where)
     check_kind(fields, where)
-    known = {name: value for name, value in fields.items() if name in Architecture.model_fields}
-    return parse(Architecture, known, f"{where}: {weights.CONFIG}"), own_layout(stored, where)
+    known = {name: value for name, value in fields.items() if name in BeatsArchitecture.model_fields}
+    return parse(BeatsArchitecture, known, f"{where}: {weights.CONFIG}"), own_layout(stored, where)

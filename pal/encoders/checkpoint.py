@@ -16,7 +16,7 @@ _WEIGHTS = "model.safetensors"
 
 
 @dataclass(frozen=True)
-class Checkpoint:
+class EncoderCheckpoint:
     """Where an encoder's weights are. Every error is a ConfigError of one line that says so."""
 
     encoder: str

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from pal.config import StrictConfig
 from pal.encoders.base import Encoder
-from pal.encoders.checkpoint import Checkpoint
+from pal.encoders.checkpoint import EncoderCheckpoint
 from pal.errors import ConfigError
 from pal.registry import register
 from pal.types import AudioFeatures
@@ -149,7 +149,7 @@ def _load(config: Clap.Config) -> Any:
         raise ConfigError("encoder 'clap': missing key 'path'; give a Hub id such as laion/clap-htsat-fused")
     from transformers import ClapAudioConfig, ClapAudioModel
 
-    checkpoint = Checkpoint("clap", config.path, config.revision)
+    checkpoint = EncoderCheckpoint("clap", config.path, config.revision)
     fields = checkpoint.fields({"clap": "audio_config", "clap_audio_model": None})
     computed = ("relative_position_index", "num_batches_tracked")
     return checkpoint.load(ClapAudioModel, ClapAudioConfig(**fields), part="audio_model", computed=computed)

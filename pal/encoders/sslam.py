@@ -30,7 +30,7 @@ _MEAN = -4.268
 _STD = 4.569
 
 
-class Architecture(StrictConfig):
+class SslamArchitecture(StrictConfig):
     """Sizes of the network, named as in the `config.json` on the Hub. The defaults are SSLAM's: 85.25M parameters."""
 
     embed_dim: int = Field(default=768, ge=4)
@@ -49,7 +49,7 @@ class Architecture(StrictConfig):
     """Of all layer norms."""
 
     @model_validator(mode="after")
-    def _fits(self) -> "Architecture":
+    def _fits(self) -> "SslamArchitecture":
         if self.embed_dim % self.num_heads or self.embed_dim % 4:
             raise ValueError(f"embed_dim {self.embed_dim} is no multiple of 4 and of num_heads {self.num_heads}")
         if any(size < self.patch_size or size % self.patch_size for size in self.img_size):
@@ -57,16 +57,16 @@ class Architecture(StrictConfig):
         return self
 
 
-class Network(nn.Module):
+class SslamNetwork(nn.Module):
     """The network; its parts and their names are those of the Hub's layout without the prefix."""
 
-    def __init__(self, sizes: Architecture) -> None:
+    def __init__(self, sizes: SslamArchitecture) -> None:
         super().__init__()
         self.local_encoder = _LocalEncoder(sizes)
         self.extra_tokens = nn.Parameter(0.02 * torch.randn(1, 1, sizes.embed_dim))
         self.fixed_positional_encoder = _Positions(sizes)
         self.pre_norm = nn.LayerNorm(sizes.embed_dim, eps=sizes.norm_eps)
-        self.blocks = nn.ModuleList(_Block(sizes) for _ in range(sizes.depth))
+        self.blocks = nn.ModuleList(_SslamBlock(sizes) for _ in range(sizes.depth))
 
     def forward(self, frames_WFM: Tensor) -> Tensor:
         """Normalised frames of whole windows -> [W, 1 + A, E]: the class token, then A = step * P + patch."""
@@ -93,7 +93,7 @@ class Sslam(Encoder):
         """Hub id, such as `ta012/SSLAM_pretrain`, or a folder that `pal convert` wrote."""
         revision: str | None = None
         """Branch, tag or commit on the Hub."""
-        architecture: Architecture | None = None
+        architecture: SslamArchitecture | None = None
         """Sizes. Where given, nothing is read from `path`: the network is built with random weights, for
         a caller that then loads its own. `{}` is SSLAM's."""
         frequency: Frequency = "tokens"
@@ -102,7 +102,7 @@ class Sslam(Encoder):
 
         def toy(self) -> "Sslam.Config":
             """One block, windows of two and a half seconds."""
-            sizes = Architecture(embed_dim=16, depth=1, num_heads=2, img_size=(256, 128))
+            sizes = SslamArchitecture(embed_dim=16, depth=1, num_heads=2, img_size=(256, 128))
             return self.model_copy(update={"path": None, "revision": None, "architecture": sizes})
 
     hub_ids = ("ta012/SSLAM",)
@@ -119,7 +119,7 @@ class Sslam(Encoder):
         self.seconds_per_token = self._step_seconds / tokens_per_step(self._patches, config.frequency)
         self.window_seconds = sizes.img_size[0] * HOP / RATE
         self._padding = _normalise(0.0)
-        self.network = Network(sizes)
+        self.network = SslamNetwork(sizes)
         if tensors is not None:
             self.network.load_state_dict(weights.check(self.network, tensors, f"encoder 'sslam': {config.path}"))
 
@@ -152,7 +152,7 @@ class Sslam(Encoder):
 
 
 class _LocalEncoder(nn.Module):
-    def __init__(self, sizes: Architecture) -> None:
+    def __init__(self, sizes: SslamArchitecture) -> None:
         super().__init__()
         self.proj = nn.Conv2d(1, sizes.embed_dim, sizes.patch_size, stride=sizes.patch_size)
 
@@ -162,7 +162,7 @@ class _Positions(nn.Module):
 
     positions: Tensor
 
-    def __init__(self, sizes: Architecture) -> None:
+    def __init__(self, sizes: SslamArchitecture) -> None:
         super().__init__()
         steps, patches = (size // sizes.patch_size for size in sizes.img_size)
         step_A = torch.arange(steps).repeat_interleave(patches)
@@ -178,13 +178,13 @@ def _waves(at_A: Tensor, width: int) -> Tensor:
     return torch.cat([angle_AC.sin(), angle_AC.cos()], 1).float()
 
 
-class _Block(nn.Module):
+class _SslamBlock(nn.Module):
     """Self-attention and a feed-forward network, each with the norm after its sum (`post-norm`)."""
 
-    def __init__(self, sizes: Architecture) -> None:
+    def __init__(self, sizes: SslamArchitecture) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(sizes.embed_dim, eps=sizes.norm_eps)
-        self.attn = _Attention(sizes)
+        self.attn = _SslamAttention(sizes)
         self.norm2 = nn.LayerNorm(sizes.embed_dim, eps=sizes.norm_eps)
         self.mlp = _MLP(sizes)
 
@@ -193,8 +193,8 @@ class _Block(nn.Module):
         return self.norm2(x_WAE + self.mlp(x_WAE))
 
 
-class _Attention(nn.Module):
-    def __init__(self, sizes: Architecture) -> None:
+class _SslamAttention(nn.Module):
+    def __init__(self, sizes: SslamArchitecture) -> None:
         super().__init__()
         self.heads = sizes.num_heads
         self.qkv = nn.Linear(sizes.embed_dim, 3 * sizes.embed_dim)
@@ -207,7 +207,7 @@ class _Attention(nn.Module):
 
 
 class _MLP(nn.Module):
-    def __init__(self, sizes: Architecture) -> None:
+    def __init__(self, sizes: SslamArchitecture) -> None:
         super().__init__()
         inner = round(sizes.embed_dim * sizes.mlp_ratio)
         self.fc1 = nn.Linear(sizes.embed_dim, inner)
@@ -221,7 +221,7 @@ def _normalise(frames: Any) -> Any:
     return (frames - _MEAN) / (2 * _STD)
 
 
-def _read(config: Sslam.Config) -> tuple[Architecture, dict[str, Tensor]]:
+def _read(config: Sslam.Config) -> tuple[SslamArchitecture, dict[str, Tensor]]:
     """Sizes and tensors of a Hub id or folder. Raises ConfigError where there are none."""
     if config.path is None:
         raise ConfigError("encoder 'sslam': missing key 'path'; give a Hub id such as ta012/SSLAM_pretrain")
@@ -231,8 +231,8 @@ def _read(config: Sslam.Config) -> tuple[Architecture, dict[str, Tensor]]:
     return sizes, own_layout({name.removeprefix(PREFIX): tensor for name, tensor in stored.items()}, sizes)
 
 
-def own_layout(tensors: dict[str, Tensor], sizes: Architecture) -> dict[str, Tensor]:
-    """Tensors by the names of `Network`, with the positions of one window.
+def own_layout(tensors: dict[str, Tensor], sizes: SslamArchitecture) -> dict[str, Tensor]:
+    """Tensors by the names of `SslamNetwork`, with the positions of one window.
 
     The published table of positions goes on for two minutes. Without one, the sines and cosines are the same.
     """
@@ -241,10 +241,10 @@ def own_layout(tensors: dict[str, Tensor], sizes: Architecture) -> dict[str, Ten
     return tensors | {_POSITIONS: table[:, : own.shape[1]]}
 
 
-def _sizes(fields: dict[str, Any], where: str) -> Architecture:
-    known = {name: value for name, value in fields.items() if name in Architecture.model_fields}
+def _sizes(fields: dict[str, Any], where: str) -> SslamArchitecture:
+    known = {name: value for name, value in fields.items() if name in SslamArchitecture.model_fields}
     if fields.get("layer_norm_first"):
         raise ConfigError(f"{where} has its norms before the attention; this encoder has them after, as SSLAM")
     if fields.get("stride", known.get("patch_size", 16)) != known.get("patch_size", 16):
         raise ConfigError(f"{where} has patches that overlap; this encoder has them side by side, as SSLAM")
-    return parse(Architecture, known, f"{where}: {weights.CONFIG}")
+    return parse(SslamArchitecture, known, f"{where}: {weights.CONFIG}")

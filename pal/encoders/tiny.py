@@ -74,7 +74,7 @@ class Tiny(Encoder):
         )
         self.norms = nn.ModuleList(nn.BatchNorm2d(c) for c in config.channels)
         self.project = nn.Linear(config.channels[-1] * -(-config.mels // 16), config.width)
-        self.blocks = nn.ModuleList(_Block(config) for _ in range(config.blocks))
+        self.blocks = nn.ModuleList(_TinyBlock(config) for _ in range(config.blocks))
         self.norm = nn.LayerNorm(config.width)
 
     def frontend(self, samples_N: Tensor) -> Tensor:
@@ -133,7 +133,7 @@ class Tiny(Encoder):
         return AudioFeatures(x_WAE, tokens, self.seconds_per_token)
 
 
-class _Block(nn.Module):
+class _TinyBlock(nn.Module):
     """Depthwise convolution over time and a feed-forward network, one residual branch each (ConvNeXt's order)."""
 
     def __init__(self, config: Tiny.Config) -> None:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from pal.config import StrictConfig
 from pal.encoders.base import Encoder
-from pal.encoders.checkpoint import Checkpoint
+from pal.encoders.checkpoint import EncoderCheckpoint
 from pal.encoders.log_mel import WhisperLogMel
 from pal.errors import ConfigError
 from pal.registry import register
@@ -88,5 +88,5 @@ def _load(config: Whisper.Config) -> Any:
     from transformers import WhisperConfig
     from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
-    checkpoint = Checkpoint("whisper", config.path, config.revision)
+    checkpoint = EncoderCheckpoint("whisper", config.path, config.revision)
     return checkpoint.load(WhisperEncoder, WhisperConfig(**checkpoint.fields({"whisper": None})), part="encoder")

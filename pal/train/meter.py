@@ -59,7 +59,7 @@ def given(works: list[Work], rate: int, unit: str, operations: float = 0.0) -> G
     return Given(rows, totals, records[:_SHOWN], max(0, len(records) - _SHOWN), operations)
 
 
-class Step(NamedTuple):
+class StepMetrics(NamedTuple):
     """What came of one step, over all processes."""
 
     loss: float
@@ -104,7 +104,7 @@ class Meter:
         self._start()
 
     def _start(self) -> None:
-        self._steps: list[Step] = []
+        self._steps: list[StepMetrics] = []
         self._rows = 0
         self._waited = 0.0
         self._operations = 0.0
@@ -139,7 +139,7 @@ class Meter:
                 if not math.isfinite(number):
                     return Fault(what, given, len(pending) - i)
             self._count(given, busy / len(pending), passed / len(pending))
-            self._steps.append(Step(loss / max(1.0, told.items), told.items, norm, int(hits), int(tries)))
+            self._steps.append(StepMetrics(loss / max(1.0, told.items), told.items, norm, int(hits), int(tries)))
         self._waited += self._lost
         self._busy, self._lost, self._began = 0.0, 0.0, now
         return None

@@ -12,7 +12,7 @@ from torch.testing import assert_close
 from transformers.audio_utils import mel_filter_bank, spectrogram, window_function
 from transformers.models.wavlm.modeling_wavlm import WavLMAttention
 
-from pal.encoders.beats import Architecture, Beats, Network
+from pal.encoders.beats import Beats, BeatsArchitecture, BeatsNetwork
 from pal.errors import ConfigError
 from pal.registry import build
 from tests.encoders.published import BEATS, beats_tensors, save_beats
@@ -34,9 +34,9 @@ def clip(length: int, seed: int = 0, level: float = 0.1) -> Tensor:
     return torch.from_numpy(np.random.default_rng(seed).normal(0, level, length).astype(np.float32))
 
 
-def sizes(**fields: object) -> Architecture:
-    known = {name: value for name, value in BEATS.items() if name in Architecture.model_fields}
-    return Architecture(**known | fields)
+def sizes(**fields: object) -> BeatsArchitecture:
+    known = {name: value for name, value in BEATS.items() if name in BeatsArchitecture.model_fields}
+    return BeatsArchitecture(**known | fields)
 
 
 def frames_of(samples_N: Tensor) -> Tensor:
@@ -152,7 +152,7 @@ def test_equals_the_description(encoder: Beats, length: int) -> None:
 
 def test_relative_positions_are_those_of_wavlm() -> None:
     with torch.device("meta"):
-        empty = Network(Architecture())
+        empty = BeatsNetwork(BeatsArchitecture())
     ours = empty.encoder.layers[0].self_attn
     table = torch.randn(320, 12, generator=torch.Generator().manual_seed(0))
     ours = ours.to_empty(device="cpu")
@@ -165,7 +165,7 @@ def test_relative_positions_are_those_of_wavlm() -> None:
 
 def test_attention_is_that_of_wavlm_where_the_query_is_the_input() -> None:
     torch.manual_seed(0)
-    ours = Network(sizes()).encoder.layers[0].self_attn
+    ours = BeatsNetwork(sizes()).encoder.layers[0].self_attn
     theirs = WavLMAttention(16, 2, num_buckets=20, max_distance=50)
     for parameter in theirs.parameters():
         parameter.data.normal_(0, 0.5)
