@@ -83,7 +83,7 @@ class RowPlaces:
 
 
 @dataclass
-class _Parts:
+class _GrowingColumns:
     """Columns that grow piece by piece."""
 
     parts: dict[str, list[NDArray[np.generic]]] = field(default_factory=dict)
@@ -107,8 +107,8 @@ class _Placer:
     def __init__(self, streams: Sequence[Placing], located: bool) -> None:
         self.streams = streams
         self.located = located
-        self.rows = _Parts()
-        self.keys = [_Parts() for _ in streams]
+        self.rows = _GrowingColumns()
+        self.keys = [_GrowingColumns() for _ in streams]
         self.count = 0
         self.next = 0
         """Position that comes next."""
@@ -206,7 +206,7 @@ _ROW_COLUMNS = ("sources", "clips", "numbers", "positions", "labels")
 _KEY_COLUMNS = ("clips", "tokens", "positions", "turns")
 
 
-def _floats(parts: _Parts, located: bool) -> Floats | None:
+def _floats(parts: _GrowingColumns, located: bool) -> Floats | None:
     return parts.get("about", _NOWHERE).astype(np.float64) if located else None
 
 
