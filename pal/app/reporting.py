@@ -28,10 +28,10 @@ def report(
     as_json: AsJson = False,
 ) -> None:
     """Join runs into one page of HTML that needs nothing else: curves, scores, cost, pictures and sounds."""
-    from pal.report.embed import Embedder
+    from pal.report.embed import MediaEmbedder
     from pal.report.join import make
 
-    made = make(folders, out, title, Embedder(roots=data or []), progress=shows_progress())
+    made = make(folders, out, title, MediaEmbedder(roots=data or []), progress=shows_progress())
     for fault in made.faults:
         note(fault)
     if made.left_out:

@@ -8,14 +8,14 @@ from typing import Literal
 
 from pal.bench.goals import BY_PRESET, RATE, Quantity
 from pal.bench.presets import Length
-from pal.bench.result import BASELINES, Result, Row
+from pal.bench.result import BASELINES, BenchResult, Measurement
 
 AGREE = 0.10
 """Disagreement of a measurement with its closed form from which on it is flagged."""
 
 
 @dataclass(frozen=True)
-class Check:
+class RatioCheck:
     """One comparison of two numbers: value / reference against a bound."""
 
     kind: Literal["baseline", "closed form", "goal"]
@@ -44,12 +44,12 @@ class Check:
         return above and (self.at_most is None or self.ratio <= self.at_most)
 
 
-def checks(result: Result) -> list[Check]:
+def checks(result: BenchResult) -> list[RatioCheck]:
     """All that the rows of a run allow."""
     return [*_baselines(result), *_closed_forms(result), *_goals(result)]
 
 
-def _baselines(result: Result) -> Iterator[Check]:
+def _baselines(result: BenchResult) -> Iterator[RatioCheck]:
     """PLITS and text against the plain LLM on the same rows."""
     limits = {"plits": 1.05, "text": 1.03}
     for plain in result.baselines:
@@ -60,7 +60,7 @@ def _baselines(result: Result) -> Iterator[Check]:
             yield from _compare("baseline", ours, plain, quantity, at_most=limits[ours.variant])
 
 
-def _closed_forms(result: Result) -> Iterator[Check]:
+def _closed_forms(result: BenchResult) -> Iterator[RatioCheck]:
     """Counted operations, saved bytes of ours, and keys and values, against the cost model."""
     for row in result.rows:
         if row.audio_tokens == "ragged" or row.phase == "decode_graph":
@@ -79,7 +79,7 @@ def _closed_forms(result: Result) -> Iterator[Check]:
                 yield _check("closed form", row, "closed form", quantity, value, reference, 1 - AGREE, limit)
 
 
-def _goals(result: Result) -> Iterator[Check]:
+def _goals(result: BenchResult) -> Iterator[RatioCheck]:
     for goal in BY_PRESET.get(result.preset.name, ()):
         for row in result.rows:
             if (row.variant, row.phase, row.scope, row.batch) != (goal.variant, goal.phase, "llm", goal.batch):
@@ -97,8 +97,8 @@ def _goals(result: Result) -> Iterator[Check]:
 
 
 def _compare(
-    kind: Literal["baseline", "goal"], ours: Row, other: Row, quantity: Quantity, at_most: float | None
-) -> Iterator[Check]:
+    kind: Literal["baseline", "goal"], ours: Measurement, other: Measurement, quantity: Quantity, at_most: float | None
+) -> Iterator[RatioCheck]:
     """Nothing where one of them has no number."""
     value: float | None = getattr(ours, quantity)
     reference: float | None = getattr(other, quantity)
@@ -108,15 +108,15 @@ def _compare(
 
 def _check(
     kind: Literal["baseline", "closed form", "goal"],
-    row: Row,
+    row: Measurement,
     against: str,
     quantity: Quantity,
     value: float,
     reference: float,
     at_least: float | None,
     at_most: float | None,
-) -> Check:
-    return Check(
+) -> RatioCheck:
+    return RatioCheck(
         kind=kind,
         variant=row.variant,
         against=against,
@@ -132,7 +132,7 @@ def _check(
     )
 
 
-def _find(result: Result, variant: str, like: Row, phase: str | None = None) -> Row | None:
+def _find(result: BenchResult, variant: str, like: Measurement, phase: str | None = None) -> Measurement | None:
     """The row of another variant at the same place, or in another phase of it."""
     place = (like.scope, phase or like.phase, like.batch, like.audio_tokens)
     rows = (*result.rows, *result.baselines)

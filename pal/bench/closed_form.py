@@ -10,10 +10,11 @@ from dataclasses import astuple, dataclass, replace
 
 from pal.backbone.cost import Added, Cost, LayerAdded, Step, attention, decoder, kv_bytes, linear, total
 from pal.backbone.llm import Backbone
-from pal.bench.peers import Mllama, Plain, Qwen2Audio, cross_layers
+from pal.bench.peers import Mllama, PlainLLM, Qwen2Audio, cross_layers
 from pal.bench.presets import Phase, Preset
-from pal.bench.scene import Scene
+from pal.bench.scene import BenchScene
 from pal.bench.subjects import Attached, Subject
+from pal.integrations.cost import route_cost
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class OnPaper:
     """Kept while an answer is written; 0 in a training step."""
 
 
-def on_paper(subject: Subject, scene: Scene, preset: Preset, phase: Phase) -> OnPaper:
+def on_paper(subject: Subject, scene: BenchScene, preset: Preset, phase: Phase) -> OnPaper:
     """Of one phase of a variant. A ragged scene's is the sum of what its rows need without padding."""
     if scene.ragged is not None:
         rows = [on_paper(subject, row, preset, phase) for row in scene.alone()]
@@ -64,7 +65,7 @@ def on_paper(subject: Subject, scene: Scene, preset: Preset, phase: Phase) -> On
     return OnPaper(hearing + cost.forward, 0.0, kept)
 
 
-def _token(subject: Subject, scene: Scene, width: int) -> float:
+def _token(subject: Subject, scene: BenchScene, width: int) -> float:
     """One row of each conversation; nothing of the clips is made again."""
     llm = subject.llm
     step = Step(clips=0, rows=scene.batch, text=1, targets=1)
@@ -84,14 +85,14 @@ def _added(subject: Subject, step: Step, tokens: int, width: int) -> list[Added]
     """What clips of so many tokens of that width add; nothing where a variant hears none."""
     llm = subject.llm
     if isinstance(subject, Attached):
-        return [route.cost(step, tokens, llm) for route in subject.routes()]
+        return [route_cost(route, step, tokens, llm) for route in subject.routes()]
     if isinstance(subject, Qwen2Audio):
         return [Added(rows=tokens, rows_grad=step.integration, making=_projected(step, tokens, width, llm))]
     if isinstance(subject, Mllama):
         return [_mllama(step, tokens, width, llm)]
-    assert isinstance(subject, Plain)
+    assert isinstance(subject, PlainLLM)
     # the rows and the projector are those of PLITS
-    return [] if subject.route is None else [subject.route.cost(step, tokens, llm)]
+    return [] if subject.route is None else [route_cost(subject.route, step, tokens, llm)]
 
 
 def _projected(step: Step, tokens: int, width: int, llm: Backbone) -> Cost:
@@ -135,7 +136,7 @@ def _mllama(step: Step, tokens: int, width: int, llm: Backbone) -> Added:
     )
 
 
-def _hearing(scene: Scene, preset: Preset) -> float:
+def _hearing(scene: BenchScene, preset: Preset) -> float:
     """The encoder over every window, which is always full: two convolutions, then layers; it does not train."""
     if scene.frames is None:
         return 0.0

@@ -18,12 +18,12 @@ from typing import Any
 
 import torch
 
-from pal.bench.checks import Check, checks
+from pal.bench.checks import RatioCheck, checks
 from pal.bench.launches import StepCount, count_steps
 from pal.bench.machine import check_device, machine
 from pal.bench.presets import PRESETS, Phase, Preset
 from pal.bench.report import to_dict, to_markdown
-from pal.bench.result import Result, where_it_failed
+from pal.bench.result import BenchResult, where_it_failed
 from pal.bench.run import Bench, opened
 from pal.bench.values import LIMITS, TOY, Compared, Size, compare
 from pal.errors import PalError
@@ -45,7 +45,7 @@ class Run:
     started: float = field(default_factory=time.monotonic)
     values: list[Compared] = field(default_factory=list)
     counts: list[StepCount] = field(default_factory=list)
-    result: Result | None = None
+    result: BenchResult | None = None
     left_out: list[str] = field(default_factory=list)
     """What there was no time for, or failed as a whole."""
     complete: bool = False
@@ -67,7 +67,7 @@ class Run:
             write_text(self.folder / "gpu.md", self.to_markdown())
             self._written = time.monotonic()
 
-    def goals(self) -> list[Check]:
+    def goals(self) -> list[RatioCheck]:
         """Of the benchmark."""
         return [] if self.result is None else [check for check in checks(self.result) if check.kind == "goal"]
 
@@ -140,7 +140,7 @@ class Run:
         return text if self.result is None else text + "\n" + "#" + to_markdown(self.result).replace("\n## ", "\n### ")
 
 
-def _goal_line(check: Check) -> tuple[str, float | None, str, bool]:
+def _goal_line(check: RatioCheck) -> tuple[str, float | None, str, bool]:
     value, what = check.ratio, "share of"
     bound = f">= {check.at_least:.3g}" if check.at_most is None else f"<= {check.at_most:.3g}"
     if check.quantity == "seconds" and check.at_most is not None and check.at_most <= 1:
@@ -222,7 +222,7 @@ def _values(run: Run, device: torch.device, size: Size) -> None:
 def _measured(run: Run, parts: Sequence[str]) -> None:
     preset = run.preset
 
-    def keep(result: Result) -> None:
+    def keep(result: BenchResult) -> None:
         run.result = result
         run.keep()
         last = (*result.rows, *result.baselines)[-1:]

@@ -19,7 +19,7 @@ from pal.bench.place import eager, training
 from pal.bench.presets import Length, Place
 from pal.bench.result import where_it_failed
 from pal.bench.run import Bench
-from pal.bench.scene import Scene
+from pal.bench.scene import BenchScene
 from pal.bench.subjects import Attached, Subject
 
 _READS = ("aten._local_scalar_dense", "aten.nonzero", "aten.masked_select", "aten.is_nonzero", "aten.equal")
@@ -106,7 +106,7 @@ def count_steps(
     return found, len(todo) - len(found)
 
 
-def _count(bench: Bench, subject: Subject, scene: Scene, about: StepCount) -> StepCount:
+def _count(bench: Bench, subject: Subject, scene: BenchScene, about: StepCount) -> StepCount:
     with nullcontext() if about.compiled else eager(), _step(bench, subject, scene, about.phase) as step:
         for _ in range(2):  # what is made once
             step()
@@ -125,7 +125,7 @@ def _count(bench: Bench, subject: Subject, scene: Scene, about: StepCount) -> St
 
 
 @contextmanager
-def _step(bench: Bench, subject: Subject, scene: Scene, phase: str) -> Iterator[Callable[[], object]]:
+def _step(bench: Bench, subject: Subject, scene: BenchScene, phase: str) -> Iterator[Callable[[], object]]:
     if phase == "decode":
         with torch.inference_mode():
             reading = subject.read(scene, 16) if isinstance(subject, Attached) else subject.read(scene)

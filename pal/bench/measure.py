@@ -193,7 +193,7 @@ def counts(
 
 
 @dataclass(frozen=True)
-class Seconds:
+class RoundSeconds:
     """Of several rounds."""
 
     median: float
@@ -208,7 +208,7 @@ def round_seconds(
     *,
     each: int = 1,
     done: Callable[[str], object] = lambda name: None,
-) -> dict[str, Seconds]:
+) -> dict[str, RoundSeconds]:
     """Seconds of each step. They take turns, so that a busy moment of the machine hits all alike.
 
     Args:
@@ -228,7 +228,7 @@ def round_seconds(
                 torch.cuda.synchronize(device)
             times[name].append((time.perf_counter() - started) / each)
             done(name)
-    return {name: Seconds(statistics.median(found), _between_quartiles(found)) for name, found in times.items()}
+    return {name: RoundSeconds(statistics.median(found), _between_quartiles(found)) for name, found in times.items()}
 
 
 def _between_quartiles(values: list[float]) -> float:

@@ -24,7 +24,7 @@ from transformers.models.mllama.configuration_mllama import MllamaTextConfig
 from pal.backbone.llm import Backbone
 from pal.backbone.regions import compile_layers
 from pal.bench.presets import Preset
-from pal.bench.scene import Scene, Side
+from pal.bench.scene import BenchScene, Side
 from pal.bench.subjects import Reading, Subject
 from pal.encoders.base import Encoder
 from pal.integrations.plits import PLITS
@@ -51,19 +51,19 @@ class Peer(Subject):
     """Whether audio makes rows."""
 
     @abstractmethod
-    def given(self, scene: Scene, side: Side) -> dict[str, Tensor]:
+    def given(self, scene: BenchScene, side: Side) -> dict[str, Tensor]:
         """Its arguments for a scene, with shorter rows filled up on a side."""
 
-    def forward(self, scene: Scene, keep: Tensor | int, use_cache: bool) -> Made:
+    def forward(self, scene: BenchScene, keep: Tensor | int, use_cache: bool) -> Made:
         """Logits of the rows `keep`, which counts from the end where it is a number."""
         out = self.lm(**self.given(scene, "left"), use_cache=use_cache, logits_to_keep=keep)
         return Made(out.logits, out.past_key_values)
 
-    def length(self, scene: Scene) -> int:
+    def length(self, scene: BenchScene) -> int:
         """Rows of a conversation that is not filled up."""
         return scene.audio_tokens * self.hears_rows + scene.text_tokens
 
-    def read(self, scene: Scene) -> Reading:
+    def read(self, scene: BenchScene) -> Reading:
         """One forward pass; positions go on from the number of rows."""
         made = self.forward(scene, keep=1, use_cache=True)
         if scene.ragged is not None:
@@ -92,7 +92,7 @@ class Peer(Subject):
         logits_BV: Tensor = out.logits[:, -1]
         return logits_BV
 
-    def loss(self, scene: Scene) -> Tensor:
+    def loss(self, scene: BenchScene) -> Tensor:
         """From the logits of the rows that predict an answer's token, and only of those."""
         if scene.ragged is not None:
             padded = scene.padded(self.hears_rows, "right")
@@ -108,11 +108,11 @@ class Peer(Subject):
         """Each of its layers, as ours are."""
         compile_layers((layer for layer in self.lm.model.layers if "forward" not in vars(layer)), **options)
 
-    def mask(self, scene: Scene) -> Tensor:
+    def mask(self, scene: BenchScene) -> Tensor:
         """Of rows that are all real."""
         return torch.ones(scene.batch, self.length(scene), dtype=torch.long, device=scene.text_BT.device)
 
-    def about_rows(self, scene: Scene, side: Side) -> dict[str, Tensor]:
+    def about_rows(self, scene: BenchScene, side: Side) -> dict[str, Tensor]:
         """Mask, and positions where rows begin later than others."""
         if scene.ragged is None:
             return {"attention_mask": self.mask(scene)}
@@ -121,7 +121,7 @@ class Peer(Subject):
         return given if side == "right" else {**given, "position_ids": padded.positions_BT}
 
 
-class Plain(Peer):
+class PlainLLM(Peer):
     """The LLM alone, on text or on the very rows that PLITS makes: what PLITS and text would cost without us."""
 
     def __init__(self, name: str, llm: Backbone, plain: Any, route: PLITS | None) -> None:
@@ -130,7 +130,7 @@ class Plain(Peer):
         self.route = route
         self.hears_rows = route is not None  # nothing else projects a clip
 
-    def given(self, scene: Scene, side: Side) -> dict[str, Tensor]:
+    def given(self, scene: BenchScene, side: Side) -> dict[str, Tensor]:
         """`inputs_embeds` where there is a clip, `input_ids` where there is none."""
         if self.route is None:
             return {"input_ids": text_ids(scene, side), **self.about_rows(scene, side)}
@@ -168,20 +168,20 @@ class Qwen2Audio(Peer):
         super().__init__("qwen2audio", llm, self._whole.model.multi_modal_projector)
         self.lm = plain
 
-    def forward(self, scene: Scene, keep: Tensor | int, use_cache: bool) -> Made:
+    def forward(self, scene: BenchScene, keep: Tensor | int, use_cache: bool) -> Made:
         """See the class."""
         if scene.frames is None:
             return super().forward(scene, keep, use_cache)
         out = self._whole(**self._processed(scene), attention_mask=self.mask(scene), use_cache=use_cache)
         return Made(out.logits, out.past_key_values)
 
-    def given(self, scene: Scene, side: Side) -> dict[str, Tensor]:
+    def given(self, scene: BenchScene, side: Side) -> dict[str, Tensor]:
         """Rows of its projector among those of the text."""
         assert self.own is not None
         rows_BTD = between(self.lm.get_input_embeddings(), scene, self.own, side)
         return {"inputs_embeds": rows_BTD, **self.about_rows(scene, side)}
 
-    def loss(self, scene: Scene) -> Tensor:
+    def loss(self, scene: BenchScene) -> Tensor:
         """Its own from frames."""
         if scene.frames is None:
             return super().loss(scene)
@@ -191,7 +191,7 @@ class Qwen2Audio(Peer):
         loss: Tensor = self._whole(**given, attention_mask=self.mask(scene), labels=labels_BT, use_cache=False).loss
         return loss
 
-    def _processed(self, scene: Scene) -> dict[str, Tensor]:
+    def _processed(self, scene: BenchScene) -> dict[str, Tensor]:
         """What its processor makes: the audio's id for each token, windows of full length, their real frames."""
         assert scene.frames is not None
         text_BT = scene.text_BT
@@ -253,7 +253,7 @@ class Mllama(Peer):
         self.projector = projector
         self.hears_rows = False
 
-    def given(self, scene: Scene, side: Side) -> dict[str, Tensor]:
+    def given(self, scene: BenchScene, side: Side) -> dict[str, Tensor]:
         """Text with projected features beside it."""
         features = scene.features()
         audio_BAD = self.projector(features.x_BAE)
@@ -290,14 +290,14 @@ def plain_lm(llm: Backbone) -> Any:
     return lm.eval()
 
 
-def text_ids(scene: Scene, side: Side) -> Tensor:
+def text_ids(scene: BenchScene, side: Side) -> Tensor:
     """The text's ids [B, T], filled up on a side."""
     if scene.ragged is None:
         return scene.text_BT
     return scene.text_BT.flatten()[scene.padded(False, side).source_BT]
 
 
-def between(embedding: Any, scene: Scene, projector: nn.Module, side: Side) -> Tensor:
+def between(embedding: Any, scene: BenchScene, projector: nn.Module, side: Side) -> Tensor:
     """Embeddings [B, T + A, D] of the text with the projected clip at its place, filled up on a side."""
     text_BTD = embedding(scene.text_BT)
     audio_BAD = projector(scene.features().x_BAE)

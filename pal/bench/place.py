@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -13,11 +14,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from pal.backbone.llm import Backbone
 from pal.bench.closed_form import OnPaper
-from pal.bench.measure import Counts, Seconds, counts, round_seconds
+from pal.bench.measure import Counts, RoundSeconds, counts, round_seconds
 from pal.bench.presets import Phase, Scope
-from pal.bench.result import BASELINES, Row, where_it_failed
-from pal.bench.scene import Scene
+from pal.bench.result import BASELINES, Measurement, where_it_failed
+from pal.bench.scene import BenchScene
 from pal.bench.subjects import Attached, Reading, Subject
 from pal.encoders.base import Encoder
 
@@ -25,14 +27,14 @@ if TYPE_CHECKING:
     from pal.bench.run import Bench
 
 
-class Measured:
+class PlaceRun:
     """One phase on one scene: each variant is looked at once, then all are timed in turns."""
 
     def __init__(
         self,
         bench: Bench,
         scope: Scope,
-        scene: Scene,
+        scene: BenchScene,
         phase: Phase,
         encoder: Encoder | None,
         papers: Mapping[str, OnPaper],
@@ -149,11 +151,11 @@ class Measured:
         reading = self._readings[subject.name]
         return torch.inference_mode()(lambda: subject.write(reading, self.preset.decode_tokens))
 
-    def _time(self, timed: dict[str, Callable[[], object]]) -> tuple[dict[str, Seconds], dict[str, str]]:
+    def _time(self, timed: dict[str, Callable[[], object]]) -> tuple[dict[str, RoundSeconds], dict[str, str]]:
         """Of each step, or why it failed; others go on."""
         tokens = self.preset.decode_tokens if self.phase.startswith("decode") else 1
         subjects = {name: self.papers[name].flops * tokens for name in timed}
-        found: dict[str, Seconds] = {}
+        found: dict[str, RoundSeconds] = {}
         failed: dict[str, str] = {}
 
         def guarded(name: str, step: Callable[[], object]) -> None:
@@ -164,9 +166,12 @@ class Measured:
                     failed[name] = guard.why
 
         steps = {name: partial(guarded, name, step) for name, step in timed.items()}
-        with eager() if self.phase.startswith("decode") else nullcontext():
-            # memory was given back after each was looked at; a round that does not count has it made again
-            for rounds in (1, self.preset.repeats) if timed else ():
+        captures = self.phase == "train" and self.preset.compiled and self.bench.device.type == "cuda"
+        way = eager() if self.phase.startswith("decode") else capturing(self.bench.llm) if captures else nullcontext()
+        with way:
+            # memory was given back after each was looked at; a round that does not count has it made again, and a
+            # second one records CUDA graphs
+            for rounds in (2 if captures else 1, self.preset.repeats) if timed else ():
                 found = round_seconds(
                     steps,
                     rounds,
@@ -176,8 +181,8 @@ class Measured:
                 )
         return found, failed
 
-    def _row(self, subject: Subject, found: Counts, kv: int, seconds: Seconds | None) -> Row:
-        return Row(
+    def _row(self, subject: Subject, found: Counts, kv: int, seconds: RoundSeconds | None) -> Measurement:
+        return Measurement(
             variant=subject.name,
             scope=self.scope,
             phase=self.phase,
@@ -256,6 +261,18 @@ def many_graphs() -> Iterator[None]:
     """Room for the graphs of all variants; one that fills a cache has one for each layer."""
     with torch._dynamo.config.patch(recompile_limit=512, accumulated_recompile_limit=8192):
         yield
+
+
+@contextmanager
+def capturing(llm: Backbone) -> Iterator[None]:
+    """Training steps replayed as CUDA graphs, as the trainer runs them."""
+    llm.capture()
+    try:
+        yield
+    finally:
+        if llm.loss_graphs is not None and llm.loss_graphs.failed is not None:
+            warnings.warn(f"timed without CUDA graphs: {llm.loss_graphs.failed}", stacklevel=2)
+        llm.capture(False)
 
 
 def eager() -> Any:

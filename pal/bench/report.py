@@ -9,8 +9,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pal.bench.checks import Check, checks
-from pal.bench.result import Result, Row
+from pal.bench.checks import RatioCheck, checks
+from pal.bench.result import BenchResult, Measurement
 from pal.errors import PalError
 from pal.files import write_bytes, write_text
 from pal.lab.numbers import three_digits
@@ -24,7 +24,7 @@ _REFERENCE = "plits"
 _RATIOS = ("seconds", "peak_bytes", "saved_bytes", "flops", "kv_bytes")
 
 
-def to_dict(result: Result) -> dict[str, Any]:
+def to_dict(result: BenchResult) -> dict[str, Any]:
     """Plain data.
 
     `rows` are what was measured. `ratios` say how each compares with PLITS at the same place: times faster in
@@ -43,12 +43,12 @@ def to_dict(result: Result) -> dict[str, Any]:
     }
 
 
-def to_json(result: Result) -> str:
+def to_json(result: BenchResult) -> str:
     """`to_dict` as text."""
     return json.dumps(to_dict(result), indent=1) + "\n"
 
 
-def write(result: Result, folder: Path) -> list[Path]:
+def write(result: BenchResult, folder: Path) -> list[Path]:
     """`bench.json`, `bench.md` and a picture for each scope and size of batch, whole or not at all.
 
     Raises:
@@ -57,7 +57,7 @@ def write(result: Result, folder: Path) -> list[Path]:
     return [*write_numbers(result, folder), *_draw(result, folder)]
 
 
-def write_numbers(result: Result, folder: Path) -> list[Path]:
+def write_numbers(result: BenchResult, folder: Path) -> list[Path]:
     """`bench.json` and `bench.md`, in the place of earlier ones; each is whole at any moment."""
     files = {folder / "bench.json": to_json(result), folder / "bench.md": to_markdown(result)}
     for path, text in files.items():
@@ -65,7 +65,7 @@ def write_numbers(result: Result, folder: Path) -> list[Path]:
     return list(files)
 
 
-def to_markdown(result: Result) -> str:
+def to_markdown(result: BenchResult) -> str:
     """Tables: one for each scope, phase and size of batch, then the checks."""
     facts = result.machine
     lines = [
@@ -110,7 +110,7 @@ _HEAD = (
 )
 
 
-def _table(rows: Sequence[Row], rate: float | None) -> list[str]:
+def _table(rows: Sequence[Measurement], rate: float | None) -> list[str]:
     lines = []
     for row in rows:
         ratios = _ratios(row, rows, rate)
@@ -135,7 +135,7 @@ def _table(rows: Sequence[Row], rate: float | None) -> list[str]:
     return markdown_table(_HEAD, lines, left=2)
 
 
-def _check_lines(result: Result) -> list[str]:
+def _check_lines(result: BenchResult) -> list[str]:
     made = checks(result)
     lines: list[str] = []
     titles = {"goal": "Goals", "baseline": "PLITS and text against the plain LLM on the same rows"}
@@ -157,9 +157,9 @@ _PAPER_HEAD = (
 )
 
 
-def _paper_rows(made: Sequence[Check]) -> list[tuple[str, ...]]:
+def _paper_rows(made: Sequence[RatioCheck]) -> list[tuple[str, ...]]:
     """What was measured, what the closed form says, and their ratio, by row of the run."""
-    found: dict[tuple[str, ...], dict[str, Check]] = {}
+    found: dict[tuple[str, ...], dict[str, RatioCheck]] = {}
     for check in made:
         place = (check.variant, check.scope, check.phase, str(check.audio_tokens), str(check.batch))
         found.setdefault(place, {})[check.quantity] = check
@@ -180,7 +180,7 @@ def _paper_rows(made: Sequence[Check]) -> list[tuple[str, ...]]:
 _CHECK_HEAD = ("variant", "against", "scope", "phase", "quantity", "audio tokens", "batch", "ratio", "bound", "")
 
 
-def _check_row(check: Check) -> tuple[str, ...]:
+def _check_row(check: RatioCheck) -> tuple[str, ...]:
     bounds = [f"{sign} {bound:.3g}" for sign, bound in ((">=", check.at_least), ("<=", check.at_most)) if bound]
     return (
         check.variant,
@@ -196,7 +196,7 @@ def _check_row(check: Check) -> tuple[str, ...]:
     )
 
 
-def _ratios(row: Row, rows: Iterable[Row], rate: float | None) -> dict[str, Any]:
+def _ratios(row: Measurement, rows: Iterable[Measurement], rate: float | None) -> dict[str, Any]:
     """A row against PLITS at the same place, and against a product; None where there is nothing to compare with."""
     plits = next((one for one in rows if one.variant == _REFERENCE and one.place == row.place), None)
     found: dict[str, Any] = {
@@ -217,7 +217,7 @@ def _ratios(row: Row, rows: Iterable[Row], rate: float | None) -> dict[str, Any]
     return {**found, "flops_per_second": speed, "of_product": speed / rate if speed and rate else None}
 
 
-def _draw(result: Result, folder: Path) -> list[Path]:
+def _draw(result: BenchResult, folder: Path) -> list[Path]:
     paths = []
     timed = any(row.seconds is not None for row in result.rows)
     quantities = {"seconds": "seconds"} if timed else {"flops": "operations"}
@@ -236,7 +236,7 @@ def _draw(result: Result, folder: Path) -> list[Path]:
 
 
 def _draw_rows(
-    figure: Figure, rows: Sequence[Row], phases: Sequence[str], quantities: Mapping[str, str], title: str
+    figure: Figure, rows: Sequence[Measurement], phases: Sequence[str], quantities: Mapping[str, str], title: str
 ) -> None:
     """A panel for each phase and quantity over the audio tokens of a clip, a line for each variant."""
     grid = figure.subplots(len(phases), len(quantities), squeeze=False)

@@ -15,7 +15,7 @@ BASELINES = {"plain": "plits", "plain_text": "text"}
 
 
 @dataclass(frozen=True)
-class Row:
+class Measurement:
     """One variant in one phase on one scene. Seconds and FLOPs of `decode` are those of one token."""
 
     variant: str
@@ -45,13 +45,13 @@ class Row:
 
 
 @dataclass
-class Result:
+class BenchResult:
     """All of a run."""
 
     preset: Preset
     machine: dict[str, Any]
-    rows: list[Row] = field(default_factory=list)
-    baselines: list[Row] = field(default_factory=list)
+    rows: list[Measurement] = field(default_factory=list)
+    baselines: list[Measurement] = field(default_factory=list)
     """Of the plain LLM."""
     paper: dict[tuple[str, tuple[str, str, int, Length]], OnPaper] = field(default_factory=dict)
     """(variant, place) -> closed forms, those of saved bytes and of keys and values too."""

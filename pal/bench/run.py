@@ -16,18 +16,20 @@ from pal.backbone.llm import Backbone
 from pal.bench.closed_form import OnPaper, on_paper
 from pal.bench.machine import check_device, machine, product_rate
 from pal.bench.measure import give_back_freed_memory, keep_freed_memory
-from pal.bench.peers import Mllama, Plain, Qwen2Audio, plain_lm
-from pal.bench.place import Measured, many_graphs
+from pal.bench.peers import Mllama, PlainLLM, Qwen2Audio, plain_lm
+from pal.bench.place import PlaceRun, many_graphs
 from pal.bench.presets import Phase, Place, Preset, Scope
-from pal.bench.result import BASELINES, Result
-from pal.bench.scene import Scene, make_scene
+from pal.bench.result import BASELINES, BenchResult
+from pal.bench.scene import BenchScene, make_scene
 from pal.bench.subjects import Attached, Subject, attached
 from pal.encoders.base import Encoder
 from pal.integrations.plits import PLITS
 from pal.registry import build
 
 
-def run(preset: Preset, progress: bool = False, keep: Callable[[Result], object] = lambda result: None) -> Result:
+def run(
+    preset: Preset, progress: bool = False, keep: Callable[[BenchResult], object] = lambda result: None
+) -> BenchResult:
     """Measure all that a preset names. Weights are random: time and memory do not depend on them.
 
     Ctrl-C ends it with the rows that are complete by then.
@@ -53,10 +55,10 @@ def run(preset: Preset, progress: bool = False, keep: Callable[[Result], object]
 
 @contextmanager
 def opened(
-    preset: Preset, progress: bool = False, keep: Callable[[Result], object] = lambda result: None
+    preset: Preset, progress: bool = False, keep: Callable[[BenchResult], object] = lambda result: None
 ) -> Iterator[Bench]:
     """The models of a run, ready to be measured. Takes what `run` takes."""
-    result = Result(preset, machine(preset))
+    result = BenchResult(preset, machine(preset))
     if preset.device == "cpu" and preset.repeats:
         result.machine["keeps_freed_memory"] = keep_freed_memory()
     torch.manual_seed(0)
@@ -83,9 +85,9 @@ class Bench:
         preset: Preset,
         llm: Backbone,
         plain: Any,
-        result: Result,
+        result: BenchResult,
         bar: Any,
-        keep: Callable[[Result], object],
+        keep: Callable[[BenchResult], object],
     ) -> None:
         self.preset = preset
         self.llm = llm
@@ -94,7 +96,7 @@ class Bench:
         self.bar = bar
         self.keep = keep
         self.seconds, self.started = preset.seconds, time.monotonic()
-        self._scene: tuple[Any, Scene] | None = None
+        self._scene: tuple[Any, BenchScene] | None = None
         self._subjects: dict[Encoder | None, list[Subject]] = {}
         self.device = torch.device(preset.device)
 
@@ -110,14 +112,14 @@ class Bench:
         self.bar.total = (self.bar.total or 0) + ahead
         for place in places:
             scene = self.scene(place, encoder)
-            here = Measured(self, scope, scene, place.phase, encoder, papers[place])
+            here = PlaceRun(self, scope, scene, place.phase, encoder, papers[place])
             if self.seconds is not None and time.monotonic() - self.started > self.seconds:
                 here.leave_out(subjects, f"not begun within {self.seconds:.0f} s")
             else:
                 here.measure(subjects)
             self.keep(self.result)
 
-    def scene(self, place: Place, encoder: Encoder | None) -> Scene:
+    def scene(self, place: Place, encoder: Encoder | None) -> BenchScene:
         """What is read at a place; the last one is kept for other phases."""
         about = (place.batch, place.length, encoder)
         if self._scene is None or self._scene[0] != about:
@@ -176,7 +178,7 @@ class Bench:
                     assert isinstance(subject, Attached)
                     route = subject.integration if name == "plain" else None
                     assert route is None or isinstance(route, PLITS)
-                    found.insert(found.index(subject) + 1, Plain(name, llm, self.plain, route))
+                    found.insert(found.index(subject) + 1, PlainLLM(name, llm, self.plain, route))
         for subject in found:
             for parameter in subject.weights():
                 parameter.requires_grad_(False)

@@ -19,7 +19,7 @@ Side = Literal["left", "right"]
 
 
 @dataclass(frozen=True)
-class Frames:
+class EncoderFrames:
     """Clips as an encoder's front-end leaves them: windows, one clip after the other."""
 
     encoder: Encoder
@@ -45,7 +45,7 @@ class Padded:
 
 
 @dataclass(frozen=True, eq=False)
-class Scene:
+class BenchScene:
     """B conversations of T text tokens, each with a clip of A tokens of its own between them.
 
     In a ragged one, T and A are those of the longest, and what others lack is at their end.
@@ -59,7 +59,7 @@ class Scene:
     audio_tokens: int
     given: AudioFeatures | None
     """Where features are given."""
-    frames: Frames | None
+    frames: EncoderFrames | None
     """Where an encoder makes them."""
     ragged: tuple[tuple[int, int], ...] | None = None
     """Audio and text tokens of each row, where they differ."""
@@ -96,7 +96,7 @@ class Scene:
         """Tokens before the clip, of each row."""
         return torch.tensor([self.parts(text)[:1] for text in self.texts], device=self.text_BT.device)
 
-    def alone(self) -> list[Scene]:
+    def alone(self) -> list[BenchScene]:
         """Each row of a ragged scene as a scene of its own."""
         assert self.ragged is not None
         found = []
@@ -106,7 +106,7 @@ class Scene:
             given = None
             if self.given is not None:
                 given = replace(self.given, x_BAE=self.given.x_BAE[row : row + 1, :clip], lengths=(clip,))
-            found.append(Scene(text_1T, before, answer, clip, given, None))
+            found.append(BenchScene(text_1T, before, answer, clip, given, None))
         return found
 
     def features(self) -> AudioFeatures:
@@ -157,7 +157,7 @@ class Scene:
 
 def make_scene(
     preset: Preset, batch: int, audio_tokens: Length, vocab: int, encoder: Encoder | None, shapes: bool = False
-) -> Scene:
+) -> BenchScene:
     """Random text and random clips: noise for the encoder, or noise in its place where there is none.
 
     A ragged one has features alone; one of which only the shapes are asked for has none.
@@ -181,7 +181,7 @@ def make_scene(
         given = AudioFeatures(x_BAE, lengths, 0.04)
     elif encoder is not None:
         frames = _frames(encoder, batch, longest, generator, device, dtype)
-    return Scene(
+    return BenchScene(
         text_BT=text_BT,
         before=text_tokens // 8,
         answer=text_tokens // 4,
@@ -199,7 +199,7 @@ def _frames(
     generator: torch.Generator,
     device: torch.device,
     dtype: torch.dtype,
-) -> Frames:
+) -> EncoderFrames:
     assert encoder.window_seconds is not None
     window = round(encoder.window_seconds / encoder.seconds_per_token)
     whole, rest = divmod(audio_tokens, window)
@@ -207,7 +207,7 @@ def _frames(
     per_token = encoder.seconds_per_token * encoder.sampling_rate
     made = {n: encoder.frontend(0.1 * torch.randn(round(n * per_token), generator=generator)) for n in set(counts)}
     windows = [made[n] for n in counts] * batch
-    return Frames(
+    return EncoderFrames(
         encoder=encoder,
         x_WFM=pad_sequence(windows, batch_first=True).to(device, dtype),
         lengths=tuple(len(frames_FM) for frames_FM in windows),

@@ -18,9 +18,10 @@ from pal.backbone.llm import Backbone
 from pal.backbone.reading import prepared, prompts_of, read_prompts
 from pal.backbone.storage import ROOM
 from pal.bench.presets import Preset
-from pal.bench.scene import Scene
+from pal.bench.scene import BenchScene
 from pal.integrations.base import Integration, Route
-from pal.registry import build
+from pal.integrations.projector import ProjectorOptions
+from pal.registry import build, lookup
 from pal.transfer import to_device
 from pal.types import LLMInputs
 
@@ -79,11 +80,11 @@ class Subject(ABC):
         self.own = own
 
     @abstractmethod
-    def read(self, scene: Scene) -> Reading:
+    def read(self, scene: BenchScene) -> Reading:
         """The prompt in one forward pass: logits of the last row, keys and values kept."""
 
     @abstractmethod
-    def loss(self, scene: Scene) -> Tensor:
+    def loss(self, scene: BenchScene) -> Tensor:
         """Mean cross-entropy of the answers."""
 
     @abstractmethod
@@ -123,13 +124,13 @@ class Attached(Subject):
         if "forward" not in vars(self.llm.layers[0]):
             self.llm.compile(**options)
 
-    def inputs(self, scene: Scene, trains: bool) -> LLMInputs:
+    def inputs(self, scene: BenchScene, trains: bool) -> LLMInputs:
         """As the product makes them: without padding where the backbone takes that."""
         features = scene.features() if self._hears else None
         side: Any = "none" if self.llm.packs else "right" if trains else "left"
         return self.integration(features, scene.rows(self._hears, trains), self.llm, side)
 
-    def read(self, scene: Scene, tokens: int = ROOM, fixed: bool = False) -> Reading:
+    def read(self, scene: BenchScene, tokens: int = ROOM, fixed: bool = False) -> Reading:
         """As `Backbone.generate` does it: audio K/V are made once, ahead.
 
         Args:
@@ -160,7 +161,7 @@ class Attached(Subject):
             assert state.logits_RV is not None
             reading.logits_BV = state.logits_RV
 
-    def loss(self, scene: Scene) -> Tensor:
+    def loss(self, scene: BenchScene) -> Tensor:
         """The model's own."""
         total, tokens = self.llm.loss(self.inputs(scene, trains=True))
         return total / tokens
@@ -170,7 +171,8 @@ def attached(name: str, llm: Backbone, preset: Preset) -> Attached:
     """The subject of one of our variants."""
     device, dtype = torch.device(preset.device), getattr(torch, preset.dtype)
     part = INTEGRATIONS["plits" if name == "text" else name]
-    if name != "flamingo":  # which has no projectors
+    options: Any = lookup("integration", part["name"]).Config  # type: ignore[attr-defined]
+    if issubclass(options, ProjectorOptions):
         part = {**part, "hidden": preset.width}
     with device:
         integration = build("integration", part, in_width=preset.width, llm=llm)

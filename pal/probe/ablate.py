@@ -31,13 +31,12 @@ from pal.bench.measure import counts
 from pal.data.collate import WaveformCache
 from pal.data.manifest import Manifest, Record
 from pal.data.synth import synthesise
-from pal.errors import ConfigError
-from pal.evaluate import Score, evaluate
-from pal.evaluate.score import write_json
-from pal.files import MANIFEST, sha256, write_text
+from pal.errors import BundleError, ConfigError
+from pal.evaluate import Result, evaluate, from_records
+from pal.files import MANIFEST, sha256, write_json, write_text
 from pal.lab.records import SCENES_SEED, domain_of, records_to_ask
-from pal.probe.ablated import Ablated, Answers, Curve, Spent
-from pal.probe.axes import Cell, grid
+from pal.probe.ablated import Ablated, CellAnswers, Curve, Spent
+from pal.probe.axes import GridCell, grid
 from pal.probe.finding import Finding
 from pal.train.checkpoint import check_recipe
 from pal.train.curves import read_log
@@ -53,7 +52,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Asked:
+class QuestionSet:
     """The questions of one manifest."""
 
     name: str
@@ -67,10 +66,10 @@ class Asked:
 
 
 @dataclass(frozen=True)
-class Run:
+class CellRun:
     """One cell with one seed."""
 
-    cell: Cell
+    cell: GridCell
     seed: int
     folder: Path
 
@@ -95,19 +94,19 @@ class Run:
         """Where its cell's costs are kept."""
         return self.folder.parent / "cost.json"
 
-    def answers(self, asked: Asked) -> Path:
+    def answers(self, asked: QuestionSet) -> Path:
         """Where its answers are kept."""
         return self.folder / "on" / f"{asked.name}.json"
 
-    def score(self, asked: Asked) -> Score | None:
+    def score(self, asked: QuestionSet) -> Result | None:
         """Its answers, where there are any of this model to these questions, and none raised."""
         path = self.answers(asked)
         if not path.is_file():
             return None
         try:
-            score = Score.load(path)
+            score = Result.load(path)
             same = score.settings["options"] == asked.options(self.bundle)
-        except (ValueError, KeyError, TypeError):
+        except (BundleError, KeyError):
             return None  # damaged
         return score if same and not score.errors else None
 
@@ -145,13 +144,13 @@ def ablate(
     for cell in cells:
         cell.check()
     # the seeds outermost: what there is when it is cut short can be compared
-    runs = [Run(cell, seed, out / cell.name / f"seed-{seed}") for seed in range(1, seeds + 1) for cell in cells]
+    runs = [CellRun(cell, seed, out / cell.name / f"seed-{seed}") for seed in range(1, seeds + 1) for cell in cells]
     _check(runs, out)
     asked = [_asked(path, limit) for path in _manifests(on, limit, out)]
     twice = next((one.name for one in asked if [other.name for other in asked].count(one.name) > 1), None)
     if twice is not None:
         raise ConfigError(f"two manifests are called '{twice}'; rename one, since answers are kept by this name")
-    scores: dict[tuple[str, int], list[Score]] = {}
+    scores: dict[tuple[str, int], list[Result]] = {}
     for number, run in enumerate(runs, 1):
         left = _time_left(runs[number - 1 :], out)
         logger.info("run %d of %d: %s, seed %d%s", number, len(runs), run.cell.label, run.seed, left)
@@ -160,7 +159,7 @@ def ablate(
     found = Ablated(
         cells=cells,
         answers=[
-            Answers(
+            CellAnswers(
                 one.name,
                 [[scores[cell.name, run.seed][place] for run in of_cell[cell.name]] for cell in cells],
                 _parts(one.records),
@@ -191,7 +190,7 @@ def ablate(
     )
 
 
-def _check(runs: Sequence[Run], out: Path) -> None:
+def _check(runs: Sequence[CellRun], out: Path) -> None:
     """Raises ConfigError where a folder holds another run, or runs in `out` were made of other data."""
     for run in runs:
         marker = run.folder / "recipe.json"
@@ -214,10 +213,10 @@ def _manifests(on: Sequence[Path], limit: int, out: Path) -> list[Path]:
     return [path]
 
 
-def _asked(path: Path, limit: int) -> Asked:
+def _asked(path: Path, limit: int) -> QuestionSet:
     with records_to_ask([path], limit) as records:
         name = path.parent.name if path.stem == "manifest" else path.stem
-        return Asked(name, Manifest(path).digest, records, limit)
+        return QuestionSet(name, Manifest(path).digest, records, limit)
 
 
 def _parts(records: Sequence[Record]) -> dict[str, list[int]]:
@@ -233,7 +232,7 @@ def _parts(records: Sequence[Record]) -> dict[str, list[int]]:
     return {name: some for name, some in parts.items() if len(some) < len(of_each)}
 
 
-def _spent(runs: Sequence[Run]) -> Spent:
+def _spent(runs: Sequence[CellRun]) -> Spent:
     """Of a cell's runs; the first has counted."""
     kept = _counted(runs[0]) or {}
     steps = [run.report["stages"][-1]["median_step_seconds"] for run in runs if run.report is not None]
@@ -243,12 +242,12 @@ def _spent(runs: Sequence[Run]) -> Spent:
     )
 
 
-def _curve(run: Run) -> Curve:
+def _curve(run: CellRun) -> Curve:
     lines = read_log(run.folder / "log.jsonl")
     return [line["step"] for line in lines], [line["loss"] for line in lines]
 
 
-def _time_left(runs: Sequence[Run], out: Path) -> str:
+def _time_left(runs: Sequence[CellRun], out: Path) -> str:
     """In words, from what the finished trainings in `out` took."""
     to_train = sum(run.report is None for run in runs)
     took = [_json(path)["seconds"] for path in out.glob("*/seed-*/train.json")]
@@ -265,7 +264,7 @@ def _json(path: Path) -> dict[str, Any]:
 # One run
 
 
-def _done(run: Run, asked: Sequence[Asked], out: Path, batch: int, progress: bool) -> list[Score]:
+def _done(run: CellRun, asked: Sequence[QuestionSet], out: Path, batch: int, progress: bool) -> list[Result]:
     """Train it, ask it and count its cell's costs, as far as that has not been done."""
     finished = run.report is not None
     scores = [run.score(one) if finished else None for one in asked]
@@ -281,14 +280,8 @@ def _done(run: Run, asked: Sequence[Asked], out: Path, batch: int, progress: boo
     for one, kept in zip(asked, scores, strict=True):
         score = kept
         if score is None:
-            score = evaluate(
-                model,
-                one.records,
-                batch=batch,
-                progress=progress,
-                benchmark=one.name,
-                options=one.options(run.bundle),
-            )
+            asked_of = from_records(one.records, one.name, options=one.options(run.bundle))
+            score = evaluate(model, asked_of, batch=batch, progress=progress)
             score.save(run.answers(one))
         done.append(score)
     if not counted:  # last, since a step moves the statistics of what trains
@@ -296,7 +289,7 @@ def _done(run: Run, asked: Sequence[Asked], out: Path, batch: int, progress: boo
     return done
 
 
-def _counted(run: Run) -> dict[str, Any] | None:
+def _counted(run: CellRun) -> dict[str, Any] | None:
     """The costs of the cell's step, where they have been counted."""
     if not run.cost.is_file():
         return None
@@ -304,7 +297,7 @@ def _counted(run: Run) -> dict[str, Any] | None:
     return kept if kept["recipe_digest"] == run.recipe.digest else None
 
 
-def _count(run: Run, model: PalModel) -> dict[str, int]:
+def _count(run: CellRun, model: PalModel) -> dict[str, int]:
     """What the first step of the last stage takes: the same clips and questions in every cell."""
     recipe = run.recipe
     stage = recipe.stages[-1]

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pal.evaluate import Score
+from pal.evaluate import Result
 from pal.lab.tables import markdown_table
-from pal.probe.axes import Cell
+from pal.probe.axes import GridCell
 from pal.probe.crossed import INTERVALS, Draws, Estimate
-from pal.probe.finding import Plot, Row
+from pal.probe.finding import Plot, TableRow
 from pal.train.curves import smooth
 
 if TYPE_CHECKING:
@@ -23,11 +23,11 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Answers:
+class CellAnswers:
     """What all runs of the grid answered to one manifest's questions."""
 
     name: str
-    scores: Sequence[Sequence[Score]]
+    scores: Sequence[Sequence[Result]]
     """Of each cell, with each seed."""
     parts: Mapping[str, Sequence[int]]
     """Domains and tasks in words, with their questions."""
@@ -46,7 +46,7 @@ class Answers:
         """The scores of all questions, or of some."""
         chosen = range(self.questions) if some is None else some
         items = [[[score.items[i] for i in chosen] for score in row] for row in self.scores]
-        right_XKI = np.array([[[item.correct for item in run] for run in row] for row in items], float)
+        right_XKI = np.array([[[bool(item.correct) for item in run] for run in row] for row in items], float)
         deaf_XKI = np.array([[[bool(item.no_audio_correct) for item in run] for run in row] for row in items], float)
         return Draws(right_XKI, deaf_XKI, [item.group for item in items[0][0]])
 
@@ -76,8 +76,8 @@ Curve = tuple[list[int], list[float]]
 class Ablated:
     """Everything that an ablation has to say."""
 
-    cells: Sequence[Cell]
-    answers: Sequence[Answers]
+    cells: Sequence[GridCell]
+    answers: Sequence[CellAnswers]
     spent: Sequence[Spent]
     curves: Sequence[Sequence[Curve]]
     """Of each cell, with each seed."""
@@ -89,7 +89,7 @@ class Ablated:
 
     # Tables
 
-    def tables(self) -> dict[str, list[Row]]:
+    def tables(self) -> dict[str, list[TableRow]]:
         """The finding's."""
         tables = {
             f"{one.name}, {one.questions} questions": self._score_rows(draws)
@@ -117,8 +117,8 @@ class Ablated:
                 ]
         return tables
 
-    def _score_rows(self, draws: Draws) -> list[Row]:
-        rows: list[Row] = []
+    def _score_rows(self, draws: Draws) -> list[TableRow]:
+        rows: list[TableRow] = []
         for place, cell in enumerate(self.cells):
             score, ci95 = draws.score(place)
             row = {
@@ -143,8 +143,8 @@ class Ablated:
                 pairs.append((place, trained))
         return pairs
 
-    def _frozen_rows(self) -> list[Row]:
-        rows: list[Row] = []
+    def _frozen_rows(self) -> list[TableRow]:
+        rows: list[TableRow] = []
         for frozen, trained in self.frozen():
             for one, draws in zip(self.answers, self.draws, strict=True):
                 kept = draws.kept(frozen, trained) or (None, None)

@@ -20,11 +20,12 @@ from pal import audio as audio_io
 from pal.data import prompts
 from pal.data.manifest import Record
 from pal.errors import PalError
-from pal.evaluate.runner import evaluation_mode
-from pal.evaluate.scorers import bootstrap_ci, exact_match
+from pal.evaluate.answerer import evaluation_mode
+from pal.evaluate.bootstrap import bootstrap_ci
+from pal.evaluate.text import exact_match
 from pal.plots import TIME, plain, printable
 from pal.probe.finding import Finding, Plot, about
-from pal.probe.record import PATHWAYS, Attention, record
+from pal.probe.record import PATHWAYS, AnswerAttention, record
 from pal.types import IGNORE, Tokens
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ class Read:
 
     record: Record
     answer: str
-    attention: Attention
+    attention: AnswerAttention
     samples_N: Tensor
     """Of the first clip."""
     seconds: float
@@ -313,7 +314,7 @@ def _examples(read: Sequence[Read], count: int) -> list[Read]:
     return list(seen.values())[:count]
 
 
-def words(model: PalModel, attention: Attention) -> list[tuple[str, list[int]]]:
+def words(model: PalModel, attention: AnswerAttention) -> list[tuple[str, list[int]]]:
     """The answer's words, each with the rows that predict its tokens; the token that ends the answer is left out."""
     tokenizer = model.tokenizer
     ids = [attention.tokens[n + 1] for n in attention.answer]

@@ -44,7 +44,7 @@ class Axis:
 
 
 @dataclass(frozen=True)
-class Cell:
+class GridCell:
     """One recipe of the grid; it becomes a run with each seed."""
 
     name: str
@@ -73,7 +73,7 @@ class Cell:
             raise ConfigError(f"{self.label}: {error}") from None
 
 
-def grid(path: Path, axes: Sequence[str], settings: Sequence[str] = ()) -> list[Cell]:
+def grid(path: Path, axes: Sequence[str], settings: Sequence[str] = ()) -> list[GridCell]:
     """Every combination of the axes' values, the last axis changing fastest.
 
     A value that leaves the recipe as it is stays out of the folder's name, unless nothing else is in it: the cells of a
@@ -115,7 +115,7 @@ def grid(path: Path, axes: Sequence[str], settings: Sequence[str] = ()) -> list[
         named = {name: called[name][place] for name, place in at.items()}
         shown = changed or [name for name in AXES if name in at]
         cells.append(
-            Cell(
+            GridCell(
                 name="_".join(f"{name}-{_slug(named[name])}" for name in shown),
                 label=_label([value if AXES[name].bare else f"{name} {value}" for name, value in named.items()]),
                 values=named,

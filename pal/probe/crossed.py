@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from pal.evaluate.figures import Groups, Ratio, interval, redraw
+from pal.evaluate.bootstrap import Groups, interval, redraw
+from pal.evaluate.metrics import Ratio
 
 Numbers = NDArray[np.float64]
 Estimate = tuple[float, tuple[float, float]]

@@ -15,15 +15,16 @@ from pal.backbone.context import AudioContext
 from pal.backbone.generate import reordered
 from pal.backbone.llm import Backbone
 from pal.bench.flops import flop_counter
-from pal.evaluate.runner import Hearing, evaluation_mode
+from pal.evaluate.answerer import evaluation_mode
+from pal.evaluate.clip_cache import EncodedClipCache
 from pal.integrations.layers import LayerRange, chosen_layers
 from pal.probe.finding import Finding, Plot, about
 from pal.probe.hiding import (
     DEAF,
     WHOLE,
-    Asked,
     Condition,
     Example,
+    MaskedAnswers,
     Seen,
     ask,
     errors,
@@ -70,7 +71,7 @@ class Restriction:
 
 
 @dataclass(frozen=True)
-class Cost:
+class AnswerCost:
     """Of one question over its clips: a prefill, and what decoding then keeps of the audio."""
 
     flops: int
@@ -98,7 +99,7 @@ def windows(llm: Backbone, pathway: Pathway = None) -> list[Restriction]:
     return [Restriction(tuple(range(start, start + width)), pathway) for start in starts]
 
 
-def cost(model: PalModel, example: Example, condition: Condition) -> Cost:
+def cost(model: PalModel, example: Example, condition: Condition) -> AnswerCost:
     """What the example costs under a condition, counted."""
     view = example.seen(model, condition)
     with model.hiding(*condition.hides, Hide(layers=())), evaluation_mode(model), torch.no_grad():
@@ -116,7 +117,7 @@ def cost(model: PalModel, example: Example, condition: Condition) -> Cost:
     keys_seen, rows_seen = (
         sum(len(tokens) for (_, pathway, _), tokens in view.items() if pathway == name) for name in ("keys", "rows")
     )
-    return Cost(
+    return AnswerCost(
         flops=flops,
         flops_least=flops - sum(as_is[layer] - rowless[layer] for layer in behind),
         bytes=each * (keys_seen + rows * model.llm.n_layers),
@@ -163,7 +164,7 @@ def probe_depth(
         ConfigError: no question has a clip.
     """
     started = time.perf_counter()
-    hear = Hearing(model)
+    hear = EncodedClipCache(model)
     example = Example.of(model, records, hear)
     whole = example.seen(model, WHOLE)
     ways: list[Pathway] = [None]
@@ -239,7 +240,9 @@ def _tokens(view: Seen) -> dict[str, int]:
     return {name: sum(n for (pathway, _), n in most.items() if pathway == name) for name in pathways(view)}
 
 
-def _tables(asked: Asked, groups: Sequence[_Group], costs: Mapping[str, Cost]) -> dict[str, list[dict[str, Any]]]:
+def _tables(
+    asked: MaskedAnswers, groups: Sequence[_Group], costs: Mapping[str, AnswerCost]
+) -> dict[str, list[dict[str, Any]]]:
     def scored(name: str, items: Sequence[int] | None = None) -> dict[str, Any]:
         score, ends = asked.score(asked.right(name), items)
         drop = asked.drop(name, items)
@@ -278,7 +281,7 @@ def _tables(asked: Asked, groups: Sequence[_Group], costs: Mapping[str, Cost]) -
     return tables
 
 
-def _reading(asked: Asked, groups: Sequence[_Group], costs: Mapping[str, Cost], rows: bool) -> list[str]:
+def _reading(asked: MaskedAnswers, groups: Sequence[_Group], costs: Mapping[str, AnswerCost], rows: bool) -> list[str]:
     whole, deaf, floor = (
         100 * asked.score(right)[0] for right in (asked.right(WHOLE.name), asked.right(DEAF.name), asked.no_audio)
     )
@@ -315,7 +318,7 @@ def _reading(asked: Asked, groups: Sequence[_Group], costs: Mapping[str, Cost], 
     return said
 
 
-def _pictures(asked: Asked, groups: Sequence[_Group], costs: Mapping[str, Cost]) -> dict[str, Plot]:
+def _pictures(asked: MaskedAnswers, groups: Sequence[_Group], costs: Mapping[str, AnswerCost]) -> dict[str, Plot]:
     pictures: dict[str, Plot] = {}
     for group in groups:
         of = "" if group.pathway is None else f"-{group.pathway}"
@@ -349,7 +352,7 @@ def _pictures(asked: Asked, groups: Sequence[_Group], costs: Mapping[str, Cost])
     return pictures
 
 
-def _profile(figure: Figure, asked: Asked, at: Sequence[tuple[int, str]], label: str) -> None:
+def _profile(figure: Figure, asked: MaskedAnswers, at: Sequence[tuple[int, str]], label: str) -> None:
     axes = figure.add_subplot()
     items = {"all": None, **{domain: asked.among(domain=domain) for domain in asked.values("domain")}}
     lines(
@@ -365,7 +368,7 @@ def _profile(figure: Figure, asked: Asked, at: Sequence[tuple[int, str]], label:
     axes.legend(frameon=False)
 
 
-def _costs(figure: Figure, asked: Asked, group: _Group, costs: Mapping[str, Cost]) -> None:
+def _costs(figure: Figure, asked: MaskedAnswers, group: _Group, costs: Mapping[str, AnswerCost]) -> None:
     named = {one.name: shown for shown, one in group.depths.items()}
     names = dict.fromkeys([DEAF.name, *named, *(one.name for one in group.windows)])
     for place, (label, run, least) in enumerate(

@@ -22,8 +22,7 @@ from torch import Tensor
 
 import pal
 from pal.errors import BundleError, ConfigError
-from pal.evaluate.score import jsonable, write_json
-from pal.files import write_bytes
+from pal.files import jsonable, write_bytes, write_json
 from pal.plots import Draw, Rendered, render
 
 if TYPE_CHECKING:
@@ -31,7 +30,7 @@ if TYPE_CHECKING:
 
 FILE = "probe.json"
 
-Row = Mapping[str, Any]
+TableRow = Mapping[str, Any]
 """A line of a table: heading -> value. A value's interval stands right after it as `ci95`, or as `HEADING ci95`."""
 
 
@@ -62,7 +61,7 @@ class Finding:
     """All that decides the result beside the model."""
     reading: Sequence[str]
     """What the numbers say, a plain sentence each, most important first."""
-    tables: Mapping[str, Sequence[Row]]
+    tables: Mapping[str, Sequence[TableRow]]
     """Title -> rows with the same headings."""
     details: Mapping[str, Any] = field(default_factory=dict)
     """Numbers too many for a table."""

@@ -25,11 +25,11 @@ from pal.data import prompts
 from pal.data.manifest import Record
 from pal.errors import PalError
 from pal.evaluate import evaluate
-from pal.evaluate.runner import evaluation_mode
-from pal.evaluate.scorers import bootstrap_ci
+from pal.evaluate.answerer import evaluation_mode
+from pal.evaluate.bootstrap import bootstrap_ci
 from pal.lab.records import spread
 from pal.probe.finding import Finding, Plot, about
-from pal.probe.layout_checks import MEMORY, Check, Status, about_first_clip, layout_checks
+from pal.probe.layout_checks import MEMORY, HealthCheck, Status, about_first_clip, layout_checks
 from pal.probe.record import PATHWAYS, record
 
 if TYPE_CHECKING:
@@ -147,11 +147,11 @@ def _listening(model: PalModel, records: Sequence[Record]) -> list[dict[str, Any
     return found
 
 
-def _ignoring(layers: Sequence[dict[str, Any]]) -> Check:
+def _ignoring(layers: Sequence[dict[str, Any]]) -> HealthCheck:
     heard = [row for row in layers if row["times even"] is not None]
     deaf = [row["layer"] for row in heard if row["times even"] < IGNORED or row["moved by another clip"] < UNMOVED]
     status: Status = "ok" if not deaf else "fault" if len(deaf) == len(heard) else "warning"
-    return Check(
+    return HealthCheck(
         "attention that ignores audio",
         status if heard else "does not apply",
         f"{len(heard) - len(deaf)} of {len(heard)} layers with audio look at it, and elsewhere when another clip sounds"
@@ -192,9 +192,9 @@ def _hearing(model: PalModel, records: Sequence[Record], batch: int) -> tuple[li
         quiet = evaluate(model, silent, no_audio=False, batch=batch, progress=False).items
     groups = [item.group for item in right]
     columns = {
-        "the right clip": [float(item.correct) for item in right],
-        "another clip": [float(item.correct) for item in other],
-        "silence": [float(item.correct) for item in quiet],
+        "the right clip": [float(bool(item.correct)) for item in right],
+        "another clip": [float(bool(item.correct)) for item in other],
+        "silence": [float(bool(item.correct)) for item in quiet],
         "no audio": [float(bool(item.no_audio_correct)) for item in right],
     }
     heard = columns["the right clip"]
@@ -213,12 +213,12 @@ def _hearing(model: PalModel, records: Sequence[Record], batch: int) -> tuple[li
     return table, quiet
 
 
-def _deaf(scores: Sequence[dict[str, Any]]) -> Check:
+def _deaf(scores: Sequence[dict[str, Any]]) -> HealthCheck:
     by_name = {row["heard"]: row for row in scores}
     lost = by_name["another clip"]
     low, high = lost["lost ci95"]
     deaf = low <= 0
-    return Check(
+    return HealthCheck(
         "deaf",
         "fault" if deaf else "ok",
         f"another clip instead of the right one costs {lost['lost']:.3f} ({low:.3f} to {high:.3f}); right "
@@ -228,14 +228,15 @@ def _deaf(scores: Sequence[dict[str, Any]]) -> Check:
     )
 
 
-def _eager(model: PalModel, records: Sequence[Record], quiet: Any, batch: int) -> Check:
+def _eager(model: PalModel, records: Sequence[Record], quiet: Any, batch: int) -> HealthCheck:
     """Yes to what is not there, and certainty about silence."""
     name = "over-eager"
     remedy = "Train with silence and with questions about sounds that are not there; ask for 'nothing' as an answer."
     yes_no = [i for i, one in enumerate(records) if one.choices and {c.lower() for c in one.choices} == {"yes", "no"}]
     closed = [one for one in records if one.choices and len(one.choices) > 1]
     measured, eager = [], False
-    asserted = [quiet[i].prediction.strip().lower().startswith("yes") for i in yes_no if records[i].task == "presence"]
+    presence = [quiet[i].output or "" for i in yes_no if records[i].task == "presence"]
+    asserted = [answer.strip().lower().startswith("yes") for answer in presence]
     if asserted:
         rate = float(np.mean(asserted))
         eager |= rate >= EAGER
@@ -247,8 +248,8 @@ def _eager(model: PalModel, records: Sequence[Record], quiet: Any, batch: int) -
         eager |= sure >= SURE
         measured.append(f"gives its best choice {sure:.2f} of the probability on silence, {certain:.2f} on the clip")
     if not measured:
-        return Check(name, "does not apply", "no question has choices", remedy)
-    return Check(name, "warning" if eager else "ok", "; ".join(measured), remedy)
+        return HealthCheck(name, "does not apply", "no question has choices", remedy)
+    return HealthCheck(name, "warning" if eager else "ok", "; ".join(measured), remedy)
 
 
 def _certainty(model: PalModel, records: Sequence[Record], batch: int) -> list[float]:

@@ -15,8 +15,10 @@ from pal.backbone.audio_mask import Hide
 from pal.backbone.context import AudioContext
 from pal.data import prompts
 from pal.errors import AudioError, ConfigError
-from pal.evaluate.runner import Hearing, evaluate, evaluation_mode
-from pal.evaluate.scorers import bootstrap_ci
+from pal.evaluate import evaluate
+from pal.evaluate.answerer import evaluation_mode
+from pal.evaluate.bootstrap import bootstrap_ci
+from pal.evaluate.clip_cache import EncodedClipCache
 from pal.lab.records import domain_of
 from pal.types import Heard, Tokens
 
@@ -24,7 +26,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
     from pal.data.manifest import Record
-    from pal.evaluate.score import Score
+    from pal.evaluate import Result
     from pal.model import PalModel
 
 SCORING = "exact match of greedy answers, as in pal eval"
@@ -55,7 +57,7 @@ class Example:
     """Without an answer."""
 
     @classmethod
-    def of(cls, model: PalModel, records: Sequence[Record], hear: Hearing) -> Example:
+    def of(cls, model: PalModel, records: Sequence[Record], hear: EncodedClipCache) -> Example:
         """The first question of the record with the longest clip; what hides none of that one hides nothing at all.
 
         Raises:
@@ -117,7 +119,7 @@ def pathways(all_seen: Seen) -> list[str]:
 
 
 @dataclass(frozen=True)
-class Item:
+class ProbedItem:
     """One question."""
 
     id: str
@@ -128,10 +130,10 @@ class Item:
 
 
 @dataclass(frozen=True)
-class Asked:
+class MaskedAnswers:
     """Which questions were answered right under each condition; lists are in the order of `items`."""
 
-    items: list[Item]
+    items: list[ProbedItem]
     no_audio: list[bool]
     """Of the same questions without audio in the prompt."""
     correct: dict[str, list[bool]]
@@ -231,11 +233,11 @@ def ask(
     records: Sequence[Record],
     conditions: Sequence[Condition],
     example: Example,
-    hear: Hearing,
+    hear: EncodedClipCache,
     batch: int = 32,
     progress: bool = False,
     seed: int = 0,
-) -> Asked:
+) -> MaskedAnswers:
     """Ask all questions once under each condition; first with nothing hidden, and without audio in the prompt.
 
     Args:
@@ -266,27 +268,27 @@ def ask(
     parts = [part for part in (closed, free) if part]
     clips: dict[tuple[str, ...], int] = {}
     correct: dict[str, list[bool]] = {}
-    items: list[Item] = []
+    items: list[ProbedItem] = []
     no_audio: list[bool] = []
     raised: list[str] = []
     todo = [condition for condition in runs if condition.name not in same_as]
     for condition in tqdm(todo, unit="condition", disable=not progress, leave=False):
         first = condition.name == WHOLE.name
         with model.hiding(*condition.hides):
-            scores = [
+            results = [
                 evaluate(model, part, no_audio=first, batch=batch, progress=False, features=hear) for part in parts
             ]
-        answered = [item for score in scores for item in score.items]
-        correct[condition.name] = [item.correct for item in answered]
+        answered = [item for result in results for item in result.items]
+        correct[condition.name] = [bool(item.correct) for item in answered]
         raised += [f"{condition.name}: {item.id}: {item.error}" for item in answered if item.error is not None]
         if first:
             no_audio = [bool(item.no_audio_correct) for item in answered]
-            items = [item for part, score in zip(parts, scores, strict=True) for item in _items(part, score, clips)]
+            items = [item for part, one in zip(parts, results, strict=True) for item in _items(part, one, clips)]
     hidden = {name: 1 - sum(map(len, view.values())) / total for name, view in views.items()}
-    return Asked(items, no_audio, correct, same_as, hidden, raised, seed)
+    return MaskedAnswers(items, no_audio, correct, same_as, hidden, raised, seed)
 
 
-def settings_of(records: Sequence[Record], asked: Asked, batch: int) -> dict[str, Any]:
+def settings_of(records: Sequence[Record], asked: MaskedAnswers, batch: int) -> dict[str, Any]:
     """What a finding says of its questions."""
     text = repr([(r.id, r.dataset, r.task, r.turns, r.choices, len(r.clips)) for r in records])
     return {
@@ -300,7 +302,7 @@ def settings_of(records: Sequence[Record], asked: Asked, batch: int) -> dict[str
     }
 
 
-def remarks(asked: Asked) -> list[str]:
+def remarks(asked: MaskedAnswers) -> list[str]:
     """Sentences about conditions that were not asked, and questions that raised."""
     nothing = [name for name, other in asked.same_as.items() if other == WHOLE.name]
     again = [f"'{name}' as '{other}'" for name, other in asked.same_as.items() if other != WHOLE.name]
@@ -330,11 +332,11 @@ def lines(axes: Axes, x: Sequence[float], series: Mapping[str, Sequence[tuple[fl
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _items(records: Sequence[Record], score: Score, clips: dict[tuple[str, ...], int]) -> list[Item]:
+def _items(records: Sequence[Record], result: Result, clips: dict[tuple[str, ...], int]) -> list[ProbedItem]:
     of_item = [record for record in records for _ in record.turns]
     return [
-        Item(item.id, item.task, domain_of(record), clips.setdefault(record.clips, len(clips)))
-        for record, item in zip(of_item, score.items, strict=True)
+        ProbedItem(item.id, record.task or "all", domain_of(record), clips.setdefault(record.clips, len(clips)))
+        for record, item in zip(of_item, result.items, strict=True)
     ]
 
 

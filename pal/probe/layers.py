@@ -34,12 +34,12 @@ from pal.data.manifest import Record
 from pal.data.prompts import encode, user_turn
 from pal.data.synth.questions import PARAPHRASES
 from pal.errors import ManifestError
-from pal.evaluate.figures import INTERVALS
-from pal.evaluate.runner import evaluation_mode
+from pal.evaluate.answerer import evaluation_mode
+from pal.evaluate.bootstrap import INTERVALS
 from pal.lab.records import SCENES_SEED, records_to_ask, spread
 from pal.plots import style_of
 from pal.probe.finding import Finding, Plot, about
-from pal.probe.linear import FOLDS, INNER_FOLDS, ROUND_OFF, STRENGTHS, Labels, Probed, check, probed
+from pal.probe.linear import FOLDS, INNER_FOLDS, ROUND_OFF, STRENGTHS, Probed, ProbeLabels, check, probed
 from pal.types import AUDIO, AudioFeatures, Tokens
 
 if TYPE_CHECKING:
@@ -148,7 +148,7 @@ def _names(record: Record) -> set[str]:
     return {record.turns[-1].answer} if record.choices else set()
 
 
-def labels_of(title: str, records: Sequence[Record]) -> Labels:
+def labels_of(title: str, records: Sequence[Record]) -> ProbeLabels:
     """The labels of a data set's clips, the commonest first.
 
     Raises:
@@ -164,7 +164,7 @@ def labels_of(title: str, records: Sequence[Record]) -> Labels:
             f"{FEWEST}; give more clips"
         )
     truth_NK = np.array([[name in one for name in names] for one in has])
-    return Labels(title, tuple(names), truth_NK, exclusive=len(names) > 1 and bool((truth_NK.sum(1) == 1).all()))
+    return ProbeLabels(title, tuple(names), truth_NK, exclusive=len(names) > 1 and bool((truth_NK.sum(1) == 1).all()))
 
 
 @torch.inference_mode()
@@ -237,7 +237,7 @@ def _means(streams: list[AudioFeatures]) -> Tensor:
 class _Found:
     """What probes said about one data set."""
 
-    labels: Labels
+    labels: ProbeLabels
     by_layer: Mapping[str, list[Probed]]
     control: Mapping[str, list[Probed]]
     """With shuffled labels."""
@@ -246,14 +246,14 @@ class _Found:
     """The largest difference of rows before the audio between two clips, by the size of the rows."""
 
 
-def _found(rows: Rows, labels: Labels, groups: Sequence[str], progress: bool) -> _Found:
+def _found(rows: Rows, labels: ProbeLabels, groups: Sequence[str], progress: bool) -> _Found:
     from tqdm import tqdm
 
     shuffled = labels.shuffled(SHUFFLE_SEED)
     total = sum(2 * len(layers) for layers in rows.by_layer.values()) + len(rows.reference)
     with tqdm(total=total, desc=labels.title, unit="probe", disable=not progress, leave=False) as bar:
 
-        def of(x_ND: NDArray[np.float32], truth: Labels) -> Probed:
+        def of(x_ND: NDArray[np.float32], truth: ProbeLabels) -> Probed:
             bar.update()
             return probed(x_ND, truth, groups)
 

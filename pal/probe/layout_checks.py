@@ -19,6 +19,7 @@ from pal.bench.measure import saved_bytes
 from pal.clips import ClipFeatures
 from pal.data import prompts
 from pal.data.manifest import Record
+from pal.integrations.cost import route_cost
 from pal.types import AUDIO, AudioFeatures, LLMInputs, Tokens
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ Status = Literal["ok", "warning", "fault", "does not apply"]
 
 
 @dataclass(frozen=True)
-class Check:
+class HealthCheck:
     """One thing that can be wrong."""
 
     name: str
@@ -42,7 +43,7 @@ class Check:
     """What to do where it is wrong."""
 
 
-def layout_checks(model: PalModel, one: Record) -> Iterator[Check]:
+def layout_checks(model: PalModel, one: Record) -> Iterator[HealthCheck]:
     """Checks on one record's first clip: rows, bytes, order, positions, decoding."""
     clip_N = audio_io.load(one.clips[0], model.sampling_rate).samples_N
     row = about_first_clip(model, one)
@@ -76,12 +77,14 @@ def _step(model: PalModel, row: Tokens) -> Step:
     )
 
 
-def _feed_forward(model: PalModel, row: Tokens, features: Sequence[AudioFeatures], counts: Sequence[int]) -> Check:
+def _feed_forward(
+    model: PalModel, row: Tokens, features: Sequence[AudioFeatures], counts: Sequence[int]
+) -> HealthCheck:
     """Rows counted in the networks, against the text and the rows that the integration says it adds."""
     lengths = [stream.lengths[0] for stream in features]
     routes = model.integration.routes()
     step = _step(model, row)
-    said = sum(route.cost(step, n, model.llm).rows for route, n in zip(routes, lengths, strict=True))
+    said = sum(route_cost(route, step, n, model.llm).rows for route, n in zip(routes, lengths, strict=True))
     text, tokens = len(row.ids) - 1, sum(lengths)
     audio = [count - text for count in counts]
     wrong = [layer for layer, count in enumerate(audio) if count != said]
@@ -91,7 +94,7 @@ def _feed_forward(model: PalModel, row: Tokens, features: Sequence[AudioFeatures
             f"{audio[wrong[0]]} audio rows reach the feed-forward network of layer {wrong[0]}; "
             f"the integration says {said}"
         )
-    return Check(
+    return HealthCheck(
         "audio in the feed-forward networks",
         "fault" if wrong else "ok",
         measured,
@@ -99,14 +102,14 @@ def _feed_forward(model: PalModel, row: Tokens, features: Sequence[AudioFeatures
     )
 
 
-def _memory(model: PalModel, row: Tokens, features: Sequence[AudioFeatures]) -> Check:
+def _memory(model: PalModel, row: Tokens, features: Sequence[AudioFeatures]) -> HealthCheck:
     """Bytes that a step on the LLM keeps, encoder and connector aside, against the closed form."""
     trained = {name: p.requires_grad for name, p in model.named_parameters()}
     fixed = [replace(stream, x_BAE=stream.x_BAE.detach()) for stream in features]
     step = _step(model, row)
     lengths = [stream.lengths[0] for stream in fixed]
     routes = model.integration.routes()
-    added = [route.cost(step, n, model.llm) for route, n in zip(routes, lengths, strict=True)]
+    added = [route_cost(route, step, n, model.llm) for route, n in zip(routes, lengths, strict=True)]
     try:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name.startswith("integration."))
@@ -120,7 +123,7 @@ def _memory(model: PalModel, row: Tokens, features: Sequence[AudioFeatures]) -> 
             parameter.requires_grad_(trained[name])
     expected = decoder(model.llm, step, added).saved
     ratio = measured / expected
-    return Check(
+    return HealthCheck(
         "memory",
         "ok" if ratio <= 1 + MEMORY else "warning",
         f"a step keeps {measured:,} bytes for the backward pass, {ratio:.2f} times the closed form",
@@ -128,13 +131,13 @@ def _memory(model: PalModel, row: Tokens, features: Sequence[AudioFeatures]) -> 
     )
 
 
-def order(inputs: LLMInputs) -> Check:
+def order(inputs: LLMInputs) -> HealthCheck:
     """Check that rows of a clip and its keys follow one another by position as they do in time."""
     name = "order of summaries and tokens"
     remedy = "Put each summary right after the last token it sums up: Layout.row_offsets and key_offsets."
     context = inputs.audio
     if not isinstance(context, AudioContext) or context.places is None:
-        return Check(name, "does not apply", "no audio", remedy)
+        return HealthCheck(name, "does not apply", "no audio", remedy)
     wrong = compared = 0
     for b in range(inputs.position_ids_BT.shape[0]):
         rows = _entities(context.places, inputs.position_ids_BT, b)
@@ -148,9 +151,9 @@ def order(inputs: LLMInputs) -> Check:
                         # a row comes after the tokens it sums up, and before all later ones
                         wrong += (position > other_position) != (other_end <= end + 1e-6)
     if not compared:
-        return Check(name, "does not apply", "audio enters as rows or as keys, not as both", remedy)
+        return HealthCheck(name, "does not apply", "audio enters as rows or as keys, not as both", remedy)
     status: Status = "fault" if wrong else "ok"
-    return Check(name, status, f"{wrong} of {compared} pairs of a row and a key are out of order", remedy)
+    return HealthCheck(name, status, f"{wrong} of {compared} pairs of a row and a key are out of order", remedy)
 
 
 def _entities(places: Places, positions_BX: Tensor, b: int) -> list[tuple[int, int, float, int]]:
@@ -160,7 +163,7 @@ def _entities(places: Places, positions_BX: Tensor, b: int) -> list[tuple[int, i
     return list(zip(*(column[b][is_audio].tolist() for column in columns), strict=True))
 
 
-def gaps(inputs: LLMInputs) -> Check:
+def gaps(inputs: LLMInputs) -> HealthCheck:
     """Check that text after a clip stands where it would after as many ordinary tokens, and sees all of the clip."""
     name = "gaps in the positions"
     remedy = (
@@ -169,7 +172,7 @@ def gaps(inputs: LLMInputs) -> Check:
     )
     context = inputs.audio
     if not isinstance(context, AudioContext) or context.places is None:
-        return Check(name, "does not apply", "no audio", remedy)
+        return HealthCheck(name, "does not apply", "no audio", remedy)
     faults: list[str] = []
     reserved = 0
     for b in range(inputs.position_ids_BT.shape[0]):
@@ -198,8 +201,8 @@ def gaps(inputs: LLMInputs) -> Check:
         if ends - set(places.tolist()):
             faults.append(f"text leaves {len(free)} positions free for {len(places)} audio tokens")
     if faults:
-        return Check(name, "fault", faults[0], remedy)
-    return Check(
+        return HealthCheck(name, "fault", faults[0], remedy)
+    return HealthCheck(
         name, "ok", f"{reserved} positions are reserved for audio, and text after a clip sees all of it", remedy
     )
 
@@ -213,7 +216,7 @@ def _turns(keys: AudioKeys, b: int) -> Iterator[str]:
             yield "keys of a clip are turned by positions that do not rise with time"
 
 
-def _decoding(model: PalModel, clip_N: Tensor, row: Tokens, count: int = 8) -> Check:
+def _decoding(model: PalModel, clip_N: Tensor, row: Tokens, count: int = 8) -> HealthCheck:
     """Token by token with the cache, against one full pass."""
     assert row.labels is not None
     prompt = row.ids[: next(i for i, label in enumerate(row.labels) if label >= 0)]
@@ -227,7 +230,7 @@ def _decoding(model: PalModel, clip_N: Tensor, row: Tokens, count: int = 8) -> C
     chosen = logits_NV[torch.arange(len(written)), torch.tensor(written)]
     apart = float((best - chosen).max())
     same = apart <= 1e-3
-    return Check(
+    return HealthCheck(
         "decoding",
         "ok" if same else "fault",
         f"{len(written)} tokens written one by one with the cache are those of one full pass"

@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pal.errors import ConfigError
-from pal.evaluate.figures import Drawn, Groups
-from pal.evaluate.over_labels import average_precision, evidence, mean_over_labels
+from pal.evaluate.bootstrap import DrawnMetric, Groups
+from pal.evaluate.label_metrics import average_precision, evidence, mean_over_labels
 
 FOLDS, INNER_FOLDS = 4, 2
 STRENGTHS = (1e-3, 1e-2, 1e-1)
@@ -24,7 +24,7 @@ Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
-class Labels:
+class ProbeLabels:
     """What holds of some clips."""
 
     title: str
@@ -44,10 +44,10 @@ class Labels:
         """The score of a probe that cannot tell clips apart."""
         return 1 / len(self.names) if self.exclusive else float(self.truth_NK.mean(0).mean())
 
-    def shuffled(self, seed: int) -> Labels:
+    def shuffled(self, seed: int) -> ProbeLabels:
         """The same labels handed to other clips."""
         order_N = np.random.default_rng(seed).permutation(len(self.truth_NK))
-        return Labels(self.title, self.names, self.truth_NK[order_N], self.exclusive)
+        return ProbeLabels(self.title, self.names, self.truth_NK[order_N], self.exclusive)
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Probed:
 
     score: float
     ci95: tuple[float, float]
-    """Bootstrap over clips, as `pal.evaluate.figures` has it for means over labels."""
+    """Bootstrap over clips, as `pal.evaluate.bootstrap` has it for means over labels."""
     by_label: tuple[float, ...]
     """Average precision or recall of each label."""
 
@@ -69,7 +69,7 @@ def check() -> None:
         raise ConfigError("linear probes need scikit-learn: pip install 'pal-audio[scores]'") from None
 
 
-def probed(x_ND: NDArray[Any], labels: Labels, groups: Sequence[str], seed: int = 0) -> Probed:
+def probed(x_ND: NDArray[Any], labels: ProbeLabels, groups: Sequence[str], seed: int = 0) -> Probed:
     """How well `labels` are read off the features, by logistic regression with whole groups held out.
 
     One probe a label. Features are standardised, and the strength of regularisation is chosen, within the training
@@ -91,11 +91,11 @@ def probed(x_ND: NDArray[Any], labels: Labels, groups: Sequence[str], seed: int 
     )
     score = float(mean_over_labels(by_label_K[None])[0])
     drawn_R = mean_over_labels(_scores(scores_NK, labels, weights_RN))
-    drawn = Drawn(score, drawn_R, evidence(labels.truth_NK, Groups(range(len(x_ND)))))
+    drawn = DrawnMetric(score, drawn_R, evidence(labels.truth_NK, Groups(range(len(x_ND)))))
     return Probed(score, drawn.interval(), tuple(by_label_K.tolist()))
 
 
-def held_out(x_ND: NDArray[Any], labels: Labels, groups: Sequence[str]) -> Floats:
+def held_out(x_ND: NDArray[Any], labels: ProbeLabels, groups: Sequence[str]) -> Floats:
     """Each clip's score for each label [N, K] by probes that were trained without its group."""
     from sklearn.model_selection import GroupKFold
 
@@ -107,7 +107,7 @@ def held_out(x_ND: NDArray[Any], labels: Labels, groups: Sequence[str]) -> Float
             inner_NK = np.zeros((len(train), truth_NK.shape[1]))
             for fit, hold in GroupKFold(INNER_FOLDS).split(train, groups=group_N[train]):
                 inner_NK[hold] = _fitted(x_ND[train[fit]], truth_NK[train[fit]], x_ND[train[hold]], strength)
-            part = Labels(labels.title, labels.names, truth_NK[train], labels.exclusive)
+            part = ProbeLabels(labels.title, labels.names, truth_NK[train], labels.exclusive)
             score = float(np.nanmean(_scores(inner_NK, part, np.ones((1, len(train))))))
             if score > best_score:
                 best, best_score = strength, score
@@ -134,7 +134,7 @@ def _fitted(x_ND: NDArray[Any], truth_NK: NDArray[np.bool_], new_MD: NDArray[Any
     return scores_MK
 
 
-def _scores(scores_NK: Floats, labels: Labels, weights_RN: Floats) -> Floats:
+def _scores(scores_NK: Floats, labels: ProbeLabels, weights_RN: Floats) -> Floats:
     """The score of each label [R, K] with each clip counting `weights_RN` times; NaN where no clip has the label."""
     if labels.exclusive:
         return _recall(scores_NK, labels.truth_NK, weights_RN)

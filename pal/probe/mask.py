@@ -14,15 +14,15 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 from pal.backbone.audio_mask import Hide
 from pal.errors import ConfigError
-from pal.evaluate.runner import Hearing
+from pal.evaluate.clip_cache import EncodedClipCache
 from pal.probe.finding import Finding, Plot, about
 from pal.probe.hiding import (
     DEAF,
     WHOLE,
-    Asked,
     Condition,
     Drop,
     Example,
+    MaskedAnswers,
     ask,
     lines,
     pathways,
@@ -154,7 +154,7 @@ def probe_mask(
         ConfigError: a layer, an encoder or a time that cannot be hidden, or no clips.
     """
     started = time.perf_counter()
-    hear = Hearing(model)
+    hear = EncodedClipCache(model)
     example = Example.of(model, records, hear)
     kinds = default_conditions(model, example) if chosen is None else {"chosen": [chosen], "all": [DEAF]}
     conditions = [condition for same in kinds.values() for condition in same]
@@ -189,7 +189,7 @@ Drops = Mapping[tuple[str, str, str], Drop]
 """Condition, "all" or "domain" or "task", and which -> what it costs there."""
 
 
-def _drops(asked: Asked, names: Sequence[str]) -> Drops:
+def _drops(asked: MaskedAnswers, names: Sequence[str]) -> Drops:
     found = {}
     for name in names:
         found[name, "all", "all"] = asked.drop(name)
@@ -200,7 +200,7 @@ def _drops(asked: Asked, names: Sequence[str]) -> Drops:
 
 
 def _tables(
-    asked: Asked,
+    asked: MaskedAnswers,
     kinds: Mapping[str, Sequence[Condition]],
     drops: Drops,
     whole: tuple[float, tuple[float, float]],
@@ -254,7 +254,7 @@ def _tables(
 
 
 def _reading(
-    asked: Asked,
+    asked: MaskedAnswers,
     kinds: Mapping[str, Sequence[Condition]],
     drops: Drops,
     whole: tuple[float, tuple[float, float]],
@@ -296,7 +296,7 @@ def _reading(
     return said
 
 
-def _pictures(asked: Asked, kinds: Mapping[str, Sequence[Condition]], drops: Drops) -> dict[str, Plot]:
+def _pictures(asked: MaskedAnswers, kinds: Mapping[str, Sequence[Condition]], drops: Drops) -> dict[str, Plot]:
     asked_for = {
         kind: [c.name for c in same if asked.same_as.get(c.name) != WHOLE.name] for kind, same in kinds.items()
     }

@@ -20,7 +20,7 @@ themselves wherever they see anything."""
 
 
 @dataclass(frozen=True)
-class Attention:
+class AnswerAttention:
     """The attention of one conversation's text rows after its last clip: N rows."""
 
     tokens: list[int]
@@ -40,7 +40,7 @@ class Attention:
     """Share on each of them, mean over heads and over the rows that predict the answer."""
 
 
-def record(model: PalModel, clips: Clips, rows: Sequence[Tokens], bins: int = 40) -> list[Attention]:
+def record(model: PalModel, clips: Clips, rows: Sequence[Tokens], bins: int = 40) -> list[AnswerAttention]:
     """Attention of labelled conversations, in one forward pass; weights of one layer live at a time.
 
     Args:
@@ -128,7 +128,7 @@ class _Sums:
         known = self._token.get(layer)
         self._token[layer] = tokens if known is None else [a + b for a, b in zip(known, tokens, strict=True)]
 
-    def of(self, b: int, row: Tokens, count: int) -> Attention:
+    def of(self, b: int, row: Tokens, count: int) -> AnswerAttention:
         """What was summed up of one conversation with so many rows after its last clip."""
         assert row.labels is not None
         ids, labels = row.ids[-count:], row.labels[-count:]
@@ -151,7 +151,7 @@ class _Sums:
             shares.append(
                 torch.stack([self._token[layer][i][b, at][:, chosen].mean(0) for layer in range(self.layers)])
             )
-        return Attention(ids, answer, mass.cpu(), visible.cpu(), time, entities, torch.cat(shares, -1).cpu())
+        return AnswerAttention(ids, answer, mass.cpu(), visible.cpu(), time, entities, torch.cat(shares, -1).cpu())
 
 
 def _overlaps(places: Places, chosen_BX: Tensor, end_B: Tensor, bins: int) -> Tensor:

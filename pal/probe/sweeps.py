@@ -103,7 +103,7 @@ class Trial:
 
 
 @dataclass(frozen=True)
-class Asked:
+class SweepQuestion:
     """One question, and what it is for."""
 
     sweep: str
@@ -152,7 +152,7 @@ def _note(kind: str, rng: np.random.Generator) -> int | None:
     return int(rng.integers(low, high + 1))
 
 
-def questions(count: int, seed: int, folder: Path, wordings: int = 1) -> list[Asked]:
+def questions(count: int, seed: int, folder: Path, wordings: int = 1) -> list[SweepQuestion]:
     """All questions of all sweeps; the twins of a clip follow each other.
 
     Args:
@@ -180,7 +180,7 @@ def questions(count: int, seed: int, folder: Path, wordings: int = 1) -> list[As
                                 choices=question.choices,
                             )
                             timed = candidate.form != "presence"
-                            asked.append(Asked(name, point, trial.index, timed, scene, record))
+                            asked.append(SweepQuestion(name, point, trial.index, timed, scene, record))
     return asked
 
 
@@ -222,7 +222,7 @@ def _scene(trial: Trial, seed: int, length: float, starts: Sequence[float]) -> S
     return Scene(seed, trial.index, SECONDS, events, trial.background, trial.background_db)
 
 
-def render_clips(asked: Sequence[Asked], progress: bool) -> None:
+def render_clips(asked: Sequence[SweepQuestion], progress: bool) -> None:
     """Write the clips of some questions, each once."""
     from tqdm import tqdm
 

@@ -21,23 +21,23 @@ import numpy as np
 
 from pal.data.synth.scene import LOUD_DB
 from pal.errors import ConfigError
-from pal.evaluate.runner import evaluate
-from pal.evaluate.scorers import bootstrap_ci
+from pal.evaluate import evaluate, from_records
+from pal.evaluate.bootstrap import bootstrap_ci
 from pal.lab.records import SCENES_SEED
 from pal.plots import style_of
 from pal.probe.finding import Finding, Plot, about
-from pal.probe.sweeps import LENGTH, PAIRS, SECONDS, SWEEPS, Asked, Sweep, questions, render_clips
+from pal.probe.sweeps import LENGTH, PAIRS, SECONDS, SWEEPS, Sweep, SweepQuestion, questions, render_clips
 from pal.probe.threshold import LEVEL, Threshold, threshold
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from pal.evaluate.score import ItemResult
+    from pal.evaluate import ItemResult
     from pal.model import PalModel
 
 
-class Answered(NamedTuple):
+class SweepAnswer(NamedTuple):
     """What a model made of a question."""
 
     text: str
@@ -60,7 +60,7 @@ class Point:
     no_audio: float
 
 
-def judge(asked: Sequence[Asked], answers: Sequence[Answered], seed: int = 0) -> dict[str, list[Point]]:
+def judge(asked: Sequence[SweepQuestion], answers: Sequence[SweepAnswer], seed: int = 0) -> dict[str, list[Point]]:
     """Answers as figures: for each sweep its points in order. The intervals draw whole pairs of sounds."""
     found = {}
     for name, sweep in SWEEPS.items():
@@ -71,7 +71,7 @@ def judge(asked: Sequence[Asked], answers: Sequence[Answered], seed: int = 0) ->
     return found
 
 
-def _point(part: Sequence[tuple[Asked, Answered]], seed: int) -> Point:
+def _point(part: Sequence[tuple[SweepQuestion, SweepAnswer]], seed: int) -> Point:
     timed = [(question, answer) for question, answer in part if question.timed]
     heard = [answer.right for question, answer in part if not question.timed]
     twins: dict[tuple[int, str], list[str]] = {}
@@ -87,7 +87,7 @@ def _point(part: Sequence[tuple[Asked, Answered]], seed: int) -> Point:
     )
 
 
-def thresholds(asked: Sequence[Asked], answers: Sequence[Answered], seed: int = 0) -> dict[str, Threshold]:
+def thresholds(asked: Sequence[SweepQuestion], answers: Sequence[SweepAnswer], seed: int = 0) -> dict[str, Threshold]:
     """For each sweep, where accuracy crosses 75 %."""
     found = {}
     pairs = 1 + max(question.trial for question in asked)
@@ -103,7 +103,7 @@ def thresholds(asked: Sequence[Asked], answers: Sequence[Answered], seed: int = 
 
 
 @dataclass(frozen=True)
-class _Seen:
+class _ModelTiming:
     """What was found of one model."""
 
     points: dict[str, list[Point]]
@@ -139,7 +139,7 @@ def probe_time(
     started = time.perf_counter()
     if wordings < 1:
         raise ConfigError(f"{wordings} wordings ask nothing; give 1 or more")
-    seen: dict[str, _Seen] = {}
+    seen: dict[str, _ModelTiming] = {}
     with TemporaryDirectory(prefix="pal-") as folder:
         asked = questions(pairs, seed, Path(folder), wordings)
         render_clips(asked, progress)
@@ -177,12 +177,13 @@ def probe_time(
     )
 
 
-def _see(model: PalModel, asked: Sequence[Asked], seed: int, batch: int, progress: bool) -> _Seen:
+def _see(model: PalModel, asked: Sequence[SweepQuestion], seed: int, batch: int, progress: bool) -> _ModelTiming:
     records = [question.record for question in asked]
-    score = evaluate(model, records, scoring="rank", batch=batch, progress=progress, seed=seed)
-    answers = [_answered(item) for item in score.items]
+    ranked = from_records(records, rule={"name": "rank"})
+    result = evaluate(model, ranked, batch=batch, progress=progress, seed=seed)
+    answers = [_answered(item) for item in result.items]
     encoders = range(len(model.ears.encoders))
-    return _Seen(
+    return _ModelTiming(
         judge(asked, answers, seed),
         thresholds(asked, answers, seed),
         min(model.ears.encoder(i).seconds_per_token for i in encoders),
@@ -191,11 +192,11 @@ def _see(model: PalModel, asked: Sequence[Asked], seed: int, batch: int, progres
     )
 
 
-def _answered(item: ItemResult) -> Answered:
-    return Answered(item.prediction, item.correct, bool(item.no_audio_correct), item.error is not None)
+def _answered(item: ItemResult) -> SweepAnswer:
+    return SweepAnswer(item.output or "", bool(item.correct), bool(item.no_audio_correct), item.error is not None)
 
 
-def _about(seen: Mapping[str, _Seen]) -> dict[str, Any]:
+def _about(seen: Mapping[str, _ModelTiming]) -> dict[str, Any]:
     if len(seen) == 1:
         return dict(next(iter(seen.values())).about)
     return {"source": ", ".join(seen), "models": {label: one.about for label, one in seen.items()}}
@@ -210,9 +211,9 @@ def _rows(label: str, sweep: Sweep, points: Sequence[Point]) -> Iterator[dict[st
         yield row | {"no_audio": point.no_audio, "trained": "yes" if inside else "no"}
 
 
-def _over_seeds(seen: Mapping[str, _Seen]) -> dict[str, list[dict[str, Any]]]:
+def _over_seeds(seen: Mapping[str, _ModelTiming]) -> dict[str, list[dict[str, Any]]]:
     """Models whose labels differ after the last slash alone, such as seeds of one recipe, side by side."""
-    groups: dict[str, list[_Seen]] = {}
+    groups: dict[str, list[_ModelTiming]] = {}
     for label, one in seen.items():
         groups.setdefault(label.rpartition("/")[0], []).append(one)
     rows = []
@@ -237,7 +238,7 @@ def _over_seeds(seen: Mapping[str, _Seen]) -> dict[str, list[dict[str, Any]]]:
     return {"Over the points of each sweep, mean of the models of a folder": rows} if rows else {}
 
 
-def _crossings(label: str, one: _Seen) -> Iterator[dict[str, Any]]:
+def _crossings(label: str, one: _ModelTiming) -> Iterator[dict[str, Any]]:
     for name, found in one.thresholds.items():
         yield {
             "model": label,
@@ -249,7 +250,7 @@ def _crossings(label: str, one: _Seen) -> Iterator[dict[str, Any]]:
         }
 
 
-def _reading(seen: Mapping[str, _Seen]) -> list[str]:
+def _reading(seen: Mapping[str, _ModelTiming]) -> list[str]:
     said = []
     for label, one in seen.items():
         if one.failures:
@@ -280,7 +281,7 @@ def _heard_but_unordered(point: Point) -> bool:
     return point.named is not None and point.named >= 0.9 and point.ci95[0] <= 0.5
 
 
-def _picture(name: str, seen: Mapping[str, _Seen]) -> Plot:
+def _picture(name: str, seen: Mapping[str, _ModelTiming]) -> Plot:
     sweep = SWEEPS[name]
     caption = "Share of right answers with its interval; a diamond where the fitted curve crosses 75 %. "
     if sweep.named:
@@ -292,7 +293,7 @@ def _picture(name: str, seen: Mapping[str, _Seen]) -> Plot:
     return Plot(sweep.title, caption, lambda figure: _draw(figure, name, seen), size=(8.0, 4.8))
 
 
-def _draw(figure: Figure, name: str, seen: Mapping[str, _Seen]) -> None:
+def _draw(figure: Figure, name: str, seen: Mapping[str, _ModelTiming]) -> None:
     sweep = SWEEPS[name]
     axes: Axes = figure.add_subplot()
     low, high = sweep.points[0], sweep.points[-1]

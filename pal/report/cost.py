@@ -10,7 +10,7 @@ from typing import Any
 
 from pal.errors import BundleError
 from pal.lab.numbers import three_digits
-from pal.report.embed import Embedder
+from pal.report.embed import MediaEmbedder
 from pal.report.page import Fold, Part, Picture, Points, Prose, Section, Table
 
 TITLE = "Cost"
@@ -29,7 +29,7 @@ _HEADINGS = (
 
 
 @dataclass(frozen=True)
-class Bench:
+class BenchRun:
     """One run, checked."""
 
     path: Path
@@ -53,7 +53,7 @@ def find(path: Path) -> list[Path]:
     return [path] if isinstance(found, dict) and {"machine", "rows", "ratios"} <= set(found) else []
 
 
-def read(path: Path) -> Bench:
+def read(path: Path) -> BenchRun:
     """What `pal bench` wrote. Raises BundleError where it is damaged."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
@@ -63,7 +63,7 @@ def read(path: Path) -> Bench:
     rows, ratios = [{key: row[key] for key in _ROW} for row in found["rows"]], found["ratios"]
     if len(rows) != len(ratios):
         raise BundleError(f"{path}: damaged; measure again")
-    return Bench(
+    return BenchRun(
         path=path,
         machine=found["machine"],
         rows=rows,
@@ -74,7 +74,7 @@ def read(path: Path) -> Bench:
     )
 
 
-def chapter(found: Sequence[tuple[str, Bench]], embed: Embedder) -> tuple[list[Section], list[dict[str, Any]]]:
+def chapter(found: Sequence[tuple[str, BenchRun]], embed: MediaEmbedder) -> tuple[list[Section], list[dict[str, Any]]]:
     """A section for each run."""
     sections, facts = [], []
     for name, bench in found:
@@ -83,7 +83,7 @@ def chapter(found: Sequence[tuple[str, Bench]], embed: Embedder) -> tuple[list[S
     return sections, facts
 
 
-def _parts(bench: Bench, embed: Embedder) -> list[Part]:
+def _parts(bench: BenchRun, embed: MediaEmbedder) -> list[Part]:
     machine = bench.machine
     parts: list[Part] = [
         Prose(

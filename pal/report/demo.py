@@ -14,8 +14,21 @@ from pal.errors import BundleError
 from pal.files import write_text
 from pal.lab.numbers import milliseconds, size, times
 from pal.plots import colour_of
-from pal.report.embed import RATE, Embedder
-from pal.report.page import Card, Cards, Cell, Chapter, Page, Part, Picture, Points, Prose, Section, Table, render
+from pal.report.embed import RATE, MediaEmbedder
+from pal.report.page import (
+    Cards,
+    Chapter,
+    HtmlPage,
+    Part,
+    Picture,
+    Points,
+    Prose,
+    ResultCard,
+    Section,
+    Table,
+    TableCell,
+    render,
+)
 from pal.report.plots import draw_scores, draw_spectrogram, score_size
 from pal.train.curves import draw_losses, loss_size
 
@@ -121,7 +134,7 @@ def write_page(path: Path, results: Mapping[str, Any], clip: Path) -> None:
         lead.append(_quick())
     names = list(results["integrations"])
     cards = [_card(number, name, results["integrations"]) for number, name in enumerate(names)]
-    embed = Embedder()
+    embed = MediaEmbedder()
     sections = [
         _comparison(results),
         _accuracy(results, embed),
@@ -129,7 +142,7 @@ def write_page(path: Path, results: Mapping[str, Any], clip: Path) -> None:
         _fresh_scene(results, clip, embed),
         Section("What LAL saves, and what it does not", [Points(_NOTES)]),
     ]
-    page = Page(
+    page = HtmlPage(
         title="PLITS, LAL and PAL compared",
         heading="Three ways to give a language model ears",
         lead=[*lead, Cards(cards)],
@@ -168,7 +181,7 @@ def read(path: Path) -> Demo:
     return Demo(results, clip, _comparison(results), _footer(results))
 
 
-def chapter(found: Sequence[tuple[str, Demo]], embed: Embedder) -> tuple[list[Section], list[dict[str, Any]]]:
+def chapter(found: Sequence[tuple[str, Demo]], embed: MediaEmbedder) -> tuple[list[Section], list[dict[str, Any]]]:
     """The comparison and the fresh scene. Curves and accuracies are those of the runs that lie in the demo's folder."""
     sections, facts = [], []
     for name, demo in found:
@@ -200,7 +213,7 @@ def _comparison(results: Mapping[str, Any]) -> Section:
     return Section("The comparison", [Prose(caption), Table("The integrations, side by side", headings, groups)])
 
 
-def _accuracy(results: Mapping[str, Any], embed: Embedder) -> Section:
+def _accuracy(results: Mapping[str, Any], embed: MediaEmbedder) -> Section:
     each = results["integrations"]
     tasks = list(next(iter(each.values()))["per_task"])
     scores = {task: {name.upper(): one["per_task"][task] for name, one in each.items()} for task in tasks}
@@ -214,7 +227,7 @@ def _accuracy(results: Mapping[str, Any], embed: Embedder) -> Section:
     return Section("Accuracy, task by task", [Prose(caption), picture])
 
 
-def _learning(results: Mapping[str, Any], embed: Embedder) -> Section:
+def _learning(results: Mapping[str, Any], embed: MediaEmbedder) -> Section:
     curves = {
         name.upper(): [(step, loss) for step, loss in one["training"]["loss_curve"]]
         for name, one in results["integrations"].items()
@@ -228,7 +241,7 @@ def _learning(results: Mapping[str, Any], embed: Embedder) -> Section:
     return Section("Learning", [Prose(caption), picture])
 
 
-def _fresh_scene(results: Mapping[str, Any], clip: Path, embed: Embedder) -> Section:
+def _fresh_scene(results: Mapping[str, Any], clip: Path, embed: MediaEmbedder) -> Section:
     fresh = results["fresh_scene"]
     caption = (
         "Made after training from another seed. Listen, look, and compare the answers with the truth. Sustained notes "
@@ -246,15 +259,17 @@ def _fresh_scene(results: Mapping[str, Any], clip: Path, embed: Embedder) -> Sec
 
 
 def _answers(fresh: Mapping[str, Any], names: Sequence[str]) -> Table:
-    lines: list[list[str | Cell]] = []
+    lines: list[list[str | TableCell]] = []
     for question in fresh["questions"]:
-        answers = (Cell(question["answers"][name], "right" if question["correct"][name] else "wrong") for name in names)
+        answers = (
+            TableCell(question["answers"][name], "right" if question["correct"][name] else "wrong") for name in names
+        )
         lines.append([question["question"], question["truth"], *answers])
     headings = ["question", "truth", *(name.upper() for name in names)]
     return Table("What each of them answered", headings, [("", lines)], words=True)
 
 
-def _card(number: int, name: str, integrations: Mapping[str, Any]) -> Card:
+def _card(number: int, name: str, integrations: Mapping[str, Any]) -> ResultCard:
     one, plits = integrations[name], integrations["plits"]
     low, high = one["accuracy"]["ci95"]
     labels = {
@@ -262,7 +277,7 @@ def _card(number: int, name: str, integrations: Mapping[str, Any]) -> Card:
         "saved_bytes": "saved activations",
         "audio_kv_bytes": "audio keys and values",
     }
-    return Card(
+    return ResultCard(
         title=name.upper(),
         colour=colour_of(number),
         value=_share(one["accuracy"]["score"]),

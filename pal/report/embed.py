@@ -25,7 +25,7 @@ PICTURE_BYTES = 20_000_000
 
 
 @dataclass
-class Embedder:
+class MediaEmbedder:
     """Turns files into data URIs until the budget is spent, counted in characters of the page."""
 
     audio_bytes: int = AUDIO_BYTES

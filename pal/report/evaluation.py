@@ -10,15 +10,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pal.errors import BundleError, ConfigError
+from pal.errors import ConfigError
 from pal.evaluate.compare import compare
-from pal.evaluate.folder import SCORE, SETTINGS, RunFolder
-from pal.evaluate.result import Answered
-from pal.evaluate.score import ItemResult, Score
-from pal.evaluate.scorers import bootstrap_ci
+from pal.evaluate.folder import SETTINGS, load_result
+from pal.evaluate.result import ItemResult, MetricValue, Result
 from pal.lab.numbers import p_value, shown
-from pal.report.embed import Embedder
-from pal.report.page import Cell, Fold, Part, Points, Prose, Question, Section, Sound, Table
+from pal.report.embed import MediaEmbedder
+from pal.report.page import AnsweredQuestion, Fold, Part, Points, Prose, Section, Sound, Table, TableCell
 from pal.report.plots import Scores, draw_scores, score_size, series_of
 
 TITLE = "Scores"
@@ -33,22 +31,7 @@ _ERRORS = 20
 
 
 @dataclass(frozen=True)
-class Asked:
-    """One question and what became of it."""
-
-    id: str
-    clips: Sequence[str]
-    question: str
-    truth: Sequence[str]
-    answer: str | None
-    correct: bool | None
-    value: float | None
-    deaf_answer: str | None
-    error: str | None
-
-
-@dataclass(frozen=True)
-class Run:
+class EvaluationRun:
     """One evaluation, of a folder or of a file."""
 
     path: Path
@@ -63,11 +46,9 @@ class Run:
     """Axis -> value -> the headline over its items."""
     errors: Sequence[str]
     intervals: str
-    items: Sequence[Asked]
+    items: Sequence[ItemResult]
     roots: Sequence[Path]
     """What the clips' names may be relative to."""
-    folder: bool
-    """Whether it is a run's folder, which `compare` takes."""
     key: str
     """The same for runs on the same questions by the same rule."""
     settings: Mapping[str, Any]
@@ -85,27 +66,23 @@ def find(path: Path) -> list[Path]:
         return []
     if not isinstance(found, dict) or not {"benchmark", "metric"} <= set(found):
         return []
-    return [path] if "per_task" in found or "figures" in found else []
+    return [path] if "intervals" in found else []
 
 
-def read(path: Path) -> Run:
+def read(path: Path) -> EvaluationRun:
     """What `pal eval` wrote.
 
     Raises:
         BundleError: the run is not complete, or a file is damaged.
     """
-    if path.is_dir():
-        return _of_folder(RunFolder(path))
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        raise BundleError(f"{path}: damaged; evaluate again") from None
-    return _of_result(path, found, {}, []) if "figures" in found else _of_score(path, Score.load(path))
+    return _of_result(path, load_result(path))
 
 
-def chapter(found: Sequence[tuple[str, Run]], embed: Embedder) -> tuple[list[Section], list[dict[str, Any]]]:
+def chapter(
+    found: Sequence[tuple[str, EvaluationRun]], embed: MediaEmbedder
+) -> tuple[list[Section], list[dict[str, Any]]]:
     """A section for each set of questions, with all runs that were asked it."""
-    sets: dict[str, dict[str, Run]] = {}
+    sets: dict[str, dict[str, EvaluationRun]] = {}
     for name, run in found:
         sets.setdefault(run.key, {})[name] = run
     sections = []
@@ -139,95 +116,32 @@ def _is_run(path: Path) -> bool:
         return True
 
 
-def _of_folder(folder: RunFolder) -> Run:
-    settings = folder.settings()
-    path = folder.path / SCORE
-    if not path.is_file():
-        raise BundleError(f"{folder.path}: no {SCORE}; the run is not complete, start the same pal eval again")
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        raise BundleError(f"{path}: damaged; score it again with pal eval --rescore {folder.path}") from None
-    return _of_result(path, found, settings, folder.items())
-
-
-def _of_result(path: Path, found: Mapping[str, Any], settings: Mapping[str, Any], items: Sequence[Answered]) -> Run:
-    """Of a file in the form of `Result.to_dict`; the settings and items lie in the run's folder only."""
-    others = {name: _part(one) for name, one in found["figures"].items() if name != found["metric"]}
-    others |= {name: {**_part({}), **pair} for name, pair in found["single"].items()}
-    parts = {axis: {value: _part(part) for value, part in of.items()} for axis, of in found["categories"].items()}
-    parts["duration of the clips"] = {value: _part(part) for value, part in found["durations"].items()}
-    roots, models = _list(settings.get("root")), _list(settings.get("model"))
-    return Run(
-        path=path.parent if settings else path,
-        benchmark=found["benchmark"],
-        metric=found["metric"],
-        model=", ".join(models),
-        n=found["n"],
-        overall=_part(found),
+def _of_result(path: Path, result: Result) -> EvaluationRun:
+    others = {name: asdict(one) for name, one in result.metrics.items() if name != result.metric}
+    others |= {name: {**dict.fromkeys(_KEYS), **pair} for name, pair in result.single.items()}
+    parts = {axis: _parts_of(values) for axis, values in result.categories.items()}
+    parts["duration of the clips"] = _parts_of(result.durations)
+    settings = result.settings
+    return EvaluationRun(
+        path=path,
+        benchmark=result.benchmark,
+        metric=result.metric,
+        model=", ".join(_list(settings.get("model"))),
+        n=result.n,
+        overall=asdict(result.overall),
         metrics=others,
         parts={axis: of for axis, of in parts.items() if of},
-        errors=[f"{one['id']}: {one['error']}" for one in found["errors"]["items"]],
-        intervals=found["intervals"],
-        items=[
-            Asked(
-                id=one.id,
-                clips=one.clips,
-                question=one.prompt,
-                truth=one.references,
-                answer=one.output,
-                correct=one.correct,
-                value=one.value,
-                deaf_answer=one.no_audio_output,
-                error=one.error,
-            )
-            for one in items
-        ],
-        roots=[Path(one) for one in roots],
-        folder=bool(settings),
-        key=_key(found, settings, [one.id for one in items]),
+        errors=[f"{one['id']}: {one['error']}" for one in result.errors],
+        intervals=result.intervals,
+        items=result.items,
+        roots=[Path(one) for one in _list(settings.get("root"))],
+        key=_key(result),
         settings=settings,
     )
 
 
-def _of_score(path: Path, score: Score) -> Run:
-    found = {"benchmark": score.benchmark, "metric": score.metric, "n": score.overall.n}
-    return Run(
-        path=path,
-        benchmark=score.benchmark,
-        metric=score.metric,
-        model="",
-        n=score.overall.n,
-        overall=asdict(score.overall),
-        metrics={},
-        parts={"task": {task: asdict(part) for task, part in score.per_task.items()}},
-        errors=[f"{item.id}: {item.error or item.no_audio_error}" for item in score.errors],
-        intervals=score.settings.get("intervals", ""),
-        items=[_asked(item) for item in score.items],
-        roots=[],
-        folder=False,
-        key=_key(found, score.settings, [item.id for item in score.items]),
-        settings=score.settings,
-    )
-
-
-def _asked(item: ItemResult) -> Asked:
-    return Asked(
-        id=item.id,
-        clips=item.group.split("\n") if item.group else [],
-        question=item.question,
-        truth=[item.reference],
-        answer=None if item.error else item.prediction,
-        correct=item.correct,
-        value=None,
-        deaf_answer=item.no_audio_prediction,
-        error=item.error,
-    )
-
-
-def _part(found: Mapping[str, Any]) -> dict[str, Any]:
-    keys = ("n", "score", "ci95", "no_audio_score", "no_audio_ci95", "gain", "gain_ci95")
-    return {key: found.get(key) for key in keys}
+def _parts_of(values: Mapping[str, MetricValue]) -> dict[str, dict[str, Any]]:
+    return {name: asdict(value) for name, value in values.items()}
 
 
 def _list(value: str | Sequence[str | None] | None) -> list[str]:
@@ -235,15 +149,20 @@ def _list(value: str | Sequence[str | None] | None) -> list[str]:
     return [one for one in ([value] if value is None or isinstance(value, str) else value) if one is not None]
 
 
-def _key(found: Mapping[str, Any], settings: Mapping[str, Any], ids: Sequence[str]) -> str:
-    same = [found["benchmark"], found["metric"], found["n"], settings.get("rule"), settings.get("data_digest"), ids]
+def _key(result: Result) -> str:
+    its = result.settings
+    ids = [one.id for one in result.items]
+    same = [result.benchmark, result.metric, result.n, its.get("rule"), its.get("data_digest"), ids]
     return hashlib.sha256(json.dumps(same).encode()).hexdigest()
 
 
 # Showing
 
 
-def _parts(runs: Mapping[str, Run], embed: Embedder) -> list[Part]:
+_KEYS = ("n", "score", "ci95", "no_audio_score", "no_audio_ci95", "gain", "gain_ci95")
+
+
+def _parts(runs: Mapping[str, EvaluationRun], embed: MediaEmbedder) -> list[Part]:
     first = next(iter(runs.values()))
     alt = f"{first.metric} of each run with its interval and without audio; the numbers are in the table"
     rows = [[name, *_cells(run.overall), f"{len(run.errors)}", run.model] for name, run in runs.items()]
@@ -283,7 +202,7 @@ def _cells(one: Mapping[str, Any]) -> list[str]:
     return [shown(one[key]) for key in ("score", "ci95", "no_audio_score", "gain", "gain_ci95")]
 
 
-def _axis(axis: str, by_value: Scores, alt: str, embed: Embedder) -> list[Part]:
+def _axis(axis: str, by_value: Scores, alt: str, embed: MediaEmbedder) -> list[Part]:
     table = Fold(f"By {axis}, in numbers", [_table(f"Score by {axis}", by_value)])
     if len(by_value) > _ROWS or not series_of(by_value):
         return [table]
@@ -304,22 +223,13 @@ def _table(caption: str, by_value: Scores) -> Table:
     return Table(caption, ["", "n", *_HEADINGS], groups if several else [("", lines)])
 
 
-def _compared(runs: Mapping[str, Run]) -> list[Part]:
+def _compared(runs: Mapping[str, EvaluationRun]) -> list[Part]:
     """Each run against the first one, paired by question."""
     names = list(runs)
     headings = ["run", "difference", "95 % interval"]
     title = f"Each run against {names[0]}, paired by question"
-    if not all(run.folder for run in runs.values()):
-        if not all(run.items for run in runs.values()):
-            return []
-        first = runs[names[0]].items
-        rows = []
-        for name in names[1:]:
-            pairs = zip(first, runs[name].items, strict=True)
-            gains = [float(bool(its.correct)) - float(bool(firsts.correct)) for firsts, its in pairs]
-            ends = bootstrap_ci(gains, ["\n".join(item.clips) for item in first])
-            rows.append([name, shown(sum(gains) / len(gains)), shown(ends)])
-        return [Table.of(title, headings, rows)]
+    if not all(run.items for run in runs.values()):
+        return []
     try:
         found = compare([run.path for run in runs.values()])
     except ConfigError as error:
@@ -340,7 +250,7 @@ def _compared(runs: Mapping[str, Run]) -> list[Part]:
     return [Table.of(title, [*headings, *more], cells[1:])]
 
 
-def _sample(runs: Mapping[str, Run], embed: Embedder) -> list[Part]:
+def _sample(runs: Mapping[str, EvaluationRun], embed: MediaEmbedder) -> list[Part]:
     """Some questions with every run's answers, taken evenly from each way in which the runs were right or wrong."""
     with_items = {name: run for name, run in runs.items() if run.items}
     if not with_items:
@@ -367,25 +277,25 @@ def _evenly(groups: Sequence[Sequence[int]], count: int) -> list[int]:
     return chosen
 
 
-def _question(row: int, runs: Mapping[str, Run], embed: Embedder) -> Question:
+def _question(row: int, runs: Mapping[str, EvaluationRun], embed: MediaEmbedder) -> AnsweredQuestion:
     item = next(iter(runs.values())).items[row]
     roots = [*embed.roots, *dict.fromkeys(root for run in runs.values() for root in run.roots)]
     answers = []
     for name, run in runs.items():
         asked = run.items[row]
         mark = "" if asked.correct is None else "right" if asked.correct else "wrong"
-        text = f"raised: {asked.error}" if asked.answer is None else asked.answer
+        text = f"raised: {asked.error}" if asked.output is None else asked.output
         if asked.correct is None and asked.value is not None:
             text += f" ({shown(asked.value)})"
-        who, deaf = (name, f"{name}, without audio") if len(runs) > 1 else ("answer", "without audio")
-        answers.append((who, Cell(text, mark)))
-        if asked.deaf_answer is not None:
-            answers.append((deaf, Cell(asked.deaf_answer)))
+        who, without = (name, f"{name}, without audio") if len(runs) > 1 else ("answer", "without audio")
+        answers.append((who, TableCell(text, mark)))
+        if asked.no_audio_output is not None:
+            answers.append((without, TableCell(asked.no_audio_output)))
     sounds = [_sound(clip, roots, embed) for clip in item.clips]
-    return Question(item.question, sounds, " | ".join(item.truth), answers)
+    return AnsweredQuestion(item.prompt, sounds, " | ".join(item.references), answers)
 
 
-def _sound(clip: str, roots: Sequence[Path], embed: Embedder) -> Sound:
+def _sound(clip: str, roots: Sequence[Path], embed: MediaEmbedder) -> Sound:
     for path in (Path(clip), *(root / clip for root in roots)):
         if path.is_file():
             return embed.sound(path)

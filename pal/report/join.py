@@ -18,14 +18,14 @@ from pal.files import write_text
 from pal.lab.names import distinct_names
 from pal.lab.numbers import joined, size
 from pal.report import cost, demo, evaluation, probe, training
-from pal.report.embed import AUDIO_BYTES, PICTURE_BYTES, Embedder
-from pal.report.page import Chapter, Page, Part, Points, Prose, Section, render
+from pal.report.embed import AUDIO_BYTES, PICTURE_BYTES, MediaEmbedder
+from pal.report.page import Chapter, HtmlPage, Part, Points, Prose, Section, render
 
 DEPTH = 3
 """Levels of folders below a given one that are searched."""
 
 
-class Kind(Protocol):
+class FolderKind(Protocol):
     """A module that knows one kind of folder."""
 
     TITLE: str
@@ -39,18 +39,20 @@ class Kind(Protocol):
     def read(self, path: Path) -> Any:
         """One of those that `find` found, checked. Raises PalError where it is damaged or not complete."""
 
-    def chapter(self, found: Sequence[tuple[str, Any]], embed: Embedder) -> tuple[list[Section], list[dict[str, Any]]]:
+    def chapter(
+        self, found: Sequence[tuple[str, Any]], embed: MediaEmbedder
+    ) -> tuple[list[Section], list[dict[str, Any]]]:
         """The sections on all that was read, by name, and a summary of each."""
 
 
-KINDS = cast(list[Kind], [training, evaluation, cost, probe, demo])
+KINDS = cast(list[FolderKind], [training, evaluation, cost, probe, demo])
 """In the order of the page."""
-_BY_NEED = cast(list[Kind], [demo, probe, training, cost, evaluation])
+_BY_NEED = cast(list[FolderKind], [demo, probe, training, cost, evaluation])
 """In the order in which they take from the budget for sound: what is less without it comes first."""
 
 
 @dataclass
-class Report:
+class JoinedReport:
     """What went into a page."""
 
     out: str
@@ -68,9 +70,9 @@ def make(
     paths: Sequence[Path],
     out: Path,
     title: str | None = None,
-    embed: Embedder | None = None,
+    embed: MediaEmbedder | None = None,
     progress: bool = False,
-) -> Report:
+) -> JoinedReport:
     """Write the page.
 
     Args:
@@ -84,7 +86,7 @@ def make(
         ConfigError: a path with nothing in it that is understood; or nothing that can be read in any. Nothing is
             written then.
     """
-    embed = embed or Embedder()
+    embed = embed or MediaEmbedder()
     found: dict[str, dict[Path, Path]] = {kind.TITLE: {} for kind in KINDS}
     for path in paths:
         of_path = {kind.TITLE: search(path, kind) for kind in KINDS}
@@ -113,7 +115,7 @@ def make(
     if not chapters:
         raise ConfigError(f"nothing of it can be read: {faults[0]}")
     title = title or (f"Report on {joined([path.resolve().name for path in paths])}" if len(paths) <= 3 else "Report")
-    page = Page(
+    page = HtmlPage(
         title=title,
         heading=title,
         lead=_lead(faults, embed),
@@ -125,10 +127,10 @@ def make(
     write_text(out, text)
     order = [kind.TITLE for kind in KINDS]
     facts.sort(key=lambda one: order.index(one["kind"]))
-    return Report(str(out), title, len(text.encode()), facts, faults, embed.left_out)
+    return JoinedReport(str(out), title, len(text.encode()), facts, faults, embed.left_out)
 
 
-def search(path: Path, kind: Kind, depth: int = DEPTH) -> list[Path]:
+def search(path: Path, kind: FolderKind, depth: int = DEPTH) -> list[Path]:
     """What of a kind lies at a path and so many levels below it, sorted; each once, whatever links lead there.
 
     Raises:
@@ -152,7 +154,7 @@ def labels(paths: Sequence[Path]) -> list[str]:
     return distinct_names([path.resolve() for path in named])
 
 
-def _readable(kind: Kind, paths: Sequence[Path], faults: list[str], bar: tqdm[Any]) -> dict[Path, Any]:
+def _readable(kind: FolderKind, paths: Sequence[Path], faults: list[str], bar: tqdm[Any]) -> dict[Path, Any]:
     found = {}
     for path in paths:
         try:
@@ -168,7 +170,7 @@ def _readable(kind: Kind, paths: Sequence[Path], faults: list[str], bar: tqdm[An
     return found
 
 
-def _lead(faults: Sequence[str], embed: Embedder) -> list[Part]:
+def _lead(faults: Sequence[str], embed: MediaEmbedder) -> list[Part]:
     lead: list[Part] = []
     if faults:
         lead += [Prose(f"Not everything could be read, or is finished ({len(faults)}):", "warning"), Points(faults)]

@@ -31,7 +31,7 @@ class Points:
 
 
 @dataclass(frozen=True)
-class Cell:
+class TableCell:
     """A table's cell whose answer was right or wrong."""
 
     text: str
@@ -47,7 +47,7 @@ class Table:
     caption: str
     """What it holds; shown above it."""
     headings: Sequence[str]
-    groups: Sequence[tuple[str, Sequence[Sequence[str | Cell]]]]
+    groups: Sequence[tuple[str, Sequence[Sequence[str | TableCell]]]]
     """(title, rows); a title of "" is not shown."""
     words: bool = False
     """Its cells are sentences, so they are broken into lines and stand left."""
@@ -107,7 +107,7 @@ class Picture:
 
 
 @dataclass(frozen=True)
-class Card:
+class ResultCard:
     """One subject's headline."""
 
     title: str
@@ -123,18 +123,18 @@ class Cards:
     """Headlines beside each other."""
 
     kind: ClassVar = "cards"
-    cards: Sequence[Card]
+    cards: Sequence[ResultCard]
 
 
 @dataclass(frozen=True)
-class Question:
+class AnsweredQuestion:
     """A question about clips, and what was answered."""
 
     kind: ClassVar = "question"
     text: str
     sounds: Sequence[Sound]
     truth: str
-    answers: Sequence[tuple[str, Cell]]
+    answers: Sequence[tuple[str, TableCell]]
     """(who, what)."""
 
 
@@ -147,7 +147,7 @@ class Fold:
     parts: Sequence[Part]
 
 
-Part = Prose | Points | Table | Sound | Picture | Cards | Question | Fold
+Part = Prose | Points | Table | Sound | Picture | Cards | AnsweredQuestion | Fold
 
 
 @dataclass(frozen=True)
@@ -167,7 +167,7 @@ class Chapter:
 
 
 @dataclass(frozen=True)
-class Page:
+class HtmlPage:
     """All of it."""
 
     title: str
@@ -180,7 +180,7 @@ class Page:
     script: str = field(default_factory=lambda: (_LOOK / "script.js").read_text(encoding="utf-8"))
 
 
-def render(page: Page) -> str:
+def render(page: HtmlPage) -> str:
     """The HTML. All text is escaped, and a content security policy keeps browsers from fetching or running more."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from pal.lab.numbers import shown
 from pal.probe import finding
-from pal.report.embed import Embedder
+from pal.report.embed import MediaEmbedder
 from pal.report.page import Fold, Part, Picture, Points, Prose, Section, Table, TimeAxis
 
 TITLE = "Probes"
@@ -58,7 +58,7 @@ def read(path: Path) -> Probe:
     )
 
 
-def chapter(found: Sequence[tuple[str, Probe]], embed: Embedder) -> tuple[list[Section], list[dict[str, Any]]]:
+def chapter(found: Sequence[tuple[str, Probe]], embed: MediaEmbedder) -> tuple[list[Section], list[dict[str, Any]]]:
     """A section for each finding."""
     sections, facts = [], []
     for name, probe in found:
@@ -67,7 +67,7 @@ def chapter(found: Sequence[tuple[str, Probe]], embed: Embedder) -> tuple[list[S
     return sections, facts
 
 
-def _parts(probe: Probe, embed: Embedder) -> list[Part]:
+def _parts(probe: Probe, embed: MediaEmbedder) -> list[Part]:
     parts: list[Part] = [Points(probe.reading)]
     shown = set()
     for picture, axes in probe.pictures:

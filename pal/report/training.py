@@ -11,7 +11,7 @@ from typing import Any
 
 from pal.errors import BundleError
 from pal.lab.numbers import milliseconds, shown, three_digits
-from pal.report.embed import Embedder
+from pal.report.embed import MediaEmbedder
 from pal.report.page import Part, Prose, Section, Table
 from pal.train.curves import Borders, Curve, draw_losses, loss_curve, loss_size, read_log, stage_borders
 from pal.train.recipe import differences
@@ -24,7 +24,7 @@ _DIFFERENCES = 40
 
 
 @dataclass(frozen=True)
-class Run:
+class TrainingRun:
     """One run, finished or not."""
 
     recipe: Mapping[str, Any]
@@ -42,7 +42,7 @@ def find(path: Path) -> list[Path]:
     return [path] if any((path / name).is_file() for name in ("train.json", "log.jsonl")) else []
 
 
-def read(path: Path) -> Run:
+def read(path: Path) -> TrainingRun:
     """What `pal train` wrote; of a run that is not finished its curve so far, and a fault that says so.
 
     Raises:
@@ -53,16 +53,18 @@ def read(path: Path) -> Run:
     if (path / "train.json").is_file():
         report = _json(path / "train.json")
         stages = [{key: stage[key] for key in _STAGE} for stage in report["stages"]]
-        return Run(report["recipe"], curve, borders, stages, report["seconds"], report["device"])
+        return TrainingRun(report["recipe"], curve, borders, stages, report["seconds"], report["device"])
     recipe = _json(path / "recipe.json")["recipe"]
     fault = f"{path}: not finished, at step {int(curve[-1][0]) if curve else 0}; go on with pal train --resume"
-    return Run(recipe, curve, borders, [], None, "", fault)
+    return TrainingRun(recipe, curve, borders, [], None, "", fault)
 
 
 _STAGE = ("name", "objective", "steps", "seconds", "loss", "trained_parameters", "median_step_seconds")
 
 
-def chapter(found: Sequence[tuple[str, Run]], embed: Embedder) -> tuple[list[Section], list[dict[str, Any]]]:
+def chapter(
+    found: Sequence[tuple[str, TrainingRun]], embed: MediaEmbedder
+) -> tuple[list[Section], list[dict[str, Any]]]:
     """The curves, what each run did, and where the recipes differ."""
     runs = dict(found)
     sections = []
@@ -91,7 +93,7 @@ def chapter(found: Sequence[tuple[str, Run]], embed: Embedder) -> tuple[list[Sec
     return sections, facts
 
 
-def _done(runs: Mapping[str, Run]) -> Table:
+def _done(runs: Mapping[str, TrainingRun]) -> Table:
     headings = ("run, stage", "objective", "steps", "last loss", "median step", "seconds", "trained", "device")
     rows = []
     for name, run in runs.items():
@@ -105,7 +107,7 @@ def _done(runs: Mapping[str, Run]) -> Table:
     return Table.of("Stages of each run", headings, rows)
 
 
-def _distinguished(runs: Mapping[str, Run]) -> list[Part]:
+def _distinguished(runs: Mapping[str, TrainingRun]) -> list[Part]:
     first = next(iter(runs.values())).recipe
     keys = list(dict.fromkeys(key for run in runs.values() for key in differences(first, run.recipe)))
     if not keys:

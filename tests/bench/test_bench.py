@@ -16,7 +16,7 @@ from pal.bench.goals import GOALS
 from pal.bench.measure import counts, peak_bytes, round_seconds, saved_bytes
 from pal.bench.presets import PHASES, PRESETS, VARIANTS, preset_of
 from pal.bench.report import to_dict, to_markdown
-from pal.bench.result import Result, Row
+from pal.bench.result import BenchResult, Measurement
 from pal.bench.run import run
 from pal.bench.subjects import Attached
 from pal.errors import ConfigError
@@ -321,8 +321,10 @@ def test_what_has_not_begun_in_time_is_left_out() -> None:
 def test_goals_on_a_gpu() -> None:
     """Those of the issue's table, each on either side of its bound."""
 
-    def row(variant: str, phase: Any, seconds: float, length: Any = 1500, batch: int = 8, saved: int = 1) -> Row:
-        return Row(variant, "llm", phase, length, 128, batch, seconds, 0.0, 1, saved, 10**12, 1.0, 0, 1)
+    def row(
+        variant: str, phase: Any, seconds: float, length: Any = 1500, batch: int = 8, saved: int = 1
+    ) -> Measurement:
+        return Measurement(variant, "llm", phase, length, 128, batch, seconds, 0.0, 1, saved, 10**12, 1.0, 0, 1)
 
     train = [row("plits", "train", 9.0, saved=1000), row("lal", "train", 2.1, saved=121), row("pal", "train", 4.4)]
     short = [row("plits", "train", 9.0, 750), row("lal", "train", 3.5, 750), row("lal_third", "train", 3.1, 750)]
@@ -333,7 +335,7 @@ def test_goals_on_a_gpu() -> None:
         row("pal", "prefill", 1.1, batch=1),
     ]
     write = [row("lal", "decode", 1.2), row("lal", "decode_graph", 0.24)]
-    result = Result(
+    result = BenchResult(
         PRESETS["gpu-quick"], {"product_flops_per_second": 1e12}, [*train, *short, *ragged, *ask, *write],
         [row("plain", "train", 8.9), row("plain", "train", 8.7, 750), row("plain", "decode", 1.0)],
     )  # fmt: skip
@@ -375,10 +377,10 @@ def test_shares_of_a_products_rate() -> None:
 
 
 def test_goals_are_checked_where_they_are_set() -> None:
-    def row(variant: str, seconds: float, saved: int) -> Row:
-        return Row(variant, "llm", "train", 1500, 128, 1, seconds, 0.0, 1, saved, 1, 1.0, 0, 1)
+    def row(variant: str, seconds: float, saved: int) -> Measurement:
+        return Measurement(variant, "llm", "train", 1500, 128, 1, seconds, 0.0, 1, saved, 1, 1.0, 0, 1)
 
-    result = Result(PRESETS["cpu"], {}, [row("plits", 9.0, 1000), row("lal", 2.0, 119), row("pal", 4.5, 501)])
+    result = BenchResult(PRESETS["cpu"], {}, [row("plits", 9.0, 1000), row("lal", 2.0, 119), row("pal", 4.5, 501)])
     made = [check for check in checks(replace(result, paper=_Anything())) if check.kind == "goal"]
     assert {(check.variant, check.quantity): check.ok for check in made} == {
         ("lal", "seconds"): True,

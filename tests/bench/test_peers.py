@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from pal.backbone.llm import Backbone
-from pal.bench.peers import Mllama, Plain, Qwen2Audio, cross_layers, plain_lm
+from pal.bench.peers import Mllama, PlainLLM, Qwen2Audio, cross_layers, plain_lm
 from pal.bench.presets import Preset, preset_of
-from pal.bench.scene import Scene, make_scene
+from pal.bench.scene import BenchScene, make_scene
 from pal.bench.subjects import Subject, attached
 from pal.encoders.base import Encoder
 from pal.integrations.plits import PLITS
@@ -38,7 +38,7 @@ def plain(llm: Backbone) -> Any:
     return plain_lm(llm)
 
 
-def written(subject: Subject, scene: Scene, tokens: int = 4) -> list[torch.Tensor]:
+def written(subject: Subject, scene: BenchScene, tokens: int = 4) -> list[torch.Tensor]:
     """Logits after the prompt and after each of some tokens."""
     with torch.inference_mode():
         reading = subject.read(scene)
@@ -49,7 +49,7 @@ def written(subject: Subject, scene: Scene, tokens: int = 4) -> list[torch.Tenso
     return logits
 
 
-def same(ours: Subject, theirs: Subject, scene: Scene, other: Scene | None = None) -> None:
+def same(ours: Subject, theirs: Subject, scene: BenchScene, other: BenchScene | None = None) -> None:
     torch.testing.assert_close(written(ours, scene), written(theirs, other or scene), rtol=1e-4, atol=1e-5)
     with torch.no_grad():
         torch.testing.assert_close(ours.loss(scene), theirs.loss(other or scene), rtol=1e-5, atol=1e-5)
@@ -60,12 +60,12 @@ def test_plits_is_the_plain_llm_on_the_same_rows(preset: Preset, llm: Backbone, 
     scene = make_scene(preset, batch, A, llm.vocab, None)
     ours = attached("plits", llm, preset)
     assert isinstance(ours.integration, PLITS)
-    same(ours, Plain("plain", llm, plain, ours.integration), scene)
+    same(ours, PlainLLM("plain", llm, plain, ours.integration), scene)
 
 
 def test_text_is_the_plain_llm(preset: Preset, llm: Backbone, plain: Any) -> None:
     scene = make_scene(preset, 2, A, llm.vocab, None)
-    same(attached("text", llm, preset), Plain("plain_text", llm, plain, None), scene)
+    same(attached("text", llm, preset), PlainLLM("plain_text", llm, plain, None), scene)
 
 
 def test_mllama_with_closed_gates_is_the_plain_llm_and_with_open_ones_hears(
@@ -91,7 +91,7 @@ def test_qwen2audio_from_frames_is_qwen2audio_on_the_features(
     with torch.no_grad():
         heard = scene.features()
     assert heard.x_BAE.shape == (2, tokens, preset.width)
-    given = Scene(scene.text_BT, scene.before, scene.answer, tokens, heard, None)
+    given = BenchScene(scene.text_BT, scene.before, scene.answer, tokens, heard, None)
     whole, parts = Qwen2Audio(llm, plain, preset, encoder), Qwen2Audio(llm, plain, preset, None)
     assert whole.own is not None and parts.own is not None
     parts.own.load_state_dict(whole.own.state_dict())
@@ -117,7 +117,7 @@ def test_a_ragged_batch_is_its_rows_one_by_one(
     assert isinstance(plits.integration, PLITS)
     subjects: list[Subject] = [plits, *(attached(name, llm, preset) for name in ("text", "lal", "pal", "flamingo"))]
     if not packs:
-        subjects += [Plain("plain", llm, plain, plits.integration), Plain("plain_text", llm, plain, None)]
+        subjects += [PlainLLM("plain", llm, plain, plits.integration), PlainLLM("plain_text", llm, plain, None)]
         subjects += [Qwen2Audio(llm, plain, preset, None), opened(Mllama(llm, plain, preset))]
     for subject in subjects:
         together = written(subject, scene, 2)

@@ -2,7 +2,7 @@
 
 import json
 import statistics
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 from zlib import crc32
 
@@ -13,7 +13,7 @@ import yaml
 
 from pal.data.synth import synthesise
 from pal.errors import ConfigError, ManifestError
-from pal.evaluate import Score
+from pal.evaluate import Result, evaluate
 from pal.model import PalModel
 from pal.probe import ablate as probe
 from pal.probe.ablate import ablate
@@ -34,9 +34,9 @@ def some_are_right():
     And their answers would never end.
     """
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(probe, "evaluate", partial(probe.evaluate, max_new_tokens=3))
+        patch.setattr(probe, "evaluate", lambda m, asked, **o: evaluate(m, replace(asked, max_new_tokens=3), **o))
         patch.setattr(
-            "pal.evaluate.runner.exact_match", lambda text, wanted: crc32(f"{text}|{wanted}".encode()) % 3 > 0
+            "pal.evaluate.rules.exact.exact_match", lambda text, wanted: crc32(f"{text}|{wanted}".encode()) % 3 > 0
         )
         yield
 
@@ -92,7 +92,7 @@ def counted(monkeypatch):
 
 
 def answers(out, cell, seed, name):
-    return Score.load(out / cell / f"seed-{seed}" / "on" / f"{name}.json")
+    return Result.load(out / cell / f"seed-{seed}" / "on" / f"{name}.json")
 
 
 def test_everything_is_written(done):
@@ -232,14 +232,14 @@ def test_killed_and_gone_on_with(done, recipe, questions, counted, monkeypatch, 
             ablate(recipe, AXES, out, seeds=2, on=questions)
     assert counted == {"run": 3, "evaluate": 4, "counts": 2}
     with monkeypatch.context() as patch:
-        save = Score.save
+        save = Result.save
 
         def fails(self, path):
             if self.benchmark == "two":
                 raise KeyboardInterrupt
             save(self, path)
 
-        patch.setattr(Score, "save", fails)
+        patch.setattr(Result, "save", fails)
         with pytest.raises(KeyboardInterrupt):
             ablate(recipe, AXES, out, seeds=2, on=questions)
     # the third run is taken up again; its second answers are made and lost

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from pal.probe.depth import Cost, Restriction, cost, depths, probe_depth, windows
+from pal.probe.depth import AnswerCost, Restriction, cost, depths, probe_depth, windows
 from pal.probe.finding import read
 from pal.probe.hiding import DEAF, WHOLE, Example
 from pal.registry import names
@@ -113,7 +113,7 @@ def test_both_ways_in_have_their_cost():
     assert (found.bytes, found.bytes_least) == (3 * S * each, 2 * S * each)
     found = cost(model, shown, Restriction((0,)).condition(3))
     assert (found.bytes, found.bytes_least) == ((3 * S + A) * each, (S + A) * each)
-    assert isinstance(found, Cost)
+    assert isinstance(found, AnswerCost)
     assert found.flops - found.flops_least == 2 * (layer_flops(llm, S + WORDS) - layer_flops(llm, WORDS))
 
 

@@ -10,6 +10,7 @@ from pal.backbone.cost import Added
 from pal.backbone.stream_kv import Layout
 from pal.data.manifest import Record, Turn
 from pal.errors import PalError
+from pal.integrations.cost import route_cost
 from pal.integrations.hybrid import PAL
 from pal.integrations.lal import LAL
 from pal.probe.health import probe_health, swapped
@@ -77,8 +78,10 @@ class Leaking(LAL):
 class Saying(Leaking):
     """The same, and says so."""
 
-    def cost(self, step, tokens, llm):
-        return replace(super().cost(step, tokens, llm), rows=tokens)
+
+@route_cost.register(Saying)
+def _(route, step, tokens, llm):
+    return replace(route_cost.dispatch(LAL)(route, step, tokens, llm), rows=tokens)
 
 
 def test_audio_rows_in_the_feed_forward_networks_are_counted(records):

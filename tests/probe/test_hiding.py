@@ -6,8 +6,8 @@ import torch
 from pal.backbone.audio_mask import Hide
 from pal.errors import ConfigError
 from pal.evaluate import evaluate
-from pal.evaluate.runner import Hearing
-from pal.probe.hiding import DEAF, WHOLE, Asked, Condition, Example, Item, ask, pathways, remarks, seen
+from pal.evaluate.clip_cache import EncodedClipCache
+from pal.probe.hiding import DEAF, WHOLE, Condition, Example, MaskedAnswers, ProbedItem, ask, pathways, remarks, seen
 from pal.registry import names
 from pal.types import AUDIO, Heard, Tokens
 from tests.models import ENCODER, noise, tiny_model
@@ -27,14 +27,14 @@ def example(model, seconds=1.0):
 
 
 def asked(*clips, **correct):
-    items = [Item(str(i), "task", "sound" if clip < 2 else "speech", clip) for i, clip in enumerate(clips)]
-    return Asked(items, [False] * len(items), {"nothing": [True] * len(items), **correct}, {}, {})
+    items = [ProbedItem(str(i), "task", "sound" if clip < 2 else "speech", clip) for i, clip in enumerate(clips)]
+    return MaskedAnswers(items, [False] * len(items), {"nothing": [True] * len(items), **correct}, {}, {})
 
 
 def test_drops_are_paired_and_drawn_by_clip():
     # one question right only without hiding, one only with it, one lost, one kept
-    found = Asked(
-        items=[Item(str(i), "t", "sound", i // 2) for i in range(4)],
+    found = MaskedAnswers(
+        items=[ProbedItem(str(i), "t", "sound", i // 2) for i in range(4)],
         no_audio=[False] * 4,
         correct={"nothing": [True, False, True, True], "x": [False, True, False, True]},
         same_as={},
@@ -152,7 +152,7 @@ def test_a_batch_hides_the_share_of_every_clip():
 def test_answers_are_those_of_an_evaluation(tmp_path):
     model = listener("pal")
     records = questions(tmp_path, model)
-    hear = Hearing(model)
+    hear = EncodedClipCache(model)
     shown = Example.of(model, records, hear)
     assert shown.clips[0].seconds == pytest.approx(0.9)  # the longest
     late = Condition("late", (Hide(seconds=(2.0, 3.0)),))
@@ -177,7 +177,7 @@ def test_answers_are_those_of_an_evaluation(tmp_path):
 def test_what_raises_counts_as_wrong_and_is_said(tmp_path):
     model = listener("lal")
     records = questions(tmp_path, model, clips=2)
-    hear = Hearing(model)
+    hear = EncodedClipCache(model)
     shown = Example.of(model, records, hear)
     (tmp_path / "0.wav").write_bytes(b"no sound")
     found = ask(model, records, [], shown, hear)

@@ -11,7 +11,7 @@ from pal.data.prompts import encode, user_turn
 from pal.errors import ManifestError
 from pal.probe import layers
 from pal.probe.layers import Rows, _found, collect, first_above, labels_of
-from pal.probe.linear import Labels, Probed
+from pal.probe.linear import Probed, ProbeLabels
 from pal.types import TagSpan
 from tests.models import noise, tiny_model, tone
 
@@ -100,7 +100,7 @@ def planted(layer, of, n=48, width=4):
     truth = rng.random((n, 1)) < 0.5
     told = truth @ rng.standard_normal((1, width))
     features = [rng.standard_normal((n, width)) + 4 * told * (i >= layer) for i in range(of)]
-    return Rows({"last": features, "before": [np.ones((n, width))] * of}), Labels("t", ("x",), truth, False)
+    return Rows({"last": features, "before": [np.ones((n, width))] * of}), ProbeLabels("t", ("x",), truth, False)
 
 
 @pytest.mark.parametrize("layer", [1, 2])

@@ -8,7 +8,7 @@ from sklearn.metrics import average_precision_score, balanced_accuracy_score
 
 from pal.errors import ConfigError
 from pal.probe import linear
-from pal.probe.linear import Labels, _scores, check, probed
+from pal.probe.linear import ProbeLabels, _scores, check, probed
 
 RNG = np.random.default_rng(0)
 N, D = 60, 6
@@ -17,11 +17,11 @@ GROUPS = [f"clip {i}" for i in range(N)]
 
 def tags():
     truth = RNG.random((N, 2)) < 0.4
-    return Labels("t", ("dog", "bell"), truth, exclusive=False)
+    return ProbeLabels("t", ("dog", "bell"), truth, exclusive=False)
 
 
 def classes():
-    return Labels("c", ("a", "b", "c"), np.eye(3, dtype=bool)[np.arange(N) % 3], exclusive=True)
+    return ProbeLabels("c", ("a", "b", "c"), np.eye(3, dtype=bool)[np.arange(N) % 3], exclusive=True)
 
 
 def test_average_precision_is_scikit_learns_with_ties_and_weights():
@@ -65,7 +65,7 @@ def test_a_planted_direction_is_read_and_shuffled_labels_are_not(labels):
 def test_a_group_is_never_on_both_sides():
     """Each group has a direction of its own that says the label of its clips, which are known by nothing else."""
     truth = np.repeat(RNG.random((N // 4, 1)) < 0.5, 4, axis=0)
-    labels = Labels("g", ("x",), truth, exclusive=False)
+    labels = ProbeLabels("g", ("x",), truth, exclusive=False)
     x = np.repeat(np.eye(N // 4), 4, axis=0)
     together = probed(x, labels, [f"{i // 4}" for i in range(N)]).score
     apart = probed(x, labels, GROUPS).score

@@ -6,7 +6,7 @@ import pytest
 
 from pal.backbone.audio_mask import Hide
 from pal.errors import ConfigError
-from pal.evaluate.runner import Hearing
+from pal.evaluate.clip_cache import EncodedClipCache
 from pal.probe.finding import read
 from pal.probe.hiding import WHOLE, Example
 from pal.probe.mask import chosen_condition, default_conditions, layer_groups, probe_mask
@@ -158,4 +158,4 @@ def test_without_clips(tmp_path):
     model = listener("lal")
     records = [replace(record, clips=()) for record in questions(tmp_path, clips=1)]
     with pytest.raises(ConfigError, match="none of the questions has a clip"):
-        Example.of(model, records, Hearing(model))
+        Example.of(model, records, EncodedClipCache(model))

@@ -12,7 +12,7 @@ from pal.data.synth.scene import sound
 from pal.errors import ConfigError
 from pal.probe import sweeps, time
 from pal.probe.sweeps import LENGTH, SECONDS, SWEEPS, questions, trials, twins
-from pal.probe.time import Answered, judge, probe_time, thresholds
+from pal.probe.time import SweepAnswer, judge, probe_time, thresholds
 from tests.models import tiny_model
 
 
@@ -23,7 +23,9 @@ def asked(tmp_path_factory):
 
 def answered(asked, choose):
     texts = [choose(one) for one in asked]
-    return [Answered(text, text == one.record.turns[0].answer, False) for one, text in zip(asked, texts, strict=True)]
+    return [
+        SweepAnswer(text, text == one.record.turns[0].answer, False) for one, text in zip(asked, texts, strict=True)
+    ]
 
 
 def of_kinds(one):

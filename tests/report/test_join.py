@@ -18,14 +18,13 @@ from pal.app import cli
 from pal.data.manifest import Manifest
 from pal.data.synth import synthesise
 from pal.errors import ConfigError
-from pal.evaluate import evaluate
+from pal.evaluate import evaluate, from_records
 from pal.evaluate.benchmark import Benchmark
 from pal.evaluate.compare import compare
 from pal.evaluate.items import Item
-from pal.evaluate.run import run
 from pal.plots import TIME
 from pal.probe.finding import Finding, Plot
-from pal.report.embed import Embedder
+from pal.report.embed import MediaEmbedder
 from pal.report.join import labels, make
 from tests import published
 from tests.html_page import Page
@@ -72,8 +71,8 @@ def root(tmp_path_factory):
     for name in ("lal", "plits"):
         recipe = tiny.recipe(manifest, stages, model={**tiny.MODEL, "integration": name})
         train.run(recipe, root / "runs" / name)
-        run(tiny_model(name), benchmark, root / "runs" / name / "eval", progress=False)
-    score = evaluate(tiny_model("pal"), Manifest(manifest), progress=False, benchmark="scenes")
+        evaluate(tiny_model(name), benchmark, root / "runs" / name / "eval", progress=False)
+    score = evaluate(tiny_model("pal"), from_records(Manifest(manifest), "scenes"), progress=False)
     score.save(root / "runs" / "score.json")
     finding().save(root / "probe")
     shutil.copytree(BENCH, root / "bench")
@@ -120,8 +119,8 @@ def test_everything_is_there(made, page):
         ("Probes", "probe"),
     ]
     assert made.bytes == Path(made.out).stat().st_size
-    # losses; overall and by task of the scenes; overall, by category and by duration of the benchmark
-    made_here = 1 + 2 + 3
+    # losses; overall, by task and by duration of the scenes; overall, by category and by duration of the benchmark
+    made_here = 1 + 3 + 3
     assert page.tags.count("img") == made_here + 2
     assert all(at["alt"] for tag, at in page.attributes if tag == "img")
     assert all(at["aria-label"] for tag, at in page.attributes if tag == "audio")
@@ -216,7 +215,7 @@ def test_the_cost_is_what_was_measured(page):
 
 @pytest.mark.parametrize("budget", [0, 40_000])
 def test_sound_stays_within_its_budget(root, tmp_path, budget):
-    made = make([root], tmp_path / "page.html", embed=Embedder(audio_bytes=budget))
+    made = make([root], tmp_path / "page.html", embed=MediaEmbedder(audio_bytes=budget))
     page = Page((tmp_path / "page.html").read_text(encoding="utf-8"))
     assert sum(map(len, sounds(page))) <= budget
     assert bool(sounds(page)) == bool(budget)
@@ -234,7 +233,7 @@ def test_clips_that_have_moved_are_found_by_data(root, tmp_path):
     make([tmp_path / "eval"], tmp_path / "a.html")
     lost = Page((tmp_path / "a.html").read_text())
     assert not sounds(lost) and "say where the clips lie with --data" in " ".join(lost.text)
-    make([tmp_path / "eval"], tmp_path / "b.html", embed=Embedder(roots=[root / "audio"]))
+    make([tmp_path / "eval"], tmp_path / "b.html", embed=MediaEmbedder(roots=[root / "audio"]))
     assert len(sounds(Page((tmp_path / "b.html").read_text()))) == 4
 
 
