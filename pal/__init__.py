@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -54,20 +55,20 @@ def load(path: str | Path | None = None) -> PalModel:
 
 
 def attach(
-    llm: str | dict[str, Any],
-    encoders: list[str | dict[str, Any]],
-    connector: str | dict[str, Any] = "mlp",
-    integration: str | dict[str, Any] = "pal",
-    **options: Any,
+    llm: str | Mapping[str, object],
+    encoders: Sequence[str | Mapping[str, object]],
+    connector: str | Mapping[str, object] | Sequence[str | Mapping[str, object]] = "mlp",
+    integration: str | Mapping[str, object] = "pal",
+    **options: str | None,
 ) -> PalModel:
     """Attach audio encoders to an LLM: a model whose connector and projectors are untrained.
 
     Args:
         llm: Hub id or folder of a causal LM, or the fields of `pal.model_config.LLMConfig`.
         encoders: names (`"tiny"`), Hub ids (a Whisper), or `{"name": ..., option: value}`.
-        connector: name or `{"name": ..., option: value}`.
+        connector: name or `{"name": ..., option: value}`; a list makes several streams.
         integration: name or `{"name": ..., option: value}`.
-        options: the other fields of `pal.model_config.ModelConfig`.
+        options: the other fields of `pal.model_config.ModelConfig`: `system` and `notice`.
 
     Raises:
         ConfigError: an unknown part or option; the message names the known ones.
@@ -76,5 +77,18 @@ def attach(
     from pal.model import PalModel
     from pal.model_config import ModelConfig
 
-    fields = {"llm": llm, "encoders": encoders, "connector": connector, "integration": integration, **options}
+    fields = {
+        "llm": _plain(llm),
+        "encoders": [_plain(encoder) for encoder in encoders],
+        "connector": _plain(connector),
+        "integration": _plain(integration),
+        **options,
+    }
     return PalModel.from_config(parse(ModelConfig, fields, where="attach"))
+
+
+def _plain(part: object) -> Any:
+    """Mappings and sequences as the dicts and lists of a recipe."""
+    if isinstance(part, Mapping):
+        return dict(part)
+    return part if isinstance(part, str) or not isinstance(part, Sequence) else [_plain(one) for one in part]

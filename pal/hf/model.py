@@ -9,30 +9,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from pal import bundle
 from pal.backbone import adapters
-from pal.backbone.attention import NAME
 from pal.errors import BundleError, ConfigError, PalError, PromptError
 from pal.files import move_into, strangers
 from pal.hf.config import PalConfig
 from pal.hf.inputs import Prompts, before_answers, read_prompts
+from pal.hf.loading import LoadOptions, load_adapter
 from pal.model import PalModel
 from pal.types import AUDIO, IGNORE
 
-_HUB = ("revision", "token", "cache_dir", "local_files_only", "force_download")
 _SAVED = "generation_config.json"
-_ADAPTER = "adapter_model.safetensors"
 _NOT_OPTIONS = {"transformers_version", "_from_model_config", "_commit_hash"}
-_MEANINGLESS = {
-    *("trust_remote_code", "use_safetensors", "low_cpu_mem_usage", "weights_only", "code_revision", "proxies"),
-    *("_from_auto", "_from_pipeline", "_commit_hash", "subfolder"),
-}
-"""Options of transformers that change nothing here: no code is downloaded, and no weights but safetensors are read."""
 
 
 class PalForConditionalGeneration(PreTrainedModel, GenerationMixin):
@@ -93,7 +85,7 @@ class PalForConditionalGeneration(PreTrainedModel, GenerationMixin):
         dtype: torch.dtype | str | None = None,
         device_map: Any = None,
         **kwargs: Any,
-    ) -> Any:
+    ) -> PalForConditionalGeneration:
         """Read a bundle from a folder or the Hub, its digests checked, in evaluation mode.
 
         Args:
@@ -108,21 +100,11 @@ class PalForConditionalGeneration(PreTrainedModel, GenerationMixin):
             BundleError: see `pal.bundle.load`.
             PalError: an option that cannot be followed.
         """
-        adapter = dict(kwargs.pop("adapter_kwargs", None) or {})
-        dtype = _dtype(kwargs.pop("torch_dtype", None) if dtype is None else dtype)
-        if kwargs.pop("attn_implementation", None) not in (None, NAME):
-            raise PalError(f"attn_implementation must be '{NAME}', through which the LLM hears; leave it out")
-        hub = {name: value for name, value in kwargs.items() if name in _HUB and value is not None}
-        other = [name for name, value in kwargs.items() if name not in {*_HUB, *_MEANINGLESS} and value is not None]
-        if model_args or other or kwargs.get("subfolder"):
-            name = other[0] if other else "subfolder" if kwargs.get("subfolder") else "model_args"
-            if name.startswith(("quantization", "load_in_")):
-                raise PalError(f"from_pretrained: '{name}': quantised weights are not supported; give dtype='bfloat16'")
-            raise PalError(f"from_pretrained: '{name}' is not supported; known: dtype, device_map, {', '.join(_HUB)}")
-        device = _device(device_map)
-
-        folder = bundle.find(pretrained_model_name_or_path, **hub)
-        model = bundle.load(folder, dtype=dtype)
+        if model_args:
+            raise PalError("from_pretrained: arguments by position are not supported; give them by name")
+        options = LoadOptions.of(dtype, device_map, kwargs)
+        folder = bundle.find(pretrained_model_name_or_path, **options.hub)
+        model = bundle.load(folder, dtype=options.dtype)
         if config is None:
             config = PalConfig(**bundle.read_description(folder))
         config.name_or_path = str(pretrained_model_name_or_path)
@@ -131,16 +113,15 @@ class PalForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if (folder / _SAVED).is_file():
             loaded.generation_config = GenerationConfig.from_pretrained(folder)
         left_out = config.left_out
-        if dtype is not None:
+        if options.dtype is not None:
             state = model.state_dict()
             left_out = {name: bundle.digest(state[name]) for name in left_out}
         loaded._digests = left_out
-        if device is not None:
-            loaded.to(device)
-            loaded.hf_device_map = {"": device}
-        if adapter.get("_adapter_model_path") is not None:
-            options = {name: value for name, value in adapter.items() if name in _HUB and value is not None}
-            _adapt(loaded, str(adapter["_adapter_model_path"]), options)
+        if options.device is not None:
+            loaded.to(options.device)
+            loaded.hf_device_map = {"": options.device}
+        if options.adapter is not None:
+            load_adapter(loaded, options.adapter, options.adapter_hub, loaded.device)
         return loaded
 
     def save_pretrained(  # type: ignore[override]
@@ -453,51 +434,3 @@ def _untrained(config: PalConfig) -> PalModel:
     if not config.name_or_path:
         raise ConfigError("the configuration names no bundle whose tokenizer to take; use from_pretrained")
     return bundle.untrained(config.description(), AutoTokenizer.from_pretrained(config.name_or_path))
-
-
-def _adapt(model: PalForConditionalGeneration, path: str, hub: dict[str, Any]) -> None:
-    """Put the adapter of a PEFT folder beside the weights; read as safetensors only, on the device of the model."""
-    from huggingface_hub import snapshot_download
-    from peft import PeftConfig, inject_adapter_in_model, set_peft_model_state_dict
-
-    folder = Path(path)
-    if not folder.is_dir():
-        folder = Path(snapshot_download(path, allow_patterns=["adapter_config.json", _ADAPTER], **hub))
-    if not (folder / _ADAPTER).is_file():
-        raise BundleError(f"{path}: an adapter without {_ADAPTER}; save it again with PEFT")
-    options = PeftConfig.from_pretrained(str(folder))
-    options.inference_mode = True
-    inject_adapter_in_model(options, model)
-    weights = load_file(folder / _ADAPTER)
-    found: Any = set_peft_model_state_dict(
-        model, {name.removeprefix("base_model.model."): weight for name, weight in weights.items()}
-    )
-    if found.unexpected_keys:
-        raise BundleError(f"{path}: an adapter of another model (first: '{sorted(found.unexpected_keys)[0]}')")
-    model.requires_grad_(False).eval().to(model.device)
-
-
-def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
-    if dtype is None or dtype == "auto":
-        return None
-    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if not isinstance(found, torch.dtype):
-        raise PalError(f"dtype '{dtype}' is unknown; give torch.bfloat16, torch.float16, torch.float32 or 'auto'")
-    return found
-
-
-def _device(device_map: Any) -> torch.device | None:
-    if device_map is None:
-        return None
-    if isinstance(device_map, dict):
-        devices = {str(device) for device in device_map.values()}
-        if len(devices) != 1:
-            raise PalError(f"device_map names {len(devices)} devices; a model lies on one, give that")
-        device_map = next(iter(device_map.values()))
-    if device_map in ("auto", "balanced", "balanced_low_0", "sequential"):
-        accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-        return accelerator or torch.device("cpu")
-    try:
-        return torch.device(device_map)
-    except (RuntimeError, TypeError) as error:
-        raise PalError(f"device_map '{device_map}': {str(error).splitlines()[0]}") from None

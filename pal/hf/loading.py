@@ -1,0 +1,122 @@
+"""What `from_pretrained` is told: where the bundle is on the Hub, type and device of the weights, a PEFT adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from pal.backbone.attention import NAME
+from pal.errors import BundleError, PalError
+
+_HUB = ("revision", "token", "cache_dir", "local_files_only", "force_download")
+_MEANINGLESS = {
+    *("trust_remote_code", "use_safetensors", "low_cpu_mem_usage", "weights_only", "code_revision", "proxies"),
+    *("_from_auto", "_from_pipeline", "_commit_hash", "subfolder"),
+}
+"""Options of transformers that change nothing here: no code is downloaded, and no weights but safetensors are read."""
+_ADAPTER = "adapter_model.safetensors"
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """Options of `from_pretrained`, checked."""
+
+    hub: dict[str, Any]
+    """For the Hub's downloads."""
+    dtype: torch.dtype | None
+    """Of all weights; None leaves them as they were saved."""
+    device: torch.device | None
+    """None leaves the model on the CPU."""
+    adapter: str | None
+    """Folder or Hub id of a PEFT adapter."""
+    adapter_hub: dict[str, Any]
+
+    @classmethod
+    def of(cls, dtype: torch.dtype | str | None, device_map: Any, kwargs: Mapping[str, Any]) -> LoadOptions:
+        """From what transformers' callers give.
+
+        Raises:
+            PalError: an option that cannot be followed.
+        """
+        given = dict(kwargs)
+        adapter = dict(given.pop("adapter_kwargs", None) or {})
+        path = adapter.get("_adapter_model_path")
+        old_dtype = given.pop("torch_dtype", None)
+        if given.pop("attn_implementation", None) not in (None, NAME):
+            raise PalError(f"attn_implementation must be '{NAME}', through which the LLM hears; leave it out")
+        other = [name for name, value in given.items() if name not in {*_HUB, *_MEANINGLESS} and value is not None]
+        if given.get("subfolder"):
+            other.append("subfolder")
+        for name in other:
+            if name.startswith(("quantization", "load_in_")):
+                raise PalError(f"from_pretrained: '{name}': quantised weights are not supported; give dtype='bfloat16'")
+            raise PalError(f"from_pretrained: '{name}' is not supported; known: dtype, device_map, {', '.join(_HUB)}")
+        return cls(
+            hub=_of_hub(given),
+            dtype=_dtype(old_dtype if dtype is None else dtype),
+            device=_device(device_map),
+            adapter=None if path is None else str(path),
+            adapter_hub=_of_hub(adapter),
+        )
+
+
+def load_adapter(model: nn.Module, path: str, hub: Mapping[str, Any], device: torch.device) -> None:
+    """Put the adapter of a PEFT folder beside the weights; read as safetensors only, on the device of the model.
+
+    Raises:
+        BundleError: no adapter in safetensors, or one of another model.
+    """
+    from huggingface_hub import snapshot_download
+    from peft import PeftConfig, inject_adapter_in_model, set_peft_model_state_dict
+
+    folder = Path(path)
+    if not folder.is_dir():
+        folder = Path(snapshot_download(path, allow_patterns=["adapter_config.json", _ADAPTER], **hub))
+    if not (folder / _ADAPTER).is_file():
+        raise BundleError(f"{path}: an adapter without {_ADAPTER}; save it again with PEFT")
+    options = PeftConfig.from_pretrained(str(folder))
+    options.inference_mode = True
+    inject_adapter_in_model(options, model)
+    weights = load_file(folder / _ADAPTER)
+    found: Any = set_peft_model_state_dict(
+        model, {name.removeprefix("base_model.model."): weight for name, weight in weights.items()}
+    )
+    if found.unexpected_keys:
+        raise BundleError(f"{path}: an adapter of another model (first: '{sorted(found.unexpected_keys)[0]}')")
+    model.requires_grad_(False).eval().to(device)
+
+
+def _of_hub(options: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if name in _HUB and value is not None}
+
+
+def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    if dtype is None or dtype == "auto":
+        return None
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(found, torch.dtype):
+        raise PalError(f"dtype '{dtype}' is unknown; give torch.bfloat16, torch.float16, torch.float32 or 'auto'")
+    return found
+
+
+def _device(device_map: Any) -> torch.device | None:
+    if device_map is None:
+        return None
+    if isinstance(device_map, dict):
+        devices = {str(device) for device in device_map.values()}
+        if len(devices) != 1:
+            raise PalError(f"device_map names {len(devices)} devices; a model lies on one, give that")
+        device_map = next(iter(device_map.values()))
+    if device_map in ("auto", "balanced", "balanced_low_0", "sequential"):
+        accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        return accelerator or torch.device("cpu")
+    try:
+        return torch.device(device_map)
+    except (RuntimeError, TypeError) as error:
+        raise PalError(f"device_map '{device_map}': {str(error).splitlines()[0]}") from None
