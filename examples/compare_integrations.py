@@ -38,8 +38,8 @@ def main(*integrations: str, steps: int = 300, scenes: int = 800) -> None:
             recipe = parse(Recipe, fields | {"data": {"scenes": {"manifest": str(train)}}}, where="example")
             model = run(recipe, Path(scratch) / name)
             score = evaluate(model, test)
-            deaf = score.overall.no_audio_score
-            print(f"{name}: {score.score:.3f} of {score.overall.n} questions, {deaf:.3f} without audio")
+            no_audio = score.overall.no_audio_score
+            print(f"{name}: {score.score:.3f} of {score.n} questions, {no_audio:.3f} without audio")
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ def main(sounds: str, out: str, steps: int = 150) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         test = Manifest(prepare("folder", sounds, Path(scratch) / "test.jsonl", part="test"))
         score = evaluate(model, list(test))
-        print(f"{score.overall.n} clips aside: {score.score:.2f}, {score.overall.no_audio_score:.2f} without audio")
+        print(f"{score.n} clips aside: {score.score:.2f}, {score.overall.no_audio_score:.2f} without audio")
 
 
 if __name__ == "__main__":

@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from pal import bundle
-from pal.errors import BundleError, ConfigError
-from pal.evaluate.folder import RunFolder
-from pal.evaluate.score import Score
+from pal.errors import ConfigError
+from pal.evaluate import MetricValue, Result, load_result
 from pal.files import amend
 
 if TYPE_CHECKING:
@@ -80,18 +79,18 @@ def write_card(
 
     Args:
         path: the bundle, or the run that made it, whose `train.json` then says what it was trained on.
-        scores: files that `pal eval --json` wrote, or folders of `pal eval --out`, of this model.
+        scores: files that `pal eval --json` wrote, or run folders of `pal eval`, of this model.
         data: what it was trained on, in words.
         license_name: of the weights, as the Hub names it.
         into_bundle: write it there as `README.md`, into the manifest, too.
 
     Raises:
-        BundleError: no bundle.
-        ConfigError: a file that is no score, or another model's.
+        BundleError: no bundle, or a file that is no score.
+        ConfigError: another model's score.
     """
     folder = bundle.find(path)
     model = bundle.load(folder)
-    read = [_score(Path(file), model.digest) for file in scores]
+    read = [_score_of(Path(file), model.digest) for file in scores]
     run = folder.parent / "train.json"
     report = json.loads(run.read_text(encoding="utf-8")) if folder.name == "model" and run.is_file() else {}
     title = (folder.parent if folder.name == "model" else folder).resolve().name
@@ -104,7 +103,7 @@ def write_card(
 def card(
     model: PalModel,
     title: str,
-    scores: Sequence[Score] = (),
+    scores: Sequence[Result] = (),
     data: Sequence[str] = (),
     license_name: str | None = None,
     report: Mapping[str, Any] | None = None,
@@ -138,22 +137,14 @@ def card(
     )
 
 
-def _score(path: Path, digest: str) -> Score:
-    try:
-        score = RunFolder(path).as_score() if path.is_dir() else Score.load(path)
-        of = score.settings["model_digest"]
-    except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror or error}; give a file that pal eval --json wrote") from None
-    except BundleError:
-        raise
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise ConfigError(f"{path}: no score; give a file that pal eval --json wrote") from None
-    if of != digest:
+def _score_of(path: Path, digest: str) -> Result:
+    result = load_result(path)
+    if result.settings.get("model_digest") != digest:
         raise ConfigError(f"{path}: the score of another model; evaluate this one")
-    return score
+    return result
 
 
-def _header(model: PalModel, title: str, scores: Sequence[Score], license_name: str | None) -> dict[str, Any]:
+def _header(model: PalModel, title: str, scores: Sequence[Result], license_name: str | None) -> dict[str, Any]:
     named = [model.config.llm.path, *(part.get("path") for part in model.config.encoders)]
     # a folder of somebody's machine is no model that the Hub could link to
     bases = [name for name in named if name and not Path(name).exists() and not Path(name).is_absolute()]
@@ -223,7 +214,7 @@ def _listed(options: Mapping[str, Any]) -> str:
     return f" ({', '.join(f'{key}: {value}' for key, value in plain.items())})" if plain else ""
 
 
-def _table(scores: Sequence[Score]) -> str:
+def _table(scores: Sequence[Result]) -> str:
     lines = [
         "95 % bootstrap intervals over clips; beside them the same model without its audio.",
         "",
@@ -231,19 +222,29 @@ def _table(scores: Sequence[Score]) -> str:
         "|---|---|---|---|---|---|---|",
     ]
     for score in scores:
-        tasks = score.per_task if len(score.per_task) > 1 else {}
-        for task, accuracy in [("all", score.overall), *tasks.items()]:
-            low, high = accuracy.ci95
-            deaf = "" if accuracy.no_audio_score is None else f"{accuracy.no_audio_score:.3f}"
+        for part, value in [("all", score.overall), *_categories(score)]:
+            ends = "" if value.ci95 is None else f"{value.ci95[0]:.3f} to {value.ci95[1]:.3f}"
+            no_audio = "" if value.no_audio_score is None else f"{value.no_audio_score:.3f}"
             measure = score.metric.replace("_", " ")
             lines.append(
-                f"| {score.benchmark} | {task} | {accuracy.n} | {measure} | {accuracy.score:.3f} "
-                f"| {low:.3f} to {high:.3f} | {deaf} |"
+                f"| {score.benchmark} | {part} | {value.n} | {measure} | {value.score:.3f} | {ends} | {no_audio} |"
             )
     return "\n".join(lines)
 
 
-def _limits(model: PalModel, scores: Sequence[Score]) -> list[str]:
+def _categories(score: Result) -> list[tuple[str, MetricValue]]:
+    """Name and value of each category with an interval, where there is more than one."""
+    # the task is the one axis that every manifest has, so that its values go without its name
+    parts = [
+        (name if axis == "task" else f"{axis} {name}", value)
+        for axis, of in score.categories.items()
+        for name, value in of.items()
+        if value.ci95 is not None
+    ]
+    return parts if len(parts) > 1 else []
+
+
+def _limits(model: PalModel, scores: Sequence[Result]) -> list[str]:
     limits = [f"Its makers say: {model.config.notice}."] if model.config.notice else []
     limits += [
         "It gives an answer to any question about any sound, whether it knows one or not, and says no probability.",

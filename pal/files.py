@@ -2,13 +2,14 @@
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from pal.errors import BundleError
 
@@ -140,6 +141,22 @@ def _inside(folder: Path) -> set[str]:
 def write_text(path: Path, text: str) -> None:
     """Write a text file so that it is there whole or not at all."""
     write_bytes(path, text.encode())
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `jsonable(value)` as JSON, whole or not at all."""
+    write_text(path, json.dumps(jsonable(value), indent=1, ensure_ascii=False) + "\n")
+
+
+def jsonable(value: Any) -> Any:
+    """`value` with tuples as lists and NaN or infinity as null, which JSON has no words for."""
+    if isinstance(value, dict):
+        return {str(key): jsonable(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [jsonable(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
 
 
 def write_bytes(path: Path, data: bytes) -> None:

@@ -17,7 +17,7 @@ import pal
 from pal.data.manifest import Manifest, Record
 from pal.data.prepare import prepare
 from pal.data.synth import synthesise
-from pal.evaluate import Score, evaluate
+from pal.evaluate import Result, evaluate, from_records
 from pal.files import MANIFEST, atomic_folder, write_text
 from pal.model import PalModel
 
@@ -85,17 +85,17 @@ def closed(records: Manifest) -> list[Record]:
     return [record for record in records if record.choices is not None]
 
 
-def measure(model: PalModel, audio: Path, scratch: Path) -> dict[str, Score]:
+def measure(model: PalModel, audio: Path, scratch: Path) -> dict[str, Result]:
     """Scores on everything that was held back and is there."""
     made = {"held-out scenes": synthesise(scratch / "scenes", 300, seed=HELD_OUT_SEED)}
     if (audio / "esc10").is_dir():
         made["ESC-10 fold 4"] = prepare("esc50", audio / "esc10", scratch / "esc10.jsonl", folds="4")
     if (audio / "fsdd").is_dir():
         made["FSDD, speaker theo"] = prepare("fsdd", audio / "fsdd", scratch / "fsdd.jsonl", speakers="theo")
-    return {name: evaluate(model, closed(Manifest(path)), benchmark=name) for name, path in made.items()}
+    return {name: evaluate(model, from_records(closed(Manifest(path)), name)) for name, path in made.items()}
 
 
-def card(model: PalModel, scores: dict[str, Score], report: dict) -> str:
+def card(model: PalModel, scores: dict[str, Result], report: dict) -> str:
     """The model card as Markdown."""
     sizes = {name: sum(p.numel() for p in part.parameters()) for name, part in model.parts().items()}
     from pal.data.synth.events import KINDS
@@ -111,13 +111,13 @@ def card(model: PalModel, scores: dict[str, Score], report: dict) -> str:
             options = ", ".join(f"{key}: {value}" for key, value in source["prepare"]["options"].items())
             lines.append(f"- real recordings, `{source['prepare']['name']}` ({options}), with augmentation;")
     rows = [
-        f"| {name} | {s.overall.n} | {s.score:.3f} | {s.overall.ci95[0]:.3f} to {s.overall.ci95[1]:.3f} "
+        f"| {name} | {s.n} | {s.score:.3f} | {s.overall.ci95[0]:.3f} to {s.overall.ci95[1]:.3f} "
         f"| {s.overall.no_audio_score:.3f} |"
         for name, s in scores.items()
     ]
     tasks = [
         f"| {task} | {a.n} | {a.score:.3f} | {a.no_audio_score:.3f} |"
-        for task, a in sorted(scores["held-out scenes"].per_task.items())
+        for task, a in sorted(scores["held-out scenes"].categories["task"].items())
     ]
     return CARD.format(
         parameters=sum(sizes.values()),
@@ -149,7 +149,7 @@ def main() -> None:
     scores = measure(shipped, args.audio, args.run / "held-out")
     for name, score in scores.items():
         score.save(args.run / "held-out" / f"{name.replace(' ', '_').replace(',', '')}.json")
-        print(f"{name}: {score.score:.3f} of {score.overall.n}")
+        print(f"{name}: {score.score:.3f} of {score.n}")
     write_text(args.assets / "tiny" / "README.md", card(shipped, scores, report))
     with atomic_folder(args.assets / "tiny-lm") as folder:
         for path in (args.run / "llm").iterdir():

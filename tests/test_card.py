@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from pal.card import card, write_card
-from pal.errors import ConfigError
+from pal.errors import BundleError, ConfigError
 from pal.evaluate import evaluate
 from pal.files import MANIFEST, verify
 from tests.models import noise, pal, tiny_model
@@ -168,7 +168,7 @@ def test_files_that_are_no_scores(scored, tmp_path, content):
     folder, _ = scored
     if content is not None:
         (tmp_path / "s.json").write_text(content)
-    with pytest.raises(ConfigError, match=r"s\.json: .*pal eval --json wrote") as caught:
+    with pytest.raises(BundleError, match=r"s\.json: .*pal eval --json wrote") as caught:
         write_card(folder / "run", [tmp_path / "s.json"])
     assert "\n" not in str(caught.value)
 

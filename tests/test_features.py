@@ -18,7 +18,7 @@ from pal.data.manifest import Record, Turn
 from pal.encoders.base import Encoder
 from pal.encoders.tiny import Tiny
 from pal.errors import AudioError, AudioWarning, BundleError
-from pal.evaluate import evaluate
+from pal.evaluate import evaluate, from_records
 from pal.features import FeatureCache
 from pal.model import PalModel
 from pal.registry import names, toy
@@ -211,10 +211,11 @@ def test_evaluation_from_features(
     choices = ("yes", "no", "a loud siren")
     records = [Record(str(i), (path,), (Turn("What?", "yes"),), "t", "d", choices) for i, path in enumerate(clips)]
     cache = FeatureCache(tmp_path, model.ears)
-    scores = [evaluate(model, records, scoring, features=how, progress=False) for how in (None, cache)]
+    asked = from_records(records, rule={"name": scoring})
+    scores = [evaluate(model, asked, features=how, progress=False) for how in (None, cache)]
     monkeypatch.setattr(Tiny, "forward", None)
-    scores.append(evaluate(model, records, scoring, features=cache, progress=False))
-    predictions = [[(item.prediction, item.error) for item in score.items] for score in scores]
+    scores.append(evaluate(model, asked, features=cache, progress=False))
+    predictions = [[(item.output, item.error) for item in score.items] for score in scores]
     assert predictions[0] == predictions[1] == predictions[2]
     if scoring == "exact":
         assert len({prediction for prediction, _ in predictions[0]}) > 1

@@ -14,9 +14,6 @@ from pal.errors import ConfigError, ManifestError
 from pal.evaluate.benchmark import Benchmark, changed_rule, from_records, open_task
 from pal.registry import names as registered
 
-TODAY = ("esc50",)
-"""Benchmarks that are data sets of the same name, too: without --out they are scored as those, by exact match."""
-
 _RULE = "rule."
 
 
@@ -50,56 +47,43 @@ def options_of(settings: Sequence[str], **named: str | None) -> dict[str, Any]:
 
 
 @contextmanager
-def open_benchmark(benchmark: str, data: Path | None, options: dict[str, Any]) -> Iterator[Manifest]:
-    """The records of a benchmark, while the block lasts.
+def open_benchmark(
+    benchmark: str, data: Path | None, options: dict[str, Any], rule: Mapping[str, Any]
+) -> Iterator[Benchmark]:
+    """What is asked, while the block lasts.
 
     Args:
-        benchmark: a manifest file, or the name of a data set that `pal data prepare` knows.
-        data: the root of the manifest's audio paths, or the data set's folder.
-        options: the data set's own.
+        benchmark: a manifest file, the name of a benchmark, or that of a data set which is none.
+        data: the folder of the benchmark or data set, or the root of the manifest's audio paths.
+        options: the benchmark's or data set's own.
+        rule: what `rule_of` says; manifests and data sets have exact match by default.
 
     Raises:
-        ConfigError: options for a manifest, or a data set without its folder.
-        ManifestError: no such manifest or data set.
+        ConfigError: unknown rule or option, options for a manifest, or a benchmark without its folder.
+        ManifestError: no such manifest or data set, or a folder that is not laid out as expected.
     """
-    if benchmark not in data_sets.names():
+    if benchmark not in {*names(), *data_sets.names()}:
         if not Path(benchmark).is_file():
             known = ", ".join(sorted({*data_sets.names(), *names()}))
             raise ManifestError(f"{benchmark}: no such manifest; give a .jsonl or .json file, or one of: {known}")
         if options:
             raise ConfigError(f"a manifest has no option '{next(iter(options))}'; leave it out")
-        yield Manifest(benchmark, root=data)
+        root = data or Path(benchmark).parent.absolute()
+        yield _of_manifest(Manifest(benchmark, root=data), benchmark, root, options, rule)
         return
     if data is None:
         raise ConfigError(f"benchmark '{benchmark}' needs its folder: --data DIR")
+    if benchmark in names():
+        yield open_task(benchmark, data, options, rule)
+        return
     with TemporaryDirectory(prefix="pal-") as folder:
         path = Path(folder) / f"{benchmark}.jsonl"
         data_sets.prepare(benchmark, data, path, **options)
-        yield Manifest(path)
+        yield _of_manifest(Manifest(path), benchmark, data, options, rule)
 
 
-@contextmanager
-def open_for_run(
-    benchmark: str, data: Path | None, options: dict[str, Any], rule: Mapping[str, Any]
-) -> Iterator[Benchmark]:
-    """A benchmark whose answers go into a folder, while the block lasts.
-
-    Args:
-        benchmark: a name of `names()`, or what `open_benchmark` takes.
-        data: the benchmark's folder, or the root of the manifest's audio paths.
-        options: the benchmark's own.
-        rule: what `rule_of` says; manifests have exact match by default.
-
-    Raises:
-        ConfigError: unknown rule or option, or a benchmark without its folder.
-        ManifestError: no such manifest or data set, or a folder that is not laid out as expected.
-    """
-    if benchmark in names():
-        if data is None:
-            raise ConfigError(f"benchmark '{benchmark}' needs its folder: --data DIR")
-        yield open_task(benchmark, data, options, rule)
-        return
-    with open_benchmark(benchmark, data, options) as manifest:
-        chosen = changed_rule({"name": "exact"}, rule)
-        root = data or Path(benchmark).parent.absolute()
-        yield from_records(Path(benchmark).stem, list(manifest), root, chosen, options)
+def _of_manifest(
+    manifest: Manifest, benchmark: str, root: Path, options: dict[str, Any], rule: Mapping[str, Any]
+) -> Benchmark:
+    chosen = changed_rule({"name": "exact"}, rule)
+    return from_records(manifest, Path(benchmark).stem, rule=chosen, root=root, options=options)

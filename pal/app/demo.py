@@ -8,6 +8,7 @@ import platform
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,9 +24,10 @@ from pal.data.collate import Collator
 from pal.data.manifest import Manifest, Record
 from pal.data.synth import synthesise
 from pal.errors import BundleError
-from pal.evaluate import Score, evaluate
-from pal.evaluate.score import write_json
-from pal.evaluate.scorers import bootstrap_ci, exact_match
+from pal.evaluate import Result, evaluate, from_records
+from pal.evaluate.bootstrap import bootstrap_ci
+from pal.evaluate.text import exact_match
+from pal.files import write_json
 from pal.report.demo import table, write_page
 from pal.train.curves import read_log
 from pal.train.recipe import Recipe, Stage, load_recipe
@@ -93,7 +95,7 @@ def run_demo(out: Path, quick: bool = False, seed: int = 0, recipe_path: Path = 
         "seconds": round(time.perf_counter() - started, 1),
         "data": {
             "held_out_scenes": asked["scenes"],
-            "held_out_questions": scores["plits"].overall.n,
+            "held_out_questions": scores["plits"].n,
             "held_out_digest": held_out.digest,
             "measured_batch": {"clips": _MEASURED_CLIPS, "questions": len(batch_records)},
         },
@@ -185,25 +187,27 @@ def _train(recipe: Recipe, name: str, folder: Path) -> PalModel:
 # What comes out
 
 
-def _evaluate(model: PalModel, held_out: Manifest, path: Path) -> Score:
-    """The score, from a run before this one where model and data are the same."""
+def _evaluate(model: PalModel, held_out: Manifest, path: Path) -> Result:
+    """The result, from a run before this one where model and data are the same."""
+    asked = from_records(held_out, "held-out scenes")
     if path.is_file():
-        score = Score.load(path)
-        settings = score.settings
-        if settings["model_digest"] == model.digest and settings["data_digest"] == held_out.digest:
-            return score
-    score = evaluate(model, held_out, batch=64, progress=True, benchmark="held-out scenes")
-    score.save(path)
-    return score
+        with suppress(BundleError):  # of an earlier version
+            kept = Result.load(path)
+            same = (kept.settings.get("model_digest"), kept.settings.get("data_digest"))
+            if same == (model.digest, asked.digest):
+                return kept
+    result = evaluate(model, asked, batch=64)
+    result.save(path)
+    return result
 
 
-def _accuracy(score: Score, baseline: Score) -> dict[str, Any]:
+def _accuracy(score: Result, baseline: Result) -> dict[str, Any]:
     """Accuracies, and the paired difference to another model's on the same questions."""
-    right = {item.id: item.correct for item in baseline.items}
-    gains = [float(item.correct) - float(right[item.id]) for item in score.items]
+    right = {item.id: bool(item.correct) for item in baseline.items}
+    gains = [float(bool(item.correct)) - float(right[item.id]) for item in score.items]
     return {
         "accuracy": asdict(score.overall),
-        "per_task": {task: asdict(accuracy) for task, accuracy in score.per_task.items()},
+        "per_task": {task: asdict(part) for task, part in score.categories["task"].items()},
         "minus_plits": {
             "difference": sum(gains) / len(gains),
             "ci95": bootstrap_ci(gains, [item.group for item in score.items]),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -13,8 +13,7 @@ from pal.app.output import note, print_json, shows_progress
 
 if TYPE_CHECKING:
     from pal.evaluate.compare import Comparison
-    from pal.evaluate.result import Result
-    from pal.evaluate.score import Score
+    from pal.evaluate.result import MetricValue, Result
     from pal.features import FeatureCache
     from pal.model import PalModel
 
@@ -35,10 +34,13 @@ def eval_(
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option("--out", "-o", help="Folder of the run, which goes on where it was; benchmarks: runs/eval/..."),
+        typer.Option(
+            "--out", "-o", help="Folder of the run, which goes on where it was. Benchmarks: runs/eval/...; else none."
+        ),
     ] = None,
     json_file: Annotated[
-        Path | None, typer.Option("--json", metavar="FILE", help="Write the score here; '-' prints it.")
+        Path | None,
+        typer.Option("--json", metavar="FILE", help="Write score and answers here; '-' prints them."),
     ] = None,
     scoring: Annotated[
         str | None,
@@ -69,53 +71,51 @@ def eval_(
 
     Options of a benchmark go by --set KEY=VALUE, those of its rule by --set rule.KEY=VALUE.
     """
-    from pal.app.benchmarks import TODAY, names, options_of, rule_of
+    from pal.app.benchmarks import names, open_benchmark, options_of, rule_of
 
     options = options_of(settings or [], folds=folds, speakers=speakers, exclude=exclude)
     rule = rule_of(options, scoring)
     if rescore is not None or join:
         if model is not None:
             raise typer.BadParameter("takes no model", param_hint="--rescore" if rescore else "--join")
-        from pal.evaluate import run as runs
+        from pal.evaluate import rescoring
 
         if rescore is not None:
             rule = {"name": "official", **rule} if scoring == "official" else rule  # not the one of its last scoring
-            _finish(runs.rescore(rescore, rule), rescore, json_file)
+            _finish(rescoring.rescore(rescore, rule), str(rescore), json_file)
         elif out is None:
             raise typer.BadParameter("needs the folder to make: --out", param_hint="--join")
         else:
-            _finish(runs.join(join or [], out, overwrite), out, json_file)
+            _finish(rescoring.join(join or [], out, overwrite), str(out), json_file)
         return
     if model is None or benchmark is None:
         raise typer.BadParameter("give a model and a benchmark", param_hint="MODEL BENCHMARK")
-    if out is None and scoring in (None, "exact", "rank") and (benchmark not in names() or benchmark in TODAY):
-        _in_memory(model, benchmark, data, options, scoring or "exact", no_audio, limit, batch, cache, json_file)
-        return
-    from pal.app.benchmarks import open_for_run
-
-    folder = out or Path("runs/eval") / f"{Path(benchmark).stem}-{Path(model).name}"
-    with open_for_run(benchmark, data, options, rule) as opened:
+    if out is None and benchmark in names():  # published ones take hours, so that a kill must lose nothing
+        out = Path("runs/eval") / f"{benchmark}-{Path(model).name}"
+    with open_benchmark(benchmark, data, options, rule) as opened:
         import pal
-        from pal.evaluate.run import run
+        from pal.evaluate import evaluate
 
         loaded = pal.load(model)
-        result = run(
+        result = evaluate(
             loaded,
             opened,
-            folder,
+            out,
             no_audio=no_audio,
             limit=limit,
             batch=batch,
             progress=shows_progress(),
-            overwrite=overwrite,
             features=_cached(cache, loaded),
+            overwrite=overwrite,
         )
     if result is not None:  # the first of several processes
-        _finish(result, folder, json_file)
+        _finish(result, str(out or benchmark), json_file)
 
 
 def compare(
-    folders: Annotated[list[Path], typer.Argument(help="Folders of pal eval; the first is what the others face.")],
+    folders: Annotated[
+        list[Path], typer.Argument(help="Folders of pal eval, or --json files; the first is the baseline.")
+    ],
     as_json: AsJson = False,
 ) -> None:
     """Compare runs on the same questions, with paired significance."""
@@ -128,103 +128,48 @@ def compare(
         _print_comparison(found)
 
 
-def _in_memory(
-    model: str,
-    benchmark: str,
-    data: Path | None,
-    options: dict[str, Any],
-    scoring: str,
-    no_audio: bool,
-    limit: int | None,
-    batch: int,
-    cache: Path | None,
-    json_file: Path | None,
-) -> None:
-    """A manifest, or a data set's: all turns, one file at the end."""
-    from pal.app.benchmarks import open_benchmark
-
-    with open_benchmark(benchmark, data, options) as manifest:
-        import pal
-        from pal.evaluate import evaluate
-
-        loaded = pal.load(model)
-        score = evaluate(
-            loaded,
-            manifest,
-            scoring=scoring,  # type: ignore[arg-type]
-            no_audio=no_audio,
-            limit=limit,
-            batch=batch,
-            progress=shows_progress(),
-            benchmark=Path(benchmark).stem,
-            features=_cached(cache, loaded),
-            options=options,
-        )
-    if json_file is not None and str(json_file) == "-":
-        print_json(score.to_dict())
-    else:
-        if json_file is not None:
-            score.save(json_file)
-        _print_score(score)
-    if score.errors:
-        raise typer.Exit(1)
-
-
 def _cached(folder: Path | None, model: PalModel) -> FeatureCache | None:
     from pal.features import FeatureCache
 
     return None if folder is None else FeatureCache(folder, model.ears)
 
 
-def _finish(result: Result, folder: Path, json_file: Path | None) -> None:
-    from pal.evaluate.score import jsonable, write_json
-
+def _finish(result: Result, where: str, json_file: Path | None) -> None:
+    """Write, print and end the command; `where` the result lies, or what it is of."""
     if json_file is not None and str(json_file) == "-":
-        print_json(jsonable(result.to_dict()))
+        print_json(result.to_dict())
     else:
         if json_file is not None:
-            write_json(json_file, result.to_dict())
-        _print_result(result, folder)
+            result.save(json_file)
+        _print_result(result, where)
     if result.errors:
         raise typer.Exit(1)
 
 
-def _print_result(result: Result, folder: Path) -> None:
+def _print_result(result: Result, where: str) -> None:
     from rich.console import Console
     from rich.table import Table
 
     table = Table(title=f"{result.benchmark}: {result.n} questions")
-    table.add_column("figure")
+    table.add_column("metric")
     for heading in ("score", "95 % interval", "no audio"):
         table.add_column(heading, justify="right")
-    for name, figure in result.figures.items():
-        table.add_row(name, _number(figure.score), _interval(figure.ci95), _number(figure.no_audio_score))
+    for name, value in result.metrics.items():
+        table.add_row(name, *_cells(value))
     for name, pair in result.single.items():
         table.add_row(name, _number(pair["score"]), "", _number(pair["no_audio_score"]))
-    for axis, values in result.categories.items():
-        for value, part in values.items():
-            cells = (_number(part["score"]), _interval(part["ci95"]), _number(part["no_audio_score"]))
-            table.add_row(f"  {axis}: {value} ({part['n']})", *cells)
+    for axis, parts in result.categories.items():
+        for name, part in parts.items():
+            table.add_row(f"  {axis}: {name} ({part.n})", *_cells(part))
     Console().print(table)
     for what, why in result.facts.get("not_computed", {}).items():
         note(f"no {what}: {why}")
     _print_errors([f"{error['id']}: {error['error']}" for error in result.errors])
-    typer.echo(f"{folder}: {result.metric} {_number(result.overall.score)}, {len(result.errors)} errors")
+    typer.echo(f"{where}: {result.metric} {_number(result.score)}, {len(result.errors)} errors")
 
 
-def _print_score(score: Score) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title=f"{score.benchmark}: {score.metric}, {score.overall.n} questions")
-    table.add_column("task")
-    for heading in ("n", "score", "95 % interval", "no audio"):
-        table.add_column(heading, justify="right")
-    for task, accuracy in [*score.per_task.items(), ("all", score.overall)]:
-        cells = (_number(accuracy.score), _interval(accuracy.ci95), _number(accuracy.no_audio_score))
-        table.add_row(task, str(accuracy.n), *cells)
-    Console().print(table)
-    _print_errors([f"{item.id}: {item.error or item.no_audio_error}" for item in score.errors])
+def _cells(value: MetricValue) -> tuple[str, str, str]:
+    return _number(value.score), _interval(value.ci95), _number(value.no_audio_score)
 
 
 def _print_comparison(found: Comparison) -> None:

@@ -1,6 +1,8 @@
-"""Scores of a model on a manifest, with intervals and the no-audio baseline."""
+"""Scores of a model on benchmarks and manifests, with intervals and the no-audio baseline."""
 
-from pal.evaluate.runner import evaluate
-from pal.evaluate.score import Accuracy, ItemResult, Score
+from pal.evaluate.benchmark import Benchmark, from_records, open_task
+from pal.evaluate.engine import evaluate
+from pal.evaluate.folder import load_result
+from pal.evaluate.result import ItemResult, MetricValue, Result
 
-__all__ = ["Accuracy", "ItemResult", "Score", "evaluate"]
+__all__ = ["Benchmark", "ItemResult", "MetricValue", "Result", "evaluate", "from_records", "load_result", "open_task"]

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pal.data.manifest import Record
+from pal.data.manifest import Manifest, Record
 from pal.errors import ConfigError, ManifestError
 from pal.evaluate import items as contract
 from pal.evaluate.items import Item
@@ -29,16 +29,22 @@ class Benchmark:
     max_new_tokens: int = 32
     options: Mapping[str, Any] = field(default_factory=dict)
     """How it was made, for the record."""
+    left_out: int = 0
+    """Records that are not asked, since they have no choices where others have some."""
 
     def __post_init__(self) -> None:
         if not self.items:
             raise ManifestError(f"{self.name} has no questions to evaluate")
-        ids = [item.id for item in self.items]
-        if len(set(ids)) != len(ids):
-            twice = next(name for name in ids if ids.count(name) > 1)
-            raise ManifestError(f"{self.name}: two questions have the id '{twice}'")
         if self.ranked and any(not item.choices for item in self.items):
-            raise ConfigError(f"{self.name} has questions without choices; scoring 'rank' needs them")
+            raise ConfigError(f"{self.name} has questions without 'choices', which 'rank' needs; use scoring 'exact'")
+
+    def check_ids(self) -> None:
+        """Raises ManifestError where two items have one id, by which a run's folder knows its answers."""
+        seen: set[str] = set()
+        for item in self.items:
+            if item.id in seen:
+                raise ManifestError(f"{self.name}: two questions have the id '{item.id}'; give each its own")
+            seen.add(item.id)
 
     @property
     def ranked(self) -> bool:
@@ -80,13 +86,40 @@ def open_task(
 
 
 def from_records(
-    name: str, records: Sequence[Record], root: Path, rule: Mapping[str, Any], options: Mapping[str, Any] | None = None
+    records: Manifest | Sequence[Record],
+    name: str | None = None,
+    *,
+    rule: Mapping[str, Any] | None = None,
+    root: Path | None = None,
+    options: Mapping[str, Any] | None = None,
 ) -> Benchmark:
-    """The turns of records as a benchmark; records without choices are left out where others have some."""
-    closed = any(record.choices for record in records)
-    kept = [record for record in records if record.choices or not closed]
-    items = [item for record in kept for item in contract.each_turn(record, last=rule["name"] == "rank")]
-    return Benchmark(name, tuple(items), dict(rule), root, options=dict(options or {}))
+    """The turns of records as a benchmark: each turn is an item, after the reference answers of those before it.
+
+    Records without choices, such as captions, are left out where others have some: a free answer has no single right
+    wording. A rule that ranks takes the last turn alone, which the choices belong to.
+
+    Args:
+        records: a manifest or any records.
+        name: of the benchmark; by default the manifest's file name without its ending.
+        rule: how answers are scored; exact match by default.
+        root: what the clips' names in the digest are relative to; by default the manifest's folder of audio.
+        options: how the records were made, for the record.
+
+    Raises:
+        ManifestError: no questions.
+        ConfigError: none has choices, and the rule ranks them.
+    """
+    chosen = dict(rule or {"name": "exact"})
+    if isinstance(records, Manifest):
+        name, root = name or records.path.stem, root or records.root or records.folder
+    everything = list(records)
+    closed = any(record.choices for record in everything)
+    kept = [record for record in everything if record.choices or not closed]
+    items = [item for record in kept for item in contract.each_turn(record, last=chosen["name"] == "rank")]
+    left_out = len(everything) - len(kept)
+    return Benchmark(
+        name or "records", tuple(items), chosen, root or Path(), options=dict(options or {}), left_out=left_out
+    )
 
 
 def changed_rule(official: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str, Any]:

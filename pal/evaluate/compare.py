@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from pal.errors import ConfigError
-from pal.evaluate.figures import Groups, draw
-from pal.evaluate.folder import RunFolder
+from pal.evaluate.bootstrap import Groups, draw
+from pal.evaluate.folder import load_result
 from pal.evaluate.rules.base import Rule
 from pal.registry import build
 
 
 @dataclass
-class Row:
+class ComparedRun:
     """One run against the first one."""
 
     folder: str
@@ -43,7 +43,7 @@ class Comparison:
     benchmark: str
     metric: str
     n: int
-    rows: list[Row]
+    rows: list[ComparedRun]
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON has it."""
@@ -53,33 +53,39 @@ class Comparison:
 def compare(folders: Sequence[str | Path], seed: int = 0) -> Comparison:
     """Compare complete runs of one benchmark with the first of them.
 
+    Args:
+        folders: run folders, or files that `pal eval --json` wrote.
+        seed: of the bootstrap.
+
     Raises:
         BundleError: one of them is no complete run.
         ConfigError: fewer than two, other questions, or another rule.
     """
     if len(folders) < 2:
         raise ConfigError("give at least two folders to compare")
-    runs = [RunFolder(folder) for folder in folders]
-    settings = [run.settings() for run in runs]
+    runs = [load_result(folder) for folder in folders]
+    settings = [run.settings for run in runs]
     for key, what in (("benchmark", "benchmark"), ("rule", "rule"), ("data_digest", "data")):
-        for run, its in zip(runs, settings, strict=True):
-            if its[key] != settings[0][key]:
-                raise ConfigError(f"{run.path} and {runs[0].path} cannot be compared: the {what} differs")
-    answered = [run.items() for run in runs]
-    if any([item.id for item in items] != [item.id for item in answered[0]] for items in answered):
-        raise ConfigError(f"{runs[0].path} and the others hold different questions; evaluate with the same --limit")
+        for folder, its in zip(folders, settings, strict=True):
+            if its.get(key) != settings[0].get(key):
+                raise ConfigError(f"{folder} and {folders[0]} cannot be compared: the {what} differs")
+    if not all(run.items for run in runs):
+        raise ConfigError("a score.json alone holds no answers to compare; give the folders of the runs")
+    if any([item.id for item in run.items] != [item.id for item in runs[0].items] for run in runs):
+        raise ConfigError(f"{folders[0]} and the others hold different questions; evaluate with the same --limit")
     labels = settings[0]["labels"]
-    items = [one.item(labels) for one in answered[0]]
+    items = [one.item(labels) for one in runs[0].items]
     rule: Rule = build("rule", settings[0]["rule"])
-    verdicts = [rule.judge(items, [one.output for one in run]) for run in answered]
-    metric = next(iter(verdicts[0].figures))
-    figures = [verdict.figures[metric] for verdict in verdicts]
-    drawn = draw(figures, Groups(["\n".join(item.clips) for item in items]), seed)
+    verdicts = [rule.judge(items, [one.output for one in run.items]) for run in runs]
+    metric = next(iter(verdicts[0].metrics))
+    drawn = draw(
+        [verdict.metrics[metric] for verdict in verdicts], Groups(["\n".join(item.clips) for item in items]), seed
+    )
     rows = []
-    for place, (folder, its, figure, verdict) in enumerate(zip(folders, settings, drawn, verdicts, strict=True)):
-        row = Row(str(folder), str(its["model"]), figure.value, figure.interval())
+    for place, (folder, its, value, verdict) in enumerate(zip(folders, settings, drawn, verdicts, strict=True)):
+        row = ComparedRun(str(folder), str(its["model"]), value.value, value.interval())
         if place:
-            apart = figure - drawn[0]
+            apart = value - drawn[0]
             row.difference, row.difference_ci95, row.p_bootstrap = apart.value, apart.interval(), apart.chance()
             if None not in verdict.correct:
                 pairs = list(zip(verdicts[0].correct, verdict.correct, strict=True))

@@ -17,7 +17,7 @@ _FEATURES = 4096
 """Numbers of a text's n-grams."""
 
 
-class Embedder(ABC):
+class TextEmbedder(ABC):
     """Turns texts into directions."""
 
     name: str
@@ -30,7 +30,7 @@ class Embedder(ABC):
         """Unit vectors -> [N, C]; their inner products are cosines."""
 
 
-class NgramEmbedder(Embedder):
+class NgramEmbedder(TextEmbedder):
     """Counts of the letters' n-grams within words: spelling, not meaning. Needs no weights."""
 
     name = "character n-grams"
@@ -50,7 +50,7 @@ class NgramEmbedder(Embedder):
         return np.asarray(self._counts.transform(texts).toarray(), dtype=np.float64)
 
 
-class SentenceEmbedder(Embedder):
+class SentenceEmbedder(TextEmbedder):
     """A model of sentence-transformers."""
 
     def __init__(self, source: str, name: str) -> None:
@@ -72,7 +72,7 @@ class SentenceEmbedder(Embedder):
         return np.asarray(vectors, dtype=np.float64)
 
 
-def open_embedder(source: str) -> Embedder:
+def open_embedder(source: str) -> TextEmbedder:
     """An embedding by its name.
 
     Args:

@@ -12,14 +12,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pal.errors import BundleError, ConfigError
-from pal.evaluate.result import Answered, Result
-from pal.evaluate.score import Accuracy, Score, jsonable, write_json
-from pal.files import write_text
+from pal.evaluate.result import ItemResult, Result
+from pal.files import jsonable, write_json, write_text
 
 SETTINGS, ITEMS, SCORE = "settings.json", "items.jsonl", "score.json"
 
@@ -32,10 +31,21 @@ class Answer:
     """What the model said to one question, with or without its audio."""
 
     id: str
-    heard: bool
+    with_audio: bool
     text: str | None
     """None where the item raised."""
     error: str | None = None
+
+    def line(self) -> str:
+        """A line of `answers.N.jsonl`."""
+        content = {"id": self.id, "heard": self.with_audio, "text": self.text, "error": self.error}
+        return json.dumps(content, ensure_ascii=False) + "\n"
+
+    @classmethod
+    def read(cls, line: str) -> Answer:
+        """What `line` made."""
+        content = json.loads(line)
+        return cls(content["id"], content["heard"], content["text"], content["error"])
 
 
 class RunFolder:
@@ -88,17 +98,17 @@ class RunFolder:
         found: dict[tuple[str, bool], str] = {}
         if (self.path / ITEMS).is_file():
             for one in self.items():
-                for heard, text in ((True, one.output), (False, one.no_audio_output)):
+                for with_audio, text in ((True, one.output), (False, one.no_audio_output)):
                     if text is not None:
-                        found[one.id, heard] = text
+                        found[one.id, with_audio] = text
         for answer in self._lines():
             if answer.text is not None:
-                found[answer.id, answer.heard] = answer.text
+                found[answer.id, answer.with_audio] = answer.text
         return found
 
     def errors(self) -> dict[tuple[str, bool], str]:
         """(item, with audio) -> why it raised, as the processes of this run wrote."""
-        return {(a.id, a.heard): a.error for a in self._lines() if a.error is not None}
+        return {(a.id, a.with_audio): a.error for a in self._lines() if a.error is not None}
 
     def journal(self, process: int) -> Journal:
         """Where process number `process` writes its answers."""
@@ -113,7 +123,7 @@ class RunFolder:
     def _lines(self) -> Iterator[Answer]:
         for path in self._journals():
             for line in _whole_lines(path):
-                yield Answer(**json.loads(line))
+                yield Answer.read(line)
 
     def _journals(self) -> list[Path]:
         return sorted(self.path.glob("answers.*.jsonl"))
@@ -124,46 +134,49 @@ class RunFolder:
         """Write items and score, and drop the answers that they hold."""
         lines = (json.dumps(jsonable(one.to_dict()), ensure_ascii=False) for one in result.items)
         write_text(self.path / ITEMS, "".join(f"{line}\n" for line in lines))
-        write_json(self.path / SCORE, result.to_dict())
+        write_json(self.path / SCORE, result.summary())
         for path in self._journals():
             path.unlink()
 
-    def as_score(self) -> Score:
-        """The headline, its categories and the settings, without the items; for model cards.
+    def result(self) -> Result:
+        """What `finish` wrote.
 
         Raises:
             BundleError: the run is not complete, or damaged.
         """
         path = self.path / SCORE
+        settings = self.settings()
         if not path.is_file():
             raise BundleError(f"{self.path}: no {SCORE}; the run is not complete, start the same pal eval again")
+        items = self.items()
         try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-            parts = {f"{axis} {name}": part for axis, of in found["categories"].items() for name, part in of.items()}
-            return Score(
-                benchmark=found["benchmark"],
-                metric=found["metric"],
-                overall=_accuracy(found),
-                per_task={name: _accuracy(part) for name, part in parts.items() if part["ci95"] is not None},
-                settings=self.settings(),
-            )
+            return Result.from_dict(json.loads(path.read_text(encoding="utf-8")), settings, items)
         except (ValueError, KeyError, TypeError, AttributeError):
             raise BundleError(f"{path}: damaged; score it again with pal eval --rescore {self.path}") from None
 
-    def items(self) -> list[Answered]:
-        """What `finish` wrote. Raises BundleError where the run is not complete, or damaged."""
+    def items(self) -> list[ItemResult]:
+        """The items that `finish` wrote. Raises BundleError where the run is not complete, or damaged."""
         path = self.path / ITEMS
         if not path.is_file():
             raise BundleError(f"{self.path}: no {ITEMS}; the run is not complete, start the same pal eval again")
-        known = {one.name for one in fields(Answered)} - {"before"}
         found = []
         for number, line in enumerate(_whole_lines(path), start=1):
             try:
-                raw = json.loads(line)
-                found.append(Answered(**{key: raw[key] for key in known}, before=raw.get("before", [])))
+                found.append(ItemResult.from_dict(json.loads(line)))
             except (ValueError, KeyError, TypeError):
                 raise BundleError(f"{path}, line {number}: damaged; copy the folder again, or evaluate anew") from None
         return found
+
+
+def load_result(path: str | Path) -> Result:
+    """The result in a run's folder, or in a file that `Result.save` wrote.
+
+    Raises:
+        BundleError: neither, or damaged.
+    """
+    if not Path(path).exists():
+        raise BundleError(f"{path}: no such folder or file; give a run's folder, or a file that pal eval --json wrote")
+    return RunFolder(path).result() if Path(path).is_dir() else Result.load(path)
 
 
 class Journal:
@@ -178,7 +191,7 @@ class Journal:
     def add(self, answers: Sequence[Answer]) -> None:
         """Append, out of this process's hands when it returns."""
         for answer in answers:
-            self._file.write(json.dumps(vars(answer), ensure_ascii=False) + "\n")
+            self._file.write(answer.line())
         self._file.flush()
 
     def __enter__(self) -> Journal:
@@ -186,11 +199,6 @@ class Journal:
 
     def __exit__(self, *error: object) -> None:
         self._file.close()
-
-
-def _accuracy(part: Mapping[str, Any]) -> Accuracy:
-    pairs = {key: part[key] and tuple(part[key]) for key in ("ci95", "no_audio_ci95", "gain_ci95")}
-    return Accuracy(part["n"], part["score"], no_audio_score=part["no_audio_score"], gain=part["gain"], **pairs)
 
 
 def _whole_lines(path: Path) -> list[str]:

@@ -1,24 +1,21 @@
-"""From answers to a score: what a rule says of them, with intervals, categories, durations and errors."""
+"""The result of an evaluation: metrics with intervals, every item with its raw answer, and the settings."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from pal.data.manifest import Turn
-from pal.evaluate.figures import INTERVALS, Figure, Groups, Rows, draw
+from pal.errors import BundleError
 from pal.evaluate.items import Item
-from pal.evaluate.rules.base import Rule, Verdict
-
-DURATIONS = ((0.0, 2.0), (2.0, 5.0), (5.0, 10.5), (10.5, 30.5), (30.5, float("inf")))
-"""Seconds from and below which clips are put together. 10 and 30 s are usual lengths, give or take a frame."""
+from pal.files import jsonable, write_json
 
 
 @dataclass
-class Answered:
+class ItemResult:
     """One item and what became of it: a line of `items.jsonl`."""
 
     id: str
@@ -29,14 +26,16 @@ class Answered:
     prompt: str
     references: list[str]
     choices: list[str] | None
-    """None, too, where all items have the same; `settings.json` holds them then."""
+    """None, too, where all items have the same; the settings hold them then, as `labels`."""
     output: str | None = None
-    """The raw answer; None where the item raised."""
+    """The raw answer, never a normalised one; None where the item raised, which counts as wrong."""
     parsed: Any = None
     correct: bool | None = None
+    """None where the rule knows no right and wrong, as for captions."""
     value: float | None = None
     error: str | None = None
     no_audio_output: str | None = None
+    """The same model's answer without the audio; None where that was not asked for, or raised."""
     no_audio_parsed: Any = None
     no_audio_correct: bool | None = None
     no_audio_value: float | None = None
@@ -44,8 +43,13 @@ class Answered:
     before: list[dict[str, str]] = field(default_factory=list)
     """Earlier turns with their reference answers; left out of the line where there are none."""
 
+    @property
+    def group(self) -> str:
+        """The clips that the item is about; the bootstrap draws all items of one group together."""
+        return "\n".join(self.clips)
+
     def item(self, labels: Sequence[str] | None) -> Item:
-        """The question again."""
+        """The question again; `labels` are the choices of items that have none of their own."""
         choices = self.choices if self.choices is not None else labels
         category = {axis: tuple(values) for axis, values in self.category.items()}
         return Item(
@@ -60,18 +64,27 @@ class Answered:
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON has it."""
-        fields = asdict(self)
+        content = asdict(self)
         if not self.before:
-            del fields["before"]
-        return fields
+            del content["before"]
+        return content
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> ItemResult:
+        """What `to_dict` made. Raises KeyError and TypeError for other content."""
+        names = {one.name for one in fields(cls)} - {"before"}
+        return cls(**{name: content[name] for name in names}, before=content.get("before", []))
 
 
 @dataclass
-class Measured:
-    """A figure with its interval, and beside it the same model's without audio."""
+class MetricValue:
+    """A metric over some items with its interval, and beside it the same model's without audio."""
 
+    n: int
+    """Items that it is over."""
     score: float
     ci95: tuple[float, float] | None = None
+    """None for a part of the items whose redrawing would take long."""
     no_audio_score: float | None = None
     no_audio_ci95: tuple[float, float] | None = None
     gain: float | None = None
@@ -79,147 +92,122 @@ class Measured:
     gain_ci95: tuple[float, float] | None = None
     """Paired: both answers of an item are drawn together."""
 
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> MetricValue:
+        """Out of JSON, whose other keys are left alone. Raises KeyError where one is missing."""
+        values: dict[str, Any] = {one.name: content[one.name] for one in fields(cls)}
+        for name in ("ci95", "no_audio_ci95", "gain_ci95"):
+            values[name] = None if values[name] is None else tuple(values[name])
+        return cls(**values)
+
 
 @dataclass
 class Result:
-    """All that `score.json` says."""
+    """What an evaluation found, in memory as in a run's folder."""
 
     benchmark: str
     metric: str
-    n: int
-    overall: Measured
-    figures: dict[str, Measured]
-    """All figures that the rule gives, the headline first."""
+    """Name of the benchmark's own metric, the first of `metrics`."""
+    overall: MetricValue
+    """That metric over all items."""
+    metrics: dict[str, MetricValue]
+    """All metrics that the rule gives, the benchmark's own first."""
     single: dict[str, dict[str, float | None]]
-    """Figures without interval: {"score", "no_audio_score"}."""
-    categories: dict[str, dict[str, dict[str, Any]]]
-    """Axis -> value -> the headline over its items, with their number n."""
-    durations: dict[str, dict[str, Any]]
+    """Metrics without interval: {"score", "no_audio_score"}."""
+    categories: dict[str, dict[str, MetricValue]]
+    """Axis -> value -> the benchmark's own metric over the items of that value."""
+    durations: dict[str, MetricValue]
+    """The same by the length of the clips."""
     errors: list[dict[str, str]]
+    """Items that raised, with or without their audio: {"id", "error"}."""
     facts: dict[str, Any]
     rule: dict[str, Any]
+    """What the rule says of itself."""
     intervals: str
-    items: list[Answered] = field(default_factory=list)
+    settings: dict[str, Any] = field(default_factory=dict)
+    """What decides the answers, such as the digests of model and data, and what a reader of the score wants to know."""
+    items: list[ItemResult] = field(default_factory=list)
+
+    @property
+    def n(self) -> int:
+        """Number of items."""
+        return self.overall.n
+
+    @property
+    def score(self) -> float:
+        """The benchmark's own metric over all items."""
+        return self.overall.score
+
+    def summary(self) -> dict[str, Any]:
+        """All but settings and items, as `score.json` has it."""
+        content: dict[str, Any] = jsonable(
+            {
+                "benchmark": self.benchmark,
+                "metric": self.metric,
+                **asdict(self.overall),
+                "metrics": {name: asdict(metric) for name, metric in self.metrics.items()},
+                "single": self.single,
+                "categories": {
+                    axis: {name: asdict(part) for name, part in parts.items()}
+                    for axis, parts in self.categories.items()
+                },
+                "durations": {name: asdict(part) for name, part in self.durations.items()},
+                "errors": {"count": len(self.errors), "items": self.errors},
+                "facts": self.facts,
+                "rule": self.rule,
+                "intervals": self.intervals,
+            }
+        )
+        return content
 
     def to_dict(self) -> dict[str, Any]:
-        """The content of `score.json`; the items are in a file of their own."""
-        return {
-            "benchmark": self.benchmark,
-            "metric": self.metric,
-            "n": self.n,
-            **asdict(self.overall),
-            "figures": {name: asdict(figure) for name, figure in self.figures.items()},
-            "single": self.single,
-            "categories": self.categories,
-            "durations": self.durations,
-            "errors": {"count": len(self.errors), "items": self.errors},
-            "facts": self.facts,
-            "rule": self.rule,
-            "intervals": self.intervals,
-        }
+        """All of it, as `pal eval --json` writes it."""
+        settings, items = jsonable(self.settings), [jsonable(one.to_dict()) for one in self.items]
+        return {**self.summary(), "settings": settings, "items": items}
+
+    @classmethod
+    def from_dict(cls, summary: Mapping[str, Any], settings: Mapping[str, Any], items: Sequence[ItemResult]) -> Result:
+        """Out of what `summary` made, now or in an earlier version. Raises KeyError and the like for other content."""
+        # runs of earlier versions say "figures", whose n is the whole's
+        metrics = summary["metrics"] if "metrics" in summary else summary["figures"]
+        return cls(
+            benchmark=summary["benchmark"],
+            metric=summary["metric"],
+            overall=MetricValue.from_dict(summary),
+            metrics={name: MetricValue.from_dict({"n": summary["n"], **one}) for name, one in metrics.items()},
+            single=summary["single"],
+            categories={axis: _parts(parts) for axis, parts in summary["categories"].items()},
+            durations=_parts(summary["durations"]),
+            errors=summary["errors"]["items"],
+            facts=summary["facts"],
+            rule=summary["rule"],
+            intervals=summary["intervals"],
+            settings=dict(settings),
+            items=list(items),
+        )
+
+    def save(self, path: str | Path) -> None:
+        """Write `to_dict` as JSON in one step, so that a reader never sees half of it."""
+        write_json(Path(path), self.to_dict())
+
+    @classmethod
+    def load(cls, path: str | Path) -> Result:
+        """Read what `save` wrote, or the `score.json` of a run, which has no settings and no items.
+
+        Raises:
+            BundleError: no such file, or something else in it.
+        """
+        try:
+            found = json.loads(Path(path).read_text(encoding="utf-8"))
+            items = [ItemResult.from_dict(one) for one in found.get("items", [])]  # none in a run's score.json
+            return cls.from_dict(found, found.get("settings", {}), items)
+        except OSError as error:
+            raise BundleError(f"{path}: {error.strerror or error}; give a file that pal eval --json wrote") from None
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise BundleError(
+                f"{path}: damaged, or no score of this version; give a file that pal eval --json wrote"
+            ) from None
 
 
-def score(
-    benchmark: str,
-    answered: Sequence[Answered],
-    labels: Sequence[str] | None,
-    rule: Rule,
-    seed: int = 0,
-    no_audio: bool = True,
-) -> Result:
-    """Judge the answers, write what was found into them, and sum up.
-
-    Args:
-        benchmark: its name, for the score.
-        answered: at least one.
-        labels: choices of items that have none of their own.
-        rule: how answers are judged.
-        seed: of the bootstrap.
-        no_audio: whether the answers without audio are there.
-    """
-    items = [one.item(labels) for one in answered]
-    heard = rule.judge(items, [one.output for one in answered])
-    for one, parsed, correct, value in zip(answered, heard.parsed, heard.correct, heard.value, strict=True):
-        one.parsed, one.correct, one.value = parsed, correct, value
-    deaf: Verdict | None = None
-    if no_audio:
-        deaf = rule.judge(items, [one.no_audio_output for one in answered])
-        for one, parsed, correct, value in zip(answered, deaf.parsed, deaf.correct, deaf.value, strict=True):
-            one.no_audio_parsed, one.no_audio_correct, one.no_audio_value = parsed, correct, value
-    keys = ["\n".join(one.clips) for one in answered]
-    figures = {
-        name: measure(figure, None if deaf is None else deaf.figures[name], keys, seed)
-        for name, figure in heard.figures.items()
-    }
-    metric = next(iter(heard.figures))
-    headline = heard.figures[metric], None if deaf is None else deaf.figures[metric]
-
-    def part(rows: list[int]) -> dict[str, Any]:
-        some = np.asarray(rows, dtype=np.intp)
-        return {"n": len(rows), **asdict(_part(*headline, some, [keys[row] for row in rows], seed))}
-
-    errors = [
-        {"id": one.id, "error": error}
-        for one in answered
-        for error in (one.error, None if one.no_audio_error is None else f"without audio: {one.no_audio_error}")
-        if error is not None
-    ]
-    return Result(
-        benchmark=benchmark,
-        metric=metric,
-        n=len(answered),
-        overall=figures[metric],
-        figures=figures,
-        single={
-            name: {"score": value, "no_audio_score": None if deaf is None else deaf.single[name]}
-            for name, value in heard.single.items()
-        },
-        categories={
-            axis: {name: part(rows) for name, rows in sorted(values.items())}
-            for axis, values in _by_category(answered).items()
-        },
-        durations={name: part(rows) for name, rows in _by_duration(answered).items()},
-        errors=errors,
-        facts=heard.facts,
-        rule=rule.describe(),
-        intervals=f"{INTERVALS}; {heard.figures[metric].resamples} resamples, seed {seed}",
-        items=list(answered),
-    )
-
-
-def measure(figure: Figure, deaf: Figure | None, keys: Sequence[str], seed: int) -> Measured:
-    """A figure over all its items with intervals; `keys` say which items belong together."""
-    if deaf is None:
-        (heard,) = draw([figure], Groups(keys), seed)
-        return Measured(heard.value, heard.interval())
-    heard, guessed = draw([figure, deaf], Groups(keys), seed)
-    gain = heard - guessed
-    return Measured(heard.value, heard.interval(), guessed.value, guessed.interval(), gain.value, gain.interval())
-
-
-def _part(figure: Figure, deaf: Figure | None, rows: Rows, keys: Sequence[str], seed: int) -> Measured:
-    """Of some items; without intervals where they would take long."""
-    some, other = figure.of_some(rows), None if deaf is None else deaf.of_some(rows)
-    if not figure.slow:
-        return measure(some, other, keys, seed)
-    value, guessed = some.value(), None if other is None else other.value()
-    return Measured(value, no_audio_score=guessed, gain=None if guessed is None else value - guessed)
-
-
-def _by_category(answered: Sequence[Answered]) -> dict[str, dict[str, list[int]]]:
-    found: dict[str, dict[str, list[int]]] = {}
-    for row, one in enumerate(answered):
-        for axis, values in one.category.items():
-            for value in values:
-                found.setdefault(axis, {}).setdefault(value, []).append(row)
-    return found
-
-
-def _by_duration(answered: Sequence[Answered]) -> dict[str, list[int]]:
-    found: dict[str, list[int]] = {}
-    for low, high in DURATIONS:
-        rows = [row for row, one in enumerate(answered) if one.seconds is not None and low <= one.seconds < high]
-        if rows:
-            found[f"{low:g} s and longer" if high == float("inf") else f"{low:g} to {high:g} s"] = rows
-    unknown = [row for row, one in enumerate(answered) if one.seconds is None]
-    return {**found, "unknown": unknown} if unknown else found
+def _parts(content: Mapping[str, Any]) -> dict[str, MetricValue]:
+    return {name: MetricValue.from_dict(part) for name, part in content.items()}

@@ -124,7 +124,7 @@ def test_train_and_eval(shipped, tmp_path):
     assert found["settings"]["model_digest"] == facts["model_digest"]
     ranked = json.loads(succeed("eval", out, shipped.scenes, "--scoring", "rank", "--json", "-").stdout)
     assert ranked["metric"] == "rank_accuracy"
-    assert all(item["prediction"] for item in ranked["items"])
+    assert all(item["output"] for item in ranked["items"])
 
 
 def test_eval_of_a_data_set(shipped, tmp_path):
@@ -134,7 +134,7 @@ def test_eval_of_a_data_set(shipped, tmp_path):
         succeed("eval", "tiny", "fsdd", "--data", tmp_path, "--speakers", "ann", "--only-audio", "--json", "-").stdout
     )
     assert found["benchmark"] == "fsdd"
-    assert [item["reference"] for item in found["items"]] == ["three", "four"]
+    assert [item["references"] for item in found["items"]] == [["three"], ["four"]]
     assert found["settings"]["options"] == {"speakers": "ann"}
     assert found["no_audio_score"] is None
     assert "needs its folder: --data" in run("eval", "tiny", "fsdd").stderr

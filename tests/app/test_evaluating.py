@@ -34,13 +34,17 @@ def test_a_benchmark(shipped, mmau, tmp_path):
     score = json.loads((out / "score.json").read_text())
     assert (score["benchmark"], score["n"], score["rule"]["says"][:8]) == ("mmau", 2, "official")
     assert sorted(path.name for path in out.iterdir()) == ["items.jsonl", "score.json", "settings.json"]
-    again = json.loads(succeed("eval", "tiny", "mmau", "--data", mmau, "--out", out, "--json", "-").stdout)
-    assert again == score
-    assert json.loads(succeed("eval", "--rescore", out, "--json", "-").stdout) == score
+    whole = json.loads(succeed("eval", "tiny", "mmau", "--data", mmau, "--out", out, "--json", "-").stdout)
+    settings, items = whole.pop("settings"), whole.pop("items")
+    assert whole == score
+    assert settings == json.loads((out / "settings.json").read_text())
+    assert items == [json.loads(line) for line in (out / "items.jsonl").read_text().splitlines()]
+    whole = {**whole, "settings": settings, "items": items}
+    assert json.loads(succeed("eval", "--rescore", out, "--json", "-").stdout) == whole
     other = json.loads(succeed("eval", "--rescore", out, "--scoring", "exact", "--json", "-").stdout)
     assert other["metric"] == "exact_match"
     back = succeed("eval", "--rescore", out, "--scoring", "official", "--json", "-")
-    assert json.loads(back.stdout) == score
+    assert json.loads(back.stdout) == whole
 
 
 def test_options_of_benchmark_and_rule(shipped, tmp_path):
@@ -58,10 +62,16 @@ def test_options_of_benchmark_and_rule(shipped, tmp_path):
     assert (refused.exit_code, "'limit' differs" in refused.stderr) == (1, True)
 
 
-def test_esc50_without_a_folder_is_scored_as_before(shipped, tmp_path):
+def test_a_folder_changes_nothing_of_what_is_asked_and_how_it_is_scored(shipped, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     root = published.esc50(tmp_path / "esc")
-    found = json.loads(succeed("eval", "tiny", "esc50", "--data", root, "--folds", "1", "--json", "-").stdout)
+    for arguments in (("esc50", "--data", root, "--folds", "1"), (shipped.scenes, "--limit", 2)):
+        command = ("eval", "tiny", *arguments, "--json", "-")
+        found = json.loads(succeed(*command).stdout)
+        assert json.loads(succeed(*command, "--out", tmp_path / f"with {len(arguments)}").stdout) == found
     assert (found["metric"], len(found["items"])) == ("exact_match", 2)
+    # a published benchmark takes hours: its answers are kept in any case; a manifest's are where they are asked for
+    assert [path.name for path in (tmp_path / "runs/eval").iterdir()] == ["esc50-tiny"]
 
 
 def test_features_are_kept_for_later_runs(shipped, mmau, tmp_path):
@@ -125,7 +135,7 @@ def test_join(shipped, tmp_path):
         (("eval", "tiny", "--rescore", "nowhere"), 2, "takes no model"),
         (("eval", "--join", "nowhere"), 2, "needs the folder to make"),
         (("compare", "nowhere"), 1, "at least two folders"),
-        (("compare", "nowhere", "neither"), 1, "nowhere: no settings.json"),
+        (("compare", "nowhere", "neither"), 1, "nowhere: no such folder or file"),
     ],
 )
 def test_wrong_use(tmp_path, monkeypatch, arguments, status, says):

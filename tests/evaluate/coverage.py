@@ -2,7 +2,7 @@
 
     python -m tests.evaluate.coverage [--sets 400] [WORD ...]
 
-Two truths are counted: the figure of the whole population, and the mean figure of data sets of this size, from which
+Two truths are counted: the metric of the whole population, and the mean metric of data sets of this size, from which
 the population's differs where labels are rare (of few clips, average precision is too good). Words choose cases.
 docs/evaluation.md has the table; `test_coverage.py` runs a few cases with fewer data sets.
 """
@@ -17,12 +17,13 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from pal.evaluate.figures import Figure, Groups, Ratio, draw
-from pal.evaluate.over_labels import MacroF1, MeanAveragePrecision
+from pal.evaluate.bootstrap import Groups, draw
+from pal.evaluate.label_metrics import MacroF1, MeanAveragePrecision
+from pal.evaluate.metrics import Metric, Ratio
 
 LABELS = 20
-Draw = Callable[[np.random.Generator, int, int], Figure]
-"""(generator, clips, questions a clip) -> the figure of a data set; a clip's questions are neighbours."""
+Draw = Callable[[np.random.Generator, int, int], Metric]
+"""(generator, clips, questions a clip) -> the metric of a data set; a clip's questions are neighbours."""
 
 
 @dataclass(frozen=True)
@@ -40,14 +41,14 @@ class Covered:
     """What came of many data sets."""
 
     population: float
-    """The figure of 100,000 clips."""
+    """The metric of 100,000 clips."""
     mean: float
-    """Of the data sets' figures."""
+    """Of the data sets' metrics."""
     holds_population: float
     """Share of the intervals."""
     holds_mean: float
     holds_own: float
-    """The data set's own figure; anything below 1 is a fault."""
+    """The data set's own metric; anything below 1 is a fault."""
     width: float
 
 
@@ -72,7 +73,7 @@ def measured(case: Case, sets: int, seed: int = 0) -> Covered:
 def accuracy(right: float) -> Draw:
     """Questions that are right with this chance, half of a clip's together with its first one."""
 
-    def of(rng: np.random.Generator, clips: int, questions: int) -> Figure:
+    def of(rng: np.random.Generator, clips: int, questions: int) -> Metric:
         own_CQ = rng.random((clips, questions)) < right
         follows_CQ = rng.random((clips, questions)) < 0.5
         return Ratio.right(np.where(follows_CQ, own_CQ[:, :1], own_CQ).ravel().tolist())
@@ -83,7 +84,7 @@ def accuracy(right: float) -> Draw:
 def macro_f1(right: float, share: NDArray[np.float64]) -> Draw:
     """One label of `share` a clip, said with this chance and else any; a clip's questions have one label."""
 
-    def of(rng: np.random.Generator, clips: int, questions: int) -> Figure:
+    def of(rng: np.random.Generator, clips: int, questions: int) -> Metric:
         held_N = np.repeat(rng.choice(len(share), clips, p=share), questions)
         said_N = np.where(
             rng.random(len(held_N)) < right, held_N, np.repeat(rng.integers(0, len(share), clips), questions)
@@ -100,7 +101,7 @@ def mean_ap(apart: float, share: NDArray[np.float64]) -> Draw:
     Half of the spread is the clip's own, whatever the question.
     """
 
-    def of(rng: np.random.Generator, clips: int, questions: int) -> Figure:
+    def of(rng: np.random.Generator, clips: int, questions: int) -> Metric:
         truth_CL = rng.random((clips, len(share))) < share
         clip_CL = rng.standard_normal((clips, len(share)))
         truth_NL, clip_NL = np.repeat(truth_CL, questions, 0), np.repeat(clip_CL, questions, 0)
@@ -141,7 +142,7 @@ def main() -> None:
     parser.add_argument("words", nargs="*", help="only cases whose name contains one of them")
     parser.add_argument("--sets", type=int, default=400, help="data sets of each case")
     asked = parser.parse_args()
-    print("| figure | clips | questions a clip | population | mean | holds population's | holds mean | own | width |")
+    print("| metric | clips | questions a clip | population | mean | holds population's | holds mean | own | width |")
     print("|---|---|---|---|---|---|---|---|---|")
     for case in CASES:
         if asked.words and not any(word in case.name for word in asked.words):

@@ -17,7 +17,7 @@ HARD = [
 
 @pytest.mark.parametrize("case", HARD, ids=lambda case: case.name)
 def test_intervals_hold_the_truth(case, monkeypatch):
-    monkeypatch.setattr("pal.evaluate.over_labels.OverLabels.resamples", 100)
+    monkeypatch.setattr("pal.evaluate.label_metrics.LabelMetric.resamples", 100)
     sets = 60
     found = measured(case, sets)
     assert found.holds_own == 1.0
@@ -28,7 +28,7 @@ def test_intervals_hold_the_truth(case, monkeypatch):
 
 @pytest.mark.parametrize("of", [accuracy(1.0), macro_f1(1.0, ONE_OF), mean_ap(50.0, SOME_OF)])
 def test_a_perfect_models_intervals_hold_one(of, monkeypatch):
-    monkeypatch.setattr("pal.evaluate.over_labels.OverLabels.resamples", 100)
+    monkeypatch.setattr("pal.evaluate.label_metrics.LabelMetric.resamples", 100)
     found = measured(Case("perfect", of, 30), 8)
     assert (found.population, found.mean) == pytest.approx((1.0, 1.0))
     assert found.holds_own == 1.0 and found.width > 0.05

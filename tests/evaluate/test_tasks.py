@@ -9,12 +9,10 @@ import soundfile
 
 from pal.audio import load
 from pal.errors import ConfigError, ManifestError
-from pal.evaluate.benchmark import open_task
-from pal.evaluate.run import run
+from pal.evaluate import evaluate, open_task
 from pal.evaluate.tasks.base import ask_by_letter
 from pal.registry import names
 from tests import published
-from tests.models import tiny_model
 
 SCORES = {
     **dict.fromkeys(("esc50", "vggsound", "gtzan", "nsynth", "mmau", "mmar"), "accuracy"),
@@ -51,11 +49,6 @@ def items(name, root, **options):
 
 def test_all_of_them_are_known():
     assert names("task") == sorted(published.BENCHMARKS) == sorted(SCORES)
-
-
-@pytest.fixture(scope="module")
-def model():
-    return tiny_model("lal")
 
 
 class Listener:
@@ -112,20 +105,18 @@ def more_of(benchmark, folder, least=12):
 def test_without_sound_a_score_is_the_baselines(name, model, tmp_path, monkeypatch):
     """Through silence nothing comes but a clip's length, and only a model that goes by it stays above the baseline."""
     monkeypatch.setattr("shutil.which", lambda name: None)  # Java takes long to start, and test_text.py has it
-    monkeypatch.setattr("pal.evaluate.over_labels.OverLabels.resamples", 20)
+    monkeypatch.setattr("pal.evaluate.label_metrics.LabelMetric.resamples", 20)
     benchmark = open_task(name, published.BENCHMARKS[name](tmp_path / "data"))
     assert len(benchmark.items) == COUNTS[name]
     noise, silence = more_of(benchmark, tmp_path)
-    deaf = run(Listener(model, noise, by_sound), silence, tmp_path / "deaf", progress=False)
+    deaf = evaluate(Listener(model, noise, by_sound), silence, progress=False)
     assert deaf.metric.startswith(SCORES[name])
     assert not deaf.errors
-    assert sum(part["n"] for part in deaf.durations.values()) == deaf.n
+    assert sum(part.n for part in deaf.durations.values()) == deaf.n
     low, high = deaf.overall.no_audio_ci95
 
     def score(recognises, asked):
-        listener = Listener(model, noise, recognises)
-        folder = tmp_path / f"{recognises.__name__} {asked is noise}"
-        return run(listener, asked, folder, no_audio=False, progress=False).overall.score
+        return evaluate(Listener(model, noise, recognises), asked, no_audio=False, progress=False).score
 
     assert low <= deaf.overall.score <= high
     assert not low <= score(by_sound, noise) <= high

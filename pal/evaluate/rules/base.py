@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from pal.config import StrictConfig
-from pal.evaluate.figures import Figure, Ratio
 from pal.evaluate.items import Item
+from pal.evaluate.metrics import Metric, Ratio
 
 
 @dataclass
@@ -24,10 +24,10 @@ class Verdict:
     """Whether the item is right; None where the rule knows no such thing, as for captions."""
     value: list[float]
     """What each item is worth, for comparing two models item by item: 1 or 0, or the item's own score."""
-    figures: dict[str, Figure]
-    """Name -> figure; the first one is the benchmark's own."""
+    metrics: dict[str, Metric]
+    """Name -> metric; the first one is the benchmark's own."""
     single: dict[str, float] = field(default_factory=dict)
-    """Figures of the whole set that have no interval, such as corpus BLEU."""
+    """Metrics of the whole set that have no interval, such as corpus BLEU."""
     facts: dict[str, Any] = field(default_factory=dict)
     """Counts worth knowing, such as how many answers could not be read, and what was not computed and why."""
 
@@ -50,7 +50,7 @@ class Rule(ABC):
         return {"says": self.says, "quirks": list(self.quirks), "lower_is_better": self.lower_is_better}
 
 
-class Plain(StrictConfig):
+class NoOptions(StrictConfig):
     """Options of a rule that has none."""
 
 

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from pal.errors import ConfigError
-from pal.evaluate.figures import Figure, Ratio
 from pal.evaluate.items import Item
-from pal.evaluate.rules.base import Plain, Rule, Verdict
+from pal.evaluate.metrics import Metric, Ratio
+from pal.evaluate.rules.base import NoOptions, Rule, Verdict
 from pal.registry import register
 
 _NO_JAVA = "needs Java on the PATH, 8 or later"
@@ -36,11 +36,11 @@ class CaptionScores(Rule):
     beside the package, which is never downloaded here.
     """
 
-    Config = Plain
+    Config = NoOptions
     says = "COCO caption metrics (pycocoevalcap) after the Penn Treebank tokenizer, punctuation removed"
     quirks = ("document frequencies of CIDEr-D are those of this set's references, so its value depends on the set",)
 
-    def __init__(self, config: Plain) -> None:
+    def __init__(self, config: NoOptions) -> None:
         del config
         package = importlib.util.find_spec("pycocoevalcap")
         if package is None or not package.submodule_search_locations:
@@ -63,7 +63,7 @@ class CaptionScores(Rule):
         _, each_cider = Cider().compute_score(right, said)
         _, each_rouge = Rouge().compute_score(right, said)
         bleu, _ = Bleu(4).compute_score(right, said, verbose=0)
-        figures: dict[str, Figure] = {
+        metrics: dict[str, Metric] = {
             f"CIDEr-D{note}": Ratio.mean(each_cider),
             f"ROUGE-L{note}": Ratio.mean(each_rouge),
         }
@@ -76,15 +76,15 @@ class CaptionScores(Rule):
             missing["METEOR"] = _NO_JAVA
         if self.spice:
             each_spice = _spice(right, said)
-            figures["SPICE"] = Ratio.mean(each_spice)
-            figures["SPIDEr"] = Ratio.mean([(c + s) / 2 for c, s in zip(each_cider, each_spice, strict=True)])
+            metrics["SPICE"] = Ratio.mean(each_spice)
+            metrics["SPIDEr"] = Ratio.mean([(c + s) / 2 for c, s in zip(each_cider, each_spice, strict=True)])
         else:
             missing["SPICE"] = missing["SPIDEr"] = (
                 f"needs {_NO_PARSER}" if self.java else f"{_NO_JAVA}, and {_NO_PARSER}"
             )
         parsed = [None if text is None else said[key][0] for key, text in zip(ids, texts, strict=True)]
         values = [float(score) for score in each_cider]
-        return Verdict(parsed, [None] * len(items), values, figures, single, {"not_computed": missing})
+        return Verdict(parsed, [None] * len(items), values, metrics, single, {"not_computed": missing})
 
     @cached_property
     def _meteor(self) -> Any:

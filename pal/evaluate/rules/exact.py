@@ -5,19 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from pal.evaluate.items import Item
-from pal.evaluate.rules.base import Plain, Rule, Verdict, right_or_wrong
-from pal.evaluate.scorers import NORMALISATION, exact_match, normalise
+from pal.evaluate.rules.base import NoOptions, Rule, Verdict, right_or_wrong
+from pal.evaluate.text import NORMALISATION, exact_match, normalise
 from pal.registry import register
 
 
 @register("rule", "exact")
 class Exact(Rule):
-    """The answer equals one of the references after `scorers.normalise`."""
+    """The answer equals one of the references after `text.normalise`."""
 
-    Config = Plain
+    Config = NoOptions
     says = f"the answer equals a reference after: {NORMALISATION}"
 
-    def __init__(self, config: Plain) -> None:
+    def __init__(self, config: NoOptions) -> None:
         del config
 
     def judge(self, items: Sequence[Item], texts: Sequence[str | None]) -> Verdict:

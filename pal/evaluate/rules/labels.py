@@ -10,16 +10,16 @@ from numpy.typing import NDArray
 
 from pal.config import StrictConfig
 from pal.errors import ConfigError
-from pal.evaluate.embed import NGRAMS, Embedder, open_embedder
-from pal.evaluate.figures import Figure, Ratio
+from pal.evaluate.embed import NGRAMS, TextEmbedder, open_embedder
 from pal.evaluate.items import Item
-from pal.evaluate.over_labels import MacroF1, MeanAveragePrecision
+from pal.evaluate.label_metrics import MacroF1, MeanAveragePrecision
+from pal.evaluate.metrics import Metric, Ratio
 from pal.evaluate.rules.base import Rule, Verdict, share
 from pal.registry import register
 
 
 @register("rule", "labels")
-class Labels(Rule):
+class NearestLabel(Rule):
     """The label whose embedding is nearest to the answer's.
 
     F1 and mAP are scikit-learn's, over the labels that are there. An item that raised has no label, and the lowest
@@ -39,7 +39,7 @@ class Labels(Rule):
         """A folder or Hub id of a sentence-transformers model (pal-audio[embeddings]), or "ngrams": no download, and it
         compares spelling, not meaning, so that a puppy is no dog to it."""
 
-    def __init__(self, config: Config, embedder: Embedder | None = None) -> None:
+    def __init__(self, config: Config, embedder: TextEmbedder | None = None) -> None:
         self.config = config
         self.embedder = embedder if embedder is not None else open_embedder(config.embedding)
         self.says = (
@@ -70,19 +70,19 @@ class Labels(Rule):
         values = [float(right) for right in correct]
         if self.config.metric == "map":
             scores_NL = np.where(heard[:, None], scores_NL, -1.0)  # the lowest cosine there is
-            figures: dict[str, Figure] = {"mAP": MeanAveragePrecision(truth_NL, scores_NL)}
+            metrics: dict[str, Metric] = {"mAP": MeanAveragePrecision(truth_NL, scores_NL)}
             empty = int((~truth_NL.any(0)).sum())
-            return Verdict(parsed, list(correct), values, figures, facts={"labels_without_items": empty})
+            return Verdict(parsed, list(correct), values, metrics, facts={"labels_without_items": empty})
         if self.config.metric == "accuracy":
             return Verdict(parsed, list(correct), values, {"accuracy": Ratio.right(correct)})
         said_NL = (np.arange(len(labels)) == nearest[:, None]) & heard[:, None]
         hits = 2.0 * (said_NL & truth_NL).sum(1)
-        figures = {
+        metrics = {
             # pooled over labels: 2 TP by the number of labels said and held
             "micro_f1": share(hits.tolist(), (said_NL.sum(1) + truth_NL.sum(1)).tolist()),
             "macro_f1": MacroF1(truth_NL, said_NL),
         }
-        return Verdict(parsed, list(correct), values, figures)
+        return Verdict(parsed, list(correct), values, metrics)
 
     def _similarities(self, labels: Sequence[str], texts: Sequence[str | None]) -> NDArray[np.float64]:
         of_label = self.embedder.embed([self.config.label.format(label.lower()) for label in labels])

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import Literal
 
 from pal.config import StrictConfig
-from pal.evaluate.figures import Ratio
 from pal.evaluate.items import Item
+from pal.evaluate.metrics import Ratio
 from pal.evaluate.rules.base import Rule, Verdict, share
 from pal.evaluate.rules.options import REPAIR, meant
 from pal.registry import register
@@ -84,11 +84,11 @@ class Letters(Rule):
             for index, item in zip(chosen, items, strict=True)
         ]
         values = [float(right) for right in correct]
-        figures = {"accuracy": share(values, counted), "repaired_accuracy": Ratio.right(repaired)}
+        metrics = {"accuracy": share(values, counted), "repaired_accuracy": Ratio.right(repaired)}
         if self.of != "muchomusic":
-            figures["accuracy_over_all"] = Ratio.right(correct)
+            metrics["accuracy_over_all"] = Ratio.right(correct)
         unread = sum(letter is None and text is not None for letter, text in zip(letters, texts, strict=True))
-        return Verdict(list(letters), list(correct), values, dict(figures), facts={"unread": unread})
+        return Verdict(list(letters), list(correct), values, dict(metrics), facts={"unread": unread})
 
     def _letter(self, text: str, item: Item) -> str | None:
         return only_letter(text, item.choices or ()) if self.of == "muchomusic" else first_or_second_last(text)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from pal.evaluate.scorers import normalise
+from pal.evaluate.text import normalise
 
 REPAIR = (
     "repaired: an option's text alone; else a letter alone, bracketed, before '.', ')' or ':', or after 'answer is' "

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from pal.evaluate.items import Item
-from pal.evaluate.rules.base import Plain, Rule, Verdict, right_or_wrong
+from pal.evaluate.rules.base import NoOptions, Rule, Verdict, right_or_wrong
 from pal.registry import register
 
 
@@ -13,10 +13,10 @@ from pal.registry import register
 class Rank(Rule):
     """Right if the likeliest choice is among the references. The model does not generate."""
 
-    Config = Plain
+    Config = NoOptions
     says = "argmax over the choices of the answer's summed log-likelihood, end of turn included"
 
-    def __init__(self, config: Plain) -> None:
+    def __init__(self, config: NoOptions) -> None:
         del config
 
     def judge(self, items: Sequence[Item], texts: Sequence[str | None]) -> Verdict:

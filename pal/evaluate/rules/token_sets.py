@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from pal.evaluate.figures import Ratio
 from pal.evaluate.items import Item
-from pal.evaluate.rules.base import Plain, Rule, Verdict, right_or_wrong
+from pal.evaluate.metrics import Ratio
+from pal.evaluate.rules.base import NoOptions, Rule, Verdict, right_or_wrong
 from pal.evaluate.rules.options import REPAIR, meant
 from pal.registry import register
 
@@ -30,7 +30,7 @@ def matches(answer: str, reference: str, choices: Sequence[str]) -> bool:
 class TokenSets(Rule):
     """Accuracy by `matches`, as MMAU's and MMAR's evaluation scripts have it."""
 
-    Config = Plain
+    Config = NoOptions
     says = f"official: all words of the right option are in the answer, and none that only others have; {REPAIR}"
     quirks = (
         "an answer such as '(B) text' fails where a wrong option has the word 'b', and '(A) text' where one has 'a'",
@@ -38,7 +38,7 @@ class TokenSets(Rule):
         "the official script skips items without an answer; here they count as wrong",
     )
 
-    def __init__(self, config: Plain) -> None:
+    def __init__(self, config: NoOptions) -> None:
         del config
 
     def judge(self, items: Sequence[Item], texts: Sequence[str | None]) -> Verdict:
@@ -51,5 +51,5 @@ class TokenSets(Rule):
         ]
         verdict = right_or_wrong("accuracy", parsed, correct)
         repaired = [name is not None and name in item.references for name, item in zip(parsed, items, strict=True)]
-        verdict.figures["repaired_accuracy"] = Ratio.right(repaired)
+        verdict.metrics["repaired_accuracy"] = Ratio.right(repaired)
         return verdict

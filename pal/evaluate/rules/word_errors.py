@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from pal.errors import ConfigError
-from pal.evaluate.figures import Ratio
 from pal.evaluate.items import Item
-from pal.evaluate.rules.base import Plain, Rule, Verdict
+from pal.evaluate.metrics import Ratio
+from pal.evaluate.rules.base import NoOptions, Rule, Verdict
 from pal.registry import register
 
 
@@ -17,11 +17,11 @@ from pal.registry import register
 class WordErrors(Rule):
     """Insertions, deletions and substitutions of all utterances by the words of all references, by jiwer."""
 
-    Config = Plain
+    Config = NoOptions
     says = "word error rate (jiwer) after Whisper's English normaliser (whisper-normalizer) on both sides"
     lower_is_better = True
 
-    def __init__(self, config: Plain) -> None:
+    def __init__(self, config: NoOptions) -> None:
         del config
         try:
             import jiwer

@@ -15,7 +15,7 @@ from pal.registry import register
 
 @register("task", "dcase2017")
 class Dcase2017(Task):
-    """The challenge's figure is the micro F1 over labels; free text gives one label a clip, as LTU scores it."""
+    """The challenge's metric is the micro F1 over labels; free text gives one label a clip, as LTU scores it."""
 
     class Config(Prompted):
         """Which clips, and what is asked."""

@@ -22,7 +22,7 @@ def item(answer, choices=CHOICES, name="q"):
 def judged(rule, answer, *texts, choices=CHOICES):
     items = [item(answer, choices, str(number)) for number in range(len(texts))]
     verdict = build("rule", rule).judge(items, list(texts))
-    return verdict, {name: figure.value() for name, figure in verdict.figures.items()}
+    return verdict, {name: figure.value() for name, figure in verdict.metrics.items()}
 
 
 # MMAU and MMAR
@@ -52,13 +52,13 @@ def test_gold_text_is_always_right_and_the_letter_style_is_not():
     items = [item(choice, choices, f"{i}{j}") for i, choices in enumerate(sets) for j, choice in enumerate(choices)]
     rule = build("rule", "token_sets")
     verbatim = rule.judge(items, [one.references[0] for one in items])
-    assert verbatim.figures["accuracy"].value() == 1.0
+    assert verbatim.metrics["accuracy"].value() == 1.0
     lettered = [f"({'ABCD'[one.choices.index(one.references[0])]}) {one.references[0]}" for one in items]
     verdict = rule.judge(items, lettered)
     # lost: "(A) dog" and "(B) a car horn"; in "(A) a man", "(B) minor" the letter is no other option's word alone
     assert verdict.correct == [False, False, True, True, True, True, True, True, True, True]
-    assert verdict.figures["accuracy"].value() == 0.8
-    assert verdict.figures["repaired_accuracy"].value() == 1.0
+    assert verdict.metrics["accuracy"].value() == 0.8
+    assert verdict.metrics["repaired_accuracy"].value() == 1.0
     assert any("(B)" in quirk for quirk in rule.describe()["quirks"])
 
 
@@ -77,9 +77,9 @@ def test_token_sets_against_plain_counting(answer, reference, others):
 
 
 def test_an_item_without_answer_is_wrong_not_skipped():
-    verdict, figures = judged({"name": "token_sets"}, "dog", "dog", None)
+    verdict, values = judged({"name": "token_sets"}, "dog", "dog", None)
     assert verdict.correct == [True, False]
-    assert figures == {"accuracy": 0.5, "repaired_accuracy": 0.5}
+    assert values == {"accuracy": 0.5, "repaired_accuracy": 0.5}
 
 
 # AIR-Bench and MMSU
@@ -111,13 +111,13 @@ def test_first_or_second_last(answer, letter):
 def test_unread_answers_leave_the_denominator():
     texts = ("B. a car horn", "The answer is A.", "a car horn", "", "(B) a car horn", None)
     for whose, official in (("air_bench", 1 / 3), ("mmsu", 1 / 4)):
-        verdict, figures = judged({"name": "letters", "of": whose}, "a car horn", *texts)
+        verdict, values = judged({"name": "letters", "of": whose}, "a car horn", *texts)
         assert verdict.parsed == ["B", "A", None, None, None, None]
         assert verdict.correct == [True, False, False, False, False, False]
         # right: the first; read: the first two; the item that raised always counts; MMSU counts empty answers
-        assert figures["accuracy"] == pytest.approx(official)
-        assert figures["accuracy_over_all"] == pytest.approx(1 / 6)
-        assert figures["repaired_accuracy"] == pytest.approx(3 / 6)
+        assert values["accuracy"] == pytest.approx(official)
+        assert values["accuracy_over_all"] == pytest.approx(1 / 6)
+        assert values["repaired_accuracy"] == pytest.approx(3 / 6)
         assert verdict.facts == {"unread": 3}
 
 
@@ -153,9 +153,9 @@ def test_only_letter(answer, letter):
 
 
 def test_muchomusic_counts_unread_answers_as_wrong():
-    verdict, figures = judged({"name": "letters", "of": "muchomusic"}, "dog", "(A)", "hm", None, "Bossa nova")
+    verdict, values = judged({"name": "letters", "of": "muchomusic"}, "dog", "(A)", "hm", None, "Bossa nova")
     assert verdict.correct == [True, False, False, False]
-    assert figures == {"accuracy": 0.25, "repaired_accuracy": 0.25}
+    assert values == {"accuracy": 0.25, "repaired_accuracy": 0.25}
 
 
 # What is meant

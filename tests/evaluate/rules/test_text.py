@@ -14,14 +14,14 @@ from transformers.models.whisper.english_normalizer import EnglishTextNormalizer
 from whisper_normalizer.english import EnglishTextNormalizer
 
 from pal.errors import ConfigError
-from pal.evaluate.embed import Embedder, open_embedder
+from pal.evaluate.embed import TextEmbedder, open_embedder
 from pal.evaluate.items import Item
-from pal.evaluate.rules.labels import Labels
+from pal.evaluate.rules.labels import NearestLabel
 from pal.files import sha256
 from pal.registry import build
 
 
-class Letters(Embedder):
+class Letters(TextEmbedder):
     """Counts letters: known vectors without a model."""
 
     name = "letters"
@@ -37,7 +37,7 @@ def items(labels, *references):
 
 
 def labels_rule(**options):
-    return Labels(Labels.Config(answer="{}", label="{}", **options), Letters())
+    return NearestLabel(NearestLabel.Config(answer="{}", label="{}", **options), Letters())
 
 
 # Labels
@@ -48,7 +48,7 @@ def test_the_nearest_label():
     verdict = labels_rule().judge(asked, ["AB A", "Audio caption: gfe", "aaa", None])
     assert verdict.parsed == ["aab", "efg", "aab", None]
     assert verdict.correct == [True, True, False, False]  # the one that raised is wrong, though label 0 is right
-    assert verdict.figures["accuracy"].value() == 0.5
+    assert verdict.metrics["accuracy"].value() == 0.5
 
 
 def test_f1_is_scikit_learns():
@@ -58,12 +58,12 @@ def test_f1_is_scikit_learns():
     truth = np.asarray([[1, 1, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0], [1, 0, 1, 0], [0, 1, 0, 0]])
     said = np.asarray([[1, 0, 0, 0], [0, 1, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 0]])
     # by hand: 3 true positives, 4 said, 7 held
-    assert verdict.figures["micro_f1"].value() == pytest.approx(6 / 11)
+    assert verdict.metrics["micro_f1"].value() == pytest.approx(6 / 11)
     assert metrics.f1_score(truth, said, average="micro") == pytest.approx(6 / 11)
     # a: 2*1/(1+2), b: 2*1/(2+3), c: 2*1/(1+2); nobody holds or says d
-    assert verdict.figures["macro_f1"].value() == pytest.approx((2 / 3 + 2 / 5 + 2 / 3) / 3)
+    assert verdict.metrics["macro_f1"].value() == pytest.approx((2 / 3 + 2 / 5 + 2 / 3) / 3)
     part = np.asarray([0, 2])
-    assert verdict.figures["macro_f1"].value(part) == pytest.approx(
+    assert verdict.metrics["macro_f1"].value(part) == pytest.approx(
         metrics.f1_score(truth[part], said[part], average="macro", zero_division=np.nan)
     )
 
@@ -77,7 +77,7 @@ def test_map_ranks_by_the_whole_vector():
     of_a = (1 / 2 + 2 / 3) / 2
     # similarity to 'b' falls in the order 2, 0, 1, raised: its items 2, 1 and 3 come 1st, 3rd and 4th
     of_b = (1 / 1 + 2 / 3 + 3 / 4) / 3
-    assert verdict.figures["mAP"].value() == pytest.approx((of_a + of_b) / 2)
+    assert verdict.metrics["mAP"].value() == pytest.approx((of_a + of_b) / 2)
     assert verdict.facts == {"labels_without_items": 0}
 
 
@@ -144,7 +144,7 @@ def test_word_error_rate_by_hand():
     ]
     verdict = build("rule", "word_errors").judge(asked, ["Mr. Smith's color!", "a x c d e", "whatever", None])
     # the normaliser makes the first pair equal, and nothing of the third reference; 1 + 1 of 4, 2 of 2
-    assert verdict.figures["wer"].value() == pytest.approx((0 + 2 + 2) / (4 + 4 + 2))
+    assert verdict.metrics["wer"].value() == pytest.approx((0 + 2 + 2) / (4 + 4 + 2))
     assert verdict.value == [0.0, 0.5, 0.0, 1.0]
     assert verdict.correct == [True, False, True, False]
     assert verdict.facts == {"words": 10, "word_errors": 4, "empty_references": 1}
@@ -205,8 +205,8 @@ def captioned():
 def test_cider_is_the_papers():
     verdict = build("rule", "captions").judge(captioned(), list(SAID))
     assert verdict.value == pytest.approx(cider_d(SAID, REFERENCES), abs=1e-6)
-    headline = next(iter(verdict.figures))
-    assert verdict.figures[headline].value() == pytest.approx(np.mean(cider_d(SAID, REFERENCES)))
+    headline = next(iter(verdict.metrics))
+    assert verdict.metrics[headline].value() == pytest.approx(np.mean(cider_d(SAID, REFERENCES)))
     assert verdict.correct == [None] * 3
 
 
@@ -215,7 +215,7 @@ def test_bleu_and_rouge_by_hand():
     bleu = next(score for name, score in verdict.single.items() if name.startswith("BLEU-1"))
     # 8 of 10 words are in the references; the closest references have 4, 5 and 5 words
     assert bleu == pytest.approx(math.exp(1 - 14 / 10) * 8 / 10, rel=1e-4)
-    rouge = next(figure for name, figure in verdict.figures.items() if name.startswith("ROUGE-L"))
+    rouge = next(figure for name, figure in verdict.metrics.items() if name.startswith("ROUGE-L"))
     # of the first: precision 3/3, recall 3/4; beta is 1.2
     first = (1 + 1.44) * 1 * 0.75 / (0.75 + 1.44 * 1)
     assert rouge.value() == pytest.approx((first + 1 + 0) / 3)
@@ -225,20 +225,20 @@ def test_what_is_not_computed_is_said():
     verdict = build("rule", "captions").judge(captioned(), [*SAID[:2], None])
     assert verdict.parsed[2] is None
     assert verdict.value[2] == 0.0
-    assert set(verdict.facts["not_computed"]) | set(verdict.figures) | set(verdict.single) >= {
+    assert set(verdict.facts["not_computed"]) | set(verdict.metrics) | set(verdict.single) >= {
         "SPICE",
         "SPIDEr",
         "METEOR",
     } - (set() if shutil.which("java") else {"METEOR"})
     for name in ("SPICE", "SPIDEr"):
-        assert (name in verdict.facts["not_computed"]) != (name in verdict.figures)
+        assert (name in verdict.facts["not_computed"]) != (name in verdict.metrics)
 
 
 def test_without_java_the_names_say_so(monkeypatch):
     monkeypatch.setattr("shutil.which", lambda name: None)
     rule = build("rule", "captions")
     verdict = rule.judge(captioned(), [f"{text.capitalize()}." for text in SAID])
-    assert list(verdict.figures) == ["CIDEr-D (plain words)", "ROUGE-L (plain words)"]
+    assert list(verdict.metrics) == ["CIDEr-D (plain words)", "ROUGE-L (plain words)"]
     assert "no Java" in rule.describe()["says"]
     missing = verdict.facts["not_computed"]
     assert {"METEOR", "SPICE", "SPIDEr"} == set(missing)
@@ -271,7 +271,7 @@ def test_with_java_the_official_tokenizer_and_meteor():
     exact = [refs[0] for refs in REFERENCES]
     verdict = rule.judge(captioned(), [f"{text.capitalize()}." for text in exact])
     assert verdict.parsed == exact
-    assert next(iter(verdict.figures)) == "CIDEr-D"
+    assert next(iter(verdict.metrics)) == "CIDEr-D"
     # METEOR 1.5 of a caption that is its reference; punctuation and case are gone
     assert verdict.single["METEOR"] == pytest.approx(1.0, abs=1e-6)
     worse = rule.judge(captioned(), list(SAID))

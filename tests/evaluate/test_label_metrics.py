@@ -7,13 +7,14 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sklearn import metrics
+from sklearn import metrics as sklearn_metrics
 
-from pal.evaluate.figures import Groups, draw
-from pal.evaluate.over_labels import MacroF1, MeanAveragePrecision, average_precision, mean_over_labels
-from pal.evaluate.result import Answered, score
-from pal.evaluate.rules.labels import Labels
+from pal.evaluate.bootstrap import Groups, draw
+from pal.evaluate.label_metrics import MacroF1, MeanAveragePrecision, average_precision, mean_over_labels
+from pal.evaluate.result import ItemResult
+from pal.evaluate.rules.labels import NearestLabel
 from pal.evaluate.rules.word_errors import WordErrors
+from pal.evaluate.scoring import score
 from pal.registry import build
 from tests.evaluate.rules.test_text import Letters
 
@@ -30,44 +31,44 @@ def data_set(seed, n=12, labels=5):
 
 def sklearn_map(truth_NL, scores_NL):
     there = [label for label in range(truth_NL.shape[1]) if truth_NL[:, label].any()]
-    each = [metrics.average_precision_score(truth_NL[:, label], scores_NL[:, label]) for label in there]
+    each = [sklearn_metrics.average_precision_score(truth_NL[:, label], scores_NL[:, label]) for label in there]
     return float(np.mean(each)) if each else math.nan
 
 
 def sklearn_f1(truth_NL, said_NL):
     with warnings.catch_warnings():  # of an empty mean, where there is no label at all
         warnings.simplefilter("ignore")
-        return float(metrics.f1_score(truth_NL, said_NL, average="macro", zero_division=np.nan))
+        return float(sklearn_metrics.f1_score(truth_NL, said_NL, average="macro", zero_division=np.nan))
 
 
 @pytest.mark.parametrize("seed", range(8))
 def test_whole_parts_and_redrawn_data_sets_are_scikit_learns(seed):
     truth_NL, said_NL, scores_NL = data_set(seed)
     keys = [f"clip {n // 2}" for n in range(len(truth_NL))]  # two questions a clip
-    for figure, known in (
+    for metric, known in (
         (MeanAveragePrecision(truth_NL, scores_NL), lambda rows: sklearn_map(truth_NL[rows], scores_NL[rows])),
         (MacroF1(truth_NL, said_NL), lambda rows: sklearn_f1(truth_NL[rows], said_NL[rows])),
     ):
         some = np.asarray([0, 3, 4, 7, 9])
-        assert figure.value() == pytest.approx(known(np.arange(len(truth_NL))), nan_ok=True)
-        assert figure.value(some) == pytest.approx(known(some), nan_ok=True)
-        assert figure.of_some(some).value() == pytest.approx(known(some), nan_ok=True)
+        assert metric.value() == pytest.approx(known(np.arange(len(truth_NL))), nan_ok=True)
+        assert metric.value(some) == pytest.approx(known(some), nan_ok=True)
+        assert metric.of_some(some).value() == pytest.approx(known(some), nan_ok=True)
         twice = np.asarray([0, 0, 3, 3, 3])
-        assert figure.value(twice) == pytest.approx(known(twice), nan_ok=True)
+        assert metric.value(twice) == pytest.approx(known(twice), nan_ok=True)
         groups = Groups(keys)
         drawn_RG = np.random.default_rng(seed).integers(len(groups), size=(6, len(groups)))
-        for found, drawn_G in zip(figure.redrawn(groups, drawn_RG), drawn_RG, strict=True):
+        for found, drawn_G in zip(metric.redrawn(groups, drawn_RG), drawn_RG, strict=True):
             rows = np.concatenate([[2 * g, 2 * g + 1] for g in drawn_G])
             assert found == pytest.approx(known(rows), nan_ok=True)
 
 
 def test_redrawing_in_pieces_changes_nothing(monkeypatch):
     truth_NL, _, scores_NL = data_set(1)
-    figure, groups = MeanAveragePrecision(truth_NL, scores_NL), Groups(range(12))
+    metric, groups = MeanAveragePrecision(truth_NL, scores_NL), Groups(range(12))
     drawn_RG = np.random.default_rng(0).integers(12, size=(20, 12))
-    whole_R = figure.redrawn(groups, drawn_RG)
-    monkeypatch.setattr("pal.evaluate.over_labels._CHUNK", 40)
-    np.testing.assert_array_equal(figure.redrawn(groups, drawn_RG), whole_R)
+    whole_R = metric.redrawn(groups, drawn_RG)
+    monkeypatch.setattr("pal.evaluate.label_metrics._CHUNK", 40)
+    np.testing.assert_array_equal(metric.redrawn(groups, drawn_RG), whole_R)
 
 
 def test_weighted_average_precision_is_scikit_learns():
@@ -75,7 +76,7 @@ def test_weighted_average_precision_is_scikit_learns():
     scores_N, truth_N = np.round(rng.random(40), 1), rng.random(40) < 0.3
     times_RN = rng.integers(0, 3, (10, 40)).astype(float)
     for found, times_N in zip(average_precision(scores_N, truth_N, times_RN), times_RN, strict=True):
-        assert found == pytest.approx(metrics.average_precision_score(truth_N, scores_N, sample_weight=times_N))
+        assert found == pytest.approx(sklearn_metrics.average_precision_score(truth_N, scores_N, sample_weight=times_N))
     assert np.isnan(average_precision(scores_N, np.zeros(40, bool), times_RN)).all()
 
 
@@ -90,7 +91,7 @@ def test_a_mean_without_any_label_is_none():
 def answered(wanted, outputs, deaf=None):
     """Items whose first letter of the reference is their category; letters as labels."""
     return [
-        Answered(
+        ItemResult(
             str(n),
             [f"{n}.wav"],
             {"first": [refs[0]]},
@@ -105,24 +106,28 @@ def answered(wanted, outputs, deaf=None):
     ]
 
 
+def scored(items, rule, labels=None):
+    return score(items, rule, {"benchmark": "x", "labels": labels, "seed": 0, "no_audio": True})
+
+
 def judged(metric, items):
-    rule = Labels(Labels.Config(answer="{}", label="{}", metric=metric), Letters())
-    return score("x", items, LABELS, rule)
+    rule = NearestLabel(NearestLabel.Config(answer="{}", label="{}", metric=metric), Letters())
+    return scored(items, rule, LABELS)
 
 
 @pytest.mark.parametrize("metric", ["map", "f1", "accuracy"])
 def test_a_perfect_model_has_one_in_its_interval(metric):
     wanted = [("a",), ("b",), ("c",), ("d",), ("e",), *[("a",), ("b",)] * 10]
     result = judged(metric, answered(wanted, [refs[0] for refs in wanted], ["a"] * len(wanted)))
-    for name, figure in result.figures.items():
-        assert figure.score == 1.0, name
-        assert figure.ci95[0] < 1.0 and figure.ci95[1] == 1.0, name  # not certain either
-        assert figure.no_audio_ci95[0] <= figure.no_audio_score <= figure.no_audio_ci95[1]
-        assert figure.gain_ci95[0] <= figure.gain <= figure.gain_ci95[1]
+    for name, metric in result.metrics.items():
+        assert metric.score == 1.0, name
+        assert metric.ci95[0] < 1.0 and metric.ci95[1] == 1.0, name  # not certain either
+        assert metric.no_audio_ci95[0] <= metric.no_audio_score <= metric.no_audio_ci95[1]
+        assert metric.gain_ci95[0] <= metric.gain <= metric.gain_ci95[1]
     # of a category with one label there is no other label to be wrong about
     for part in [*result.categories["first"].values(), *result.durations.values()]:
-        assert part["score"] == 1.0
-        assert part["ci95"][0] < 1.0 and part["ci95"][1] == 1.0
+        assert part.score == 1.0
+        assert part.ci95[0] < 1.0 and part.ci95[1] == 1.0
 
 
 def test_categories_and_durations_are_means_of_the_labels_there():
@@ -132,20 +137,20 @@ def test_categories_and_durations_are_means_of_the_labels_there():
     truth = np.asarray([[label in refs for label in LABELS] for refs in wanted])
     said = np.asarray([[label == out for label in LABELS] for out in outputs])
     found = judged("f1", items)
-    assert found.figures["macro_f1"].score == pytest.approx(sklearn_f1(truth, said))
+    assert found.metrics["macro_f1"].score == pytest.approx(sklearn_f1(truth, said))
     ranked = judged("map", items)
     parts = {"a": [0, 1, 5], "b": [2, 3, 4]}
     for name, rows in parts.items():
-        assert ranked.categories["first"][name]["score"] == pytest.approx(sklearn_map(truth[rows], said[rows] * 1.0))
+        assert ranked.categories["first"][name].score == pytest.approx(sklearn_map(truth[rows], said[rows] * 1.0))
     lengths = {"0 to 2 s": [0, 2, 4], "2 to 5 s": [1, 3, 5]}
     for name, rows in lengths.items():
-        assert ranked.durations[name]["score"] == pytest.approx(sklearn_map(truth[rows], said[rows] * 1.0))
+        assert ranked.durations[name].score == pytest.approx(sklearn_map(truth[rows], said[rows] * 1.0))
 
 
 def test_a_label_that_is_only_said_counts_in_f1_and_not_in_map():
     items = answered([("a",), ("b",)], ["a", "e"])
     # a: 1, b and e: 0; c and d are nowhere
-    assert judged("f1", items).figures["macro_f1"].score == pytest.approx(1 / 3)
+    assert judged("f1", items).metrics["macro_f1"].score == pytest.approx(1 / 3)
     assert judged("map", items).overall.score == pytest.approx((1 + 1 / 2) / 2)
 
 
@@ -162,7 +167,7 @@ def test_every_interval_holds_its_own_score(data):
         one.clips = [f"{data.draw(st.integers(0, 3))}.wav"]
     for metric in ("map", "f1", "accuracy"):
         result = judged(metric, items)
-        for part in [vars(result.overall), *result.categories["first"].values(), *result.durations.values()]:
+        for part in map(vars, [result.overall, *result.categories["first"].values(), *result.durations.values()]):
             for key, ends in (("score", "ci95"), ("no_audio_score", "no_audio_ci95"), ("gain", "gain_ci95")):
                 assert part[ends][0] <= part[key] <= part[ends][1]
                 if key != "gain":
@@ -174,9 +179,9 @@ def test_captions_and_word_errors_hold_their_score_too(monkeypatch):
     wanted = [("a dog barks",), ("rain falls",), ("a car passes by",)]
     outputs = ["a dog barks", "rain", None]
     for rule in (build("rule", "captions"), build("rule", "word_errors")):
-        result = score("x", answered(wanted, outputs), None, rule)
-        for figure in result.figures.values():
-            assert figure.ci95[0] <= figure.score <= figure.ci95[1]
+        result = scored(answered(wanted, outputs), rule)
+        for metric in result.metrics.values():
+            assert metric.ci95[0] <= metric.score <= metric.ci95[1]
     assert isinstance(rule, WordErrors)
     # an error rate is no share: it may be above 1, and none is not certain to be one of few clips
     assert result.overall.score > 0

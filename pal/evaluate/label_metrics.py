@@ -1,4 +1,4 @@
-"""Means over labels, such as mAP and macro F1: of the labels that are there."""
+"""Metrics that are means over labels, such as mAP and macro F1: of the labels that are there."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from pal.evaluate.figures import Figure, Groups, Rows, Support
+from pal.evaluate.bootstrap import Groups
+from pal.evaluate.metrics import Metric, Rows, Support
 
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
@@ -23,7 +24,7 @@ _CHUNK = 1_000_000
 """Numbers of items in data sets held at once."""
 
 
-class OverLabels(Figure):
+class LabelMetric(Metric):
     """Mean of what each label has, over the labels that the items have.
 
     A label that is not there has no value and does not count: not in the whole, not in a part of the items, not in a
@@ -69,7 +70,7 @@ class OverLabels(Figure):
 
 
 @dataclass(frozen=True)
-class MeanAveragePrecision(OverLabels):
+class MeanAveragePrecision(LabelMetric):
     """Mean over the labels that some item has of average precision.
 
     Of each label it is scikit-learn's `average_precision_score`, which is not defined without a positive.
@@ -93,7 +94,7 @@ class MeanAveragePrecision(OverLabels):
 
 
 @dataclass(frozen=True)
-class MacroF1(OverLabels):
+class MacroF1(LabelMetric):
     """Mean over the labels that are held or said of F1: scikit-learn's `f1_score` with zero_division=nan."""
 
     truth_NL: Bools

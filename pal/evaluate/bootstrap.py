@@ -1,13 +1,12 @@
-"""Numbers over many items, and how far they would move with other clips: the bootstrap.
+"""The bootstrap: how far metrics would move with other clips.
 
-A figure's interval always holds the figure itself. How often it holds the truth is measured by
+A metric's interval always holds the metric itself. How often it holds the truth is measured by
 `python -m tests.evaluate.coverage`; docs/evaluation.md has the numbers.
 """
 
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
@@ -16,10 +15,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-Rows = NDArray[np.intp]
+from pal.evaluate.metrics import RESAMPLES, Metric, Ratio, Support
 
-RESAMPLES = 2000
-"""Data sets drawn for a figure that is a ratio of sums."""
 INTERVALS = (
     "95 %, bootstrap over whole clips: percentiles for means and ratios of sums; for means over labels, which few "
     "clips bias, from the bias-corrected score to the score itself; at least Wilson's of the clips where all is right "
@@ -29,85 +26,8 @@ INTERVALS = (
 
 _CHUNK = 4_000_000
 """Drawn indices held at once, to bound the memory at 32 MB."""
-
-
-class Figure(ABC):
-    """A number that any selection of the items has."""
-
-    resamples: int = RESAMPLES
-
-    @property
-    def slow(self) -> bool:
-        """Whether redrawing takes long, so that parts get no intervals."""
-        return False
-
-    @abstractmethod
-    def value(self, rows: Rows | None = None) -> float:
-        """The figure over the items `rows` (which may repeat), or over all; NaN where it has none."""
-
-    @abstractmethod
-    def of_some(self, rows: Rows) -> Figure:
-        """The same figure of some items."""
-
-    @abstractmethod
-    def redrawn(self, groups: Groups, drawn_RG: Rows) -> NDArray[np.float64]:
-        """The figure of each of R data sets made of the groups `drawn_RG` -> [R]."""
-
-    @abstractmethod
-    def support(self, groups: Groups) -> Support:
-        """How much evidence it stands on."""
-
-
-@dataclass(frozen=True)
-class Support:
-    """The evidence behind a figure."""
-
-    clips: float | None
-    """Independent right or wrong answers that say as much; None for a figure that is no share of 0 to 1."""
-    widened: float | None = None
-    """Times that the variance is above what redrawing shows; None for a figure that redrawing does not bias."""
-
-
-@dataclass(frozen=True)
-class Ratio(Figure):
-    """The sum of one number an item by the sum of another: means, error rates, micro-averages."""
-
-    over: NDArray[np.float64]
-    under: NDArray[np.float64]
-    share: bool = False
-    """Never below 0 nor above 1, such as the share of right answers."""
-
-    @classmethod
-    def right(cls, correct: Sequence[bool]) -> Ratio:
-        """Share of right answers."""
-        return cls(np.asarray(correct, dtype=float), np.ones(len(correct)), share=True)
-
-    @classmethod
-    def mean(cls, values: Sequence[float]) -> Ratio:
-        """Plain mean, each item counting once."""
-        return cls(np.asarray(values, dtype=float), np.ones(len(values)))
-
-    def value(self, rows: Rows | None = None) -> float:
-        """Sum by sum."""
-        over, under = (x if rows is None else x[rows] for x in (self.over, self.under))
-        total = float(under.sum())
-        return float(over.sum()) / total if total else float("nan")
-
-    def of_some(self, rows: Rows) -> Ratio:
-        """The items' numbers alone."""
-        return Ratio(self.over[rows], self.under[rows], self.share)
-
-    def redrawn(self, groups: Groups, drawn_RG: Rows) -> NDArray[np.float64]:
-        """From the groups' sums alone."""
-        over_G = np.bincount(groups.of_item, weights=self.over)
-        under_G = np.bincount(groups.of_item, weights=self.under)
-        with np.errstate(invalid="ignore", divide="ignore"):
-            ratios: NDArray[np.float64] = over_G[drawn_RG].sum(1) / under_G[drawn_RG].sum(1)
-        return ratios
-
-    def support(self, groups: Groups) -> Support:
-        """Of a share, the groups that count."""
-        return Support(float(len(np.unique(groups.of_item[self.under > 0]))) if self.share else None)
+_FEW = 5
+"""Clips wrong (or right) below which a spread seen among them is not believed: the usual rule for shares."""
 
 
 class Groups:
@@ -123,8 +43,8 @@ class Groups:
 
 
 @dataclass(frozen=True)
-class Drawn:
-    """A figure, and what it is over the redrawn data sets."""
+class DrawnMetric:
+    """A metric, and what it is over the redrawn data sets."""
 
     value: float
     values_R: NDArray[np.float64]
@@ -153,14 +73,14 @@ class Drawn:
         tails = [min(float(np.mean(way_R <= 0)), float(np.mean(way_R >= 0))) for way_R in ways]
         return min(1.0, max(2 * max(tails), 1 / len(kept_R)))
 
-    def __sub__(self, other: Drawn) -> Drawn:
-        """The difference of two figures over the same data sets: paired."""
+    def __sub__(self, other: DrawnMetric) -> DrawnMetric:
+        """The difference of two metrics over the same data sets: paired."""
         both = [one.support.widened for one in (self, other) if one.support.widened is not None]
         support = Support(None, max(both, default=None))
-        return Drawn(self.value - other.value, self.values_R - other.values_R, support)
+        return DrawnMetric(self.value - other.value, self.values_R - other.values_R, support)
 
     def _corrected(self, level: float) -> tuple[float, float]:
-        """From the figure less its bias to the figure itself, and beyond by what the draws spread.
+        """From the metric less its bias to the metric itself, and beyond by what the draws spread.
 
         A mean over labels of few clips is biased (a rank of one among few is too good), and each redrawn data set is
         so once more: the difference of the two is the bias (Efron & Tibshirani 1993, chapter 10). Shares are taken as
@@ -182,30 +102,26 @@ class Drawn:
         return min(float(low), self.value), max(float(high), self.value)
 
 
-_FEW = 5
-"""Clips wrong (or right) below which a spread seen among them is not believed: the usual rule for shares."""
-
-
-def draw(figures: Sequence[Figure], groups: Groups, seed: int = 0) -> list[Drawn]:
-    """Each figure with its redrawn values; all of them over the same data sets, so that differences are paired."""
-    drawn_RF = redraw(figures, groups, seed)
-    return [Drawn(one.value(), drawn_RF[:, at], one.support(groups)) for at, one in enumerate(figures)]
+def draw(metrics: Sequence[Metric], groups: Groups, seed: int = 0) -> list[DrawnMetric]:
+    """Each metric with its redrawn values; all of them over the same data sets, so that differences are paired."""
+    drawn_RM = redraw(metrics, groups, seed)
+    return [DrawnMetric(one.value(), drawn_RM[:, at], one.support(groups)) for at, one in enumerate(metrics)]
 
 
 def redraw(
-    figures: Sequence[Figure], groups: Groups, seed: int = 0, resamples: int | None = None
+    metrics: Sequence[Metric], groups: Groups, seed: int = 0, resamples: int | None = None
 ) -> NDArray[np.float64]:
-    """The figures over data sets drawn from the groups with replacement, the same for all of them -> [R, F].
+    """The metrics over data sets drawn from the groups with replacement, the same for all of them -> [R, M].
 
-    Since all figures see the same data sets, their differences are paired.
+    Since all metrics see the same data sets, their differences are paired.
     """
-    resamples = resamples or min(figure.resamples for figure in figures)
+    resamples = resamples or min(metric.resamples for metric in metrics)
     rng = np.random.default_rng(seed)
     per_draw = max(1, _CHUNK // len(groups))
     parts = []
     for first in range(0, resamples, per_draw):
         drawn_RG = rng.integers(len(groups), size=(min(per_draw, resamples - first), len(groups)))
-        parts.append(np.stack([figure.redrawn(groups, drawn_RG) for figure in figures], axis=1))
+        parts.append(np.stack([metric.redrawn(groups, drawn_RG) for metric in metrics], axis=1))
     return np.concatenate(parts)
 
 
@@ -220,6 +136,36 @@ def interval(values_R: NDArray[np.float64], estimate: float, level: float = 0.95
     tail = (1 - level) / 2
     low, high = np.quantile(kept, [tail, 1 - tail])
     return min(float(low), estimate), max(float(high), estimate)
+
+
+def bootstrap_ci(
+    values: Sequence[float],
+    groups: Sequence[Hashable] | None = None,
+    resamples: int = RESAMPLES,
+    level: float = 0.95,
+    seed: int = 0,
+) -> tuple[float, float]:
+    """Percentile bootstrap interval of the mean (Efron & Tibshirani 1993, section 13.3).
+
+    Args:
+        values: one number an item, such as 1 for a right answer, or a difference of two models.
+        groups: what each item belongs to. Questions about one clip are not independent, so whole
+            groups are drawn; without groups, or with one item in each, this is the plain bootstrap.
+        resamples: how many data sets are drawn.
+        level: probability inside the interval.
+        seed: of the drawing; the same seed gives the same interval.
+
+    Returns:
+        Lower and upper end, the mean between them; NaN for no items.
+    """
+    if len(values) == 0:
+        return float("nan"), float("nan")
+    mean = Ratio.mean(values)
+    drawn_R = redraw([mean], Groups(groups if groups is not None else range(len(values))), seed, resamples)[:, 0]
+    low, high = interval(drawn_R, mean.value(), level)
+    # who shows the mean may have added up in another order
+    other = sum(values) / len(values)
+    return min(low, other), max(high, other)
 
 
 def wilson(share: float, n: float, level: float = 0.95) -> tuple[float, float]:

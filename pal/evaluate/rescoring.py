@@ -1,0 +1,74 @@
+"""Results out of run folders alone, without a model: scored by another rule, or several runs joined."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pal.errors import ConfigError
+from pal.evaluate.benchmark import changed_rule
+from pal.evaluate.engine import scoring_packages
+from pal.evaluate.folder import RunFolder
+from pal.evaluate.result import Result
+from pal.evaluate.rules.base import Rule
+from pal.evaluate.scoring import score
+from pal.evaluate.tasks.base import Task
+from pal.registry import build, lookup, names
+
+
+def rescore(folder: str | Path, rule: Mapping[str, Any] | None = None) -> Result:
+    """Score the answers of a complete run again, without the model.
+
+    Args:
+        folder: of the run; its items and score are written anew.
+        rule: another rule by its `name` ("official" is the benchmark's own), or options that change the run's.
+
+    Raises:
+        BundleError: no complete run.
+        ConfigError: the rule does not fit the answers.
+    """
+    kept = RunFolder(folder)
+    settings = kept.settings()
+    before, wanted = settings["rule"], dict(rule or {})
+    if wanted.get("name") == "official":
+        del wanted["name"]
+        before = {"name": "exact"}
+        if settings["benchmark"] in names("task"):
+            task: type[Task] = lookup("task", settings["benchmark"])
+            before = dict(task.rule)
+    chosen = changed_rule(before, wanted)
+    if (chosen["name"] == "rank") != (settings["asks"] == "rank"):
+        raise ConfigError(f"{folder}: the answers were made by '{settings['asks']}', which this rule cannot score")
+    built: Rule = build("rule", chosen)
+    settings = {**settings, "rule": chosen, "parser": built.describe(), "scored_with": scoring_packages()}
+    result = score(kept.items(), built, settings)
+    kept.open(settings)
+    kept.finish(result)
+    return result
+
+
+def join(folders: Sequence[str | Path], out: str | Path, overwrite: bool = False) -> Result:
+    """Several runs of different questions of one benchmark as one, such as five folds with a model each.
+
+    Raises:
+        ConfigError: they differ in more than the model and the questions' choice, or share a question.
+    """
+    runs = [RunFolder(folder) for folder in folders]
+    settings = [one.settings() for one in runs]
+    first = settings[0]
+    for key in ("benchmark", "asks", "system", "decoding", "rule", "labels", "no_audio", "versions"):
+        other = [str(run.path) for run, its in zip(runs, settings, strict=True) if its[key] != first[key]]
+        if other:
+            raise ConfigError(f"{other[0]} and {runs[0].path} cannot be joined: '{key}' differs")
+    items = [item for run in runs for item in run.items()]
+    if len({item.id for item in items}) != len(items):
+        raise ConfigError(f"{runs[0].path} and the others share questions; join runs of different ones")
+    rule: Rule = build("rule", first["rule"])
+    per_run = ("options", "limit", "data_digest", "root", "model", "model_digest", "prompt")
+    lists = {key: [its.get(key) for its in settings] for key in per_run}
+    result = score(items, rule, {**first, **lists, "joined": [str(folder) for folder in folders]})
+    kept = RunFolder(out)
+    kept.open(result.settings, overwrite)
+    kept.finish(result)
+    return result
