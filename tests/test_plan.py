@@ -17,6 +17,7 @@ from pal.bench.measure import saved_bytes
 from pal.config import parse
 from pal.errors import ConfigError, PalError
 from pal.integrations.base import Route
+from pal.integrations.cost import route_cost
 from pal.known import CONFIGS, config_of
 from pal.model import PalModel
 from pal.model_config import ModelConfig
@@ -369,8 +370,10 @@ def test_an_integration_that_does_not_say() -> None:
         def spans(self, features: Any, llm: Any) -> Any:
             raise NotImplementedError
 
-    with pytest.raises(ConfigError, match="Silent does not say what it costs; give it a method `cost`"):
-        Silent().cost(Step(1, 1, 1, 1), 1, skeleton(recipe()).llm)
+    with pytest.raises(
+        ConfigError, match=r"Silent does not say what it costs; register a closed form with .*route_cost"
+    ):
+        route_cost(Silent(), Step(1, 1, 1, 1), 1, skeleton(recipe()).llm)
 
 
 def test_nothing_added_is_the_text_alone() -> None:

@@ -1,4 +1,4 @@
-"""What a variant's phase costs on paper: `pal/backbone/cost.py` and the integrations' own `cost`, and the peers'.
+"""What a variant's phase costs on paper: `pal/backbone/cost.py`, `pal/integrations/cost.py`, and the peers'.
 
 Reading a prompt is the forward pass of a step that trains nothing. Writing a token is that of one row whose layers find
 their keys and values made, those of earlier rows and of audio; it looks at all of them.

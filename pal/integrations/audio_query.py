@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from pal.backbone.cost import Added, Cost, Step, attend_among, project_kv
 from pal.backbone.llm import Backbone
 from pal.backbone.stream_kv import Layout
 from pal.integrations.base import ClipSpans, Route
 from pal.integrations.keys import zeroed
 from pal.integrations.layers import Layers, chosen_layers, toy_layers
-from pal.integrations.projector import ProjectorOptions, projector, projector_cost
+from pal.integrations.projector import ProjectorOptions, projector
 from pal.registry import register
 from pal.types import AudioFeatures
 
@@ -50,21 +49,6 @@ class LALAudioQuery(Route):
             layers=self.layers,
             width_A=features.x_BAE.shape[1],
         )
-
-    def cost(self, step: Step, tokens: int, llm: Backbone) -> Added:
-        """LAL's, with one projector, and before each layer but the last A rows of its attention, A^2 among themselves.
-
-        K and V of a layer are projected twice: among the audio, and for the text.
-        """
-        grad = step.integration or step.features
-        making = projector_cost(self.config, step, step.clips * tokens, self.in_width, llm.width)
-        layers = {}
-        for layer in self.layers:
-            layers[layer] = project_kv(llm, step, tokens, Cost(), grad)
-            if layer != self.layers[-1]:
-                updated, grad = attend_among(llm, step, tokens, grad)
-                making = making + updated
-        return Added(making=making, layers=layers)
 
 
 class _Updated:

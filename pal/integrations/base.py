@@ -10,11 +10,9 @@ import torch
 from torch import nn
 
 from pal.backbone.audio_kv import AudioKV
-from pal.backbone.cost import Added, Step
 from pal.backbone.interfaces import PackedBlock
 from pal.backbone.llm import Backbone
 from pal.backbone.stream_kv import StreamKV
-from pal.errors import ConfigError
 from pal.integrations.assembling import ClipSpans, assemble
 from pal.types import AudioFeatures, LLMInputs, Tokens
 
@@ -121,14 +119,6 @@ class Route(Integration):
     def blocks(self) -> Mapping[int, PackedBlock] | None:
         """Networks of its own before some of the LLM's layers, which look at the keys in the layers' place."""
         return None
-
-    def cost(self, step: Step, tokens: int, llm: Backbone) -> Added:
-        """What `spans` of clips of so many tokens adds to a training step, in closed form; for `pal plan`.
-
-        Raises:
-            ConfigError: the integration does not say.
-        """
-        raise ConfigError(f"{type(self).__name__} does not say what it costs; give it a method `cost`")
 
     def fold(self, llm: Backbone) -> int:
         """Put together for inference what can be done in one product; in how many layers that was.

@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from pal.backbone.cost import Added, Cost, LayerAdded, Step, attention, linear
 from pal.backbone.interfaces import PackedBlock
 from pal.backbone.llm import Backbone
 from pal.backbone.observers import attention_weights
@@ -70,30 +69,6 @@ class Flamingo(Route):
             width_A=features.x_BAE.shape[1],
             blocks=self.blocks(),
         )
-
-    def cost(self, step: Step, tokens: int, llm: Backbone) -> Added:
-        """In each block: A rows through k and v, T rows through q, out and the block's FFN, and T A in attention."""
-        inner, shared = llm.heads * llm.head_width, llm.kv_heads * llm.head_width
-        ffn = self.config.ffn or 4 * llm.width
-        own, size = step.integration, step.own_bytes
-        keys_grad = own or step.features
-
-        def block(x_grad: bool, length: int) -> Cost:
-            rows, audio = step.rows * length, step.clips * tokens
-            cost = linear(audio, self.in_width, shared, keys_grad, own, size)
-            cost += linear(audio, self.in_width, shared, keys_grad, own, size, kept=True)
-            cost += linear(rows, llm.width, inner, x_grad or own, own, size)
-            cost += attention(step.rows, llm.heads, length, tokens, llm.head_width, x_grad or keys_grad)
-            mixed = x_grad or keys_grad
-            cost += linear(rows, inner, llm.width, mixed, own, size, kept=True)
-            cost += linear(rows, llm.width, ffn, mixed, own, size) + linear(rows, ffn, llm.width, mixed, own, size)
-            # queries, what attention gives, keys and values; the inputs of both gates, both norms and the GELU
-            attended = 2 * rows * inner + 2 * step.rows * tokens * shared
-            kept = attended + rows * (2 * llm.width + ffn) + step.rows * length * tokens
-            normed = 4 * (2 * rows * llm.width + audio * self.in_width)
-            return cost + Cost(saved=(kept * size + normed) * mixed)
-
-        return Added(layers={layer: LayerAdded(keys=tokens, grad=keys_grad, block=block) for layer in self.layers})
 
 
 class _Keys:

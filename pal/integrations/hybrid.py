@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from pal.backbone.cost import Added, Step, linear
 from pal.backbone.llm import Backbone
-from pal.backbone.merged import pairs_of
 from pal.backbone.stream_kv import Layout
 from pal.integrations.base import ClipSpans, Route
 from pal.integrations.keys import ProjectedKeys, zeroed
 from pal.integrations.layers import Layers, chosen_layers, toy_layers
-from pal.integrations.projector import LayerProjectorOptions, LayerProjectors, projector, projector_cost
+from pal.integrations.projector import LayerProjectorOptions, LayerProjectors, projector
 from pal.registry import register
 from pal.types import AudioFeatures
 
@@ -59,23 +55,6 @@ class PAL(Route):
     def fold(self, llm: Backbone) -> int:
         """Its projectors."""
         return self.projectors.fold(llm, self.layers)
-
-    def cost(self, step: Step, tokens: int, llm: Backbone) -> Added:
-        """Ceil(A / r) rows through all layers, and A keys by LAL in the early ones."""
-        S, r, E = -(-tokens // self.config.stride), self.config.stride, self.in_width
-        rows = step.clips * S
-        conv = linear(rows, r * E, E, step.features, step.integration, step.own_bytes)
-        # what comes out of the convolution needs gradients where the convolution trains
-        behind = replace(step, features=step.features or step.integration)
-        summary = projector_cost(self.config, behind, rows, E, llm.width)
-        layers = self.projectors.cost(step, tokens, llm, self.layers)
-        seen = [0] * step.before + [min((i + 1) * r, tokens) for i in range(S)] + [tokens] * (step.text - step.before)
-        return Added(
-            rows=S,
-            rows_grad=behind.features,
-            making=conv + summary,
-            layers={layer: replace(part, pairs=pairs_of(seen)) for layer, part in layers.items()},
-        )
 
     def _summary(self, features: AudioFeatures) -> Tensor:
         """Features [B, A, E] -> [B, S, E], S = ceil(A / r); the last group of a clip is filled up with zeros."""

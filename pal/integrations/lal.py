@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pal.backbone.cost import Added, Step
 from pal.backbone.llm import Backbone
 from pal.backbone.stream_kv import Layout
 from pal.integrations.base import ClipSpans, Route
@@ -49,7 +48,3 @@ class LAL(Route):
     def fold(self, llm: Backbone) -> int:
         """Its projectors."""
         return self.projectors.fold(llm, self.layers)
-
-    def cost(self, step: Step, tokens: int, llm: Backbone) -> Added:
-        """In each of its layers: A rows through P_l, k_proj and v_proj, and T (A + T) in attention."""
-        return Added(layers=self.projectors.cost(step, tokens, llm, self.layers))

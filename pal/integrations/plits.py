@@ -1,10 +1,9 @@
 """PLITS: audio takes the placeholder's place in the token sequence and runs through every layer."""
 
-from pal.backbone.cost import Added, Step
 from pal.backbone.llm import Backbone
 from pal.backbone.stream_kv import Layout
 from pal.integrations.base import ClipSpans, Route
-from pal.integrations.projector import ProjectorOptions, projector, projector_cost
+from pal.integrations.projector import ProjectorOptions, projector
 from pal.registry import register
 from pal.types import AudioFeatures
 
@@ -29,8 +28,3 @@ class PLITS(Route):
             layout=Layout(features.seconds_per_token, rows=1, keys=False),
             rows_USD=self.projector(features.x_BAE),
         )
-
-    def cost(self, step: Step, tokens: int, llm: Backbone) -> Added:
-        """A row for each token: (A + T) rows in every product and (A + T)^2 in attention, of every layer."""
-        making = projector_cost(self.config, step, step.clips * tokens, self.in_width, llm.width)
-        return Added(rows=tokens, rows_grad=step.integration or step.features, making=making)

@@ -10,7 +10,6 @@ import torch
 from pydantic import Field, model_validator
 from torch import nn
 
-from pal.backbone.cost import Cost, LayerAdded, Step, linear, project_kv, total
 from pal.backbone.folded import FoldedKV, unhooked
 from pal.backbone.llm import Backbone
 from pal.config import StrictConfig
@@ -63,25 +62,6 @@ def projector(options: ProjectorOptions, in_width: int, out_width: int) -> nn.Mo
     return nn.Sequential(*layers[:-1])
 
 
-def projector_cost(
-    options: ProjectorOptions, step: Step, rows: int, in_width: int, out_width: int, kept: bool = False
-) -> Cost:
-    """What `projector` costs on so many rows; `kept`: something else keeps the features already."""
-    middle = {"linear": [], "low_rank": [options.rank]}.get(
-        options.projector, [options.hidden or out_width] * (options.depth - 1)
-    )
-    widths = [in_width, *middle, out_width]
-    trained, size = step.integration, step.own_bytes
-    parts = []
-    for i, (a, b) in enumerate(pairwise(widths)):
-        x_grad = step.features or (trained and i > 0)
-        # autocast makes a copy of the features for each product
-        parts.append(linear(rows, a, b, x_grad, trained, size, kept=kept and i == 0 and not step.autocast))
-        if options.projector == "mlp" and i > 0 and (trained or step.features):
-            parts.append(Cost(saved=rows * a * size))  # what the GELU before it takes
-    return total(parts)
-
-
 class LayerProjectors(nn.ModuleDict):
     """P_l by the number of the layer; one for all where they are shared."""
 
@@ -124,13 +104,3 @@ class LayerProjectors(nn.ModuleDict):
         if type(whole) is nn.Sequential and unhooked(whole):
             return whole[-1]
         return whole if type(whole) is nn.Linear else None
-
-    def cost(self, step: Step, tokens: int, llm: Backbone, layers: Sequence[int]) -> dict[int, LayerAdded]:
-        """What `ProjectedKeys` of clips of so many tokens adds to each of the layers."""
-        added = {}
-        rows = step.clips * tokens
-        u_grad = step.integration or step.features
-        for layer in layers:
-            mapped = projector_cost(self.options, step, rows, *self.widths, kept=layer != layers[0])
-            added[layer] = project_kv(llm, step, tokens, mapped, u_grad)
-        return added

@@ -9,6 +9,7 @@ from torch import nn
 from pal.backbone.cost import Added, Cost, Step, decoder, kv_bytes, total
 from pal.connectors.base import Connector
 from pal.ears import Ears
+from pal.integrations.cost import route_cost
 from pal.model import PalModel
 from pal.plan.counted import connected, heard
 from pal.plan.gpus import GPU, gpu_of
@@ -231,11 +232,13 @@ class _Listening:
 
 def _added(model: PalModel, step: Step, streams: list[AudioFeatures]) -> list[Added]:
     routes = model.integration.routes()
-    return [route.cost(step, stream.lengths[0], model.llm) for route, stream in zip(routes, streams, strict=True)]
+    return [
+        route_cost(route, step, stream.lengths[0], model.llm) for route, stream in zip(routes, streams, strict=True)
+    ]
 
 
 @dataclass(frozen=True)
-class _Pass:
+class _ForwardPass:
     clips: int
     conversations: int
     questions: int
@@ -243,7 +246,7 @@ class _Pass:
     passes: int
 
 
-def _one_pass(batch: BatchSize, seconds: float, by_clip: bool) -> _Pass:
+def _one_pass(batch: BatchSize, seconds: float, by_clip: bool) -> _ForwardPass:
     """What one of a step's forward passes has, where every clip is so long and has questions enough."""
     each = 1 if by_clip else batch.rows_per_clip or 1
     limits = [
@@ -255,7 +258,7 @@ def _one_pass(batch: BatchSize, seconds: float, by_clip: bool) -> _Pass:
     passes = min(batch.accumulate, clips)
     of_pass = -(-clips // passes)
     questions = min(batch.turns, each)
-    return _Pass(of_pass, of_pass * -(-each // questions), questions, passes)
+    return _ForwardPass(of_pass, of_pass * -(-each // questions), questions, passes)
 
 
 def _seconds(cost: Cost, memory: Memory, passes: int, gpu: GPU, autocast: bool) -> float:

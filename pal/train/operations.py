@@ -10,6 +10,7 @@ import torch
 
 from pal.backbone.cost import Cost, Step, decoder, total
 from pal.connectors.base import Connector
+from pal.integrations.cost import route_cost
 from pal.model import PalModel
 from pal.plan.counted import connected, heard
 from pal.plan.skeleton import skeleton
@@ -74,7 +75,7 @@ class Operations:
                 autocast=stage.precision == "bf16",
             )
             routes = zip(model.integration.routes(), tokens, strict=True) if hears else ()
-            added = [route.cost(step, round(per_second * seconds), model.llm) for route, per_second in routes]
+            added = [route_cost(route, step, round(per_second * seconds), model.llm) for route, per_second in routes]
             return _both([decoder(model.llm, step, added)])
 
         if stage.by_clip:

@@ -12,9 +12,8 @@ import torch
 from pal.backbone.llm import Backbone
 from pal.bench.flops import flop_counter
 from pal.errors import ConfigError
-from pal.integrations.lal import LAL
 from pal.model import PalModel
-from pal.train import meter, run, stages, trainer
+from pal.train import meter, operations, run, stages, trainer
 from pal.train.curves import read_log
 from pal.train.objectives import Work
 from pal.train.operations import Operations, product_rate
@@ -190,7 +189,7 @@ def test_an_integration_that_does_not_say_what_it_costs_trains_without(
         raise ConfigError("it does not say what it costs")
 
     monkeypatch.setattr(trainer, "product_rate", lambda device: 1e6)
-    monkeypatch.setattr(LAL, "cost", silent)
+    monkeypatch.setattr(operations, "route_cost", silent)
     with caplog.at_level(logging.INFO):
         lines = ran(manifest, tmp_path)
     assert all("mfu" not in line for line in lines)
