@@ -38,6 +38,13 @@ SEEN = 1024
 """Sizes that are remembered as having come once."""
 
 
+SETTINGS = 8
+"""Models and ways to train them whose graphs are kept."""
+
+_Key = tuple[int, Hashable]
+"""Number of the setting, and the sizes."""
+
+
 class Recorder(Protocol):
     """What makes something repeatable, results and all, at the same addresses."""
 
@@ -87,10 +94,11 @@ class LossGraphs:
 
     def __init__(self, recorder: Recorder | None = None) -> None:
         self._recorder = recorder
-        self._kept: OrderedDict[Hashable, _Pass] = OrderedDict()
-        self._seen: OrderedDict[Hashable, None] = OrderedDict()
+        self._settings: OrderedDict[Hashable, int] = OrderedDict()
+        self._numbers = 0
+        self._kept: OrderedDict[_Key, _Pass] = OrderedDict()
+        self._seen: OrderedDict[_Key, None] = OrderedDict()
         self._gradients: dict[nn.Parameter, Tensor] = {}
-        self._setting: Hashable = None
         self._running: ref[_Ticket] | None = None
         self.failed: str | None = None
         """Why no graph is made any more."""
@@ -128,11 +136,7 @@ class LossGraphs:
         setting = self._setting_of(llm, parts, trained)
         if setting is None or not (trained or any(x.requires_grad for x in parts.tensors)):
             return None
-        if setting != self._setting:
-            self._kept.clear()
-            self._seen.clear()
-            self._setting = setting
-        made = self._pass(llm, parts, given, losses)
+        made = self._pass(llm, parts, given, losses, (self._number(setting), parts.key()))
         if made is None:
             return None
         ticket = _Ticket()
@@ -149,9 +153,20 @@ class LossGraphs:
         autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
         return modules and (modules, tuple(map(id, trained)), autocast, lm.training, llm.recomputes_audio)
 
-    def _pass(self, llm: Backbone, parts: _Parts, given: Any, losses: Losses) -> _Pass | None:
+    def _number(self, setting: Hashable) -> int:
+        """Of a setting; that which was used least recently is forgotten with its graphs where there are too many."""
+        if setting not in self._settings:
+            self._settings[setting] = self._numbers = self._numbers + 1
+            if len(self._settings) > SETTINGS:
+                _, gone = self._settings.popitem(last=False)
+                for known in (self._kept, self._seen):
+                    for key in [key for key in known if key[0] == gone]:
+                        del known[key]
+        self._settings.move_to_end(setting)
+        return self._settings[setting]
+
+    def _pass(self, llm: Backbone, parts: _Parts, given: Any, losses: Losses, key: _Key) -> _Pass | None:
         """The graphs for batches of this size; None when it comes for the first time."""
-        key = parts.key()
         made = self._kept.get(key)
         if made is None:
             if key not in self._seen:

@@ -171,6 +171,9 @@ class Stage(StrictConfig):
     """Of the computation; weights and optimizer stay as they are stored."""
     compile: Literal["auto"] | bool = "auto"
     """Compile the LLM's layers in the first step, which then takes a while. "auto" does so on CUDA."""
+    cuda_graphs: Literal["auto"] | bool = "auto"
+    """Replay training steps as CUDA graphs, one for each size of batch, which are rounded up. "auto" does so on CUDA in
+    one process."""
     master_weights: bool = False
     """Weights that train and are stored in bfloat16 (`llm.dtype`) have a float32 copy beside them, which is what the
     optimizer changes: an update that is too small for a weight's 8 bits is not lost. The optimizer then holds 12 bytes
@@ -286,6 +289,8 @@ class Recipe(StrictConfig):
         for stage in settings["stages"]:
             if stage["compile"] == "auto":
                 del stage["compile"]
+            if stage["cuda_graphs"] == "auto":
+                del stage["cuda_graphs"]
             if not stage["master_weights"]:
                 del stage["master_weights"]
         return settings

@@ -76,8 +76,9 @@ def smoke(recipe: Recipe, out: Path) -> Iterator[Check]:
     with _failing("resuming"):
         step = _cut(whole, out / "resumed")
         resumed = run(small, out / "resumed", resume=True)
+    gone_on = resumed.state_dict()
     for name, tensor in model.state_dict().items():
-        if not _equal(tensor, resumed.state_dict()[name]):
+        if not _equal(tensor, gone_on[name]):
             raise SmokeError(f"cut after step {step} and resumed, '{name}' is not what it is in one go")
     how = "bit for bit" if model.device.type == "cpu" else "to rounding"
     yield Check("resumed", f"cut after step {step} of {STEPS * len(small.stages)}, the same weights {how}")

@@ -18,32 +18,10 @@ from pal.types import AUDIO
 from tests.backbone.test_segments import conversations, seen_in_segments
 from tests.identities.models import FAMILIES, INTEGRATIONS, PLACEMENTS, E, features, make_backbone
 from tests.identities.test_packed import SAME, labelled
+from tests.repeats import Repeats
 
 WRITTEN = ("flamingo", "lal_audio_query")
 """Integrations that have graphs make nothing for: their keys are not made in the layers."""
-
-
-class Repeats:
-    """Stands for CUDA graphs: runs again what was recorded, and leaves the results where they were."""
-
-    def __init__(self):
-        self.recorded = self.replayed = 0
-
-    def warm_up(self, run):
-        run()
-
-    def record(self, run):
-        self.recorded += 1
-        results = run()
-        kept = [None if x is None else torch.full_like(x, torch.nan) for x in results]
-
-        def replay():
-            self.replayed += 1
-            for into, x in zip(kept, run(), strict=True):
-                if x is not None:
-                    into.copy_(x)
-
-        return replay, kept
 
 
 def model(family, name):
