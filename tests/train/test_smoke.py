@@ -118,6 +118,7 @@ def test_stages_keep_what_they_do() -> None:
         "epochs": None,
         "warmup": 1,
         "compile": False,
+        "cuda_graphs": False,
         "batch": {
             "rows": 4,
             "clips": None,
