@@ -31,11 +31,19 @@ def pal(*arguments: str | Path) -> Any:
     return CliRunner().invoke(app, ["bench", *map(str, arguments)])
 
 
+WINDOW, TOKENS = 400, (64, 300)
+"""Frames of the encoder's windows after its convolutions, of two for each token; clips of one window and of two."""
+
+
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What the command writes for the preset that CI runs, whole."""
+    """What the command writes for `cpu-small`, whole but for shorter windows and clips."""
     folder = tmp_path_factory.mktemp("bench")
-    done = pal("--preset", "cpu-small", "--json", folder / "rows.json", "--out", folder / "out")
+    preset = PRESETS["cpu-small"]
+    short = {"encoder": {**preset.encoder, "max_source_positions": WINDOW}, "audio_tokens": TOKENS}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(PRESETS, "cpu-small", preset.model_copy(update=short))
+        done = pal("--preset", "cpu-small", "--json", folder / "rows.json", "--out", folder / "out")
     assert done.exit_code == 0, done.output
     found: dict[str, Any] = json.loads((folder / "rows.json").read_text())
     assert json.loads((folder / "out" / "bench.json").read_text()) == found
@@ -50,11 +58,10 @@ def by_place(rows: list[dict[str, Any]]) -> dict[tuple[Any, ...], dict[str, Any]
 
 
 def test_schema(small: dict[str, Any]) -> None:
-    preset = PRESETS["cpu-small"]
     rows = small["rows"]
     assert all(set(row) == ROW for row in rows)
     assert [*dict.fromkeys(row["scope"] for row in rows)] == ["llm", "end_to_end"]
-    assert len(by_place(rows)) == len(rows) == 2 * len(PHASES) * len(VARIANTS) * len(preset.audio_tokens)
+    assert len(by_place(rows)) == len(rows) == 2 * len(PHASES) * len(VARIANTS) * len(TOKENS)
     assert small["left_out"] == []
     for row in rows:
         assert row["seconds"] is None and row["seconds_spread"] is None
@@ -78,7 +85,7 @@ def test_closed_forms_of_saved_bytes_and_of_keys_and_values(small: dict[str, Any
 
 def test_keys_and_values_by_hand(small: dict[str, Any]) -> None:
     rows = by_place(small["rows"])
-    A, T, L = 750, 128, 4
+    A, T, L = 300, 128, 4
     pair = 2 * 16 * 4  # K and V, one head of 16, four bytes
     of = {name: rows["llm", "prefill", A, name]["kv_bytes"] / pair for name in VARIANTS}
     assert of["text"] == L * T
@@ -109,26 +116,26 @@ def test_ratios_to_plits(small: dict[str, Any]) -> None:
         if place[3] == "plits":
             assert ratio["flops"] == ratio["peak_bytes"] == 1
     # the order that the paper and the closed forms promise
-    step = {name: ratios["llm", "train", 1500, name] for name in VARIANTS}
+    step = {name: ratios["llm", "train", 300, name] for name in VARIANTS}
     assert step["lal_third"]["flops"] < step["lal"]["flops"] < step["pal"]["flops"] < 1
     assert step["lal"]["saved_bytes"] < 1
 
 
 def test_the_encoder_is_the_difference_of_the_scopes(small: dict[str, Any]) -> None:
     rows = by_place(small["rows"])
-    for A, windows in ((64, 1), (1500, 2)):
+    for A, windows in zip(TOKENS, (1, 2), strict=True):
         hearing = {
             (phase, name): rows["end_to_end", phase, A, name]["flops"] - rows["llm", phase, A, name]["flops"]
             for phase in PHASES
             for name in VARIANTS
             if name != "qwen2audio"  # whose own forward pass does more: see below
         }
-        D, F, M, frames = 16, 64, 80, 1500
+        D, F, M, frames = 16, 64, 80, WINDOW
         layer = frames * (4 * D * D + 2 * D * F) + 2 * frames * frames * D
         encoder = 2 * windows * (2 * frames * M * 3 * D + frames * D * 3 * D + layer)
         for (phase, name), more in hearing.items():
             assert more == (encoder if name != "text" and phase != "decode" else 0), (phase, name)
-        empty = 2 * (windows * 750 - A) * D * 32  # projected all the same
+        empty = 2 * (windows * WINDOW // 2 - A) * D * 32  # projected all the same
         logits = 2 * 512 * 32 * (A + 128 - 1) + empty
         assert (
             rows["end_to_end", "prefill", A, "qwen2audio"]["flops"] - encoder - logits

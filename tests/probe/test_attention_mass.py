@@ -144,7 +144,8 @@ def records(tmp_path):
 
 @pytest.mark.parametrize("integration", INTEGRATIONS, ids=str)
 def test_a_finding_of_every_integration(integration, records, tmp_path):
-    finding = probe_attention(model_of(integration), records, examples=2, batch=3)
+    few = {"examples": 2, "batch": 3, "max_new_tokens": 4}  # a panel for each word of an example
+    finding = probe_attention(model_of(integration), records, **few)
     finding.save(tmp_path / "out")
     found = read(tmp_path / "out")
     layers = found["tables"]["attention of the answer's rows by layer"]
@@ -156,8 +157,9 @@ def test_a_finding_of_every_integration(integration, records, tmp_path):
     for picture in found["pictures"]:
         assert (tmp_path / "out" / picture["file"]).read_bytes()[:4] == b"\x89PNG"
     assert found["tables"]["does attention to audio point at the sound that the answer names?"][0]["questions"] == 4
-    again = probe_attention(model_of(integration), records, examples=2, batch=3).to_dict()
-    assert {**json.loads(json.dumps(again)), "seconds": 0} == {**found, "seconds": 0}
+    if integration == "pal":  # which has both ways in
+        again = probe_attention(model_of(integration), records, **few).to_dict()
+        assert {**json.loads(json.dumps(again)), "seconds": 0} == {**found, "seconds": 0}
 
 
 def test_pointing_compares_with_even_attention(records):
@@ -165,7 +167,7 @@ def test_pointing_compares_with_even_attention(records):
     with torch.no_grad():  # without queries attention is even, so nothing points anywhere
         for block in model.llm.lm.model.layers:
             block.self_attn.q_proj.weight.zero_()
-    finding = probe_attention(model, records, examples=0)
+    finding = probe_attention(model, records, examples=0, max_new_tokens=4)
     for row in finding.tables["does attention to audio point at the sound that the answer names?"]:
         assert row["times even"] == pytest.approx(1.0, abs=0.02)
     for row in finding.tables["attention of the answer's rows by layer"]:
@@ -176,7 +178,7 @@ def test_questions_without_clips_and_other_findings_are_errors(records, tmp_path
     model = tiny_model("lal")
     with pytest.raises(PalError, match="no question has a clip"):
         probe_attention(model, [replace(records[0], clips=())])
-    finding = probe_attention(model, records[:1], examples=1)
+    finding = probe_attention(model, records[:1], examples=1, max_new_tokens=2)
     finding.save(tmp_path)
     finding.save(tmp_path)
     with pytest.raises(ConfigError, match="'pal probe attention'"):

@@ -102,7 +102,7 @@ def test_hiding_in_no_layer_changes_nothing(name):
         return model.llm(model.inputs([noise(1.0)], [ROW])).logits
 
     whole = logits()
-    with model.hiding(Hide(layers=())):
+    with model.hiding(located=True):
         assert torch.allclose(logits(), whole, atol=1e-5)
 
 
@@ -188,7 +188,7 @@ def test_what_raises_counts_as_wrong_and_is_said(tmp_path):
 
 def test_seen_leaves_out_padding():
     model = listener("plits")
-    with torch.no_grad(), model.hiding(Hide(layers=())):
+    with torch.no_grad(), model.hiding(located=True):
         context = model.inputs([noise(0.5), noise(1.0)], [ROW, Tokens(ROW.ids, [1])]).audio
     count = len(example(model, 0.5).clips[0].x_AE[0])
     assert set(seen(context).values()) == {tuple(range(2, 2 + count))}

@@ -142,8 +142,8 @@ def test_a_timing_question_is_asked_in_training_where_the_sweep_says():
 
 @pytest.fixture
 def small(monkeypatch):
-    """Two points a sweep, so that a whole probe is quick."""
-    few = {name: replace(sweep, points=sweep.points[-2:]) for name, sweep in SWEEPS.items()}
+    """Two points a sweep, one of them outside of training, so that a whole probe is quick."""
+    few = {name: replace(sweep, points=(sweep.points[0], sweep.points[-2])) for name, sweep in SWEEPS.items()}
     for module in (sweeps, time):
         monkeypatch.setattr(module, "SWEEPS", few)
 
@@ -165,13 +165,14 @@ def test_wrong_use(wrong):
         probe_time([], **wrong)
 
 
-def test_seeds_of_a_folder_stand_side_by_side():
+def test_seeds_of_a_folder_stand_side_by_side(small):
     models = [(f"lal/seed-{seed}", tiny_model("lal", seed=seed)) for seed in (0, 1)] + [("pal", tiny_model("pal"))]
     finding = probe_time(models, pairs=2)
     (title,) = [title for title in finding.tables if title.endswith("mean of the models of a folder")]
     assert {row["models"] for row in finding.tables[title]} == {"lal (2)"}
+    assert {row["trained"] for row in finding.tables[title]} == {"yes", "no"}
     for row in finding.tables[title]:
-        sweep = SWEEPS[row["sweep"]]
+        sweep = time.SWEEPS[row["sweep"]]
         inside = [
             at for at in sweep.points if (sweep.trained[0] <= at <= sweep.trained[1]) == (row["trained"] == "yes")
         ]
