@@ -1,11 +1,12 @@
 """Folders that are written whole or not at all."""
 
 import json
+import math
 
 import pytest
 
 from pal.errors import BundleError
-from pal.files import MANIFEST, amend, atomic_folder, move_into, recover, strangers, verify, write_text
+from pal.files import MANIFEST, amend, atomic_folder, jsonable, move_into, recover, strangers, verify, write_text
 
 
 def write(folder, text="one"):
@@ -112,3 +113,7 @@ def test_files_move_beside_others(tmp_path):
     assert strangers(tmp_path / "f") == {"notes/mine.txt"}
     assert not (tmp_path / "f" / "old.txt").exists()
     assert (tmp_path / "outside.txt").read_text() == "somebody's"
+
+
+def test_json_has_no_nan():
+    assert jsonable({"a": (math.nan, 1.5), "b": [math.inf]}) == {"a": [None, 1.5], "b": [None]}

@@ -79,7 +79,7 @@ def no_resampling(monkeypatch):
         samples, _ = soundfile.read(path, dtype="float32")
         return SimpleNamespace(samples_N=torch.from_numpy(samples))
 
-    monkeypatch.setattr("pal.evaluate.clip_cache.load", load)
+    monkeypatch.setattr("pal.evaluate.clip_cache.read_waveform", load)
 
 
 def manifest(folder, records):
