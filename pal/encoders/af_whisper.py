@@ -5,12 +5,9 @@ from typing import Any
 
 from torch import Tensor
 
-from pal.config import StrictConfig
-from pal.encoders.base import Encoder
-from pal.encoders.checkpoint import EncoderCheckpoint
 from pal.encoders.log_mel import WhisperLogMel
+from pal.encoders.pretrained import PretrainedEncoder, PretrainedOptions
 from pal.encoders.unasked import make_masks_unasked, padded
-from pal.errors import ConfigError
 from pal.registry import register
 from pal.transfer import real_ones
 from pal.types import AudioFeatures
@@ -20,7 +17,7 @@ _FRAMES_PER_TOKEN = 4
 
 
 @register("encoder", "af_whisper")
-class AFWhisper(Encoder):
+class AFWhisper(PretrainedEncoder):
     """Tokens of 40 ms, equal to those transformers' AudioFlamingo3Encoder gives for the same 30 s window.
 
     Goel et al. 2025, "Audio Flamingo 3" (arXiv:2507.08128). The network sees 30 s, as it was trained
@@ -29,30 +26,29 @@ class AFWhisper(Encoder):
     token and with it up to 20 ms; here it is kept. Longer clips are taken in windows of 30 s by `encode`.
     """
 
-    class Config(StrictConfig):
-        """Options of the encoder `af_whisper`: `path`, or `architecture`, or both."""
-
-        path: str | None = None
-        """Hub id or local folder, such as `nvidia/audio-flamingo-3-hf`, of which only the tensors of
-        its `audio_tower` are read, or a folder with the encoder alone."""
-        revision: str | None = None
-        """Branch, tag or commit on the Hub."""
-        architecture: dict[str, Any] | None = None
-        """Fields of transformers' AudioFlamingo3EncoderConfig. Where given, nothing is read from
-        `path`: the network is built with random weights, for a caller that then loads its own."""
+    class Config(PretrainedOptions):
+        """Options of the encoder `af_whisper`; of a whole Audio Flamingo 3 only its `audio_tower` is read."""
 
         def toy(self) -> "AFWhisper.Config":
             """Windows of four seconds."""
             sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
-            architecture = {**sizes, "max_source_positions": 200}
-            return self.model_copy(update={"path": None, "revision": None, "architecture": architecture})
+            return self.with_architecture(**sizes, max_source_positions=200)
 
     hub_ids = ("nvidia/audio-flamingo-3",)
+    name = "af_whisper"
+    example = "nvidia/audio-flamingo-3-hf"
+    places = {"audioflamingo3": "audio_config", "audioflamingo3_encoder": None}
+    part = "audio_tower"
+
+    @classmethod
+    def classes(cls) -> tuple[Any, Any]:
+        """Those of transformers."""
+        from transformers import AudioFlamingo3Encoder, AudioFlamingo3EncoderConfig
+
+        return AudioFlamingo3EncoderConfig, AudioFlamingo3Encoder
 
     def __init__(self, config: Config) -> None:
-        super().__init__()
-        self.config = config
-        self.network = _build(config.architecture) if config.architecture is not None else _load(config)
+        super().__init__(config)
         make_masks_unasked(self.network)
         network = self.network.config
         self._log_mel = WhisperLogMel(network.num_mel_bins, frames=2 * network.max_source_positions)
@@ -60,11 +56,6 @@ class AFWhisper(Encoder):
         self.sampling_rate = self._log_mel.sampling_rate
         self.seconds_per_token = _FRAMES_PER_TOKEN * self._log_mel.hop / self.sampling_rate
         self.window_seconds = self._log_mel.window_seconds
-
-    def standalone_config(self) -> Config:
-        """A config that builds the same network without reading `path`, for bundles with all weights."""
-        fields = self.network.config.to_diff_dict()
-        return self.config.model_copy(update={"architecture": fields})
 
     def frontend(self, samples_N: Tensor) -> Tensor:
         """Samples at 16 kHz [N] -> log-mel frames of 10 ms [F, M], a few more than the real ones."""
@@ -84,21 +75,3 @@ class AFWhisper(Encoder):
 
         tokens = tuple((n - 1) // _FRAMES_PER_TOKEN + 1 for n in real)
         return AudioFeatures(x_WAE[:, : max(tokens)], tokens, self.seconds_per_token)
-
-
-def _build(architecture: dict[str, Any]) -> Any:
-    """A network with random weights."""
-    from transformers import AudioFlamingo3Encoder, AudioFlamingo3EncoderConfig
-
-    return AudioFlamingo3Encoder(AudioFlamingo3EncoderConfig(**architecture))
-
-
-def _load(config: AFWhisper.Config) -> Any:
-    """The network of a Hub id or folder, in float32. Raises ConfigError where there is none."""
-    if config.path is None:
-        raise ConfigError("encoder 'af_whisper': missing key 'path'; give a Hub id such as nvidia/audio-flamingo-3-hf")
-    from transformers import AudioFlamingo3Encoder, AudioFlamingo3EncoderConfig
-
-    checkpoint = EncoderCheckpoint("af_whisper", config.path, config.revision)
-    fields = checkpoint.fields({"audioflamingo3": "audio_config", "audioflamingo3_encoder": None})
-    return checkpoint.load(AudioFlamingo3Encoder, AudioFlamingo3EncoderConfig(**fields), part="audio_tower")

@@ -6,20 +6,16 @@ from typing import Any
 from torch import Tensor
 from torch.nn import functional as F
 
-from pal.config import StrictConfig
-from pal.encoders.base import Encoder
-from pal.encoders.checkpoint import EncoderCheckpoint
 from pal.encoders.fbank import HOP, RATE, begun_frames, fbanks
 from pal.encoders.patches import Frequency, pad_windows, to_features, tokens_per_step
+from pal.encoders.pretrained import PretrainedEncoder, PretrainedOptions
 from pal.errors import ConfigError
 from pal.registry import register
 from pal.types import AudioFeatures
 
-_TYPE = "audio-spectrogram-transformer"
-
 
 @register("encoder", "ast")
-class AST(Encoder):
+class AST(PretrainedEncoder):
     """Patches of 16 mel bins by 160 ms, one every 10 bins and 100 ms: 12 a step, in order of time.
 
     They equal those that transformers' ASTModel gives for the same window, without its two class
@@ -28,16 +24,9 @@ class AST(Encoder):
     What comes after a clip is the extractor's own padding and is left out of the result.
     """
 
-    class Config(StrictConfig):
-        """Options of the encoder `ast`: `path`, or `architecture`, or both."""
+    class Config(PretrainedOptions):
+        """Options of the encoder `ast`."""
 
-        path: str | None = None
-        """Hub id or local folder, such as `MIT/ast-finetuned-audioset-10-10-0.4593`."""
-        revision: str | None = None
-        """Branch, tag or commit on the Hub."""
-        architecture: dict[str, Any] | None = None
-        """Fields of transformers' ASTConfig. Where given, nothing is read from `path`: the network is
-        built with random weights, for a caller that then loads its own."""
         frequency: Frequency = "tokens"
         """`tokens`: every patch is a token. `mean`: one token a step, the mean over its 12 frequencies."""
         mean: float = -4.2677393
@@ -48,16 +37,24 @@ class AST(Encoder):
         def toy(self) -> "AST.Config":
             """Windows of a second."""
             sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
-            architecture = {**sizes, "max_length": 128}
-            return self.model_copy(update={"path": None, "revision": None, "architecture": architecture})
+            return self.with_architecture(**sizes, max_length=128)
 
     hub_ids = ("MIT/ast",)
     sampling_rate = RATE
+    name = "ast"
+    example = "MIT/ast-finetuned-audioset-10-10-0.4593"
+    places = {"audio-spectrogram-transformer": None}
+    part = "audio_spectrogram_transformer"
+
+    @classmethod
+    def classes(cls) -> tuple[Any, Any]:
+        """Those of transformers."""
+        from transformers import ASTConfig, ASTModel
+
+        return ASTConfig, ASTModel
 
     def __init__(self, config: Config) -> None:
-        super().__init__()
-        self.config = config
-        self.network = _build(config.architecture) if config.architecture is not None else _load(config)
+        super().__init__(config)
         ast = self.network.config
         if not isinstance(ast.patch_size, int) or ast.time_stride > ast.patch_size:
             raise ConfigError("encoder 'ast': needs square patches without gaps between them; give another model")
@@ -68,10 +65,6 @@ class AST(Encoder):
         self.seconds_per_token = self._step_seconds / tokens_per_step(self._patches, config.frequency)
         self.window_seconds = self._steps * self._step_seconds
         self._padding = self._normalise(0.0)
-
-    def standalone_config(self) -> Config:
-        """A config that builds the same network without reading `path`, for bundles with all weights."""
-        return self.config.model_copy(update={"architecture": self.network.config.to_diff_dict()})
 
     def frontend(self, samples_N: Tensor) -> Tensor:
         """Samples at 16 kHz [N] -> normalised log-mel frames of 10 ms [ceil(N / 160), M].
@@ -104,22 +97,3 @@ class AST(Encoder):
 
     def _normalise(self, frames: Any) -> Any:
         return (frames - self.config.mean) / (2 * self.config.std)
-
-
-def _build(architecture: dict[str, Any]) -> Any:
-    """A network with random weights."""
-    from transformers import ASTConfig, ASTModel
-
-    return ASTModel(ASTConfig(**architecture))
-
-
-def _load(config: AST.Config) -> Any:
-    """The network of a Hub id or folder, in float32. Raises ConfigError where there is none."""
-    if config.path is None:
-        raise ConfigError(
-            "encoder 'ast': missing key 'path'; give a Hub id such as MIT/ast-finetuned-audioset-10-10-0.4593"
-        )
-    from transformers import ASTConfig, ASTModel
-
-    checkpoint = EncoderCheckpoint("ast", config.path, config.revision)
-    return checkpoint.load(ASTModel, ASTConfig(**checkpoint.fields({_TYPE: None})), part=_TYPE.replace("-", "_"))

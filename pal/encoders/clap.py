@@ -7,10 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pal.config import StrictConfig
-from pal.encoders.base import Encoder
-from pal.encoders.checkpoint import EncoderCheckpoint
-from pal.errors import ConfigError
+from pal.encoders.pretrained import PretrainedEncoder, PretrainedOptions
 from pal.registry import register
 from pal.types import AudioFeatures
 
@@ -28,7 +25,7 @@ _FRAMES = _WINDOW // _HOP + 1
 
 
 @register("encoder", "clap")
-class Clap(Encoder):
+class Clap(PretrainedEncoder):
     """Tokens of the last feature map of transformers' ClapAudioModel, in order of time.
 
     Wu et al. 2023, "Large-scale contrastive language-audio pretraining with feature fusion and
@@ -42,17 +39,9 @@ class Clap(Encoder):
     random, is never used; its weights get no gradient.
     """
 
-    class Config(StrictConfig):
-        """Options of the encoder `clap`: `path`, or `architecture`, or both."""
+    class Config(PretrainedOptions):
+        """Options of the encoder `clap`; `path` may be a ClapModel, with or without its text, or a ClapAudioModel."""
 
-        path: str | None = None
-        """Hub id or local folder with safetensors of a ClapModel, ClapAudioModelWithProjection or
-        ClapAudioModel, such as `laion/clap-htsat-fused`."""
-        revision: str | None = None
-        """Branch, tag or commit on the Hub."""
-        architecture: dict[str, Any] | None = None
-        """Fields of transformers' ClapAudioConfig. Where given, nothing is read from `path`: the
-        network is built with random weights, for a caller that then loads its own."""
         frequency: Literal["tokens", "concat"] = "tokens"
         """What becomes of the feature map's two halves of the spectrum, low and high. `tokens`: each is
         a token, the low one first, 64 of 0.156 s for 10 s; the LLM can tell them apart and the width
@@ -61,17 +50,26 @@ class Clap(Encoder):
         def toy(self) -> "Clap.Config":
             """One layer at each scale."""
             sizes = {"depths": [1, 1, 1, 1], "num_attention_heads": [1, 2, 2, 2], "patch_embeds_hidden_size": 8}
-            architecture = {**sizes, "hidden_size": 64, "enable_fusion": True}
-            return self.model_copy(update={"path": None, "revision": None, "architecture": architecture})
+            return self.with_architecture(**sizes, hidden_size=64, enable_fusion=True)
 
     hub_ids = ("laion/clap", "laion/larger_clap")
     sampling_rate = _RATE
     window_seconds = _WINDOW / _RATE
+    name = "clap"
+    example = "laion/clap-htsat-fused"
+    places = {"clap": "audio_config", "clap_audio_model": None}
+    part = "audio_model"
+    computed = ("relative_position_index", "num_batches_tracked")
+
+    @classmethod
+    def classes(cls) -> tuple[Any, Any]:
+        """Those of transformers."""
+        from transformers import ClapAudioConfig, ClapAudioModel
+
+        return ClapAudioConfig, ClapAudioModel
 
     def __init__(self, config: Config) -> None:
-        super().__init__()
-        self.config = config
-        self.network = _build(config.architecture) if config.architecture is not None else _load(config)
+        super().__init__(config)
         htsat = self.network.audio_encoder
         self._filters_XM = _mel_filters(self.network.config.num_mel_bins, fused=bool(htsat.enable_fusion))
         # no window is longer, which a fused network would otherwise ask the device at every batch
@@ -83,11 +81,6 @@ class Clap(Encoder):
         self._tokens_per_step = bands if config.frequency == "tokens" else 1
         self.width = htsat.num_features if config.frequency == "tokens" else bands * htsat.num_features
         self.seconds_per_token = self.window_seconds / self._steps / self._tokens_per_step
-
-    def standalone_config(self) -> Config:
-        """A config that builds the same network without reading `path`, for bundles with all weights."""
-        fields = self.network.config.to_diff_dict()
-        return self.config.model_copy(update={"architecture": fields})
 
     def frontend(self, samples_N: Tensor) -> Tensor:
         """Samples at 48 kHz [N] -> mel power in dB, every 10 ms [1001 + steps, M].
@@ -134,22 +127,3 @@ def _mel_filters(mels: int, fused: bool) -> Tensor:
         mel_scale="htk" if fused else "slaney",
     )
     return torch.from_numpy(filters).double()
-
-
-def _build(architecture: dict[str, Any]) -> Any:
-    """A network with random weights."""
-    from transformers import ClapAudioConfig, ClapAudioModel
-
-    return ClapAudioModel(ClapAudioConfig(**architecture))
-
-
-def _load(config: Clap.Config) -> Any:
-    """The network of a Hub id or folder, in float32. Raises ConfigError where there is none."""
-    if config.path is None:
-        raise ConfigError("encoder 'clap': missing key 'path'; give a Hub id such as laion/clap-htsat-fused")
-    from transformers import ClapAudioConfig, ClapAudioModel
-
-    checkpoint = EncoderCheckpoint("clap", config.path, config.revision)
-    fields = checkpoint.fields({"clap": "audio_config", "clap_audio_model": None})
-    computed = ("relative_position_index", "num_batches_tracked")
-    return checkpoint.load(ClapAudioModel, ClapAudioConfig(**fields), part="audio_model", computed=computed)

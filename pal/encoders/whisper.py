@@ -5,56 +5,49 @@ from typing import Any
 
 from torch import Tensor
 
-from pal.config import StrictConfig
-from pal.encoders.base import Encoder
-from pal.encoders.checkpoint import EncoderCheckpoint
 from pal.encoders.log_mel import WhisperLogMel
-from pal.errors import ConfigError
+from pal.encoders.pretrained import PretrainedEncoder, PretrainedOptions
 from pal.registry import register
 from pal.types import AudioFeatures
 
 
 @register("encoder", "whisper")
-class Whisper(Encoder):
+class Whisper(PretrainedEncoder):
     """Tokens of 20 ms, equal to those transformers' WhisperModel gives for the same 30 s window.
 
     The network always sees 30 s, as it was trained to; what comes after the clip is its own silence
     and is left out of the result. Longer clips are taken in windows of 30 s by `encode`.
     """
 
-    class Config(StrictConfig):
-        """Options of the encoder `whisper`: `path`, or `architecture`, or both."""
-
-        path: str | None = None
-        """Hub id or local folder, such as `openai/whisper-small`."""
-        revision: str | None = None
-        """Branch, tag or commit on the Hub."""
-        architecture: dict[str, Any] | None = None
-        """Fields of transformers' WhisperConfig. Where given, nothing is read from `path`: the
-        network is built with random weights, for a caller that then loads its own."""
+    class Config(PretrainedOptions):
+        """Options of the encoder `whisper`."""
 
         def toy(self) -> "Whisper.Config":
             """Windows of four seconds."""
             sizes = {"d_model": 16, "encoder_layers": 1, "encoder_attention_heads": 2, "encoder_ffn_dim": 32}
-            return self.model_copy(
-                update={"path": None, "revision": None, "architecture": {**sizes, "max_source_positions": 200}}
-            )
+            return self.with_architecture(**sizes, max_source_positions=200)
+
+    name = "whisper"
+    example = "openai/whisper-small"
+    places = {"whisper": None}
+    part = "encoder"
+
+    @classmethod
+    def classes(cls) -> tuple[Any, Any]:
+        """Those of transformers."""
+        from transformers import WhisperConfig
+        from transformers.models.whisper.modeling_whisper import WhisperEncoder
+
+        return WhisperConfig, WhisperEncoder
 
     def __init__(self, config: Config) -> None:
-        super().__init__()
-        self.config = config
-        self.network = _build(config.architecture) if config.architecture is not None else _load(config)
+        super().__init__(config)
         whisper = self.network.config
         self._log_mel = WhisperLogMel(whisper.num_mel_bins, frames=2 * whisper.max_source_positions)
         self.width = whisper.d_model
         self.sampling_rate = self._log_mel.sampling_rate
         self.seconds_per_token = 2 * self._log_mel.hop / self.sampling_rate
         self.window_seconds = self._log_mel.window_seconds
-
-    def standalone_config(self) -> Config:
-        """A config that builds the same network without reading `path`, for bundles with all weights."""
-        fields = self.network.config.to_diff_dict()
-        return self.config.model_copy(update={"architecture": fields})
 
     def frontend(self, samples_N: Tensor) -> Tensor:
         """Samples at 16 kHz [N] -> log-mel frames of 10 ms [F, M], a few more than the real ones."""
@@ -71,22 +64,3 @@ class Whisper(Encoder):
 
         tokens = tuple((real - 1) // 2 + 1 for real in self._log_mel.real(lengths))
         return AudioFeatures(x_WAE[:, : max(tokens)], tokens, self.seconds_per_token)
-
-
-def _build(architecture: dict[str, Any]) -> Any:
-    """A network with random weights."""
-    from transformers import WhisperConfig
-    from transformers.models.whisper.modeling_whisper import WhisperEncoder
-
-    return WhisperEncoder(WhisperConfig(**architecture))
-
-
-def _load(config: Whisper.Config) -> Any:
-    """The network of a Hub id or folder, in float32. Raises ConfigError where there is none."""
-    if config.path is None:
-        raise ConfigError("encoder 'whisper': missing key 'path'; give a Hub id such as openai/whisper-small")
-    from transformers import WhisperConfig
-    from transformers.models.whisper.modeling_whisper import WhisperEncoder
-
-    checkpoint = EncoderCheckpoint("whisper", config.path, config.revision)
-    return checkpoint.load(WhisperEncoder, WhisperConfig(**checkpoint.fields({"whisper": None})), part="encoder")
