@@ -16,6 +16,7 @@ from pal.answering import DetailedAnswer, FirstTokenTimer, default_options, gene
 from pal.backbone import adapters
 from pal.backbone.audio_kv import AudioKV
 from pal.backbone.audio_mask import Hide
+from pal.backbone.finetuning import keep_frozen_in_evaluation
 from pal.backbone.llm import Backbone
 from pal.backbone.loss import Per
 from pal.backbone.sources import load_tokenizer
@@ -32,7 +33,7 @@ from pal.clips import (
     read_waveform,
     warn_of,
 )
-from pal.conversations import ChatTurns, check_ids, read_question
+from pal.conversations import ChatTurns, Question, check_ids, read_question
 from pal.digest import CachedModelDigest
 from pal.ears import Ears, check_ears
 from pal.errors import ConfigError, PromptError
@@ -45,10 +46,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from pal.integrations.base import Integration
-
-
-Question = str | list[str] | tuple[str, ...] | ChatTurns
-"""A text, several texts, or the turns of a chat."""
 
 
 class Loss(NamedTuple):
@@ -76,6 +73,7 @@ class PalModel(nn.Module):
         self.source = "untrained"
         """What the model is called in answers and scores."""
         self._hidden: tuple[Hide, ...] = ()
+        self._located = False
         self.trained: set[str] = set()
         """Names of the parameters that training has changed since they came from their source."""
 
@@ -122,19 +120,9 @@ class PalModel(nn.Module):
         }
 
     def train(self, mode: bool = True) -> PalModel:
-        """Training mode for the parts that train; frozen ones stay in evaluation mode.
-
-        Otherwise the dropout of a frozen part would stay on. Batch statistics move only where the layer's own weights
-        are trained: where adapters are, beside frozen weights, nothing that is saved with them would hold the
-        statistics.
-        """
+        """Training mode for the parts that train; frozen ones stay in evaluation mode."""
         super().train(mode)
-        for part in (*self.ears.encoders, *self.ears.connectors, self.integration, self.llm):
-            if not any(p.requires_grad for p in part.parameters()):
-                part.eval()
-            for layer in part.modules():
-                if getattr(layer, "track_running_stats", False) and not _trains(layer, part):
-                    layer.eval()
+        keep_frozen_in_evaluation((*self.ears.encoders, *self.ears.connectors, self.integration, self.llm))
         return self
 
     # Audio to LLM inputs
@@ -182,25 +170,30 @@ class PalModel(nn.Module):
         """
         check_ids(rows, self.llm.vocab, self.tokenizer)
         audio = (clips if isinstance(clips, ClipFeatures) else self.encode(clips)).audio or None
-        inputs = self.integration(audio, rows, self.llm, padding_side, located=located or bool(self._hidden))
+        inputs = self.integration(audio, rows, self.llm, padding_side, located=located or self._located)
         for what in self._hidden if inputs.audio is not None else ():
             inputs = replace(inputs, audio=inputs.audio.without(what))
         return inputs
 
     @contextmanager
-    def hiding(self, *what: Hide) -> Iterator[None]:
+    def hiding(self, *what: Hide, located: bool = False) -> Iterator[None]:
         """While the block lasts, some of the audio is hidden from every query, in whatever is asked or scored.
+
+        Args:
+            what: to hide.
+            located: have inputs say whose audio each row and key is, and when it sounds, though nothing be hidden.
 
         Raises:
             ConfigError: a stream or a layer that the model does not have, or an empty time.
         """
         for one in what:
             one.check(len(self.ears.streams), self.llm.n_layers)
-        before, self._hidden = self._hidden, (*self._hidden, *what)
+        before = self._hidden, self._located
+        self._hidden, self._located = (*self._hidden, *what), self._located or located or bool(what)
         try:
             yield
         finally:
-            self._hidden = before
+            self._hidden, self._located = before
 
     def forward(self, batch: Batch, per: Per = "token") -> Loss:
         """Cross-entropy over the trained tokens of a batch (answers only); `per` says what counts alike."""
@@ -355,8 +348,8 @@ class PalModel(nn.Module):
         generation_options(options, self.tokenizer, stream)  # said before a clip is decoded
         given = clip_list(audio)
         asked = read_question(question, len(given), self.tokenizer, self.config.system)
-        clips = self._read(given, allow_urls, read_to_end)
-        warn_of(clip_notes(clips))
+        clips, notes = self._read(given, allow_urls, read_to_end)
+        warn_of(notes)
         if stream:
             if len(asked.rows) != 1:
                 raise PromptError("stream=True takes one conversation; ask the others one by one")
@@ -379,7 +372,7 @@ class PalModel(nn.Module):
         generation_options(watched, self.tokenizer)  # said before a clip is decoded
         given = clip_list(audio)
         asked = read_question(question, len(given), self.tokenizer, self.config.system)
-        clips = self._read(given, allow_urls, read_to_end)
+        clips, notes = self._read(given, allow_urls, read_to_end)
         start = time.perf_counter()
         features = self.encode(clips)
         encoded = time.perf_counter()
@@ -397,15 +390,17 @@ class PalModel(nn.Module):
                 audio_seconds_used=sum(used[clip] for clip in row.clips),
                 audio_tokens=sum(tokens[clip] for clip in row.clips),
                 seconds=timings,
-                notes=clip_notes(clips),
+                notes=notes,
             )
             for text, row in zip(texts, asked.rows, strict=True)
         ]
 
-    def _read(self, given: Sequence[AudioInput], allow_urls: bool, read_to_end: bool) -> list[Clip]:
-        """Clips in any forms, all of one kind."""
+    def _read(
+        self, given: Sequence[AudioInput], allow_urls: bool, read_to_end: bool
+    ) -> tuple[list[Clip], tuple[str, ...]]:
+        """Clips in any forms, all of one kind, and what could not be checked."""
         clips = [read_clip(clip, self.sampling_rate, allow_urls=allow_urls, read_to_end=read_to_end) for clip in given]
-        return of_one_kind(clips, self.hear, self._indexed)
+        return of_one_kind(clips, self.hear, self._indexed), clip_notes(clips)
 
     # Identity
 
@@ -442,9 +437,3 @@ class PalModel(nn.Module):
         from pal import bundle
 
         return bundle.load(path)
-
-
-def _trains(layer: nn.Module, part: nn.Module) -> bool:
-    """Whether a layer with batch statistics is trained: itself, or, where it has no weights, its part."""
-    own = list(layer.parameters(recurse=False))
-    return all(weight.requires_grad for weight in own or part.parameters())

@@ -73,6 +73,8 @@ class Tokens:
     asked: frozenset[int] | None = None
     """Places in `ids` of clips behind which the LLM is asked what follows; None where a trained id follows. It always
     is behind a clip that ends the conversation."""
+    columns: list[int] | None = None
+    """A number of the caller's for each of `ids`, to be found again in `LLMInputs.columns_BT`."""
 
     def __post_init__(self) -> None:
         assert self.ids.count(AUDIO) == len(self.clips)
@@ -193,3 +195,6 @@ class LLMInputs:
     labels_BT: Tensor | None
     targets: Targets | None = None
     """What the labels ask for, as the host knows it; None where that is to be read from the labels."""
+    columns_BT: Tensor | None = None
+    """`Tokens.columns` of the text that each row is, on the host; `IGNORE` in padding, audio rows and rows that ask
+    again. Of padded rows only, where all conversations have such numbers."""

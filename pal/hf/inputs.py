@@ -27,14 +27,14 @@ class Prompts:
     clips: list[Tensor]
 
     def numbered(self, asked_BT: Tensor) -> list[Tokens]:
-        """The rows, each id labelled with its place among its row's ids.
+        """The rows, each id with its place among its row's ids as its `columns`.
 
         Args:
             asked_BT: columns where it matters what follows, so that rows must hear the clips that stand there.
         """
         asked_BT = asked_BT & (self.ids_BT == AUDIO)
         return [
-            replace(row, labels=list(range(len(row.ids))), asked=frozenset(flags[real].nonzero()[:, 0].tolist()))
+            replace(row, columns=list(range(len(row.ids))), asked=frozenset(flags[real].nonzero()[:, 0].tolist()))
             for row, flags, real in zip(self.rows, asked_BT, self.real_BT, strict=True)
         ]
 
@@ -44,11 +44,11 @@ class Prompts:
         Args:
             inputs: what the model made of `numbered`, padded on the right.
         """
-        assert inputs.labels_BT is not None
+        assert inputs.columns_BT is not None
         ends = inputs.attention_mask_BT.sum(1).tolist()
         rows_BT = torch.zeros(self.ids_BT.shape, dtype=torch.long)
         has_row_BT = torch.zeros(self.ids_BT.shape, dtype=torch.bool)
-        for b, (row, numbers) in enumerate(zip(self.rows, inputs.labels_BT.tolist(), strict=True)):
+        for b, (row, numbers) in enumerate(zip(self.rows, inputs.columns_BT.tolist(), strict=True)):
             text = {number: place for place, number in enumerate(numbers) if number != IGNORE}
             columns = self.real_BT[b].nonzero()[:, 0].tolist()
             following = ends[b]

@@ -285,7 +285,6 @@ class PalForConditionalGeneration(PreTrainedModel, GenerationMixin):
         prompts = self._prompts(input_ids, attention_mask, input_values, audio_lengths)
         kept = slice(None) if isinstance(logits_to_keep, int) and not logits_to_keep else logits_to_keep
         kept = slice(-kept, None) if isinstance(kept, int) else kept
-        # the labels of a row are copied to wherever its text goes: here they say which column it was
         inputs = self.pal.inputs(prompts.clips, prompts.numbered(_asked(prompts, labels, kept)), padding_side="right")
         rows_BT, has_row_BT = (tensor.to(self.device) for tensor in prompts.places(inputs))
         logits = self.pal.llm.logits_at(inputs, rows_BT[:, kept])

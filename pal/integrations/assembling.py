@@ -224,7 +224,22 @@ def _padded(
         audio=context,
         labels_BT=moves[at_labels].long() if labelled else None,
         targets=targets.made(moves) if labelled else None,
+        columns_BT=_columns(placed, rows, left),
     )
+
+
+def _columns(placed: list[RowPlaces], rows: Sequence[Tokens], left: bool) -> Tensor | None:
+    """`Tokens.columns` of each row that is text for the first time; None where a conversation has none."""
+    made = []
+    for one, row in zip(placed, rows, strict=True):
+        if row.columns is None:
+            return None
+        columns_T = np.full(len(one), IGNORE)
+        columns_T[one.is_text & ~one.asks] = [
+            c for c, token in zip(row.columns, row.ids, strict=True) if token != AUDIO
+        ]
+        made.append(columns_T)
+    return torch.from_numpy(_stack(made, left, IGNORE)[0])
 
 
 def _audio_keys(

@@ -102,7 +102,7 @@ def windows(llm: Backbone, pathway: Pathway = None) -> list[Restriction]:
 def cost(model: PalModel, example: Example, condition: Condition) -> AnswerCost:
     """What the example costs under a condition, counted."""
     view = example.seen(model, condition)
-    with model.hiding(*condition.hides, Hide(layers=())), evaluation_mode(model), torch.no_grad():
+    with model.hiding(*condition.hides, located=True), evaluation_mode(model), torch.no_grad():
         making = flop_counter()
         with making:
             inputs = model.inputs(list(example.clips), [example.row])

@@ -82,7 +82,7 @@ class Example:
             ConfigError: the condition names a layer or stream that is not there, or times of tokens without any.
         """
         # hiding it in no layer hides nothing, but says of every token what it stands for
-        with model.hiding(*condition.hides, Hide(layers=())), evaluation_mode(model):
+        with model.hiding(*condition.hides, located=True), evaluation_mode(model):
             audio = model.inputs(list(self.clips), [self.row]).audio
         assert isinstance(audio, AudioContext)
         return audio
