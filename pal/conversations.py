@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 ChatTurns = list[dict[str, str]]
 """`[{"role": ..., "content": ...}, ...]`, with `<audio>` in a content where a clip stands."""
 
+Question = str | list[str] | tuple[str, ...] | ChatTurns
+"""A text, several texts, or the turns of a chat."""
+
 
 @dataclass(frozen=True)
 class Conversations:
@@ -29,7 +32,7 @@ class Conversations:
 
 
 def read_question(
-    question: str | Sequence[str] | ChatTurns, clips: int, tokenizer: PreTrainedTokenizerBase, system: str | None
+    question: Question, clips: int, tokenizer: PreTrainedTokenizerBase, system: str | None
 ) -> Conversations:
     """Conversations about clips.
 

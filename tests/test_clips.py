@@ -14,8 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from pal.clips import is_clip, is_clip_list, read_clip
-from pal.errors import AudioError
+from pal.audio import load
+from pal.backbone.audio_mask import Hide
+from pal.clips import ClipBatch, is_clip, is_clip_list, read_clip
+from pal.errors import AudioError, AudioWarning, PalError
+from pal.hf import PalProcessor
+from pal.types import Heard
+from tests.models import noise, tiny_model
 
 RATE = 16_000
 SOUND_N = np.random.default_rng(0).uniform(-0.5, 0.5, 900).astype(np.float32)
@@ -295,3 +300,87 @@ def test_remedies_fit_what_was_given():
     for rate in (0, -16_000, 10**9):
         says = fault((SOUND_N, rate))
         assert f"its rate of {rate} Hz is not in 4000..192000" in says and "ffmpeg" not in says
+
+
+# Clips that the model has made something of
+
+
+QUESTION = "What sound is this?"
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model("lal")
+
+
+def test_a_waveform_knows_its_rate():
+    wave = load((SOUND_N, RATE), RATE)
+    assert read_clip(wave, RATE) is wave
+    slower = read_clip(wave, 8_000)
+    assert (len(slower.samples_N), slower.rate, slower.seconds, slower.name) == (450, 8_000, 900 / RATE, wave.name)
+
+
+def test_what_was_made_of_a_clip_answers_as_the_clip_does(model):
+    clips = [(noise(0.4, at).numpy(), RATE) for at in range(4)]
+    expected = model.ask_detailed(clips, QUESTION, max_new_tokens=4)
+    kinds = {
+        "encoded": [model.hear(clip) for clip in clips],
+        "indexed": [model.index(clip) for clip in clips],
+        "waveform and encoded": [*clips[:2], *(model.hear(clip) for clip in clips[2:])],
+        "all": [clips[0], load(clips[1], RATE), model.hear(clips[2]), model.index(clips[3])],
+    }
+    for kind, of_kind in kinds.items():
+        found = model.ask_detailed(of_kind, QUESTION, max_new_tokens=4)
+        assert [one.text for one in found] == [one.text for one in expected], kind
+        assert [one.audio_tokens for one in found] == [one.audio_tokens for one in expected], kind
+        assert [(one.audio_seconds, one.audio_seconds_used) for one in found] == [(0.4, 0.4)] * 4, kind
+        assert model.ask(of_kind, QUESTION, max_new_tokens=4) == [one.text for one in expected], kind
+
+
+def test_an_index_of_an_encoded_clip_is_that_of_the_clip(model):
+    clip = (noise(0.4).numpy(), RATE)
+    ours, theirs = model.index(model.hear(clip)), model.index(clip)
+    assert ours.seconds == theirs.seconds == 0.4
+    assert_close(ours.streams[0].k_LBGAC, theirs.streams[0].k_LBGAC)
+    assert model.index(ours) is ours
+
+
+def test_hiding_holds_for_every_kind_of_clip(model):
+    for make in (lambda clip: clip, model.hear, model.index):
+        clips = [make((noise(0.2 + 0.3 * at, at).numpy(), RATE)) for at in range(4)]
+        plain = [answer.text for answer in model.ask_detailed(clips, QUESTION, max_new_tokens=8)]
+        with model.hiding(Hide()):
+            hidden = [answer.text for answer in model.ask_detailed(clips, QUESTION, max_new_tokens=8)]
+            assert model.ask(clips, QUESTION, max_new_tokens=8) == hidden
+        assert hidden != plain
+
+
+def test_notes_stay_with_clips_beside_an_index(model):
+    """What could not be checked is said, in whatever company the clip comes."""
+    streamed = bytearray(wav(noise(0.4).numpy()))
+    size = streamed.index(b"data") + 4
+    streamed[4:8] = streamed[size : size + 4] = b"\xff" * 4
+    other = model.index((noise(0.4, 1).numpy(), RATE))
+    with pytest.warns(AudioWarning):
+        model.ask([bytes(streamed), other], QUESTION, read_to_end=True, max_new_tokens=2)
+    for company in ([], [other]):
+        answer = model.ask_detailed([bytes(streamed), *company], QUESTION, read_to_end=True, max_new_tokens=2)[0]
+        assert len(answer.notes) == 1
+
+
+def test_samples_are_asked_for_where_they_are_needed(model):
+    for clip in (model.index((SOUND_N, RATE)), model.hear((SOUND_N, RATE))):
+        assert is_clip(clip)
+        with pytest.raises(AudioError, match="holds no samples; give the audio itself"):
+            PalProcessor.of(model)(text="<audio>", audio=clip)
+
+
+def test_an_encoded_clip_of_other_encoders_is_refused(model):
+    with pytest.raises(PalError, match=r"features of widths \[5\], not \[\d+\]; encode it anew"):
+        model.ask(Heard((torch.zeros(3, 5),), 0.1), QUESTION)
+
+
+def test_a_batch_is_of_one_kind(model):
+    with pytest.raises(AssertionError, match="of one kind"):
+        ClipBatch.of([noise(0.1), model.hear((SOUND_N, RATE))])
+    assert ClipBatch.of([]) == ClipBatch()

@@ -13,6 +13,8 @@ from pal.config import StrictConfig
 from pal.errors import ConfigError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from torch import nn
 
 LLMPart = Literal["none", "full", "no_ffn", "lora", "attention"]
@@ -65,6 +67,26 @@ def freeze_except(lm: nn.Module, part: LLMPart) -> list[nn.Parameter]:
         if train:
             chosen.append(parameter)
     return chosen
+
+
+def keep_frozen_in_evaluation(parts: Iterable[nn.Module]) -> None:
+    """Put what does not train into evaluation mode, where the rest is in training mode.
+
+    Otherwise the dropout of a frozen part would stay on. Batch statistics move only where the layer's own weights are
+    trained: where adapters are, beside frozen weights, nothing that is saved with them would hold the statistics.
+    """
+    for part in parts:
+        if not any(p.requires_grad for p in part.parameters()):
+            part.eval()
+        for layer in part.modules():
+            if getattr(layer, "track_running_stats", False) and not _trains(layer, part):
+                layer.eval()
+
+
+def _trains(layer: nn.Module, part: nn.Module) -> bool:
+    """Whether a layer with batch statistics is trained: itself, or, where it has no weights, its part."""
+    own = list(layer.parameters(recurse=False))
+    return all(weight.requires_grad for weight in own or part.parameters())
 
 
 def _belongs(path: list[str], part: LLMPart) -> bool:
