@@ -39,6 +39,11 @@ def register(kind: str, name: str) -> Callable[[T], T]:
     return add
 
 
+def unregister(kind: str, name: str) -> None:
+    """Forget a part, such as one that a test registered; nothing where there is none."""
+    _CLASSES[kind].pop(name, None)
+
+
 def names(kind: str) -> list[str]:
     """The known names of one kind of part, sorted."""
     package = importlib.import_module(_PACKAGES[kind])

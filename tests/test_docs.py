@@ -88,6 +88,31 @@ def imports() -> dict[str, set[str]]:
     return {part: others - {part} for part, others in found.items() if not part.startswith("__")}
 
 
+def is_private(name: str) -> bool:
+    return name.startswith("_") and not name.startswith("__")
+
+
+def private_names(text: str) -> list[str]:
+    """Private names of other files of `pal` that a program imports, or looks up in a module or class from there."""
+    found, ours = [], set()
+    tree = ast.parse(text)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "pal":
+            found += [f"{node.module}.{alias.name}" for alias in node.names if is_private(alias.name)]
+            ours |= {alias.asname or alias.name for alias in node.names}
+        elif isinstance(node, ast.Import):
+            ours |= {alias.asname or alias.name for alias in node.names if alias.name.split(".")[0] == "pal"}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and is_private(node.attr) and ast.unparse(node.value) in ours:
+            found.append(ast.unparse(node))
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("setattr") and len(node.args) > 1:
+            # in a test, by its name as a string
+            where, name = node.args[0], node.args[1]
+            if ast.unparse(where) in ours and isinstance(name, ast.Constant) and is_private(str(name.value)):
+                found.append(f"{ast.unparse(where)}.{name.value}")
+    return sorted(set(found))
+
+
 def test_programs_run(tmp_path):
     pages = {page.stem: programs(page.read_text(encoding="utf-8")) for page in PAGES}
     pages = {name: text for name, text in pages.items() if text}
@@ -145,7 +170,33 @@ def test_nothing_depends_on_the_laboratory():
     assert users - laboratory == {"app"}
 
 
+PRIVATE_IN_TESTS = {
+    "tests/app/test_demo.py",
+    "tests/app/test_doctor.py",
+    "tests/audio/test_mpeg.py",
+    "tests/backbone/test_graphs.py",
+    "tests/backbone/test_traps.py",
+    "tests/backbone/test_varlen.py",
+    "tests/bench/test_bench.py",
+    "tests/bench/test_gpu.py",
+    "tests/probe/test_layers.py",
+    "tests/probe/test_linear.py",
+}
+"""Tests that still use what is private; nothing is to be added."""
+
+
+def test_no_file_needs_a_private_name_of_another():
+    files = [path for root in ("pal", "tests", "examples", "recipes") for path in (ROOT / root).rglob("*.py")]
+    found = {str(path.relative_to(ROOT)): private_names(path.read_text(encoding="utf-8")) for path in files}
+    assert {name: names for name, names in found.items() if names and name not in PRIVATE_IN_TESTS} == {}
+
+
 def test_the_checks_can_fail():
+    assert private_names(
+        "import pal.model\nfrom pal.train import optim as o, step\nfrom pal.train.meter import _SHOWN, Meter\n"
+        "from torch import _C\no._f(step.Told)\nMeter._start\npal.model._warn\nself._x\n__name__\n"
+        "monkeypatch.setattr(step, '_number', 1)\nmonkeypatch.setattr(step, 'Told', 1)\n"
+    ) == ["Meter._start", "o._f", "pal.model._warn", "pal.train.meter._SHOWN", "step._number"]
     page = (
         "Use `pal/nowhere.py` and [this](docs/none.md).\n\n```sh\npal fly --high\n$ pal ask x.wav 'why?' --jsn\n```\n"
     )

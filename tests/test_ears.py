@@ -12,7 +12,7 @@ from pal.data.prompts import encode, user_turn
 from pal.encoders.base import Encoder
 from pal.encoders.tiny import Tiny
 from pal.errors import ConfigError
-from pal.registry import _CLASSES, register
+from pal.registry import lookup, register, unregister
 from pal.train.recipe import Trained
 from pal.train.stages import freeze
 from tests.models import ENCODER, noise, tiny_model
@@ -33,7 +33,7 @@ def fine():
         Config = Tiny.Config
 
     yield
-    del _CLASSES["encoder"]["fine"]
+    unregister("encoder", "fine")
 
 
 FINE = ENCODER | {"name": "fine", "width": 10}
@@ -147,4 +147,4 @@ def test_connectors_that_do_not_fit_are_refused(connector, message):
 def test_a_fusing_connector_needs_its_encoders():
     with pytest.raises(ConfigError, match="takes 2 encoders, not 3"):
         tiny_model("lal", encoders=[ENCODER, FINE, ENCODER], connector=LFST)
-    assert issubclass(_CLASSES["encoder"]["fine"], Encoder)
+    assert issubclass(lookup("encoder", "fine"), Encoder)

@@ -12,7 +12,7 @@ import soundfile
 from pal.data.manifest import Manifest
 from pal.data.prepare import prepare
 from pal.errors import ManifestError
-from pal.registry import _CLASSES
+from pal.registry import unregister
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -68,7 +68,7 @@ def test_own_encoder(capsys: pytest.CaptureFixture[str]) -> None:
     try:
         script("own_encoder").main()
     finally:
-        _CLASSES["encoder"].pop("bands", None)
+        unregister("encoder", "bands")
     assert "25 tokens of 1 s" in capsys.readouterr().out
 
 

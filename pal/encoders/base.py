@@ -12,9 +12,9 @@ from torch.nn.utils.rnn import pad_sequence
 from pal.transfer import to_device
 from pal.types import AudioFeatures, Frames
 
-_WINDOWS_AT_ONCE = 16
+WINDOWS_AT_ONCE = 16
 """That a network takes: an hour in windows of 30 s is a batch of 120, and more at once would only take more memory."""
-_SAMPLES_AT_ONCE = 1 << 22
+SAMPLES_AT_ONCE = 1 << 22
 """That a front-end takes: its spectra in double precision need some 60 bytes for each."""
 
 
@@ -69,7 +69,7 @@ class Encoder(nn.Module, ABC):
         with torch.autocast("cpu", enabled=False):  # spectra in half precision are not those of the papers
             for group in _groups([window_N for clip in cut for window_N in clip]):
                 frames += self.frontends(group)
-        most = len(frames) if self.window_seconds is None else _WINDOWS_AT_ONCE
+        most = len(frames) if self.window_seconds is None else WINDOWS_AT_ONCE
         blocks = [frames[first : first + most] for first in range(0, len(frames), most)]
         padded = [pad_sequence(block, batch_first=True) for block in blocks]
         return Frames(
@@ -99,7 +99,7 @@ def _groups(windows: Sequence[Tensor]) -> Iterator[list[Tensor]]:
     """Neighbouring windows that a front-end takes at once."""
     group: list[Tensor] = []
     for samples_N in windows:
-        if group and sum(map(len, group)) + len(samples_N) > _SAMPLES_AT_ONCE:
+        if group and sum(map(len, group)) + len(samples_N) > SAMPLES_AT_ONCE:
             yield group
             group = []
         group.append(samples_N)

@@ -101,7 +101,7 @@ class Tiny(Encoder):
     def forward(self, frames_WFM: Tensor, lengths: Sequence[int]) -> AudioFeatures:
         """Frames [W, F, M] -> tokens [W, ceil(F / 4), E]."""
         if self.training and self.config.mask_bins:
-            frames_WFM = _hide_bands(frames_WFM, self.config.mask_bins)
+            frames_WFM = hide_bands(frames_WFM, self.config.mask_bins)
         # Silence on both sides, whose tokens are dropped again: a clip that was cut tight sounds as it would
         # amid silence, where a convolution's own zeros would be a noise of -40 dB.
         margin = 4 * self.config.margin
@@ -151,7 +151,7 @@ class _TinyBlock(nn.Module):
         return x_WAE + self.dropout(self.contract(F.gelu(self.expand(self.norm(y_WAE)))))
 
 
-def _hide_bands(frames_WFM: Tensor, most: int) -> Tensor:
+def hide_bands(frames_WFM: Tensor, most: int) -> Tensor:
     """Set two random bands of up to `most` mel bins to -40 dB, for each clip its own."""
     W, _, M = frames_WFM.shape
     size_W2 = torch.randint(0, most + 1, (W, 2), device=frames_WFM.device)

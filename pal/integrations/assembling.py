@@ -235,9 +235,7 @@ def _columns(placed: list[RowPlaces], rows: Sequence[Tokens], left: bool) -> Ten
         if row.columns is None:
             return None
         columns_T = np.full(len(one), IGNORE)
-        columns_T[one.is_text & ~one.asks] = [
-            c for c, token in zip(row.columns, row.ids, strict=True) if token != AUDIO
-        ]
+        columns_T[one.is_text] = [c for c, token in zip(row.columns, row.ids, strict=True) if token != AUDIO]
         made.append(columns_T)
     return torch.from_numpy(_stack(made, left, IGNORE)[0])
 

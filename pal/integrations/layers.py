@@ -43,12 +43,12 @@ def chosen_layers(layers: Layers, llm: Backbone) -> tuple[int, ...]:
     if layers == "all":
         numbers = list(range(total))
     elif layers == "first_third":
-        numbers = list(range(_share(1 / 3, total)))
+        numbers = list(range(share_of_layers(1 / 3, total)))
     elif isinstance(layers, LayerRange):
         if layers.first is not None:
-            numbers = list(range(_share(layers.first, total)))
+            numbers = list(range(share_of_layers(layers.first, total)))
         elif layers.last is not None:
-            numbers = list(range(total - _share(layers.last, total), total))
+            numbers = list(range(total - share_of_layers(layers.last, total), total))
         else:
             assert layers.range is not None
             numbers = list(range(*layers.range))
@@ -60,7 +60,8 @@ def chosen_layers(layers: Layers, llm: Backbone) -> tuple[int, ...]:
     return tuple(numbers)
 
 
-def _share(share: float, total: int) -> int:
+def share_of_layers(share: float, total: int) -> int:
+    """A share in whole layers, at least one."""
     return max(1, round(share * total))
 
 

@@ -19,7 +19,7 @@ import numpy as np
 from pal.errors import ConfigError
 from pal.train.recipe import BatchSize
 
-_ROUND = 1 << 16
+ROUND = 1 << 16
 """Groups that are mixed and cut into batches at once, so that millions need little memory."""
 
 
@@ -63,7 +63,7 @@ class Sampler:
         self.batch = batch
         self.key = (seed, stage)
         self.counts = _draws_per_epoch(pools)
-        self.rounds = -(-sum(self.counts) // _ROUND)
+        self.rounds = -(-sum(self.counts) // ROUND)
         """Of an epoch."""
         self._round = lru_cache(maxsize=2)(self._plan)
         self._turn = lru_cache(maxsize=2 * len(pools))(self._order)
@@ -100,7 +100,7 @@ class Sampler:
                 turn, index = self._group_at(source, position)
                 drawn.append((source, index, turn))
         groups, lengths = [], []
-        for place, i in enumerate(_permutation(len(drawn), *self.key, "order", number)):
+        for place, i in enumerate(permutation(len(drawn), *self.key, "order", number)):
             source, index, turn = drawn[i]
             groups.append(Group(source, self._rows(source, index, turn), _hash(*self.key, number, place)))
             lengths.append(self._seconds(source, index))
@@ -135,7 +135,7 @@ class Sampler:
             together = [at for batch in batches[first:last] for at in batch]
             # the sort is stable: what is of one length stays in the order that chance gave it
             cut = self._cut(groups, lengths, sorted(together, key=lengths.__getitem__))
-            out += [cut[i] for i in _permutation(len(cut), *self.key, "bucket", number, first)]
+            out += [cut[i] for i in permutation(len(cut), *self.key, "bucket", number, first)]
         return out
 
     def _group_at(self, source: int, position: int) -> tuple[int, int]:
@@ -145,7 +145,7 @@ class Sampler:
         return turn, int(self._turn(source, turn)[place])
 
     def _order(self, source: int, turn: int) -> np.ndarray:
-        return _permutation(len(self.pools[source].groups), *self.key, "source", source, turn)
+        return permutation(len(self.pools[source].groups), *self.key, "source", source, turn)
 
     def _rows(self, source: int, index: int, turn: int) -> tuple[int, ...]:
         """The rows of a clip for its `turn`-th visit: all, or the next few of a shuffled round."""
@@ -156,7 +156,7 @@ class Sampler:
         chosen: dict[int, None] = {}
         for position in range(turn * take, (turn + 1) * take):
             lap, place = divmod(position, len(rows))
-            chosen[rows[int(_permutation(len(rows), *self.key, "rows", source, index, lap)[place])]] = None
+            chosen[rows[int(permutation(len(rows), *self.key, "rows", source, index, lap)[place])]] = None
         return tuple(chosen)
 
     def _seconds(self, source: int, index: int) -> float:
@@ -218,7 +218,8 @@ def _hash(*key: object) -> int:
     return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=7).digest())
 
 
-def _permutation(size: int, *key: object) -> np.ndarray:
+def permutation(size: int, *key: object) -> np.ndarray:
+    """The numbers below `size` in an order that the key decides: int64 [size]."""
     if size < 32:
         # numpy's generators take longer to set up than a short list to shuffle.
         order = list(range(size))

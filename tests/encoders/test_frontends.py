@@ -165,8 +165,8 @@ def test_hours_of_audio_go_through_in_pieces(
     window = encoder.window_seconds or 1.0
     given_clips = clips(encoder, window, 3.5 * window, 0.5)
     expected = encoder.prepare(given_clips)
-    monkeypatch.setattr(base, "_SAMPLES_AT_ONCE", round(2 * window * encoder.sampling_rate))
-    monkeypatch.setattr(base, "_WINDOWS_AT_ONCE", 2)
+    monkeypatch.setattr(base, "SAMPLES_AT_ONCE", round(2 * window * encoder.sampling_rate))
+    monkeypatch.setattr(base, "WINDOWS_AT_ONCE", 2)
     groups: list[int] = []
     made = type(encoder).frontends
 
@@ -177,9 +177,7 @@ def test_hours_of_audio_go_through_in_pieces(
     monkeypatch.setattr(type(encoder), "frontends", watching)
     frames = encoder.prepare(given_clips)
     # a clip that an encoder takes whole is never cut, however long
-    assert max(groups) <= max(
-        base._SAMPLES_AT_ONCE, max(len(x) for x in given_clips) * (encoder.window_seconds is None)
-    )
+    assert max(groups) <= max(base.SAMPLES_AT_ONCE, max(len(x) for x in given_clips) * (encoder.window_seconds is None))
     assert len(groups) >= 2 and sum(groups) == sum(map(len, given_clips))
     assert all(len(lengths) <= 2 for lengths in frames.lengths) or encoder.window_seconds is None
     assert frames.windows == expected.windows and sum(frames.lengths, ()) == sum(expected.lengths, ())

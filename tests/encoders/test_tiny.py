@@ -72,7 +72,7 @@ def test_silence_is_finite(encoder):
 
 def test_bands_are_hidden_in_training_only(encoder):
     frames_WFM = torch.ones(64, 5, 40)
-    hidden_WFM = tiny._hide_bands(frames_WFM, 6)
+    hidden_WFM = tiny.hide_bands(frames_WFM, 6)
     assert set(hidden_WFM.unique().tolist()) == {0.0, 1.0}
     assert torch.equal(hidden_WFM, hidden_WFM[:, :1].expand_as(hidden_WFM)), "a band is hidden in all frames alike"
     bins_W = (hidden_WFM[:, 0] == 0).sum(1)

@@ -152,9 +152,9 @@ def test_layers_that_make_no_sense_are_refused_in_one_line(layers):
 
 
 def test_layout_of_a_third_of_many_layers():
-    from pal.integrations.layers import _share
+    from pal.integrations.layers import share_of_layers
 
-    assert [_share(1 / 3, total) for total in (1, 2, 3, 4, 16, 28)] == [1, 1, 1, 1, 5, 9]
+    assert [share_of_layers(1 / 3, total) for total in (1, 2, 3, 4, 16, 28)] == [1, 1, 1, 1, 5, 9]
 
 
 def test_layout_agrees_with_the_formulas_of_the_design():

@@ -39,7 +39,7 @@ def test_a_fresh_sampler_gives_the_same_batch_at_any_step() -> None:
 
 
 def test_rounds_change_nothing_about_coverage(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_ROUND", 10)
+    monkeypatch.setattr(module, "ROUND", 10)
     sampler = Sampler([Pool(clips(37, 1)), Pool(clips(8, 1))], BatchSize(rows=4), seed=1, stage=0)
     assert sampler.rounds == 5
     drawn = Counter((g.source, g.rows[0]) for step in range(sampler.steps(2)) for g in sampler[step])
@@ -102,7 +102,7 @@ def test_the_order_without_buckets_is_that_of_earlier_versions() -> None:
 
 def mixed(n: int, seed: int = 0) -> list[float]:
     """Lengths of clips from half a second to half a minute."""
-    order = module._permutation(n, seed)
+    order = module.permutation(n, seed)
     return [0.5 * 60 ** (place / n) for place in order]
 
 
