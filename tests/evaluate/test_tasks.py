@@ -245,7 +245,7 @@ def test_options_and_rules_are_checked(tmp_path):
     with pytest.raises(ConfigError, match=r"needs \{question\} in it"):
         open_task("mmau", root, {"prompt": "Say it."})
     assert open_task("mmau", root, rule={"name": "rank"}).ranked
-    with pytest.raises(ConfigError, match="questions without choices"):
+    with pytest.raises(ConfigError, match="questions without 'choices'"):
         open_task("clothoaqa", published.clothoaqa(tmp_path / "q"), rule={"name": "rank"})
 
 
