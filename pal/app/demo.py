@@ -247,7 +247,7 @@ def _costs(models: Mapping[str, PalModel], records: list[Record], stage: Stage) 
         name: {
             **asdict(costs[name]),
             "audio_kv_bytes": audio_cache_bytes(model, single.waveforms[0], single.rows[0]),
-            "audio_seconds": len(single.waveforms[0]) / model.sampling_rate,
+            "audio_seconds": single.durations(model.sampling_rate)[0],
             "parameters": sum(p.numel() for p in model.parameters()),
         }
         for name, model in models.items()

@@ -23,10 +23,10 @@ from pal.errors import PalError
 from pal.evaluate.answerer import evaluation_mode
 from pal.evaluate.bootstrap import bootstrap_ci
 from pal.evaluate.text import exact_match
-from pal.plots import TIME, plain, printable
+from pal.plots import COLOURS, TIME, plain, printable
 from pal.probe.finding import Finding, Plot, about
 from pal.probe.record import PATHWAYS, AnswerAttention, record
-from pal.types import IGNORE, Tokens
+from pal.types import IGNORE, Tokens, waveform_seconds
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from pal.model import PalModel
 
 NAMES = {"keys": "audio K/V (LAL)", "rows": "audio rows (PLITS, summaries)", "text": "text", "cross": "cross-attention"}
-_COLOURS = {"keys": "#0b6e99", "rows": "#b3541e", "text": "#777777", "cross": "#5b3fa0"}
+_COLOURS = {"keys": COLOURS[0], "rows": COLOURS[1], "text": "#777777", "cross": COLOURS[2]}
 BINS = 40
 """Pieces of a clip's time."""
 
@@ -152,7 +152,7 @@ def _read(model: PalModel, records: Sequence[Record], batch: int, max_new_tokens
                 found = record(model, waves, [_last_answer(row) for row in whole], BINS)
             for i, answer, span, attention in zip(part, answers, spans, found, strict=True):
                 samples_N = waves[span[0]]
-                seconds = len(samples_N) / model.sampling_rate
+                seconds = waveform_seconds(samples_N, model.sampling_rate)
                 read[i] = Read(records[i], answer, attention, samples_N, seconds)
             bar.update(len(part))
     return [one for one in read if one is not None]

@@ -59,7 +59,7 @@ class Transcript(Route):
         if any(spans is None for spans in given):
             raise ConfigError("objective 'transcript': a clip has no tags; leave its source out of the stage's data")
         seconds = self.tokens * self._seconds_per_token
-        rows = tuple(math.ceil(len(samples_N) / self._rate / seconds) for samples_N in batch.waveforms)
+        rows = tuple(math.ceil(clip / seconds) for clip in batch.durations(self._rate))
         S = max(rows)
         held = []
         for spans in given:
