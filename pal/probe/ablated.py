@@ -12,6 +12,7 @@ import numpy as np
 
 from pal.evaluate import Result
 from pal.lab.tables import markdown_table
+from pal.plots import colour_of
 from pal.probe.axes import GridCell
 from pal.probe.crossed import INTERVALS, Draws, Estimate
 from pal.probe.finding import Plot, TableRow
@@ -301,10 +302,12 @@ class Ablated:
         for axes, one, draws in zip(panels, self.answers, self.draws, strict=True):
             for place in range(len(self.cells)):
                 score, ends = draws.score(place)
-                axes.plot(ends, [place, place], color=_color(place), linewidth=1)
-                axes.plot([score], [place], "|", color=_color(place), markersize=14, markeredgewidth=2.5)
+                axes.plot(ends, [place, place], color=colour_of(place), linewidth=1)
+                axes.plot([score], [place], "|", color=colour_of(place), markersize=14, markeredgewidth=2.5)
                 by_seed_K = draws.by_seed_XK[place]
-                axes.plot(by_seed_K, np.full(len(by_seed_K), place), "o", color=_color(place), markersize=4, alpha=0.6)
+                axes.plot(
+                    by_seed_K, np.full(len(by_seed_K), place), "o", color=colour_of(place), markersize=4, alpha=0.6
+                )
                 axes.plot([draws.deaf_X[place]], [place], "x", color="grey", markersize=5)
             axes.set_title(one.name, fontsize=10)
             axes.set_xlabel("exact match")
@@ -318,8 +321,8 @@ class Ablated:
             for axes, costs in zip(row, (self._gigaflops(), self._saved()), strict=True):
                 for place, cell in enumerate(self.cells):
                     score, ends = draws.score(place)
-                    axes.plot([costs[place]] * 2, ends, color=_color(place), linewidth=1)
-                    axes.plot([costs[place]], [score], "o", color=_color(place), label=cell.label)
+                    axes.plot([costs[place]] * 2, ends, color=colour_of(place), linewidth=1)
+                    axes.plot([costs[place]], [score], "o", color=colour_of(place), label=cell.label)
                 axes.grid(alpha=0.25)
                 axes.set_xlim(0, 1.08 * max(costs))
             row[0].set_ylabel(f"{one.name}, exact match", fontsize=9)
@@ -337,21 +340,17 @@ class Ablated:
         axes: Axes = figure.subplots()
         for place, (cell, curves) in enumerate(zip(self.cells, self.curves, strict=True)):
             for steps, losses in curves:
-                axes.plot(steps, smooth(losses), color=_color(place), linewidth=0.6, alpha=0.5)
+                axes.plot(steps, smooth(losses), color=colour_of(place), linewidth=0.6, alpha=0.5)
             if len({tuple(steps) for steps, _ in curves}) == 1:
                 mean = [statistics.mean(at) for at in zip(*(losses for _, losses in curves), strict=True)]
-                axes.plot(curves[0][0], smooth(mean), color=_color(place), linewidth=1.8, label=cell.label)
+                axes.plot(curves[0][0], smooth(mean), color=colour_of(place), linewidth=1.8, label=cell.label)
             else:
-                axes.plot([], [], color=_color(place), label=cell.label)
+                axes.plot([], [], color=colour_of(place), label=cell.label)
         axes.set_xlabel("step")
         axes.set_ylabel("loss")
         axes.set_ylim(bottom=0)
         axes.grid(alpha=0.25)
         axes.legend(fontsize=8)
-
-
-def _color(place: int) -> str:
-    return f"C{place % 10}"
 
 
 def _points(share: float) -> str:

@@ -18,6 +18,7 @@ from pal.bench.flops import flop_counter
 from pal.evaluate.answerer import evaluation_mode
 from pal.evaluate.clip_cache import EncodedClipCache
 from pal.integrations.layers import LayerRange, chosen_layers
+from pal.plots import COLOURS
 from pal.probe.finding import Finding, Plot, about
 from pal.probe.hiding import (
     DEAF,
@@ -378,7 +379,7 @@ def _costs(figure: Figure, asked: MaskedAnswers, group: _Group, costs: Mapping[s
         for name in names:
             score, ends = asked.score(asked.right(name))
             x, low = (getattr(costs[name], key) / (1e9 if key.startswith("flops") else 1e3) for key in (run, least))
-            colour = "C0" if name in named else "grey" if name == DEAF.name else "C1"
+            colour = COLOURS[0] if name in named else "grey" if name == DEAF.name else COLOURS[1]
             axes.plot([low, x], [score, score], color=colour, lw=0.8)
             axes.errorbar([x], [score], yerr=errors([score], [ends]), marker="o", color=colour, capsize=2)
             axes.plot([low], [score], marker="o", mfc="white", color=colour)

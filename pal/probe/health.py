@@ -28,6 +28,7 @@ from pal.evaluate import evaluate
 from pal.evaluate.answerer import evaluation_mode
 from pal.evaluate.bootstrap import bootstrap_ci
 from pal.lab.records import spread
+from pal.plots import COLOURS
 from pal.probe.finding import Finding, Plot, about
 from pal.probe.layout_checks import MEMORY, HealthCheck, Status, about_first_clip, layout_checks
 from pal.probe.record import PATHWAYS, record
@@ -278,6 +279,6 @@ def _draw(figure: Figure, layers: Sequence[dict[str, Any]]) -> None:
         (left, "times even", "attention on audio / even", IGNORED),
         (right, "moved by another clip", "moved by another clip", UNMOVED),
     ):
-        axes.bar(numbers, [row[key] for row in heard], color="#0b6e99")
-        axes.axhline(bound, color="#a11212", linestyle="--", linewidth=1)
+        axes.bar(numbers, [row[key] for row in heard], color=COLOURS[0])
+        axes.axhline(bound, color=COLOURS[1], linestyle="--", linewidth=1)
         axes.set(xlabel="layer", ylabel=label, xticks=numbers)

@@ -20,6 +20,7 @@ from pal.evaluate.answerer import evaluation_mode
 from pal.evaluate.bootstrap import bootstrap_ci
 from pal.evaluate.clip_cache import EncodedClipCache
 from pal.lab.records import domain_of
+from pal.plots import style_of
 from pal.types import Heard, Tokens
 
 if TYPE_CHECKING:
@@ -327,7 +328,9 @@ def lines(axes: Axes, x: Sequence[float], series: Mapping[str, Sequence[tuple[fl
         values = [value for value, _ in points]
         shifted = [at + (place - (len(series) - 1) / 2) * step for at in x]
         bars = errors(values, [ends for _, ends in points])
-        axes.errorbar(shifted, values, yerr=bars, marker="o", capsize=3, lw=2 if name == "all" else 1.2, label=name)
+        axes.errorbar(
+            shifted, values, yerr=bars, capsize=3, lw=2 if name == "all" else 1.2, label=name, **style_of(place)
+        )
     axes.grid(axis="y", alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
 

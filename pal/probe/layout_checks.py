@@ -98,7 +98,7 @@ def _feed_forward(
         "audio in the feed-forward networks",
         "fault" if wrong else "ok",
         measured,
-        "Audio that is meant as keys must be ClipSpans.keys, not rows_USD; make Route.cost say what spans() does.",
+        "Audio that is meant as keys must be ClipSpans.keys, not rows_USD; make its route_cost say what spans() does.",
     )
 
 
@@ -127,7 +127,7 @@ def _memory(model: PalModel, row: Tokens, features: Sequence[AudioFeatures]) -> 
         "memory",
         "ok" if ratio <= 1 + MEMORY else "warning",
         f"a step keeps {measured:,} bytes for the backward pass, {ratio:.2f} times the closed form",
-        "Look for audio that is kept as rows, or for activations that Route.cost does not name; pal bench shows where.",
+        "Look for audio that is kept as rows, or for activations that route_cost does not name; pal bench shows where.",
     )
 
 

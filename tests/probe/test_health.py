@@ -103,8 +103,10 @@ def test_audio_rows_in_the_feed_forward_networks_are_counted(records):
 class Forgetful(LAL):
     """Says that it keeps nothing."""
 
-    def cost(self, step, tokens, llm):
-        return Added()
+
+@route_cost.register(Forgetful)
+def _(route, step, tokens, llm):
+    return Added()
 
 
 def test_memory_that_is_not_on_paper_is_seen(records):
