@@ -31,10 +31,10 @@ def batch(seed, hears=True, clips=(17, 60)):
     return (features(*lengths) if hears else None), rows
 
 
-def made(name, layers=3, **more):
+def made(name, layers=3, family="llama"):
     torch._dynamo.reset()
     counters.clear()
-    llm = make_backbone("llama", layers, **more)
+    llm = make_backbone(family, layers)
     integration = build("integration", INTEGRATIONS.get(name, {"name": "plits"}), in_width=E, llm=llm)
     return llm, integration
 
@@ -54,10 +54,10 @@ KINDS = {"text": 1, "plits": 1, "lal": 1, "lal_first": 2, "pal": 2, "flamingo": 
 
 @pytest.mark.parametrize("name", KINDS)
 def test_one_graph_for_each_kind_of_layer(name):
-    """Twenty batches of other lengths, ragged, then equal ones; none of them makes a graph anew, none breaks one."""
+    """Eight batches of other lengths, ragged, then equal ones; none of them makes a graph anew, none breaks one."""
     llm, integration = made(name)
     llm.compile(backend="eager")
-    for seed in range(20):
+    for seed in range(8):
         step(llm, integration, *batch(seed, name != "text"))
     assert counters["stats"]["unique_graphs"] == KINDS[name] and not counters["graph_break"]
     audio, rows = batch(0, name != "text")
@@ -65,19 +65,18 @@ def test_one_graph_for_each_kind_of_layer(name):
     assert counters["stats"]["unique_graphs"] == KINDS[name]
 
 
-@pytest.mark.parametrize("name", ["lal", "pal"])
-def test_short_clips_cost_at_most_two_graphs_more(name):
-    llm, integration = made(name)
+def test_short_clips_cost_at_most_two_graphs_more():
+    llm, integration = made("pal")
     llm.compile(backend="eager")
     for seed in range(20):
         step(llm, integration, *batch(seed, clips=(1, 40)))
-    assert counters["stats"]["unique_graphs"] <= KINDS[name] + 2
+    assert counters["stats"]["unique_graphs"] <= KINDS["pal"] + 2
 
 
-@pytest.mark.parametrize("name", ["lal", "pal"])
-def test_the_same_losses_and_gradients(name):
-    llm, integration = made(name, layers=2)
-    batches = [batch(seed) for seed in range(3)]
+def test_the_same_losses_and_gradients():
+    """Of layers with and without audio keys; an LLM with norms of queries and keys."""
+    llm, integration = made("pal", layers=2, family="qwen3")
+    batches = [batch(seed) for seed in range(2)]
     expected = [step(llm, integration, *one) for one in batches]
     llm.compile(backend="aot_eager")
     for one, right in zip(batches, expected, strict=True):
@@ -97,17 +96,18 @@ def test_by_the_compiler_that_users_get():
 
 
 def test_what_is_trained_may_change():
-    """Weights that are frozen or trained after a graph was made are noticed."""
+    """Weights that are trained after a graph was made with them frozen get their gradients."""
     llm, integration = made("lal", layers=1)
     one = batch(0)
+    expected = step(llm, integration, *one)
     llm.compile(backend="aot_eager")
-    step(llm, integration, *one)
     llm.requires_grad_(False)
-    found = step(llm, integration, *one)
-    assert all(grad is None for grad in found[1 : 1 + len(list(llm.parameters()))])
-    llm.layers[0].mlp.up_proj.weight.requires_grad_(True)
-    step(llm, integration, *one)
-    assert llm.layers[0].mlp.up_proj.weight.grad.any()
+    frozen = step(llm, integration, *one)
+    count = len(list(llm.parameters()))
+    assert all(grad is None for grad in frozen[1 : 1 + count])
+    torch.testing.assert_close(frozen[1 + count :], expected[1 + count :], rtol=1e-5, atol=1e-5)
+    llm.requires_grad_(True)
+    torch.testing.assert_close(step(llm, integration, *one), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_dropout_of_adapters_ends_with_training():

@@ -42,4 +42,6 @@ class Mutant:
 
 def load(folder: Path = LISTS) -> list[Mutant]:
     """All mutants of the lists in a folder, in the order of the files' names."""
-    return [Mutant(**entry) for path in sorted(folder.glob("*.yaml")) for entry in yaml.safe_load(path.read_text())]
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml's, ten times as fast
+    lists = [yaml.load(path.read_text(), loader) for path in sorted(folder.glob("*.yaml"))]
+    return [Mutant(**entry) for entries in lists for entry in entries]
