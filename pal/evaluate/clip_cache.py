@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from pal.audio import load
+from pal.clips import read_waveform
 
 if TYPE_CHECKING:
     from pal.model import PalModel
@@ -31,7 +31,7 @@ class EncodedClipCache:
         """One clip. Raises AudioError for a file that cannot be used."""
         heard = self._kept.pop(path, None)
         if heard is None:
-            heard = self.model.hear(load(path, self.model.sampling_rate).samples_N)
+            heard = self.model.hear(read_waveform(path, self.model.sampling_rate).samples_N)
             self._bytes += _bytes(heard)
         self._kept[path] = heard  # the last to go
         while len(self._kept) > 1 and self._bytes > self.most_bytes:
