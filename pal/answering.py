@@ -41,7 +41,7 @@ class DetailedAnswer:
 class FirstTokenTimer:
     """A logits processor that changes nothing and notes when the first logits came: the end of prefill."""
 
-    only_watches = True
+    read_only = True
     at = 0.0
     """By `time.perf_counter`."""
 

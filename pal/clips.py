@@ -1,7 +1,7 @@
 """Audio clips: `read_clip` tells apart all forms in which one is given; what follows has types of its own.
 
-A clip is a `Waveform`, a `Heard` (what the encoders made of it) or an `AudioKV` (its keys and values). As input it is
-one of these, or
+A clip is a `Waveform`, an `EncodedClip` (encoder features) or an `AudioKV` (its keys and values). As input it is one
+of these, or
 
 | form | |
 |---|---|
@@ -48,9 +48,9 @@ from pal.audio.arrays import (
 from pal.audio.declared import DecodeError
 from pal.backbone.audio_kv import AudioKV
 from pal.errors import AudioError, AudioWarning, shortened
-from pal.types import AudioFeatures, Heard, Prepared
+from pal.types import AudioFeatures, EncodedClip, PreparedClips
 
-Clip = Waveform | Heard | AudioKV
+Clip = Waveform | EncodedClip | AudioKV
 """One clip as the model takes it; each has its length as `seconds`."""
 AudioInput = (
     str
@@ -69,7 +69,9 @@ AudioInput = (
     | Clip
 )
 """One clip as users and other libraries give it."""
-Clips = Prepared | Sequence[Tensor] | Sequence[Waveform] | Sequence[Heard] | Sequence[AudioKV] | Sequence[Clip]
+Clips = (
+    PreparedClips | Sequence[Tensor] | Sequence[Waveform] | Sequence[EncodedClip] | Sequence[AudioKV] | Sequence[Clip]
+)
 """The clips of a batch, all of one kind; tensors are waveforms [N] at the model's rate."""
 
 _ARRAYS, _RATES = ("array", "raw", "waveform"), ("sampling_rate", "sample_rate")
@@ -104,7 +106,7 @@ def read_clip(
     Raises:
         AudioError: one line with name, fault and remedy.
     """
-    if isinstance(clip, Heard | AudioKV) or (isinstance(clip, Waveform) and clip.rate == rate):
+    if isinstance(clip, EncodedClip | AudioKV) or (isinstance(clip, Waveform) and clip.rate == rate):
         return clip
     given: Any = (clip.samples_N, clip.rate) if isinstance(clip, Waveform) else clip
     name = clip.name if isinstance(clip, Waveform) else None
@@ -150,7 +152,7 @@ def read_waveform(
 
 def is_clip(value: object) -> bool:
     """Whether a value has one of the forms; what it holds is not looked at."""
-    known = str | os.PathLike | bytes | bytearray | memoryview | tuple | Mapping | Waveform | Heard | AudioKV
+    known = str | os.PathLike | bytes | bytearray | memoryview | tuple | Mapping | Waveform | EncodedClip | AudioKV
     return isinstance(value, known) or is_array(value) or is_decoder(value) or callable(getattr(value, "read", None))
 
 
@@ -186,7 +188,7 @@ def warn_of(notes: Sequence[str], stacklevel: int = 3) -> None:
 
 
 def of_one_kind(
-    clips: Sequence[Clip], encode: Callable[[Waveform], Heard], index: Callable[[Clip], AudioKV]
+    clips: Sequence[Clip], encode: Callable[[Waveform], EncodedClip], index: Callable[[Clip], AudioKV]
 ) -> list[Clip]:
     """Clips of several kinds as those of one, since a batch is of one: the kind of which the most was made before.
 
@@ -197,7 +199,7 @@ def of_one_kind(
     """
     if any(isinstance(clip, AudioKV) for clip in clips):
         return [index(clip) for clip in clips]
-    if any(isinstance(clip, Heard) for clip in clips):
+    if any(isinstance(clip, EncodedClip) for clip in clips):
         return [encode(clip) if isinstance(clip, Waveform) else clip for clip in clips]
     return list(clips)
 
@@ -208,21 +210,21 @@ class ClipBatch:
 
     waveforms: tuple[Tensor, ...] = ()
     """[N] at the model's rate."""
-    encoded: tuple[Heard, ...] = ()
-    prepared: Prepared | None = None
+    encoded: tuple[EncodedClip, ...] = ()
+    prepared: PreparedClips | None = None
     """Waveforms or encoded clips, as the encoders' device takes them."""
     indexed: tuple[AudioKV, ...] = ()
 
     @classmethod
     def of(cls, clips: Clips) -> ClipBatch:
         """Clips of one kind."""
-        if isinstance(clips, Prepared):
+        if isinstance(clips, PreparedClips):
             return cls(prepared=clips)
         batch = cls(
             waveforms=tuple(
                 c.samples_N if isinstance(c, Waveform) else c for c in clips if isinstance(c, Waveform | Tensor)
             ),
-            encoded=tuple(clip for clip in clips if isinstance(clip, Heard)),
+            encoded=tuple(clip for clip in clips if isinstance(clip, EncodedClip)),
             indexed=tuple(clip for clip in clips if isinstance(clip, AudioKV)),
         )
         assert len(clips) in map(len, (batch.waveforms, batch.encoded, batch.indexed)), (

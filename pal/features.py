@@ -23,13 +23,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from pal.audio_tower import AudioTower
 from pal.clips import clip_notes, read_waveform, warn_of
 from pal.digest import digest
-from pal.ears import Ears
 from pal.encoders.base import Encoder
 from pal.errors import AudioError, BundleError
 from pal.files import sha256, write_bytes
-from pal.types import Heard
+from pal.types import EncodedClip
 
 _FORMAT = 1
 _ABOUT = "encoders.safetensors"
@@ -39,7 +39,7 @@ _CLOSE = 1e-3
 
 
 class FeatureCache:
-    """Gives clips as the encoders hear them: from the folder, or by encoding them into it.
+    """On-disk cache of encoder features; a clip that is missing is encoded into it.
 
     Every clip is encoded by itself, so what it sounds like does not depend on which batch it was first met in.
     In a padded batch the same sums are done in another order: features then differ in their last bits.
@@ -54,7 +54,7 @@ class FeatureCache:
             another precision gave.
     """
 
-    def __init__(self, folder: Path, ears: Ears, precision: str = "fp32") -> None:
+    def __init__(self, folder: Path, ears: AudioTower, precision: str = "fp32") -> None:
         self.folder = folder
         self.ears = ears
         self.precision = precision
@@ -72,7 +72,7 @@ class FeatureCache:
         self._name = lru_cache(maxsize=1 << 16)(lambda path, size, changed: sha256(Path(path)))
         self._open({str(i): _test_frames(encoder) for i, encoder in enumerate(encoders)})
 
-    def __call__(self, path: str, read_to_end: bool = False) -> Heard:
+    def __call__(self, path: str, read_to_end: bool = False) -> EncodedClip:
         """One clip; encoded where the folder does not have it yet.
 
         With `read_to_end`, one whose end cannot be known is taken as far as it goes, with an `AudioWarning`, under a
@@ -125,17 +125,17 @@ class FeatureCache:
         device = next(self.ears.encoders.parameters()).device
         assert not any(encoder.training for encoder in self.ears.encoders), "an encoder in training mode"
         with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bf16"):
-            clip = self.ears.hear_alone(wave.samples_N)
+            clip = self.ears.encode_one(wave.samples_N)
         tensors = {str(i): x_AE.cpu() for i, x_AE in enumerate(clip.x_AE)}
         about = {"encoders": self.digest, "clip": name, "seconds": clip.seconds}
         _write(entry, tensors, json.dumps(about))
 
-    def _read(self, entry: Path, name: str) -> Heard:
+    def _read(self, entry: Path, name: str) -> EncodedClip:
         text, tensors = _load(entry, _REMAKE)
         about = json.loads(text)
         if about["encoders"] != self.digest or about["clip"] != name:
             raise BundleError(f"{entry}: was not made for this clip by these encoders; {_REMAKE}")
-        return Heard(tuple(tensors[str(i)] for i in range(len(tensors))), about["seconds"])
+        return EncodedClip(tuple(tensors[str(i)] for i in range(len(tensors))), about["seconds"])
 
 
 def _identity(encoder: Encoder) -> dict[str, Any]:

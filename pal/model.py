@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from pal.answering import DetailedAnswer, FirstTokenTimer, default_options, generation_options
+from pal.audio_tower import AudioTower, check_audio_tower
 from pal.backbone import adapters
 from pal.backbone.audio_kv import AudioKV
-from pal.backbone.audio_mask import Hide
+from pal.backbone.audio_mask import AudioMask
 from pal.backbone.finetuning import keep_frozen_in_evaluation
 from pal.backbone.llm import Backbone
 from pal.backbone.loss import Per
@@ -35,12 +36,11 @@ from pal.clips import (
 )
 from pal.conversations import ChatTurns, Question, check_ids, read_question
 from pal.digest import CachedModelDigest
-from pal.ears import Ears, check_ears
 from pal.errors import ConfigError, PromptError
 from pal.integrations.routed import build_integration
 from pal.model_config import ModelConfig
 from pal.registry import check
-from pal.types import AudioFeatures, Batch, Heard, LLMInputs, Tokens
+from pal.types import AudioFeatures, Batch, EncodedClip, LLMInputs, Tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -57,7 +57,7 @@ class Loss(NamedTuple):
 
 
 class PalModel(nn.Module):
-    """A language model with ears.
+    """An audio language model: encoders, connectors, integration and LLM.
 
     Build one with `pal.attach` (untrained) or `pal.load` (a bundle).
     """
@@ -67,12 +67,12 @@ class PalModel(nn.Module):
         self.config = config
         self.tokenizer = tokenizer
         self.llm = llm
-        self.ears = Ears(config)
+        self.ears = AudioTower(config)
         self.integration: Integration = build_integration(config.integration, self.ears.streams, llm)
         self._digest = CachedModelDigest()
         self.source = "untrained"
         """What the model is called in answers and scores."""
-        self._hidden: tuple[Hide, ...] = ()
+        self._hidden: tuple[AudioMask, ...] = ()
         self._located = False
         self.trained: set[str] = set()
         """Names of the parameters that training has changed since they came from their source."""
@@ -85,7 +85,7 @@ class PalModel(nn.Module):
         `place` refuses their use.
         """
         # An LLM can take minutes to load; a misspelt name is said before that.
-        check_ears(config)
+        check_audio_tower(config)
         check("integration", config.integration)
         llm = config.llm
         source = llm.path if llm.path is not None else llm.fresh
@@ -128,31 +128,31 @@ class PalModel(nn.Module):
     # Audio to LLM inputs
 
     @torch.inference_mode()
-    def hear(self, clip: AudioInput) -> Heard:
+    def encode_clip(self, clip: AudioInput) -> EncodedClip:
         """One clip, encoded by itself, for many questions in any batches."""
         found = read_clip(clip, self.sampling_rate)
-        if isinstance(found, Heard):
+        if isinstance(found, EncodedClip):
             return found
-        return self.ears.hear_alone(read_waveform(found, self.sampling_rate).samples_N)
+        return self.ears.encode_one(read_waveform(found, self.sampling_rate).samples_N)
 
     def features(self, clips: Clips) -> list[AudioFeatures]:
         """Waveforms [N] at `sampling_rate`, encoded clips, or either prepared -> each stream's features [B, A, E]."""
-        return self.ears.connect(self.ears.hear(clips))
+        return self.ears.connect(self.ears.encode(clips))
 
     def encode(self, clips: Clips) -> ClipFeatures:
         """The clips of a batch as the integration takes them."""
         indexed = ClipBatch.of(clips).indexed
         if indexed or not len(clips):
             return ClipFeatures(indexed, [clip.seconds for clip in indexed])
-        heard = self.ears.hear(clips)
+        heard = self.ears.encode(clips)
         return ClipFeatures.encoded(self.ears.connect(heard), heard)
 
     def inputs(
         self,
         clips: Clips | ClipFeatures,
-        rows: Sequence[Tokens],
+        conversations: Sequence[Tokens],
         padding_side: Literal["left", "right", "none"] = "right",
-        located: bool = False,
+        with_spans: bool = False,
     ) -> LLMInputs:
         """Everything the LLM needs for a batch of conversations.
 
@@ -160,28 +160,28 @@ class PalModel(nn.Module):
 
         Args:
             clips: of the batch, or what `encode` made of them.
-            rows: conversations; `Tokens.clips` are indices into `clips`.
+            conversations: token ids; `Tokens.clips` are indices into `clips`.
             padding_side: "left" for generation; for training and scoring "right", or "none", which lays conversations
                 one after the other (`Integration.forward`), quicker on a GPU.
-            located: also say whose audio each row and key is, and when it sounds.
+            with_spans: also say whose audio each row and key is, and when it sounds.
 
         Raises:
             PromptError: an id that the LLM has no embedding for.
         """
-        check_ids(rows, self.llm.vocab, self.tokenizer)
+        check_ids(conversations, self.llm.vocab, self.tokenizer)
         audio = (clips if isinstance(clips, ClipFeatures) else self.encode(clips)).audio or None
-        inputs = self.integration(audio, rows, self.llm, padding_side, located=located or self._located)
+        inputs = self.integration(audio, conversations, self.llm, padding_side, with_spans=with_spans or self._located)
         for what in self._hidden if inputs.audio is not None else ():
             inputs = replace(inputs, audio=inputs.audio.without(what))
         return inputs
 
     @contextmanager
-    def hiding(self, *what: Hide, located: bool = False) -> Iterator[None]:
+    def hiding(self, *what: AudioMask, with_spans: bool = False) -> Iterator[None]:
         """While the block lasts, some of the audio is hidden from every query, in whatever is asked or scored.
 
         Args:
             what: to hide.
-            located: have inputs say whose audio each row and key is, and when it sounds, though nothing be hidden.
+            with_spans: have inputs say whose audio each row and key is, and when it sounds, though nothing be hidden.
 
         Raises:
             ConfigError: a stream or a layer that the model does not have, or an empty time.
@@ -189,7 +189,7 @@ class PalModel(nn.Module):
         for one in what:
             one.check(len(self.ears.streams), self.llm.n_layers)
         before = self._hidden, self._located
-        self._hidden, self._located = (*self._hidden, *what), self._located or located or bool(what)
+        self._hidden, self._located = (*self._hidden, *what), self._located or with_spans or bool(what)
         try:
             yield
         finally:
@@ -197,14 +197,14 @@ class PalModel(nn.Module):
 
     def forward(self, batch: Batch, per: Per = "token") -> Loss:
         """Cross-entropy over the trained tokens of a batch (answers only); `per` says what counts alike."""
-        return Loss(*self.llm.loss(self.inputs(batch.clips, batch.rows, self.llm.side), per))
+        return Loss(*self.llm.loss(self.inputs(batch.clips, batch.conversations, self.llm.side), per))
 
     loss = forward
 
     @torch.inference_mode()
-    def answer_scores(self, clips: Clips, rows: list[Tokens]) -> Tensor:
+    def answer_scores(self, clips: Clips, conversations: list[Tokens]) -> Tensor:
         """Log-likelihood of each row's labelled tokens, summed -> [B]."""
-        return self.llm.label_scores(self.inputs(clips, rows, self.llm.side))
+        return self.llm.label_scores(self.inputs(clips, conversations, self.llm.side))
 
     # Answers
 
@@ -212,7 +212,7 @@ class PalModel(nn.Module):
     def generate(
         self,
         clips: Clips | ClipFeatures,
-        rows: list[Tokens],
+        conversations: list[Tokens],
         max_new_tokens: int = 64,
         **options: Any,
     ) -> list[str]:
@@ -221,10 +221,10 @@ class PalModel(nn.Module):
         `options` are transformers' generation options; greedy without any.
         """
         options = generation_options({"max_new_tokens": max_new_tokens, **options}, self.tokenizer, several=True)
-        if not rows:
+        if not conversations:
             return []
         options = {**default_options(self.tokenizer, self.llm.vocab), **options}
-        ids_BT = self.llm.generate(self.inputs(clips, rows, self.llm.prompt_side(**options)), **options)
+        ids_BT = self.llm.generate(self.inputs(clips, conversations, self.llm.prompt_side(**options)), **options)
         return [text.strip() for text in self.tokenizer.batch_decode(ids_BT, skip_special_tokens=True)]
 
     def stream(self, clips: Clips, row: Tokens, max_new_tokens: int = 64, **options: Any) -> Iterator[str]:
@@ -400,7 +400,7 @@ class PalModel(nn.Module):
     ) -> tuple[list[Clip], tuple[str, ...]]:
         """Clips in any forms, all of one kind, and what could not be checked."""
         clips = [read_clip(clip, self.sampling_rate, allow_urls=allow_urls, read_to_end=read_to_end) for clip in given]
-        return of_one_kind(clips, self.hear, self._indexed), clip_notes(clips)
+        return of_one_kind(clips, self.encode_clip, self._indexed), clip_notes(clips)
 
     # Identity
 

@@ -4,7 +4,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from pal import known
+from pal import hub_configs
 from pal.config import StrictConfig
 from pal.registry import lookup, names
 
@@ -63,7 +63,7 @@ class LLMConfig(StrictConfig):
         if self.fresh is not None:
             return dict(self.fresh)
         assert self.path is not None
-        return known.config_of(self.path, self.revision)
+        return hub_configs.config_of(self.path, self.revision)
 
     def toy(self) -> "LLMConfig":
         """A fresh LLM of the same family, four layers of 32, whose tokenizer learns from the recipe's text."""

@@ -70,7 +70,7 @@ class Tokens:
     """For each `AUDIO` in order, which clip of the batch stands there; rows may share a clip."""
     labels: list[int] | None = None
     """The id itself where it is trained, `IGNORE` elsewhere; as long as `ids`."""
-    asked: frozenset[int] | None = None
+    predicts_after: frozenset[int] | None = None
     """Places in `ids` of clips behind which the LLM is asked what follows; None where a trained id follows. It always
     is behind a clip that ends the conversation."""
     columns: list[int] | None = None
@@ -80,18 +80,18 @@ class Tokens:
         assert self.ids.count(AUDIO) == len(self.clips)
         assert self.labels is None or len(self.labels) == len(self.ids)
 
-    def asks_before(self, place: int) -> bool:
+    def predicts_at(self, place: int) -> bool:
         """Whether the LLM is asked what stands at `place`, the first one behind clips."""
         if place == len(self.ids):
             return True
-        if self.asked is not None:
-            return place - 1 in self.asked
+        if self.predicts_after is not None:
+            return place - 1 in self.predicts_after
         return self.labels is not None and self.labels[place] != IGNORE
 
 
 @dataclass(frozen=True)
-class Heard:
-    """One clip as the encoders hear it, in place of its waveform where they need not run again."""
+class EncodedClip:
+    """Encoder features of one clip, used in place of its waveform."""
 
     x_AE: tuple[Tensor, ...]
     """Of each of the model's encoders the real tokens [A, E], in numbers and widths of their own."""
@@ -106,7 +106,7 @@ def waveform_seconds(samples_N: Tensor, rate: int) -> float:
 
 @dataclass(frozen=True)
 class Frames:
-    """Some clips as an encoder's front-end leaves them, on the host: windows, one clip after the other."""
+    """Front-end frames of some clips, on the host: windows, one clip after the other."""
 
     blocks_WFM: tuple[Tensor, ...]
     """The windows that the network takes at once, zero-padded [W, F, M]."""
@@ -117,8 +117,8 @@ class Frames:
 
 
 @dataclass(frozen=True)
-class Prepared:
-    """Some clips as the encoders' device takes them: all that the host can do ahead, in any thread."""
+class PreparedClips:
+    """Clips preprocessed on the host, ready for the encoders; any thread may make them."""
 
     parts: tuple[Frames | AudioFeatures, ...]
     """For each of the model's encoders the frames, or what it made of the clips before."""
@@ -130,29 +130,29 @@ class Prepared:
 
 @dataclass(frozen=True)
 class Batch:
-    """What the trainer and the evaluator hand to the model."""
+    """Clips and conversations that the trainer and the evaluator hand to the model."""
 
     waveforms: list[Tensor]
     """Each clip once, mono float32 [N] at the encoder's sampling rate; none where `heard` has the clips."""
-    rows: list[Tokens]
+    conversations: list[Tokens]
     records: list[str] = field(default_factory=list)
     """The ids of the records the rows were made from."""
     tags: list[list[TagSpan] | None] | None = None
     """Per clip, what is known to sound in it; None where the data says nothing."""
-    heard: list[Heard] = field(default_factory=list)
-    """Each clip once as frozen encoders hear it, instead of the waveforms."""
+    encoded: list[EncodedClip] = field(default_factory=list)
+    """Encoder features of each clip, instead of the waveforms."""
 
-    prepared: Prepared | None = None
+    prepared: PreparedClips | None = None
     """The same clips made ready ahead; the model then takes these."""
 
     @property
-    def clips(self) -> list[Tensor] | list[Heard] | Prepared:
+    def clips(self) -> list[Tensor] | list[EncodedClip] | PreparedClips:
         """What the rows' `clips` count in."""
-        return self.prepared or self.heard or self.waveforms
+        return self.prepared or self.encoded or self.waveforms
 
     def durations(self, rate: int) -> list[float]:
         """Seconds of each clip, given the waveforms' rate."""
-        return [clip.seconds for clip in self.heard] or [waveform_seconds(x_N, rate) for x_N in self.waveforms]
+        return [clip.seconds for clip in self.encoded] or [waveform_seconds(x_N, rate) for x_N in self.waveforms]
 
     def seconds(self, rate: int) -> float:
         """Length of all clips, given the waveforms' rate."""
@@ -185,7 +185,7 @@ class Targets:
 
 @dataclass(frozen=True)
 class LLMInputs:
-    """The one thing an integration makes; nothing after it knows which integration that was."""
+    """The LLM's inputs, made by an integration; nothing after it knows which one."""
 
     inputs_embeds_BTD: Tensor
     position_ids_BT: Tensor

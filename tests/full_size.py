@@ -10,7 +10,7 @@ import torch
 
 from pal.backbone.tokenizer import train_tokenizer
 from pal.config import parse
-from pal.known import config_of
+from pal.hub_configs import config_of
 from pal.model import PalModel
 from pal.model_config import ModelConfig
 

@@ -56,7 +56,7 @@ def _spread_clips(model: PalModel, key: str) -> None:
     if key not in _STATISTICS:
         encoders.train()
         for moment in range(20):
-            model.ears.hear([noise(0.5, moment), tone(0.5, 200.0 * (moment + 1))])
+            model.ears.encode([noise(0.5, moment), tone(0.5, 200.0 * (moment + 1))])
         _STATISTICS[key] = {name: buffer.clone() for name, buffer in encoders.named_buffers()}
     for name, buffer in encoders.named_buffers():
         buffer.copy_(_STATISTICS[key][name])

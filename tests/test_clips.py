@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from pal.audio import load
-from pal.backbone.audio_mask import Hide
+from pal.backbone.audio_mask import AudioMask
 from pal.clips import ClipBatch, is_clip, is_clip_list, read_clip
 from pal.errors import AudioError, AudioWarning, PalError
 from pal.hf import PalProcessor
-from pal.types import Heard
+from pal.types import EncodedClip
 from tests.models import noise, tiny_model
 
 RATE = 16_000
@@ -324,10 +324,10 @@ def test_what_was_made_of_a_clip_answers_as_the_clip_does(model):
     clips = [(noise(0.4, at).numpy(), RATE) for at in range(4)]
     expected = model.ask_detailed(clips, QUESTION, max_new_tokens=4)
     kinds = {
-        "encoded": [model.hear(clip) for clip in clips],
+        "encoded": [model.encode_clip(clip) for clip in clips],
         "indexed": [model.index(clip) for clip in clips],
-        "waveform and encoded": [*clips[:2], *(model.hear(clip) for clip in clips[2:])],
-        "all": [clips[0], load(clips[1], RATE), model.hear(clips[2]), model.index(clips[3])],
+        "waveform and encoded": [*clips[:2], *(model.encode_clip(clip) for clip in clips[2:])],
+        "all": [clips[0], load(clips[1], RATE), model.encode_clip(clips[2]), model.index(clips[3])],
     }
     for kind, of_kind in kinds.items():
         found = model.ask_detailed(of_kind, QUESTION, max_new_tokens=4)
@@ -339,17 +339,17 @@ def test_what_was_made_of_a_clip_answers_as_the_clip_does(model):
 
 def test_an_index_of_an_encoded_clip_is_that_of_the_clip(model):
     clip = (noise(0.4).numpy(), RATE)
-    ours, theirs = model.index(model.hear(clip)), model.index(clip)
+    ours, theirs = model.index(model.encode_clip(clip)), model.index(clip)
     assert ours.seconds == theirs.seconds == 0.4
     assert_close(ours.streams[0].k_LBGAC, theirs.streams[0].k_LBGAC)
     assert model.index(ours) is ours
 
 
 def test_hiding_holds_for_every_kind_of_clip(model):
-    for make in (lambda clip: clip, model.hear, model.index):
+    for make in (lambda clip: clip, model.encode_clip, model.index):
         clips = [make((noise(0.2 + 0.3 * at, at).numpy(), RATE)) for at in range(4)]
         plain = [answer.text for answer in model.ask_detailed(clips, QUESTION, max_new_tokens=8)]
-        with model.hiding(Hide()):
+        with model.hiding(AudioMask()):
             hidden = [answer.text for answer in model.ask_detailed(clips, QUESTION, max_new_tokens=8)]
             assert model.ask(clips, QUESTION, max_new_tokens=8) == hidden
         assert hidden != plain
@@ -369,7 +369,7 @@ def test_notes_stay_with_clips_beside_an_index(model):
 
 
 def test_samples_are_asked_for_where_they_are_needed(model):
-    for clip in (model.index((SOUND_N, RATE)), model.hear((SOUND_N, RATE))):
+    for clip in (model.index((SOUND_N, RATE)), model.encode_clip((SOUND_N, RATE))):
         assert is_clip(clip)
         with pytest.raises(AudioError, match="holds no samples; give the audio itself"):
             PalProcessor.of(model)(text="<audio>", audio=clip)
@@ -377,10 +377,10 @@ def test_samples_are_asked_for_where_they_are_needed(model):
 
 def test_an_encoded_clip_of_other_encoders_is_refused(model):
     with pytest.raises(PalError, match=r"features of widths \[5\], not \[\d+\]; encode it anew"):
-        model.ask(Heard((torch.zeros(3, 5),), 0.1), QUESTION)
+        model.ask(EncodedClip((torch.zeros(3, 5),), 0.1), QUESTION)
 
 
 def test_a_batch_is_of_one_kind(model):
     with pytest.raises(AssertionError, match="of one kind"):
-        ClipBatch.of([noise(0.1), model.hear((SOUND_N, RATE))])
+        ClipBatch.of([noise(0.1), model.encode_clip((SOUND_N, RATE))])
     assert ClipBatch.of([]) == ClipBatch()

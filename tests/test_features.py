@@ -22,7 +22,7 @@ from pal.evaluate import evaluate, from_records
 from pal.features import FeatureCache
 from pal.model import PalModel
 from pal.registry import names, toy
-from pal.types import Heard
+from pal.types import EncodedClip
 from tests.models import ENCODER, noise, tiny_model
 
 WHISPER = toy("encoder", "whisper")
@@ -42,7 +42,7 @@ def entries(folder: Path) -> list[Path]:
     return sorted(folder.glob("??/*"))
 
 
-def same(a: Heard, b: Heard) -> bool:
+def same(a: EncodedClip, b: EncodedClip) -> bool:
     return a.seconds == b.seconds and all(torch.equal(x, y) for x, y in zip(a.x_AE, b.x_AE, strict=True))
 
 
@@ -53,12 +53,12 @@ def test_what_is_recalled_is_what_is_heard(encoder: str, clips: list[str], tmp_p
     waveforms = [audio.load(path, model.sampling_rate).samples_N for path in clips]
     with torch.no_grad():
         for path, samples_N in zip(clips, waveforms, strict=True):
-            for ours, theirs in zip(model.ears.hear([cache(path)]), model.ears.hear([samples_N]), strict=True):
+            for ours, theirs in zip(model.ears.encode([cache(path)]), model.ears.encode([samples_N]), strict=True):
                 assert torch.equal(ours.x_BAE, theirs.x_BAE) and torch.equal(ours.mask_BA, theirs.mask_BA)
                 assert ours.seconds_per_token == theirs.seconds_per_token
         # in a batch to rounding, and padding is zero
         for ours, theirs in zip(
-            model.ears.hear([cache(path) for path in clips]), model.ears.hear(waveforms), strict=True
+            model.ears.encode([cache(path) for path in clips]), model.ears.encode(waveforms), strict=True
         ):
             assert torch.equal(ours.mask_BA, theirs.mask_BA)
             assert_close(ours.x_BAE[ours.mask_BA], theirs.x_BAE[theirs.mask_BA], atol=1e-4, rtol=1e-4)
@@ -154,7 +154,7 @@ def test_the_llm_and_the_connector_do_not_matter(clips: list[str], tmp_path: Pat
 
 
 @pytest.fixture(scope="module")
-def kept(clips: list[str], tmp_path_factory: pytest.TempPathFactory) -> tuple[PalModel, Path, Heard]:
+def kept(clips: list[str], tmp_path_factory: pytest.TempPathFactory) -> tuple[PalModel, Path, EncodedClip]:
     """A model, a cache with the shortest clip, and that."""
     model, folder = tiny_model(warm=False), tmp_path_factory.mktemp("kept") / "cache"
     return model, folder, FeatureCache(folder, model.ears)(clips[3])
@@ -163,7 +163,7 @@ def kept(clips: list[str], tmp_path_factory: pytest.TempPathFactory) -> tuple[Pa
 @given(at=st.floats(0, 1, exclude_max=True), flip=st.integers(1, 255), cut=st.booleans(), entry=st.booleans())
 @settings(max_examples=80, deadline=None)
 def test_damage_is_never_silent(
-    clips: list[str], kept: tuple[PalModel, Path, Heard], at: float, flip: int, cut: bool, entry: bool
+    clips: list[str], kept: tuple[PalModel, Path, EncodedClip], at: float, flip: int, cut: bool, entry: bool
 ) -> None:
     model, folder, before = kept
     file = entries(folder)[0] if entry else folder / "encoders.safetensors"

@@ -10,15 +10,15 @@ import torch
 from typer.testing import CliRunner
 
 from pal.app.cli import app
-from pal.backbone.cost import Added, Cost, Step, decoder, kv_bytes
+from pal.backbone.cost import AddedCost, Cost, StepSize, decoder, kv_bytes
 from pal.backbone.tokenizer import train_tokenizer
 from pal.bench.flops import flop_counter
 from pal.bench.measure import saved_bytes
 from pal.config import parse
 from pal.errors import ConfigError, PalError
+from pal.hub_configs import CONFIGS, config_of
 from pal.integrations.base import Route
 from pal.integrations.cost import route_cost
-from pal.known import CONFIGS, config_of
 from pal.model import PalModel
 from pal.model_config import ModelConfig
 from pal.plan import plan
@@ -373,15 +373,15 @@ def test_an_integration_that_does_not_say() -> None:
     with pytest.raises(
         ConfigError, match=r"Silent does not say what it costs; register a closed form with .*route_cost"
     ):
-        route_cost(Silent(), Step(1, 1, 1, 1), 1, skeleton(recipe()).llm)
+        route_cost(Silent(), StepSize(1, 1, 1, 1), 1, skeleton(recipe()).llm)
 
 
 def test_nothing_added_is_the_text_alone() -> None:
     llm = skeleton(recipe()).llm
-    step = Step(clips=1, rows=1, text=8, targets=2)
-    assert decoder(llm, step, [Added()]) == decoder(llm, step, [])
+    step = StepSize(clips=1, rows=1, text=8, targets=2)
+    assert decoder(llm, step, [AddedCost()]) == decoder(llm, step, [])
     assert decoder(llm, step, []).backward == 0
-    assert kv_bytes(llm, [Added()], 2) == 0
+    assert kv_bytes(llm, [AddedCost()], 2) == 0
 
 
 @pytest.mark.parametrize(

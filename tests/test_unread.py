@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from pal.connectors.base import Connector
 from pal.encoders.base import Encoder
 from pal.registry import build, names, toy
-from pal.types import AUDIO, AudioFeatures, Frames, Heard, Prepared, Tokens
+from pal.types import AUDIO, AudioFeatures, EncodedClip, Frames, PreparedClips, Tokens
 from tests.models import noise, tiny_model
 
 CONNECTORS: list[dict[str, Any]] = [
@@ -33,7 +33,7 @@ INTEGRATIONS: list[str | dict[str, Any]] = ["plits", "lal", "pal", "lal_audio_qu
 
 CLIPS: dict[str, Callable[[], list[Any]]] = {
     "ragged": lambda: [noise(0.3), noise(1.2)],
-    "heard": lambda: [Heard((torch.randn(n, 12),), 1.0) for n in (9, 4)],
+    "heard": lambda: [EncodedClip((torch.randn(n, 12),), 1.0) for n in (9, 4)],
 }
 
 Move = Callable[[Any], Any]
@@ -70,7 +70,7 @@ def moved(x: Any, device: Move) -> Any:
     """What was prepared, as it is; fake where all tensors must be. Moving it is for the encoders."""
     if device(torch.zeros(1)).is_meta:
         return x
-    if isinstance(x, Prepared):
+    if isinstance(x, PreparedClips):
         return replace(x, parts=tuple(moved(part, device) for part in x.parts))
     if isinstance(x, AudioFeatures):
         return replace(x, x_BAE=device(x.x_BAE))
@@ -109,7 +109,7 @@ def test_connectors(device: Move, options: dict[str, Any]) -> None:
 @pytest.mark.parametrize("integration", INTEGRATIONS, ids=str)
 def test_from_frames_to_the_llms_inputs(device: Move, integration: Any, kind: str, side: Any) -> None:
     model = real(lambda: tiny_model(integration, warm=False))
-    prepared: Prepared = real(lambda: model.ears.prepare(CLIPS[kind]()))
+    prepared: PreparedClips = real(lambda: model.ears.prepare(CLIPS[kind]()))
     rows = [Tokens([5, AUDIO, 6, 7], [0], [-100, -100, 6, 7]), Tokens([AUDIO, 6], [1], [-100, 6])]
     model.llm.packs = side == "none"  # by itself it would ask what "meta" has kernels for
     inputs = device(model).inputs(moved(prepared, device), rows, side)

@@ -10,17 +10,17 @@ from unittest.mock import patch
 import torch
 import torch.nn.functional as F
 
-from pal import known
+from pal import hub_configs
 from pal.backbone.llm import Backbone
 from pal.bench.measure import counts, keep_freed_memory, step_seconds
+from pal.bench.models import attached
 from pal.bench.presets import preset_of
 from pal.bench.scene import make_scene
-from pal.bench.subjects import attached
 from pal.registry import build
 from pal.types import AudioFeatures
 
 PRESET = preset_of("cpu")
-CHOICE = "pal.backbone.attention_metadata.takes_apart"
+CHOICE = "pal.backbone.attention_metadata.supports_split_attention"
 
 
 def attention(rounds: int) -> None:
@@ -59,7 +59,7 @@ def attention(rounds: int) -> None:
 @torch.no_grad()
 def making(rounds: int) -> None:
     """Keys and values of a clip in all 16 layers of a Llama-3.2-1B, projectors 768 wide inside."""
-    llm = Backbone.load({**known.CONFIGS["meta-llama/Llama-3.2-1B-Instruct"], "vocab_size": 1000}).eval()
+    llm = Backbone.load({**hub_configs.CONFIGS["meta-llama/Llama-3.2-1B-Instruct"], "vocab_size": 1000}).eval()
     plain, folded = (build("integration", {"name": "lal", "hidden": 768}, in_width=768, llm=llm) for _ in range(2))
     folded.load_state_dict(plain.state_dict())
     layers = range(folded.fold(llm))
@@ -80,7 +80,7 @@ def making(rounds: int) -> None:
     for tokens in (16, 64, 256, 750, 1500):
         x_1AE = torch.randn(1, tokens, 768)
         features = AudioFeatures(x_1AE, (tokens,), 0.04)
-        keys = {"plain": plain.spans(features, llm).keys, "folded": folded.spans(features, llm).keys}
+        keys = {"plain": plain.inject(features, llm).keys, "folded": folded.inject(features, llm).keys}
         k_GAC = keys["plain"].keys_values(3)[0][0]
         same = grouped(x_1AE[0])[3, :, : shared // 2].unflatten(-1, (llm.kv_heads, -1)).transpose(0, 1)
         assert torch.allclose(same, k_GAC, atol=1e-5), "the grouped product is wrong"

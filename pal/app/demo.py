@@ -246,7 +246,7 @@ def _costs(models: Mapping[str, PalModel], records: list[Record], stage: Stage) 
     return {
         name: {
             **asdict(costs[name]),
-            "audio_kv_bytes": audio_cache_bytes(model, single.waveforms[0], single.rows[0]),
+            "audio_kv_bytes": audio_cache_bytes(model, single.waveforms[0], single.conversations[0]),
             "audio_seconds": single.durations(model.sampling_rate)[0],
             "parameters": sum(p.numel() for p in model.parameters()),
         }

@@ -15,7 +15,7 @@ from pal.app.output import print_json, shows_progress
 if TYPE_CHECKING:
     from pal.data.manifest import Record
     from pal.model import PalModel
-    from pal.probe.finding import Finding
+    from pal.probe.probe_result import ProbeResult
 
 probe_app = typer.Typer(no_args_is_help=True, help="Look inside a model: writes JSON and pictures.")
 
@@ -215,7 +215,7 @@ def _seed(given: int | None) -> int:
     return SCENES_SEED if given is None else given
 
 
-def finish(finding: Finding, model: str, out: Path | None, as_json: bool) -> None:
+def finish(finding: ProbeResult, model: str, out: Path | None, as_json: bool) -> None:
     """Write the finding's folder and show it."""
     # the whole path: runs of several recipes end alike, in "seed-1" or "model"
     name = "-".join(part for part in Path(model).parts if part not in ("/", ".", ".."))
@@ -230,7 +230,7 @@ def finish(finding: Finding, model: str, out: Path | None, as_json: bool) -> Non
     typer.echo(f"{folder}: probe.json, {len(finding.pictures)} pictures, {finding.seconds:.0f} s")
 
 
-def _print_tables(finding: Finding) -> None:
+def _print_tables(finding: ProbeResult) -> None:
     from rich.console import Console
     from rich.table import Table
 

@@ -2,19 +2,19 @@
 
 from collections.abc import Callable
 
-from pal.audio import aiff, au, caf, headless, nist, rare, riff, w64, wavpack
+from pal.audio import aiff, au, caf, headerless, legacy, nist, riff, w64, wavpack
 from pal.audio.declared import Declared, DecodeError
 from pal.audio.wave_format import RIFF_64
 
 _CONVERT = "convert it: ffmpeg -i IN OUT.wav"
 _RIFF = (b"RIFF", b"RIFX", b"RF64", b"BW64")
 _STARTS = {
-    rare.VOC: rare.voc,
-    rare.WVE: rare.wve,
-    b"2BIT": rare.avr,
-    b"PVF1\n": headless.pvf,
-    b" paf": headless.paf,
-    b"fap ": headless.paf,
+    legacy.VOC: legacy.voc,
+    legacy.WVE: legacy.wve,
+    b"2BIT": legacy.avr,
+    b"PVF1\n": headerless.pvf,
+    b" paf": headerless.paf,
+    b"fap ": headerless.paf,
     b"wvpk": wavpack.declared,
 }
 _UNREAD = (
@@ -80,13 +80,13 @@ def reader(data: bytes) -> Callable[[bytes], Declared] | None:
     if data[:8] == b"NIST_1A\n":
         return nist.declared
     if data[:4] == b"FORM" and form in (b"8SVX", b"16SV"):
-        return rare.svx
+        return legacy.svx
     for start, read in _STARTS.items():
         if data[: len(start)] == start:
             return read
-    if headless.is_ircam(data):
-        return headless.ircam
-    return rare.htk if rare.is_htk(data) else None
+    if headerless.is_ircam(data):
+        return headerless.ircam
+    return legacy.htk if legacy.is_htk(data) else None
 
 
 def named(data: bytes) -> DecodeError | None:

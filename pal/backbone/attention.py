@@ -1,7 +1,7 @@
 """The attention function `pal`: the LLM's own queries also see keys and values made from audio.
 
 transformers calls it in every layer of an unmodified LLM, with the forward's extra argument `audio`
-(an `AudioView`). Without audio it is transformers' SDPA, with the same masks, so that a model loses
+(an `AttentionMetadata`). Without audio it is transformers' SDPA, with the same masks, so that a model loses
 nothing by being ready to hear.
 """
 
@@ -19,7 +19,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from pal.backbone.attention_metadata import AudioView
+from pal.backbone.attention_metadata import AttentionMetadata
 from pal.backbone.cache import DecodingStep
 from pal.backbone.merged import merged_attention
 from pal.backbone.packed import PackedLayer
@@ -40,7 +40,7 @@ def attend(
     attention_mask: Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
-    audio: AudioView | PackedLayer | DecodingStep | None = None,
+    audio: AttentionMetadata | PackedLayer | DecodingStep | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """One layer's attention, in the signature that transformers prescribes.
@@ -49,7 +49,7 @@ def attend(
         module: the attention module, which knows its `layer_idx`.
         query: [B, H, Q, C]. key, value: [B, G, K, C], after RoPE and after the cache.
         attention_mask: transformers' mask [B, 1, Q, K], or None where its causal shortcut holds.
-        audio: what the query rows can hear; None without audio.
+        audio: attention metadata of the audio; None without audio.
 
     Returns:
         [B, Q, H, C] and None (no attention weights).
@@ -65,7 +65,7 @@ def attend(
         if attention_mask is not None and audio.beams > 1:
             return _attend_together(query, key, value, attention_mask, audio.beams, dropout, scaling), None
         audio = None
-    if audio is not None and not isinstance(audio, AudioView):
+    if audio is not None and not isinstance(audio, AttentionMetadata):
         raise PalError("'audio' reached the attention without its query positions; call the model through Backbone")
     if audio is not None:
         audio.show(layer, query, key, scaling)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pal.backbone.merged import Piece, masked
+from pal.backbone.merged import AttentionTile, masked
 
 if TYPE_CHECKING:
     from pal.backbone.context import AudioContext
@@ -28,10 +28,10 @@ def rows_seen(context: AudioContext, kind: RowKind, valid_BK: Tensor, positions_
     if window is not None:
         distance_BQK = positions_BQ[:, :, None] - _positions(context, K, beams)[:, None, :]
         seen_BQK = seen_BQK & (distance_BQK < window)
-    if context.asks_BT is not None:
+    if context.repeats_BT is not None:
         text_BK = valid_BK & ~of_prompt(context.audio_rows_BT, valid_BK, beams)
         repeated_BQ = torch.where(text_BK, index_K, -1).cummax(1).values[:, -Q:]
-        asks_BQ = of_prompt(context.asks_BT, valid_BK, beams)[:, -Q:]
+        asks_BQ = of_prompt(context.repeats_BT, valid_BK, beams)[:, -Q:]
         seen_BQK = seen_BQK & ~(asks_BQ[:, :, None] & (index_K == repeated_BQ[:, :, None]))
     for i in hiding:
         hidden_BK = of_prompt(context.hidden_rows[i][1], valid_BK, beams)
@@ -41,10 +41,10 @@ def rows_seen(context: AudioContext, kind: RowKind, valid_BK: Tensor, positions_
     return (seen_BQK | ~valid_BK[:, -Q:, None])[:, None]
 
 
-def row_pieces(kind: RowKind, valid_BK: Tensor, seen_B1QK: Tensor) -> tuple[Piece, ...]:
+def row_tiles_of(kind: RowKind, valid_BK: Tensor, seen_B1QK: Tensor) -> tuple[AttentionTile, ...]:
     """The same as `rows_seen`, as rectangles."""
     B, _, Q, K = seen_B1QK.shape
-    whole = Piece((0, B), (0, Q), (0, K))
+    whole = AttentionTile((0, B), (0, Q), (0, K))
     if kind != (None, ()):
         return masked(seen_B1QK)
     if Q == K and bool((valid_BK[:, :-1] >= valid_BK[:, 1:]).all()):

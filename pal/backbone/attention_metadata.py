@@ -1,4 +1,4 @@
-"""`AudioView`: what the attention of one forward is told about audio, worked out once for all layers."""
+"""`AttentionMetadata`: what the attention of one forward is told about audio, worked out once for all layers."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from pal.backbone.attention_masks import RowKind, for_beams, of_prompt, row_pieces, rows_seen
+from pal.backbone.attention_masks import RowKind, for_beams, of_prompt, row_tiles_of, rows_seen
 from pal.backbone.interfaces import Rope
-from pal.backbone.kernels import takes_apart
-from pal.backbone.merged import Keys, Piece, masked
-from pal.backbone.observers import Weights, attention_weights
+from pal.backbone.kernels import supports_split_attention
+from pal.backbone.merged import AttentionTile, TiledKeys, masked
+from pal.backbone.observers import AttentionWeights, attention_weights
 from pal.errors import PalError
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, eq=False)
-class AudioView:
+class AttentionMetadata:
     """An `AudioContext` as the query rows of one forward see it; nothing in it changes, so it compiles whole."""
 
     context: AudioContext
@@ -33,17 +33,17 @@ class AudioView:
     """Per layer, its place in `rows_seen`."""
     rows_seen: dict[RowKind, Tensor]
     """Per kind of layer, which rows each query sees: bool [B, 1, Q, K]."""
-    rows_pieces: dict[RowKind, tuple[Piece, ...]] | None
+    row_tiles: dict[RowKind, tuple[AttentionTile, ...]] | None
     """The same as rectangles, where attention can take each set of keys by itself; else None."""
     keys_seen: dict[tuple[int, int | None], Tensor]
     """Per number in `keys` and sliding window, which of them each query sees: bool [B, 1, Q, A]."""
-    keys_pieces: dict[tuple[int, int | None], tuple[Piece, ...]]
+    key_tiles: dict[tuple[int, int | None], tuple[AttentionTile, ...]]
     """The same as rectangles."""
     cross_seen: tuple[Tensor | None, ...]
     """For each of `keys` with blocks, which of them each query sees: bool [B, 1, Q, A]."""
 
     @classmethod
-    def of(cls, context: AudioContext, attention_mask: Tensor | None, position_ids: Tensor | None) -> AudioView:
+    def of(cls, context: AudioContext, attention_mask: Tensor | None, position_ids: Tensor | None) -> AttentionMetadata:
         """The metadata of one forward.
 
         Args:
@@ -59,7 +59,7 @@ class AudioView:
             raise PalError(f"a forward with audio needs {name}: positions have gaps that cannot be guessed")
         if not isinstance(attention_mask, Tensor) or attention_mask.ndim != 2:
             raise PalError("a forward with audio needs the 2-D attention mask, one number per row so far")
-        context.llm.check_ears()
+        context.llm.check_attention()
         beams, rest = divmod(position_ids.shape[0], context.rows_BT.shape[0])
         if rest or position_ids.shape[0] != attention_mask.shape[0]:
             raise PalError(
@@ -73,30 +73,32 @@ class AudioView:
         seen = {
             kind: rows_seen(context, kind, valid_BK, position_ids, beams)
             for layer, kind in enumerate(kinds)
-            if context.joined(layer) or kind != (None, ()) or context.watch is not None
+            if context.joined(layer) or kind != (None, ()) or context.observer is not None
         }
         ahead_BQ = (
             None
-            if context.asks_BT is None
-            else of_prompt(context.asks_BT, valid_BK, beams)[:, -position_ids.shape[1] :]
+            if context.repeats_BT is None
+            else of_prompt(context.repeats_BT, valid_BK, beams)[:, -position_ids.shape[1] :]
         )
         heard = {(i, windows[layer]) for layer in range(len(windows)) for i in context.joined(layer)}
         device = position_ids.device
-        apart = not context.llm.dropout and takes_apart(device)
+        apart = not context.llm.dropout and supports_split_attention(device)
         return cls(
             context=context,
             beams=beams,
             windows=windows,
             kinds=kinds,
-            ropes=tuple({} if keys.built is not None else context.llm.rope(keys.turns_BA) for keys in context.keys),
+            ropes=tuple(
+                {} if keys.built is not None else context.llm.rope(keys.rope_positions_BA) for keys in context.keys
+            ),
             rows_seen=seen,
-            rows_pieces={kind: row_pieces(kind, valid_BK, seen_B1QK) for kind, seen_B1QK in seen.items()}
+            row_tiles={kind: row_tiles_of(kind, valid_BK, seen_B1QK) for kind, seen_B1QK in seen.items()}
             if apart
             else None,
             keys_seen={}
-            if apart and context.watch is None
+            if apart and context.observer is None
             else {(i, w): context.keys[i].seen(w, position_ids, beams, ahead_BQ) for i, w in heard},
-            keys_pieces={(i, w): context.keys[i].pieces(w, position_ids, beams, ahead_BQ) for i, w in heard}
+            key_tiles={(i, w): context.keys[i].tiles(w, position_ids, beams, ahead_BQ) for i, w in heard}
             if apart
             else {},
             # a block looks at whole clips, however short the windows of the layer after it
@@ -105,19 +107,19 @@ class AudioView:
             ),
         )
 
-    def sets(self, layer: int, key: Tensor, value: Tensor) -> list[Keys] | None:
+    def sets(self, layer: int, key: Tensor, value: Tensor) -> list[TiledKeys] | None:
         """The layer's own keys, then those that join them, each with the rectangles that are seen.
 
         None where the layer must be taken under one mask; see `whole`.
         """
-        if self.rows_pieces is None:
+        if self.row_tiles is None:
             return None
         window, kind = self.windows[layer], self.kinds[layer]
-        rows = self.rows_pieces[kind]
+        rows = self.row_tiles[kind]
         if key.shape[2] != self.rows_seen[kind].shape[3]:  # a windowed cache drops old rows
             rows = masked(self.rows_seen[kind][..., -key.shape[2] :])
-        joined = [(i, self.keys_pieces[i, window]) for i in self.context.joined(layer)]
-        return [Keys(key, value, rows), *(Keys(*self._made(i, layer), pieces) for i, pieces in joined if pieces)]
+        joined = [(i, self.key_tiles[i, window]) for i in self.context.joined(layer)]
+        return [TiledKeys(key, value, rows), *(TiledKeys(*self._made(i, layer), tiles) for i, tiles in joined if tiles)]
 
     def whole(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """All keys and values of a layer as one, and which each query sees: bool [B, 1, Q, A + K]."""
@@ -136,10 +138,10 @@ class AudioView:
 
     def show(self, layer: int, query: Tensor, key: Tensor, scale: float | None) -> None:
         """Let the context's watch see how a layer's attention is shared; computed here, beside the layer's own."""
-        watch = self.context.watch
-        if watch is None:
+        observer = self.context.observer
+        if observer is None:
             return
-        window, rows_BN = self.windows[layer], watch.rows_BN
+        window, rows_BN = self.windows[layer], observer.rows_BN
         joined = self.context.joined(layer)
         keys = [key, *(self._made(i, layer)[0] for i in joined)]
         seen = [self.rows_seen[self.kinds[layer]], *(self.keys_seen[i, window] for i in joined)]
@@ -147,7 +149,7 @@ class AudioView:
             _rows(query, rows_BN), torch.cat(keys, 2), _rows(torch.cat(seen, 3), rows_BN), scale
         )
         rows_BHNK, *keys_BHNA = weights_BHNX.split([k.shape[2] for k in keys], dim=3)
-        watch.attended(layer, Weights(rows_BHNK, dict(zip(joined, keys_BHNA, strict=True))))
+        observer.attended(layer, AttentionWeights(rows_BHNK, dict(zip(joined, keys_BHNA, strict=True))))
 
     def _made(self, which: int, layer: int) -> tuple[Tensor, Tensor]:
         keys, llm = self.context.keys[which], self.context.llm
@@ -167,9 +169,9 @@ class AudioView:
             blocks, seen_B1QA = self.context.keys[i].blocks, self.cross_seen[i]
             assert blocks is not None and seen_B1QA is not None
             k_BGAC, v_BGAC = self._made(i, layer)
-            if self.context.watch is not None:
+            if self.context.observer is not None:
                 weights_BHQA = blocks[layer].weights(x_BQD, k_BGAC, seen_B1QA)
-                self.context.watch.crossed(layer, i, _rows(weights_BHQA, self.context.watch.rows_BN))
+                self.context.observer.crossed(layer, i, _rows(weights_BHQA, self.context.observer.rows_BN))
             x_BQD = blocks[layer](x_BQD, k_BGAC, v_BGAC, seen_B1QA)
         return x_BQD
 

@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from pal.backbone.attention_masks import for_beams
-from pal.backbone.audio_mask import Hide, Places
-from pal.backbone.interfaces import Block, Geometry, KeySource, Rope
-from pal.backbone.merged import Piece, masked, prefixes
+from pal.backbone.audio_mask import AudioMask, TokenSpans
+from pal.backbone.interfaces import AttentionGeometry, Block, KeySource, Rope
+from pal.backbone.merged import AttentionTile, masked, prefixes
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class AudioKeys:
     """For each key of a row, its place in the clips' flattened [U * A]; None when row i has clip i, and only that."""
     positions_BA: Tensor
     """A row sees the keys at or before its own position."""
-    turns_BA: Tensor
+    rope_positions_BA: Tensor
     """Positions that RoPE turns the keys by: the same, but for keys that reserve no positions of their own."""
     mask_BA: Tensor
     """True where a key is real."""
@@ -39,17 +39,17 @@ class AudioKeys:
     """What stands before a layer and looks at them there; None where the layer's own attention does."""
     built: dict[int, tuple[Tensor, Tensor]] | None = None
     """K after RoPE and V per layer, each [B, G, A, C], when they were made ahead."""
-    places: Places | None = None
+    token_spans: TokenSpans | None = None
     """What each key stands for, where that was asked for."""
     gaps: bool = False
     """Whether keys between real ones may be masked."""
 
-    def without(self, what: Hide) -> tuple[AudioKeys, ...]:
+    def without(self, what: AudioMask) -> tuple[AudioKeys, ...]:
         """The same keys as far as they are still seen: none, one set, or one for each of two groups of layers."""
         hidden_BA = self.mask_BA
         if what.placed:
-            assert self.places is not None, "made without `located`"
-            hidden_BA = self.places.chosen(what) & self.mask_BA
+            assert self.token_spans is not None, "made without `with_spans`"
+            hidden_BA = self.token_spans.chosen(what) & self.mask_BA
         if not bool(hidden_BA.any()):
             return (self,)
         layers = self.layers if what.layers is None else what.layers
@@ -59,7 +59,7 @@ class AudioKeys:
             parts.append(replace(self, layers=inside, mask_BA=self.mask_BA & ~hidden_BA, gaps=True))
         return tuple(part for part in parts if part.layers)
 
-    def keys_values(self, layer: int, llm: Geometry, rope: Rope) -> tuple[Tensor, Tensor]:
+    def keys_values(self, layer: int, llm: AttentionGeometry, rope: Rope) -> tuple[Tensor, Tensor]:
         """K after RoPE and V of every row, each [B, G, A, C]; clips are projected once, then shared by rows."""
         if llm.recomputes_audio and self.blocks is None and torch.is_grad_enabled():
             # without rotation and rows, which keep nothing large, the values' product need not be made again
@@ -74,16 +74,16 @@ class AudioKeys:
             return x_UGAC[:, :, : self.positions_BA.shape[1]]
         return gather(x_UGAC.transpose(1, 2).flatten(0, 1), self.tokens_BA).transpose(1, 2)
 
-    def prebuilt(self, llm: Geometry) -> AudioKeys:
+    def prebuilt(self, llm: AttentionGeometry) -> AudioKeys:
         """The same with every layer's K/V made now."""
         if self.built is not None:
             return self
-        rope = llm.rope(self.turns_BA)
+        rope = llm.rope(self.rope_positions_BA)
         return replace(self, built={layer: self.keys_values(layer, llm, rope) for layer in self.layers})
 
-    def pieces(
+    def tiles(
         self, window: int | None, positions_BQ: Tensor, beams: int, ahead_BQ: Tensor | None = None
-    ) -> tuple[Piece, ...]:
+    ) -> tuple[AttentionTile, ...]:
         """The same as `seen`, as rectangles."""
         if window is not None or self.gaps:
             return masked(self.seen(window, positions_BQ, beams, ahead_BQ))

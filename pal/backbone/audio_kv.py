@@ -1,4 +1,4 @@
-"""`AudioKV`: clips as an LLM remembers them, made once and asked many times."""
+"""`AudioKV`: audio keys and values of clips, computed once for many questions."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _FORMAT = "pal-audio-kv-3"
 
 @dataclass(frozen=True)
 class AudioKV:
-    """Clips as an LLM remembers them: a `StreamKV` for each stream of the model (one, unless it is an ensemble).
+    """Audio KV cache of clips: a `StreamKV` for each stream of the model (one, unless it is an ensemble).
 
     Keys are not rotated yet, so a clip can be bound to any position later; `Integration.forward` takes
     it in place of features.
@@ -128,7 +128,7 @@ class AudioKV:
 
         Args:
             path: the file.
-            digest: of the model that will hear it; None skips that check.
+            digest: of the model that will use it; None skips that check.
 
         Raises:
             BundleError: not such a file, a damaged one, or one that another model made.

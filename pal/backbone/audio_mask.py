@@ -1,4 +1,4 @@
-"""Audio that queries must not see (`Hide`), chosen by what each token stands for (`Places`)."""
+"""Audio that queries must not see (`AudioMask`), chosen by what each token stands for (`TokenSpans`)."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ EDGE = 1e-4
 
 
 @dataclass(frozen=True)
-class Hide:
-    """Audio that no query sees. Positions, and what is computed of the audio itself, stay as they are.
+class AudioMask:
+    """Mask of audio that no query sees. Positions, and what is computed of the audio itself, stay as they are.
 
     An audio row still sees itself: where a prompt ends in one, as PLITS' does in a clip, it predicts the first token.
     What is given narrows it down; without anything it is all audio.
@@ -35,12 +35,12 @@ class Hide:
 
     @property
     def timed(self) -> bool:
-        """Whether it asks when tokens sound."""
+        """Mask depends on the tokens' times."""
         return self.seconds is not None or self.share is not None
 
     @property
     def placed(self) -> bool:
-        """Whether it asks what each token stands for."""
+        """Mask depends on the tokens' stream or time."""
         return self.stream is not None or self.timed
 
     def check(self, streams: int, layers: int) -> None:
@@ -56,8 +56,8 @@ class Hide:
 
 
 @dataclass(frozen=True)
-class Places:
-    """What rows of the sequence, or keys, stand for; all [B, X]."""
+class TokenSpans:
+    """Stream, clip and time span of each row or key; all [B, X]."""
 
     stream_BX: Tensor
     """Number of the stream they are made from; -1 for text and padding."""
@@ -67,7 +67,7 @@ class Places:
     """Seconds from the start of the clip; NaN where tokens stand for no time of their own, and for text."""
     end_BX: Tensor
 
-    def chosen(self, what: Hide) -> Tensor:
+    def chosen(self, what: AudioMask) -> Tensor:
         """Those of the stream and the time that `what` names: bool [B, X].
 
         Raises:
@@ -94,6 +94,6 @@ class Places:
         ends_BY = ends_BY.scatter_reduce(1, self.clip_BX + 1, self.end_BX.nan_to_num(), "amax")
         return ends_BY.gather(1, self.clip_BX + 1)
 
-    def ordered(self, order_BT: Tensor) -> Places:
+    def ordered(self, order_BT: Tensor) -> TokenSpans:
         """The same in another order ([B, T] of indices)."""
-        return Places(*(getattr(self, part.name).gather(1, order_BT) for part in fields(self)))
+        return TokenSpans(*(getattr(self, part.name).gather(1, order_BT) for part in fields(self)))

@@ -18,11 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import Cache
 
+from pal.backbone.cache_storage import CachedPrompts, CacheLayer, CachePlan, filled, kept
 from pal.backbone.context import AudioContext
+from pal.backbone.decode_mask import DecodeMask
 from pal.backbone.interfaces import Block
 from pal.backbone.packed import PackedContext
-from pal.backbone.sight import Sight
-from pal.backbone.storage import CachedPrompts, CachePlan, Layer, filled, kept
 from pal.errors import PalError
 from pal.transfer import to_device
 from pal.types import LLMInputs
@@ -36,7 +36,7 @@ class JointCache(Cache):
     """
 
     def __init__(self, plan: CachePlan) -> None:
-        self.stores = [Layer(plan, kind) for kind in plan.layers]
+        self.stores = [CacheLayer(plan, kind) for kind in plan.layers]
         super().__init__(layers=list(self.stores))
         self.plan = plan
         self.context: AudioContext | None = None
@@ -45,17 +45,17 @@ class JointCache(Cache):
         """The prompts while they are read, where they lie one after the other."""
         self.blocks: list[Mapping[int, Block]] = []
         """What stands before layers and looks at keys of its own."""
-        self._sight: Sight | None = None
+        self._decode_mask: DecodeMask | None = None
         self._crossed: list[dict[int, tuple[Tensor, Tensor]]] = [{} for _ in plan.crossed]
         self._order_BT: Tensor | None = None
         self._key_orders: dict[int, Tensor] = {}
-        self._caught: Caught | None = None
+        self._captured: CapturingLayer | None = None
 
     @property
-    def sight(self) -> Sight:
+    def decode_mask(self) -> DecodeMask:
         """What generated rows see."""
-        assert self._sight is not None, "begin first"
-        return self._sight
+        assert self._decode_mask is not None, "begin first"
+        return self._decode_mask
 
     @property
     def begun(self) -> bool:
@@ -65,7 +65,7 @@ class JointCache(Cache):
     @property
     def no_mask(self) -> Tensor:
         """What keeps transformers from making a mask in a step: any that has 4 dimensions already."""
-        return self.sight.zero.view(1, 1, 1, 1)
+        return self.decode_mask.zero.view(1, 1, 1, 1)
 
     @torch.no_grad()
     def begin(self, inputs: LLMInputs, prompts: CachedPrompts, dtype: torch.dtype) -> None:
@@ -81,11 +81,11 @@ class JointCache(Cache):
             raise PalError("prompts with a bias on the scores of audio can be scored, not continued yet")
         for layer in self.stores:
             layer.begin()
-        sight = Sight(self.plan, prompts, dtype, device)
-        if self.plan.fixed and self._sight is not None:
-            self._sight.again(sight)
+        decode_mask = DecodeMask(self.plan, prompts, dtype, device)
+        if self.plan.fixed and self._decode_mask is not None:
+            self._decode_mask.again(decode_mask)
         else:
-            self._sight = sight
+            self._decode_mask = decode_mask
         keys = () if audio is None else audio.keys
         self.blocks = [one.blocks for one in keys if one.blocks is not None]
         self.context = self.packed = self._order_BT = None
@@ -104,7 +104,7 @@ class JointCache(Cache):
         """The same audio, with its keys and values made and put where they stay."""
         parts = []
         for which, keys in enumerate(audio.keys):
-            rope = {} if keys.built is not None else audio.llm.rope(keys.turns_BA)
+            rope = {} if keys.built is not None else audio.llm.rope(keys.rope_positions_BA)
             built = {}
             for layer in keys.layers:
                 made = keys.keys_values(layer, audio.llm, rope) if keys.built is None else keys.built[layer]
@@ -133,29 +133,29 @@ class JointCache(Cache):
                 into.copy_(x)
         return made
 
-    def catch(self, layer: int) -> Caught:
+    def capture_layer(self, layer: int) -> CapturingLayer:
         """What stands in the cache's place in a layer that packed prompts go through."""
         self.flush()
-        self._caught = Caught(layer)
-        return self._caught
+        self._captured = CapturingLayer(layer)
+        return self._captured
 
     def flush(self) -> None:
         """Store what the last layer made of packed prompts."""
-        caught, self._caught = self._caught, None
-        if caught is None:
+        captured, self._captured = self._captured, None
+        if captured is None:
             return
         assert self.packed is not None and isinstance(self.packed.audio, PackedContext)
-        audio, store = self.packed.audio, self.stores[caught.layer]
+        audio, store = self.packed.audio, self.stores[captured.layer]
         first = 0
-        for which, made in zip(audio.joined(caught.layer), caught.audio, strict=True):
+        for which, made in zip(audio.joined(captured.layer), captured.audio, strict=True):
             k_BGAC, v_BGAC = (self._laid(x, self._key_orders[which]) for x in made)
             store.hold(first, k_BGAC, v_BGAC)
             first += k_BGAC.shape[2]
-        for which, made in caught.crossed.items():
-            self._hold_crossed(audio, which, caught.layer, *(self._laid(x, self._key_orders[which]) for x in made))
-        if caught.text is None:  # transformers drops the cache there
+        for which, made in captured.crossed.items():
+            self._hold_crossed(audio, which, captured.layer, *(self._laid(x, self._key_orders[which]) for x in made))
+        if captured.text is None:  # transformers drops the cache there
             raise PalError("nothing is kept while an LLM trains with gradient checkpointing; call eval() to generate")
-        k, v = caught.text
+        k, v = captured.text
         if self._order_BT is not None:
             k, v = (self._laid(x[0].transpose(0, 1), self._order_BT) for x in (k, v))
         store.hold_prompt(k, v)
@@ -181,32 +181,32 @@ class JointCache(Cache):
         Args:
             position_ids: [B times beams, 1].
         """
-        plan, sight = self.plan, self.sight
+        plan, decode_mask = self.plan, self.decode_mask
         if position_ids.shape != (plan.rows * plan.beams, 1):
             raise PalError(
                 f"a cache with audio takes one row more of each of {plan.rows * plan.beams}, got position_ids of shape "
                 f"{tuple(position_ids.shape)}"
             )
-        if sight.done_1 is not None:
-            first_X = torch.arange(plan.beams, device=position_ids.device) + sight.done_1 * plan.beams
+        if decode_mask.done_1 is not None:
+            first_X = torch.arange(plan.beams, device=position_ids.device) + decode_mask.done_1 * plan.beams
             places = {prompt: first_X + prompt for prompt in {layer.prompt for layer in self.stores}}
             for layer in self.stores:
                 layer.slots_X = places[layer.prompt]
-            sight.done_1 += 1
-        masks = sight.masks(self.stores[0].steps, position_ids[:: plan.beams])
+            decode_mask.done_1 += 1
+        masks = decode_mask.masks(self.stores[0].steps, position_ids[:: plan.beams])
         return DecodingStep(self, tuple(masks[kind] for kind in plan.layers))
 
     def crossing(self, layer: int) -> list[tuple[Block, Tensor | None, Tensor, Tensor]]:
         """The blocks before the layer, each with what its rows see, bool [B, 1, 1, A], and the keys and values."""
-        sets = zip(self.blocks, self.sight.crossed, self._crossed, strict=True)
+        sets = zip(self.blocks, self.decode_mask.crossed, self._crossed, strict=True)
         return [(blocks[layer], seen, *crossed[layer]) for blocks, seen, crossed in sets if layer in crossed]
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Let each row go on from what another one made: [B times beams] numbers of rows of the same prompts."""
-        self.sight.reorder(beam_idx)
+        self.decode_mask.reorder(beam_idx)
 
 
-class Caught:
+class CapturingLayer:
     """What a layer makes of packed prompts; stored when the layer is done, since it may be compiled.
 
     Attributes:
@@ -230,7 +230,7 @@ class Caught:
 
 @dataclass(frozen=True, eq=False)
 class DecodingStep:
-    """What one generated row of each beam sees; takes an `AudioView`'s place in the layers."""
+    """Attention metadata of one decoding step, for each beam."""
 
     cache: JointCache
     masks: tuple[Tensor | None, ...]

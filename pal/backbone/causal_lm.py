@@ -17,7 +17,7 @@ from pal.backbone.cache import JointCache
 from pal.backbone.context import AudioContext
 from pal.backbone.families import FAMILIES
 from pal.backbone.packed import PackedContext
-from pal.backbone.reading import cache_for, through_cache
+from pal.backbone.prefill import cache_for, through_cache
 from pal.errors import PalError
 
 

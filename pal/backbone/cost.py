@@ -54,8 +54,8 @@ def total(costs: Iterable[Cost]) -> Cost:
 
 
 @dataclass(frozen=True)
-class Step:
-    """What a step is made of, as far as cost goes."""
+class StepSize:
+    """Batch shape and training settings that a step's cost depends on."""
 
     clips: int
     """U, distinct clips."""
@@ -92,7 +92,7 @@ class Step:
 
 
 @dataclass(frozen=True)
-class LayerAdded:
+class AddedLayerCost:
     """What a route adds to one layer."""
 
     keys: int
@@ -109,14 +109,14 @@ class LayerAdded:
     """Of a network before the layer that looks at the keys in the layer's place, given whether the rows that go into
     it need gradients, and T, the rows of a conversation."""
 
-    def recomputed(self) -> LayerAdded:
+    def recomputed(self) -> AddedLayerCost:
         """The same where what making it keeps is dropped and made again in the backward pass."""
         again = (self.making.forward - self.last) * self.grad
         return replace(self, making=Cost(self.making.forward, self.making.backward + again))
 
 
 @dataclass(frozen=True)
-class Added:
+class AddedCost:
     """What a route adds to a step: rows of the sequence, keys and values in some layers, and the work to make both."""
 
     rows: int = 0
@@ -125,7 +125,7 @@ class Added:
     """Whether they need gradients."""
     making: Cost = field(default_factory=Cost)
     """Of what is made before the first layer."""
-    layers: Mapping[int, LayerAdded] = field(default_factory=dict)
+    layers: Mapping[int, AddedLayerCost] = field(default_factory=dict)
 
 
 def linear(
@@ -153,13 +153,13 @@ def attention(batch: int, heads: int, queries: int, keys: float, width: int, gra
     return Cost(2 * product, 5 * product * grad)
 
 
-def kv_bytes(llm: Backbone, added: Iterable[Added], size: int) -> int:
+def kv_bytes(llm: Backbone, added: Iterable[AddedCost], size: int) -> int:
     """Bytes of keys and values of one clip while an answer is made: its own and those of its rows."""
     pairs = sum(llm.n_layers * one.rows + sum(layer.keys for layer in one.layers.values()) for one in added)
     return 2 * llm.kv_heads * llm.head_width * size * pairs
 
 
-def project_kv(llm: Backbone, step: Step, tokens: int, making: Cost, u_grad: bool) -> LayerAdded:
+def project_kv(llm: Backbone, step: StepSize, tokens: int, making: Cost, u_grad: bool) -> AddedLayerCost:
     """`Backbone.project_kv` of clips of so many tokens, on top of what `u` costs in the layer."""
     rows, shared = step.clips * tokens, _kv_width(llm)
     normed = u_grad or step.rest
@@ -170,7 +170,7 @@ def project_kv(llm: Backbone, step: Step, tokens: int, making: Cost, u_grad: boo
     if not values_grad and not llm.key_norm:
         last += _last(llm, "k_proj", rows)
     making = making + _norm(llm, step, rows, u_grad) + keys + values + Cost(saved=kept)
-    return LayerAdded(keys=tokens, grad=keys_grad or values_grad, making=making, last=last)
+    return AddedLayerCost(keys=tokens, grad=keys_grad or values_grad, making=making, last=last)
 
 
 def _last(llm: Backbone, name: str, rows: int) -> float:
@@ -180,14 +180,14 @@ def _last(llm: Backbone, name: str, rows: int) -> float:
     return 2.0 * rows * inputs * _kv_width(llm)
 
 
-def attend_among(llm: Backbone, step: Step, tokens: int, u_grad: bool) -> tuple[Cost, bool]:
-    """`Backbone.attend_among` of clips of so many tokens, and whether the result needs gradients."""
+def self_attend(llm: Backbone, step: StepSize, tokens: int, u_grad: bool) -> tuple[Cost, bool]:
+    """`Backbone.self_attend` of clips of so many tokens, and whether the result needs gradients."""
     rows = step.clips * tokens
     cost, out_grad = _attention_block(llm, step, step.clips, tokens, 0, rows, u_grad, keys_grad=False)
     return cost, u_grad or out_grad
 
 
-def decoder(llm: Backbone, step: Step, added: Sequence[Added]) -> Cost:
+def decoder(llm: Backbone, step: StepSize, added: Sequence[AddedCost]) -> Cost:
     """The LLM over the rows of a step, and all that the routes add to it."""
     length = step.text + sum(one.rows for one in added)
     grad = step.rest or any(one.rows_grad for one in added)
@@ -213,7 +213,9 @@ def decoder(llm: Backbone, step: Step, added: Sequence[Added]) -> Cost:
     return cost + Cost(again=largest) + _norm(llm, step, step.rows * length, grad) + _head(llm, step, grad)
 
 
-def _layer(llm: Backbone, step: Step, length: int, joined: Sequence[LayerAdded], x_grad: bool) -> tuple[Cost, bool]:
+def _layer(
+    llm: Backbone, step: StepSize, length: int, joined: Sequence[AddedLayerCost], x_grad: bool
+) -> tuple[Cost, bool]:
     """One layer, with the making of the keys that join its own; and whether its result needs gradients."""
     rows = step.rows * length
     keys = sum(part.keys for part in joined)
@@ -235,7 +237,7 @@ def _layer(llm: Backbone, step: Step, length: int, joined: Sequence[LayerAdded],
 
 def _attention_block(
     llm: Backbone,
-    step: Step,
+    step: StepSize,
     batch: int,
     length: int,
     keys: int,
@@ -262,7 +264,7 @@ def _attention_block(
     return total(parts), out_grad
 
 
-def _head(llm: Backbone, step: Step, x_grad: bool) -> Cost:
+def _head(llm: Backbone, step: StepSize, x_grad: bool) -> Cost:
     """Logits of the rows that predict a trained token, and their loss."""
     rows = step.rows * step.targets
     full = step.rest
@@ -273,7 +275,7 @@ def _head(llm: Backbone, step: Step, x_grad: bool) -> Cost:
 
 
 def _matrix(
-    llm: Backbone, step: Step, name: str, rows: int, inputs: int, outputs: int, x_grad: bool, kept: bool = False
+    llm: Backbone, step: StepSize, name: str, rows: int, inputs: int, outputs: int, x_grad: bool, kept: bool = False
 ) -> tuple[Cost, bool]:
     """One of a layer's linear layers with its adapter, and whether its result needs gradients."""
     trained = step.llm == "full" or (step.llm in ("attention", "no_ffn") and name in _ATTENTION)
@@ -292,13 +294,13 @@ def _matrix(
     return cost + narrow + wide, x_grad or trained or adapts
 
 
-def _norm(llm: Backbone, step: Step, rows: int, x_grad: bool) -> Cost:
+def _norm(llm: Backbone, step: StepSize, rows: int, x_grad: bool) -> Cost:
     """What a norm keeps: its input in float32, and the normed one where its weight trains."""
     full = step.rest
     return Cost(saved=rows * llm.width * (4 * (x_grad or full) + llm.dtype.itemsize * full) * llm.norms_each)
 
 
-def _size(llm: Backbone, step: Step) -> int:
+def _size(llm: Backbone, step: StepSize) -> int:
     return min(llm.dtype.itemsize, 2 if step.autocast else 4)
 
 

@@ -62,7 +62,7 @@ class DecodingOptions:
     warpers: tuple[tuple[type, float], ...] | None = None
     """How logits are changed before one is drawn; None takes the largest."""
     cache: str | None = None
-    watchers: Sequence[Callable[[Tensor, Tensor], Tensor]] = ()
+    read_only_processors: Sequence[Callable[[Tensor, Tensor], Tensor]] = ()
     streamer: Any = None
 
 
@@ -79,7 +79,7 @@ def options_of(config: GenerationConfig | None, kwargs: Mapping[str, Any]) -> De
     follows = all(
         name in _OURS or (_OFF[name] == value if name in _OFF else value is False) for name, value in given.items()
     )
-    if more or not follows or not all(getattr(one, "only_watches", False) for one in processors):
+    if more or not follows or not all(getattr(one, "read_only", False) for one in processors):
         return None
     tokens, copies, cache = config.max_new_tokens, config.num_return_sequences or 1, config.cache_implementation
     ends = config.eos_token_id
@@ -109,7 +109,7 @@ def _warpers(config: GenerationConfig) -> tuple[tuple[type, float], ...] | None:
     return tuple(found)
 
 
-class Decoding:
+class DecodingState:
     """The state of one answer to each row, on the device; nothing of it is read while a step is made.
 
     Args:

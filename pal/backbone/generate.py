@@ -22,12 +22,12 @@ from transformers import (
 
 from pal.backbone import graphs
 from pal.backbone.cache import JointCache
+from pal.backbone.cache_storage import ROOM, CachePlan
 from pal.backbone.context import AudioContext
-from pal.backbone.decoding import Decoding, DecodingOptions, options_of, resolved
+from pal.backbone.decoding import DecodingOptions, DecodingState, options_of, resolved
 from pal.backbone.options import check_generation
 from pal.backbone.packed import PackedContext
-from pal.backbone.reading import as_given, prepared, prompts_of, query_dtype, read_prompts
-from pal.backbone.storage import ROOM, CachePlan
+from pal.backbone.prefill import as_given, prepared, prompts_of, query_dtype, read_prompts
 from pal.errors import PalError
 from pal.transfer import to_device
 from pal.types import LLMInputs
@@ -53,7 +53,7 @@ def generate(llm: Backbone, inputs: LLMInputs, **kwargs: Any) -> Tensor:
             decoded in buffers of a fixed size, on a GPU by a CUDA graph that is kept for prompts of like length;
             beams and processors use the buffers without a graph. It pays from some tens of new tokens on, and is not
             the default: no graph of it has been recorded on a card yet. A logits processor with
-            `only_watches = True` says that it changes nothing and leaves what it sees on the device.
+            `read_only = True` says that it changes nothing and leaves what it sees on the device.
 
     Raises:
         PalError: an option that cannot be followed.
@@ -62,7 +62,7 @@ def generate(llm: Backbone, inputs: LLMInputs, **kwargs: Any) -> Tensor:
     inputs = padded_left(inputs)
     config = resolved(llm, kwargs)
     ours = options_of(config, kwargs)
-    if ours is not None and llm.hears:
+    if ours is not None and llm.attends_to_audio:
         return _decode(llm, inputs, ours)
     return _by_transformers(llm, inputs, config, kwargs)
 
@@ -100,7 +100,7 @@ def _joins(llm: Backbone, config: GenerationConfig | None) -> bool:
     """Whether a `JointCache` can be used."""
     if config is None or config.use_cache is False:
         return False
-    return llm.hears and config.cache_implementation in (None, "dynamic", "static")
+    return llm.attends_to_audio and config.cache_implementation in (None, "dynamic", "static")
 
 
 def _by_transformers(
@@ -133,7 +133,7 @@ def _decode(llm: Backbone, inputs: LLMInputs, options: DecodingOptions) -> Tenso
     room = options.tokens if fixed else min(options.tokens, ROOM)
     plan = CachePlan.of(llm.windows, prompts, beams=options.copies, room=room, fixed=fixed)
     kept = graphs.borrow(llm, plan, options) if fixed else None
-    state = kept.state if kept is not None else Decoding(JointCache(plan), options, llm.device)
+    state = kept.state if kept is not None else DecodingState(JointCache(plan), options, llm.device)
     state.cache.begin(inputs, prompts, query_dtype(llm, llm.device))
     logits_RV = read_prompts(llm, state.cache, inputs).repeat_interleave(options.copies, dim=0)
     state.begin(to_device(prompts.positions_BT[:, -1:], llm.device))
@@ -148,7 +148,7 @@ def _decode(llm: Backbone, inputs: LLMInputs, options: DecodingOptions) -> Tenso
             graph.step(options.tokens - count)
         else:
             state.step(llm.lm)
-        for watcher in options.watchers:
+        for watcher in options.read_only_processors:
             assert state.logits_RV is not None
             watcher(state.said_RN[:, :count], state.logits_RV)
         if options.streamer is not None:

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from pal.backbone.decoding import Decoding, DecodingOptions
+    from pal.backbone.cache_storage import CachePlan
+    from pal.backbone.decoding import DecodingOptions, DecodingState
     from pal.backbone.llm import Backbone
-    from pal.backbone.storage import CachePlan
 
 KEPT = 2
 """Buffers, and graphs of them, that are kept for an LLM: those used last."""
@@ -27,7 +27,7 @@ WORTH = 8
 class Kept:
     """A decoding's buffers, and the graph of a step in them."""
 
-    state: Decoding
+    state: DecodingState
     graph: Any = None
     logits_RV: Tensor | None = None
     """Where the graph leaves them."""
@@ -49,7 +49,7 @@ def borrow(llm: Backbone, plan: CachePlan, options: DecodingOptions) -> Kept | N
 
 
 def give_back(
-    llm: Backbone, plan: CachePlan, options: DecodingOptions, state: Decoding, stepper: Stepper | None
+    llm: Backbone, plan: CachePlan, options: DecodingOptions, state: DecodingState, stepper: Stepper | None
 ) -> None:
     """Keep buffers for another call."""
     state.cache.end()
@@ -74,7 +74,7 @@ def _key(llm: Backbone, plan: CachePlan, options: DecodingOptions) -> Hashable:
 class Stepper:
     """Makes steps, by a graph as soon as there is one."""
 
-    def __init__(self, llm: Backbone, state: Decoding, kept: Kept | None) -> None:
+    def __init__(self, llm: Backbone, state: DecodingState, kept: Kept | None) -> None:
         self.llm, self.state = llm, state
         self.kept = kept or Kept(state)
         self.made_of = _made_of(llm, state)
@@ -110,7 +110,7 @@ class Stepper:
             graph.replay()
 
 
-def _made_of(llm: Backbone, state: Decoding) -> Hashable | None:
+def _made_of(llm: Backbone, state: DecodingState) -> Hashable | None:
     """What a graph of a decoding step stands for; None where a step must run as it is written."""
     if (llm.lm.training and llm.dropout) or torch.is_autocast_enabled(llm.device.type):
         return None  # autocast keeps cast weights only while it lasts

@@ -29,13 +29,15 @@ class Block(Protocol):
 class PackedBlock(Block, Protocol):
     """A `Block` that also takes packed rows."""
 
-    def packed(self, x_1ND: Tensor, k_IGC: Tensor, v_IGC: Tensor, segments: DeviceSegments, hears_N1: Tensor) -> Tensor:
+    def packed(
+        self, x_1ND: Tensor, k_IGC: Tensor, v_IGC: Tensor, segments: DeviceSegments, sees_audio_N1: Tensor
+    ) -> Tensor:
         """Rows, all K and V, which keys the rows see, and which rows see any -> rows [1, N, D]."""
         ...
 
 
-class Geometry(Protocol):
-    """What attention to audio must know of an LLM (`Backbone`): where its positions turn keys, how far back it sees."""
+class AttentionGeometry(Protocol):
+    """Facts of an LLM that attention to audio needs: RoPE, sliding windows, head width."""
 
     layer_types: tuple[str, ...]
     """Per layer, the key of its rotary embedding in `rope`."""
@@ -47,7 +49,7 @@ class Geometry(Protocol):
     dropout: float
     """Of attention probabilities, while it trains."""
     recomputes_audio: bool
-    """Whether what makes a layer's audio K/V is dropped and made again in the backward pass."""
+    """Recompute audio keys and values in backward instead of keeping their activations."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -58,13 +60,13 @@ class Geometry(Protocol):
         """Cos and sin of the LLM's rotary embedding at positions."""
         ...
 
-    def check_ears(self) -> None:
-        """Raise where the LLM's attention cannot see audio."""
+    def check_attention(self) -> None:
+        """Raise PalError if the LLM's attention function ignores audio."""
         ...
 
 
 class KeySource(Protocol):
-    """Where a layer's audio keys and values come from: projected on the spot, or stored ahead."""
+    """Source of a layer's audio keys and values: a projector, or an `AudioKV`."""
 
     def keys_values(self, layer: int) -> tuple[Tensor, Tensor]:
         """Keys before RoPE and values of all clips, each [U, G, A, C], U the number of clips."""

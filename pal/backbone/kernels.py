@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 
-def takes_apart(device: torch.device) -> bool:
+def supports_split_attention(device: torch.device) -> bool:
     """Whether attention to one set of keys after the other is quicker here than one mask for all."""
     return device.type == "cpu"
 

@@ -12,11 +12,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pal.backbone import adapters, families, graphs, regions, tied
 from pal.backbone.attention import NAME
-from pal.backbone.attention_metadata import AudioView
+from pal.backbone.attention_metadata import AttentionMetadata
 from pal.backbone.cache import DecodingStep, JointCache
 from pal.backbone.causal_lm import AudioCausalLM
 from pal.backbone.finetuning import LLMPart, LoRA, freeze_except, insert_lora
-from pal.backbone.folded import FoldedKV, fold, unhooked
+from pal.backbone.fused_kv import FusedKV, fold, unhooked
 from pal.backbone.generate import generate, prompt_side, stream
 from pal.backbone.interfaces import Rope
 from pal.backbone.loading import load_lm
@@ -29,7 +29,7 @@ from pal.types import LLMInputs
 
 
 class Backbone(nn.Module):
-    """A causal LLM that can hear.
+    """A Hugging Face causal LM whose attention also takes audio keys and values.
 
     Attributes:
         lm: the Hugging Face model, its weights and names untouched.
@@ -175,17 +175,17 @@ class Backbone(nn.Module):
         # last, since a product of which nothing is kept is not made again in the backward pass
         return k_BGAC, self._heads(block.self_attn.v_proj(x_BAD))
 
-    def fold_kv(self, layer: int, last: nn.Module) -> FoldedKV | None:
+    def fold_kv(self, layer: int, last: nn.Module) -> FusedKV | None:
         """A projector's last layer and `project_kv` as one product; None where that does not pay or cannot be."""
         block = self.lm.model.layers[layer]
         return fold(last, block.input_layernorm, block.self_attn.k_proj, block.self_attn.v_proj)
 
-    def holds(self, layer: int, folded: FoldedKV, last: nn.Module) -> bool:
+    def holds(self, layer: int, folded: FusedKV, last: nn.Module) -> bool:
         """Whether `fold_kv` would give the same now: whatever changed since, its weights and modules are compared."""
         block = self.lm.model.layers[layer]
         return folded.fresh(last, block.input_layernorm, block.self_attn.k_proj, block.self_attn.v_proj)
 
-    def folded_kv(self, layer: int, folded: FoldedKV, h_BAM: Tensor) -> tuple[Tensor, Tensor]:
+    def folded_kv(self, layer: int, folded: FusedKV, h_BAM: Tensor) -> tuple[Tensor, Tensor]:
         """`project_kv` of what the projector's last layer makes of h."""
         k_BAX, v_BAX = folded(h_BAM)
         return self._keys(layer, k_BAX.to(self.dtype)), self._heads(v_BAX.to(self.dtype))
@@ -198,7 +198,7 @@ class Backbone(nn.Module):
     def _heads(self, x_BAX: Tensor) -> Tensor:
         return x_BAX.unflatten(-1, (self.kv_heads, self.head_width)).transpose(1, 2)
 
-    def attend_among(self, layer: int, u_BAD: Tensor, mask_BA: Tensor) -> Tensor:
+    def self_attend(self, layer: int, u_BAD: Tensor, mask_BA: Tensor) -> Tensor:
         """`u` after `layer`'s attention among itself, without its feed-forward network -> [B, A, D].
 
         Causal, within the layer's window. Real rows come first. Positions count from 0: RoPE only sees differences.
@@ -227,15 +227,17 @@ class Backbone(nn.Module):
         return {kind: rotary(like, positions_BA, kind) for kind in sorted(set(self.layer_types))}
 
     @property
-    def hears(self) -> bool:
-        """Whether the attention function is the one that sees audio."""
+    def attends_to_audio(self) -> bool:
+        """Attention function is the one that sees audio."""
         return bool(self.lm.config._attn_implementation == NAME)
 
-    def check_ears(self) -> None:
+    def check_attention(self) -> None:
         """Raises PalError when another attention function was set on the LLM, which would ignore audio silently."""
         found = self.lm.config._attn_implementation
         if found != NAME:
-            raise PalError(f"the LLM's attention is '{found}', which cannot hear; set attn_implementation to '{NAME}'")
+            raise PalError(
+                f"the LLM's attention is '{found}', which ignores audio; set attn_implementation to '{NAME}'"
+            )
 
     def forward(self, inputs: LLMInputs, **kwargs: Any) -> Any:
         """transformers' output with logits [B, T, vocab]; `kwargs` go to the LLM."""
@@ -267,7 +269,7 @@ class Backbone(nn.Module):
         audio, mask = inputs.audio, inputs.attention_mask_BT
         extra: dict[str, Any] = {}
         if isinstance(audio, PackedContext):
-            self.check_ears()
+            self.check_attention()
             extra["audio"], mask = audio, audio.mask(mask)
         elif audio is not None:
             extra["audio"] = audio.view(mask, inputs.position_ids_BT)
@@ -380,13 +382,17 @@ class Backbone(nn.Module):
 def _enter(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
     """Let the blocks that an integration puts before a layer change the rows that go into it; tell it what it hears."""
     audio = kwargs.get("audio")
-    if not isinstance(audio, AudioView | PackedContext | DecodingStep):
+    if not isinstance(audio, AttentionMetadata | PackedContext | DecodingStep):
         return None
     layer: int = block.self_attn.layer_idx  # type: ignore[union-attr, assignment]
     if not isinstance(audio, PackedContext):
         return ((audio.cross(layer, args[0]), *args[1:]), kwargs) if audio.crosses(layer) else None
     cache = kwargs.get("past_key_values")
-    caught = cache.catch(layer) if isinstance(cache, JointCache) else None
+    captured = cache.capture_layer(layer) if isinstance(cache, JointCache) else None
     if audio.crosses(layer):
-        args = (audio.cross(layer, args[0], caught), *args[1:])
-    return args, {**kwargs, "audio": audio.at(layer, caught), **({} if caught is None else {"past_key_values": caught})}
+        args = (audio.cross(layer, args[0], captured), *args[1:])
+    return args, {
+        **kwargs,
+        "audio": audio.at(layer, captured),
+        **({} if captured is None else {"past_key_values": captured}),
+    }

@@ -28,8 +28,8 @@ SMALL = 1 << 16
 
 
 @dataclass(frozen=True)
-class Piece:
-    """A rectangle of queries by keys that is computed at once; each range is its first and the one after its last."""
+class AttentionTile:
+    """Tile of the attention matrix, computed at once; each range is half-open."""
 
     rows: tuple[int, int]
     """Of the batch."""
@@ -47,15 +47,15 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class Keys:
+class TiledKeys:
     """One set of keys and values, and which of them the queries see."""
 
     k_BGKC: Tensor
     v_BGKC: Tensor
-    pieces: tuple[Piece, ...]
+    tiles: tuple[AttentionTile, ...]
 
 
-def merged_attention(q_BHQC: Tensor, sets: Sequence[Keys], scale: float | None) -> Tensor:
+def merged_attention(q_BHQC: Tensor, sets: Sequence[TiledKeys], scale: float | None) -> Tensor:
     """Attention of queries to all sets of keys together -> [B, Q, H, C].
 
     Every query must see a key of the first set.
@@ -70,31 +70,31 @@ def merged_attention(q_BHQC: Tensor, sets: Sequence[Keys], scale: float | None) 
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else q_BHQC.dtype
     q_BHQC = q_BHQC.to(dtype)
     tensors = [x.to(dtype) for one in sets for x in (one.k_BGKC, one.v_BGKC)]
-    pieces = tuple(one.pieces for one in sets)
-    out_BHQC: Tensor = _Merged.apply(q_BHQC, scale, pieces, *tensors)
+    tiles = tuple(one.tiles for one in sets)
+    out_BHQC: Tensor = _Merged.apply(q_BHQC, scale, tiles, *tensors)
     return out_BHQC.transpose(1, 2)
 
 
 class _Merged(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, q_BHQC: Tensor, scale: float | None, pieces: tuple[tuple[Piece, ...], ...], *tensors: Tensor
+        ctx: Any, q_BHQC: Tensor, scale: float | None, tiles: tuple[tuple[AttentionTile, ...], ...], *tensors: Tensor
     ) -> Tensor:
         out_BHQC = lse_BHQ = None
-        for piece, k_BGKC, v_BGKC in _each(pieces, tensors):
-            q, k, v = piece.of(q_BHQC, piece.queries), piece.of(k_BGKC, piece.keys), piece.of(v_BGKC, piece.keys)
-            out, lse = _attend(q, k, v, piece, scale)
+        for tile, k_BGKC, v_BGKC in _each(tiles, tensors):
+            q, k, v = tile.of(q_BHQC, tile.queries), tile.of(k_BGKC, tile.keys), tile.of(v_BGKC, tile.keys)
+            out, lse = _attend(q, k, v, tile, scale)
             if out_BHQC is None or lse_BHQ is None:
-                if piece.rows == (0, q_BHQC.shape[0]) and piece.queries == (0, q_BHQC.shape[2]):
+                if tile.rows == (0, q_BHQC.shape[0]) and tile.queries == (0, q_BHQC.shape[2]):
                     out_BHQC, lse_BHQ = out, lse
                     continue
                 # laid out as the output projection takes it, so that what is kept for it is this, not a copy
                 out_BHQC = q_BHQC.new_zeros(q_BHQC.transpose(1, 2).shape).transpose(1, 2)
                 lse_BHQ = torch.full(q_BHQC.shape[:3], -torch.inf, device=q_BHQC.device)
-            _merge(piece.of(out_BHQC, piece.queries), piece.of(lse_BHQ, piece.queries), out, lse)
+            _merge(tile.of(out_BHQC, tile.queries), tile.of(lse_BHQ, tile.queries), out, lse)
         assert out_BHQC is not None and lse_BHQ is not None
         ctx.save_for_backward(q_BHQC, out_BHQC, lse_BHQ, *tensors)
-        ctx.scale, ctx.pieces = scale, pieces
+        ctx.scale, ctx.tiles = scale, tiles
         return out_BHQC
 
     @staticmethod
@@ -102,22 +102,24 @@ class _Merged(torch.autograd.Function):
     def backward(ctx: Any, grad_BHQC: Tensor) -> Any:
         q_BHQC, out_BHQC, lse_BHQ, *tensors = ctx.saved_tensors
         grads = [torch.zeros_like(x) for x in (q_BHQC, *tensors)]
-        into = iter(zip(_each(ctx.pieces, tensors), _each(ctx.pieces, grads[1:]), strict=True))
-        for (piece, k_BGKC, v_BGKC), (_, dk_BGKC, dv_BGKC) in into:
-            k, v = piece.of(k_BGKC, piece.keys), piece.of(v_BGKC, piece.keys)
-            q, grad, out, lse = (piece.of(x, piece.queries) for x in (q_BHQC, grad_BHQC, out_BHQC, lse_BHQ))
-            dq, dk, dv = _attend_backward(grad, q, k, v, out, lse, piece, ctx.scale)
-            piece.of(grads[0], piece.queries).add_(dq)
-            piece.of(dk_BGKC, piece.keys).add_(dk)
-            piece.of(dv_BGKC, piece.keys).add_(dv)
+        into = iter(zip(_each(ctx.tiles, tensors), _each(ctx.tiles, grads[1:]), strict=True))
+        for (tile, k_BGKC, v_BGKC), (_, dk_BGKC, dv_BGKC) in into:
+            k, v = tile.of(k_BGKC, tile.keys), tile.of(v_BGKC, tile.keys)
+            q, grad, out, lse = (tile.of(x, tile.queries) for x in (q_BHQC, grad_BHQC, out_BHQC, lse_BHQ))
+            dq, dk, dv = _attend_backward(grad, q, k, v, out, lse, tile, ctx.scale)
+            tile.of(grads[0], tile.queries).add_(dq)
+            tile.of(dk_BGKC, tile.keys).add_(dk)
+            tile.of(dv_BGKC, tile.keys).add_(dv)
         return grads[0], None, None, *grads[1:]
 
 
-def _each(pieces: Sequence[Sequence[Piece]], tensors: Sequence[Tensor]) -> Iterator[tuple[Piece, Tensor, Tensor]]:
+def _each(
+    tiles: Sequence[Sequence[AttentionTile]], tensors: Sequence[Tensor]
+) -> Iterator[tuple[AttentionTile, Tensor, Tensor]]:
     """Every piece with the keys and values of its set."""
-    for own, k_BGKC, v_BGKC in zip(pieces, tensors[::2], tensors[1::2], strict=True):
-        for piece in own:
-            yield piece, k_BGKC, v_BGKC
+    for own, k_BGKC, v_BGKC in zip(tiles, tensors[::2], tensors[1::2], strict=True):
+        for tile in own:
+            yield tile, k_BGKC, v_BGKC
 
 
 def _merge(into_BHQC: Tensor, into_BHQ: Tensor, out_BHQC: Tensor, lse_BHQ: Tensor) -> None:
@@ -128,11 +130,13 @@ def _merge(into_BHQC: Tensor, into_BHQ: Tensor, out_BHQC: Tensor, lse_BHQ: Tenso
     into_BHQ.copy_(together_BHQ)
 
 
-def _attend(q_BHQC: Tensor, k_BGKC: Tensor, v_BGKC: Tensor, piece: Piece, scale: float | None) -> tuple[Tensor, Tensor]:
+def _attend(
+    q_BHQC: Tensor, k_BGKC: Tensor, v_BGKC: Tensor, tile: AttentionTile, scale: float | None
+) -> tuple[Tensor, Tensor]:
     """Attention to one rectangle -> [B, H, Q, C] and the log-sum-exp of its scores [B, H, Q]."""
-    q = _folded(q_BHQC, k_BGKC, piece)
-    mask = None if piece.mask is None else piece.mask.to(q.dtype)
-    out, lse = kernels.attend(q, k_BGKC, v_BGKC, piece.causal, mask, scale)
+    q = _folded(q_BHQC, k_BGKC, tile)
+    mask = None if tile.mask is None else tile.mask.to(q.dtype)
+    out, lse = kernels.attend(q, k_BGKC, v_BGKC, tile.causal, mask, scale)
     return out.reshape(q_BHQC.shape), lse.reshape(q_BHQC.shape[:3])
 
 
@@ -143,31 +147,31 @@ def _attend_backward(
     v_BGKC: Tensor,
     out_BHQC: Tensor,
     lse_BHQ: Tensor,
-    piece: Piece,
+    tile: AttentionTile,
     scale: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v, given the merged result and its log-sum-exp."""
-    grad, q, out = (_folded(x, k_BGKC, piece) for x in (grad_BHQC, q_BHQC, out_BHQC))
-    mask = None if piece.mask is None else piece.mask.to(q.dtype)
+    grad, q, out = (_folded(x, k_BGKC, tile) for x in (grad_BHQC, q_BHQC, out_BHQC))
+    mask = None if tile.mask is None else tile.mask.to(q.dtype)
     lse = lse_BHQ.reshape(q.shape[:3])
-    dq, dk, dv = kernels.attend_backward(grad, q, k_BGKC, v_BGKC, out, lse, piece.causal, mask, scale)
+    dq, dk, dv = kernels.attend_backward(grad, q, k_BGKC, v_BGKC, out, lse, tile.causal, mask, scale)
     return dq.reshape(q_BHQC.shape), dk, dv
 
 
-def _folded(x_BHQC: Tensor, k_BGKC: Tensor, piece: Piece) -> Tensor:
+def _folded(x_BHQC: Tensor, k_BGKC: Tensor, tile: AttentionTile) -> Tensor:
     """Where all queries see the same keys, those of a group lie one after the other: fewer and larger products."""
-    if piece.causal or piece.mask is not None:
+    if tile.causal or tile.mask is not None:
         return x_BHQC
     return x_BHQC.unflatten(1, (k_BGKC.shape[1], -1)).flatten(2, 3)
 
 
-def masked(seen_B1QK: Tensor) -> tuple[Piece, ...]:
+def masked(seen_B1QK: Tensor) -> tuple[AttentionTile, ...]:
     """Everything at once, where bool [B, 1, Q, K] says what is seen."""
     mask = torch.zeros(seen_B1QK.shape, device=seen_B1QK.device).masked_fill_(~seen_B1QK, UNSEEN)
-    return (Piece((0, mask.shape[0]), (0, mask.shape[2]), (0, mask.shape[3]), mask=mask),)
+    return (AttentionTile((0, mask.shape[0]), (0, mask.shape[2]), (0, mask.shape[3]), mask=mask),)
 
 
-def prefixes(counts_BQ: list[list[int]], device: torch.device) -> tuple[Piece, ...]:
+def prefixes(counts_BQ: list[list[int]], device: torch.device) -> tuple[AttentionTile, ...]:
     """Where each query sees the first so many keys of its row, never fewer than the query before it."""
     B, Q = len(counts_BQ), len(counts_BQ[0])
     if all(row == counts_BQ[0] for row in counts_BQ):
@@ -176,28 +180,28 @@ def prefixes(counts_BQ: list[list[int]], device: torch.device) -> tuple[Piece, .
     if Q * most <= SMALL:
         counts = torch.tensor(counts_BQ, device=device)
         return masked((torch.arange(most, device=device) < counts[..., None])[:, None])
-    return tuple(piece for b, row in enumerate(counts_BQ) for piece in _staircase(row, (b, b + 1), device))
+    return tuple(tile for b, row in enumerate(counts_BQ) for tile in _staircase(row, (b, b + 1), device))
 
 
 def pairs_of(counts_Q: list[int]) -> int:
     """Pairs of a query and a key that are computed for one row of the batch; see `prefixes`."""
-    pieces = _staircase(counts_Q, (0, 1), torch.device("cpu"))
-    return sum((p.queries[1] - p.queries[0]) * (p.keys[1] - p.keys[0]) for p in pieces)
+    tiles = _staircase(counts_Q, (0, 1), torch.device("cpu"))
+    return sum((p.queries[1] - p.queries[0]) * (p.keys[1] - p.keys[0]) for p in tiles)
 
 
-def _staircase(counts_Q: list[int], rows: tuple[int, int], device: torch.device) -> Iterator[Piece]:
+def _staircase(counts_Q: list[int], rows: tuple[int, int], device: torch.device) -> Iterator[AttentionTile]:
     """Rectangles that all queries of a block see, and a small mask for the keys that only some of them do."""
     for first, last in _blocks(counts_Q):
         low, high = counts_Q[first], counts_Q[last - 1]
         if high > low and low < BLOCK:
             low = 0  # too few for a call of their own
         if low:
-            yield Piece(rows, (first, last), (0, low))
+            yield AttentionTile(rows, (first, last), (0, low))
         if high > low:
             counts = torch.tensor(counts_Q[first:last], device=device) - low
             seen_QK = torch.arange(high - low, device=device) < counts[:, None]
-            (piece,) = masked(seen_QK[None, None])
-            yield Piece(rows, (first, last), (low, high), mask=piece.mask)
+            (tile,) = masked(seen_QK[None, None])
+            yield AttentionTile(rows, (first, last), (low, high), mask=tile.mask)
 
 
 def _blocks(counts_Q: list[int]) -> Iterator[tuple[int, int]]:

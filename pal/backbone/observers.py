@@ -20,8 +20,8 @@ Kept = TypeVar("Kept")
 
 
 @dataclass(frozen=True)
-class Weights:
-    """How the attention of some rows of one layer is shared; over `rows` and all `keys` together it sums to 1."""
+class AttentionWeights:
+    """Attention probabilities of some rows in one layer; over `rows` and all `keys` together it sums to 1."""
 
     rows_BHNK: Tensor
     """Over the rows of the sequence, causal."""
@@ -29,13 +29,13 @@ class Weights:
     """Over each of the context's `keys` that joins the layer, by its number."""
 
 
-class Watch(Protocol):
-    """Is shown the attention of every layer in turn, and keeps of it what it likes; nothing is stored for it."""
+class AttentionObserver(Protocol):
+    """Observer that is shown the attention weights of each layer; nothing is stored for it."""
 
     rows_BN: Tensor
     """Which rows of the sequence it is shown: their numbers, N the same for all."""
 
-    def attended(self, layer: int, weights: Weights) -> None:
+    def attended(self, layer: int, weights: AttentionWeights) -> None:
         """The LLM's own attention in a layer."""
         ...
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from pal.errors import PalError
 
-_OTHER_DECODING = "it runs the LLM in a way that would not hear the audio; leave it out"
+_OTHER_DECODING = "it would run the LLM without the audio; leave it out"
 _OF_THE_PROMPT = "the prompt reaches the LLM as embeddings, not as ids; leave it out"
 _NO_CODE = "it loads code from the Hub; leave it out"
 _REFUSED = {

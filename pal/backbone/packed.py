@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from pal.backbone.audio_keys import rotate
-from pal.backbone.interfaces import Geometry, KeySource, PackedBlock
+from pal.backbone.interfaces import AttentionGeometry, KeySource, PackedBlock
 from pal.backbone.rms import rms_norm
 from pal.backbone.segments import Conversation
 from pal.backbone.varlen import segment_attention
 
-Turns = tuple[Tensor, Tensor]
+RopeTable = tuple[Tensor, Tensor]
 """Cos and sin of the LLM's rotary embedding, each [I, C]."""
 
 
@@ -30,10 +30,10 @@ Turns = tuple[Tensor, Tensor]
 class DeviceSegments:
     """`segments.Segments` on the device."""
 
-    firsts_q: Tensor
-    firsts_k: Tensor
-    longest_q: int
-    longest_k: int
+    cu_seqlens_q: Tensor
+    cu_seqlens_k: Tensor
+    max_seqlen_q: int
+    max_seqlen_k: int
     keys_K: Tensor | None
     back: tuple[Tensor, ...]
     queries_Q: Tensor | None
@@ -56,7 +56,7 @@ class Projection:
     """Weight and epsilon of the norm where it is a plain RMSNorm: torch has that as one kernel. None: it has to be
     called."""
     recomputes: bool
-    """Whether the projector's activations are dropped and made again in the backward pass."""
+    """Recompute projector activations in backward."""
     random: bool
     """Whether anything in the projector is, such as dropout of adapters."""
 
@@ -79,8 +79,8 @@ class Projection:
         return rms_norm(u_MD, *self.gain)
 
 
-class Catches(Protocol):
-    """Who keeps the audio keys and values that a layer makes, [I, G, C] each, for decoding."""
+class KVSink(Protocol):
+    """Sink for the audio keys and values that a layer makes, [I, G, C] each, for decoding."""
 
     audio: list[tuple[Tensor, Tensor]]
     """Of each set that joins the layer's own."""
@@ -111,12 +111,12 @@ class PackedKeys:
     tokens_I: Tensor | None
     """For each key its place among the source's tokens; None where each is used once, in order."""
     tokens_back: tuple[Tensor, ...]
-    turns: Mapping[str, Turns]
+    rope_table: Mapping[str, RopeTable]
     """By type of layer."""
     blocks: Mapping[int, PackedBlock] | None
     crossing: DeviceSegments | None
     """Which keys rows see through the blocks."""
-    hears_N1: Tensor | None
+    sees_audio_N1: Tensor | None
     """Rows that see any, where there are blocks."""
     bias: Mapping[int, Tensor] | None = None
     """By layer, what is added to the scores of these keys, [H] or [1]."""
@@ -132,7 +132,7 @@ class PackedKeys:
 class PackedContext:
     """How the rows of a batch lie, and their audio."""
 
-    llm: Geometry
+    llm: AttentionGeometry
     lengths: tuple[int, ...]
     """Rows of each conversation."""
     segments: tuple[DeviceSegments, ...]
@@ -153,33 +153,35 @@ class PackedContext:
         """Which of `keys` join the layer's own."""
         return tuple(i for i, one in enumerate(self.keys) if one.blocks is None and layer in one.layers)
 
-    def at(self, layer: int, catches: Catches | None = None) -> PackedLayer:
+    def at(self, layer: int, kv_sink: KVSink | None = None) -> PackedLayer:
         """What the attention of a layer has to know, and who keeps the audio keys and values that it makes."""
         if not self.segments:
             return PackedLayer(None, None, ())
         kind = self.llm.layer_types[layer]
         joined = tuple(
-            JoinedKeys(one.made(layer), one.turns[kind], one.tokens_I, one.tokens_back, (one.bias or {}).get(layer))
+            JoinedKeys(
+                one.made(layer), one.rope_table[kind], one.tokens_I, one.tokens_back, (one.bias or {}).get(layer)
+            )
             for one in (self.keys[i] for i in self.joined(layer))
         )
-        return PackedLayer(self.segments[self.kinds[layer]], self.windows[layer], joined, catches)
+        return PackedLayer(self.segments[self.kinds[layer]], self.windows[layer], joined, kv_sink)
 
     def crosses(self, layer: int) -> bool:
         """Whether blocks stand before a layer."""
         return any(one.blocks is not None and layer in one.layers for one in self.keys)
 
-    def cross(self, layer: int, x_1ND: Tensor, catches: Catches | None = None) -> Tensor:
+    def cross(self, layer: int, x_1ND: Tensor, kv_sink: KVSink | None = None) -> Tensor:
         """The rows that go into a layer, after the blocks that stand before it."""
         for which, one in enumerate(self.keys):
             if one.blocks is None or layer not in one.layers:
                 continue
             made = one.made(layer)
-            assert isinstance(made, tuple) and one.crossing is not None and one.hears_N1 is not None
-            joined = JoinedKeys(made, one.turns[self.llm.layer_types[layer]], one.tokens_I, one.tokens_back)
+            assert isinstance(made, tuple) and one.crossing is not None and one.sees_audio_N1 is not None
+            joined = JoinedKeys(made, one.rope_table[self.llm.layer_types[layer]], one.tokens_I, one.tokens_back)
             rotated = joined.rotated(None)
-            if catches is not None:
-                catches.crossed[which] = rotated
-            x_1ND = one.blocks[layer].packed(x_1ND, *rotated, one.crossing, one.hears_N1)
+            if kv_sink is not None:
+                kv_sink.crossed[which] = rotated
+            x_1ND = one.blocks[layer].packed(x_1ND, *rotated, one.crossing, one.sees_audio_N1)
         return x_1ND
 
 
@@ -188,7 +190,7 @@ class JoinedKeys:
     """Audio keys that join a layer's own."""
 
     made: Projection | tuple[Tensor, Tensor]
-    turns: Turns
+    rope_table: RopeTable
     tokens_I: Tensor | None
     tokens_back: tuple[Tensor, ...]
     bias: Tensor | None = None
@@ -197,8 +199,8 @@ class JoinedKeys:
         """K after RoPE and V, each [I, G, C]."""
         k_MGC, v_MGC = self.made if isinstance(self.made, tuple) else self.made.keys_values(attention)
         if self.tokens_I is not None:
-            k_MGC, v_MGC = (take(x, self.tokens_I, self.tokens_back) for x in (k_MGC, v_MGC))
-        return rotate(k_MGC, *self.turns), v_MGC
+            k_MGC, v_MGC = (take_rows(x, self.tokens_I, self.tokens_back) for x in (k_MGC, v_MGC))
+        return rotate(k_MGC, *self.rope_table), v_MGC
 
 
 @dataclass(frozen=True, eq=False)
@@ -208,7 +210,7 @@ class PackedLayer:
     segments: DeviceSegments | None
     window: int | None
     joined: tuple[JoinedKeys, ...]
-    catches: Catches | None = None
+    kv_sink: KVSink | None = None
 
     def attend(self, attention: Any, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
         """Queries [1, H, N, C], keys and values [1, G, N, C], after RoPE -> [1, N, H, C]."""
@@ -222,8 +224,8 @@ class PackedLayer:
         rows = k_KGC.shape[0]
         if self.joined:
             made = [one.rotated(attention) for one in self.joined]
-            if self.catches is not None:
-                self.catches.audio = made
+            if self.kv_sink is not None:
+                self.kv_sink.audio = made
             k_KGC = torch.cat((k_KGC, *(k.to(dtype) for k, _ in made)))
             v_KGC = torch.cat((v_KGC, *(v.to(dtype) for _, v in made)))
         if any(one.bias is not None for one in self.joined):
@@ -231,8 +233,8 @@ class PackedLayer:
             q_NHC, k_KGC, v_KGC = self._biased(q_NHC, k_KGC, v_KGC, rows, counts, scale)
             scale = query.shape[-1] ** -0.5 if scale is None else scale
         if segments.keys_K is not None:
-            k_KGC, v_KGC = (take(x, segments.keys_K, segments.back) for x in (k_KGC, v_KGC))
-        out_NHC = among(segments, q_NHC, k_KGC, v_KGC, True, self.window, scale)
+            k_KGC, v_KGC = (take_rows(x, segments.keys_K, segments.back) for x in (k_KGC, v_KGC))
+        out_NHC = packed_attention(segments, q_NHC, k_KGC, v_KGC, True, self.window, scale)
         width = query.shape[-1]
         return (out_NHC if out_NHC.shape[-1] == width else out_NHC[..., :width]).unsqueeze(0)
 
@@ -257,7 +259,7 @@ class PackedLayer:
         return torch.cat((q_NHC, q_XHP), -1), torch.cat((k_KGC, k_KGP), -1), F.pad(v_KGC, (0, width))
 
 
-def among(
+def packed_attention(
     segments: DeviceSegments,
     q_NHC: Tensor,
     k_KGC: Tensor,
@@ -269,15 +271,15 @@ def among(
     """Attention of rows [N, H, C] to the keys of their segments -> [N, H, C]."""
     if segments.queries_Q is not None:
         assert segments.outs_N is not None and segments.queries_back_Q is not None
-        q_NHC = take(q_NHC, segments.queries_Q, (segments.outs_N,))
+        q_NHC = take_rows(q_NHC, segments.queries_Q, (segments.outs_N,))
     out_QHC = segment_attention(
         q_NHC,
         k_KGC,
         v_KGC,
-        segments.firsts_q,
-        segments.firsts_k,
-        segments.longest_q,
-        segments.longest_k,
+        segments.cu_seqlens_q,
+        segments.cu_seqlens_k,
+        segments.max_seqlen_q,
+        segments.max_seqlen_k,
         causal,
         window,
         scale,
@@ -285,10 +287,10 @@ def among(
     if segments.outs_N is None:
         return out_QHC
     assert segments.queries_back_Q is not None
-    return take(out_QHC, segments.outs_N, (segments.queries_back_Q,))
+    return take_rows(out_QHC, segments.outs_N, (segments.queries_back_Q,))
 
 
-def take(x_X: Tensor, index_Y: Tensor, back: tuple[Tensor, ...]) -> Tensor:
+def take_rows(x_X: Tensor, index_Y: Tensor, back: tuple[Tensor, ...]) -> Tensor:
     """Entries [X, ...] by index -> [Y, ...].
 
     Args:

@@ -29,7 +29,7 @@ def compile_layers(layers: Iterable[nn.Module], **options: Any) -> None:
     chosen: dict[str, Any] = {"dynamic": True, "fullgraph": True, "options": {"guard_filter_fn": _needed}, **options}
     for layer in layers:
         if "forward" not in vars(layer) or is_compiled(layer):  # another's, such as accelerate's, which has hooks in it
-            layer.forward = Region(layer, chosen)
+            layer.forward = CompiledLayer(layer, chosen)
 
 
 def uncompile_layers(layers: Iterable[nn.Module]) -> None:
@@ -41,10 +41,10 @@ def uncompile_layers(layers: Iterable[nn.Module]) -> None:
 
 def is_compiled(layer: nn.Module) -> bool:
     """Whether `compile_layers` compiled a layer."""
-    return isinstance(vars(layer).get("forward"), Region)
+    return isinstance(vars(layer).get("forward"), CompiledLayer)
 
 
-class Region:
+class CompiledLayer:
     """A layer's `forward`, compiled where no audio is heard, or that of packed rows, which says what this layer hears.
 
     In padded batches that depends on the layer's number, and one graph for all layers knows only that of the first.
@@ -62,11 +62,11 @@ class Region:
         packed = audio is None or isinstance(audio, PackedLayer)
         return (self._compiled if packed else self._plain)(*args, **kwargs)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Region:
-        return Region(deepcopy(self._layer, memo), self._options)
+    def __deepcopy__(self, memo: dict[int, Any]) -> CompiledLayer:
+        return CompiledLayer(deepcopy(self._layer, memo), self._options)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Region, (self._layer, self._options)
+        return CompiledLayer, (self._layer, self._options)
 
 
 def _needed(guards: Sequence[Any]) -> list[bool]:

@@ -33,7 +33,7 @@ class Conversation:
     """Of its rows."""
     text_T: Bools
     """True for rows of text; False for audio and for rows that ask again."""
-    asks_T: Bools
+    repeats_T: Bools
     """True where a row repeats the last text row before it, behind clips; no other row sees it, nor it the repeated."""
     keys: tuple[Ints, ...]
     """Positions of the audio keys of each stream."""
@@ -43,8 +43,8 @@ class Conversation:
 class Segments:
     """One attention call; numbers of rows count through the batch, and those of keys follow them."""
 
-    firsts_q: Ints
-    firsts_k: Ints
+    cu_seqlens_q: Ints
+    cu_seqlens_k: Ints
     keys_K: Ints | None
     """For each key of the call, its number among all rows and audio keys; None where the rows are the keys."""
     back: tuple[Ints, ...]
@@ -59,11 +59,11 @@ class Segments:
     @property
     def longest(self) -> tuple[int, int]:
         """Most queries and most keys of a segment."""
-        return int(np.diff(self.firsts_q).max()), int(np.diff(self.firsts_k).max())
+        return int(np.diff(self.cu_seqlens_q).max()), int(np.diff(self.cu_seqlens_k).max())
 
-    def hears(self) -> Bools:
+    def queries_with_keys(self) -> Bools:
         """For each query whether its segment has keys."""
-        return np.repeat(np.diff(self.firsts_k) > 0, np.diff(self.firsts_q))
+        return np.repeat(np.diff(self.cu_seqlens_k) > 0, np.diff(self.cu_seqlens_q))
 
 
 def widened(segments: Segments, size: Callable[[int], int]) -> Segments:
@@ -76,23 +76,23 @@ def widened(segments: Segments, size: Callable[[int], int]) -> Segments:
         segments: whose last one nothing depends on.
         size: the same or a larger number.
     """
-    count = len(segments.firsts_q) - 1
-    firsts_q, firsts_k = (
+    count = len(segments.cu_seqlens_q) - 1
+    cu_seqlens_q, cu_seqlens_k = (
         np.concatenate((firsts, np.full(size(count) - count, firsts[-1])))
-        for firsts in (segments.firsts_q, segments.firsts_k)
+        for firsts in (segments.cu_seqlens_q, segments.cu_seqlens_k)
     )
     if segments.keys_K is None:
-        return replace(segments, firsts_q=firsts_q, firsts_k=firsts_k)
-    queries, keys = int(segments.firsts_q[-1]), int(segments.firsts_k[-1])
-    last_q, last_k = int(segments.firsts_q[-2]), int(segments.firsts_k[-2])
+        return replace(segments, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
+    queries, keys = int(segments.cu_seqlens_q[-1]), int(segments.cu_seqlens_k[-1])
+    last_q, last_k = int(segments.cu_seqlens_q[-2]), int(segments.cu_seqlens_k[-2])
     more_q = 0 if segments.queries_Q is None else size(queries) - queries
     more_k = size(keys + more_q) - keys  # no fewer than queries, so that each sees a key
-    firsts_q[count:] += more_q
-    firsts_k[count:] += more_k
+    cu_seqlens_q[count:] += more_q
+    cu_seqlens_k[count:] += more_k
     found = replace(
         segments,
-        firsts_q=firsts_q,
-        firsts_k=firsts_k,
+        cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_k=cu_seqlens_k,
         keys_K=_inserted(segments.keys_K, last_k, more_k),
         back=tuple(np.where(places >= last_k, places + more_k, places) for places in segments.back),
     )
@@ -156,10 +156,10 @@ def crossing_segments(conversations: Sequence[Conversation], stream: int) -> Seg
     queries, keys = [], []
     first_row = first_key = 0
     for one in conversations:
-        heard_T = _heard(one, [stream])
-        for start, end in _same(heard_T):
+        seen_keys_T = _heard(one, [stream])
+        for start, end in _same(seen_keys_T):
             queries.append(np.arange(start, end) + first_row)
-            keys.append(np.arange(heard_T[start]) + first_key)
+            keys.append(np.arange(seen_keys_T[start]) + first_key)
         first_row += len(one.positions_T)
         first_key += len(one.keys[stream])
     return _joined(queries, keys, rows, first_key)
@@ -168,8 +168,8 @@ def crossing_segments(conversations: Sequence[Conversation], stream: int) -> Seg
 def _heard(one: Conversation, streams: Sequence[int]) -> Ints:
     """How many audio keys each row sees, the earliest first; never fewer than the row before."""
     positions_A = np.sort(np.concatenate([np.zeros(0, np.int64), *(one.keys[s] for s in streams)]))
-    heard_T = np.searchsorted(positions_A, one.positions_T + one.asks_T, side="right")
-    return np.asarray(np.maximum.accumulate(heard_T) if len(heard_T) else heard_T, dtype=np.int64)
+    seen_keys_T = np.searchsorted(positions_A, one.positions_T + one.repeats_T, side="right")
+    return np.asarray(np.maximum.accumulate(seen_keys_T) if len(seen_keys_T) else seen_keys_T, dtype=np.int64)
 
 
 def _runs(one: Conversation, streams: Sequence[int], windowed: bool) -> Iterator[tuple[Ints, Ints]]:
@@ -179,17 +179,17 @@ def _runs(one: Conversation, streams: Sequence[int], windowed: bool) -> Iterator
     """
     T = len(one.positions_T)
     order_A = np.argsort(np.concatenate([np.zeros(0, np.int64), *(one.keys[s] for s in streams)]), kind="stable")
-    heard_T = _heard(one, streams)
+    seen_keys_T = _heard(one, streams)
     # in the order in which a query comes to see them: a key before the rows that hear it
-    place_T, place_A = 2 * heard_T, 2 * np.arange(len(order_A)) + 1
-    shown_T = ~one.asks_T
+    place_T, place_A = 2 * seen_keys_T, 2 * np.arange(len(order_A)) + 1
+    shown_T = ~one.repeats_T
     gaps_T = np.zeros(T, bool)
     if windowed:
-        gaps_T[1:] = np.diff(one.positions_T) != np.diff(heard_T) + 1
-    for start, end in _blocks(heard_T, one.asks_T, gaps_T):
-        known, last = heard_T[start], heard_T[end - 1]
+        gaps_T[1:] = np.diff(one.positions_T) != np.diff(seen_keys_T) + 1
+    for start, end in _blocks(seen_keys_T, one.repeats_T, gaps_T):
+        known, last = seen_keys_T[start], seen_keys_T[end - 1]
         earlier = np.flatnonzero(shown_T[:start])
-        if one.asks_T[start]:
+        if one.repeats_T[start]:
             text = np.flatnonzero(one.text_T[:start])
             earlier = earlier[earlier != text[-1]] if len(text) else earlier
         before = _merged(earlier, place_T[earlier], order_A[:known] + T, place_A[:known])
@@ -208,11 +208,13 @@ def _same(counts_T: Ints) -> list[tuple[int, int]]:
     return [(int(a), int(b)) for a, b in pairwise(borders)]
 
 
-def _blocks(heard_T: Ints, asks_T: Bools, gaps_T: Bools) -> Iterator[tuple[int, int]]:
+def _blocks(seen_keys_T: Ints, repeats_T: Bools, gaps_T: Bools) -> Iterator[tuple[int, int]]:
     """Runs that make one segment: where few keys and no gap lie between them, and no row among them asks again."""
     start = end = 0
-    for a, b in _same(2 * (heard_T + gaps_T.cumsum() + asks_T.cumsum()) + ~asks_T):
-        if end > start and (asks_T[a] or asks_T[a - 1] or gaps_T[a] or heard_T[a] - heard_T[a - 1] > BRIDGE):
+    for a, b in _same(2 * (seen_keys_T + gaps_T.cumsum() + repeats_T.cumsum()) + ~repeats_T):
+        if end > start and (
+            repeats_T[a] or repeats_T[a - 1] or gaps_T[a] or seen_keys_T[a] - seen_keys_T[a - 1] > BRIDGE
+        ):
             yield start, end
             start = a
         end = b
@@ -226,11 +228,11 @@ def _counts_positions(positions_K: Ints, own: int, window: int) -> bool:
 
 
 def _joined(queries: list[Ints], keys: list[Ints], rows: int, sources: int) -> Segments:
-    firsts_q, firsts_k = (np.cumsum([0, *map(len, parts)]) for parts in (queries, keys))
+    cu_seqlens_q, cu_seqlens_k = (np.cumsum([0, *map(len, parts)]) for parts in (queries, keys))
     queries_Q, keys_K = (np.concatenate([np.zeros(0, np.int64), *parts]) for parts in (queries, keys))
     same_q = len(queries_Q) == rows and bool((queries_Q == np.arange(rows)).all())
     same_k = len(keys_K) == sources and bool((keys_K == np.arange(sources)).all())
-    found = Segments(firsts_q, firsts_k, None if same_k else keys_K, (), None, None, None)
+    found = Segments(cu_seqlens_q, cu_seqlens_k, None if same_k else keys_K, (), None, None, None)
     if not same_k:
         found = replace(found, back=where(keys_K, sources))
     if not same_q:

@@ -1,4 +1,4 @@
-"""`StreamKV`: clips as one encoder or connector heard them, as keys, values and rows of an LLM."""
+"""`StreamKV`: audio keys, values and rows of one stream, ready for the LLM."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class Layout:
         j_A = np.arange(tokens)
         return j_A + j_A // self.tokens * self.rows
 
-    def key_turns(self, tokens: int, start: int) -> Ints:
+    def key_rope_positions(self, tokens: int, start: int) -> Ints:
         """Positions by which RoPE turns the keys of a clip at position `start`: [A], or [0] without keys."""
         return np.arange(tokens * self.keys) if self.beside else start + self.key_offsets(tokens)
 
@@ -82,7 +82,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class StreamKV:
-    """What an LLM needs of some clips as one encoder or connector heard them: keys before RoPE, values, audio rows.
+    """Audio KV cache of one stream: keys before RoPE, values, audio rows.
 
     Real tokens come first.
     """

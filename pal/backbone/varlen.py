@@ -30,10 +30,10 @@ def segment_attention(
     q_NHC: Tensor,
     k_KGC: Tensor,
     v_KGC: Tensor,
-    firsts_q: Tensor,
-    firsts_k: Tensor,
-    longest_q: int,
-    longest_k: int,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
     causal: bool = True,
     window: int | None = None,
     scale: float | None = None,
@@ -43,18 +43,18 @@ def segment_attention(
     Args:
         q_NHC: queries; H may be a multiple of G.
         k_KGC: keys. v_KGC: values.
-        firsts_q: where each segment's queries start, and where the last ends: int32 [segments + 1].
-        firsts_k: the same of its keys.
-        longest_q: queries of the longest segment, or more.
-        longest_k: the same of keys.
+        cu_seqlens_q: where each segment's queries start, and where the last ends: int32 [segments + 1].
+        cu_seqlens_k: the same of its keys.
+        max_seqlen_q: queries of the longest segment, or more.
+        max_seqlen_k: the same of keys.
         causal: whether queries see keys up to their own place, or all.
         window: how many keys back a query sees, the last it sees included; None means all.
         scale: what scores are multiplied with; None is 1 / sqrt(C).
     """
-    sizes = (longest_q, longest_k, causal, window, scale)
+    sizes = (max_seqlen_q, max_seqlen_k, causal, window, scale)
     if q_NHC.device.type == "cuda":
-        return flash(q_NHC, k_KGC, v_KGC, firsts_q, firsts_k, *sizes)
-    out_NHC: Tensor = _plain(q_NHC, k_KGC, v_KGC, firsts_q, firsts_k, *sizes)
+        return flash(q_NHC, k_KGC, v_KGC, cu_seqlens_q, cu_seqlens_k, *sizes)
+    out_NHC: Tensor = _plain(q_NHC, k_KGC, v_KGC, cu_seqlens_q, cu_seqlens_k, *sizes)
     return out_NHC
 
 
@@ -62,10 +62,10 @@ def flash(
     q_NHC: Tensor,
     k_KGC: Tensor,
     v_KGC: Tensor,
-    firsts_q: Tensor,
-    firsts_k: Tensor,
-    longest_q: int,
-    longest_k: int,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
     causal: bool,
     window: int | None,
     scale: float | None,
@@ -73,7 +73,7 @@ def flash(
     """`segment_attention` by torch's kernel for a GPU."""
     shown = (-1 if window is None else window - 1, 0 if causal else -1)
     options: dict[str, Any] = {"window_size": shown, "scale": scale, **_grouped()}
-    out_NHC = varlen_attn(q_NHC, k_KGC, v_KGC, firsts_q, firsts_k, longest_q, longest_k, **options)
+    out_NHC = varlen_attn(q_NHC, k_KGC, v_KGC, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, **options)
     assert isinstance(out_NHC, Tensor)  # alone, without the log-sum-exp that can be asked for
     return out_NHC
 
@@ -89,17 +89,17 @@ def _plain(
     q_NHC: Tensor,
     k_KGC: Tensor,
     v_KGC: Tensor,
-    firsts_q: Tensor,
-    firsts_k: Tensor,
-    longest_q: int,
-    longest_k: int,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
     causal: bool,
     window: int | None,
     scale: float | None,
 ) -> Tensor:
     """`segment_attention` by SDPA, one segment after the other."""
     out_NHC = torch.zeros_like(q_NHC)
-    for queries, keys in _segments(firsts_q, firsts_k):
+    for queries, keys in _segments(cu_seqlens_q, cu_seqlens_k):
         if keys.stop > keys.start:
             out_NHC[queries] = _one(q_NHC[queries], k_KGC[keys], v_KGC[keys], causal, window, scale)
     return out_NHC
@@ -116,17 +116,17 @@ def _plain_backward(
     q_NHC: Tensor,
     k_KGC: Tensor,
     v_KGC: Tensor,
-    firsts_q: Tensor,
-    firsts_k: Tensor,
-    longest_q: int,
-    longest_k: int,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
     causal: bool,
     window: int | None,
     scale: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v."""
     grads = tuple(torch.zeros_like(x) for x in (q_NHC, k_KGC, v_KGC))
-    for queries, keys in _segments(firsts_q, firsts_k):
+    for queries, keys in _segments(cu_seqlens_q, cu_seqlens_k):
         if queries.stop > queries.start and keys.stop > keys.start:
             given = (grad_NHC[queries], q_NHC[queries], k_KGC[keys], v_KGC[keys])
             found = _one_backward(*given, causal, window, scale)
@@ -152,8 +152,8 @@ def _differentiate(ctx: Any, grad_NHC: Tensor) -> tuple[Any, ...]:
 _plain.register_autograd(_differentiate, setup_context=_keep)
 
 
-def _segments(firsts_q: Tensor, firsts_k: Tensor) -> list[tuple[slice, slice]]:
-    q, k = firsts_q.tolist(), firsts_k.tolist()
+def _segments(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor) -> list[tuple[slice, slice]]:
+    q, k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
     return [(slice(*q[i : i + 2]), slice(*k[i : i + 2])) for i in range(len(q) - 1)]
 
 

@@ -8,17 +8,17 @@ from __future__ import annotations
 
 from dataclasses import astuple, dataclass, replace
 
-from pal.backbone.cost import Added, Cost, LayerAdded, Step, attention, decoder, kv_bytes, linear, total
+from pal.backbone.cost import AddedCost, AddedLayerCost, Cost, StepSize, attention, decoder, kv_bytes, linear, total
 from pal.backbone.llm import Backbone
+from pal.bench.models import AttachedModel, BenchModel
 from pal.bench.peers import Mllama, PlainLLM, Qwen2Audio, cross_layers
 from pal.bench.presets import Phase, Preset
 from pal.bench.scene import BenchScene
-from pal.bench.subjects import Attached, Subject
 from pal.integrations.cost import route_cost
 
 
 @dataclass(frozen=True)
-class OnPaper:
+class ClosedForm:
     """What is compared with what is measured."""
 
     flops: float
@@ -27,15 +27,15 @@ class OnPaper:
     """Kept while an answer is written; 0 in a training step."""
 
 
-def on_paper(subject: Subject, scene: BenchScene, preset: Preset, phase: Phase) -> OnPaper:
+def closed_form(subject: BenchModel, scene: BenchScene, preset: Preset, phase: Phase) -> ClosedForm:
     """Of one phase of a variant. A ragged scene's is the sum of what its rows need without padding."""
     if scene.ragged is not None:
-        rows = [on_paper(subject, row, preset, phase) for row in scene.alone()]
+        rows = [closed_form(subject, row, preset, phase) for row in scene.alone()]
         flops, saved, kv = (sum(numbers) for numbers in zip(*map(astuple, rows), strict=True))
-        return OnPaper(flops, saved, kv)
+        return ClosedForm(flops, saved, kv)
     trains = phase == "train"
     llm, size = subject.llm, subject.llm.dtype.itemsize
-    step = Step(
+    step = StepSize(
         clips=scene.batch,
         rows=scene.batch,
         text=scene.text_tokens,
@@ -58,36 +58,36 @@ def on_paper(subject: Subject, scene: BenchScene, preset: Preset, phase: Phase) 
     text_kv = 2 * llm.kv_heads * llm.head_width * size * llm.n_layers * scene.text_tokens
     kept = scene.batch * (text_kv + kv_bytes(llm, added, size))
     if phase.startswith("decode"):
-        return OnPaper(_token(subject, scene, preset.width), 0.0, kept)
+        return ClosedForm(_token(subject, scene, preset.width), 0.0, kept)
     cost = decoder(llm, step, added) + extra
     if trains:
-        return OnPaper(hearing + cost.forward + cost.backward, cost.saved, 0.0)
-    return OnPaper(hearing + cost.forward, 0.0, kept)
+        return ClosedForm(hearing + cost.forward + cost.backward, cost.saved, 0.0)
+    return ClosedForm(hearing + cost.forward, 0.0, kept)
 
 
-def _token(subject: Subject, scene: BenchScene, width: int) -> float:
+def _token(subject: BenchModel, scene: BenchScene, width: int) -> float:
     """One row of each conversation; nothing of the clips is made again."""
     llm = subject.llm
-    step = Step(clips=0, rows=scene.batch, text=1, targets=1)
+    step = StepSize(clips=0, rows=scene.batch, text=1, targets=1)
     added = _added(subject, step, scene.audio_tokens, width)
     earlier = scene.text_tokens + sum(one.rows for one in added)
     rows = attention(scene.batch, llm.heads, 1, earlier, llm.head_width, grad=False).times(llm.n_layers)
     return (decoder(llm, step, [_made_before(one) for one in added]) + rows).forward
 
 
-def _made_before(one: Added) -> Added:
+def _made_before(one: AddedCost) -> AddedCost:
     """What is left for a later row: the keys, each of which it sees."""
     layers = {layer: replace(part, pairs=None) for layer, part in one.layers.items()}
     return replace(one, rows=0, making=Cost(), layers=layers)
 
 
-def _added(subject: Subject, step: Step, tokens: int, width: int) -> list[Added]:
+def _added(subject: BenchModel, step: StepSize, tokens: int, width: int) -> list[AddedCost]:
     """What clips of so many tokens of that width add; nothing where a variant hears none."""
     llm = subject.llm
-    if isinstance(subject, Attached):
+    if isinstance(subject, AttachedModel):
         return [route_cost(route, step, tokens, llm) for route in subject.routes()]
     if isinstance(subject, Qwen2Audio):
-        return [Added(rows=tokens, rows_grad=step.integration, making=_projected(step, tokens, width, llm))]
+        return [AddedCost(rows=tokens, rows_grad=step.integration, making=_projected(step, tokens, width, llm))]
     if isinstance(subject, Mllama):
         return [_mllama(step, tokens, width, llm)]
     assert isinstance(subject, PlainLLM)
@@ -95,12 +95,12 @@ def _added(subject: Subject, step: Step, tokens: int, width: int) -> list[Added]
     return [] if subject.route is None else [route_cost(subject.route, step, tokens, llm)]
 
 
-def _projected(step: Step, tokens: int, width: int, llm: Backbone) -> Cost:
+def _projected(step: StepSize, tokens: int, width: int, llm: Backbone) -> Cost:
     """The one linear layer that a peer's projector is."""
     return linear(step.clips * tokens, width, llm.width, step.features, step.integration, step.own_bytes)
 
 
-def _mllama(step: Step, tokens: int, width: int, llm: Backbone) -> Added:
+def _mllama(step: StepSize, tokens: int, width: int, llm: Backbone) -> AddedCost:
     """A layer of cross-attention before the last of each group of the LLM's layers."""
     audio = step.clips * tokens
     D, F, inner, shared = llm.width, llm.ffn_width, llm.heads * llm.head_width, llm.kv_heads * llm.head_width
@@ -130,9 +130,9 @@ def _mllama(step: Step, tokens: int, width: int, llm: Backbone) -> Added:
 
     places = [layer - number for number, layer in enumerate(cross_layers(llm.n_layers))]
     # before the LLM's layer of that number; with fewer layers than a group has, after the last, which costs the same
-    return Added(
+    return AddedCost(
         making=_projected(step, tokens, width, llm),
-        layers={min(place, llm.n_layers - 1): LayerAdded(keys=tokens, grad=own, block=block) for place in places},
+        layers={min(place, llm.n_layers - 1): AddedLayerCost(keys=tokens, grad=own, block=block) for place in places},
     )
 
 

@@ -36,7 +36,7 @@ COUNTED: tuple[Phase, ...] = ("train", "decode")
 
 
 @dataclass
-class Run:
+class GpuRun:
     """What there is so far."""
 
     folder: Path
@@ -182,7 +182,7 @@ def _count_table(counts: Sequence[StepCount]) -> list[str]:
     return markdown_table(head, rows, left=5)
 
 
-def everything(run: Run, size: Size, parts: Sequence[str]) -> None:
+def everything(run: GpuRun, size: Size, parts: Sequence[str]) -> None:
     """All parts, each by itself: what fails is said, and the next begins."""
     device = torch.device(run.preset.device)
     if "values" in parts:
@@ -193,7 +193,7 @@ def everything(run: Run, size: Size, parts: Sequence[str]) -> None:
     run.keep()
 
 
-def _part(run: Run, name: str, work: Callable[[], object]) -> None:
+def _part(run: GpuRun, name: str, work: Callable[[], object]) -> None:
     run.say(name)
     try:
         work()
@@ -203,7 +203,7 @@ def _part(run: Run, name: str, work: Callable[[], object]) -> None:
     run.keep()
 
 
-def _values(run: Run, device: torch.device, size: Size) -> None:
+def _values(run: GpuRun, device: torch.device, size: Size) -> None:
     end = run.seconds + SHARES["values"] * run.limit
 
     def done(one: Compared) -> None:
@@ -219,7 +219,7 @@ def _values(run: Run, device: torch.device, size: Size) -> None:
     run.say(f"values: {len(run.values)} cases, {sum(not one.ok for one in run.values)} off, {left} left out")
 
 
-def _measured(run: Run, parts: Sequence[str]) -> None:
+def _measured(run: GpuRun, parts: Sequence[str]) -> None:
     preset = run.preset
 
     def keep(result: BenchResult) -> None:
@@ -238,7 +238,7 @@ def _measured(run: Run, parts: Sequence[str]) -> None:
             _part(run, "speed", lambda: _speed(run, bench))
 
 
-def _counts(run: Run, bench: Bench) -> None:
+def _counts(run: GpuRun, bench: Bench) -> None:
     end = run.seconds + SHARES["counts"] * run.limit
     preset = bench.preset
     known = [place for place in preset.places() if place.phase in COUNTED and place.batch > 1]
@@ -255,7 +255,7 @@ def _counts(run: Run, bench: Bench) -> None:
     run.say(f"counts: {len(run.counts)} steps, {sum(not one.ok for one in run.counts)} wait or fail, {left} left out")
 
 
-def _speed(run: Run, bench: Bench) -> None:
+def _speed(run: GpuRun, bench: Bench) -> None:
     bench.give(max(0.0, run.limit - run.seconds - 10))
     bench.measure("llm")
     bench.result.complete = True
@@ -298,7 +298,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except PalError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    run = Run(given.out, preset, given.limit)
+    run = GpuRun(given.out, preset, given.limit)
     everything(run, size, given.parts.split(","))
     print(run.to_markdown())
     run.say(f"written: {run.folder / 'gpu.json'}, {run.folder / 'gpu.md'}; {'all ok' if run.ok else 'not all ok'}")

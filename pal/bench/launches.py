@@ -15,12 +15,12 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pal.bench.machine import settle
+from pal.bench.models import AttachedModel, BenchModel
 from pal.bench.place import eager, training
-from pal.bench.presets import Length, Place
+from pal.bench.presets import BenchPoint, Length
 from pal.bench.result import where_it_failed
 from pal.bench.run import Bench
 from pal.bench.scene import BenchScene
-from pal.bench.subjects import Attached, Subject
 
 _READS = ("aten._local_scalar_dense", "aten.nonzero", "aten.masked_select", "aten.is_nonzero", "aten.equal")
 """Operators whose result the host has to see."""
@@ -70,8 +70,8 @@ OTHERS = ("plain", "plain_text", "qwen2audio", "mllama")
 
 def count_steps(
     bench: Bench,
-    subjects: list[Subject],
-    places: list[Place],
+    subjects: list[BenchModel],
+    places: list[BenchPoint],
     in_time: Callable[[], bool] = lambda: True,
     done: Callable[[StepCount], object] = lambda found: None,
 ) -> tuple[list[StepCount], int]:
@@ -106,7 +106,7 @@ def count_steps(
     return found, len(todo) - len(found)
 
 
-def _count(bench: Bench, subject: Subject, scene: BenchScene, about: StepCount) -> StepCount:
+def _count(bench: Bench, subject: BenchModel, scene: BenchScene, about: StepCount) -> StepCount:
     with nullcontext() if about.compiled else eager(), _step(bench, subject, scene, about.phase) as step:
         for _ in range(2):  # what is made once
             step()
@@ -125,10 +125,10 @@ def _count(bench: Bench, subject: Subject, scene: BenchScene, about: StepCount) 
 
 
 @contextmanager
-def _step(bench: Bench, subject: Subject, scene: BenchScene, phase: str) -> Iterator[Callable[[], object]]:
+def _step(bench: Bench, subject: BenchModel, scene: BenchScene, phase: str) -> Iterator[Callable[[], object]]:
     if phase == "decode":
         with torch.inference_mode():
-            reading = subject.read(scene, 16) if isinstance(subject, Attached) else subject.read(scene)
+            reading = subject.read(scene, 16) if isinstance(subject, AttachedModel) else subject.read(scene)
             yield lambda: subject.write(reading, 1)
         return
     with training(subject, bench.preset.train):

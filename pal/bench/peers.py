@@ -23,9 +23,9 @@ from transformers.models.mllama.configuration_mllama import MllamaTextConfig
 
 from pal.backbone.llm import Backbone
 from pal.backbone.regions import compile_layers
+from pal.bench.models import BenchModel, PrefilledPrompt
 from pal.bench.presets import Preset
 from pal.bench.scene import BenchScene, Side
-from pal.bench.subjects import Reading, Subject
 from pal.encoders.base import Encoder
 from pal.integrations.plits import PLITS
 from pal.types import IGNORE
@@ -34,14 +34,14 @@ _SELF_LAYERS = 4
 """Layers of self-attention for each of cross-attention in Mllama (Llama-3.2-11B-Vision: 32 and 8)."""
 
 
-class Made(NamedTuple):
+class ForwardOutput(NamedTuple):
     """What a forward pass gives."""
 
     logits_BXV: Tensor
     cache: Any
 
 
-class Peer(Subject):
+class PeerModel(BenchModel):
     """A model of transformers."""
 
     lm: Any
@@ -54,25 +54,25 @@ class Peer(Subject):
     def given(self, scene: BenchScene, side: Side) -> dict[str, Tensor]:
         """Its arguments for a scene, with shorter rows filled up on a side."""
 
-    def forward(self, scene: BenchScene, keep: Tensor | int, use_cache: bool) -> Made:
+    def forward(self, scene: BenchScene, keep: Tensor | int, use_cache: bool) -> ForwardOutput:
         """Logits of the rows `keep`, which counts from the end where it is a number."""
         out = self.lm(**self.given(scene, "left"), use_cache=use_cache, logits_to_keep=keep)
-        return Made(out.logits, out.past_key_values)
+        return ForwardOutput(out.logits, out.past_key_values)
 
     def length(self, scene: BenchScene) -> int:
         """Rows of a conversation that is not filled up."""
         return scene.audio_tokens * self.hears_rows + scene.text_tokens
 
-    def read(self, scene: BenchScene) -> Reading:
+    def read(self, scene: BenchScene) -> PrefilledPrompt:
         """One forward pass; positions go on from the number of rows."""
         made = self.forward(scene, keep=1, use_cache=True)
         if scene.ragged is not None:
             padded = scene.padded(self.hears_rows, "left")
-            return Reading(made.logits_BXV[:, -1], made.cache, padded.mask_BT, padded.positions_BT[:, -1:] + 1)
+            return PrefilledPrompt(made.logits_BXV[:, -1], made.cache, padded.mask_BT, padded.positions_BT[:, -1:] + 1)
         length_B1 = torch.full_like(scene.text_BT[:, :1], self.length(scene))
-        return Reading(made.logits_BXV[:, -1], made.cache, self.mask(scene), length_B1)
+        return PrefilledPrompt(made.logits_BXV[:, -1], made.cache, self.mask(scene), length_B1)
 
-    def write(self, reading: Reading, tokens: int) -> None:
+    def write(self, reading: PrefilledPrompt, tokens: int) -> None:
         """So many more tokens, greedily."""
         for _ in range(tokens):
             ids_B1 = reading.logits_BV.argmax(-1, keepdim=True)
@@ -80,7 +80,7 @@ class Peer(Subject):
             reading.logits_BV = self.step(reading, ids_B1)
             reading.position_B1 = reading.position_B1 + 1
 
-    def step(self, reading: Reading, ids_B1: Tensor) -> Tensor:
+    def step(self, reading: PrefilledPrompt, ids_B1: Tensor) -> Tensor:
         """Logits [B, V] after one more token, which joins the cache."""
         out = self.lm(
             input_ids=ids_B1,
@@ -121,7 +121,7 @@ class Peer(Subject):
         return given if side == "right" else {**given, "position_ids": padded.positions_BT}
 
 
-class PlainLLM(Peer):
+class PlainLLM(PeerModel):
     """The LLM alone, on text or on the very rows that PLITS makes: what PLITS and text would cost without us."""
 
     def __init__(self, name: str, llm: Backbone, plain: Any, route: PLITS | None) -> None:
@@ -138,7 +138,7 @@ class PlainLLM(Peer):
         return {"inputs_embeds": rows_BTD, **self.about_rows(scene, side)}
 
 
-class Qwen2Audio(Peer):
+class Qwen2Audio(PeerModel):
     """PLITS as transformers has it: a linear layer, audio as rows.
 
     Given features, its projector, language model and head run by themselves, the head on the rows that are asked for.
@@ -168,12 +168,12 @@ class Qwen2Audio(Peer):
         super().__init__("qwen2audio", llm, self._whole.model.multi_modal_projector)
         self.lm = plain
 
-    def forward(self, scene: BenchScene, keep: Tensor | int, use_cache: bool) -> Made:
+    def forward(self, scene: BenchScene, keep: Tensor | int, use_cache: bool) -> ForwardOutput:
         """See the class."""
         if scene.frames is None:
             return super().forward(scene, keep, use_cache)
         out = self._whole(**self._processed(scene), attention_mask=self.mask(scene), use_cache=use_cache)
-        return Made(out.logits, out.past_key_values)
+        return ForwardOutput(out.logits, out.past_key_values)
 
     def given(self, scene: BenchScene, side: Side) -> dict[str, Tensor]:
         """Rows of its projector among those of the text."""
@@ -208,7 +208,7 @@ class Qwen2Audio(Peer):
         }
 
 
-class Mllama(Peer):
+class Mllama(PeerModel):
     """Gated cross-attention as transformers has it: layers of its own, here beside all of the LLM's.
 
     What MllamaModel does before its LLM is done here for audio: features go through a linear layer to the LLM's width,

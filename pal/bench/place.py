@@ -15,19 +15,19 @@ import torch
 from torch import nn
 
 from pal.backbone.llm import Backbone
-from pal.bench.closed_form import OnPaper
+from pal.bench.closed_form import ClosedForm
 from pal.bench.measure import Counts, RoundSeconds, counts, round_seconds
+from pal.bench.models import AttachedModel, BenchModel, PrefilledPrompt
 from pal.bench.presets import Phase, Scope
 from pal.bench.result import BASELINES, Measurement, where_it_failed
 from pal.bench.scene import BenchScene
-from pal.bench.subjects import Attached, Reading, Subject
 from pal.encoders.base import Encoder
 
 if TYPE_CHECKING:
     from pal.bench.run import Bench
 
 
-class PlaceRun:
+class PointRun:
     """One phase on one scene: each variant is looked at once, then all are timed in turns."""
 
     def __init__(
@@ -37,7 +37,7 @@ class PlaceRun:
         scene: BenchScene,
         phase: Phase,
         encoder: Encoder | None,
-        papers: Mapping[str, OnPaper],
+        papers: Mapping[str, ClosedForm],
     ) -> None:
         self.bench = bench
         self.preset = bench.preset
@@ -46,12 +46,12 @@ class PlaceRun:
         self.phase: Phase = phase
         self.encoder = encoder
         self.papers = papers
-        self._readings: dict[str, Reading] = {}
+        self._readings: dict[str, PrefilledPrompt] = {}
         """Prompts that were read, to be written on."""
 
-    def measure(self, subjects: Sequence[Subject]) -> None:
+    def measure(self, subjects: Sequence[BenchModel]) -> None:
         """Add a row for each variant that can be measured here."""
-        looked: dict[str, tuple[Subject, Counts, int]] = {}
+        looked: dict[str, tuple[BenchModel, Counts, int]] = {}
         timed: dict[str, Callable[[], object]] = {}
         for subject in self._asked(subjects):
             why = self._obstacle(subject)
@@ -78,7 +78,7 @@ class PlaceRun:
         self._readings.clear()
         self.bench.tidy()
 
-    def leave_out(self, subjects: Sequence[Subject], why: str) -> None:
+    def leave_out(self, subjects: Sequence[BenchModel], why: str) -> None:
         """Say of these that they are not measured here."""
         for subject in self._asked(subjects):
             self.bench.result.left_out.append(
@@ -92,10 +92,10 @@ class PlaceRun:
                 }
             )
 
-    def _asked(self, subjects: Sequence[Subject]) -> list[Subject]:
+    def _asked(self, subjects: Sequence[BenchModel]) -> list[BenchModel]:
         return [subject for subject in subjects if subject.graphs or self.phase != "decode_graph"]
 
-    def _look_at(self, subject: Subject) -> tuple[Counts, int]:
+    def _look_at(self, subject: BenchModel) -> tuple[Counts, int]:
         """Operations and bytes of the phase, and the bytes of its keys and values."""
         weights = self._weights(subject)
         if self.phase == "train":
@@ -123,17 +123,17 @@ class PlaceRun:
             found = counts(lambda: subject.write(reading, 1), weights=weights, device=self.bench.device)
             return found, kv
 
-    def _compiles(self, subject: Subject) -> bool:
+    def _compiles(self, subject: BenchModel) -> bool:
         return self.preset.compiled and self.phase in subject.compiled_phases
 
-    def _prompt(self, subject: Subject) -> Reading:
+    def _prompt(self, subject: BenchModel) -> PrefilledPrompt:
         """Read, to be written on."""
-        if not isinstance(subject, Attached):
+        if not isinstance(subject, AttachedModel):
             return subject.read(self.scene)
         tokens = self.preset.decode_tokens * (2 + self.preset.repeats) + 8
         return subject.read(self.scene, tokens, fixed=self.phase == "decode_graph")
 
-    def _timed(self, subject: Subject) -> Callable[[], object]:
+    def _timed(self, subject: BenchModel) -> Callable[[], object]:
         if self.phase == "train":
 
             def step() -> None:
@@ -181,7 +181,7 @@ class PlaceRun:
                 )
         return found, failed
 
-    def _row(self, subject: Subject, found: Counts, kv: int, seconds: RoundSeconds | None) -> Measurement:
+    def _row(self, subject: BenchModel, found: Counts, kv: int, seconds: RoundSeconds | None) -> Measurement:
         return Measurement(
             variant=subject.name,
             scope=self.scope,
@@ -199,15 +199,15 @@ class PlaceRun:
             parameters=sum(p.numel() for p in self._parameters(subject)),
         )
 
-    def _parameters(self, subject: Subject) -> list[nn.Parameter]:
+    def _parameters(self, subject: BenchModel) -> list[nn.Parameter]:
         hears = self.encoder is not None and subject.own is not None
         return [*subject.weights(), *(self.encoder.parameters() if self.encoder is not None and hears else ())]
 
-    def _weights(self, subject: Subject) -> list[torch.Tensor]:
+    def _weights(self, subject: BenchModel) -> list[torch.Tensor]:
         buffers = [*self.bench.llm.buffers(), *self.bench.plain.buffers()]
         return [*self._parameters(subject), *buffers]
 
-    def _obstacle(self, subject: Subject) -> str | None:
+    def _obstacle(self, subject: BenchModel) -> str | None:
         """Why a variant is not even tried."""
         if self.phase == "train" and not subject.trained(self.preset.train):
             return f"nothing to train in stage '{self.preset.train}'"
@@ -233,7 +233,7 @@ class PlaceRun:
         if guard.why is not None:
             self.bench.tidy(always=True)
 
-    def _advance(self, subject: Subject, passes: int) -> None:
+    def _advance(self, subject: BenchModel, passes: int) -> None:
         self.bench.bar.update(self.papers[subject.name].flops * passes)
 
 
@@ -243,7 +243,7 @@ class _Guard:
 
 
 @contextmanager
-def training(subject: Subject, train: str) -> Iterator[None]:
+def training(subject: BenchModel, train: str) -> Iterator[None]:
     """What is trained requires gradients inside; afterwards nothing does, and none is kept."""
     trained = subject.trained(train)
     for parameter in trained:

@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args
 
 from pydantic import Field
 
-from pal import known
+from pal import hub_configs
 from pal.config import StrictConfig, parse
 from pal.errors import ConfigError
 
@@ -27,7 +27,7 @@ RAGGED = ((250, 48), (400, 64), (600, 96), (750, 128), (900, 80), (1100, 160), (
 
 
 @dataclass(frozen=True)
-class Place:
+class BenchPoint:
     """What is measured side by side: one phase on one batch."""
 
     batch: int
@@ -82,10 +82,10 @@ class Preset(StrictConfig):
         """E, of the features."""
         return int(self.encoder["hidden_size"])
 
-    def places(self) -> list[Place]:
+    def places(self) -> list[BenchPoint]:
         """In the order in which they are measured."""
         found = (
-            Place(self._rows(batch, length, phase), length, phase)
+            BenchPoint(self._rows(batch, length, phase), length, phase)
             for length in self.audio_tokens
             for phase in self.phases
             for batch in (*self.batch, *(self.prefill_batch if phase == "prefill" else ()))
@@ -121,8 +121,8 @@ _SMALL = {
     "max_position_embeddings": 32768,
     "tie_word_embeddings": True,
 }
-_LLAMA_1B = known.CONFIGS["meta-llama/Llama-3.2-1B-Instruct"]
-_LLAMA_3B = known.CONFIGS["meta-llama/Llama-3.2-3B-Instruct"]
+_LLAMA_1B = hub_configs.CONFIGS["meta-llama/Llama-3.2-1B-Instruct"]
+_LLAMA_3B = hub_configs.CONFIGS["meta-llama/Llama-3.2-3B-Instruct"]
 _AF_WHISPER = _encoder(1280, 32, 20)
 _GPU: dict[str, Any] = {
     "encoder": _AF_WHISPER,

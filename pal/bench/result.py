@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pal.bench.closed_form import OnPaper
+from pal.bench.closed_form import ClosedForm
 from pal.bench.presets import Length, Phase, Preset, Scope
 
 BASELINES = {"plain": "plits", "plain_text": "text"}
@@ -53,7 +53,7 @@ class BenchResult:
     rows: list[Measurement] = field(default_factory=list)
     baselines: list[Measurement] = field(default_factory=list)
     """Of the plain LLM."""
-    paper: dict[tuple[str, tuple[str, str, int, Length]], OnPaper] = field(default_factory=dict)
+    paper: dict[tuple[str, tuple[str, str, int, Length]], ClosedForm] = field(default_factory=dict)
     """(variant, place) -> closed forms, those of saved bytes and of keys and values too."""
     left_out: list[dict[str, Any]] = field(default_factory=list)
     """Rows that were asked for and are not there, and why."""

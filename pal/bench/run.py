@@ -13,15 +13,15 @@ import torch
 from tqdm import tqdm
 
 from pal.backbone.llm import Backbone
-from pal.bench.closed_form import OnPaper, on_paper
+from pal.bench.closed_form import ClosedForm, closed_form
 from pal.bench.machine import check_device, machine, product_rate
 from pal.bench.measure import give_back_freed_memory, keep_freed_memory
+from pal.bench.models import AttachedModel, BenchModel, attached
 from pal.bench.peers import Mllama, PlainLLM, Qwen2Audio, plain_lm
-from pal.bench.place import PlaceRun, many_graphs
-from pal.bench.presets import Phase, Place, Preset, Scope
+from pal.bench.place import PointRun, many_graphs
+from pal.bench.presets import BenchPoint, Phase, Preset, Scope
 from pal.bench.result import BASELINES, BenchResult
 from pal.bench.scene import BenchScene, make_scene
-from pal.bench.subjects import Attached, Subject, attached
 from pal.encoders.base import Encoder
 from pal.integrations.plits import PLITS
 from pal.registry import build
@@ -97,7 +97,7 @@ class Bench:
         self.keep = keep
         self.seconds, self.started = preset.seconds, time.monotonic()
         self._scene: tuple[Any, BenchScene] | None = None
-        self._subjects: dict[Encoder | None, list[Subject]] = {}
+        self._subjects: dict[Encoder | None, list[BenchModel]] = {}
         self.device = torch.device(preset.device)
 
     def measure(self, scope: Scope) -> None:
@@ -112,23 +112,25 @@ class Bench:
         self.bar.total = (self.bar.total or 0) + ahead
         for place in places:
             scene = self.scene(place, encoder)
-            here = PlaceRun(self, scope, scene, place.phase, encoder, papers[place])
+            here = PointRun(self, scope, scene, place.phase, encoder, papers[place])
             if self.seconds is not None and time.monotonic() - self.started > self.seconds:
                 here.leave_out(subjects, f"not begun within {self.seconds:.0f} s")
             else:
                 here.measure(subjects)
             self.keep(self.result)
 
-    def scene(self, place: Place, encoder: Encoder | None) -> BenchScene:
+    def scene(self, place: BenchPoint, encoder: Encoder | None) -> BenchScene:
         """What is read at a place; the last one is kept for other phases."""
         about = (place.batch, place.length, encoder)
         if self._scene is None or self._scene[0] != about:
             self._scene = (about, make_scene(self.preset, place.batch, place.length, self.llm.vocab, encoder))
         return self._scene[1]
 
-    def _papers(self, place: Place, subjects: Sequence[Subject], encoder: Encoder | None) -> dict[str, OnPaper]:
+    def _papers(
+        self, place: BenchPoint, subjects: Sequence[BenchModel], encoder: Encoder | None
+    ) -> dict[str, ClosedForm]:
         scene = make_scene(self.preset, place.batch, place.length, self.llm.vocab, encoder, shapes=True)
-        return {subject.name: on_paper(subject, scene, self.preset, place.phase) for subject in subjects}
+        return {subject.name: closed_form(subject, scene, self.preset, place.phase) for subject in subjects}
 
     def _passes(self, phase: Phase) -> int:
         """Of a phase: one that is counted, one that warms up, and the timed ones."""
@@ -141,7 +143,7 @@ class Bench:
         assert isinstance(encoder, Encoder)
         return encoder.to(getattr(torch, self.preset.dtype)).eval()
 
-    def subjects(self, encoder: Encoder | None) -> list[Subject]:
+    def subjects(self, encoder: Encoder | None) -> list[BenchModel]:
         """Each variant, and next to `plits` and `text` the plain LLM on the same rows; made once."""
         if encoder not in self._subjects:
             self._subjects[encoder] = self._made(encoder)
@@ -162,9 +164,9 @@ class Bench:
         elif self.preset.repeats:
             give_back_freed_memory()
 
-    def _made(self, encoder: Encoder | None) -> list[Subject]:
+    def _made(self, encoder: Encoder | None) -> list[BenchModel]:
         preset, llm = self.preset, self.llm
-        found: list[Subject] = []
+        found: list[BenchModel] = []
         for variant in preset.variants:
             if variant == "qwen2audio":
                 found.append(Qwen2Audio(llm, self.plain, preset, encoder))
@@ -175,7 +177,7 @@ class Bench:
         for subject in list(found):
             for name, checked in BASELINES.items():
                 if subject.name == checked and encoder is None:
-                    assert isinstance(subject, Attached)
+                    assert isinstance(subject, AttachedModel)
                     route = subject.integration if name == "plain" else None
                     assert route is None or isinstance(route, PLITS)
                     found.insert(found.index(subject) + 1, PlainLLM(name, llm, self.plain, route))

@@ -31,7 +31,7 @@ class EncoderFrames:
 
 
 @dataclass(frozen=True)
-class Padded:
+class PaddedRows:
     """Rows of different lengths as transformers' models take them: filled up to the longest, with a mask."""
 
     source_BT: Tensor
@@ -63,7 +63,7 @@ class BenchScene:
     """Where an encoder makes them."""
     ragged: tuple[tuple[int, int], ...] | None = None
     """Audio and text tokens of each row, where they differ."""
-    _padded: dict[tuple[bool, Side], Padded] = field(default_factory=dict, repr=False)
+    _padded: dict[tuple[bool, Side], PaddedRows] = field(default_factory=dict, repr=False)
 
     @property
     def batch(self) -> int:
@@ -127,13 +127,13 @@ class BenchScene:
             rows.append(Tokens(ids, [clip] if hears else [], [IGNORE] * hears + labels if trains else None))
         return rows
 
-    def padded(self, hears: bool, side: Side) -> Padded:
+    def padded(self, hears: bool, side: Side) -> PaddedRows:
         """The conversations as transformers' models take ragged ones; made once."""
         if (hears, side) not in self._padded:
             self._padded[hears, side] = self._pad(hears, side)
         return self._padded[hears, side]
 
-    def _pad(self, hears: bool, side: Side) -> Padded:
+    def _pad(self, hears: bool, side: Side) -> PaddedRows:
         assert self.ragged is not None
         lengths = [len(text) + hears * clip for text, (clip, _) in zip(self.texts, self.ragged, strict=True)]
         longest = max(lengths)
@@ -152,7 +152,7 @@ class BenchScene:
             predicts.append(torch.arange(last - answer, last))
             answers += text[-answer:]
         made = (source_BT, mask_BT, positions_BT, torch.cat(predicts), torch.tensor(answers))
-        return Padded(*(x.to(self.text_BT.device) for x in made))
+        return PaddedRows(*(x.to(self.text_BT.device) for x in made))
 
 
 def make_scene(

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pal.backbone.generate import padded_left
 from pal.backbone.llm import Backbone
-from pal.backbone.reading import prepared, read_prompts
+from pal.backbone.prefill import prepared, read_prompts
 from pal.bench.place import many_graphs
 from pal.bench.result import where_it_failed
 from pal.errors import PalError

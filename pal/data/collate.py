@@ -15,7 +15,7 @@ import pal.audio
 from pal.data.manifest import Record
 from pal.data.prompts import conversation_of, encode
 from pal.errors import AudioWarning
-from pal.types import Batch, Heard, TagSpan
+from pal.types import Batch, EncodedClip, TagSpan
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -65,7 +65,7 @@ class Collator:
         with_audio: False leaves the clips and their placeholders out.
         train: whether rows carry their answers with labels, or end with the generation prompt.
         system: a system message for every conversation.
-        hear: gives a clip as frozen encoders hear it, in place of its waveform; not with `augment`.
+        hear: gives a clip's encoder features, used in place of its waveform; not with `augment`.
         cache_bytes: decoded audio to keep, so that a small corpus is decoded once and not every
             epoch. 0 keeps none.
         read_to_end: takes clips whose end cannot be known as far as they go, with an `AudioWarning` each.
@@ -79,7 +79,7 @@ class Collator:
         with_audio: bool = True,
         train: bool = True,
         system: str | None = None,
-        hear: Callable[[str], Heard] | None = None,
+        encode_clip: Callable[[str], EncodedClip] | None = None,
         cache_bytes: int = 1 << 30,
         read_to_end: bool = False,
     ) -> None:
@@ -89,7 +89,7 @@ class Collator:
         self.with_audio = with_audio
         self.train = train
         self.system = system
-        self.hear = hear
+        self.encode_clip = encode_clip
         self.cache = WaveformCache(cache_bytes)
         self.read_to_end = read_to_end
 
@@ -105,12 +105,12 @@ class Collator:
             AudioError, PromptError: from a clip or a conversation that cannot be used.
         """
         assert self.augment is None or seeds is not None, "augmentation needs a seed for each record"
-        assert self.augment is None or self.hear is None, "what is augmented must be heard anew"
+        assert self.augment is None or self.encode_clip is None, "what is augmented must be heard anew"
         place: dict[str, int] = {}
         waveforms: list[Tensor] = []
-        heard: list[Heard] = []
+        heard: list[EncodedClip] = []
         tags: list[Tags] = []
-        rows = []
+        conversations = []
         for number, record in enumerate(records):
             clips = record.clips if self.with_audio else ()
             for at, path in enumerate(clips):
@@ -118,8 +118,8 @@ class Collator:
                     continue
                 place[path] = len(place)
                 known = list(record.tags) if at == 0 and record.tags is not None else None
-                if self.hear is not None:
-                    heard.append(self.hear(path))
+                if self.encode_clip is not None:
+                    heard.append(self.encode_clip(path))
                     tags.append(known)
                     continue
                 samples_N = self._load(path)
@@ -129,9 +129,11 @@ class Collator:
                 waveforms.append(samples_N)
                 tags.append(known)
             conversation = conversation_of(record, self.with_audio, with_answers=self.train, system=self.system)
-            rows.append(encode(self.tokenizer, conversation, [place[path] for path in clips], train=self.train))
+            conversations.append(
+                encode(self.tokenizer, conversation, [place[path] for path in clips], train=self.train)
+            )
         known_tags = tags if any(known is not None for known in tags) else None
-        return Batch(waveforms, rows, [record.id for record in records], known_tags, heard)
+        return Batch(waveforms, conversations, [record.id for record in records], known_tags, heard)
 
     def _load(self, path: str) -> Tensor:
         key = f"{path}\0to the end" if self.read_to_end else path  # another source may not want it

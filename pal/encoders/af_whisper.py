@@ -6,8 +6,8 @@ from typing import Any
 from torch import Tensor
 
 from pal.encoders.log_mel import WhisperLogMel
+from pal.encoders.padding_mask import padded, use_padding_mask
 from pal.encoders.pretrained import PretrainedEncoder, PretrainedOptions
-from pal.encoders.unasked import make_masks_unasked, padded
 from pal.registry import register
 from pal.transfer import real_ones
 from pal.types import AudioFeatures
@@ -49,7 +49,7 @@ class AFWhisper(PretrainedEncoder):
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
-        make_masks_unasked(self.network)
+        use_padding_mask(self.network)
         network = self.network.config
         self._log_mel = WhisperLogMel(network.num_mel_bins, frames=2 * network.max_source_positions)
         self.width = network.hidden_size

@@ -23,7 +23,7 @@ from pal.types import IGNORE
 if TYPE_CHECKING:
     from pal.data.prompts import Conversation
     from pal.model import PalModel
-    from pal.types import Heard
+    from pal.types import EncodedClip
 
 _MARGINS = {torch.float64: 1e-10, torch.float32: 4e-4}
 _MARGIN_OF_HALF = 0.5
@@ -81,7 +81,7 @@ class Answerer:
         ranked: take the likeliest of an item's choices instead of generating.
         batch: rows in a forward pass; a choice that is ranked is a row.
         max_new_tokens: of a generated answer.
-        features: gives a clip as the model's encoders hear it by itself; without it they are run.
+        features: gives a clip's encoder features, made of it alone; without it they are run.
     """
 
     def __init__(
@@ -90,13 +90,13 @@ class Answerer:
         ranked: bool,
         batch: int,
         max_new_tokens: int,
-        features: Callable[[str], Heard] | None,
+        features: Callable[[str], EncodedClip] | None,
     ) -> None:
         self.model = model
         self.ranked = ranked
         self.batch = batch
         self.max_new_tokens = max_new_tokens
-        self.clip: Callable[[str], Heard] = features or EncodedClipCache(model)
+        self.clip: Callable[[str], EncodedClip] = features or EncodedClipCache(model)
         """What the model takes of an audio file."""
         self._margin = _MARGINS.get(model.llm.dtype, _MARGIN_OF_HALF)
 
@@ -227,7 +227,7 @@ class _CloseTokens:
     What it notes stays on the device until the answers are complete.
     """
 
-    only_watches = True
+    read_only = True
 
     def __init__(self, rows: int, ends: Sequence[int], margin: float) -> None:
         self.ends_X = torch.tensor(ends, dtype=torch.long)

@@ -24,7 +24,7 @@ from pal.evaluate.scoring import score
 
 if TYPE_CHECKING:
     from pal.model import PalModel
-    from pal.types import Heard
+    from pal.types import EncodedClip
 
 _PACKAGES = ("pal-audio", "torch", "transformers", "tokenizers", "numpy", "soundfile", "soxr")
 _SCORING = ("scikit-learn", "jiwer", "whisper-normalizer", "pycocoevalcap", "sentence-transformers")
@@ -44,7 +44,7 @@ def evaluate(
     batch: int = 32,
     progress: bool = True,
     seed: int = 0,
-    features: Callable[[str], Heard] | None = None,
+    features: Callable[[str], EncodedClip] | None = None,
 ) -> Result: ...
 @overload
 def evaluate(
@@ -57,7 +57,7 @@ def evaluate(
     batch: int = 32,
     progress: bool = True,
     seed: int = 0,
-    features: Callable[[str], Heard] | None = None,
+    features: Callable[[str], EncodedClip] | None = None,
     overwrite: bool = False,
 ) -> Result | None: ...
 def evaluate(
@@ -70,7 +70,7 @@ def evaluate(
     batch: int = 32,
     progress: bool = True,
     seed: int = 0,
-    features: Callable[[str], Heard] | None = None,
+    features: Callable[[str], EncodedClip] | None = None,
     overwrite: bool = False,
 ) -> Result | None:
     """Ask a model every question of a benchmark and score the answers.
@@ -88,7 +88,7 @@ def evaluate(
         batch: rows in a forward pass. Questions about one clip share its encoding and its keys and values.
         progress: show a bar with the time left.
         seed: of the bootstrap.
-        features: gives a clip as the model's encoders hear it by itself, such as a `pal.features.FeatureCache`;
+        features: gives a clip's encoder features, made of it alone, such as a `pal.features.FeatureCache`;
             without it they are run.
         overwrite: forget another run in the folder.
 

@@ -17,7 +17,7 @@ from pal.types import AUDIO, IGNORE, LLMInputs, Tokens
 
 
 @dataclass(frozen=True)
-class Prompts:
+class PromptColumns:
     """Conversations and clips, as `PalModel` takes them, and the tensors they were in."""
 
     ids_BT: Tensor
@@ -26,16 +26,18 @@ class Prompts:
     rows: list[Tokens]
     clips: list[Tensor]
 
-    def numbered(self, asked_BT: Tensor) -> list[Tokens]:
+    def numbered(self, predicts_after_BT: Tensor) -> list[Tokens]:
         """The rows, each id with its place among its row's ids as its `columns`.
 
         Args:
-            asked_BT: columns where it matters what follows, so that rows must hear the clips that stand there.
+            predicts_after_BT: columns where it matters what follows, so that rows must hear the clips that stand there.
         """
-        asked_BT = asked_BT & (self.ids_BT == AUDIO)
+        predicts_after_BT = predicts_after_BT & (self.ids_BT == AUDIO)
         return [
-            replace(row, columns=list(range(len(row.ids))), asked=frozenset(flags[real].nonzero()[:, 0].tolist()))
-            for row, flags, real in zip(self.rows, asked_BT, self.real_BT, strict=True)
+            replace(
+                row, columns=list(range(len(row.ids))), predicts_after=frozenset(flags[real].nonzero()[:, 0].tolist())
+            )
+            for row, flags, real in zip(self.rows, predicts_after_BT, self.real_BT, strict=True)
         ]
 
     def places(self, inputs: LLMInputs) -> tuple[Tensor, Tensor]:
@@ -64,7 +66,7 @@ class Prompts:
 
 def read_prompts(
     ids_BT: Tensor, mask_BT: Tensor | None, values_UN: Tensor | None, lengths_U: Tensor | None, pad: int | None
-) -> Prompts:
+) -> PromptColumns:
     """The conversations that tensors stand for.
 
     Args:
@@ -98,7 +100,7 @@ def read_prompts(
             f"{len(clips)} clips but {placed} places for audio in input_ids; pass the input_ids and input_values "
             "of one call of the processor"
         )
-    return Prompts(ids_BT, real_BT, rows, clips)
+    return PromptColumns(ids_BT, real_BT, rows, clips)
 
 
 def before_answers(ids_BT: Tensor, mask_BT: Tensor | None, labels_BT: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from pal.backbone import adapters
 from pal.errors import BundleError, ConfigError, PalError, PromptError
 from pal.files import move_into, strangers
 from pal.hf.config import PalConfig
-from pal.hf.inputs import Prompts, before_answers, read_prompts
+from pal.hf.inputs import PromptColumns, before_answers, read_prompts
 from pal.hf.loading import LoadOptions, load_adapter
 from pal.model import PalModel
 from pal.types import AUDIO, IGNORE
@@ -281,7 +281,7 @@ class PalForConditionalGeneration(PreTrainedModel, GenerationMixin):
         for name in ("inputs_embeds", "past_key_values", "position_ids"):
             if kwargs.get(name) is not None:
                 raise PalError(f"forward takes no '{name}'; give input_ids, or use generate")
-        self.pal.llm.check_ears()
+        self.pal.llm.check_attention()
         prompts = self._prompts(input_ids, attention_mask, input_values, audio_lengths)
         kept = slice(None) if isinstance(logits_to_keep, int) and not logits_to_keep else logits_to_keep
         kept = slice(-kept, None) if isinstance(kept, int) else kept
@@ -332,7 +332,7 @@ class PalForConditionalGeneration(PreTrainedModel, GenerationMixin):
             PromptError: clips and their places do not match.
             PalError: an option that cannot be followed.
         """
-        self.pal.llm.check_ears()
+        self.pal.llm.check_attention()
         labels = kwargs.pop("labels", None)
         given_BT = inputs if input_ids is None else input_ids
         if labels is not None and given_BT is not None:
@@ -353,7 +353,7 @@ class PalForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     def _prompts(
         self, ids: Tensor | None, mask: Tensor | None, values: Tensor | None, lengths: Tensor | None
-    ) -> Prompts:
+    ) -> PromptColumns:
         if ids is None:
             raise PalError("give input_ids; PalProcessor makes them")
         return read_prompts(ids, mask, values, lengths, self.generation_config.pad_token_id)
@@ -415,14 +415,14 @@ class PalForConditionalGeneration(PreTrainedModel, GenerationMixin):
         self.pal.llm.checkpoint_gradients(False)
 
 
-def _asked(prompts: Prompts, labels: Tensor | None, kept: slice | Tensor) -> Tensor:
+def _asked(prompts: PromptColumns, labels: Tensor | None, kept: slice | Tensor) -> Tensor:
     """The columns [B, T] of which it matters what they predict."""
-    asked_BT = torch.zeros_like(prompts.real_BT)
+    predicts_after_BT = torch.zeros_like(prompts.real_BT)
     if labels is None:
-        asked_BT[:, kept if isinstance(kept, slice) else kept.cpu()] = True
+        predicts_after_BT[:, kept if isinstance(kept, slice) else kept.cpu()] = True
     else:
-        asked_BT[:, :-1] = labels.cpu()[:, 1:] != IGNORE
-    return asked_BT
+        predicts_after_BT[:, :-1] = labels.cpu()[:, 1:] != IGNORE
+    return predicts_after_BT
 
 
 def _untrained(config: PalConfig) -> PalModel:

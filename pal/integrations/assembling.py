@@ -13,24 +13,24 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pal.backbone.audio_keys import AudioKeys, gather
-from pal.backbone.audio_mask import Places
+from pal.backbone.audio_mask import TokenSpans
 from pal.backbone.context import AudioContext
 from pal.backbone.interfaces import KeySource, PackedBlock
 from pal.backbone.llm import Backbone
-from pal.backbone.packed import PackedContext, PackedSource, take
+from pal.backbone.packed import PackedContext, PackedSource, take_rows
 from pal.backbone.segments import Segments, segments_of, where, widened
 from pal.backbone.stream_kv import Layout
 from pal.errors import PalError, PromptError
 from pal.integrations.filling import filler, rounded, uniform
 from pal.integrations.moving import MovedKeys, MovedTargets, Moves, device_segments, move_segments
-from pal.integrations.placing import Ints, Placing, RowPlaces, place
+from pal.integrations.sequence_layout import Ints, SequenceLayout, StreamLayout, lay_out
 from pal.transfer import move
 from pal.types import AUDIO, IGNORE, LLMInputs, Tokens
 
 
 @dataclass(frozen=True)
-class ClipSpans:
-    """What a route makes of some clips: rows of the LLM's sequence, keys and values, or both."""
+class IntegrationOutput:
+    """Output of a route for some clips: rows of the LLM's sequence, keys and values, or both."""
 
     lengths: Sequence[int]
     """Audio tokens of each clip."""
@@ -50,9 +50,9 @@ class ClipSpans:
     """By layer, what is added to the scores of the keys, [H] for each head or [1]; only with packed rows."""
 
     @property
-    def placing(self) -> Placing:
+    def stream_layout(self) -> StreamLayout:
         """What of it the host has to know."""
-        return Placing(self.lengths, self.layout, self.rows_USD is not None, self.keys is not None)
+        return StreamLayout(self.lengths, self.layout, self.rows_USD is not None, self.keys is not None)
 
     @property
     def firsts(self) -> Ints:
@@ -68,34 +68,34 @@ class ClipSpans:
 
 
 def assemble(
-    streams: Sequence[ClipSpans],
+    streams: Sequence[IntegrationOutput],
     rows: Sequence[Tokens],
     llm: Backbone,
     side: Literal["left", "right", "none"],
-    located: bool,
+    with_spans: bool,
 ) -> LLMInputs:
     """Place clips among the text of conversations; see `Integration.forward`."""
     if not rows:
         raise PromptError("there is no conversation to place; give at least one")
-    placed = place(rows, [spans.placing for spans in streams], located)
-    inputs = _packed(placed, streams, rows, llm) if side == "none" and not located else None
-    return inputs or _padded(placed, streams, rows, llm, "left" if side == "left" else "right", located)
+    placed = lay_out(rows, [output.stream_layout for output in streams], with_spans)
+    inputs = _packed(placed, streams, rows, llm) if side == "none" and not with_spans else None
+    return inputs or _padded(placed, streams, rows, llm, "left" if side == "left" else "right", with_spans)
 
 
 # Packed
 
 
 def _packed(
-    placed: list[RowPlaces], streams: Sequence[ClipSpans], rows: Sequence[Tokens], llm: Backbone
+    placed: list[SequenceLayout], streams: Sequence[IntegrationOutput], rows: Sequence[Tokens], llm: Backbone
 ) -> LLMInputs | None:
     """Rows one after the other; None where some layer's attention cannot be laid out in segments."""
-    joining = [i for i, spans in enumerate(streams) if spans.keys is not None]
+    joining = [i for i, output in enumerate(streams) if output.keys is not None]
     labelled = any(row.labels is not None for row in rows)
     real = len(placed)
     more: tuple[int, ...] = (0,) * len(streams)
     fills = llm.captures and labelled and torch.is_grad_enabled() and not uniform(placed)
     if fills:
-        totals = [int(spans.firsts[-1]) if spans.packs else None for spans in streams]
+        totals = [int(output.firsts[-1]) if output.packs else None for output in streams]
         last, more = filler(placed, len(streams[0].lengths) if streams else 0, totals)
         placed = [*placed, last]
     conversations = [one.conversation() for one in placed]
@@ -103,7 +103,7 @@ def _packed(
     furthest = max(int(one.positions.max()) for one in placed)
     windows = tuple(None if window is None or window > furthest else window for window in llm.windows)
     heard = any(len(positions_A) for one in conversations for positions_A in one.keys)
-    equal = len(set(lengths)) == 1 and not heard and not any(windows) and not any(one.asks.any() for one in placed)
+    equal = len(set(lengths)) == 1 and not heard and not any(windows) and not any(one.repeats.any() for one in placed)
     kinds = [(windows[layer], _joined(streams, layer) if heard else ()) for layer in range(llm.n_layers)]
     laid: dict[tuple[int | None, tuple[int, ...]], Segments] = {}
     for kind in () if equal else dict.fromkeys(kinds):
@@ -129,7 +129,7 @@ def _packed(
         embeds_BTD = llm.embed(moves[token_ids].view(shape))
     else:
         table_XD = _table(llm, moves[token_ids], streams)
-        table_XD = take(table_XD, moves[table[0]], tuple(moves[at] for at in table[1]))
+        table_XD = take_rows(table_XD, moves[table[0]], tuple(moves[at] for at in table[1]))
         # no view: a compiled layer would be one graph for views and another for what the layers make
         embeds_BTD = table_XD.view(*shape, -1).clone()
     order = {kind: number for number, kind in enumerate(laid)}
@@ -151,19 +151,19 @@ def _packed(
     )
 
 
-def _ready(streams: Sequence[ClipSpans], more: Sequence[int] | None) -> None:
+def _ready(streams: Sequence[IntegrationOutput], more: Sequence[int] | None) -> None:
     """Make what all layers share: for packed rows with so many tokens more of each stream, or for padded ones."""
-    for number, spans in enumerate(streams):
-        if isinstance(spans.keys, PackedSource):
-            spans.keys.ready(None if more is None else more[number])
+    for number, output in enumerate(streams):
+        if isinstance(output.keys, PackedSource):
+            output.keys.ready(None if more is None else more[number])
 
 
-def _joined(streams: Sequence[ClipSpans], layer: int) -> tuple[int, ...]:
+def _joined(streams: Sequence[IntegrationOutput], layer: int) -> tuple[int, ...]:
     """The streams whose keys join a layer's own."""
     return tuple(
         i
-        for i, spans in enumerate(streams)
-        if spans.keys is not None and spans.blocks is None and layer in spans.layers
+        for i, output in enumerate(streams)
+        if output.keys is not None and output.blocks is None and layer in output.layers
     )
 
 
@@ -171,15 +171,15 @@ def _joined(streams: Sequence[ClipSpans], layer: int) -> tuple[int, ...]:
 
 
 def _padded(
-    placed: list[RowPlaces],
-    streams: Sequence[ClipSpans],
+    placed: list[SequenceLayout],
+    streams: Sequence[IntegrationOutput],
     rows: Sequence[Tokens],
     llm: Backbone,
     side: Literal["left", "right"],
-    located: bool,
+    with_spans: bool,
 ) -> LLMInputs:
     """Rows filled up to the longest."""
-    if any(spans.bias is not None for spans in streams):
+    if any(output.bias is not None for output in streams):
         raise PalError("a bias on the scores of audio needs packed rows; set llm.packs, and do not generate yet")
     device, left = llm.device, side == "left"
     labelled = any(row.labels is not None for row in rows)
@@ -201,22 +201,22 @@ def _padded(
 
     context = None
     _ready(streams, None)
-    if any(spans.keys is not None or located for spans in streams) and any(row.clips for row in rows):
+    if any(output.keys is not None or with_spans for output in streams) and any(row.clips for row in rows):
         audio_rows_BT, _ = _stack([~one.is_text for one in placed], left, False)
-        asks_BT, _ = _stack([one.asks for one in placed], left, False)
+        repeats_BT, _ = _stack([one.repeats for one in placed], left, False)
         context = AudioContext(
             llm=llm,
             keys=tuple(
-                _audio_keys(spans, spans.keys, i, placed, rows, device)
-                for i, spans in enumerate(streams)
-                if spans.keys is not None
+                _audio_keys(output, output.keys, i, placed, rows, device)
+                for i, output in enumerate(streams)
+                if output.keys is not None
             ),
             rows_BT=moves[at_positions].long(),
             audio_rows_BT=torch.tensor(audio_rows_BT).to(device),
-            places=_places([one.about for one in placed], left, device) if located else None,
+            token_spans=_places([one.about for one in placed], left, device) if with_spans else None,
         )
-        if asks_BT.any():
-            context = context.asking(torch.tensor(asks_BT).to(device))
+        if repeats_BT.any():
+            context = context.with_repeats(torch.tensor(repeats_BT).to(device))
     return LLMInputs(
         inputs_embeds_BTD=gather(table_XD, moves[at_table].long()),
         position_ids_BT=moves[at_positions].long(),
@@ -228,7 +228,7 @@ def _padded(
     )
 
 
-def _columns(placed: list[RowPlaces], rows: Sequence[Tokens], left: bool) -> Tensor | None:
+def _columns(placed: list[SequenceLayout], rows: Sequence[Tokens], left: bool) -> Tensor | None:
     """`Tokens.columns` of each row that is text for the first time; None where a conversation has none."""
     made = []
     for one, row in zip(placed, rows, strict=True):
@@ -241,39 +241,39 @@ def _columns(placed: list[RowPlaces], rows: Sequence[Tokens], left: bool) -> Ten
 
 
 def _audio_keys(
-    spans: ClipSpans,
+    output: IntegrationOutput,
     source: KeySource,
     stream: int,
-    placed: list[RowPlaces],
+    placed: list[SequenceLayout],
     rows: Sequence[Tokens],
     device: torch.device,
 ) -> AudioKeys:
     keys = [one.keys[stream] for one in placed]
-    tokens_BA, mask_BA = _stack([one.clips * spans.width_A + one.tokens for one in keys], False, 0)
+    tokens_BA, mask_BA = _stack([one.clips * output.width_A + one.tokens for one in keys], False, 0)
     positions_BA, _ = _stack([one.positions for one in keys], False, 0)
-    turns_BA, _ = _stack([one.turns for one in keys], False, 0)
-    tokens, positions, turns = (x.long() for x in move([tokens_BA, positions_BA, turns_BA], device))
-    one_each = [row.clips for row in rows] == [[clip] for clip in range(len(spans.lengths))]
+    rope_positions_BA, _ = _stack([one.rope_positions for one in keys], False, 0)
+    tokens, positions, rope_positions = (x.long() for x in move([tokens_BA, positions_BA, rope_positions_BA], device))
+    one_each = [row.clips for row in rows] == [[clip] for clip in range(len(output.lengths))]
     abouts = [one.about for one in keys]
     return AudioKeys(
         source=source,
-        layers=spans.layers,
+        layers=output.layers,
         tokens_BA=None if one_each else tokens,
         positions_BA=positions,
-        turns_BA=turns,
+        rope_positions_BA=rope_positions,
         mask_BA=torch.tensor(mask_BA).to(device),
-        blocks=spans.blocks,
-        places=None if abouts[0] is None else _places(abouts, False, device),
+        blocks=output.blocks,
+        token_spans=None if abouts[0] is None else _places(abouts, False, device),
     )
 
 
-def _places(abouts: Sequence[NDArray[np.float64] | None], left: bool, device: torch.device) -> Places:
+def _places(abouts: Sequence[NDArray[np.float64] | None], left: bool, device: torch.device) -> TokenSpans:
     columns = []
     for column, fill in enumerate((-1, -1, np.nan, np.nan)):
         rows = [about[:, column] for about in abouts if about is not None]
         columns.append(torch.tensor(_stack(rows, left, fill)[0], dtype=torch.long if column < 2 else torch.float32))
     stream, clip, start, end = (x.to(device) for x in columns)
-    return Places(stream, clip, start, end)
+    return TokenSpans(stream, clip, start, end)
 
 
 def _stack(
@@ -298,15 +298,15 @@ def _text_ids(rows: Sequence[Tokens], more: int = 0) -> Ints:
     return np.array([token for row in rows for token in row.ids if token != AUDIO] + [0] * more, np.int64)
 
 
-def _table(llm: Backbone, ids_X: Tensor, streams: Sequence[ClipSpans]) -> Tensor:
+def _table(llm: Backbone, ids_X: Tensor, streams: Sequence[IntegrationOutput]) -> Tensor:
     """Embeddings of the text of all conversations, then each stream's rows: [X, D]."""
     table_XD = llm.embed(ids_X)
-    audio_rows = [spans.rows_USD.flatten(0, 1) for spans in streams if spans.rows_USD is not None]
+    audio_rows = [output.rows_USD.flatten(0, 1) for output in streams if output.rows_USD is not None]
     return torch.cat((table_XD, *(x_XD.to(table_XD.dtype) for x_XD in audio_rows))) if audio_rows else table_XD
 
 
 def _table_index(
-    placed: list[RowPlaces], streams: Sequence[ClipSpans], always: bool = False
+    placed: list[SequenceLayout], streams: Sequence[IntegrationOutput], always: bool = False
 ) -> tuple[Ints | None, tuple[Ints, ...]]:
     """For each row its place in the table, and for each entry of the table where it stands; None where text is all.
 
@@ -314,10 +314,10 @@ def _table_index(
     """
     words = sum(int(one.is_text.sum()) for one in placed)
     firsts, widths, total = [], [], words
-    for spans in streams:
+    for output in streams:
         firsts.append(total)
-        widths.append(0 if spans.rows_USD is None else spans.rows_USD.shape[1])
-        total += 0 if spans.rows_USD is None else spans.rows_USD[..., 0].numel()
+        widths.append(0 if output.rows_USD is None else output.rows_USD.shape[1])
+        total += 0 if output.rows_USD is None else output.rows_USD[..., 0].numel()
     first_S, width_S = np.array([*firsts, 0]), np.array([*widths, 0])  # text is stream -1
     index_N = np.concatenate(
         [first_S[one.sources] + np.maximum(one.clips, 0) * width_S[one.sources] + one.numbers for one in placed]

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from pal.backbone.llm import Backbone
 from pal.backbone.stream_kv import Layout
-from pal.integrations.base import ClipSpans, Route
+from pal.integrations.base import IntegrationOutput, Route
 from pal.integrations.keys import zeroed
 from pal.integrations.layers import Layers, chosen_layers, toy_layers
 from pal.integrations.projector import ProjectorOptions, projector
@@ -40,9 +40,9 @@ class LALAudioQuery(Route):
         self.in_width = in_width
         self.projector = projector(config, in_width, llm.width)
 
-    def spans(self, features: AudioFeatures, llm: Backbone) -> ClipSpans:
+    def inject(self, features: AudioFeatures, llm: Backbone) -> IntegrationOutput:
         """One key per token in each injected layer, no rows."""
-        return ClipSpans(
+        return IntegrationOutput(
             lengths=features.lengths,
             layout=Layout(features.seconds_per_token, joint=True),
             keys=_Updated(self.projector(zeroed(features)), features.mask_BA, self.layers, llm),
@@ -65,7 +65,7 @@ class _Updated:
         for layer in layers:
             self._inputs[layer] = u_UAD
             if layer != layers[-1]:  # nothing would read what the last one makes
-                u_UAD = llm.attend_among(layer, u_UAD, mask_UA)
+                u_UAD = llm.self_attend(layer, u_UAD, mask_UA)
 
     def keys_values(self, layer: int) -> tuple[Tensor, Tensor]:
         """Keys before RoPE and values, each [U, G, A, C]."""

@@ -13,10 +13,10 @@ from pal.backbone.audio_kv import AudioKV
 from pal.backbone.interfaces import PackedBlock
 from pal.backbone.llm import Backbone
 from pal.backbone.stream_kv import StreamKV
-from pal.integrations.assembling import ClipSpans, assemble
+from pal.integrations.assembling import IntegrationOutput, assemble
 from pal.types import AudioFeatures, LLMInputs, Tokens
 
-__all__ = ["ClipSpans", "Integration", "Route"]
+__all__ = ["Integration", "IntegrationOutput", "Route"]
 
 
 class Integration(nn.Module, ABC):
@@ -34,10 +34,10 @@ class Integration(nn.Module, ABC):
     def forward(
         self,
         audio: AudioFeatures | Sequence[AudioFeatures] | AudioKV | Sequence[AudioKV] | None,
-        rows: Sequence[Tokens],
+        conversations: Sequence[Tokens],
         llm: Backbone,
         padding_side: Literal["left", "right", "none"] = "right",
-        located: bool = False,
+        with_spans: bool = False,
     ) -> LLMInputs:
         """Place clips among the text of conversations.
 
@@ -52,23 +52,23 @@ class Integration(nn.Module, ABC):
         Args:
             audio: the batch's clips as features, one for each stream, or as indexed before; None when no
                 row has a clip.
-            rows: conversations; their `clips` count into `audio`.
+            conversations: token ids; their `clips` are indices into `audio`.
             llm: the backbone, for embeddings and K/V.
             padding_side: where shorter rows are filled up. "none": conversations lie one after the other, without
                 padding, wherever their attention can be had so; else on the right. (A sliding window over positions
-                that have no row or key cannot, and `located` is never.)
-            located: also say whose audio each row and key is and when it sounds (`Places`), for what hides some of
-                it or watches the attention to it. There is then a context wherever there is a clip.
+                that have no row or key cannot, and `with_spans` is never.)
+            with_spans: also say whose audio each row and key is and when it sounds (`TokenSpans`), for what hides some
+                of it or watches the attention to it. There is then a context wherever there is a clip.
 
         Raises:
             PromptError: a row that is empty, names a clip that is not there, or has a clip that makes no rows and
                 no text to ask about it.
         """
-        return assemble(self._spans_of(audio, llm), rows, llm, padding_side, located)
+        return assemble(self._outputs_of(audio, llm), conversations, llm, padding_side, with_spans)
 
-    def _spans_of(
+    def _outputs_of(
         self, audio: AudioFeatures | Sequence[AudioFeatures] | AudioKV | Sequence[AudioKV] | None, llm: Backbone
-    ) -> list[ClipSpans]:
+    ) -> list[IntegrationOutput]:
         if audio is None:
             return []
         given = [audio] if isinstance(audio, AudioFeatures | AudioKV) else list(audio)
@@ -77,7 +77,7 @@ class Integration(nn.Module, ABC):
             moved = AudioKV.concat(stored).to(llm.device, llm.dtype)
             return [route.stored(stream) for route, stream in zip(self.routes(), moved.streams, strict=True)]
         features = [stream for stream in given if isinstance(stream, AudioFeatures)]
-        return [route.spans(stream, llm) for route, stream in zip(self.routes(), features, strict=True)]
+        return [route.inject(stream, llm) for route, stream in zip(self.routes(), features, strict=True)]
 
     @torch.no_grad()
     def index(
@@ -98,7 +98,7 @@ class Integration(nn.Module, ABC):
         features = [audio] if isinstance(audio, AudioFeatures) else list(audio)
         if durations is None:
             durations = [count * features[0].seconds_per_token for count in features[0].lengths]
-        streams = [_stored(spans, llm) for spans in self._spans_of(features, llm)]
+        streams = [_stored(output, llm) for output in self._outputs_of(features, llm)]
         return AudioKV(streams=tuple(streams), durations=tuple(durations), digest=digest)
 
 
@@ -109,7 +109,7 @@ class Route(Integration):
     """
 
     @abstractmethod
-    def spans(self, features: AudioFeatures, llm: Backbone) -> ClipSpans:
+    def inject(self, features: AudioFeatures, llm: Backbone) -> IntegrationOutput:
         """What goes into the LLM for each clip of `features` [U, A, E]."""
 
     def routes(self) -> Sequence[Route]:
@@ -127,9 +127,9 @@ class Route(Integration):
         """
         return 0
 
-    def stored(self, stream: StreamKV) -> ClipSpans:
-        """What `spans` gave when the clips were indexed."""
-        return ClipSpans(
+    def stored(self, stream: StreamKV) -> IntegrationOutput:
+        """What `inject` gave when the clips were indexed."""
+        return IntegrationOutput(
             lengths=stream.lengths,
             layout=stream.layout,
             rows_USD=stream.rows_BSD if stream.layout.rows else None,
@@ -140,22 +140,22 @@ class Route(Integration):
         )
 
 
-def _stored(spans: ClipSpans, llm: Backbone) -> StreamKV:
+def _stored(output: IntegrationOutput, llm: Backbone) -> StreamKV:
     """All K/V and rows, made now."""
-    clips = len(spans.lengths)
-    empty = torch.zeros(0, clips, llm.kv_heads, spans.width_A, llm.head_width, device=llm.device, dtype=llm.dtype)
+    clips = len(output.lengths)
+    empty = torch.zeros(0, clips, llm.kv_heads, output.width_A, llm.head_width, device=llm.device, dtype=llm.dtype)
     k_LBGAC = v_LBGAC = empty
-    if spans.keys is not None:
-        made = [spans.keys.keys_values(layer) for layer in spans.layers]
+    if output.keys is not None:
+        made = [output.keys.keys_values(layer) for layer in output.layers]
         k_LBGAC, v_LBGAC = (torch.stack(tensors) for tensors in zip(*made, strict=True))
-    rows_BSD = spans.rows_USD
+    rows_BSD = output.rows_USD
     if rows_BSD is None:
         rows_BSD = torch.zeros(clips, 0, llm.width, device=llm.device, dtype=llm.dtype)
     return StreamKV(
         k_LBGAC=k_LBGAC,
         v_LBGAC=v_LBGAC,
         rows_BSD=rows_BSD,
-        lengths=tuple(spans.lengths),
-        layers=spans.layers,
-        layout=spans.layout,
+        lengths=tuple(output.lengths),
+        layers=output.layers,
+        layout=output.layout,
     )

@@ -12,14 +12,14 @@ from functools import singledispatch
 from itertools import pairwise
 
 from pal.backbone.cost import (
-    Added,
+    AddedCost,
+    AddedLayerCost,
     Cost,
-    LayerAdded,
-    Step,
-    attend_among,
+    StepSize,
     attention,
     linear,
     project_kv,
+    self_attend,
     total,
 )
 from pal.backbone.llm import Backbone
@@ -35,8 +35,8 @@ from pal.integrations.projector import LayerProjectors, ProjectorOptions
 
 
 @singledispatch
-def route_cost(route: Route, step: Step, tokens: int, llm: Backbone) -> Added:
-    """What a route's `spans` of clips of so many tokens adds to a training step.
+def route_cost(route: Route, step: StepSize, tokens: int, llm: Backbone) -> AddedCost:
+    """What a route's `inject` of clips of so many tokens adds to a training step.
 
     Raises:
         ConfigError: no closed form is registered for its class or one above it.
@@ -48,20 +48,20 @@ def route_cost(route: Route, step: Step, tokens: int, llm: Backbone) -> Added:
 
 
 @route_cost.register(PLITS)
-def _plits(route: PLITS, step: Step, tokens: int, llm: Backbone) -> Added:
+def _plits(route: PLITS, step: StepSize, tokens: int, llm: Backbone) -> AddedCost:
     """A row for each token: (A + T) rows in every product and (A + T)^2 in attention, of every layer."""
     making = projector_cost(route.config, step, step.clips * tokens, route.in_width, llm.width)
-    return Added(rows=tokens, rows_grad=step.integration or step.features, making=making)
+    return AddedCost(rows=tokens, rows_grad=step.integration or step.features, making=making)
 
 
 @route_cost.register(LAL)
-def _lal(route: LAL, step: Step, tokens: int, llm: Backbone) -> Added:
+def _lal(route: LAL, step: StepSize, tokens: int, llm: Backbone) -> AddedCost:
     """In each of its layers: A rows through P_l, k_proj and v_proj, and T (A + T) in attention."""
-    return Added(layers=projected_keys(route.projectors, step, tokens, llm, route.layers))
+    return AddedCost(layers=projected_keys(route.projectors, step, tokens, llm, route.layers))
 
 
 @route_cost.register(PAL)
-def _pal(route: PAL, step: Step, tokens: int, llm: Backbone) -> Added:
+def _pal(route: PAL, step: StepSize, tokens: int, llm: Backbone) -> AddedCost:
     """Ceil(A / r) rows through all layers, and A keys by LAL in the early ones."""
     S, r, E = -(-tokens // route.config.stride), route.config.stride, route.in_width
     rows = step.clips * S
@@ -71,7 +71,7 @@ def _pal(route: PAL, step: Step, tokens: int, llm: Backbone) -> Added:
     summary = projector_cost(route.config, behind, rows, E, llm.width)
     layers = projected_keys(route.projectors, step, tokens, llm, route.layers)
     seen = [0] * step.before + [min((i + 1) * r, tokens) for i in range(S)] + [tokens] * (step.text - step.before)
-    return Added(
+    return AddedCost(
         rows=S,
         rows_grad=behind.features,
         making=conv + summary,
@@ -80,7 +80,7 @@ def _pal(route: PAL, step: Step, tokens: int, llm: Backbone) -> Added:
 
 
 @route_cost.register(LALAudioQuery)
-def _audio_query(route: LALAudioQuery, step: Step, tokens: int, llm: Backbone) -> Added:
+def _audio_query(route: LALAudioQuery, step: StepSize, tokens: int, llm: Backbone) -> AddedCost:
     """LAL's, with one projector, and before each layer but the last A rows of its attention, A^2 among themselves.
 
     K and V of a layer are projected twice: among the audio, and for the text.
@@ -91,13 +91,13 @@ def _audio_query(route: LALAudioQuery, step: Step, tokens: int, llm: Backbone) -
     for layer in route.layers:
         layers[layer] = project_kv(llm, step, tokens, Cost(), grad)
         if layer != route.layers[-1]:
-            updated, grad = attend_among(llm, step, tokens, grad)
+            updated, grad = self_attend(llm, step, tokens, grad)
             making = making + updated
-    return Added(making=making, layers=layers)
+    return AddedCost(making=making, layers=layers)
 
 
 @route_cost.register(Flamingo)
-def _flamingo(route: Flamingo, step: Step, tokens: int, llm: Backbone) -> Added:
+def _flamingo(route: Flamingo, step: StepSize, tokens: int, llm: Backbone) -> AddedCost:
     """In each block: A rows through k and v, T rows through q, out and the block's FFN, and T A in attention."""
     inner, shared = llm.heads * llm.head_width, llm.kv_heads * llm.head_width
     ffn = route.config.ffn or 4 * llm.width
@@ -119,11 +119,11 @@ def _flamingo(route: Flamingo, step: Step, tokens: int, llm: Backbone) -> Added:
         normed = 4 * (2 * rows * llm.width + audio * route.in_width)
         return cost + Cost(saved=(kept * size + normed) * mixed)
 
-    return Added(layers={layer: LayerAdded(keys=tokens, grad=keys_grad, block=block) for layer in route.layers})
+    return AddedCost(layers={layer: AddedLayerCost(keys=tokens, grad=keys_grad, block=block) for layer in route.layers})
 
 
 def projector_cost(
-    options: ProjectorOptions, step: Step, rows: int, in_width: int, out_width: int, kept: bool = False
+    options: ProjectorOptions, step: StepSize, rows: int, in_width: int, out_width: int, kept: bool = False
 ) -> Cost:
     """What a projector costs on so many rows; `kept`: something else keeps the features already."""
     middle = {"linear": [], "low_rank": [options.rank]}.get(
@@ -142,8 +142,8 @@ def projector_cost(
 
 
 def projected_keys(
-    projectors: LayerProjectors, step: Step, tokens: int, llm: Backbone, layers: Sequence[int]
-) -> dict[int, LayerAdded]:
+    projectors: LayerProjectors, step: StepSize, tokens: int, llm: Backbone, layers: Sequence[int]
+) -> dict[int, AddedLayerCost]:
     """What keys and values from `LayerProjectors`, of clips of so many tokens, add to each of the layers."""
     added = {}
     rows = step.clips * tokens

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from pal.backbone.segments import COPIES
-from pal.integrations.placing import Ints, KeyPlaces, RowPlaces
+from pal.integrations.sequence_layout import Ints, KeyLayout, SequenceLayout
 from pal.types import IGNORE
 
 
@@ -23,7 +23,7 @@ def rounded(count: int) -> int:
     return -(-count // step) * step
 
 
-def uniform(placed: Sequence[RowPlaces]) -> bool:
+def uniform(placed: Sequence[SequenceLayout]) -> bool:
     """Whether all conversations have as many rows and keys, so that their numbers come back without filling."""
     return len({(len(one), *(len(keys.clips) for keys in one.keys)) for one in placed}) == 1
 
@@ -38,7 +38,9 @@ def more_tokens(tokens: int, keys: int) -> int:
     return rounded(tokens - (-(rounded(keys) - keys) // COPIES)) - tokens
 
 
-def filler(placed: Sequence[RowPlaces], clips: int, tokens: Sequence[int | None]) -> tuple[RowPlaces, tuple[int, ...]]:
+def filler(
+    placed: Sequence[SequenceLayout], clips: int, tokens: Sequence[int | None]
+) -> tuple[SequenceLayout, tuple[int, ...]]:
     """A conversation that fills up a batch, and how many audio tokens more it needs of each stream.
 
     Args:
@@ -57,13 +59,13 @@ def filler(placed: Sequence[RowPlaces], clips: int, tokens: Sequence[int | None]
         more.append(added)
         keys.append(_keys(clips, added, extra, count))
     return (
-        RowPlaces(
+        SequenceLayout(
             sources=np.full(count, -1),
             clips=np.full(count, -1),
             numbers=np.arange(text, text + count),
             positions=np.arange(count),
             labels=np.full(count, IGNORE),
-            asks=np.zeros(count, bool),
+            repeats=np.zeros(count, bool),
             about=None,
             keys=tuple(keys),
         ),
@@ -71,13 +73,13 @@ def filler(placed: Sequence[RowPlaces], clips: int, tokens: Sequence[int | None]
     )
 
 
-def _keys(clip: int, tokens: int, count: int, after: int) -> KeyPlaces:
+def _keys(clip: int, tokens: int, count: int, after: int) -> KeyLayout:
     """Keys behind all rows of their conversation, so that none attends to them."""
     positions: Ints = np.arange(after, after + count)
-    return KeyPlaces(
+    return KeyLayout(
         clips=np.full(count, clip),
         tokens=np.arange(count) % max(1, tokens),
         positions=positions,
-        turns=positions,
+        rope_positions=positions,
         about=None,
     )

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from pal.backbone.interfaces import PackedBlock
 from pal.backbone.llm import Backbone
 from pal.backbone.observers import attention_weights
-from pal.backbone.packed import DeviceSegments, among, take
+from pal.backbone.packed import DeviceSegments, packed_attention, take_rows
 from pal.backbone.stream_kv import Layout
 from pal.config import StrictConfig
 from pal.errors import ConfigError
-from pal.integrations.base import ClipSpans, Route
+from pal.integrations.base import IntegrationOutput, Route
 from pal.integrations.keys import zeroed
 from pal.registry import register
 from pal.types import AudioFeatures
@@ -59,9 +59,9 @@ class Flamingo(Route):
         """Its gated blocks, by the layer they stand before."""
         return {layer: cast(GatedBlock, self.cross[str(layer)]) for layer in self.layers}
 
-    def spans(self, features: AudioFeatures, llm: Backbone) -> ClipSpans:
+    def inject(self, features: AudioFeatures, llm: Backbone) -> IntegrationOutput:
         """One key per token for each block, no rows."""
-        return ClipSpans(
+        return IntegrationOutput(
             lengths=features.lengths,
             layout=Layout(features.seconds_per_token, beside=True),
             keys=_Keys(zeroed(features), self.cross),
@@ -115,28 +115,30 @@ class GatedBlock(nn.Module):
         """Rows [B, Q, D], keys after RoPE, values, and which keys each row sees (None: all) -> rows [B, Q, D]."""
         dtype = self.q.weight.dtype
         q_BHQC = self._queries(x_BQD)
-        hears_B1Q1 = None if seen_B1QA is None else seen_B1QA.any(-1, keepdim=True)
+        sees_audio_B1Q1 = None if seen_B1QA is None else seen_B1QA.any(-1, keepdim=True)
         # a row without any key would be NaN; what comes of it is not used
         mixed_BHQC = F.scaled_dot_product_attention(
             q_BHQC,
             k_BGAC.to(dtype),
             v_BGAC.to(dtype),
-            attn_mask=None if seen_B1QA is None or hears_B1Q1 is None else seen_B1QA | ~hears_B1Q1,
+            attn_mask=None if seen_B1QA is None or sees_audio_B1Q1 is None else seen_B1QA | ~sees_audio_B1Q1,
             enable_gqa=q_BHQC.shape[1] != k_BGAC.shape[1],
         )
         y_BQD = self._added(x_BQD, mixed_BHQC.transpose(1, 2))
-        return y_BQD if hears_B1Q1 is None else torch.where(hears_B1Q1[:, 0], y_BQD, x_BQD)
+        return y_BQD if sees_audio_B1Q1 is None else torch.where(sees_audio_B1Q1[:, 0], y_BQD, x_BQD)
 
-    def packed(self, x_1ND: Tensor, k_IGC: Tensor, v_IGC: Tensor, segments: DeviceSegments, hears_N1: Tensor) -> Tensor:
+    def packed(
+        self, x_1ND: Tensor, k_IGC: Tensor, v_IGC: Tensor, segments: DeviceSegments, sees_audio_N1: Tensor
+    ) -> Tensor:
         """The same among packed rows: all keys, which of them the rows see, and which rows see any -> [1, N, D]."""
         q_NHC = self._queries(x_1ND)[0].transpose(0, 1)
         device = x_1ND.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else q_NHC.dtype
         q_NHC, k_IGC, v_IGC = (x.to(dtype) for x in (q_NHC, k_IGC, v_IGC))
         if segments.keys_K is not None:
-            k_IGC, v_IGC = (take(x, segments.keys_K, segments.back) for x in (k_IGC, v_IGC))
-        mixed_NHC = among(segments, q_NHC, k_IGC, v_IGC, False, None, None)
-        return torch.where(hears_N1, self._added(x_1ND, mixed_NHC[None]), x_1ND)
+            k_IGC, v_IGC = (take_rows(x, segments.keys_K, segments.back) for x in (k_IGC, v_IGC))
+        mixed_NHC = packed_attention(segments, q_NHC, k_IGC, v_IGC, False, None, None)
+        return torch.where(sees_audio_N1, self._added(x_1ND, mixed_NHC[None]), x_1ND)
 
     def _added(self, x_BQD: Tensor, mixed_BQHC: Tensor) -> Tensor:
         """Rows with what the two gates let through."""

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from pal.backbone.llm import Backbone
 from pal.backbone.stream_kv import Layout
-from pal.integrations.base import ClipSpans, Route
+from pal.integrations.base import IntegrationOutput, Route
 from pal.integrations.keys import ProjectedKeys, zeroed
 from pal.integrations.layers import Layers, chosen_layers, toy_layers
 from pal.integrations.projector import LayerProjectorOptions, LayerProjectors, projector
@@ -41,9 +41,9 @@ class PAL(Route):
         self.projector = projector(config, in_width, llm.width)
         self.projectors = LayerProjectors(config, self.layers, in_width, llm.width)
 
-    def spans(self, features: AudioFeatures, llm: Backbone) -> ClipSpans:
+    def inject(self, features: AudioFeatures, llm: Backbone) -> IntegrationOutput:
         """One key per token in the early layers, one row per `stride` tokens."""
-        return ClipSpans(
+        return IntegrationOutput(
             lengths=features.lengths,
             layout=Layout(features.seconds_per_token, tokens=self.config.stride, rows=1),
             rows_USD=self.projector(self._summary(features)),

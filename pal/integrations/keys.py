@@ -8,7 +8,7 @@ import numpy as np
 from torch import Tensor
 
 from pal.backbone.llm import Backbone
-from pal.backbone.packed import Projection, take
+from pal.backbone.packed import Projection, take_rows
 from pal.backbone.segments import where
 from pal.integrations.projector import LayerProjectors
 from pal.transfer import move
@@ -66,7 +66,7 @@ def real_tokens(features: AudioFeatures, more: int = 0) -> Tensor:
     # no gradient comes from those that fill up: nothing attends to them
     none, places = len(index_M), where(index_M, len(x_XE))[0]
     index, back = move([filled_M, np.where(places == none, len(filled_M), places)], x_XE.device)
-    return take(x_XE, index, (back,))
+    return take_rows(x_XE, index, (back,))
 
 
 def zeroed(features: AudioFeatures) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pal.backbone.llm import Backbone
 from pal.backbone.stream_kv import Layout
-from pal.integrations.base import ClipSpans, Route
+from pal.integrations.base import IntegrationOutput, Route
 from pal.integrations.keys import ProjectedKeys
 from pal.integrations.layers import Layers, chosen_layers, toy_layers
 from pal.integrations.projector import LayerProjectorOptions, LayerProjectors
@@ -35,9 +35,9 @@ class LAL(Route):
         self.layers = chosen_layers(config.layers, llm)
         self.projectors = LayerProjectors(config, self.layers, in_width, llm.width)
 
-    def spans(self, features: AudioFeatures, llm: Backbone) -> ClipSpans:
+    def inject(self, features: AudioFeatures, llm: Backbone) -> IntegrationOutput:
         """One key per token in each injected layer, no rows."""
-        return ClipSpans(
+        return IntegrationOutput(
             lengths=features.lengths,
             layout=Layout(features.seconds_per_token),
             keys=ProjectedKeys(features, self.projectors, llm),

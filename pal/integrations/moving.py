@@ -12,15 +12,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pal.backbone.llm import Backbone
-from pal.backbone.packed import DeviceSegments, PackedKeys, Turns
+from pal.backbone.packed import DeviceSegments, PackedKeys, RopeTable
 from pal.backbone.segments import Conversation, Segments, crossing_segments, where
 from pal.integrations.filling import rounded
-from pal.integrations.placing import RowPlaces
+from pal.integrations.sequence_layout import SequenceLayout
 from pal.transfer import move
 from pal.types import IGNORE, Targets
 
 if TYPE_CHECKING:
-    from pal.integrations.assembling import ClipSpans
+    from pal.integrations.assembling import IntegrationOutput
 
 
 class Moves:
@@ -65,14 +65,14 @@ class MovedSegments:
 
 def move_segments(segments: Segments, moves: Moves, size: Callable[[int], int] | None = None) -> MovedSegments:
     """Segments on the way to the device; `size` rounds up the longest ones' numbers of queries and keys."""
-    longest_q, longest_k = segments.longest
+    max_seqlen_q, max_seqlen_k = segments.longest
     queries = None
     if segments.queries_Q is not None and segments.outs_N is not None and segments.unused_Q is not None:
         back_Q = np.where(segments.unused_Q, len(segments.outs_N), segments.queries_Q)
         queries = (moves.add(segments.queries_Q), moves.add(back_Q), moves.add(segments.outs_N))
     return MovedSegments(
-        firsts=(moves.add(segments.firsts_q), moves.add(segments.firsts_k)),
-        longest=(longest_q, longest_k) if size is None else (size(longest_q), size(longest_k)),
+        firsts=(moves.add(segments.cu_seqlens_q), moves.add(segments.cu_seqlens_k)),
+        longest=(max_seqlen_q, max_seqlen_k) if size is None else (size(max_seqlen_q), size(max_seqlen_k)),
         keys=moves.maybe(segments.keys_K),
         back=tuple(moves.add(places) for places in segments.back),
         queries=queries,
@@ -83,10 +83,10 @@ def device_segments(moves: Moves, moved: MovedSegments) -> DeviceSegments:
     """Segments after the move."""
     queries = (None, None, None) if moved.queries is None else tuple(moves[i] for i in moved.queries)
     return DeviceSegments(
-        firsts_q=moves[moved.firsts[0]],
-        firsts_k=moves[moved.firsts[1]],
-        longest_q=moved.longest[0],
-        longest_k=moved.longest[1],
+        cu_seqlens_q=moves[moved.firsts[0]],
+        cu_seqlens_k=moves[moved.firsts[1]],
+        max_seqlen_q=moved.longest[0],
+        max_seqlen_k=moved.longest[1],
         keys_K=moves.get(moved.keys),
         back=tuple(moves[i] for i in moved.back),
         queries_Q=queries[0],
@@ -101,45 +101,45 @@ class MovedKeys:
     def __init__(
         self,
         stream: int,
-        spans: ClipSpans,
+        output: IntegrationOutput,
         more: int,
-        placed: list[RowPlaces],
+        placed: list[SequenceLayout],
         conversations: list[Conversation],
         moves: Moves,
         size: Callable[[int], int] | None,
     ) -> None:
-        self.spans, self.stream = spans, stream
+        self.inject, self.stream = output, stream
         places = [one.keys[stream] for one in placed]
-        tokens_I = np.concatenate([spans.firsts[one.clips] + one.tokens for one in places])
-        total = int(spans.firsts[-1]) + more
+        tokens_I = np.concatenate([output.firsts[one.clips] + one.tokens for one in places])
+        total = int(output.firsts[-1]) + more
         self.tokens: int | None = None
         self.back: list[int] = []
         if not np.array_equal(tokens_I, np.arange(total)):
             self.tokens = moves.add(tokens_I)
             self.back = [moves.add(x) for x in where(tokens_I, total)]
-        self.turns = moves.add(np.concatenate([one.turns for one in places]))
+        self.rope_positions = moves.add(np.concatenate([one.rope_positions for one in places]))
         self.crossing: MovedSegments | None = None
-        if spans.blocks is not None:
+        if output.blocks is not None:
             crossing = crossing_segments(conversations, stream)
             self.crossing = move_segments(crossing, moves, size)
-            self.hears = moves.add(crossing.hears())
+            self.queries_with_keys = moves.add(crossing.queries_with_keys())
 
     def keys(self, moves: Moves, llm: Backbone) -> PackedKeys:
         """The keys after the move."""
-        rope = llm.rope(moves[self.turns][None])
-        turns: dict[str, Turns] = {kind: (cos[0], sin[0]) for kind, (cos, sin) in rope.items()}
-        assert self.spans.keys is not None
+        rope = llm.rope(moves[self.rope_positions][None])
+        rope_positions: dict[str, RopeTable] = {kind: (cos[0], sin[0]) for kind, (cos, sin) in rope.items()}
+        assert self.inject.keys is not None
         return PackedKeys(
-            source=self.spans.keys,
+            source=self.inject.keys,
             stream=self.stream,
-            layers=self.spans.layers,
+            layers=self.inject.layers,
             tokens_I=moves.get(self.tokens),
             tokens_back=tuple(moves[i] for i in self.back),
-            turns=turns,
-            blocks=self.spans.blocks,
+            rope_table=rope_positions,
+            blocks=self.inject.blocks,
             crossing=None if self.crossing is None else device_segments(moves, self.crossing),
-            hears_N1=None if self.crossing is None else moves[self.hears].bool()[:, None],
-            bias=self.spans.bias,
+            sees_audio_N1=None if self.crossing is None else moves[self.queries_with_keys].bool()[:, None],
+            bias=self.inject.bias,
         )
 
 
@@ -147,7 +147,7 @@ class MovedTargets:
     """Which rows predict a labelled token, on the way to the device."""
 
     def __init__(
-        self, placed: list[RowPlaces], firsts: Sequence[int], moves: Moves, filling: Sequence[int] = ()
+        self, placed: list[SequenceLayout], firsts: Sequence[int], moves: Moves, filling: Sequence[int] = ()
     ) -> None:
         """`filling`: rows of conversations that follow; the labelled tokens are filled up, too, by some without."""
         rows, labels, owners = [], [], []

@@ -2,7 +2,7 @@
 
 from pal.backbone.llm import Backbone
 from pal.backbone.stream_kv import Layout
-from pal.integrations.base import ClipSpans, Route
+from pal.integrations.base import IntegrationOutput, Route
 from pal.integrations.projector import ProjectorOptions, projector
 from pal.registry import register
 from pal.types import AudioFeatures
@@ -21,9 +21,9 @@ class PLITS(Route):
         self.in_width = in_width
         self.projector = projector(config, in_width, llm.width)
 
-    def spans(self, features: AudioFeatures, llm: Backbone) -> ClipSpans:
+    def inject(self, features: AudioFeatures, llm: Backbone) -> IntegrationOutput:
         """One row per token."""
-        return ClipSpans(
+        return IntegrationOutput(
             lengths=features.lengths,
             layout=Layout(features.seconds_per_token, rows=1, keys=False),
             rows_USD=self.projector(features.x_BAE),

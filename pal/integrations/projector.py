@@ -10,7 +10,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import nn
 
-from pal.backbone.folded import FoldedKV, unhooked
+from pal.backbone.fused_kv import FusedKV, unhooked
 from pal.backbone.llm import Backbone
 from pal.config import StrictConfig
 
@@ -71,7 +71,7 @@ class LayerProjectors(nn.ModuleDict):
         self.is_shared = options.shared
         self.options = options
         self.widths = (in_width, out_width)
-        self._folds: dict[int, FoldedKV] = {}
+        self._folds: dict[int, FusedKV] = {}
 
     def of(self, layer: int) -> nn.Module:
         """P of one layer."""
@@ -92,7 +92,7 @@ class LayerProjectors(nn.ModuleDict):
                 self._folds[layer] = folded
         return len(self._folds)
 
-    def folded(self, layer: int, llm: Backbone) -> FoldedKV | None:
+    def folded(self, layer: int, llm: Backbone) -> FusedKV | None:
         """What `fold` made for a layer, if no gradients are needed and all it was made of still is what it was."""
         found = None if torch.is_grad_enabled() else self._folds.get(layer)
         last = None if found is None else self._last(layer)

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from pal.backbone.cost import Added, Cost, Step, decoder, kv_bytes, total
+from pal.audio_tower import AudioTower
+from pal.backbone.cost import AddedCost, Cost, StepSize, decoder, kv_bytes, total
 from pal.connectors.base import Connector
-from pal.ears import Ears
 from pal.integrations.cost import route_cost
 from pal.model import PalModel
 from pal.plan.counted import connected, heard
@@ -124,7 +124,7 @@ def make(recipe: Recipe, gpu: str = "H100", seconds: float = 10.0, text_tokens: 
     parameters = _parameters(model)
     ears = _Listening(model.ears, seconds)
     stages = [_stage(model, stage, chosen, ears, text_tokens) for stage in recipe.stages]
-    step = Step(clips=1, rows=1, text=text_tokens, targets=1)
+    step = StepSize(clips=1, rows=1, text=text_tokens, targets=1)
     cache = kv_bytes(model.llm, _added(model, step, ears.listen()[0]), size=2)
     return Plan(chosen, seconds, text_tokens, parameters, cache, stages)
 
@@ -135,7 +135,7 @@ def _stage(model: PalModel, stage: Stage, gpu: GPU, ears: _Listening, text_token
     batch = _one_pass(stage.batch, ears.seconds, stage.by_clip)
     questions = batch.questions
     autocast = stage.precision == "bf16"
-    step = Step(
+    step = StepSize(
         clips=batch.clips,
         rows=batch.conversations,
         text=text_tokens * questions,
@@ -201,7 +201,7 @@ def _parameters(model: PalModel) -> dict[str, int]:
 class _Listening:
     """What encoders and connectors make of a clip and cost; stages that train the same of them share the answer."""
 
-    def __init__(self, ears: Ears, seconds: float) -> None:
+    def __init__(self, ears: AudioTower, seconds: float) -> None:
         self.seconds = seconds
         self._ears = ears
         self._known: dict[tuple[bool, ...], tuple[list[AudioFeatures], dict[str, Cost]]] = {}
@@ -230,7 +230,7 @@ class _Listening:
         return list(streams), {"encoder": total(costs), "connector": total(made)}
 
 
-def _added(model: PalModel, step: Step, streams: list[AudioFeatures]) -> list[Added]:
+def _added(model: PalModel, step: StepSize, streams: list[AudioFeatures]) -> list[AddedCost]:
     routes = model.integration.routes()
     return [
         route_cost(route, step, stream.lengths[0], model.llm) for route, stream in zip(routes, streams, strict=True)

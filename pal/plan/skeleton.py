@@ -6,10 +6,10 @@ from typing import Any, cast
 
 import torch
 
-from pal import bundle, known
+from pal import bundle, hub_configs
+from pal.audio_tower import check_audio_tower
 from pal.backbone.llm import Backbone
 from pal.config import StrictConfig
-from pal.ears import check_ears
 from pal.model import PalModel
 from pal.model_config import LLMConfig, Part
 from pal.registry import check, lookup
@@ -29,7 +29,7 @@ def skeleton(recipe: Recipe) -> PalModel:
     else:
         assert recipe.model is not None
         config = recipe.model
-    check_ears(config)
+    check_audio_tower(config)
     check("integration", config.integration)
     config = config.model_copy(update={"encoders": [_bare(part) for part in config.encoders]})
     with torch.device("meta"):
@@ -52,7 +52,7 @@ def _bare(part: Part) -> Part:
     options = encoder.Config.model_fields
     if "architecture" not in options or part.get("architecture") is not None or part.get("path") is None:
         return part
-    fields = known.config_of(part["path"], part.get("revision"))
+    fields = hub_configs.config_of(part["path"], part.get("revision"))
     # an encoder that is part of a larger model has its fields below this key
     fields = dict(fields.get("audio_config", fields))
     sizes = next((t for t in _types(options["architecture"].annotation) if issubclass(t, StrictConfig)), None)

@@ -1,4 +1,4 @@
 """A look inside: where a model's answers come from, and what it loses when a part of the audio is taken away.
 
-Every probe takes a model and gives a `Finding`, which becomes one folder of JSON and pictures.
+Every probe takes a model and gives a `ProbeResult`, which becomes one folder of JSON and pictures.
 """

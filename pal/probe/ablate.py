@@ -35,9 +35,9 @@ from pal.errors import BundleError, ConfigError
 from pal.evaluate import Result, evaluate, from_records
 from pal.files import MANIFEST, sha256, write_json, write_text
 from pal.lab.records import SCENES_SEED, domain_of, records_to_ask
-from pal.probe.ablated import Ablated, CellAnswers, Curve, Spent
+from pal.probe.ablated import Ablated, CellAnswers, CellCost, Curve
 from pal.probe.axes import GridCell, grid
-from pal.probe.finding import Finding
+from pal.probe.probe_result import ProbeResult
 from pal.train.checkpoint import check_recipe
 from pal.train.curves import read_log
 from pal.train.objectives import build_objective
@@ -121,7 +121,7 @@ def ablate(
     limit: int = 1000,
     batch: int = 32,
     progress: bool = False,
-) -> Finding:
+) -> ProbeResult:
     """Train and evaluate every cell of a grid with each seed.
 
     Args:
@@ -170,7 +170,7 @@ def ablate(
         curves=[[_curve(run) for run in of_cell[cell.name]] for cell in cells],
     )
     write_text(out / "table.md", found.markdown())
-    return Finding(
+    return ProbeResult(
         probe="ablate",
         model={"source": str(recipe), "cells": [cell.label for cell in cells]},
         settings={
@@ -232,11 +232,11 @@ def _parts(records: Sequence[Record]) -> dict[str, list[int]]:
     return {name: some for name, some in parts.items() if len(some) < len(of_each)}
 
 
-def _spent(runs: Sequence[CellRun]) -> Spent:
+def _spent(runs: Sequence[CellRun]) -> CellCost:
     """Of a cell's runs; the first has counted."""
     kept = _counted(runs[0]) or {}
     steps = [run.report["stages"][-1]["median_step_seconds"] for run in runs if run.report is not None]
-    return Spent(
+    return CellCost(
         **{name: number for name, number in kept.items() if name != "recipe_digest"},
         step_seconds=statistics.median(steps),
     )

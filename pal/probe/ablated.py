@@ -14,8 +14,8 @@ from pal.evaluate import Result
 from pal.lab.tables import markdown_table
 from pal.plots import colour_of
 from pal.probe.axes import GridCell
-from pal.probe.crossed import INTERVALS, Draws, Estimate
-from pal.probe.finding import Plot, TableRow
+from pal.probe.crossed_bootstrap import INTERVALS, Draws, Estimate
+from pal.probe.probe_result import Plot, TableRow
 from pal.train.curves import smooth
 
 if TYPE_CHECKING:
@@ -48,12 +48,14 @@ class CellAnswers:
         chosen = range(self.questions) if some is None else some
         items = [[[score.items[i] for i in chosen] for score in row] for row in self.scores]
         right_XKI = np.array([[[bool(item.correct) for item in run] for run in row] for row in items], float)
-        deaf_XKI = np.array([[[bool(item.no_audio_correct) for item in run] for run in row] for row in items], float)
-        return Draws(right_XKI, deaf_XKI, [item.group for item in items[0][0]])
+        no_audio_XKI = np.array(
+            [[[bool(item.no_audio_correct) for item in run] for run in row] for row in items], float
+        )
+        return Draws(right_XKI, no_audio_XKI, [item.group for item in items[0][0]])
 
 
 @dataclass(frozen=True)
-class Spent:
+class CellCost:
     """What a cell took."""
 
     trained_parameters: int
@@ -79,7 +81,7 @@ class Ablated:
 
     cells: Sequence[GridCell]
     answers: Sequence[CellAnswers]
-    spent: Sequence[Spent]
+    spent: Sequence[CellCost]
     curves: Sequence[Sequence[Curve]]
     """Of each cell, with each seed."""
 
@@ -128,7 +130,7 @@ class Ablated:
                 "ci95": ci95,
                 "lowest_seed": float(draws.by_seed_XK[place].min()),
                 "highest_seed": float(draws.by_seed_XK[place].max()),
-                "without_audio": float(draws.deaf_X[place]),
+                "without_audio": float(draws.no_audio_X[place]),
             }
             difference = draws.difference(place, 0) if place else (None, None)
             rows.append({**row, "minus_first": difference[0], "minus_first ci95": difference[1]})
@@ -178,7 +180,7 @@ class Ablated:
                 low, high = float(draws.by_seed_XK[place].min()), float(draws.by_seed_XK[place].max())
                 row.append(f"{_shown(draws.score(place))} ({low:.3f} to {high:.3f})")
                 row.append(_shown(draws.difference(place, 0), signed=True) if place else "")
-                row.append(f"{draws.deaf_X[place]:.3f}")
+                row.append(f"{draws.no_audio_X[place]:.3f}")
             row += [f"{spent.trained_parameters:,}", f"{spent.flops / 1e9:.3g}", f"{spent.saved_bytes / 1e6:.3g}"]
             rows.append([*row, f"{spent.step_seconds:.3g}"])
         text = _lines(markdown_table(headings, rows, left=len(headings)))
@@ -308,7 +310,7 @@ class Ablated:
                 axes.plot(
                     by_seed_K, np.full(len(by_seed_K), place), "o", color=colour_of(place), markersize=4, alpha=0.6
                 )
-                axes.plot([draws.deaf_X[place]], [place], "x", color="grey", markersize=5)
+                axes.plot([draws.no_audio_X[place]], [place], "x", color="grey", markersize=5)
             axes.set_title(one.name, fontsize=10)
             axes.set_xlabel("exact match")
             axes.grid(alpha=0.25)

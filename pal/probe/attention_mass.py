@@ -1,7 +1,7 @@
 """`pal probe attention`: how much of the attention goes to audio, by layer, head, pathway, word and second.
 
 The paper's figure 5. Each conversation is answered first and then read once more, answer included; the weights of one
-layer live at a time (`pal.probe.record`).
+layer live at a time (`pal.probe.attention_stats`).
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from pal.evaluate.answerer import evaluation_mode
 from pal.evaluate.bootstrap import bootstrap_ci
 from pal.evaluate.text import exact_match
 from pal.plots import COLOURS, TIME, plain, printable
-from pal.probe.finding import Finding, Plot, about
-from pal.probe.record import PATHWAYS, AnswerAttention, record
+from pal.probe.attention_stats import PATHWAYS, AnswerAttention, record_attention
+from pal.probe.probe_result import Plot, ProbeResult, about
 from pal.types import IGNORE, Tokens, waveform_seconds
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ BINS = 40
 
 
 @dataclass(frozen=True)
-class Read:
+class ReadAnswer:
     """One question, its answer, and the attention of the rows after the clip."""
 
     record: Record
@@ -61,7 +61,7 @@ def probe_attention(
     max_new_tokens: int = 32,
     progress: bool = False,
     settings: dict[str, Any] | None = None,
-) -> Finding:
+) -> ProbeResult:
     """Where the attention of the answers' rows goes.
 
     Args:
@@ -109,7 +109,7 @@ def probe_attention(
     tables: dict[str, Any] = {"attention of the answer's rows by layer": by_layer, "audio share by kind of row": roles}
     if pointing:
         tables["does attention to audio point at the sound that the answer names?"] = pointing
-    return Finding(
+    return ProbeResult(
         probe="attention",
         model=about(model),
         settings={"questions": len(read), "batch": batch, "bins": BINS, **(settings or {})},
@@ -130,11 +130,13 @@ def probe_attention(
     )
 
 
-def _read(model: PalModel, records: Sequence[Record], batch: int, max_new_tokens: int, progress: bool) -> list[Read]:
+def _read(
+    model: PalModel, records: Sequence[Record], batch: int, max_new_tokens: int, progress: bool
+) -> list[ReadAnswer]:
     """Every record answered and read once more; clips of like length together."""
     system, tokenizer = model.config.system, model.tokenizer
     order = sorted(range(len(records)), key=lambda i: sum(audio_io.seconds(path) for path in records[i].clips))
-    read: list[Read | None] = [None] * len(records)
+    read: list[ReadAnswer | None] = [None] * len(records)
     with tqdm(total=len(records), desc="attention", unit="question", disable=not progress, leave=False) as bar:
         for first in range(0, len(order), batch):
             part = order[first : first + batch]
@@ -149,11 +151,11 @@ def _read(model: PalModel, records: Sequence[Record], batch: int, max_new_tokens
                 for talk, span, answer in zip(talks, spans, answers, strict=True)
             ]
             with torch.inference_mode():
-                found = record(model, waves, [_last_answer(row) for row in whole], BINS)
+                found = record_attention(model, waves, [_last_answer(row) for row in whole], BINS)
             for i, answer, span, attention in zip(part, answers, spans, found, strict=True):
                 samples_N = waves[span[0]]
                 seconds = waveform_seconds(samples_N, model.sampling_rate)
-                read[i] = Read(records[i], answer, attention, samples_N, seconds)
+                read[i] = ReadAnswer(records[i], answer, attention, samples_N, seconds)
             bar.update(len(part))
     return [one for one in read if one is not None]
 
@@ -168,7 +170,7 @@ def _last_answer(row: Tokens) -> Tokens:
     return replace(row, labels=[IGNORE] * start + labels[start:])
 
 
-def _audio(one: Read) -> NDArray[np.float64]:
+def _audio(one: ReadAnswer) -> NDArray[np.float64]:
     """Share on audio of the rows that predict the answer, a block's counted to its layer: [L, H]."""
     mass_LHNP = one.attention.mass_LHNP[:, :, one.attention.answer].double().numpy()
     text = PATHWAYS.index("text")
@@ -176,12 +178,12 @@ def _audio(one: Read) -> NDArray[np.float64]:
     return np.sum(list(shares.values()), axis=0).mean(-1)
 
 
-def _heads(read: Sequence[Read]) -> NDArray[np.float64]:
+def _heads(read: Sequence[ReadAnswer]) -> NDArray[np.float64]:
     return np.mean([_audio(one) for one in read], axis=0)
 
 
 def _layer_row(
-    read: Sequence[Read], clips: Sequence[tuple[str, ...]], layer: int, paths: Sequence[int]
+    read: Sequence[ReadAnswer], clips: Sequence[tuple[str, ...]], layer: int, paths: Sequence[int]
 ) -> dict[str, Any]:
     row: dict[str, Any] = {"layer": layer}
     for p in paths:
@@ -192,7 +194,7 @@ def _layer_row(
     return row
 
 
-def _even(one: Read, layer: int, pathway: int) -> float:
+def _even(one: ReadAnswer, layer: int, pathway: int) -> float:
     """Share of a pathway where all that is seen gets the same."""
     visible_NP = one.attention.visible_LNP[layer, one.attention.answer].double()
     cross = PATHWAYS.index("cross")
@@ -202,7 +204,7 @@ def _even(one: Read, layer: int, pathway: int) -> float:
     return float((visible_NP[:, pathway] / inside_N).mean())
 
 
-def _role_row(read: Sequence[Read], clips: Sequence[tuple[str, ...]], layer: int) -> dict[str, Any]:
+def _role_row(read: Sequence[ReadAnswer], clips: Sequence[tuple[str, ...]], layer: int) -> dict[str, Any]:
     """Question against answer: rows after the clip that predict the answer, and those before them."""
     text = PATHWAYS.index("text")
     row: dict[str, Any] = {"layer": layer}
@@ -222,7 +224,7 @@ def _role_row(read: Sequence[Read], clips: Sequence[tuple[str, ...]], layer: int
     return row
 
 
-def _pointing_row(read: Sequence[Read], layer: int) -> dict[str, Any] | None:
+def _pointing_row(read: Sequence[ReadAnswer], layer: int) -> dict[str, Any] | None:
     """Attention within the time of the sound that the right answer names, by what even attention would put there."""
     lifts, clips = [], []
     for one in read:
@@ -247,7 +249,7 @@ def _pointing_row(read: Sequence[Read], layer: int) -> dict[str, Any] | None:
     }
 
 
-def _named_spans(one: Read) -> list[tuple[float, float]]:
+def _named_spans(one: ReadAnswer) -> list[tuple[float, float]]:
     """When the sound sounds that is the right answer, where the tags say so."""
     answer = one.record.turns[-1].answer
     tags = one.record.tags or ()
@@ -305,9 +307,9 @@ def _reading(
 # Examples
 
 
-def _examples(read: Sequence[Read], count: int) -> list[Read]:
+def _examples(read: Sequence[ReadAnswer], count: int) -> list[ReadAnswer]:
     """The first question of each of the first clips."""
-    seen: dict[tuple[str, ...], Read] = {}
+    seen: dict[tuple[str, ...], ReadAnswer] = {}
     for one in read:
         if one.attention.time_LNX is not None:
             seen.setdefault(one.record.clips, one)
@@ -333,7 +335,7 @@ def words(model: PalModel, attention: AnswerAttention) -> list[tuple[str, list[i
     return [(printable(word.strip()), rows) for word, rows in found]
 
 
-def _word_times(model: PalModel, one: Read) -> tuple[list[str], NDArray[np.float64]]:
+def _word_times(model: PalModel, one: ReadAnswer) -> tuple[list[str], NDArray[np.float64]]:
     """The answer's words and, for each, its attention over time [words, X]: mean of heads and layers."""
     assert one.attention.time_LNX is not None
     time_NX = one.attention.time_LNX.mean(0).double().numpy()
@@ -341,7 +343,7 @@ def _word_times(model: PalModel, one: Read) -> tuple[list[str], NDArray[np.float
     return [word for word, _ in spoken], np.stack([time_NX[rows].mean(0) for _, rows in spoken])
 
 
-def _example_details(model: PalModel, one: Read) -> dict[str, Any]:
+def _example_details(model: PalModel, one: ReadAnswer) -> dict[str, Any]:
     said, word_times = _word_times(model, one)
     time_LNX = one.attention.time_LNX
     assert time_LNX is not None
@@ -363,7 +365,7 @@ def _example_details(model: PalModel, one: Read) -> dict[str, Any]:
     }
 
 
-def _example_picture(model: PalModel, one: Read, name: str) -> Plot:
+def _example_picture(model: PalModel, one: ReadAnswer, name: str) -> Plot:
     said, word_times = _word_times(model, one)
     assert one.attention.time_LNX is not None
     layers = one.attention.time_LNX[:, one.attention.answer].mean(1).double().numpy()
@@ -378,7 +380,7 @@ def _example_picture(model: PalModel, one: Read, name: str) -> Plot:
     )
 
 
-def _truth(one: Read) -> str:
+def _truth(one: ReadAnswer) -> str:
     truth = one.record.turns[-1].answer
     return f"The right answer is “{truth}”. " if truth else ""
 
@@ -412,7 +414,7 @@ def _draw_heads(figure: Figure, heads_LH: NDArray[np.float64]) -> None:
 
 def _draw_example(
     figure: Figure,
-    one: Read,
+    one: ReadAnswer,
     said: Sequence[str],
     word_times: NDArray[np.float64],
     layer_times: NDArray[np.float64],

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from pal.backbone.audio_mask import Hide
+from pal.backbone.audio_mask import AudioMask
 from pal.backbone.context import AudioContext
 from pal.backbone.generate import reordered
 from pal.backbone.llm import Backbone
@@ -19,9 +19,8 @@ from pal.evaluate.answerer import evaluation_mode
 from pal.evaluate.clip_cache import EncodedClipCache
 from pal.integrations.layers import LayerRange, chosen_layers
 from pal.plots import COLOURS
-from pal.probe.finding import Finding, Plot, about
-from pal.probe.hiding import (
-    DEAF,
+from pal.probe.masked_eval import (
+    NO_AUDIO,
     WHOLE,
     Condition,
     Example,
@@ -34,6 +33,7 @@ from pal.probe.hiding import (
     remarks,
     settings_of,
 )
+from pal.probe.probe_result import Plot, ProbeResult, about
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -68,7 +68,7 @@ class Restriction:
     def condition(self, total: int) -> Condition:
         """What it hides in an LLM of so many layers."""
         others = tuple(layer for layer in range(total) if layer not in self.layers)
-        return Condition(self.name, (Hide(pathway=self.pathway, layers=others),) if others else ())
+        return Condition(self.name, (AudioMask(pathway=self.pathway, layers=others),) if others else ())
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ def windows(llm: Backbone, pathway: Pathway = None) -> list[Restriction]:
 def cost(model: PalModel, example: Example, condition: Condition) -> AnswerCost:
     """What the example costs under a condition, counted."""
     view = example.seen(model, condition)
-    with model.hiding(*condition.hides, located=True), evaluation_mode(model), torch.no_grad():
+    with model.hiding(*condition.hides, with_spans=True), evaluation_mode(model), torch.no_grad():
         making = flop_counter()
         with making:
             inputs = model.inputs(list(example.clips), [example.row])
@@ -149,7 +149,7 @@ def probe_depth(
     batch: int = 32,
     progress: bool = False,
     settings: Mapping[str, Any] | None = None,
-) -> Finding:
+) -> ProbeResult:
     """Ask the questions with the audio seen in some layers only.
 
     Args:
@@ -165,8 +165,8 @@ def probe_depth(
         ConfigError: no question has a clip.
     """
     started = time.perf_counter()
-    hear = EncodedClipCache(model)
-    example = Example.of(model, records, hear)
+    encode_clip = EncodedClipCache(model)
+    example = Example.of(model, records, encode_clip)
     whole = example.seen(model, WHOLE)
     ways: list[Pathway] = [None]
     if alone and len(pathways(whole)) > 1:
@@ -174,13 +174,13 @@ def probe_depth(
     groups = [_Group(way, depths(model.llm, way), windows(model.llm, way)) for way in ways]
     restrictions = [one for group in groups for one in (*group.depths.values(), *group.windows)]
     conditions = {one.name: one.condition(model.llm.n_layers) for one in restrictions}
-    conditions[DEAF.name] = DEAF
-    asked = ask(model, records, list(conditions.values()), example, hear, batch, progress, seed)
+    conditions[NO_AUDIO.name] = NO_AUDIO
+    asked = ask(model, records, list(conditions.values()), example, encode_clip, batch, progress, seed)
     costs = {WHOLE.name: cost(model, example, WHOLE)}
     for name, condition in conditions.items():
         other = asked.same_as.get(name)
         costs[name] = cost(model, example, condition) if other is None else costs[other]
-    return Finding(
+    return ProbeResult(
         probe="depth",
         model=about(model),
         settings={
@@ -253,7 +253,7 @@ def _tables(
         of = costs[name]
         return {
             "depth": shown,
-            "seen": "nowhere" if name == DEAF.name else name,
+            "seen": "nowhere" if name == NO_AUDIO.name else name,
             **scored(name),
             "gflops": of.flops / 1e9,
             "gflops_least": of.flops_least / 1e9,
@@ -271,7 +271,7 @@ def _tables(
 
     tables: dict[str, list[dict[str, Any]]] = {}
     for group in groups:
-        none = [] if group.pathway else [overall("none", DEAF.name)]
+        none = [] if group.pathway else [overall("none", NO_AUDIO.name)]
         firsts = [overall(shown, one.name) for shown, one in group.depths.items()]
         tables[f"Audio seen in the first layers{group.suffix}"] = [*none, *firsts]
         tables[f"Audio seen in a window of layers{group.suffix}"] = [
@@ -283,12 +283,12 @@ def _tables(
 
 
 def _reading(asked: MaskedAnswers, groups: Sequence[_Group], costs: Mapping[str, AnswerCost], rows: bool) -> list[str]:
-    whole, deaf, floor = (
-        100 * asked.score(right)[0] for right in (asked.right(WHOLE.name), asked.right(DEAF.name), asked.no_audio)
+    whole, no_audio, floor = (
+        100 * asked.score(right)[0] for right in (asked.right(WHOLE.name), asked.right(NO_AUDIO.name), asked.no_audio)
     )
     said = [
         f"{whole:.0f} % of {len(asked.items)} questions are right with the audio seen wherever the model has it, "
-        f"{deaf:.0f} % with it seen nowhere, {floor:.0f} % without audio in the prompt."
+        f"{no_audio:.0f} % with it seen nowhere, {floor:.0f} % without audio in the prompt."
     ]
     for group in groups:
         full = costs[[*group.depths.values()][-1].name]
@@ -324,7 +324,7 @@ def _pictures(asked: MaskedAnswers, groups: Sequence[_Group], costs: Mapping[str
     for group in groups:
         of = "" if group.pathway is None else f"-{group.pathway}"
         firsts = [(len(one.layers), one.name) for one in group.depths.values()]
-        nowhere = [] if group.pathway else [(0, DEAF.name)]
+        nowhere = [] if group.pathway else [(0, NO_AUDIO.name)]
         pictures[f"depth{of}"] = Plot(
             f"Audio seen in the first layers only{group.suffix}",
             "Accuracy with 95 % intervals, by the number of layers from the first on that still see the audio; the "
@@ -371,7 +371,7 @@ def _profile(figure: Figure, asked: MaskedAnswers, at: Sequence[tuple[int, str]]
 
 def _costs(figure: Figure, asked: MaskedAnswers, group: _Group, costs: Mapping[str, AnswerCost]) -> None:
     named = {one.name: shown for shown, one in group.depths.items()}
-    names = dict.fromkeys([DEAF.name, *named, *(one.name for one in group.windows)])
+    names = dict.fromkeys([NO_AUDIO.name, *named, *(one.name for one in group.windows)])
     for place, (label, run, least) in enumerate(
         (("GFLOPs of a prefill", "flops", "flops_least"), ("kB of audio K/V", "bytes", "bytes_least"))
     ):
@@ -379,11 +379,11 @@ def _costs(figure: Figure, asked: MaskedAnswers, group: _Group, costs: Mapping[s
         for name in names:
             score, ends = asked.score(asked.right(name))
             x, low = (getattr(costs[name], key) / (1e9 if key.startswith("flops") else 1e3) for key in (run, least))
-            colour = COLOURS[0] if name in named else "grey" if name == DEAF.name else COLOURS[1]
+            colour = COLOURS[0] if name in named else "grey" if name == NO_AUDIO.name else COLOURS[1]
             axes.plot([low, x], [score, score], color=colour, lw=0.8)
             axes.errorbar([x], [score], yerr=errors([score], [ends]), marker="o", color=colour, capsize=2)
             axes.plot([low], [score], marker="o", mfc="white", color=colour)
-            shown = "nowhere" if name == DEAF.name else named.get(name, name.removeprefix("audio in "))
+            shown = "nowhere" if name == NO_AUDIO.name else named.get(name, name.removeprefix("audio in "))
             axes.annotate(shown, (x, score), xytext=(5, 5), textcoords="offset points", fontsize=8)
         axes.set_ylim(-0.02, 1.02)
         axes.set_xlim(left=0)

@@ -29,9 +29,9 @@ from pal.evaluate.answerer import evaluation_mode
 from pal.evaluate.bootstrap import bootstrap_ci
 from pal.lab.records import spread
 from pal.plots import COLOURS
-from pal.probe.finding import Finding, Plot, about
+from pal.probe.attention_stats import PATHWAYS, record_attention
 from pal.probe.layout_checks import MEMORY, HealthCheck, Status, about_first_clip, layout_checks
-from pal.probe.record import PATHWAYS, record
+from pal.probe.probe_result import Plot, ProbeResult, about
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -51,7 +51,7 @@ _LISTENED = 24
 """Clips whose attention is compared with that to another clip."""
 
 
-def probe_health(model: PalModel, records: Sequence[Record], batch: int = 32, progress: bool = False) -> Finding:
+def probe_health(model: PalModel, records: Sequence[Record], batch: int = 32, progress: bool = False) -> ProbeResult:
     """Every check on one model.
 
     Args:
@@ -74,13 +74,13 @@ def probe_health(model: PalModel, records: Sequence[Record], batch: int = 32, pr
         checks.append(_ignoring(layers))
         bar.update()
         scores, items = _hearing(model, asked, batch)
-        checks.append(_deaf(scores))
+        checks.append(_no_audio(scores))
         bar.update()
         checks.append(_eager(model, asked, items, batch))
         bar.update()
     bad = [check for check in checks if check.status in ("fault", "warning")]
     reading = [f"{check.name}: {check.measured}. {check.remedy}" for check in bad]
-    return Finding(
+    return ProbeResult(
         probe="health",
         model=about(model),
         settings={
@@ -120,7 +120,7 @@ def _listening(model: PalModel, records: Sequence[Record]) -> list[dict[str, Any
         row = about_first_clip(model, one)
         # of the same length, so that tokens can be compared one by one
         both = [clip_N, other_N.repeat(-(-len(clip_N) // len(other_N)))[: len(clip_N)]]
-        right, wrong = record(model, both, [row, replace(row, clips=[1])])
+        right, wrong = record_attention(model, both, [row, replace(row, clips=[1])])
         audio = [p for p, name in enumerate(PATHWAYS) if name != "text"]
         rows = right.answer
         mass_L = right.mass_LHNP[:, :, rows][..., audio].sum(-1).mean((1, 2))
@@ -150,13 +150,13 @@ def _listening(model: PalModel, records: Sequence[Record]) -> list[dict[str, Any
 
 def _ignoring(layers: Sequence[dict[str, Any]]) -> HealthCheck:
     heard = [row for row in layers if row["times even"] is not None]
-    deaf = [row["layer"] for row in heard if row["times even"] < IGNORED or row["moved by another clip"] < UNMOVED]
-    status: Status = "ok" if not deaf else "fault" if len(deaf) == len(heard) else "warning"
+    no_audio = [row["layer"] for row in heard if row["times even"] < IGNORED or row["moved by another clip"] < UNMOVED]
+    status: Status = "ok" if not no_audio else "fault" if len(no_audio) == len(heard) else "warning"
     return HealthCheck(
         "attention that ignores audio",
         status if heard else "does not apply",
-        f"{len(heard) - len(deaf)} of {len(heard)} layers with audio look at it, and elsewhere when another clip sounds"
-        + (f"; not layers {deaf}" if deaf else ""),
+        f"{len(heard) - len(no_audio)} of {len(heard)} layers with audio look at it, "
+        f"and elsewhere when another clip sounds" + (f"; not layers {no_audio}" if no_audio else ""),
         "Check that projectors train (identity 9), that keys are visible (positions), and that the LLM had learnt to "
         "look at what stands in the audio's place before its attention was trained away from it.",
     )
@@ -214,14 +214,14 @@ def _hearing(model: PalModel, records: Sequence[Record], batch: int) -> tuple[li
     return table, quiet
 
 
-def _deaf(scores: Sequence[dict[str, Any]]) -> HealthCheck:
+def _no_audio(scores: Sequence[dict[str, Any]]) -> HealthCheck:
     by_name = {row["heard"]: row for row in scores}
     lost = by_name["another clip"]
     low, high = lost["lost ci95"]
-    deaf = low <= 0
+    no_audio = low <= 0
     return HealthCheck(
         "deaf",
-        "fault" if deaf else "ok",
+        "fault" if no_audio else "ok",
         f"another clip instead of the right one costs {lost['lost']:.3f} ({low:.3f} to {high:.3f}); right "
         f"{by_name['the right clip']['score']:.3f}, none {by_name['no audio']['score']:.3f}",
         "Answers do not depend on the clip: look at the other checks first, then train longer, on questions that "

@@ -38,8 +38,8 @@ from pal.evaluate.answerer import evaluation_mode
 from pal.evaluate.bootstrap import INTERVALS
 from pal.lab.records import SCENES_SEED, records_to_ask, spread
 from pal.plots import style_of
-from pal.probe.finding import Finding, Plot, about
 from pal.probe.linear import FOLDS, INNER_FOLDS, ROUND_OFF, STRENGTHS, Probed, ProbeLabels, check, probed
+from pal.probe.probe_result import Plot, ProbeResult, about
 from pal.types import AUDIO, AudioFeatures, Tokens
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ _CONTROL_ROWS = ("before", "no audio")
 
 
 @dataclass
-class Rows:
+class LayerStates:
     """What a model makes of N clips."""
 
     by_layer: dict[str, list[NDArray[np.float32]]] = field(default_factory=dict)
@@ -78,7 +78,7 @@ def probe_layers(
     question: str = QUESTION,
     batch: int = 16,
     progress: bool = False,
-) -> Finding:
+) -> ProbeResult:
     """Probe every layer for the labels of some clips.
 
     A clip's labels are its tags, or its answer where it has none. Each data set is probed by itself: where every clip
@@ -109,7 +109,7 @@ def probe_layers(
             rows = collect(model, paths, question, batch, progress)
             found[title] = _found(rows, labels, paths, progress)
     n_layers = model.llm.n_layers
-    return Finding(
+    return ProbeResult(
         probe="layers",
         model=about(model),
         settings={
@@ -168,7 +168,7 @@ def labels_of(title: str, records: Sequence[Record]) -> ProbeLabels:
 
 
 @torch.inference_mode()
-def collect(model: PalModel, paths: Sequence[str], question: str, batch: int, progress: bool = False) -> Rows:
+def collect(model: PalModel, paths: Sequence[str], question: str, batch: int, progress: bool = False) -> LayerStates:
     """What the model makes of some clips. The order of the result is that of `paths`."""
     from tqdm import tqdm
 
@@ -179,7 +179,7 @@ def collect(model: PalModel, paths: Sequence[str], question: str, batch: int, pr
     with evaluation_mode(model), tqdm(total=len(paths), unit="clip", disable=not progress, leave=False) as bar:
         for start in range(0, len(paths), batch):
             part = order[start : start + batch]
-            heard = model.ears.hear([audio.load(paths[i], model.sampling_rate).samples_N for i in part])
+            heard = model.ears.encode([audio.load(paths[i], model.sampling_rate).samples_N for i in part])
             streams = model.ears.connect(heard)
             references.setdefault("encoder", []).append(_means(heard))
             references.setdefault("connector", []).append(_means(streams))
@@ -187,12 +187,12 @@ def collect(model: PalModel, paths: Sequence[str], question: str, batch: int, pr
             for name, layers in _text_rows(model, streams, tokens).items():
                 kept.setdefault(name, []).append(layers)
             bar.update(len(part))
-        deaf = _text_rows(model, None, [_prompt(model, question, [])])
+        no_audio = _text_rows(model, None, [_prompt(model, question, [])])
     back = np.argsort(order)
-    rows = Rows()
+    rows = LayerStates()
     for name, parts in kept.items():
         rows.by_layer[name] = [torch.cat(layer).numpy()[back] for layer in zip(*parts, strict=True)]
-    rows.by_layer["no audio"] = [layer.numpy().repeat(len(paths), 0) for layer in deaf["last"]]
+    rows.by_layer["no audio"] = [layer.numpy().repeat(len(paths), 0) for layer in no_audio["last"]]
     for name, means in references.items():
         rows.reference[name] = torch.cat(means).numpy()[back]
     return rows
@@ -246,7 +246,7 @@ class _Found:
     """The largest difference of rows before the audio between two clips, by the size of the rows."""
 
 
-def _found(rows: Rows, labels: ProbeLabels, groups: Sequence[str], progress: bool) -> _Found:
+def _found(rows: LayerStates, labels: ProbeLabels, groups: Sequence[str], progress: bool) -> _Found:
     from tqdm import tqdm
 
     shuffled = labels.shuffled(SHUFFLE_SEED)

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from pal import audio as audio_io
 from pal.backbone.audio_keys import AudioKeys
-from pal.backbone.audio_mask import Places
+from pal.backbone.audio_mask import TokenSpans
 from pal.backbone.context import AudioContext
-from pal.backbone.cost import Step, decoder
+from pal.backbone.cost import StepSize, decoder
 from pal.backbone.observers import count_ffn_rows
 from pal.bench.measure import saved_bytes
 from pal.clips import ClipFeatures
@@ -49,7 +49,7 @@ def layout_checks(model: PalModel, one: Record) -> Iterator[HealthCheck]:
     row = about_first_clip(model, one)
     features = model.features([clip_N])
     with count_ffn_rows(model.llm) as counts, torch.no_grad():
-        inputs = model.inputs([clip_N], [row], located=True)
+        inputs = model.inputs([clip_N], [row], with_spans=True)
         model.llm.hidden(inputs)
     yield _feed_forward(model, row, features, counts)
     yield _memory(model, row, features)
@@ -65,9 +65,9 @@ def about_first_clip(model: PalModel, one: Record) -> Tokens:
     return prompts.encode(model.tokenizer, talk, [0], train=True)
 
 
-def _step(model: PalModel, row: Tokens) -> Step:
+def _step(model: PalModel, row: Tokens) -> StepSize:
     assert row.labels is not None
-    return Step(
+    return StepSize(
         clips=1,
         rows=1,
         text=len(row.ids) - 1,
@@ -136,14 +136,14 @@ def order(inputs: LLMInputs) -> HealthCheck:
     name = "order of summaries and tokens"
     remedy = "Put each summary right after the last token it sums up: Layout.row_offsets and key_offsets."
     context = inputs.audio
-    if not isinstance(context, AudioContext) or context.places is None:
+    if not isinstance(context, AudioContext) or context.token_spans is None:
         return HealthCheck(name, "does not apply", "no audio", remedy)
     wrong = compared = 0
     for b in range(inputs.position_ids_BT.shape[0]):
-        rows = _entities(context.places, inputs.position_ids_BT, b)
+        rows = _entities(context.token_spans, inputs.position_ids_BT, b)
         for keys in context.keys:
-            assert keys.places is not None
-            theirs = _entities(keys.places, keys.positions_BA, b)
+            assert keys.token_spans is not None
+            theirs = _entities(keys.token_spans, keys.positions_BA, b)
             for stream, clip, end, position in rows:
                 for other_stream, other_clip, other_end, other_position in theirs:
                     if (stream, clip) == (other_stream, other_clip) and keys.blocks is None:
@@ -156,7 +156,7 @@ def order(inputs: LLMInputs) -> HealthCheck:
     return HealthCheck(name, status, f"{wrong} of {compared} pairs of a row and a key are out of order", remedy)
 
 
-def _entities(places: Places, positions_BX: Tensor, b: int) -> list[tuple[int, int, float, int]]:
+def _entities(places: TokenSpans, positions_BX: Tensor, b: int) -> list[tuple[int, int, float, int]]:
     """(stream, clip, end in seconds, position) of the audio of one conversation."""
     is_audio = places.stream_BX[b] >= 0
     columns = (places.stream_BX, places.clip_BX, places.end_BX, positions_BX)
@@ -171,12 +171,12 @@ def gaps(inputs: LLMInputs) -> HealthCheck:
         "let attention_mask be None."
     )
     context = inputs.audio
-    if not isinstance(context, AudioContext) or context.places is None:
+    if not isinstance(context, AudioContext) or context.token_spans is None:
         return HealthCheck(name, "does not apply", "no audio", remedy)
     faults: list[str] = []
     reserved = 0
     for b in range(inputs.position_ids_BT.shape[0]):
-        is_audio_T = context.places.stream_BX[b] >= 0
+        is_audio_T = context.token_spans.stream_BX[b] >= 0
         positions_T = inputs.position_ids_BT[b]
         text = positions_T[inputs.attention_mask_BT[b].bool() & ~is_audio_T]
         taken = [positions_T[is_audio_T]]
@@ -209,10 +209,10 @@ def gaps(inputs: LLMInputs) -> HealthCheck:
 
 def _turns(keys: AudioKeys, b: int) -> Iterator[str]:
     """Keys of a clip must be turned by different positions that rise with time, or their order is lost."""
-    assert keys.places is not None
-    for clip in set(keys.places.clip_BX[b][keys.mask_BA[b]].tolist()):
-        own = keys.mask_BA[b] & (keys.places.clip_BX[b] == clip)
-        if (keys.turns_BA[b][own].diff() <= 0).any():
+    assert keys.token_spans is not None
+    for clip in set(keys.token_spans.clip_BX[b][keys.mask_BA[b]].tolist()):
+        own = keys.mask_BA[b] & (keys.token_spans.clip_BX[b] == clip)
+        if (keys.rope_positions_BA[b][own].diff() <= 0).any():
             yield "keys of a clip are turned by positions that do not rise with time"
 
 

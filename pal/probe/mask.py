@@ -12,12 +12,11 @@ from functools import partial
 from itertools import pairwise, product
 from typing import TYPE_CHECKING, Any, Literal, cast
 
-from pal.backbone.audio_mask import Hide
+from pal.backbone.audio_mask import AudioMask
 from pal.errors import ConfigError
 from pal.evaluate.clip_cache import EncodedClipCache
-from pal.probe.finding import Finding, Plot, about
-from pal.probe.hiding import (
-    DEAF,
+from pal.probe.masked_eval import (
+    NO_AUDIO,
     WHOLE,
     Condition,
     Drop,
@@ -29,6 +28,7 @@ from pal.probe.hiding import (
     remarks,
     settings_of,
 )
+from pal.probe.probe_result import Plot, ProbeResult, about
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -52,24 +52,25 @@ def default_conditions(model: PalModel, example: Example) -> dict[str, list[Cond
     context = example.context(model, WHOLE)
     found = example.seen(model, WHOLE)
     kinds: dict[str, list[Condition]] = {
-        "pathway": [Condition(_WORDS[name], (Hide(pathway=_pathway(name)),)) for name in pathways(found)],
+        "pathway": [Condition(_WORDS[name], (AudioMask(pathway=_pathway(name)),)) for name in pathways(found)],
         "encoder": [],
         "layers": [
-            Condition(_layers_name(layers), (Hide(layers=layers),)) for layers in layer_groups(model.llm.n_layers)
+            Condition(_layers_name(layers), (AudioMask(layers=layers),)) for layers in layer_groups(model.llm.n_layers)
         ],
         "time": [],
-        "all": [DEAF],
+        "all": [NO_AUDIO],
     }
     streams = model.ears.streams
     if len(streams) > 1:
         kinds["encoder"] = [
-            Condition(f"encoder {number} ({' and '.join(stream.encoders)})", (Hide(stream=number),))
+            Condition(f"encoder {number} ({' and '.join(stream.encoders)})", (AudioMask(stream=number),))
             for number, stream in enumerate(streams)
         ]
-    every = [keys.places for keys in context.keys] + [context.places]
+    every = [keys.token_spans for keys in context.keys] + [context.token_spans]
     if not any(bool(places.start_BX[places.stream_BX >= 0].isnan().any()) for places in every if places is not None):
         kinds["time"] = [
-            Condition(f"the {name} quarter", (Hide(share=(i / 4, (i + 1) / 4)),)) for i, name in enumerate(_QUARTERS)
+            Condition(f"the {name} quarter", (AudioMask(share=(i / 4, (i + 1) / 4)),))
+            for i, name in enumerate(_QUARTERS)
         ]
     return kinds
 
@@ -107,7 +108,7 @@ def chosen_condition(
     streams: list[int | None] = [*dict.fromkeys(encoders)]
     times: list[tuple[float, float] | None] = [*spans]
     hides = tuple(
-        Hide(pathway=way, stream=stream, layers=numbers or None, seconds=when)
+        AudioMask(pathway=way, stream=stream, layers=numbers or None, seconds=when)
         for way, stream, when in product(ways or [None], streams or [None], times or [None])
     )
     parts = [" and ".join(_WORDS[name] for name in dict.fromkeys(pathways)) or "the audio"]
@@ -138,7 +139,7 @@ def probe_mask(
     batch: int = 32,
     progress: bool = False,
     settings: Mapping[str, Any] | None = None,
-) -> Finding:
+) -> ProbeResult:
     """Ask the questions with parts of the audio hidden.
 
     Args:
@@ -154,15 +155,15 @@ def probe_mask(
         ConfigError: a layer, an encoder or a time that cannot be hidden, or no clips.
     """
     started = time.perf_counter()
-    hear = EncodedClipCache(model)
-    example = Example.of(model, records, hear)
-    kinds = default_conditions(model, example) if chosen is None else {"chosen": [chosen], "all": [DEAF]}
+    encode_clip = EncodedClipCache(model)
+    example = Example.of(model, records, encode_clip)
+    kinds = default_conditions(model, example) if chosen is None else {"chosen": [chosen], "all": [NO_AUDIO]}
     conditions = [condition for same in kinds.values() for condition in same]
-    asked = ask(model, records, conditions, example, hear, batch, progress, seed)
+    asked = ask(model, records, conditions, example, encode_clip, batch, progress, seed)
     drops = _drops(asked, [condition.name for condition in conditions])
     whole = asked.score(asked.right(WHOLE.name))
     floor = asked.score(asked.no_audio)
-    return Finding(
+    return ProbeResult(
         probe="mask",
         model=about(model),
         settings={
@@ -260,10 +261,10 @@ def _reading(
     whole: tuple[float, tuple[float, float]],
     floor: tuple[float, tuple[float, float]],
 ) -> list[str]:
-    deaf = drops[DEAF.name, "all", "all"]
+    no_audio = drops[NO_AUDIO.name, "all", "all"]
     said = [
         f"{100 * whole[0]:.0f} % of {len(asked.items)} questions are right with the whole audio, "
-        f"{100 * deaf.score:.0f} % with all of it hidden, {100 * floor[0]:.0f} % without audio in the prompt."
+        f"{100 * no_audio.score:.0f} % with all of it hidden, {100 * floor[0]:.0f} % without audio in the prompt."
     ]
     domains = asked.values("domain")
     for kind in ("pathway", "encoder", "chosen"):
@@ -384,7 +385,7 @@ def _layers_name(layers: range) -> str:
     return f"layer {layers[0]}" if len(layers) == 1 else f"layers {layers[0]} to {layers[-1]}"
 
 
-def _written(hide: Hide) -> dict[str, Any]:
+def _written(hide: AudioMask) -> dict[str, Any]:
     layers = None if hide.layers is None else list(hide.layers)
     found = vars(replace(hide, layers=layers))
     return {key: value for key, value in found.items() if value is not None}

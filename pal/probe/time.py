@@ -25,7 +25,7 @@ from pal.evaluate import evaluate, from_records
 from pal.evaluate.bootstrap import bootstrap_ci
 from pal.lab.records import SCENES_SEED
 from pal.plots import style_of
-from pal.probe.finding import Finding, Plot, about
+from pal.probe.probe_result import Plot, ProbeResult, about
 from pal.probe.sweeps import LENGTH, PAIRS, SECONDS, SWEEPS, Sweep, SweepQuestion, questions, render_clips
 from pal.probe.threshold import LEVEL, Threshold, threshold
 
@@ -42,7 +42,7 @@ class SweepAnswer(NamedTuple):
 
     text: str
     right: bool
-    deaf_right: bool
+    no_audio_right: bool
     """Without the audio."""
     failed: bool = False
 
@@ -83,7 +83,7 @@ def _point(part: Sequence[tuple[SweepQuestion, SweepAnswer]], seed: int) -> Poin
         ci95=bootstrap_ci(right, [question.trial for question, _ in timed], seed=seed),
         swapped=sum(one != two for one, two in twins.values()) / len(twins),
         named=sum(heard) / len(heard) if heard else None,
-        no_audio=sum(answer.deaf_right for _, answer in timed) / len(timed),
+        no_audio=sum(answer.no_audio_right for _, answer in timed) / len(timed),
     )
 
 
@@ -121,7 +121,7 @@ def probe_time(
     seed: int = SCENES_SEED,
     batch: int = 64,
     progress: bool = False,
-) -> Finding:
+) -> ProbeResult:
     """Ask each model when things happen.
 
     Args:
@@ -146,7 +146,7 @@ def probe_time(
         for label, model in models:
             seen[label] = _see(model, asked, seed, batch, progress)
     trained = {name: sweep.trained for name, sweep in SWEEPS.items()}
-    return Finding(
+    return ProbeResult(
         probe="time",
         model=_about(seen),
         settings={

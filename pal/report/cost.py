@@ -11,7 +11,7 @@ from typing import Any
 from pal.errors import BundleError
 from pal.lab.numbers import three_digits
 from pal.report.embed import MediaEmbedder
-from pal.report.page import Fold, Part, Picture, Points, Prose, Section, Table
+from pal.report.page import Fold, PagePicture, Part, Points, Prose, Section, Table
 
 TITLE = "Cost"
 UNDERSTANDS = "benchmarks (bench.json)"
@@ -101,7 +101,7 @@ def _parts(bench: BenchRun, embed: MediaEmbedder) -> list[Part]:
         if picture.is_file():
             alt = f"Time and bytes over the number of audio tokens, {_SCOPES[scope]}, batch {batch}; numbers below"
             source, missing = embed.picture(picture)
-            parts.append(Picture(alt, source=source, missing=missing))
+            parts.append(PagePicture(alt, source=source, missing=missing))
         for phase in dict.fromkeys(row["phase"] for row in bench.rows):
             cells = [
                 _cells(row, ratio)

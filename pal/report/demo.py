@@ -19,8 +19,8 @@ from pal.report.page import (
     Cards,
     Chapter,
     HtmlPage,
+    PagePicture,
     Part,
-    Picture,
     Points,
     Prose,
     ResultCard,
@@ -156,7 +156,7 @@ def write_page(path: Path, results: Mapping[str, Any], clip: Path) -> None:
 
 
 @dataclass(frozen=True)
-class Demo:
+class DemoPart:
     """A finished demo."""
 
     results: Mapping[str, Any]
@@ -170,7 +170,7 @@ def find(path: Path) -> list[Path]:
     return [path] if (path / "results.json").is_file() else []
 
 
-def read(path: Path) -> Demo:
+def read(path: Path) -> DemoPart:
     """What `pal demo` wrote. Raises BundleError where it is damaged."""
     file = path / "results.json"
     try:
@@ -178,10 +178,10 @@ def read(path: Path) -> Demo:
     except ValueError:
         raise BundleError(f"{file}: damaged; run the demo again") from None
     clip = path / "fresh" / "audio" / Path(results["fresh_scene"]["file"]).name
-    return Demo(results, clip, _comparison(results), _footer(results))
+    return DemoPart(results, clip, _comparison(results), _footer(results))
 
 
-def chapter(found: Sequence[tuple[str, Demo]], embed: MediaEmbedder) -> tuple[list[Section], list[dict[str, Any]]]:
+def chapter(found: Sequence[tuple[str, DemoPart]], embed: MediaEmbedder) -> tuple[list[Section], list[dict[str, Any]]]:
     """The comparison and the fresh scene. Curves and accuracies are those of the runs that lie in the demo's folder."""
     sections, facts = [], []
     for name, demo in found:
@@ -249,7 +249,7 @@ def _fresh_scene(results: Mapping[str, Any], clip: Path, embed: MediaEmbedder) -
     )
     sound = embed.sound(clip)
     alt = "Spectrogram of the fresh scene, with its events underneath"
-    picture = Picture(alt, missing="no picture without its sound", sound=sound)
+    picture = PagePicture(alt, missing="no picture without its sound", sound=sound)
     if clip.is_file():
         samples_N = load(clip, RATE).samples_N.numpy()
         events = [(event["label"], event["start"], event["end"]) for event in fresh["events"]]

@@ -14,7 +14,7 @@ from pal.audio import load
 from pal.errors import AudioError
 from pal.lab.numbers import size
 from pal.plots import MISSING, Draw, render
-from pal.report.page import Picture, Sound, TimeAxis
+from pal.report.page import PagePicture, Sound, TimeAxis
 
 RATE = 16_000
 """Most Hz of a clip in a page; mono, 16 bits a sample."""
@@ -65,14 +65,14 @@ class MediaEmbedder:
             return None, f"{path.name} is damaged"
         return self._png(path.name, data)
 
-    def plot(self, alt: str, draw: Draw, size: tuple[float, float], caption: str = "", title: str = "") -> Picture:
+    def plot(self, alt: str, draw: Draw, size: tuple[float, float], caption: str = "", title: str = "") -> PagePicture:
         """A plot made here, within the same budget as pictures; or why it is not there."""
         rendered = render(draw, size)
         if rendered is None:
-            return Picture(alt, missing=MISSING, caption=caption, title=title)
+            return PagePicture(alt, missing=MISSING, caption=caption, title=title)
         source, missing = self._png(alt, rendered.png)
         axes = [TimeAxis(**sides) for sides in rendered.time_axes]
-        return Picture(alt, source, missing, title, caption, time=axes)
+        return PagePicture(alt, source, missing, title, caption, time=axes)
 
     def _png(self, name: str, data: bytes) -> tuple[str | None, str]:
         source = _uri("image/png", data)

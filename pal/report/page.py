@@ -86,7 +86,7 @@ class TimeAxis:
 
 
 @dataclass(frozen=True)
-class Picture:
+class PagePicture:
     """A picture, maybe with the sound that it shows."""
 
     kind: ClassVar = "picture"
@@ -147,7 +147,7 @@ class Fold:
     parts: Sequence[Part]
 
 
-Part = Prose | Points | Table | Sound | Picture | Cards | AnsweredQuestion | Fold
+Part = Prose | Points | Table | Sound | PagePicture | Cards | AnsweredQuestion | Fold
 
 
 @dataclass(frozen=True)

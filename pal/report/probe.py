@@ -9,16 +9,16 @@ from pathlib import Path
 from typing import Any
 
 from pal.lab.numbers import shown
-from pal.probe import finding
+from pal.probe import probe_result
 from pal.report.embed import MediaEmbedder
-from pal.report.page import Fold, Part, Picture, Points, Prose, Section, Table, TimeAxis
+from pal.report.page import Fold, PagePicture, Part, Points, Prose, Section, Table, TimeAxis
 
 TITLE = "Probes"
-UNDERSTANDS = f"probes ({finding.FILE})"
+UNDERSTANDS = f"probes ({probe_result.FILE})"
 
 
 @dataclass(frozen=True)
-class Probe:
+class ProbePart:
     """One finding, checked."""
 
     folder: Path
@@ -34,13 +34,13 @@ class Probe:
 
 def find(path: Path) -> list[Path]:
     """The folder, if a probe wrote it."""
-    return [path] if (path / finding.FILE).is_file() else []
+    return [path] if (path / probe_result.FILE).is_file() else []
 
 
-def read(path: Path) -> Probe:
-    """What `Finding.save` wrote. Raises BundleError where it is damaged."""
-    found = finding.read(path)
-    return Probe(
+def read(path: Path) -> ProbePart:
+    """What `ProbeResult.save` wrote. Raises BundleError where it is damaged."""
+    found = probe_result.read(path)
+    return ProbePart(
         folder=path,
         name=found["probe"],
         model=found["model"],
@@ -58,7 +58,7 @@ def read(path: Path) -> Probe:
     )
 
 
-def chapter(found: Sequence[tuple[str, Probe]], embed: MediaEmbedder) -> tuple[list[Section], list[dict[str, Any]]]:
+def chapter(found: Sequence[tuple[str, ProbePart]], embed: MediaEmbedder) -> tuple[list[Section], list[dict[str, Any]]]:
     """A section for each finding."""
     sections, facts = [], []
     for name, probe in found:
@@ -67,7 +67,7 @@ def chapter(found: Sequence[tuple[str, Probe]], embed: MediaEmbedder) -> tuple[l
     return sections, facts
 
 
-def _parts(probe: Probe, embed: MediaEmbedder) -> list[Part]:
+def _parts(probe: ProbePart, embed: MediaEmbedder) -> list[Part]:
     parts: list[Part] = [Points(probe.reading)]
     shown = set()
     for picture, axes in probe.pictures:
@@ -75,7 +75,7 @@ def _parts(probe: Probe, embed: MediaEmbedder) -> list[Part]:
         clip = picture["clip"] and Path(picture["clip"]).name
         shown.add(clip)
         parts.append(
-            Picture(
+            PagePicture(
                 alt=f"{picture['title']}. {picture['caption']}",
                 source=source,
                 missing=missing,

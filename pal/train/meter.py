@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from pal.train.objectives import Work
+from pal.train.objectives import MicroBatch
 from pal.train.sources import trained_tokens
-from pal.train.step import Told
+from pal.train.step import StepResult
 
 _SHOWN = 8
 """Records that a message names."""
@@ -22,7 +22,7 @@ def new_totals() -> dict[str, float]:
     return {"steps": 0, "seconds": 0.0, "rows": 0, "clips": 0, "audio_seconds": 0.0, "tokens": 0, "loss": 0.0}
 
 
-class Given(NamedTuple):
+class StepInputs(NamedTuple):
     """What one step was given, as far as anyone asks once it is done; counts are those of this process."""
 
     rows: int
@@ -37,7 +37,7 @@ class Given(NamedTuple):
     """Floating-point operations by the cost model."""
 
 
-def given(works: list[Work], rate: int, unit: str, operations: float = 0.0) -> Given:
+def step_inputs(micro_batches: list[MicroBatch], rate: int, unit: str, operations: float = 0.0) -> StepInputs:
     """What is kept of the works of a step; not their sound, which is large.
 
     Args:
@@ -46,17 +46,17 @@ def given(works: list[Work], rate: int, unit: str, operations: float = 0.0) -> G
         unit: of the objective's items.
         operations: of the step.
     """
-    counted = [work.batch for work in works if work.counts]
+    counted = [micro_batch.batch for micro_batch in micro_batches if micro_batch.counts]
     totals: dict[str, float] = {
         "steps": 1,
-        "rows": sum(len(batch.rows) for batch in counted),
+        "rows": sum(len(batch.conversations) for batch in counted),
         "clips": sum(len(batch.clips) for batch in counted),
         "audio_seconds": sum(batch.seconds(rate) for batch in counted),
         "tokens": sum(trained_tokens(batch) for batch in counted) if unit == "tokens" else 0,
     }
-    records = [record for work in works for record in work.batch.records]
-    rows = sum(len(work.batch.rows) for work in works)
-    return Given(rows, totals, records[:_SHOWN], max(0, len(records) - _SHOWN), operations)
+    records = [record for micro_batch in micro_batches for record in micro_batch.batch.records]
+    rows = sum(len(micro_batch.batch.conversations) for micro_batch in micro_batches)
+    return StepInputs(rows, totals, records[:_SHOWN], max(0, len(records) - _SHOWN), operations)
 
 
 class StepMetrics(NamedTuple):
@@ -70,14 +70,14 @@ class StepMetrics(NamedTuple):
     """Before it was clipped."""
     hits: int = 0
     tries: int = 0
-    """What an objective counts as right, of how many; see `Outcome`."""
+    """What an objective counts as right, of how many; see `LossOutput`."""
 
 
-class Fault(NamedTuple):
+class NonFiniteStep(NamedTuple):
     """The first step whose loss or gradient was not finite."""
 
     what: str
-    given: Given
+    given: StepInputs
     undone: int
     """Steps that were begun and changed nothing: it, and all after it."""
 
@@ -97,7 +97,7 @@ class Meter:
         self.peak = peak
         self.seconds: list[float] = []
         """Of every step that was read, without the wait for its data."""
-        self._pending: list[tuple[Told, Given]] = []
+        self._pending: list[tuple[StepResult, StepInputs]] = []
         self._busy = 0.0
         self._lost = 0.0
         self._began = time.monotonic()
@@ -109,7 +109,7 @@ class Meter:
         self._waited = 0.0
         self._operations = 0.0
 
-    def add(self, told: Told, given: Given, began: float, ready: float) -> None:
+    def add(self, told: StepResult, given: StepInputs, began: float, ready: float) -> None:
         """Take note of a step that ends now.
 
         Args:
@@ -122,7 +122,7 @@ class Meter:
         self._busy += time.monotonic() - began
         self._lost += began - ready
 
-    def read(self) -> Fault | None:
+    def read(self) -> NonFiniteStep | None:
         """Wait for the steps that were begun and count them; the first that was not finite, where there is one.
 
         All are read at once. A step's seconds are then those of all of them, by their number.
@@ -137,14 +137,14 @@ class Meter:
         for i, ((told, given), (loss, norm, hits, tries)) in enumerate(zip(pending, told_X4, strict=True)):
             for what, number in (("the loss", loss), ("the gradient", norm)):
                 if not math.isfinite(number):
-                    return Fault(what, given, len(pending) - i)
+                    return NonFiniteStep(what, given, len(pending) - i)
             self._count(given, busy / len(pending), passed / len(pending))
             self._steps.append(StepMetrics(loss / max(1.0, told.items), told.items, norm, int(hits), int(tries)))
         self._waited += self._lost
         self._busy, self._lost, self._began = 0.0, 0.0, now
         return None
 
-    def _count(self, given: Given, busy: float, passed: float) -> None:
+    def _count(self, given: StepInputs, busy: float, passed: float) -> None:
         self.seconds.append(busy)
         self.total["seconds"] += passed
         for name, count in given.totals.items():

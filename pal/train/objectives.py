@@ -18,14 +18,14 @@ from pal.data.augment import heard_within, loudness
 from pal.data.manifest import Record
 from pal.errors import ConfigError
 from pal.model import PalModel
-from pal.train.marks import marks
 from pal.train.recipe import Stage
-from pal.train.transcript import Transcript
+from pal.train.tag_targets import tag_targets
+from pal.train.transcript import TranscriptRoute
 from pal.transfer import to_device
 from pal.types import Batch, Frames, TagSpan
 
 
-class Mixed(NamedTuple):
+class MixedClips(NamedTuple):
     """Clips and what sounds in them, after some were added to others."""
 
     clips: list[Tensor] | Frames
@@ -36,7 +36,7 @@ class Mixed(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Work:
+class MicroBatch:
     """One process's part of a step."""
 
     batch: Batch
@@ -45,12 +45,12 @@ class Work:
     seed: int
     counts: bool = True
     """False for a repeated part whose loss is multiplied by 0."""
-    mixed: Mixed | None = None
+    mixed: MixedClips | None = None
     """What the objective `tags` trains on, once its `prepare` has mixed clips."""
 
 
-class Outcome(NamedTuple):
-    """The loss of some work, so that means can be taken over all work of a step."""
+class LossOutput(NamedTuple):
+    """Summed loss of a micro-batch, so that a step can take the mean over all of them."""
 
     sum: Tensor
     """On the device."""
@@ -62,7 +62,7 @@ class Outcome(NamedTuple):
 
 
 class Objective(nn.Module, ABC):
-    """Loss of some work as a sum and the number it is a sum over."""
+    """Training loss of a micro-batch, as a sum and the number of its items."""
 
     unit = "tokens"
     """What the items of its loss are."""
@@ -74,19 +74,19 @@ class Objective(nn.Module, ABC):
         self.model = model
 
     @abstractmethod
-    def forward(self, work: Work) -> Outcome:
+    def forward(self, micro_batch: MicroBatch) -> LossOutput:
         """The loss of a step is the sum of all sums by the number of all items."""
 
-    def prepare(self, work: Work) -> Work:
+    def prepare(self, micro_batch: MicroBatch) -> MicroBatch:
         """What can be done on the host before `forward`, in the threads that load; it works without, too."""
-        return work
+        return micro_batch
 
     def head(self) -> dict[str, nn.Parameter]:
         """Weights that belong to the objective alone: kept in checkpoints, not in bundles."""
         return {}
 
 
-class Answers(Objective):
+class AnswerLoss(Objective):
     """Next-token cross-entropy on the answers, given audio and question."""
 
     class Config(StrictConfig):
@@ -100,40 +100,42 @@ class Answers(Objective):
         self.per = config.per
         self.unit = f"{config.per}s"
 
-    def prepare(self, work: Work) -> Work:
+    def prepare(self, micro_batch: MicroBatch) -> MicroBatch:
         """The encoders' front-ends."""
-        batch = work.batch
-        return replace(work, batch=replace(batch, prepared=self.model.ears.prepare(batch.heard or batch.waveforms)))
+        batch = micro_batch.batch
+        return replace(
+            micro_batch, batch=replace(batch, prepared=self.model.ears.prepare(batch.encoded or batch.waveforms))
+        )
 
-    def forward(self, work: Work) -> Outcome:
+    def forward(self, micro_batch: MicroBatch) -> LossOutput:
         """As `PalModel.loss`."""
-        return Outcome(*self.model.loss(work.batch, self.per))
+        return LossOutput(*self.model.loss(micro_batch.batch, self.per))
 
 
-class Text(Answers):
+class TextLoss(AnswerLoss):
     """The same without the audio: the LLM learns the language of questions and answers, and to guess."""
 
     with_audio = False
 
 
-class FromTranscript(Objective):
+class TranscriptLoss(Objective):
     """The same with the clip's tags in the place of its sound, which the LLM reads as words."""
 
-    def __init__(self, model: PalModel, config: Transcript.Config, labels: dict[str, set[str]]) -> None:
+    def __init__(self, model: PalModel, config: TranscriptRoute.Config, labels: dict[str, set[str]]) -> None:
         """`labels`: dataset -> the labels it uses."""
         super().__init__(model)
         self.per = config.per
         self.unit = f"{config.per}s"
-        self.transcript = Transcript(config, model, set().union(*labels.values()))
+        self.transcript = TranscriptRoute(config, model, set().union(*labels.values()))
 
-    def forward(self, work: Work) -> Outcome:
+    def forward(self, micro_batch: MicroBatch) -> LossOutput:
         """The LLM's loss on the answers."""
-        features = self.transcript.features(work.batch)
-        inputs = self.transcript(features, work.batch.rows, self.model.llm, self.model.llm.side)
-        return Outcome(*self.model.llm.loss(inputs, self.per))
+        features = self.transcript.features(micro_batch.batch)
+        inputs = self.transcript(features, micro_batch.batch.conversations, self.model.llm, self.model.llm.side)
+        return LossOutput(*self.model.llm.loss(inputs, self.per))
 
 
-class Tags(Objective):
+class TagLoss(Objective):
     """Supervised pre-training of the encoder: a throw-away linear head says at each token what sounds.
 
     Clip by clip, binary cross-entropy of the pooled probability `sum p^2 / sum p` (linear softmax
@@ -179,22 +181,22 @@ class Tags(Objective):
         """The linear layer."""
         return dict(self.linear.named_parameters(prefix="linear"))
 
-    def prepare(self, work: Work) -> Work:
+    def prepare(self, micro_batch: MicroBatch) -> MicroBatch:
         """Mixes clips, and the encoder's front-end."""
-        clips, tags, known_BJ = self.mix(work)
+        clips, tags, known_BJ = self.mix(micro_batch)
         frames = clips if isinstance(clips, Frames) else self.model.ears.prepare_with(self.config.encoder, clips)
-        return replace(work, mixed=Mixed(frames, tags, known_BJ))
+        return replace(micro_batch, mixed=MixedClips(frames, tags, known_BJ))
 
-    def forward(self, work: Work) -> Outcome:
+    def forward(self, micro_batch: MicroBatch) -> LossOutput:
         """Sum over clips of each one's mean loss over its known labels.
 
         A hit is a clip whose likeliest known label is one of its own.
         """
-        clips, tags, known_BJ = work.mixed or self.mix(work)
-        features = self.model.ears.hear_with(self.config.encoder, clips)
+        clips, tags, known_BJ = micro_batch.mixed or self.mix(micro_batch)
+        features = self.model.ears.encode_with(self.config.encoder, clips)
         logits_BAJ = self.linear(features.x_BAE).float()
         mask_BA = features.mask_BA
-        times = [marks(spans, self.index, mask_BA.shape[1], features.seconds_per_token) for spans in tags]
+        times = [tag_targets(spans, self.index, mask_BA.shape[1], features.seconds_per_token) for spans in tags]
         held = [torch.stack(parts) for parts in zip(*times, strict=True)]
         clip_BJ, frames_BAJ, timed_BJ, known_BJ = (to_device(x, logits_BAJ.device) for x in (*held, known_BJ))
         timed_BJ = timed_BJ & known_BJ
@@ -214,21 +216,21 @@ class Tags(Objective):
         best_B = pooled_BJ.masked_fill(~known_BJ, 0).argmax(1)
         held_BJ = (clip_BJ > 0) & known_BJ
         right = held_BJ.gather(1, best_B[:, None]).sum()
-        return Outcome(loss, len(tags), (right, held_BJ.any(1).sum()))
+        return LossOutput(loss, len(tags), (right, held_BJ.any(1).sum()))
 
-    def mix(self, work: Work) -> Mixed:
+    def mix(self, micro_batch: MicroBatch) -> MixedClips:
         """Clips after mixing, with the seed of the work."""
-        given = work.batch.tags or [None] * len(work.batch.waveforms)
+        given = micro_batch.batch.tags or [None] * len(micro_batch.batch.waveforms)
         unknown_J = torch.zeros(len(self.index), dtype=torch.bool)
         known = [
             self.used.get(dataset, unknown_J) if spans is not None else unknown_J
-            for spans, dataset in zip(given, work.datasets, strict=True)
+            for spans, dataset in zip(given, micro_batch.datasets, strict=True)
         ]
         tags = [list(spans or ()) for spans in given]
-        waveforms = list(work.batch.waveforms)
+        waveforms = list(micro_batch.batch.waveforms)
         if self.training and self.config.mixup and len(waveforms) > 1:
-            waveforms, tags, known = self._mix(waveforms, tags, known, work.seed)
-        return Mixed(waveforms, tags, torch.stack(known))
+            waveforms, tags, known = self._mix(waveforms, tags, known, micro_batch.seed)
+        return MixedClips(waveforms, tags, torch.stack(known))
 
     def _mix(
         self, waveforms: list[Tensor], tags: list[list[TagSpan]], known: list[Tensor], seed: int
@@ -271,17 +273,17 @@ def build_objective(model: PalModel, stage: Stage, records: Iterable[Record]) ->
     """
     where = f"stage '{stage.name}': options of '{stage.objective}'"
     if stage.objective == "tags":
-        config = parse(Tags.Config, stage.options, where)
+        config = parse(TagLoss.Config, stage.options, where)
         if stage.train.connector or stage.train.projectors or stage.train.llm != "none":
             raise ConfigError(f"stage '{stage.name}': objective 'tags' trains the encoder alone")
-        return Tags(model, config, dataset_labels(records))
+        return TagLoss(model, config, dataset_labels(records))
     if stage.objective == "answers":
-        return Answers(model, parse(Answers.Config, stage.options, where))
+        return AnswerLoss(model, parse(AnswerLoss.Config, stage.options, where))
     if stage.train.encoder or stage.train.connector or stage.train.projectors:
         raise ConfigError(f"stage '{stage.name}': objective '{stage.objective}' has no audio and trains the LLM alone")
     if stage.objective == "text":
-        return Text(model, parse(Answers.Config, stage.options, where))
-    return FromTranscript(model, parse(Transcript.Config, stage.options, where), dataset_labels(records))
+        return TextLoss(model, parse(AnswerLoss.Config, stage.options, where))
+    return TranscriptLoss(model, parse(TranscriptRoute.Config, stage.options, where), dataset_labels(records))
 
 
 def dataset_labels(records: Iterable[Record]) -> dict[str, set[str]]:

@@ -8,13 +8,13 @@ from itertools import combinations_with_replacement
 import numpy as np
 import torch
 
-from pal.backbone.cost import Cost, Step, decoder, total
+from pal.backbone.cost import Cost, StepSize, decoder, total
 from pal.connectors.base import Connector
 from pal.integrations.cost import route_cost
 from pal.model import PalModel
 from pal.plan.counted import connected, heard
 from pal.plan.skeleton import skeleton
-from pal.train.objectives import Work
+from pal.train.objectives import MicroBatch
 from pal.train.recipe import Recipe, Stage
 from pal.train.stages import freeze
 from pal.types import AUDIO, IGNORE, Batch
@@ -62,7 +62,7 @@ class Operations:
         grad = any(stream.x_BAE.requires_grad for stream in streams)
 
         def counted(clips: int, rows: int, text: float, targets: float, before: float, seconds: float) -> float:
-            step = Step(
+            step = StepSize(
                 clips=clips,
                 rows=rows,
                 text=round(text),
@@ -85,17 +85,17 @@ class Operations:
             self._of_clips = _Polynomial(lambda seconds: counted(1, 0, 1, 1, 0, seconds), (_SECONDS,))
         self._llm = not stage.by_clip
 
-    def __call__(self, works: Sequence[Work]) -> float:
+    def __call__(self, micro_batches: Sequence[MicroBatch]) -> float:
         """Of a step of this process."""
-        return sum(self._of(work.batch) for work in works)
+        return sum(self._of(micro_batch.batch) for micro_batch in micro_batches)
 
     def _of(self, batch: Batch) -> float:
         seconds = batch.durations(self._rate)
-        done = sum(seconds) * (self._connecting + self._encoding * (not batch.heard))
+        done = sum(seconds) * (self._connecting + self._encoding * (not batch.encoded))
         if not self._llm:
             return done
         rows = []
-        for row in batch.rows:
+        for row in batch.conversations:
             text = len(row.ids) - len(row.clips)
             trained = sum(label != IGNORE for label in row.labels or ())
             before = row.ids.index(AUDIO) if row.clips else text

@@ -220,8 +220,8 @@ class Stage(StrictConfig):
         return self
 
 
-class Keeping(StrictConfig):
-    """What is written while a run goes on. Nothing here changes the result."""
+class CheckpointConfig(StrictConfig):
+    """Intervals of checkpoints and log lines, and loader threads. Nothing here changes the result."""
 
     checkpoint_every: int = Field(default=200, gt=0)
     """Steps between two checkpoints; also the most that a kill can lose."""
@@ -250,7 +250,7 @@ class Recipe(StrictConfig):
     """Bundles that single parts of `model` take their weights from."""
     data: dict[str, Source] = Field(min_length=1)
     stages: list[Stage] = Field(min_length=1)
-    keep: Keeping = Keeping()
+    keep: CheckpointConfig = CheckpointConfig()
     notes: str | None = None
     """Free text that goes into `train.json`."""
 

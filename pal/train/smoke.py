@@ -22,7 +22,7 @@ from pal.model import PalModel
 from pal.model_config import ModelConfig, Part
 from pal.registry import toy
 from pal.train import stages
-from pal.train.recipe import PARTS, BatchSize, Keeping, Recipe, Source, Stage, SynthSource
+from pal.train.recipe import PARTS, BatchSize, CheckpointConfig, Recipe, Source, Stage, SynthSource
 from pal.train.trainer import run
 
 STEPS = 2
@@ -39,7 +39,7 @@ class SmokeError(PalError):
 
 
 @dataclass(frozen=True)
-class Check:
+class SmokeCheck:
     """One thing that was found to be right."""
 
     name: str
@@ -47,7 +47,7 @@ class Check:
     """What exactly, in a few words."""
 
 
-def smoke(recipe: Recipe, out: Path) -> Iterator[Check]:
+def smoke(recipe: Recipe, out: Path) -> Iterator[SmokeCheck]:
     """Run the toy version of a recipe in the folder `out`, and say what was right as soon as it is known.
 
     Raises:
@@ -62,17 +62,17 @@ def smoke(recipe: Recipe, out: Path) -> Iterator[Check]:
     watch = _Watch(small.stages)
     with _failing("training"):
         model = run(small, whole, watch=watch)
-    yield Check("trained", f"{len(small.stages)} stages of {STEPS} steps")
+    yield SmokeCheck("trained", f"{len(small.stages)} stages of {STEPS} steps")
     yield from watch.checks
     with _failing("reading the bundle back"):
         again = PalModel.from_pretrained(whole / "model").to(model.device)
     _same(model.digest, again.digest, "the model's digest changes when it is saved and read back")
-    yield Check("saved and read back", f"digest {again.digest[:12]}")
+    yield SmokeCheck("saved and read back", f"digest {again.digest[:12]}")
     with _failing("asking"):
         clip = next((whole / "data").glob("*/audio/*.wav"))
         before, after = (one.ask(str(clip), QUESTION, max_new_tokens=8) for one in (model, again))
     _same(before, after, "the model that was read back answers another thing")
-    yield Check("asked", f"the same answer before and after, {len(after)} characters")
+    yield SmokeCheck("asked", f"the same answer before and after, {len(after)} characters")
     with _failing("resuming"):
         step = _cut(whole, out / "resumed")
         resumed = run(small, out / "resumed", resume=True)
@@ -81,7 +81,7 @@ def smoke(recipe: Recipe, out: Path) -> Iterator[Check]:
         if not _equal(tensor, gone_on[name]):
             raise SmokeError(f"cut after step {step} and resumed, '{name}' is not what it is in one go")
     how = "bit for bit" if model.device.type == "cpu" else "to rounding"
-    yield Check("resumed", f"cut after step {step} of {STEPS * len(small.stages)}, the same weights {how}")
+    yield SmokeCheck("resumed", f"cut after step {step} of {STEPS * len(small.stages)}, the same weights {how}")
 
 
 def toy_recipe(recipe: Recipe) -> Recipe:
@@ -97,7 +97,7 @@ def toy_recipe(recipe: Recipe) -> Recipe:
         data={name: _toy_source(source, i) for i, (name, source) in enumerate(sorted(recipe.data.items()))},
         stages=[_toy_stage(stage) for stage in recipe.stages],
         # every step is kept, so that any of them can be gone back to
-        keep=Keeping(checkpoint_every=1, checkpoints=STEPS * len(recipe.stages), log_every=1, workers=0),
+        keep=CheckpointConfig(checkpoint_every=1, checkpoints=STEPS * len(recipe.stages), log_every=1, workers=0),
     )
 
 
@@ -159,7 +159,7 @@ class _Watch:
     def __init__(self, plan: list[Stage]) -> None:
         self._stages = iter(plan)
         self._before: dict[str, Tensor] | None = None
-        self.checks: list[Check] = []
+        self.checks: list[SmokeCheck] = []
 
     def __call__(self, model: PalModel) -> None:
         now = {name: tensor.detach().clone() for name, tensor in stages.named_weights(model).items()}
@@ -187,7 +187,9 @@ class _Watch:
                 raise SmokeError(f"stage '{stage.name}' changed '{sorted(wrong)[0]}', which it leaves frozen")
             frozen += len(names - free)
         self.checks.append(
-            Check(f"stage {stage.name}", f"{trained} of {len(free)} trained tensors changed, {frozen} frozen did not")
+            SmokeCheck(
+                f"stage {stage.name}", f"{trained} of {len(free)} trained tensors changed, {frozen} frozen did not"
+            )
         )
 
 

@@ -20,11 +20,11 @@ from pal.data.manifest import Manifest, Record
 from pal.errors import ConfigError
 from pal.features import FeatureCache
 from pal.model import PalModel
-from pal.train.objectives import Objective, Work
+from pal.train.objectives import MicroBatch, Objective
 from pal.train.recipe import Recipe, Source
 from pal.train.sampler import Group, Pool, Sampler, share
 from pal.train.skips import naming_remedies, rows_to_skip
-from pal.types import IGNORE, Batch, Heard, Tokens
+from pal.types import IGNORE, Batch, EncodedClip, Tokens
 
 logger = logging.getLogger(__name__)
 
@@ -117,7 +117,7 @@ def _manifest_path(name: str, source: Source, made: Path) -> Path:
 
 
 class StageData:
-    """What one stage draws, as ready work for each step.
+    """Data of one stage, as micro-batches of each step.
 
     Args:
         manifests: of the whole recipe; absent optional sources are skipped.
@@ -149,7 +149,7 @@ class StageData:
         self.sampler = Sampler(pools, batch, recipe.seed, index)
         self.steps = self.stage.steps or self.sampler.steps(self.stage.epochs or 0)
         self._collators: list[Collator] = []
-        self._prepare: Callable[[Work], Work] = lambda work: work
+        self._prepare: Callable[[MicroBatch], MicroBatch] = lambda work: work
 
     def records(self) -> Iterator[Record]:
         """Every record that can be drawn."""
@@ -164,9 +164,9 @@ class StageData:
         What the objective can prepare of a batch is done where it is loaded, not in the thread that trains.
         """
         self._prepare = objective.prepare
-        hear = None
+        encode_clip = None
         if self.stage.cache is not None:
-            hear = FeatureCache(self.stage.cache, model.ears, self.stage.precision)
+            encode_clip = FeatureCache(self.stage.cache, model.ears, self.stage.precision)
         for source in self.sources:
             augment = None
             if source.augment is not None:
@@ -177,13 +177,13 @@ class StageData:
                 augment if objective.with_audio else None,
                 with_audio=objective.with_audio,
                 system=model.config.system,
-                hear=None if hear is None else partial(hear, read_to_end=source.read_to_end),
+                encode_clip=None if encode_clip is None else partial(encode_clip, read_to_end=source.read_to_end),
                 read_to_end=source.read_to_end,
             )
             collator.cache = waveforms
             self._collators.append(collator)
 
-    def work(self, step: int, part: int, parts: int) -> list[Work]:
+    def work(self, step: int, part: int, parts: int) -> list[MicroBatch]:
         """What process `part` of `parts` does at a step, one item for each accumulation."""
         groups, mine = share(self.sampler[step], part, parts)
         done = []
@@ -192,7 +192,7 @@ class StageData:
             done.append(self._load(some, mine and counts))
         return done
 
-    def _load(self, groups: Sequence[Group], counts: bool) -> Work:
+    def _load(self, groups: Sequence[Group], counts: bool) -> MicroBatch:
         batches = []
         datasets: list[str] = []
         for source in sorted({group.source for group in groups}):
@@ -206,7 +206,7 @@ class StageData:
                 batch = self._collators[source](records, seeds)
             batches.append(batch)
             datasets += _clip_datasets(batch, records)
-        return self._prepare(Work(join(batches), datasets, groups[0].seed, counts))
+        return self._prepare(MicroBatch(join(batches), datasets, groups[0].seed, counts))
 
 
 def in_turns(records: Sequence[Record], turns: int) -> list[Record]:
@@ -269,7 +269,7 @@ class _Singles(Sequence[Sequence[int]]):
 
 def _clip_datasets(batch: Batch, records: Sequence[Record]) -> list[str]:
     datasets = [""] * len(batch.clips)
-    for row, record in zip(batch.rows, records, strict=True):
+    for row, record in zip(batch.conversations, records, strict=True):
         for clip in row.clips[:1]:
             datasets[clip] = record.dataset
     return datasets
@@ -280,14 +280,14 @@ def join(batches: Sequence[Batch]) -> Batch:
     if len(batches) == 1:
         return batches[0]
     waveforms: list[Tensor] = []
-    heard: list[Heard] = []
+    heard: list[EncodedClip] = []
     rows: list[Tokens] = []
     records: list[str] = []
     for batch in batches:
         first = len(heard) + len(waveforms)
-        rows += [Tokens(row.ids, [first + clip for clip in row.clips], row.labels) for row in batch.rows]
+        rows += [Tokens(row.ids, [first + clip for clip in row.clips], row.labels) for row in batch.conversations]
         waveforms += batch.waveforms
-        heard += batch.heard
+        heard += batch.encoded
         records += batch.records
     tags = None
     if any(batch.tags is not None for batch in batches):
@@ -297,21 +297,21 @@ def join(batches: Sequence[Batch]) -> Batch:
 
 def trained_tokens(batch: Batch) -> int:
     """Tokens that carry loss."""
-    return sum(sum(label != IGNORE for label in row.labels or ()) for row in batch.rows)
+    return sum(sum(label != IGNORE for label in row.labels or ()) for row in batch.conversations)
 
 
-class Feed:
-    """Work for step after step, loaded ahead by threads; the order is the steps', whoever is first."""
+class PrefetchLoader:
+    """Data loader with prefetching threads; micro-batches come in the order of the steps."""
 
     def __init__(self, data: StageData, first: int, part: int, parts: int, workers: int, prefetch: int) -> None:
         self._data = data
         self._steps = iter(range(first, data.steps))
         self._place = (part, parts)
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="pal-data") if workers else None
-        self._ahead: deque[Future[list[Work]]] = deque()
+        self._ahead: deque[Future[list[MicroBatch]]] = deque()
         self._prefetch = max(prefetch, workers)
 
-    def __iter__(self) -> Iterator[list[Work]]:
+    def __iter__(self) -> Iterator[list[MicroBatch]]:
         try:
             if self._pool is None:
                 for step in self._steps:

@@ -13,13 +13,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from pal.train.masters import Masters
-from pal.train.objectives import Outcome, Work
-from pal.train.processes import Hosts
+from pal.train.distributed import HostReduce
+from pal.train.master_weights import MasterWeights
+from pal.train.objectives import LossOutput, MicroBatch
 from pal.train.recipe import Stage
 
 
-class Told(NamedTuple):
+class StepResult(NamedTuple):
     """What a step leaves behind, over all processes."""
 
     numbers_4: Tensor
@@ -43,24 +43,24 @@ class Update:
         masters: what is trained, float32 copies included.
         stage: says how gradients are clipped, and the precision.
         accelerator: `accelerate.Accelerator`, or what has its methods.
-        hosts: sums over the processes.
+        host_reduce: sums over the processes.
     """
 
     def __init__(
         self,
         objective: nn.Module,
         optimizer: torch.optim.Optimizer,
-        masters: Masters,
+        masters: MasterWeights,
         stage: Stage,
         accelerator: Any,
-        hosts: Hosts,
+        host_reduce: HostReduce,
     ) -> None:
         self.objective = objective
         self.optimizer = optimizer
         self.masters = masters
         self.stage = stage
         self.accelerator = accelerator
-        self.hosts = hosts
+        self.host_reduce = host_reduce
         self.parameters = [p for part in masters.parts.values() for p in part.values()]
         self.statistics = [
             buffer
@@ -72,7 +72,7 @@ class Update:
         """1 once a step was not finite: what torch's fused optimizers take as `found_inf`, and then leave all as it is.
         """
 
-    def __call__(self, works: list[Work], *flags: bool) -> Told:
+    def __call__(self, micro_batches: list[MicroBatch], *flags: bool) -> StepResult:
         """One step; `flags` are told to all processes."""
         accelerator, alone = self.accelerator, self.accelerator.num_processes == 1
         before = [buffer.clone() for buffer in self.statistics]
@@ -80,21 +80,21 @@ class Update:
         hits: Tensor | int = 0
         tries: Tensor | int = 0
         items = 0
-        for i, work in enumerate(works):
+        for i, micro_batch in enumerate(micro_batches):
             with (
                 autocast(accelerator.device, self.stage.precision),
                 # Gradients of several processes are averaged once, after the last part.
-                accelerator.no_sync(self.objective) if i + 1 < len(works) else nullcontext(),
+                accelerator.no_sync(self.objective) if i + 1 < len(micro_batches) else nullcontext(),
             ):
-                outcome: Outcome = self.objective(work)
-                accelerator.backward(outcome.sum * work.counts)
-            if alone or i + 1 == len(works):
+                outcome: LossOutput = self.objective(micro_batch)
+                accelerator.backward(outcome.sum * micro_batch.counts)
+            if alone or i + 1 == len(micro_batches):
                 self.masters.take_gradients()
-            sums = sums + outcome.sum.detach() * work.counts
-            items += outcome.items * work.counts
-            hits = hits + outcome.hits[0] * work.counts
-            tries = tries + outcome.hits[1] * work.counts
-        counted, *raised = self.hosts.sum(items, *flags)
+            sums = sums + outcome.sum.detach() * micro_batch.counts
+            items += outcome.items * micro_batch.counts
+            hits = hits + outcome.hits[0] * micro_batch.counts
+            tries = tries + outcome.hits[1] * micro_batch.counts
+        counted, *raised = self.host_reduce.sum(items, *flags)
         told_3 = torch.stack([_number(x, sums.device) for x in (sums, hits, tries)])
         told_3 = accelerator.reduce(told_3, reduction="sum")
         # Each process has the gradient of its sum, and DDP took the mean: make it that of the mean over all tokens.
@@ -105,7 +105,7 @@ class Update:
         norm = nn.utils.clip_grad_norm_(self.parameters, self.stage.clip_grad or float("inf")).to(sums.device)
         self._apply(told_3[0], norm, before)
         numbers_4 = torch.stack((told_3[0], norm.to(told_3.dtype), told_3[1], told_3[2]))
-        return Told(numbers_4, int(counted), [flag > 0 for flag in raised])
+        return StepResult(numbers_4, int(counted), [flag > 0 for flag in raised])
 
     @torch.no_grad()
     def _apply(self, loss: Tensor, norm: Tensor, before: list[Tensor]) -> None:

@@ -22,16 +22,16 @@ from pal.files import atomic_folder
 from pal.model import PalModel
 from pal.train import checkpoint, curves, optim, run_folder, stages
 from pal.train.checkpoint import Checkpoint, State
-from pal.train.masters import Masters
-from pal.train.meter import Fault, Meter, given, new_totals
+from pal.train.distributed import HostReduce
+from pal.train.master_weights import MasterWeights
+from pal.train.meter import Meter, NonFiniteStep, new_totals, step_inputs
 from pal.train.objectives import Objective, build_objective
 from pal.train.operations import Operations, product_rate
-from pal.train.processes import Hosts
 from pal.train.recipe import Recipe, Stage
 from pal.train.seeding import seed_everything
 from pal.train.setup import build_model
 from pal.train.skips import digests
-from pal.train.sources import Feed, StageData, open_sources
+from pal.train.sources import PrefetchLoader, StageData, open_sources
 from pal.train.step import Update
 from pal.train.stopping import stop_signals
 
@@ -104,7 +104,7 @@ class Trainer:
         if read_every is None:
             read_every = 1 if self.accelerator.device.type == "cpu" else recipe.keep.log_every
         self.read_every = read_every
-        self.hosts = Hosts(self.accelerator.num_processes)
+        self.host_reduce = HostReduce(self.accelerator.num_processes)
         self.trained: set[str] = set()
         """Lasting names of the weights that any stage so far has trained."""
         self.stop_requested = False
@@ -236,7 +236,7 @@ class Trainer:
         if found is not None and found.optimizer:
             optim.load_optimizer_tensors(optimizer, named, found.optimizer)
             masters.give_weights()
-        update = Update(accelerator.prepare(objective), optimizer, masters, stage, accelerator, self.hosts)
+        update = Update(accelerator.prepare(objective), optimizer, masters, stage, accelerator, self.host_reduce)
 
         if len(state.totals) == index:
             state.totals.append(new_totals() | {"trained_parameters": sum(p.numel() for p in named.values())})
@@ -245,7 +245,7 @@ class Trainer:
         workers = keep.workers
         if workers is None:
             workers = 0 if accelerator.device.type == "cpu" else 2
-        feed = Feed(data, state.stage_step, *place, workers, keep.prefetch)
+        feed = PrefetchLoader(data, state.stage_step, *place, workers, keep.prefetch)
         bar = tqdm(
             total=data.steps,
             initial=state.stage_step,
@@ -259,15 +259,17 @@ class Trainer:
         meter = Meter(objective.unit, total, None if operations is None else self.peak)
         ready = time.monotonic()
         with bar, closing(feed):
-            for works in feed:
+            for micro_batches in feed:
                 loaded = time.monotonic()
                 rates = optim.set_lr(
                     optimizer, optim.lr_factor(state.stage_step, data.steps, stage.warmup, stage.schedule)
                 )
                 seed_everything(self.recipe.seed, index, state.stage_step, accelerator.process_index)
-                told = update(works, self.stop_requested, self._is_late())
-                done = 0.0 if operations is None else operations(works)
-                meter.add(told, given(works, self.model.sampling_rate, objective.unit, done), loaded, ready)
+                told = update(micro_batches, self.stop_requested, self._is_late())
+                done = 0.0 if operations is None else operations(micro_batches)
+                meter.add(
+                    told, step_inputs(micro_batches, self.model.sampling_rate, objective.unit, done), loaded, ready
+                )
                 self.stop_agreed, self.checkpoint_due = told.flags
                 state.step += 1
                 state.stage_step += 1
@@ -329,7 +331,7 @@ class Trainer:
         objective: Objective | None,
         optimizer: torch.optim.Optimizer | None,
         names: dict[int, str],
-        masters: Masters | None,
+        masters: MasterWeights | None,
     ) -> Path:
         """Write a checkpoint; without an objective, that of the border between two stages."""
         path = self.out / "checkpoints"
@@ -365,8 +367,8 @@ class Trainer:
 _HEAD = "head."
 
 
-def _masters(parameters: dict[str, dict[str, nn.Parameter]], stage: Stage) -> Masters:
-    masters = Masters(parameters, stage.master_weights)
+def _masters(parameters: dict[str, dict[str, nn.Parameter]], stage: Stage) -> MasterWeights:
+    masters = MasterWeights(parameters, stage.master_weights)
     if stage.master_weights and not masters.copies:
         raise ConfigError(
             f"stage '{stage.name}': 'master_weights' keeps copies of weights in bfloat16, and it trains none; set the "
@@ -375,7 +377,7 @@ def _masters(parameters: dict[str, dict[str, nn.Parameter]], stage: Stage) -> Ma
     return masters
 
 
-def _where(stage: Stage, state: State, fault: Fault, saved: Path) -> str:
+def _where(stage: Stage, state: State, fault: NonFiniteStep, saved: Path) -> str:
     records, more = fault.given.records, fault.given.more
     named = ", ".join(records) + (f" and {more} more" if more else "")
     return (

@@ -13,14 +13,14 @@ from pal.backbone.loss import Per
 from pal.backbone.stream_kv import Layout
 from pal.config import StrictConfig
 from pal.errors import ConfigError
-from pal.integrations.base import ClipSpans, Route
+from pal.integrations.base import IntegrationOutput, Route
 from pal.model import PalModel
-from pal.train.marks import marks
+from pal.train.tag_targets import tag_targets
 from pal.transfer import to_device
 from pal.types import AudioFeatures, Batch
 
 
-class Transcript(Route):
+class TranscriptRoute(Route):
     """Rows that sum the embeddings of the labels that hold at a time: what a perfect encoder would say.
 
     Positions are those of audio, one row to a few of its tokens, so that the LLM learns distances that
@@ -63,17 +63,17 @@ class Transcript(Route):
         S = max(rows)
         held = []
         for spans in given:
-            clip_J, held_SJ, timed_J = marks(list(spans or ()), self.numbers, S, seconds)
+            clip_J, held_SJ, timed_J = tag_targets(list(spans or ()), self.numbers, S, seconds)
             held.append(torch.where(timed_J, held_SJ, clip_J))
         return AudioFeatures(torch.stack(held), rows, seconds)
 
-    def spans(self, features: AudioFeatures, llm: Backbone) -> ClipSpans:
+    def inject(self, features: AudioFeatures, llm: Backbone) -> IntegrationOutput:
         """One row for every few tokens."""
         embedded_XD = llm.embed(to_device(self._ids_X, llm.device))
         sums_JD = embedded_XD.new_zeros(len(self.numbers), llm.width)
         counts_J = to_device(self._counts_J, llm.device)
         means_JD = sums_JD.index_add(0, to_device(self._label_X, llm.device), embedded_XD) / counts_J[:, None]
-        return ClipSpans(
+        return IntegrationOutput(
             lengths=[rows * self.tokens for rows in features.lengths],
             layout=Layout(self._seconds_per_token, tokens=self.tokens, rows=1),
             rows_USD=to_device(features.x_BAE, llm.device).to(means_JD) @ means_JD,

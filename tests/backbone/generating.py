@@ -45,8 +45,8 @@ def plain(llm, inputs, **options):
 class Watch:
     """Only looks, or says that it does not."""
 
-    def __init__(self, only_watches):
-        self.only_watches = only_watches
+    def __init__(self, read_only):
+        self.read_only = read_only
         self.seen = []
 
     def __call__(self, said, logits):

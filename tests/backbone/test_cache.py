@@ -7,10 +7,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache
 
-from pal.backbone.audio_mask import Hide
+from pal.backbone.audio_mask import AudioMask
+from pal.backbone.cache_storage import STEP
 from pal.backbone.generate import padded_left
-from pal.backbone.reading import prepared, prompts_of, read_prompts
-from pal.backbone.storage import STEP
+from pal.backbone.prefill import prepared, prompts_of, read_prompts
 from pal.types import AUDIO
 from tests.identities.models import INTEGRATIONS, PLACEMENTS, conversation, features, shared
 
@@ -142,8 +142,8 @@ def test_packed_prompts_are_stored_as_padded_ones(name):
         assert one.plan == other.plan
         # what nobody sees may be anything
         for layer, (a, b) in enumerate(zip(one.stores, other.stores, strict=True)):
-            seen_BK = one.sight._seen[one.plan.layers[layer]].seen_BK[:, : a.prompt]
-            assert torch.equal(seen_BK, other.sight._seen[one.plan.layers[layer]].seen_BK[:, : a.prompt])
+            seen_BK = one.decode_mask._seen[one.plan.layers[layer]].seen_BK[:, : a.prompt]
+            assert torch.equal(seen_BK, other.decode_mask._seen[one.plan.layers[layer]].seen_BK[:, : a.prompt])
             for x, y in ((a.keys, b.keys), (a.values, b.values)):
                 for i in range(len(rows)):
                     got, wanted = (z[i, :, : a.prompt][:, seen_BK[i]] for z in (x, y))
@@ -189,8 +189,8 @@ def seen_by_hand(llm, inputs, cache, layer, b, beam, position, count):
         first += keys.mask_BA.shape[1]
     first = store.prompt - inputs.position_ids_BT.shape[1]
     for t, at in enumerate(inputs.position_ids_BT[b].tolist()):
-        asks = context.asks_BT is not None and bool(context.asks_BT[b, t])
-        expected[first + t] = bool(inputs.attention_mask_BT[b, t]) and not asks and position - at < window
+        repeats = context.repeats_BT is not None and bool(context.repeats_BT[b, t])
+        expected[first + t] = bool(inputs.attention_mask_BT[b, t]) and not repeats and position - at < window
     for n in range(1, count + 1):
         expected[store.prompt + (n - 1) * beams + beam] = count - n < window
     return expected
@@ -202,7 +202,7 @@ def test_no_mask_where_everything_is_seen_and_one_where_a_part_is_hidden():
     cache, last_B1 = read(llm, integration, EQUAL, (7, 7, 7))
     assert cache.step(last_B1 + 1).masks == (None, None, None)
     inputs = integration(features(7, 7, 7), EQUAL, llm, "left")
-    hidden = prepared(llm, type(inputs)(**{**vars(inputs), "audio": inputs.audio.without(Hide(pathway="rows"))}))
+    hidden = prepared(llm, type(inputs)(**{**vars(inputs), "audio": inputs.audio.without(AudioMask(pathway="rows"))}))
     read_prompts(llm, hidden, inputs)
     assert all(mask is not None for mask in hidden.step(last_B1 + 1).masks)
 

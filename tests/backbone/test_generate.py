@@ -18,7 +18,7 @@ def is_greedy(llm, integration, made, rows=RAGGED):
     """Whether each token is the best of a forward pass of the whole text, without any cache."""
     for row, said in zip(rows, made.tolist(), strict=True):
         asked = frozenset([len(row.ids) - 1]) if row.ids[-1] == AUDIO else None  # what the LLM says behind a clip
-        whole = integration(features(7, 11), [Tokens(row.ids + said, row.clips, asked=asked)], llm)
+        whole = integration(features(7, 11), [Tokens(row.ids + said, row.clips, predicts_after=asked)], llm)
         if llm(whole).logits[0, -len(said) - 1 : -1].argmax(-1).tolist() != said:
             return False
     return True

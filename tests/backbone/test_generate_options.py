@@ -5,9 +5,9 @@ import torch
 from transformers import GenerationConfig
 
 from pal.backbone import generate as generation
-from pal.backbone import graphs, reading
+from pal.backbone import graphs, prefill
 from pal.backbone.decoding import options_of
-from pal.backbone.reading import read_prompts
+from pal.backbone.prefill import read_prompts
 from pal.errors import PalError
 from tests.backbone.generating import GREEDY, RAGGED, Watch, inputs_of, plain
 from tests.identities.models import (
@@ -157,7 +157,7 @@ def test_a_cache_that_the_llm_drops_is_said():
 def test_a_cache_takes_one_row_a_step():
     llm, integration = shared("llama", "lal")
     inputs = inputs_of(llm, integration)
-    cache = reading.prepared(llm, inputs)
+    cache = prefill.prepared(llm, inputs)
     read_prompts(llm, cache, inputs)
     with pytest.raises(PalError, match=r"one row more of each of 4, got position_ids of shape \(4, 2\)"):
         llm.lm(input_ids=torch.ones(4, 2, dtype=torch.long), position_ids=torch.ones(4, 2), past_key_values=cache)

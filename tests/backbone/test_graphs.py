@@ -12,9 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from pal.backbone import generate as generation
 from pal.backbone import graphs
-from pal.backbone.decoding import Decoding, DecodingOptions
+from pal.backbone.decoding import DecodingOptions, DecodingState
 from pal.backbone.finetuning import LoRA
-from pal.backbone.reading import prepared, prompts_of, read_prompts
+from pal.backbone.prefill import prepared, prompts_of, read_prompts
 from tests.backbone.generating import GREEDY, RAGGED, Watch, inputs_of
 from tests.identities.models import (
     VOCAB,
@@ -27,7 +27,7 @@ from tests.identities.models import (
 def ready(llm, integration, fixed, rows=RAGGED, copies=1, **options):
     inputs = inputs_of(llm, integration, rows=rows)
     cache = prepared(llm, inputs, beams=copies, room=8, fixed=fixed)
-    state = Decoding(cache, DecodingOptions(8, ends=(1,), copies=copies, **options), llm.device)
+    state = DecodingState(cache, DecodingOptions(8, ends=(1,), copies=copies, **options), llm.device)
     logits_BV = read_prompts(llm, cache, inputs)
     state.begin(prompts_of(inputs).positions_BT[:, -1:])
     state.choose(logits_BV.repeat_interleave(copies, dim=0))
@@ -73,9 +73,11 @@ class FakeGraph:
 
 def places(state):
     """Where all that a step reads and writes lies, as a graph knows it."""
-    cache, sight = state.cache, state.cache.sight
-    of = [vars(one) for one in (state, sight, *sight._seen, *cache.stores)]
-    of += [dict(enumerate(x)) for x in (sight.crossed, *(pair for sets in cache._crossed for pair in sets.values()))]
+    cache, decode_mask = state.cache, state.cache.decode_mask
+    of = [vars(one) for one in (state, decode_mask, *decode_mask._seen, *cache.stores)]
+    of += [
+        dict(enumerate(x)) for x in (decode_mask.crossed, *(pair for sets in cache._crossed for pair in sets.values()))
+    ]
     made = ("logits_RV", "slots_X")  # by the step itself
     found = [x for one in of for name, x in one.items() if isinstance(x, torch.Tensor) and name not in made]
     return [x.data_ptr() for x in found]
@@ -86,7 +88,7 @@ def fake_capture(graph, capture_error_mode):
     stepper = fake_capture.stepper
     state = stepper.state
     graph.state, graph.lm, graph.places = state, stepper.llm.lm, places(state)
-    held = [x for x in vars(state).values() if isinstance(x, torch.Tensor)] + [state.cache.sight.done_1]
+    held = [x for x in vars(state).values() if isinstance(x, torch.Tensor)] + [state.cache.decode_mask.done_1]
     held += [x for layer in state.cache.stores for x in (layer.keys, layer.values)]
     before = [x.clone() for x in held]
     yield

@@ -50,5 +50,7 @@ def test_values_and_gradients_beside_other_keys(case, scale):
 
 
 def test_sets_are_taken_apart_on_a_cpu_alone():
-    assert kernels.takes_apart(torch.device("cpu"))
-    assert not kernels.takes_apart(torch.device("cuda")) and not kernels.takes_apart(torch.device("meta"))
+    assert kernels.supports_split_attention(torch.device("cpu"))
+    assert not kernels.supports_split_attention(torch.device("cuda")) and not kernels.supports_split_attention(
+        torch.device("meta")
+    )

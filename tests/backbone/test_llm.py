@@ -128,9 +128,9 @@ def test_streaming_equals_not_streaming(name, tokenizer):
     options = {"max_new_tokens": 20, "do_sample": False, "eos_token_id": None}
     options["prefix_allowed_tokens_fn"] = lambda row, ids: words
     whole = tokenizer.decode(llm.generate(inputs, **options)[0], skip_special_tokens=True)
-    pieces = list(llm.stream(inputs, tokenizer, **options))
-    assert "".join(pieces) == whole
-    assert len([piece for piece in pieces if piece]) > 1
+    tiles = list(llm.stream(inputs, tokenizer, **options))
+    assert "".join(tiles) == whole
+    assert len([piece for piece in tiles if piece]) > 1
 
 
 def test_streaming_hands_on_errors_and_refuses_batches(tokenizer):

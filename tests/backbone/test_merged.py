@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pal.backbone.merged import BLOCK, SMALL, Keys, Piece, masked, merged_attention, prefixes
+from pal.backbone.merged import BLOCK, SMALL, AttentionTile, TiledKeys, masked, merged_attention, prefixes
 
 CPU = torch.device("cpu")
 
@@ -19,14 +19,14 @@ def plain(q_BHQC, sets, scale=None):
     return (scores.masked_fill(~seen_B1QK, -torch.inf).softmax(-1) @ v).transpose(1, 2)
 
 
-def rectangles(pieces, B, Q, K):
+def rectangles(tiles, B, Q, K):
     """Which keys each query sees [B, Q, K], and that no piece counts one twice."""
     seen = torch.zeros(B, Q, K, dtype=torch.long)
-    for piece in pieces:
-        part = seen[slice(*piece.rows), slice(*piece.queries), slice(*piece.keys)]
-        if piece.mask is not None:
-            part += (piece.mask[:, 0] == 0).long()
-        elif piece.causal:
+    for tile in tiles:
+        part = seen[slice(*tile.rows), slice(*tile.queries), slice(*tile.keys)]
+        if tile.mask is not None:
+            part += (tile.mask[:, 0] == 0).long()
+        elif tile.causal:
             part += torch.ones(part.shape[1:], dtype=torch.long).tril()
         else:
             part += 1
@@ -59,9 +59,9 @@ def test_values_and_gradients(counts, heads, scale, small, monkeypatch):
     monkeypatch.setattr("pal.backbone.merged.SMALL", small)
     B, (H, G), C, Q, A = len(counts), heads, 8, 9, 9
     q, k, v, ka, va = (random(B, n, x, C, seed=i) for i, (n, x) in enumerate([(H, Q), (G, Q), (G, Q), (G, A), (G, A)]))
-    text = (Piece((0, B), (0, Q), (0, Q), causal=True),)
+    text = (AttentionTile((0, B), (0, Q), (0, Q), causal=True),)
     causal = torch.ones(B, 1, Q, Q, dtype=torch.bool).tril()
-    ours = merged_attention(q, [Keys(k, v, text), Keys(ka, va, prefixes(counts, CPU))], scale)
+    ours = merged_attention(q, [TiledKeys(k, v, text), TiledKeys(ka, va, prefixes(counts, CPU))], scale)
     theirs = plain(q, [(k, v, causal), (ka, va, counted(counts, A)[:, None])], scale)
     torch.testing.assert_close(ours, theirs)
     grad = torch.randn_like(ours)
@@ -75,10 +75,10 @@ def test_values_and_gradients(counts, heads, scale, small, monkeypatch):
 
 def test_gradients_against_differences():
     q, k, v, ka, va = (random(1, n, x, 4, seed=i) for i, (n, x) in enumerate([(4, 3), (2, 3), (2, 3), (2, 5), (2, 5)]))
-    text = (Piece((0, 1), (0, 3), (0, 3), causal=True),)
+    text = (AttentionTile((0, 1), (0, 3), (0, 3), causal=True),)
 
     def run(q, k, v, ka, va):
-        return merged_attention(q, [Keys(k, v, text), Keys(ka, va, prefixes([[0, 2, 5]], CPU))], None)
+        return merged_attention(q, [TiledKeys(k, v, text), TiledKeys(ka, va, prefixes([[0, 2, 5]], CPU))], None)
 
     assert torch.autograd.gradcheck(run, (q, k, v, ka, va))
 
@@ -87,7 +87,7 @@ def test_a_query_that_sees_none_of_a_set():
     q, k, v, ka, va = (random(1, 2, x, 4, seed=i) for i, x in enumerate([2, 2, 2, 5, 5]))
     seen = torch.tensor([[False] * 5, [True] * 5])[None, None]
     text = torch.ones(1, 1, 2, 2, dtype=torch.bool)
-    ours = merged_attention(q, [Keys(k, v, masked(text)), Keys(ka, va, masked(seen))], None)
+    ours = merged_attention(q, [TiledKeys(k, v, masked(text)), TiledKeys(ka, va, masked(seen))], None)
     torch.testing.assert_close(ours, plain(q, [(k, v, text), (ka, va, seen)]))
     grads = torch.autograd.grad(ours[:, :1].sum(), (q, ka, va))
     assert grads[0].isfinite().all() and not grads[1].any() and not grads[2].any()
@@ -100,7 +100,9 @@ def test_precisions(dtype):
     text = torch.ones(2, 1, 7, 7, dtype=torch.bool).tril()
     low = [x.to(dtype) for x in (q, k, v, ka, va)]
     # keys of another precision than the queries follow them
-    ours = merged_attention(low[0], [Keys(*low[1:3], masked(text)), Keys(ka, va, prefixes(counts, CPU))], None)
+    ours = merged_attention(
+        low[0], [TiledKeys(*low[1:3], masked(text)), TiledKeys(ka, va, prefixes(counts, CPU))], None
+    )
     theirs = plain(q, [(k, v, text), (ka, va, counted(counts, 30)[:, None])])
     assert ours.dtype == dtype
     torch.testing.assert_close(ours.float(), theirs, atol=1e-5 if dtype == torch.float32 else 2e-2, rtol=1e-2)
@@ -125,21 +127,21 @@ def test_rectangles_are_what_is_seen(rows, small):
         Q = max(map(len, counts))
         counts = [seen + [seen[-1]] * (Q - len(seen)) for seen in counts]
         K = max(row[-1] for row in counts)
-        pieces = prefixes(counts, CPU)
-        assert torch.equal(rectangles(pieces, len(counts), Q, K), counted(counts, K))
+        tiles = prefixes(counts, CPU)
+        assert torch.equal(rectangles(tiles, len(counts), Q, K), counted(counts, K))
 
 
 def test_what_is_seen_alike_is_one_rectangle_without_a_mask():
-    assert prefixes([[0] * 20 + [1500] * 128] * 4, CPU) == (Piece((0, 4), (20, 148), (0, 1500)),)
+    assert prefixes([[0] * 20 + [1500] * 128] * 4, CPU) == (AttentionTile((0, 4), (20, 148), (0, 1500)),)
     two = prefixes([[0] * 40 + [1500] * 128, [0] * 20 + [700] * 148], CPU)
-    assert two == (Piece((0, 1), (40, 168), (0, 1500)), Piece((1, 2), (20, 168), (0, 700)))
+    assert two == (AttentionTile((0, 1), (40, 168), (0, 1500)), AttentionTile((1, 2), (20, 168), (0, 700)))
 
 
 def test_a_staircase_has_small_masks():
     """The hybrid's summary rows: each sees three keys more than the one before."""
     Q = 5 * BLOCK
-    pieces = prefixes([[3 * (i + 1) for i in range(Q)] + [3 * Q] * 50], CPU)
-    assert max(piece.mask.numel() for piece in pieces if piece.mask is not None) <= 3 * BLOCK * BLOCK
-    assert sum(piece.mask is None for piece in pieces) == 5  # four whole parts under the stairs, and the text
-    cells = sum((p.queries[1] - p.queries[0]) * (p.keys[1] - p.keys[0]) for p in pieces)
+    tiles = prefixes([[3 * (i + 1) for i in range(Q)] + [3 * Q] * 50], CPU)
+    assert max(tile.mask.numel() for tile in tiles if tile.mask is not None) <= 3 * BLOCK * BLOCK
+    assert sum(tile.mask is None for tile in tiles) == 5  # four whole parts under the stairs, and the text
+    cells = sum((p.queries[1] - p.queries[0]) * (p.keys[1] - p.keys[0]) for p in tiles)
     assert cells < 0.65 * (Q + 50) * 3 * Q

@@ -16,7 +16,7 @@ def test_rows_that_ask_again_reach_one_key_further_in_rectangles_too() -> None:
     seen_B1QA = keys.seen(None, queries_BQ, 1, ahead_BQ)
     assert not torch.equal(seen_B1QA, keys.seen(None, queries_BQ, 1))
     found_BQA = torch.zeros(2, 5, 4, dtype=torch.bool)
-    for piece in keys.pieces(None, queries_BQ, 1, ahead_BQ):
+    for piece in keys.tiles(None, queries_BQ, 1, ahead_BQ):
         rows, queries, seen = (range(*part) for part in (piece.rows, piece.queries, piece.keys))
         for b in rows:
             for i, query in enumerate(queries):

@@ -16,25 +16,25 @@ def seen_by_rule(one, streams, window):
     for q in range(T):
         text = [s for s in range(q) if one.text_T[s]]
         for s in range(q + 1):
-            hidden = s != q and one.asks_T[s]
-            repeated = one.asks_T[q] and text and s == text[-1]
+            hidden = s != q and one.repeats_T[s]
+            repeated = one.repeats_T[q] and text and s == text[-1]
             near = window is None or one.positions_T[q] - one.positions_T[s] < window
             seen[q, s] = not hidden and not repeated and near
         near = True if window is None else one.positions_T[q] - keys < window
-        seen[q, T:] = (keys <= one.positions_T[q] + one.asks_T[q]) & near
+        seen[q, T:] = (keys <= one.positions_T[q] + one.repeats_T[q]) & near
     return seen
 
 
 def seen_in_segments(segments, sources, window=None, causal=True):
     """[N, sources]: the same, read off what the kernel is given."""
-    rows = segments.outs_N if segments.outs_N is not None else np.arange(segments.firsts_q[-1])
+    rows = segments.outs_N if segments.outs_N is not None else np.arange(segments.cu_seqlens_q[-1])
     keys = np.arange(sources) if segments.keys_K is None else segments.keys_K
     seen = np.zeros((len(rows), sources), int)
     for row, place in enumerate(rows):
-        segment = np.searchsorted(segments.firsts_q, place, side="right") - 1
-        own = keys[segments.firsts_k[segment] : segments.firsts_k[segment + 1]]
-        queries = segments.firsts_q[segment + 1] - segments.firsts_q[segment]
-        last = place - segments.firsts_q[segment] + len(own) - queries + 1 if causal else len(own)
+        segment = np.searchsorted(segments.cu_seqlens_q, place, side="right") - 1
+        own = keys[segments.cu_seqlens_k[segment] : segments.cu_seqlens_k[segment + 1]]
+        queries = segments.cu_seqlens_q[segment + 1] - segments.cu_seqlens_q[segment]
+        last = place - segments.cu_seqlens_q[segment] + len(own) - queries + 1 if causal else len(own)
         first = 0 if window is None else max(0, last - window)
         np.add.at(seen[row], own[first:last], 1)
     return seen
@@ -43,14 +43,14 @@ def seen_in_segments(segments, sources, window=None, causal=True):
 @st.composite
 def conversations(draw, streams=1):
     """Text, clips with keys and summaries, and rows that ask again, as the hybrid lays them out."""
-    positions, text, asks = [], [], []
+    positions, text, repeats = [], [], []
     keys = [[] for _ in range(streams)]
     now = 0
     for _ in range(draw(st.integers(1, 4))):
         count = draw(st.integers(0, 4))
         positions += range(now, now + count)
         text += [True] * count
-        asks += [False] * count
+        repeats += [False] * count
         now += count
         for stream in range(streams):
             groups = draw(st.integers(0, 2 * BRIDGE))
@@ -61,16 +61,16 @@ def conversations(draw, streams=1):
                 if summaries:
                     positions.append(now)
                     text.append(False)
-                    asks.append(False)
+                    repeats.append(False)
                     now += 1
         if positions and draw(st.booleans()):
             positions.append(now - 1)
             text.append(False)
-            asks.append(True)
+            repeats.append(True)
     if not positions:
-        positions, text, asks = [now], [True], [False]
+        positions, text, repeats = [now], [True], [False]
     as_ints = [np.array(x, np.int64) for x in keys]
-    return Conversation(np.array(positions, np.int64), np.array(text), np.array(asks), tuple(as_ints))
+    return Conversation(np.array(positions, np.int64), np.array(text), np.array(repeats), tuple(as_ints))
 
 
 @settings(max_examples=150, deadline=None)
@@ -108,9 +108,9 @@ def test_windows_are_right_or_refused(one, window):
         np.testing.assert_array_equal(seen_in_segments(segments, sources, window), seen_by_rule(one, (0,), window))
 
 
-def plain(positions, keys=(), asks=()):
+def plain(positions, keys=(), repeats=()):
     positions = np.array(positions)
-    again = np.isin(np.arange(len(positions)), asks)
+    again = np.isin(np.arange(len(positions)), repeats)
     return Conversation(positions, ~again, again, (np.array(keys, np.int64),))
 
 
@@ -126,14 +126,14 @@ def test_windows_of_ordinary_clips_are_not_refused():
 def test_text_alone_needs_no_index():
     segments = segments_of([plain(range(5)), plain(range(3))], ())
     assert segments.keys_K is None and segments.queries_Q is None and segments.back == ()
-    assert segments.firsts_q.tolist() == segments.firsts_k.tolist() == [0, 5, 8]
+    assert segments.cu_seqlens_q.tolist() == segments.cu_seqlens_k.tolist() == [0, 5, 8]
     assert segments.longest == (5, 5)
 
 
 def test_one_clip_makes_two_segments_and_repeats_only_the_text_before_it():
     segments = segments_of([plain([0, 1, 102, 103, 104], range(2, 102))], (0,))
-    assert np.diff(segments.firsts_q).tolist() == [2, 3]
-    assert np.diff(segments.firsts_k).tolist() == [2, 105]
+    assert np.diff(segments.cu_seqlens_q).tolist() == [2, 3]
+    assert np.diff(segments.cu_seqlens_k).tolist() == [2, 105]
     assert segments.queries_Q is None and len(segments.back) == 2
     assert segments.longest == (3, 105)  # for which the kernel on a GPU makes room, and reads no key beyond
 
@@ -143,7 +143,7 @@ def test_summaries_make_one_segment_without_copies():
     rows = [0, 1, *(2 + (i + 1) * r + i for i in range(S)), 2 + S * (r + 1)]
     keys = [2 + j + j // r for j in range(S * r)]
     segments = segments_of([plain(rows, keys)], (0,))
-    assert len(segments.firsts_q) == 2 and len(segments.keys_K) == len(rows) + len(keys)
+    assert len(segments.cu_seqlens_q) == 2 and len(segments.keys_K) == len(rows) + len(keys)
     assert len(segments.back) == 1 and segments.unused_Q.sum() == len(keys)
 
 
@@ -158,7 +158,7 @@ def test_where_finds_every_place():
 def test_rows_look_through_blocks_at_all_keys_before_them(batch):
     segments = crossing_segments(batch, 0)
     total = sum(len(one.keys[0]) for one in batch)
-    expected = np.zeros((len(segments.hears()), total), int)
+    expected = np.zeros((len(segments.queries_with_keys()), total), int)
     row = first = 0
     for one in batch:
         T, A = len(one.positions_T), len(one.keys[0])
@@ -167,14 +167,14 @@ def test_rows_look_through_blocks_at_all_keys_before_them(batch):
         expected[row : row + T, first : first + A] = seen
         row, first = row + T, first + A
     np.testing.assert_array_equal(seen_in_segments(segments, total, causal=False), expected)
-    np.testing.assert_array_equal(segments.hears(), expected.any(1))
+    np.testing.assert_array_equal(segments.queries_with_keys(), expected.any(1))
 
 
 @pytest.mark.parametrize("order", [[0, 1], [1, 0]])
 def test_streams_count_in_the_order_they_are_given(order):
     one = Conversation(np.array([0, 40]), np.ones(2, bool), np.zeros(2, bool), (np.arange(1, 20), np.arange(20, 40)))
     segments = segments_of([one], order)
-    last = segments.keys_K[segments.firsts_k[-2] :]
+    last = segments.keys_K[segments.cu_seqlens_k[-2] :]
     sizes = [len(one.keys[s]) for s in order]
     assert sorted(last.tolist()) == list(range(2 + sum(sizes)))
     first_of_second = 2 + sizes[0]

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM
 
 from pal.backbone.attention import NAME
-from pal.backbone.audio_mask import Hide
+from pal.backbone.audio_mask import AudioMask
 from pal.errors import PalError
 from pal.types import AUDIO, Tokens
 from tests.identities.models import (
@@ -96,7 +96,7 @@ def test_another_attention_function_raises_instead_of_being_deaf():
     integration = make_integration("lal", llm)
     inputs = integration(features(7), [conversation(PLACEMENTS["middle"])], llm)
     llm.lm.set_attn_implementation("sdpa")
-    with pytest.raises(PalError, match="cannot hear"):
+    with pytest.raises(PalError, match="ignores audio"):
         llm(inputs)
 
 
@@ -121,11 +121,11 @@ def test_windows_count_positions_in_layers_without_audio_too(family, name):
     ours = text_rows(llm, integration, row, inputs, llm(inputs).logits, 0)
     torch.testing.assert_close(ours.double(), expected_logits(llm, integration, row, audio), atol=1e-4, rtol=1e-4)
     if family == "mistral" and name == "lal_first":
-        deaf = llm(replace(inputs, audio=inputs.audio.without(Hide(pathway="keys")))).logits
+        deaf = llm(replace(inputs, audio=inputs.audio.without(AudioMask(pathway="keys")))).logits
         other = integration(audio, [conversation([9, 10, AUDIO, 7, 8])], llm)
         # nothing else reaches the last rows, neither directly nor over the rows between
         assert torch.equal(
-            deaf[0, 2:], llm(replace(other, audio=other.audio.without(Hide(pathway="keys")))).logits[0, 2:]
+            deaf[0, 2:], llm(replace(other, audio=other.audio.without(AudioMask(pathway="keys")))).logits[0, 2:]
         )
 
 
@@ -230,7 +230,7 @@ def test_checkpointing_drops_no_audio(caplog):
     with caplog.at_level(logging.WARNING):
         inputs = integration(features(4), row, llm)
         heard = llm(inputs, use_cache=True).logits  # transformers drops the cache here
-        deaf = llm(replace(inputs, audio=inputs.audio.without(Hide(pathway="keys"))), use_cache=True).logits
+        deaf = llm(replace(inputs, audio=inputs.audio.without(AudioMask(pathway="keys"))), use_cache=True).logits
     assert (heard - deaf).abs().max() > 1e-2
 
 

@@ -13,10 +13,10 @@ from pal.app.cli import app
 from pal.bench.checks import checks
 from pal.bench.flops import _packed, _packed_backward, flop_counter
 from pal.bench.measure import counts, peak_bytes, round_seconds, saved_bytes
+from pal.bench.models import AttachedModel
 from pal.bench.presets import PHASES, PRESETS, VARIANTS, preset_of
 from pal.bench.report import to_dict, to_markdown
 from pal.bench.run import run
-from pal.bench.subjects import Attached
 from pal.errors import ConfigError
 
 ROW = {
@@ -263,15 +263,15 @@ def test_a_variant_that_fails_is_left_out_and_the_run_goes_on(monkeypatch: pytes
         "cpu-small", variants=["text", "lal", "pal"], audio_tokens=[20], scopes=["llm"], phases=["prefill"], repeats=2
     )
     calls = {"lal": 0, "pal": 0}
-    read = Attached.read
+    read = AttachedModel.read
 
-    def broken(self: Attached, *args: Any, **kwargs: Any) -> Any:
+    def broken(self: AttachedModel, *args: Any, **kwargs: Any) -> Any:
         calls[self.name] = calls.get(self.name, 0) + 1
         if self.name == "lal" or (self.name == "pal" and calls["pal"] == 3):
             raise RuntimeError("an illegal access\nwas made")
         return read(self, *args, **kwargs)
 
-    monkeypatch.setattr(Attached, "read", broken)
+    monkeypatch.setattr(AttachedModel, "read", broken)
     found = run(preset)
     assert [row.variant for row in found.rows] == ["text"] and found.complete
     left = {one["variant"]: one["why"] for one in found.left_out}

@@ -13,9 +13,9 @@ from pal.bench.run import run
 
 class _Anything(dict):  # type: ignore[type-arg]
     def __missing__(self, key: Any) -> Any:
-        from pal.bench.closed_form import OnPaper
+        from pal.bench.closed_form import ClosedForm
 
-        return OnPaper(1, 1, 1)
+        return ClosedForm(1, 1, 1)
 
 
 def test_goals_on_a_gpu() -> None:

@@ -13,7 +13,7 @@ import torch
 from pal.bench import gpu, values
 from pal.bench.launches import Dispatched, StepCount, waits
 from pal.bench.place import eager, training
-from pal.bench.presets import PRESETS, Place
+from pal.bench.presets import PRESETS, BenchPoint
 from pal.bench.run import opened
 from pal.bench.values import Case, Compared, Size
 
@@ -64,7 +64,7 @@ def test_what_was_written_before_a_kill_stays(tmp_path: Path, monkeypatch: pytes
         done(GOOD)
         raise RuntimeError("the driver is gone")
 
-    def killed(run: gpu.Run, bench: Any) -> None:
+    def killed(run: gpu.GpuRun, bench: Any) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(gpu, "compare", some)
@@ -212,7 +212,7 @@ def test_compiled_layers_are_counted_and_undone_by_the_stance() -> None:
     preset = gpu.toy()[0].model_copy(update={"compiled": True, "compiler": "eager", "variants": ("lal",)})
     with opened(preset) as bench:
         (lal,) = bench.subjects(None)
-        scene = bench.scene(Place(2, "ragged", "train"), None)
+        scene = bench.scene(BenchPoint(2, "ragged", "train"), None)
         layer: Any = bench.llm.layers[0]
         assert "forward" in vars(layer)
         with training(lal, "joint"), eager():
@@ -240,7 +240,7 @@ def test_version_of_a_source_tree(tmp_path: Path) -> None:
 
 
 def test_lines_say_what_was_asked_and_found(tmp_path: Path) -> None:
-    run = gpu.Run(tmp_path, gpu.toy()[0], 100.0)
+    run = gpu.GpuRun(tmp_path, gpu.toy()[0], 100.0)
     run.values = [GOOD, Compared(GOOD.case, failed="out of memory | of all")]
     run.counts = [StepCount("lal", "train", "ragged", 8, True, launches=2000, waits=1, where=("base.py:7 (1)",))]
     lines = {name: (value, target, ok) for name, value, target, ok in run.lines()}

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from pal.backbone.llm import Backbone
+from pal.bench.models import BenchModel, attached
 from pal.bench.peers import Mllama, PlainLLM, Qwen2Audio, cross_layers, plain_lm
 from pal.bench.presets import Preset, preset_of
 from pal.bench.scene import BenchScene, make_scene
-from pal.bench.subjects import Subject, attached
 from pal.encoders.base import Encoder
 from pal.integrations.plits import PLITS
 from pal.registry import build
@@ -38,7 +38,7 @@ def plain(llm: Backbone) -> Any:
     return plain_lm(llm)
 
 
-def written(subject: Subject, scene: BenchScene, tokens: int = 4) -> list[torch.Tensor]:
+def written(subject: BenchModel, scene: BenchScene, tokens: int = 4) -> list[torch.Tensor]:
     """Logits after the prompt and after each of some tokens."""
     with torch.inference_mode():
         reading = subject.read(scene)
@@ -49,7 +49,7 @@ def written(subject: Subject, scene: BenchScene, tokens: int = 4) -> list[torch.
     return logits
 
 
-def same(ours: Subject, theirs: Subject, scene: BenchScene, other: BenchScene | None = None) -> None:
+def same(ours: BenchModel, theirs: BenchModel, scene: BenchScene, other: BenchScene | None = None) -> None:
     torch.testing.assert_close(written(ours, scene), written(theirs, other or scene), rtol=1e-4, atol=1e-5)
     with torch.no_grad():
         torch.testing.assert_close(ours.loss(scene), theirs.loss(other or scene), rtol=1e-5, atol=1e-5)
@@ -115,7 +115,7 @@ def test_a_ragged_batch_is_its_rows_one_by_one(
     ]
     plits = attached("plits", llm, preset)
     assert isinstance(plits.integration, PLITS)
-    subjects: list[Subject] = [plits, *(attached(name, llm, preset) for name in ("text", "lal", "pal", "flamingo"))]
+    subjects: list[BenchModel] = [plits, *(attached(name, llm, preset) for name in ("text", "lal", "pal", "flamingo"))]
     if not packs:
         subjects += [PlainLLM("plain", llm, plain, plits.integration), PlainLLM("plain_text", llm, plain, None)]
         subjects += [Qwen2Audio(llm, plain, preset, None), opened(Mllama(llm, plain, preset))]

@@ -47,8 +47,8 @@ def test_each_clip_once_and_rows_point_at_it(chatml, records, clips):
     assert len(batch.waveforms) == 3
     for path, samples_N in zip(clips, batch.waveforms, strict=True):
         assert_close(samples_N, pal.audio.load(path, RATE).samples_N, rtol=0, atol=0)
-    assert [row.clips for row in batch.rows] == [[0], [1, 0], [0], [], [2, 2]]
-    for record, row in zip(records, batch.rows, strict=True):
+    assert [row.clips for row in batch.conversations] == [[0], [1, 0], [0], [], [2, 2]]
+    for record, row in zip(records, batch.conversations, strict=True):
         assert row == encode(chatml, conversation_of(record), row.clips, train=True)
     assert batch.records == ["0", "1", "2", "3", "4"]
     assert batch.tags == [[TagSpan("dog", 0.0, 0.1)], None, None]
@@ -57,13 +57,13 @@ def test_each_clip_once_and_rows_point_at_it(chatml, records, clips):
 
 def test_prompts_without_answers_and_without_audio(chatml, records):
     batch = Collator(chatml, RATE, train=False, system="Hear.")(records)
-    for record, row in zip(records, batch.rows, strict=True):
+    for record, row in zip(records, batch.conversations, strict=True):
         talk = conversation_of(record, with_answers=False, system="Hear.")
         assert row == encode(chatml, talk, row.clips)
     deaf = Collator(chatml, RATE, with_audio=False)(records)
     assert deaf.waveforms == []
-    assert all(row.clips == [] for row in deaf.rows)
-    assert [row.labels for row in deaf.rows[3:4]] == [Collator(chatml, RATE)(records).rows[3].labels]
+    assert all(row.clips == [] for row in deaf.conversations)
+    assert [row.labels for row in deaf.conversations[3:4]] == [Collator(chatml, RATE)(records).conversations[3].labels]
 
 
 def test_augmentation_hangs_on_the_first_rows_seed_only(chatml, records, clips):

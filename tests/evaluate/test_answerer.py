@@ -17,7 +17,7 @@ from pal.errors import ConfigError, ManifestError, PalError
 from pal.evaluate import evaluate, from_records
 from pal.evaluate.answerer import best_choice
 from pal.evaluate.clip_cache import EncodedClipCache
-from pal.types import AUDIO, IGNORE, Heard
+from pal.types import AUDIO, IGNORE, EncodedClip
 
 QUESTION = "What is this?"
 
@@ -42,8 +42,8 @@ class Fake:
     def train(self, mode):
         self.training = mode
 
-    def hear(self, samples_N):
-        return Heard((samples_N[:, None],), len(samples_N) / self.sampling_rate)
+    def encode_clip(self, samples_N):
+        return EncodedClip((samples_N[:, None],), len(samples_N) / self.sampling_rate)
 
     def generate(self, clips, rows, **options):
         assert not self.training
@@ -263,7 +263,9 @@ def test_each_clip_is_heard_once_however_its_questions_are_cut(folder):
     for batch in (1, 2, 5, 64):
         model = Fake()
         heard = []
-        model.hear = lambda samples_N, heard=heard: heard.append(len(samples_N)) or Fake.hear(Fake, samples_N)
+        model.encode_clip = lambda samples_N, heard=heard: (
+            heard.append(len(samples_N)) or Fake.encode_clip(Fake, samples_N)
+        )
         evaluate(model, made, batch=batch, progress=False)
         assert sorted(heard) == [100, 200, 300]
 
@@ -271,7 +273,7 @@ def test_each_clip_is_heard_once_however_its_questions_are_cut(folder):
 def test_clips_are_kept_until_they_are_too_many_bytes(folder):
     model = Fake()
     heard = []
-    model.hear = lambda samples_N: heard.append(len(samples_N)) or Fake.hear(Fake, samples_N)
+    model.encode_clip = lambda samples_N: heard.append(len(samples_N)) or Fake.encode_clip(Fake, samples_N)
     hearing = EncodedClipCache(model, most_bytes=4 * 400)
     for name in ("dog", "bell", "dog", "cat", "dog", "bell"):
         hearing(str(folder / f"{name}.wav"))
@@ -321,7 +323,7 @@ class Unread(Fake):
 
     def generate(self, clips, rows, logits_processor=(), **options):
         for watch in logits_processor:
-            assert watch.only_watches
+            assert watch.read_only
             with FakeTensorMode() as mode, FakeCopyMode(mode):
                 unread = copy.deepcopy(watch)
             with mode:

@@ -228,7 +228,7 @@ def test_features_that_were_kept_change_nothing(model, benchmark, tmp_path, monk
         evaluate(model, benchmark, tmp_path / f"{number}", progress=False, features=kept)
         for name in ("items.jsonl", "score.json"):
             assert (tmp_path / f"{number}" / name).read_bytes() == (tmp_path / "without" / name).read_bytes()
-        monkeypatch.setattr(model.ears, "hear_with", None)  # the second time no encoder runs
+        monkeypatch.setattr(model.ears, "encode_with", None)  # the second time no encoder runs
 
 
 def test_each_turn_is_an_item_after_the_turns_before_it(model, tmp_path):

@@ -61,7 +61,10 @@ class Listener:
             "ABCD"[item.choices.index(item.references[0])] if letters else item.references[0]
             for item in benchmark.items
         ]
-        known = [recognises(model.hear(load(item.clips[0], model.sampling_rate).samples_N)) for item in benchmark.items]
+        known = [
+            recognises(model.encode_clip(load(item.clips[0], model.sampling_rate).samples_N))
+            for item in benchmark.items
+        ]
         assert len(set(known)) == len(known)
         self.right = dict(zip(known, right, strict=True))
         self.always = min("ABCD", key=right.count) if letters else "nothing"

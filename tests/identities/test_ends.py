@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pal.backbone.audio_mask import Hide
+from pal.backbone.audio_mask import AudioMask
 from pal.errors import PromptError
 from pal.integrations.routed import Stream, build_integration
 from pal.types import AUDIO, IGNORE, Tokens
@@ -164,7 +164,7 @@ def test_a_row_that_asks_is_seen_by_no_other(family, name):
     asking = Tokens(ids, [0, 1], [token if token > 0 else IGNORE for token in ids])
     for side in ("left", "right"):
         without, inputs = (integration(audio, [row, conversation(ids[:3])], llm, side) for row in (plain, asking))
-        assert inputs.audio.asks_BT[0].sum() == 2 and without.audio.asks_BT is None
+        assert inputs.audio.repeats_BT[0].sum() == 2 and without.audio.repeats_BT is None
         rows = [text_rows(llm, integration, plain, x, llm(x).logits, 0) for x in (without, inputs)]
         close(rows[1], rows[0])
         assert inputs.position_ids_BT[0][~inputs.audio.audio_rows_BT[0]].unique().tolist() == sorted(
@@ -244,8 +244,8 @@ def test_with_all_hidden_the_clip_makes_no_difference(name):
     llm, integration = shared("mistral", name)
     logits = []
     for seed in (2, 3):
-        inputs = integration(features(7, 11, seed=seed), [conversation(ENDS["two in a row"])], llm, located=True)
-        made = generated(llm, replace(inputs, audio=inputs.audio.without(Hide())))
+        inputs = integration(features(7, 11, seed=seed), [conversation(ENDS["two in a row"])], llm, with_spans=True)
+        made = generated(llm, replace(inputs, audio=inputs.audio.without(AudioMask())))
         logits.append(torch.stack(made.logits))
     assert torch.equal(*logits)
 
@@ -257,7 +257,7 @@ def test_prompts_that_end_in_text_have_no_such_row(name):
     rows = [conversation(ids) for place, ids in PLACEMENTS.items() if place != "end"]
     rows.append(answered(conversation(PLACEMENTS["middle"]), [9, 10]))
     audio = integration(features(7, 11), rows, llm).audio
-    assert audio is None or (audio.asks_BT is None and audio.hidden_rows == ())
+    assert audio is None or (audio.repeats_BT is None and audio.hidden_rows == ())
 
 
 @torch.no_grad()

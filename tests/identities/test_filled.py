@@ -230,17 +230,17 @@ def test_widened_segments_show_the_same(talks, window, rows):
     sources = sum(len(one.positions_T) + len(one.keys[0]) for one in (*talks, last))
     shown, expected = (seen_in_segments(one, sources, window)[: -rows or None] for one in (wide, segments))
     np.testing.assert_array_equal(shown, expected)
-    assert (np.diff(wide.firsts_q) >= 0).all() and (np.diff(wide.firsts_k) >= 0).all()
-    assert len(wide.firsts_q) - 1 == rounded(len(segments.firsts_q) - 1)
+    assert (np.diff(wide.cu_seqlens_q) >= 0).all() and (np.diff(wide.cu_seqlens_k) >= 0).all()
+    assert len(wide.cu_seqlens_q) - 1 == rounded(len(segments.cu_seqlens_q) - 1)
     if wide.keys_K is not None:
-        assert len(wide.keys_K) == wide.firsts_k[-1] == rounded(len(wide.keys_K))
+        assert len(wide.keys_K) == wide.cu_seqlens_k[-1] == rounded(len(wide.keys_K))
         assert len(wide.back) == len(segments.back)
         for places, before in zip(wide.back, segments.back, strict=True):
             stands = places < len(wide.keys_K)
             np.testing.assert_array_equal(stands, before < len(segments.keys_K))
             np.testing.assert_array_equal(wide.keys_K[places[stands]], np.flatnonzero(stands))
     if wide.queries_Q is not None:
-        assert len(wide.queries_Q) == wide.firsts_q[-1] == rounded(len(wide.queries_Q))
+        assert len(wide.queries_Q) == wide.cu_seqlens_q[-1] == rounded(len(wide.queries_Q))
         assert not wide.unused_Q[wide.outs_N].any() and wide.unused_Q.sum() == len(wide.unused_Q) - len(wide.outs_N)
         np.testing.assert_array_equal(wide.queries_Q[wide.outs_N], np.arange(len(wide.outs_N)))
 

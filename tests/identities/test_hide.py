@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import pal
-from pal.backbone.audio_mask import Hide
+from pal.backbone.audio_mask import AudioMask
 from pal.errors import ConfigError
 from pal.types import AUDIO, AudioFeatures, Batch, Tokens
 from tests.identities.models import (
@@ -36,13 +36,13 @@ every_family = pytest.mark.parametrize("family", ["llama", "qwen3", "mistral", "
 every_integration = pytest.mark.parametrize("name", INTEGRATIONS)
 
 HIDES = {
-    "keys": Hide(pathway="keys"),
-    "rows": Hide(pathway="rows"),
-    "a layer": Hide(layers=(1,)),
-    "later layers": Hide(layers=range(1, 3)),
-    "a span": Hide(seconds=(0.1, 0.22)),
-    "a span of keys in a layer": Hide(pathway="keys", layers=(0,), seconds=(0.0, 0.1)),
-    "another stream": Hide(stream=1),
+    "keys": AudioMask(pathway="keys"),
+    "rows": AudioMask(pathway="rows"),
+    "a layer": AudioMask(layers=(1,)),
+    "later layers": AudioMask(layers=range(1, 3)),
+    "a span": AudioMask(seconds=(0.1, 0.22)),
+    "a span of keys in a layer": AudioMask(pathway="keys", layers=(0,), seconds=(0.0, 0.1)),
+    "another stream": AudioMask(stream=1),
 }
 
 
@@ -101,7 +101,7 @@ def test_what_is_hidden_is_not_seen(family, name, which):
     llm, integration = shared(family, name)
     what, audio = HIDES[which], features(*LENGTHS)
     rows = [conversation(PLACEMENTS[place]) for place in ("two", "middle", "none")]
-    inputs = integration(audio, rows, llm, "left", located=True)
+    inputs = integration(audio, rows, llm, "left", with_spans=True)
     full = llm(inputs).logits
     logits = llm(replace(inputs, audio=inputs.audio.without(what))).logits
     changed = False
@@ -131,37 +131,37 @@ def test_a_watch_sees_the_softmax_of_every_layer(family, name):
     llm, integration = shared(family, name)
     audio = features(*LENGTHS)
     rows = [conversation(PLACEMENTS[place]) for place in ("two", "turns", "middle")]
-    inputs = integration(audio, rows, llm, "left", located=True)
+    inputs = integration(audio, rows, llm, "left", with_spans=True)
     T = inputs.position_ids_BT.shape[1]
-    watch = Watching(torch.arange(T).expand(len(rows), T))
-    shown = llm(replace(inputs, audio=replace(inputs.audio, watch=watch))).logits
+    observer = Watching(torch.arange(T).expand(len(rows), T))
+    shown = llm(replace(inputs, audio=replace(inputs.audio, observer=observer))).logits
     assert torch.equal(shown, llm(inputs).logits)
     for at, row in enumerate(rows):
         decoder = Decoder(llm.lm.config, llm.lm.state_dict())
         expected_logits(llm, integration, row, audio, decoder=decoder)
         real = inputs.attention_mask_BT[at].bool()
         for layer in range(3):
-            weights = watch.seen[layer]
+            weights = observer.seen[layer]
             parts = [weights.rows_BHNK[at][:, real][..., real]]
             for i, keys_BHNA in weights.keys_BHNA.items():
                 parts.append(keys_BHNA[at][:, real][..., inputs.audio.keys[i].mask_BA[at]])
             ours = torch.cat(parts, -1).double()
             torch.testing.assert_close(ours, decoder.weights[layer], atol=1e-5, rtol=1e-4)
             torch.testing.assert_close(ours.sum(-1), torch.ones_like(ours[..., 0]), atol=1e-5, rtol=0)
-        for layer, cross_BHNA in watch.cross.items():
+        for layer, cross_BHNA in observer.cross.items():
             ours = cross_BHNA[at][:, real][..., inputs.audio.keys[0].mask_BA[at]]
             torch.testing.assert_close(ours.double(), decoder.weights["crossed", layer], atol=1e-5, rtol=1e-4)
-    assert bool(watch.cross) == (name == "flamingo")
+    assert bool(observer.cross) == (name == "flamingo")
 
 
 @torch.no_grad()
 def test_a_watch_is_shown_the_rows_it_asks_for():
     llm, integration = shared("llama", "pal")
-    inputs = integration(features(*LENGTHS), [conversation(PLACEMENTS["two"])], llm, located=True)
+    inputs = integration(features(*LENGTHS), [conversation(PLACEMENTS["two"])], llm, with_spans=True)
     T = inputs.position_ids_BT.shape[1]
     every, some = Watching(torch.arange(T)[None]), Watching(torch.tensor([[T - 1, 3]]))
-    for watch in (every, some):
-        llm(replace(inputs, audio=replace(inputs.audio, watch=watch)))
+    for observer in (every, some):
+        llm(replace(inputs, audio=replace(inputs.audio, observer=observer)))
     for layer in range(3):
         torch.testing.assert_close(some.seen[layer].rows_BHNK, every.seen[layer].rows_BHNK[:, :, [T - 1, 3]])
 
@@ -169,10 +169,10 @@ def test_a_watch_is_shown_the_rows_it_asks_for():
 @every_integration
 def test_places_name_clip_stream_and_time(name):
     llm, integration = shared("llama", name)
-    inputs = integration(features(*LENGTHS), [conversation(PLACEMENTS["two"])], llm, "left", located=True)
+    inputs = integration(features(*LENGTHS), [conversation(PLACEMENTS["two"])], llm, "left", with_spans=True)
     group = {"plits": 1, "pal": STRIDE}.get(name)
     if group:
-        places, audio_T = inputs.audio.places, inputs.audio.audio_rows_BT[0]
+        places, audio_T = inputs.audio.token_spans, inputs.audio.audio_rows_BT[0]
         expected = [
             (clip, i * group * 0.04, min((i + 1) * group, n) * 0.04)
             for clip, n in enumerate(LENGTHS)
@@ -188,8 +188,8 @@ def test_places_name_clip_stream_and_time(name):
         assert (places.stream_BX[0][~audio_T] == -1).all() and places.start_BX[0][~audio_T].isnan().all()
     for keys in inputs.audio.keys:
         expected = [j * 0.04 for n in LENGTHS for j in range(n)]
-        assert keys.places.start_BX[0].tolist() == pytest.approx(expected)
-        assert keys.places.clip_BX[0].tolist() == [0] * 7 + [1] * 11
+        assert keys.token_spans.start_BX[0].tolist() == pytest.approx(expected)
+        assert keys.token_spans.clip_BX[0].tolist() == [0] * 7 + [1] * 11
     assert bool(inputs.audio.keys) == (name != "plits")
 
 
@@ -205,8 +205,8 @@ def test_one_stream_of_two_is_hidden():
     row = [Tokens([5, AUDIO, 6, 7], [0])]
 
     def logits(stream, b):
-        inputs = routed([one, b], row, llm, located=True)
-        audio = inputs.audio if stream is None else inputs.audio.without(Hide(stream=stream))
+        inputs = routed([one, b], row, llm, with_spans=True)
+        audio = inputs.audio if stream is None else inputs.audio.without(AudioMask(stream=stream))
         return llm(replace(inputs, audio=audio)).logits
 
     assert torch.equal(logits(1, two), logits(1, other))
@@ -218,7 +218,7 @@ def test_generation_under_a_hide_is_that_of_one_full_pass():
     # cached decoding grows the rows, which the hidden ones are padded for
     model = tiny_model("pal")
     clip, ids = tone(1.0, 400.0), [20, AUDIO, 30, 40]
-    with model.hiding(Hide(pathway="rows", seconds=(0.2, 0.6)), Hide(pathway="keys", layers=(0,))):
+    with model.hiding(AudioMask(pathway="rows", seconds=(0.2, 0.6)), AudioMask(pathway="keys", layers=(0,))):
         inputs = model.inputs([clip], [Tokens(ids, [0])], padding_side="left")
         made = model.llm.generate(inputs, max_new_tokens=5, do_sample=False, eos_token_id=None, pad_token_id=0)[0]
         inputs = model.inputs([clip], [Tokens(ids + made.tolist(), [0])])
@@ -231,14 +231,14 @@ def test_hiding_ends_with_its_block_and_names_what_is_not_there():
     model = tiny_model("lal")
     clip, row = tone(0.5, 300.0), Tokens([20, AUDIO, 25, 30], [0], [-100, -100, -100, 30])
     before = model.answer_scores([clip], [row])
-    with model.hiding(Hide()):
+    with model.hiding(AudioMask()):
         hidden = model.answer_scores([clip], [row])
-        with model.hiding(Hide(layers=(2,))):
+        with model.hiding(AudioMask(layers=(2,))):
             assert torch.equal(model.answer_scores([tone(0.5, 900.0)], [row]), hidden)
     assert torch.equal(model.answer_scores([clip], [row]), before) and not torch.equal(before, hidden)
-    with pytest.raises(ConfigError, match=r"layer 3 .* 0 to 2"), model.hiding(Hide(layers=(3,))):
+    with pytest.raises(ConfigError, match=r"layer 3 .* 0 to 2"), model.hiding(AudioMask(layers=(3,))):
         pass
-    with pytest.raises(ConfigError, match=r"stream 1 .* 0 to 0"), model.hiding(Hide(stream=1)):
+    with pytest.raises(ConfigError, match=r"stream 1 .* 0 to 0"), model.hiding(AudioMask(stream=1)):
         pass
 
 
@@ -304,7 +304,7 @@ def test_all_ways_of_asking_hide(name, entry):
     """With all hidden any clip of a length gives the same; without, the clip tells."""
     model = listener(name)
     clips = [tone(0.5, 300.0), noise(0.5, 3)]
-    with model.hiding(Hide()):
+    with model.hiding(AudioMask()):
         deaf = [ENTRIES[entry](model, clip) for clip in clips]
     deaf = [_whole(answer) for answer in deaf]
     assert deaf[0] == deaf[1]
@@ -331,7 +331,7 @@ def test_the_integration_is_called_in_one_place():
 def test_tokens_without_time_have_no_span_to_hide():
     llm, integration = shared("llama", "lal")
     timeless = AudioFeatures(torch.randn(1, 4, 10), (4,), 0.0)
-    inputs = integration(timeless, [Tokens([5, AUDIO, 6], [0])], llm, located=True)
+    inputs = integration(timeless, [Tokens([5, AUDIO, 6], [0])], llm, with_spans=True)
     with pytest.raises(ConfigError, match="no time of their own"):
-        inputs.audio.without(Hide(seconds=(0.0, 1.0)))
-    inputs.audio.without(Hide(layers=(1,)))
+        inputs.audio.without(AudioMask(seconds=(0.0, 1.0)))
+    inputs.audio.without(AudioMask(layers=(1,)))

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from pal.backbone.audio_mask import Hide
+from pal.backbone.audio_mask import AudioMask
 from pal.backbone.finetuning import LoRA
 from pal.errors import PalError
 from pal.types import AUDIO, AudioFeatures, Tokens
@@ -282,7 +282,7 @@ def test_7_the_hybrid_with_one_pathway_masked_equals_the_other(family, placement
     rows = [conversation(PLACEMENTS[placement]), conversation([7, AUDIO, 3, 4, 5, 6, 8, 9], (1,))]
     inputs = integration(audio, rows, llm, side)
     for masked, keys, summary in (("keys", False, True), ("rows", True, False)):
-        logits_BTV = llm(replace(inputs, audio=inputs.audio.without(Hide(pathway=masked)))).logits
+        logits_BTV = llm(replace(inputs, audio=inputs.audio.without(AudioMask(pathway=masked)))).logits
         assert logits_BTV.isfinite().all()
         for at, row in enumerate(rows):
             ours = text_rows(llm, integration, row, inputs, logits_BTV, at)
@@ -297,7 +297,7 @@ def test_7_masked_pathways_stay_masked_while_generating():
     for masked in ("keys", "rows"):
         options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
         made = llm.generate(
-            replace(inputs, audio=inputs.audio.without(Hide(pathway=masked))),
+            replace(inputs, audio=inputs.audio.without(AudioMask(pathway=masked))),
             **options,
             output_logits=True,
             return_dict_in_generate=True,

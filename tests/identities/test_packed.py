@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from pal.backbone import attention, attention_metadata, packed
-from pal.backbone.audio_mask import Hide
+from pal.backbone.audio_mask import AudioMask
 from pal.backbone.packed import DeviceSegments, JoinedKeys, PackedContext, PackedLayer
-from pal.backbone.packed import take as taken
-from pal.backbone.reading import prepared, read_prompts
+from pal.backbone.packed import take_rows as taken
+from pal.backbone.prefill import prepared, read_prompts
 from pal.backbone.segments import COPIES
 from pal.backbone.varlen import segment_attention
 from pal.bench.measure import saved_bytes
@@ -165,7 +165,7 @@ def test_padded_rows_under_one_mask(family, name, monkeypatch):
     """As a GPU takes rows that are not packed."""
     llm, integration = shared(family, name)
     _, total, expected = loss_and_gradients(llm, integration, *batch(), "right")
-    monkeypatch.setattr(attention_metadata, "takes_apart", lambda device: False)
+    monkeypatch.setattr(attention_metadata, "supports_split_attention", lambda device: False)
     _, again, found = loss_and_gradients(llm, integration, *batch(), "right")
     torch.testing.assert_close(again, total, **SAME)
     for key, grad in found.items():
@@ -174,7 +174,7 @@ def test_padded_rows_under_one_mask(family, name, monkeypatch):
 
 def test_located_rows_are_never_packed():
     llm, integration = shared("llama", "lal")
-    inputs = integration(features(4), [labelled([5, AUDIO, 6, 7], 0, 1)], llm, "none", located=True)
+    inputs = integration(features(4), [labelled([5, AUDIO, 6, 7], 0, 1)], llm, "none", with_spans=True)
     assert not isinstance(inputs.audio, PackedContext)
 
 
@@ -211,9 +211,9 @@ class Biased(Route):
         self.inner = inner
         self.biases = torch.nn.ParameterDict({str(layer): bias for layer, bias in biases.items()})
 
-    def spans(self, audio, llm):
+    def inject(self, audio, llm):
         bias = {int(layer): bias for layer, bias in self.biases.items()}
-        return replace(self.inner.spans(audio, llm), bias=bias)
+        return replace(self.inner.inject(audio, llm), bias=bias)
 
 
 @pytest.mark.parametrize("each", ["layer", "head"])
@@ -228,8 +228,8 @@ def test_a_learned_bias_on_the_scores_of_audio(name, each, kernels):
     zero = Biased(inner, {layer: torch.nn.Parameter(torch.zeros(heads)) for layer in inner.layers})
     torch.testing.assert_close(llm.loss(zero(audio, rows, llm, "none"))[0], plain, **SAME)
     far = Biased(inner, {layer: torch.nn.Parameter(torch.full((heads,), -1e4)) for layer in inner.layers})
-    deaf = inner(audio, rows, llm, located=True)
-    deaf = replace(deaf, audio=deaf.audio.without(Hide(pathway="keys")))
+    deaf = inner(audio, rows, llm, with_spans=True)
+    deaf = replace(deaf, audio=deaf.audio.without(AudioMask(pathway="keys")))
     torch.testing.assert_close(llm.loss(far(audio, rows, llm, "none"))[0], llm.loss(deaf)[0], **SAME)
 
     start = torch.linspace(-1, 1, heads)

@@ -76,14 +76,14 @@ def test_the_last_text_is_asked_again_behind_clips(name, behind, side):
     llm, integration = shared("llama", name)
     rows = [conversation([5, 6, AUDIO]), Tokens([5, 6, AUDIO, 7, 8, AUDIO], [0, 1], [IGNORE] * 3 + [7, 8, IGNORE])]
     inputs = integration(features(3, 2), rows, llm, side)
-    asks = [[False, False, True], [False, False, True, False, False, True]]
+    repeats = [[False, False, True], [False, False, True, False, False, True]]
     tokens = [[5, 6, 6], [5, 6, 6, 7, 8, 8]]
     for b, real in enumerate(inputs.attention_mask_BT.bool()):
         assert inputs.position_ids_BT[b][real].tolist() == behind[b]
-        assert inputs.audio.asks_BT[b][real].tolist() == asks[b]
+        assert inputs.audio.repeats_BT[b][real].tolist() == repeats[b]
         assert torch.equal(inputs.inputs_embeds_BTD[b][real], llm.embed(torch.tensor(tokens[b])))
     assert inputs.labels_BT[1].tolist() == [IGNORE] * 3 + [7, 8, IGNORE]
-    assert not inputs.audio.asks_BT[~inputs.attention_mask_BT.bool()].any()
+    assert not inputs.audio.repeats_BT[~inputs.attention_mask_BT.bool()].any()
 
 
 def test_rows_without_labels_have_none():

@@ -49,4 +49,4 @@ def answered(monkeypatch, right):
             ]
         )
 
-    monkeypatch.setattr("pal.probe.hiding.evaluate", evaluate)
+    monkeypatch.setattr("pal.probe.masked_eval.evaluate", evaluate)

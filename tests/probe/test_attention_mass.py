@@ -11,8 +11,8 @@ from pal.data.manifest import Record, Turn
 from pal.data.prompts import encode, user_turn
 from pal.errors import ConfigError, PalError
 from pal.probe.attention_mass import probe_attention, words
-from pal.probe.finding import read
-from pal.probe.record import PATHWAYS, record
+from pal.probe.attention_stats import PATHWAYS, record_attention
+from pal.probe.probe_result import read
 from pal.types import IGNORE, TagSpan
 from tests.models import noise, tiny_model, tone
 
@@ -55,29 +55,29 @@ def test_sums_are_those_of_the_weights(integration):
         labelled(model, "What sound is this?", "a loud siren", [0]),
         labelled(model, "Which comes first, the dog or the bell?", "yes", [1]),
     ]
-    found = record(model, clips, rows, bins=8)
-    inputs = model.inputs(clips, rows, padding_side="left", located=True)
+    found = record_attention(model, clips, rows, bins=8)
+    inputs = model.inputs(clips, rows, padding_side="left", with_spans=True)
     B, T = inputs.position_ids_BT.shape
-    watch = Everything(torch.arange(T).expand(B, T))
+    observer = Everything(torch.arange(T).expand(B, T))
     with torch.inference_mode():
-        model.llm.hidden(replace(inputs, audio=replace(inputs.audio, watch=watch)))
+        model.llm.hidden(replace(inputs, audio=replace(inputs.audio, observer=observer)))
     for b, (row, attention) in enumerate(zip(rows, found, strict=True)):
         N = len(attention.tokens)
         assert attention.tokens == row.ids[-N:] and row.ids[-N - 1] == -1
         assert [attention.tokens[n + 1] for n in attention.answer] == [i for i in row.labels if i != IGNORE]
         is_audio = inputs.audio.audio_rows_BT[b]
         for layer in range(3):
-            own = watch.own[layer].rows_BHNK[b][:, -N:]
-            keys = [w[b][:, -N:] for w in watch.own[layer].keys_BHNA.values()]
+            own = observer.own[layer].rows_BHNK[b][:, -N:]
+            keys = [w[b][:, -N:] for w in observer.own[layer].keys_BHNA.values()]
             expected = {
                 "rows": own[..., is_audio].sum(-1),
                 "text": own[..., ~is_audio].sum(-1),
                 "keys": sum((w.sum(-1) for w in keys), torch.zeros(own.shape[:2])),
-                "cross": watch.cross[layer][b][:, -N:].sum(-1) if watch.cross else torch.zeros(own.shape[:2]),
+                "cross": observer.cross[layer][b][:, -N:].sum(-1) if observer.cross else torch.zeros(own.shape[:2]),
             }
             for p, pathway in enumerate(PATHWAYS):
                 torch.testing.assert_close(attention.mass_LHNP[layer, ..., p], expected[pathway], atol=1e-6, rtol=0)
-            heard = expected["cross"] if watch.cross else expected["rows"] + expected["keys"]
+            heard = expected["cross"] if observer.cross else expected["rows"] + expected["keys"]
             # time and tokens share out the same mass
             torch.testing.assert_close(attention.time_LNX[layer].sum(-1), heard.mean(0), atol=1e-5, rtol=0)
             answered = heard.mean(0)[attention.answer].mean()
@@ -88,7 +88,7 @@ def test_sums_are_those_of_the_weights(integration):
 
 def test_time_is_that_of_the_tokens():
     model = tiny_model("lal")
-    (attention,) = record(model, [tone(1.0, 300.0)], [labelled(model, "What is this?", "yes", [0])], bins=5)
+    (attention,) = record_attention(model, [tone(1.0, 300.0)], [labelled(model, "What is this?", "yes", [0])], bins=5)
     by_hand = torch.zeros(3, 5)
     end = max(end for *_, end in attention.tokens_audio)
     for (_, _, start, stop), shares_L in zip(attention.tokens_audio, attention.token_LA.T, strict=True):
@@ -102,9 +102,9 @@ def test_what_does_not_depend_on_the_batch():
     model = tiny_model("pal")
     clips = [noise(0.9, 1), tone(0.4, 500.0)]
     rows = [labelled(model, "What sound is this?", "a loud siren", [0]), labelled(model, "first?", "no", [1])]
-    together = record(model, clips, rows)
+    together = record_attention(model, clips, rows)
     for one, clip, row in zip(together, clips, rows, strict=True):
-        (alone,) = record(model, [clip], [replace(row, clips=[0])])
+        (alone,) = record_attention(model, [clip], [replace(row, clips=[0])])
         torch.testing.assert_close(one.mass_LHNP, alone.mass_LHNP, atol=1e-4, rtol=1e-3)
         torch.testing.assert_close(one.time_LNX, alone.time_LNX, atol=1e-4, rtol=1e-3)
         assert torch.equal(one.visible_LNP, alone.visible_LNP)
@@ -112,7 +112,7 @@ def test_what_does_not_depend_on_the_batch():
 
 def test_even_attention_counts_what_is_seen():
     model = tiny_model("lal")
-    (attention,) = record(model, [tone(1.0, 300.0)], [labelled(model, "What is this?", "yes", [0])])
+    (attention,) = record_attention(model, [tone(1.0, 300.0)], [labelled(model, "What is this?", "yes", [0])])
     keys, text = PATHWAYS.index("keys"), PATHWAYS.index("text")
     tokens = len(attention.tokens_audio)
     assert (attention.visible_LNP[..., keys] == tokens).all()
@@ -122,7 +122,7 @@ def test_even_attention_counts_what_is_seen():
 
 def test_words_join_the_tokens_of_a_word():
     model = tiny_model("lal")
-    (attention,) = record(model, [tone(0.5, 300.0)], [labelled(model, "What is this?", "a loud siren", [0])])
+    (attention,) = record_attention(model, [tone(0.5, 300.0)], [labelled(model, "What is this?", "a loud siren", [0])])
     said = words(model, attention)
     assert [word for word, _ in said] == ["a", "loud", "siren"]
     rows = [row for _, of_word in said for row in of_word]

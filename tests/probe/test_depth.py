@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from pal.probe.depth import AnswerCost, Restriction, cost, depths, probe_depth, windows
-from pal.probe.finding import read
-from pal.probe.hiding import DEAF, WHOLE, Example
+from pal.probe.masked_eval import NO_AUDIO, WHOLE, Example
+from pal.probe.probe_result import read
 from pal.registry import names
 from pal.types import AUDIO, Tokens
 from tests.models import noise
 from tests.probe.listeners import answered, listener, questions
-from tests.probe.test_hiding import example, heard
+from tests.probe.test_masked_eval import example, heard
 
 WORDS = 5
 
@@ -84,7 +84,7 @@ def test_keys_that_no_layer_sees_are_neither_made_nor_kept():
     each = A * 2 * llm.kv_heads * llm.head_width * 4
     assert (one.bytes, three.bytes) == (each, 3 * each)
     assert (one.flops_least, one.bytes_least) == (one.flops, one.bytes)  # there are no rows
-    nothing = cost(model, shown, DEAF)
+    nothing = cost(model, shown, NO_AUDIO)
     assert (nothing.bytes, one.flops - nothing.flops) == (0, making + attention)
 
 

@@ -6,7 +6,7 @@ import pytest
 import soundfile
 import torch
 
-from pal.backbone.cost import Added
+from pal.backbone.cost import AddedCost
 from pal.backbone.stream_kv import Layout
 from pal.data.manifest import Record, Turn
 from pal.errors import PalError
@@ -17,7 +17,7 @@ from pal.integrations.lal import LAL
 from pal.probe.health import probe_health, swapped
 from pal.probe.layout_checks import layout_checks
 from pal.registry import names
-from pal.types import Heard
+from pal.types import EncodedClip
 from tests.models import noise, tiny_model, tone
 
 
@@ -78,8 +78,8 @@ def with_route(model, route_class, **changes):
 class Leaking(LAL):
     """Hands its first token on as a row too, and does not say so."""
 
-    def spans(self, features, llm):
-        spans = super().spans(features, llm)
+    def inject(self, features, llm):
+        spans = super().inject(features, llm)
         rows_USD = features.x_BAE[..., :1].expand(-1, -1, llm.width)
         return replace(spans, rows_USD=rows_USD, layout=Layout(spans.layout.seconds_per_token, rows=1))
 
@@ -106,7 +106,7 @@ class Forgetful(LAL):
 
 @route_cost.register(Forgetful)
 def _(route, step, tokens, llm):
-    return Added()
+    return AddedCost()
 
 
 def test_memory_that_is_not_on_paper_is_seen(records):
@@ -125,8 +125,8 @@ class Early(Layout):
 
 
 class Disordered(PAL):
-    def spans(self, features, llm):
-        spans = super().spans(features, llm)
+    def inject(self, features, llm):
+        spans = super().inject(features, llm)
         return replace(spans, layout=Early(**vars(spans.layout)))
 
 
@@ -145,8 +145,8 @@ class Gapless(Layout):
 
 
 class Crowded(LAL):
-    def spans(self, features, llm):
-        spans = super().spans(features, llm)
+    def inject(self, features, llm):
+        spans = super().inject(features, llm)
         return replace(spans, layout=Gapless(**vars(spans.layout)))
 
 
@@ -160,8 +160,8 @@ class Wide(Layout):
 
 
 class Loose(LAL):
-    def spans(self, features, llm):
-        spans = super().spans(features, llm)
+    def inject(self, features, llm):
+        spans = super().inject(features, llm)
         return replace(spans, layout=Wide(**vars(spans.layout)))
 
 
@@ -202,8 +202,8 @@ class Scripted:
     def generate(self, clips, rows, max_new_tokens, **options):
         return [self.rule(max((float(clips[i].x_AE[0]) for i in row.clips), default=0.0)) for row in rows]
 
-    def hear(self, samples_N):
-        return Heard((samples_N.abs().max()[None, None],), len(samples_N) / 16_000)
+    def encode_clip(self, samples_N):
+        return EncodedClip((samples_N.abs().max()[None, None],), len(samples_N) / 16_000)
 
 
 def test_a_model_that_says_yes_to_silence_is_over_eager(records):

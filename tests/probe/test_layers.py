@@ -10,7 +10,7 @@ from pal.data.manifest import Record, Turn
 from pal.data.prompts import encode, user_turn
 from pal.errors import ManifestError
 from pal.probe import layers
-from pal.probe.layers import Rows, _found, collect, first_above, labels_of
+from pal.probe.layers import LayerStates, _found, collect, first_above, labels_of
 from pal.probe.linear import Probed, ProbeLabels
 from pal.types import TagSpan
 from tests.models import noise, tiny_model, tone
@@ -76,7 +76,7 @@ def test_only_rows_behind_the_audio_differ_between_clips(clips, integration):
 def test_references_are_means_over_real_tokens(clips):
     model = tiny_model()
     rows = collect(model, clips, "What sound is this?", batch=5)
-    heard = model.ears.hear([torch.as_tensor(soundfile.read(clips[0], dtype="float32")[0])])
+    heard = model.ears.encode([torch.as_tensor(soundfile.read(clips[0], dtype="float32")[0])])
     torch.testing.assert_close(
         torch.as_tensor(rows.reference["encoder"][0]), heard[0].x_BAE[0].mean(0), atol=1e-4, rtol=1e-4
     )
@@ -100,7 +100,7 @@ def planted(layer, of, n=48, width=4):
     truth = rng.random((n, 1)) < 0.5
     told = truth @ rng.standard_normal((1, width))
     features = [rng.standard_normal((n, width)) + 4 * told * (i >= layer) for i in range(of)]
-    return Rows({"last": features, "before": [np.ones((n, width))] * of}), ProbeLabels("t", ("x",), truth, False)
+    return LayerStates({"last": features, "before": [np.ones((n, width))] * of}), ProbeLabels("t", ("x",), truth, False)
 
 
 @pytest.mark.parametrize("layer", [1, 2])
@@ -116,7 +116,7 @@ def test_the_layer_where_a_label_was_put_is_found(layer):
 
 def test_a_leak_is_said():
     rows, labels = planted(0, of=1)
-    found = _found(Rows({"before": rows.by_layer["last"]}), labels, [str(i) for i in range(48)], progress=False)
+    found = _found(LayerStates({"before": rows.by_layer["last"]}), labels, [str(i) for i in range(48)], progress=False)
     assert any("rows 'before' are not at chance in layers [0]" in sentence for sentence in layers._reading(found, 0))
 
 

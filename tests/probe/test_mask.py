@@ -4,16 +4,16 @@ from dataclasses import replace
 
 import pytest
 
-from pal.backbone.audio_mask import Hide
+from pal.backbone.audio_mask import AudioMask
 from pal.errors import ConfigError
 from pal.evaluate.clip_cache import EncodedClipCache
-from pal.probe.finding import read
-from pal.probe.hiding import WHOLE, Example
 from pal.probe.mask import chosen_condition, default_conditions, layer_groups, probe_mask
+from pal.probe.masked_eval import WHOLE, Example
+from pal.probe.probe_result import read
 from pal.registry import names
 from tests.models import ENCODER, tiny_model
 from tests.probe.listeners import answered, listener, questions
-from tests.probe.test_hiding import example
+from tests.probe.test_masked_eval import example
 
 
 @pytest.mark.parametrize("name", names("integration"))
@@ -38,8 +38,8 @@ def test_default_conditions_cover_the_model(name):
 def test_encoders_and_tokens_without_a_time():
     model = tiny_model("pal_routed", encoders=[ENCODER, ENCODER])
     assert [c.hides for c in default_conditions(model, example(model))["encoder"]] == [
-        (Hide(stream=0),),
-        (Hide(stream=1),),
+        (AudioMask(stream=0),),
+        (AudioMask(stream=1),),
     ]
     model = tiny_model("lal", connector={"name": "qformer", "width": 8, "heads": 2, "layers": 1, "queries": 4})
     shown = example(model)
@@ -59,11 +59,11 @@ def test_options_narrow_down_together_and_widen_each():
     assert chosen_condition() is None
     found = chosen_condition(["keys"], [1], ["0-2", "4"], ["0-0.5", "1-2"])
     assert found.hides == (
-        Hide("keys", 1, [0, 1, 2, 4], (0.0, 0.5)),
-        Hide("keys", 1, [0, 1, 2, 4], (1.0, 2.0)),
+        AudioMask("keys", 1, [0, 1, 2, 4], (0.0, 0.5)),
+        AudioMask("keys", 1, [0, 1, 2, 4], (1.0, 2.0)),
     )
     assert found.name == "the keys of encoder 1 in layers 0-2 and 4 at 0 to 0.5 and 1 to 2 s"
-    assert chosen_condition(layers=["1"]).hides == (Hide(layers=[1]),)
+    assert chosen_condition(layers=["1"]).hides == (AudioMask(layers=[1]),)
 
 
 @pytest.mark.parametrize(

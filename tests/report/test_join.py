@@ -23,7 +23,7 @@ from pal.evaluate.benchmark import Benchmark
 from pal.evaluate.compare import compare
 from pal.evaluate.items import Item
 from pal.plots import TIME
-from pal.probe.finding import Finding, Plot
+from pal.probe.probe_result import Plot, ProbeResult
 from pal.report.embed import MediaEmbedder
 from pal.report.join import labels, make
 from tests import published
@@ -46,7 +46,7 @@ def finding():
         for spine in axes.spines.values():
             spine.set_visible(False)
 
-    return Finding(
+    return ProbeResult(
         probe="attention",
         model={"source": "x", "digest": "abc"},
         settings={"seed": 0},

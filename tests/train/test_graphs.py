@@ -6,7 +6,7 @@ import torch
 from pal.backbone.loss_graphs import LossGraphs
 from pal.errors import ConfigError
 from pal.train import stages
-from pal.train.objectives import Answers, Work
+from pal.train.objectives import AnswerLoss, MicroBatch
 from tests.models import tiny_model
 from tests.repeats import Repeats
 from tests.train.test_waiting import ALL, ragged, stage, updating
@@ -22,13 +22,13 @@ def trained(name, captured, **fields):
     recorder = Repeats()
     model.llm.loss_graphs = LossGraphs(recorder) if captured else None
     made = stage(**fields)
-    objective = Answers(model, Answers.Config(**made.options))
+    objective = AnswerLoss(model, AnswerLoss.Config(**made.options))
     parts = stages.freeze(model, made.train)
     objective.train()
     stages.set_modes(model, made)
     update = updating(objective, made, parts)
-    works = [Work(ragged(model), ["data"] * 3, seed) for seed in range(2)]
-    told = [update(works, False) for _ in range(4)]
+    micro_batches = [MicroBatch(ragged(model), ["data"] * 3, seed) for seed in range(2)]
+    told = [update(micro_batches, False) for _ in range(4)]
     numbers = torch.stack([one.numbers_4 for one in told])
     weights = {f"{part}.{n}": p.detach() for part, named in parts.items() for n, p in named.items()}
     return weights, numbers, recorder.replayed

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from pal.model import PalModel
 from pal.train import optim, run, trainer
 from pal.train.curves import read_log
-from pal.train.masters import Masters
-from pal.train.objectives import Outcome
-from pal.train.step import Told, Update
+from pal.train.master_weights import MasterWeights
+from pal.train.objectives import LossOutput
+from pal.train.step import StepResult, Update
 from pal.train.trainer import TrainingError
 from tests.train.test_step import Processes
 from tests.train.tiny import recipe
@@ -38,10 +38,10 @@ class Normed(nn.Module):
         self.norm = nn.BatchNorm1d(3)
         self.linear = nn.Linear(3, 1)
 
-    def forward(self, work: Any) -> Outcome:
+    def forward(self, work: Any) -> LossOutput:
         x_B3 = work.x_B3
         loss = self.linear(self.norm(x_B3)).square().sum()
-        return Outcome(steepened(loss) if work.steep else loss, len(x_B3))
+        return LossOutput(steepened(loss) if work.steep else loss, len(x_B3))
 
 
 def steepened(loss: Tensor) -> Tensor:
@@ -58,7 +58,7 @@ def piece(seed: int, scale: float = 1.0, steep: bool = False) -> Any:
 def made() -> tuple[Normed, Update]:
     network, fake = Normed(), Processes()
     stage: Any = SimpleNamespace(clip_grad=1.0, precision="fp32", betas=(0.9, 0.98), weight_decay=0.1, lr=0.1)
-    masters = Masters({"llm": dict(network.named_parameters())}, on=False)
+    masters = MasterWeights({"llm": dict(network.named_parameters())}, on=False)
     optimizer = optim.adamw(optim.parameter_groups(masters.parts, stage), stage)
     return network, Update(network, optimizer, masters, stage, fake, fake)  # type: ignore[arg-type]
 
@@ -138,9 +138,9 @@ def test_the_step_is_named_and_the_state_before_it_kept_whenever_it_is_read(
     drawn: list[list[str]] = []
     update = Update.__call__
 
-    def noted(self: Update, works: Any, *flags: bool) -> Told:
-        drawn.append([record for work in works for record in work.batch.records])
-        return update(self, works, *flags)
+    def noted(self: Update, micro_batches: Any, *flags: bool) -> StepResult:
+        drawn.append([record for work in micro_batches for record in work.batch.records])
+        return update(self, micro_batches, *flags)
 
     with monkeypatch.context() as patch:
         poison(patch, at, spoil)

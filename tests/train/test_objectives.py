@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from pal.data.manifest import Record, Turn
 from pal.errors import ConfigError
-from pal.train.objectives import Tags, Work, build_objective, dataset_labels
+from pal.train.objectives import MicroBatch, TagLoss, build_objective, dataset_labels
 from pal.train.recipe import Stage
 from pal.types import AudioFeatures, Batch, TagSpan
 
@@ -39,7 +39,7 @@ class Ears(nn.Module):
     def encoder(self, index: int) -> Any:
         return self.encoders[index]
 
-    def hear_with(self, index: int, waveforms: list[Tensor]) -> AudioFeatures:
+    def encode_with(self, index: int, waveforms: list[Tensor]) -> AudioFeatures:
         return self.encoder(index).encode(waveforms)  # type: ignore[no-any-return]
 
 
@@ -54,14 +54,14 @@ class Model(nn.Module):
 LABELS = {"a": {"bell", "dog"}, "b": {"cat", "dog"}}
 
 
-def tags(**options: Any) -> Tags:
+def tags(**options: Any) -> TagLoss:
     torch.manual_seed(0)
-    objective = Tags(Model(), Tags.Config(**options), LABELS)  # type: ignore[arg-type]
+    objective = TagLoss(Model(), TagLoss.Config(**options), LABELS)  # type: ignore[arg-type]
     nn.init.normal_(objective.linear.weight)
     return objective
 
 
-def work() -> Work:
+def work() -> MicroBatch:
     torch.manual_seed(1)
     waveforms = [torch.randn(n) / 10 for n in (100, 60, 40, 80)]
     spans = [
@@ -70,14 +70,14 @@ def work() -> Work:
         None,
         [TagSpan("cat"), TagSpan("dog", 0.0, 0.3)],
     ]
-    return Work(Batch(waveforms, [], [], spans), ["a", "b", "a", "b"], seed=3)
+    return MicroBatch(Batch(waveforms, [], [], spans), ["a", "b", "a", "b"], seed=3)
 
 
 def bce(p: float, y: float) -> float:
     return -math.log(p) if y else -math.log(1 - p)
 
 
-def reference(objective: Tags, work: Work, frame_weight: float) -> float:
+def reference(objective: TagLoss, work: MicroBatch, frame_weight: float) -> float:
     names = ["bell", "cat", "dog"]
     total = 0.0
     for x_N, spans, dataset in zip(work.batch.waveforms, work.batch.tags or [], work.datasets, strict=True):
@@ -98,7 +98,7 @@ def reference(objective: Tags, work: Work, frame_weight: float) -> float:
     return total
 
 
-def right(objective: Tags, work: Work) -> tuple[int, int]:
+def right(objective: TagLoss, work: MicroBatch) -> tuple[int, int]:
     names = ["bell", "cat", "dog"]
     hits = 0
     for x_N, spans, dataset in zip(work.batch.waveforms, work.batch.tags or [], work.datasets, strict=True):
@@ -183,7 +183,7 @@ def test_mixing_adds_no_tag_that_the_end_cuts_off() -> None:
 
     def mixed(*spans: TagSpan) -> list[TagSpan]:
         batch = Batch([short, long], [], [], [[TagSpan("dog")], list(spans)])
-        return list(objective.mix(Work(batch, ["b", "b"], seed=3))[1][0])
+        return list(objective.mix(MicroBatch(batch, ["b", "b"], seed=3))[1][0])
 
     kept, late = TagSpan("cat", 0.1, 0.3), TagSpan("cat", 0.5, 0.9)
     assert mixed(kept, late) == [TagSpan("dog"), kept]
@@ -194,7 +194,7 @@ def test_mixing_adds_no_tag_that_the_end_cuts_off() -> None:
 def test_silence_is_not_mixed() -> None:
     objective = tags(mixup=1.0).train()
     batch = Batch([torch.zeros(50), torch.ones(50) / 10], [], [], [[], [TagSpan("cat")]])
-    waveforms, spans, _ = objective.mix(Work(batch, ["b", "b"], seed=3))
+    waveforms, spans, _ = objective.mix(MicroBatch(batch, ["b", "b"], seed=3))
     assert torch.equal(waveforms[0], batch.waveforms[0]) and spans == [[], [TagSpan("cat")]]
 
 

@@ -15,11 +15,11 @@ from pal.errors import ConfigError
 from pal.model import PalModel
 from pal.train import meter, operations, run, stages, trainer
 from pal.train.curves import read_log
-from pal.train.objectives import Work
+from pal.train.objectives import MicroBatch
 from pal.train.operations import Operations, product_rate
 from pal.train.recipe import Recipe, Stage
-from pal.train.step import Told
-from pal.types import AUDIO, IGNORE, Batch, Heard, Tokens
+from pal.train.step import StepResult
+from pal.types import AUDIO, IGNORE, Batch, EncodedClip, Tokens
 from tests import test_plan
 from tests.train.tiny import HEAR, recipe
 
@@ -58,22 +58,29 @@ def test_a_ragged_batch(integration: Any) -> None:
     # the encoder and what makes K/V run once a clip, whoever asks about it
     alone = sum(
         counted(model, Batch([batch.waveforms[i] for i in row.clips], [replace(row, clips=[0] * len(row.clips))]))
-        for row in batch.rows[:2]
+        for row in batch.conversations[:2]
     )
-    ours = operations([Work(replace(batch, rows=batch.rows[:2]), [], 0)])
+    ours = operations([MicroBatch(replace(batch, conversations=batch.conversations[:2]), [], 0)])
     assert ours == pytest.approx(alone, rel=0.03)
-    shared = operations([Work(batch, [], 0)])
-    single = [operations([Work(replace(batch, waveforms=[batch.waveforms[1]], rows=[about]), [], 0)])
-              for about in (replace(batch.rows[0], clips=[0]), replace(batch.rows[2], clips=[0]))]  # fmt: skip
-    assert ours < shared < ours + single[1] + operations([Work(replace(batch, rows=[batch.rows[3]]), [], 0)])
+    shared = operations([MicroBatch(batch, [], 0)])
+    single = [operations([MicroBatch(replace(batch, waveforms=[batch.waveforms[1]], conversations=[about]), [], 0)])
+              for about in (replace(batch.conversations[0], clips=[0]), replace(batch.conversations[2], clips=[0]))]  # fmt: skip
+    assert (
+        ours
+        < shared
+        < ours + single[1] + operations([MicroBatch(replace(batch, conversations=[batch.conversations[3]]), [], 0)])
+    )
 
 
 def test_text_before_a_clip_does_not_hear_it() -> None:
     made = test_plan.recipe("lal", test_plan.STAGES["projectors"])
     model, batch = test_plan.prepared(made)
     operations = Operations(made, made.stages[0], model)
-    first, last = batch.rows[:1], [Tokens([*batch.rows[0].ids[1:], AUDIO], [0], batch.rows[0].labels)]
-    behind, before = (operations([Work(replace(batch, rows=rows), [], 0)]) for rows in (first, last))
+    first, last = (
+        batch.conversations[:1],
+        [Tokens([*batch.conversations[0].ids[1:], AUDIO], [0], batch.conversations[0].labels)],
+    )
+    behind, before = (operations([MicroBatch(replace(batch, conversations=rows), [], 0)]) for rows in (first, last))
     attention = 4 * test_plan.TEXT * 100 * 6 * 24 * 4  # two products with 100 keys of 6 heads of 24, in 4 layers
     assert behind - before == pytest.approx(attention * (1 + 2.5), rel=0.05)
 
@@ -82,7 +89,7 @@ def test_text_before_a_clip_does_not_hear_it() -> None:
 def test_what_a_stage_trains_counts(stage: str) -> None:
     made = test_plan.recipe("lal", {**test_plan.STAGES[stage], "recompute_audio": False})
     model, batch = test_plan.prepared(made)
-    ours = Operations(made, made.stages[0], model)([Work(batch, [], 0)])
+    ours = Operations(made, made.stages[0], model)([MicroBatch(batch, [], 0)])
     assert ours == pytest.approx(sum(test_plan.counted(made)), rel=0.01)
 
 
@@ -91,7 +98,7 @@ def test_what_is_made_again_to_save_memory_is_no_operation_of_the_model() -> Non
     found = []
     for made in (one, again):
         model, batch = test_plan.prepared(made)
-        found.append(Operations(made, made.stages[0], model)([Work(batch, [], 0)]))
+        found.append(Operations(made, made.stages[0], model)([MicroBatch(batch, [], 0)]))
     assert found[0] == found[1]
 
 
@@ -99,8 +106,8 @@ def test_clips_that_were_heard_before_cost_no_encoder() -> None:
     made = test_plan.recipe("lal", test_plan.STAGES["projectors"])
     model, batch = test_plan.prepared(made)
     operations = Operations(made, made.stages[0], model)
-    heard = replace(batch, waveforms=[], heard=[Heard((torch.zeros(1, 1),), test_plan.SECONDS)] * 2)
-    spared = operations([Work(batch, [], 0)]) - operations([Work(heard, [], 0)])
+    heard = replace(batch, waveforms=[], encoded=[EncodedClip((torch.zeros(1, 1),), test_plan.SECONDS)] * 2)
+    spared = operations([MicroBatch(batch, [], 0)]) - operations([MicroBatch(heard, [], 0)])
     assert spared == pytest.approx(test_plan.planned(made).costs["encoder"].forward, rel=0.01)
 
 
@@ -108,7 +115,7 @@ def test_tags_are_the_encoder_alone() -> None:
     made = test_plan.recipe("lal", {**STAGE, "train": {"encoder": True}, "objective": "tags"})
     model, batch = test_plan.prepared(made)
     plan = test_plan.planned(made)
-    ours = Operations(made, made.stages[0], model)([Work(batch, [], 0)])
+    ours = Operations(made, made.stages[0], model)([MicroBatch(batch, [], 0)])
     assert ours == pytest.approx(plan.forward + plan.backward, rel=0.01)
 
 
@@ -116,7 +123,7 @@ def test_parts_of_a_step_add_up() -> None:
     made = test_plan.recipe("lal", STAGE)
     model, batch = test_plan.prepared(made)
     operations = Operations(made, made.stages[0], model)
-    assert operations([Work(batch, [], 0)] * 3) == pytest.approx(3 * operations([Work(batch, [], 0)]))
+    assert operations([MicroBatch(batch, [], 0)] * 3) == pytest.approx(3 * operations([MicroBatch(batch, [], 0)]))
 
 
 # The log
@@ -133,7 +140,9 @@ def test_lines_and_totals_of_steps_by_a_clock(monkeypatch: pytest.MonkeyPatch) -
         nonlocal now
         ready, began, now = now, now + wait, now + wait + busy
         numbers_4 = torch.tensor([loss * items, norm, 1.0, 2.0], dtype=torch.float64)
-        counts.add(Told(numbers_4, items, []), meter.Given(3, {"steps": 1, "rows": 2}, [], 0, 8.0), began, ready)
+        counts.add(
+            StepResult(numbers_4, items, []), meter.StepInputs(3, {"steps": 1, "rows": 2}, [], 0, 8.0), began, ready
+        )
 
     step(1.0, 2.0, loss=1.0, items=30, norm=7.0)
     step(3.0, 2.0, loss=5.0, items=10, norm=4.0)
@@ -154,7 +163,7 @@ def test_lines_and_totals_of_steps_by_a_clock(monkeypatch: pytest.MonkeyPatch) -
 
 def test_repeated_rows_are_no_part_of_the_totals() -> None:
     batch = Batch([torch.ones(8_000)], [Tokens([5, AUDIO, 6], [0], [IGNORE, IGNORE, 6])], records=["one"])
-    found = meter.given([Work(batch, [], 0), Work(batch, [], 0, counts=False)], 16_000, "tokens")
+    found = meter.step_inputs([MicroBatch(batch, [], 0), MicroBatch(batch, [], 0, counts=False)], 16_000, "tokens")
     assert found.totals == {"steps": 1, "rows": 1, "clips": 1, "audio_seconds": 0.5, "tokens": 1}
     assert found.rows == 2
 
@@ -174,7 +183,7 @@ def test_on_a_cpu_there_is_no_peak(manifest: Path, tmp_path: Path) -> None:
 
 def test_the_log_has_the_share_of_a_cards_peak(manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trainer, "product_rate", lambda device: 1e6)
-    monkeypatch.setattr(Operations, "__call__", lambda self, works: 5e3)
+    monkeypatch.setattr(Operations, "__call__", lambda self, micro_batches: 5e3)
     for line in ran(manifest, tmp_path):
         assert line["mfu"] == pytest.approx(5e3 / 1e6 / (line["step_seconds"] + line["wait_seconds"]), rel=0.02)
         assert line["wait_share"] == pytest.approx(

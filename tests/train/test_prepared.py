@@ -21,8 +21,8 @@ from pal.encoders.whisper import Whisper
 from pal.model import PalModel
 from pal.registry import toy
 from pal.train.objectives import Objective, build_objective
-from pal.train.sources import Feed, StageData
-from pal.types import AudioFeatures, Batch, Frames, Heard, Tokens
+from pal.train.sources import PrefetchLoader, StageData
+from pal.types import AudioFeatures, Batch, EncodedClip, Frames, Tokens
 from tests.models import ENCODER, noise, tiny_model
 from tests.train.tiny import recipe
 
@@ -48,13 +48,13 @@ def model() -> PalModel:
     return tiny_model("pal", encoders=[ENCODER, toy("encoder", "whisper")], warm=False)
 
 
-def feed(model: PalModel, manifests: dict[str, Path], workers: int, **stage: Any) -> tuple[Objective, Feed]:
+def feed(model: PalModel, manifests: dict[str, Path], workers: int, **stage: Any) -> tuple[Objective, PrefetchLoader]:
     data = {name: {"manifest": str(path)} for name, path in manifests.items()}
     made = recipe(Path(), [stage], data=data)
     stages = StageData(made, 0, {name: Manifest(path) for name, path in manifests.items()})
     objective = build_objective(model, made.stages[0], stages.records()).train()
     stages.start(model, objective, WaveformCache(1 << 24))
-    return objective, Feed(stages, 0, 0, 1, workers, 1)
+    return objective, PrefetchLoader(stages, 0, 0, 1, workers, 1)
 
 
 class Threads:
@@ -79,8 +79,8 @@ def test_they_run_where_batches_are_loaded(
     model: PalModel, manifests: dict[str, Path], monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     threads = Threads(monkeypatch)
-    objective, works = feed(model, manifests, workers=2, **STAGES[name])
-    for parts in works:
+    objective, micro_batches = feed(model, manifests, workers=2, **STAGES[name])
+    for parts in micro_batches:
         for work in parts:
             objective(work).sum.backward()
     assert len(threads.names) == {"answers": 2 * 3, "tags": 3}.get(name, 0)  # once for an encoder and batch
@@ -88,9 +88,9 @@ def test_they_run_where_batches_are_loaded(
 
 
 def test_the_loss_is_that_of_the_waveforms(model: PalModel, manifests: dict[str, Path]) -> None:
-    objective, works = feed(model, manifests, workers=0, **STAGES["answers"])
+    objective, micro_batches = feed(model, manifests, workers=0, **STAGES["answers"])
     objective.eval()  # without dropout and hidden bands
-    for (work,) in works:
+    for (work,) in micro_batches:
         prepared = work.batch.prepared
         assert prepared is not None and len(prepared) == len(work.batch.waveforms)
         plain = replace(work, batch=replace(work.batch, prepared=None))
@@ -114,16 +114,16 @@ def test_clips_are_prepared_after_they_were_changed(model: PalModel, manifests: 
 
 
 def test_mixed_clips_give_the_loss_they_gave_unprepared(model: PalModel, manifests: dict[str, Path]) -> None:
-    objective, works = feed(model, manifests, workers=0, **STAGES["tags"])
+    objective, micro_batches = feed(model, manifests, workers=0, **STAGES["tags"])
     objective.eval()  # without dropout and hidden bands
-    for (work,) in works:
+    for (work,) in micro_batches:
         work = objective.prepare(work)  # eval() also leaves clips unmixed
         assert work.mixed is not None and isinstance(work.mixed.clips, Frames)
         assert torch.equal(objective(work).sum, objective(replace(work, mixed=None)).sum)
 
 
 def test_known_features_are_padded_ahead(model: PalModel) -> None:
-    heard = [model.hear(noise(seconds, at)) for at, seconds in enumerate((0.4, 1.3))]
+    heard = [model.encode_clip(noise(seconds, at)) for at, seconds in enumerate((0.4, 1.3))]
     prepared = model.ears.prepare(heard)
     for i, part in enumerate(prepared.parts):
         assert isinstance(part, AudioFeatures)
@@ -139,7 +139,7 @@ def test_known_features_are_padded_ahead(model: PalModel) -> None:
 
 def test_for_a_gpu_all_is_in_pinned_memory(model: PalModel, monkeypatch: pytest.MonkeyPatch) -> None:
     waves = [noise(0.3), noise(0.5)]
-    heard = [model.hear(wave) for wave in waves]
+    heard = [model.encode_clip(wave) for wave in waves]
     pinned: list[int] = []
 
     def pin(x: Tensor) -> Tensor:
@@ -166,5 +166,5 @@ def test_a_batch_keeps_what_its_rows_count_in(model: PalModel) -> None:
     waves = [noise(0.3), noise(0.5)]
     batch = Batch(waves, [], prepared=model.ears.prepare(waves))
     assert len(batch.clips) == 2 and batch.seconds(16_000) == pytest.approx(0.8)
-    known = Batch([], [], heard=[Heard((), 1.5)])
+    known = Batch([], [], encoded=[EncodedClip((), 1.5)])
     assert len(known.clips) == 1 and known.seconds(16_000) == 1.5

@@ -15,11 +15,11 @@ from transformers.models.llama import modeling_llama
 
 from pal.backbone.llm import Backbone
 from pal.train import run
-from pal.train.masters import Masters
-from pal.train.objectives import Outcome
-from pal.train.processes import Hosts
+from pal.train.distributed import HostReduce
+from pal.train.master_weights import MasterWeights
+from pal.train.objectives import LossOutput
 from pal.train.seeding import seed_everything
-from pal.train.step import Told, Update
+from pal.train.step import StepResult, Update
 from tests.train.tiny import recipe
 
 # The arithmetic, with a plain gradient descent of rate 1 in AdamW's place
@@ -32,12 +32,12 @@ class Line(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.tensor([10.0]))
 
-    def forward(self, work: Any) -> Outcome:
-        return Outcome(self.weight[0] * sum(work.numbers), len(work.numbers), (1, 2))
+    def forward(self, work: Any) -> LossOutput:
+        return LossOutput(self.weight[0] * sum(work.numbers), len(work.numbers), (1, 2))
 
 
 class Processes:
-    """As accelerate, and as `Hosts`: this process among several that all do the same."""
+    """As accelerate, and as `HostReduce`: this process among several that all do the same."""
 
     device = torch.device("cpu")
     no_sync = staticmethod(lambda module: nullcontext())
@@ -70,11 +70,11 @@ def piece(*numbers: float, counts: bool = True) -> Any:
     return SimpleNamespace(numbers=numbers, counts=counts)
 
 
-def stepped(works: list[Any], clip_grad: float | None = None, processes: int = 1) -> tuple[float, Step]:
+def stepped(micro_batches: list[Any], clip_grad: float | None = None, processes: int = 1) -> tuple[float, Step]:
     """How far the weight moved, and what the step says of itself."""
     line = Line()
     optimizer = torch.optim.SGD(line.parameters(), lr=1.0, fused=True)
-    told = updating(line, optimizer, clip_grad, processes)(works)
+    told = updating(line, optimizer, clip_grad, processes)(micro_batches)
     assert line.weight.grad is None
     loss, norm, hits, tries = told.numbers_4.tolist()
     return 10.0 - line.weight.item(), Step(loss / told.items, told.items, norm, hits, tries)
@@ -85,7 +85,7 @@ def updating(
 ) -> Update:
     stage: Any = SimpleNamespace(clip_grad=clip_grad, precision="fp32")
     fake: Any = Processes(processes)
-    masters = Masters({"llm": dict(line.named_parameters())}, on=False)
+    masters = MasterWeights({"llm": dict(line.named_parameters())}, on=False)
     return Update(line, optimizer, masters, stage, fake, fake)
 
 
@@ -144,7 +144,7 @@ class Synced(Processes):
 @pytest.mark.parametrize("copies", [False, True])
 def test_processes_sync_once_a_step_what_all_parts_gave(copies: bool) -> None:
     line = Line().to(torch.bfloat16 if copies else torch.float32)
-    masters = Masters({"llm": dict(line.named_parameters())}, on=copies)
+    masters = MasterWeights({"llm": dict(line.named_parameters())}, on=copies)
     fake: Any = Synced(line)
     stage: Any = SimpleNamespace(clip_grad=None, precision="fp32")
     held = list(masters.parts["llm"].values())
@@ -160,7 +160,7 @@ def test_weights_of_two_types_train_alike() -> None:
             super().__init__()
             self.other = nn.Parameter(torch.tensor([10.0], dtype=torch.bfloat16))
 
-        def forward(self, work: Any) -> Outcome:
+        def forward(self, work: Any) -> LossOutput:
             outcome = super().forward(work)
             return outcome._replace(sum=outcome.sum + self.other[0].float() * sum(work.numbers))
 
@@ -177,13 +177,13 @@ def test_what_one_process_is_asked_all_know() -> None:
 
     line, fake = Line(), Asked(2)
     update = updating(line, torch.optim.SGD(line.parameters(), lr=1.0, fused=True))
-    update.hosts = fake  # type: ignore[assignment]
+    update.host_reduce = fake  # type: ignore[assignment]
     assert update([piece(1.0)], False, False).flags == [True, False]
     assert update([piece(1.0)], False, True).flags == [True, True]
 
 
 def test_one_process_tells_itself() -> None:
-    assert Hosts(1).sum(3, False, True) == [3.0, 0.0, 1.0]
+    assert HostReduce(1).sum(3, False, True) == [3.0, 0.0, 1.0]
 
 
 @pytest.mark.parametrize(("most", "moves"), [(0.5, 0.5), (2.0, 2.0), (100.0, 3.0), (None, 3.0)])
@@ -209,7 +209,7 @@ STAGE = {
 }
 
 
-TOLD = Told(torch.ones(4, dtype=torch.float64), 1, [False, False])
+TOLD = StepResult(torch.ones(4, dtype=torch.float64), 1, [False, False])
 
 
 def ran(manifest: Path, out: Path, **fields: Any) -> None:
@@ -224,7 +224,7 @@ def drawn(manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> An
     def draws(process: int) -> list[tuple[float, float]]:
         seen = []
 
-        def update(self: Update, *args: object) -> Told:
+        def update(self: Update, *args: object) -> StepResult:
             seen.append((torch.rand(1).item(), float(np.random.rand())))
             return TOLD
 
@@ -295,7 +295,7 @@ def test_a_runs_rates_are_its_stages(
 ) -> None:
     seen = []
 
-    def update(self: Update, *args: object) -> Told:
+    def update(self: Update, *args: object) -> StepResult:
         seen.append(self.optimizer.param_groups[0]["lr"])
         return TOLD
 

@@ -5,9 +5,9 @@ import torch
 
 from pal.config import parse
 from pal.errors import ConfigError
-from pal.train.objectives import FromTranscript, Work, build_objective
+from pal.train.objectives import MicroBatch, TranscriptLoss, build_objective
 from pal.train.recipe import Stage
-from pal.train.transcript import Transcript
+from pal.train.transcript import TranscriptRoute
 from pal.types import AUDIO, IGNORE, Batch, TagSpan, Tokens
 from tests.models import tiny_model
 
@@ -20,7 +20,7 @@ def model():
 
 
 def made(model, **options):
-    return Transcript(parse(Transcript.Config, options, "test"), model, ["cat", "dog"])
+    return TranscriptRoute(parse(TranscriptRoute.Config, options, "test"), model, ["cat", "dog"])
 
 
 def clip(seconds: float):
@@ -52,7 +52,7 @@ def test_a_row_is_the_sum_of_what_holds_then(model):
 def test_it_equals_the_llm_on_those_embeddings_at_audio_s_positions(model):
     transcript = made(model, seconds_per_row=0.2)
     batch = Batch([clip(0.6)], [conversation(model)], tags=[SPANS])
-    inputs = transcript(transcript.features(batch), batch.rows, model.llm)
+    inputs = transcript(transcript.features(batch), batch.conversations, model.llm)
     tokens = transcript.tokens
     assert tokens == round(0.2 / model.ears.encoders[0].seconds_per_token)
     positions = [0, *(1 + i * (tokens + 1) + tokens for i in range(3))]
@@ -65,9 +65,9 @@ def test_it_equals_the_llm_on_those_embeddings_at_audio_s_positions(model):
     logits = model.llm.lm(
         inputs_embeds=rows[None], position_ids=inputs.position_ids_BT, attention_mask=torch.ones(1, 7)
     ).logits
-    loss, answers = FromTranscript(
-        model, parse(Transcript.Config, {"per": "answer"}, "test"), {"synth": {"cat", "dog"}}
-    )(Work(batch, ["synth"], seed=0))[:2]
+    loss, answers = TranscriptLoss(
+        model, parse(TranscriptRoute.Config, {"per": "answer"}, "test"), {"synth": {"cat", "dog"}}
+    )(MicroBatch(batch, ["synth"], seed=0))[:2]
     assert answers == 1
     expected = torch.nn.functional.cross_entropy(logits[0, -3:-1], torch.tensor([7, 8]))
     torch.testing.assert_close(loss, expected)
@@ -88,7 +88,7 @@ def test_only_the_llm_learns_from_it(model):
     stage = parse(Stage, {**options, "train": {"llm": "full"}}, "test")
     with pytest.raises(ConfigError, match="no record of the stage's data has tags"):
         build_objective(model, stage, [])
-    build = FromTranscript(model, parse(Transcript.Config, {}, "test"), {"synth": {"dog"}})
-    build(Work(Batch([clip(0.6)], [conversation(model)], tags=[SPANS]), ["synth"], seed=0)).sum.backward()
+    build = TranscriptLoss(model, parse(TranscriptRoute.Config, {}, "test"), {"synth": {"dog"}})
+    build(MicroBatch(Batch([clip(0.6)], [conversation(model)], tags=[SPANS]), ["synth"], seed=0)).sum.backward()
     assert any(p.grad is not None for p in model.llm.parameters())
     assert all(p.grad is None for part in (model.ears, model.integration) for p in part.parameters())

@@ -13,12 +13,12 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 
 from pal.model import PalModel
 from pal.train import meter, optim, stages
-from pal.train.masters import Masters
-from pal.train.objectives import Answers, Objective, Outcome, Tags, Work
-from pal.train.processes import Hosts
+from pal.train.distributed import HostReduce
+from pal.train.master_weights import MasterWeights
+from pal.train.objectives import AnswerLoss, LossOutput, MicroBatch, Objective, TagLoss
 from pal.train.recipe import Stage
-from pal.train.step import Told, Update
-from pal.types import AUDIO, IGNORE, Batch, Frames, Heard, Prepared, TagSpan, Tokens
+from pal.train.step import StepResult, Update
+from pal.types import AUDIO, IGNORE, Batch, EncodedClip, Frames, PreparedClips, TagSpan, Tokens
 from tests.models import INTEGRATIONS, LLM, tiny_model
 
 ALL = {"connector": True, "projectors": True, "llm": "full"}
@@ -37,18 +37,18 @@ def nothing() -> Iterator[FakeTensorMode]:
 
 def updating(objective: Objective, made: Stage, parts: Any) -> Update:
     """As the loop puts it together."""
-    masters = Masters(parts, made.master_weights)
+    masters = MasterWeights(parts, made.master_weights)
     optimizer = optim.adamw(optim.parameter_groups(masters.parts, made), made)
-    return Update(objective, optimizer, masters, made, Accelerator(cpu=True), Hosts(1))
+    return Update(objective, optimizer, masters, made, Accelerator(cpu=True), HostReduce(1))
 
 
-def noted(update: Update, works: list[Work], times: int = 2) -> Told:
+def noted(update: Update, micro_batches: list[MicroBatch], times: int = 2) -> StepResult:
     """Steps of a run between two lines of its log: all but the reading."""
     counts = meter.Meter("tokens", meter.new_totals())
     for step in range(times):
         optim.set_lr(update.optimizer, 1 / (1 + step))
-        told = update(works, False, True)
-        counts.add(told, meter.given(works, 16_000, "tokens"), 1.0, 0.0)
+        told = update(micro_batches, False, True)
+        counts.add(told, meter.step_inputs(micro_batches, 16_000, "tokens"), 1.0, 0.0)
     assert told.flags == [False, True] and isinstance(told.items, int)
     with pytest.raises(DataDependentOutputException):  # reading is what it must not do before
         counts.read()
@@ -62,32 +62,32 @@ class Counting(nn.Module):
         super().__init__()
         self.norm, self.linear = nn.BatchNorm1d(4), nn.Linear(4, 2, dtype=dtype)
 
-    def forward(self, work: Any) -> Outcome:
+    def forward(self, work: Any) -> LossOutput:
         y_B2 = self.linear(self.norm(torch.ones(3, 4)).to(self.linear.weight.dtype))
         right = y_B2.argmax(1) == 0
-        return Outcome(y_B2.float().square().sum(), 3, (right.sum(), 3))
+        return LossOutput(y_B2.float().square().sum(), 3, (right.sum(), 3))
 
 
 @pytest.mark.parametrize("on", [False, True])
 def test_the_trainers_own_part(nothing: FakeTensorMode, on: bool) -> None:
     network: Any = Counting(torch.bfloat16 if on else torch.float32)
-    works: Any = [SimpleNamespace(counts=counts, batch=Batch([], [])) for counts in (True, True, False)]
+    micro_batches: Any = [SimpleNamespace(counts=counts, batch=Batch([], [])) for counts in (True, True, False)]
     update = updating(network, stage(master_weights=on), {"llm": dict(network.named_parameters())})
     assert bool(update.masters.copies) is on and len(update.statistics) == 3
-    assert noted(update, works).items == 6
+    assert noted(update, micro_batches).items == 6
 
 
 def test_a_look_at_a_value_would_be_noticed(nothing: FakeTensorMode) -> None:
     class Looking(Counting):
-        def forward(self, work: Any) -> Outcome:
+        def forward(self, work: Any) -> LossOutput:
             loss, items, _ = super().forward(work)
-            return Outcome(loss, items if loss > 0 else 0)
+            return LossOutput(loss, items if loss > 0 else 0)
 
     network: Any = Looking(torch.float32)
-    works: Any = [SimpleNamespace(counts=True, batch=Batch([], []))]
+    micro_batches: Any = [SimpleNamespace(counts=True, batch=Batch([], []))]
     update = updating(network, stage(), {"llm": dict(network.named_parameters())})
     with pytest.raises(DataDependentOutputException):
-        update(works)
+        update(micro_batches)
 
 
 WAVES = [torch.ones(samples) for samples in (7000, 2500, 9990)]
@@ -103,13 +103,13 @@ def frames(mode: FakeTensorMode) -> Frames:
 def ragged(model: PalModel) -> Batch:
     """Clips as frozen encoders heard them and conversations, all of other lengths."""
     width = model.ears.encoder(0).width
-    heard = [Heard((torch.ones(tokens, width),), tokens * 0.04) for tokens in (9, 4, 17)]
+    heard = [EncodedClip((torch.ones(tokens, width),), tokens * 0.04) for tokens in (9, 4, 17)]
     rows = []
     for clip, (text, before, answer) in enumerate([(12, 3, 4), (7, 1, 2), (20, 5, 9)]):
         ids = [5 + i for i in range(text)]
         labels = [IGNORE] * (text - answer) + ids[-answer:]
         rows.append(Tokens([*ids[:before], AUDIO, *ids[before:]], [clip], [*labels[:before], IGNORE, *labels[before:]]))
-    return Batch([], rows, heard=heard)
+    return Batch([], rows, encoded=heard)
 
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -132,15 +132,15 @@ def test_a_whole_step(nothing: FakeTensorMode, integration: str, options: str) -
     model = tiny_model(integration, warm=False, llm={"fresh": LLM, "dtype": dtype})
     model.llm.packs = True
     parts = stages.freeze(model, made.train)
-    objective = Answers(model, Answers.Config(**made.options))
+    objective = AnswerLoss(model, AnswerLoss.Config(**made.options))
     model.llm.checkpoint_gradients(made.gradient_checkpointing, audio=made.recompute_audio)
     objective.train()
     stages.set_modes(model, made)
     batch = ragged(model)
     if "encoder" in made.train.model_fields_set:
-        batch = replace(batch, heard=[], waveforms=WAVES, prepared=Prepared((frames(nothing),), len(WAVES)))
-    works = [Work(batch, [], 0)] * 2
-    told = noted(updating(objective, made, parts), works, times=1)
+        batch = replace(batch, encoded=[], waveforms=WAVES, prepared=PreparedClips((frames(nothing),), len(WAVES)))
+    micro_batches = [MicroBatch(batch, [], 0)] * 2
+    told = noted(updating(objective, made, parts), micro_batches, times=1)
     assert told.items == 2 * (3 if "per" in made.options else 15)
     assert all(p.grad is None for of in parts.values() for p in of.values())
 
@@ -151,9 +151,9 @@ def test_a_step_of_the_encoder_alone(nothing: FakeTensorMode) -> None:
     spans = [[TagSpan("dog", 0.1, 0.2), TagSpan("bell")], None, [TagSpan("dog")]]
     batch = Batch(WAVES, [], [], spans)
     parts = stages.freeze(model, made.train)
-    objective = Tags(model, Tags.Config(), {"a": {"dog", "bell"}})
+    objective = TagLoss(model, TagLoss.Config(), {"a": {"dog", "bell"}})
     objective.train()
     stages.set_modes(model, made)
-    work = Work(batch, ["a"] * 3, 0)
+    work = MicroBatch(batch, ["a"] * 3, 0)
     work = replace(work, mixed=objective.mix(work)._replace(clips=frames(nothing)))
     assert noted(updating(objective, made, parts | {"head": objective.head()}), [work, work], times=1).items == 6

@@ -8,7 +8,7 @@ from typing import Any
 
 from pal.train import run
 from pal.train.recipe import Recipe
-from pal.train.step import Told, Update
+from pal.train.step import StepResult, Update
 
 LLM = {
     "model_type": "llama",
@@ -51,11 +51,11 @@ def recipe(manifest: Path, stages: list[dict[str, Any]] | None = None, **fields:
     )
 
 
-def failing_after(steps: int) -> Callable[..., Told]:
+def failing_after(steps: int) -> Callable[..., StepResult]:
     """In place of `Update.__call__`: raises KeyboardInterrupt after so many steps."""
     update, left = Update.__call__, iter(range(steps))
 
-    def failing(self: Update, *args: Any) -> Told:
+    def failing(self: Update, *args: Any) -> StepResult:
         if next(left, None) is None:
             raise KeyboardInterrupt
         return update(self, *args)

@@ -26,7 +26,7 @@ Kind = tuple[int | None, tuple[int, ...], tuple[int, ...]]
 
 
 @dataclass(frozen=True, eq=False)
-class KeySet:
+class AudioKeyLayout:
     """Audio keys of prompts, filled up on the right."""
 
     layers: tuple[int, ...]
@@ -48,7 +48,7 @@ class CachedPrompts:
     valid_BT: Tensor
     """Which rows are real."""
     positions_BT: Tensor
-    keys: tuple[KeySet, ...] = ()
+    keys: tuple[AudioKeyLayout, ...] = ()
     hidden: tuple[tuple[frozenset[int], Tensor], ...] = ()
     """Layers, and rows [B, T] that no generated row sees there."""
 
@@ -57,19 +57,21 @@ class CachedPrompts:
         """Of rows that are padded on the left."""
         if audio is None:
             return cls(valid_BT.bool(), positions_BT)
-        keys = tuple(KeySet(one.layers, one.blocks is not None, one.mask_BA, one.positions_BA) for one in audio.keys)
+        keys = tuple(
+            AudioKeyLayout(one.layers, one.blocks is not None, one.mask_BA, one.positions_BA) for one in audio.keys
+        )
         return cls(valid_BT.bool(), positions_BT, keys, audio.hidden_rows)
 
     @classmethod
     def packed(cls, audio: PackedContext) -> CachedPrompts:
         """Of rows that lie one after the other; on the host."""
         positions_BT, valid_BT = filled([one.positions_T for one in audio.conversations], left=True)
-        asks_BT, _ = filled([one.asks_T for one in audio.conversations], left=True)
+        repeats_BT, _ = filled([one.repeats_T for one in audio.conversations], left=True)
         keys = []
         for one in audio.keys:
             positions_BA, mask_BA = filled([talk.keys[one.stream] for talk in audio.conversations], left=False)
-            keys.append(KeySet(one.layers, one.blocks is not None, mask_BA, positions_BA))
-        hidden = ((frozenset(range(len(audio.windows))), asks_BT),) if bool(asks_BT.any()) else ()
+            keys.append(AudioKeyLayout(one.layers, one.blocks is not None, mask_BA, positions_BA))
+        hidden = ((frozenset(range(len(audio.windows))), repeats_BT),) if bool(repeats_BT.any()) else ()
         return cls(valid_BT, positions_BT, tuple(keys), hidden)
 
     @property
@@ -168,7 +170,7 @@ class CachePlan:
         )
 
 
-class Layer(CacheLayerMixin):
+class CacheLayer(CacheLayerMixin):
     """One layer's keys and values [B, G, A + T + generated, C].
 
     They are written in place; where there is no more room, the storage gets as much again.

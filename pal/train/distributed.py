@@ -1,4 +1,4 @@
-"""What the processes of a run tell each other from host to host, so that none has to wait for its device."""
+"""All-reduce of host numbers between the processes of a run, without waiting for devices."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 from torch import distributed
 
 
-class Hosts:
+class HostReduce:
     """Sums over all processes of numbers that each of them knows on its host.
 
     With one process nothing is exchanged. Several use a group of their own that needs no accelerator (gloo).

@@ -45,12 +45,12 @@ class Plot:
     size: tuple[float, float] = (8.0, 4.5)
     """Width and height in inches."""
     clip: str | None = None
-    """The name in `Finding.clips` of the sound that it shows: a line moves along its axes of `pal.plots.TIME` while the
-    clip plays in a page."""
+    """The name in `ProbeResult.clips` of the sound that it shows: a line moves along its axes of `pal.plots.TIME` while
+    the clip plays in a page."""
 
 
 @dataclass(frozen=True)
-class Finding:
+class ProbeResult:
     """What one probe says of one model."""
 
     probe: str
@@ -129,7 +129,7 @@ class Finding:
 
 
 def read(folder: Path) -> dict[str, Any]:
-    """What `Finding.save` wrote. Raises BundleError where the folder holds none, or it is damaged."""
+    """What `ProbeResult.save` wrote. Raises BundleError where the folder holds none, or it is damaged."""
     path = Path(folder) / FILE
     if not path.is_file():
         raise BundleError(f"{folder}: no {FILE}; give a folder that pal probe wrote")

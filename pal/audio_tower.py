@@ -1,4 +1,4 @@
-"""`Ears`: encoders and connectors, from waveforms to streams of tokens."""
+"""`AudioTower`: encoders and connectors, from waveforms to streams of tokens."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from pal.integrations.routed import Stream
 from pal.model_config import ModelConfig, Part
 from pal.registry import build, check, lookup
 from pal.transfer import to_device
-from pal.types import AudioFeatures, Frames, Heard, Prepared, waveform_seconds
+from pal.types import AudioFeatures, EncodedClip, Frames, PreparedClips, waveform_seconds
 
 
-class Ears(nn.Module):
-    """Any number of encoders, each with a connector of its own or several fused by one.
+class AudioTower(nn.Module):
+    """Audio encoders and their connectors: one connector for each encoder, or one that fuses several.
 
     What a connector gives is a stream; each stream has its own way into the LLM.
     """
@@ -51,7 +51,7 @@ class Ears(nn.Module):
         found: Encoder = encoder
         return found
 
-    def prepare(self, clips: Clips) -> Prepared:
+    def prepare(self, clips: Clips) -> PreparedClips:
         """Waveforms [N] at `sampling_rate`, or encoded clips -> what `hear` makes of them first.
 
         It is what needs no device: the front-ends' frames, or the features padded, in pinned memory where the encoders
@@ -72,23 +72,23 @@ class Ears(nn.Module):
                 parts.append(_padded(encoder, [clip.x_AE[i] for clip in batch.encoded]))
             else:
                 parts.append(self.prepare_with(i, batch.waveforms))
-        return Prepared(tuple(parts), len(clips))
+        return PreparedClips(tuple(parts), len(clips))
 
     def prepare_with(self, index: int, waveforms: Sequence[Tensor]) -> Frames:
-        """What `hear_with` takes in the waveforms' place, made without the device."""
+        """What `encode_with` takes in the waveforms' place, made without the device."""
         return self.encoder(index).prepare(self._resampled(index, waveforms))
 
-    def hear(self, clips: Clips) -> list[AudioFeatures]:
+    def encode(self, clips: Clips) -> list[AudioFeatures]:
         """Waveforms [N] at `sampling_rate`, encoded clips, or either prepared -> each encoder's features [B, A, E]."""
         return [self._heard(i, part) for i, part in enumerate(self.prepare(clips).parts)]
 
-    def hear_alone(self, samples_N: Tensor) -> Heard:
+    def encode_one(self, samples_N: Tensor) -> EncodedClip:
         """A waveform at `sampling_rate`, encoded by itself."""
         # copies, since a view would keep the padding, too
-        real = tuple(stream.x_BAE[0, : stream.lengths[0]].clone() for stream in self.hear([samples_N]))
-        return Heard(real, waveform_seconds(samples_N, self.sampling_rate))
+        real = tuple(stream.x_BAE[0, : stream.lengths[0]].clone() for stream in self.encode([samples_N]))
+        return EncodedClip(real, waveform_seconds(samples_N, self.sampling_rate))
 
-    def hear_with(self, index: int, clips: Sequence[Tensor] | Frames) -> AudioFeatures:
+    def encode_with(self, index: int, clips: Sequence[Tensor] | Frames) -> AudioFeatures:
         """The same with one of the encoders."""
         return self.encoder(index).encode(clips if isinstance(clips, Frames) else self._resampled(index, clips))
 
@@ -105,7 +105,7 @@ class Ears(nn.Module):
             return waveforms
         return [resample(samples_N, self.sampling_rate, rate) for samples_N in waveforms]
 
-    def _check(self, clips: Sequence[Heard]) -> None:
+    def _check(self, clips: Sequence[EncodedClip]) -> None:
         widths = [self.encoder(i).width for i in range(len(self.encoders))]
         for clip in clips:
             found = [x_AE.shape[-1] for x_AE in clip.x_AE]
@@ -119,7 +119,7 @@ class Ears(nn.Module):
         return replace(part, x_BAE=to_device(part.x_BAE, next(encoder.parameters()).device))
 
 
-def check_ears(config: ModelConfig) -> None:
+def check_audio_tower(config: ModelConfig) -> None:
     """Raises ConfigError for a fault in encoders and connectors, before anything is built."""
     for part in config.encoders:
         check("encoder", part)

@@ -16,8 +16,8 @@ _NAME = "pal_encoder"
 _padded: ContextVar[bool] = ContextVar("padded", default=True)
 
 
-def make_masks_unasked(network: Any) -> None:
-    """Have a network of transformers, which attends by SDPA, make its masks so; nothing else of it changes."""
+def use_padding_mask(network: Any) -> None:
+    """Padding mask of a transformers network made from known lengths, without asking the device."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 

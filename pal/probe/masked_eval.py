@@ -11,7 +11,7 @@ import torch
 from tqdm import tqdm
 
 from pal.audio import seconds
-from pal.backbone.audio_mask import Hide
+from pal.backbone.audio_mask import AudioMask
 from pal.backbone.context import AudioContext
 from pal.data import prompts
 from pal.errors import AudioError, ConfigError
@@ -21,7 +21,7 @@ from pal.evaluate.bootstrap import bootstrap_ci
 from pal.evaluate.clip_cache import EncodedClipCache
 from pal.lab.records import domain_of
 from pal.plots import style_of
-from pal.types import Heard, Tokens
+from pal.types import EncodedClip, Tokens
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -41,24 +41,24 @@ class Condition:
     """What is hidden while the questions are asked once."""
 
     name: str
-    hides: tuple[Hide, ...] = ()
+    hides: tuple[AudioMask, ...] = ()
     """All of it at once."""
 
 
 WHOLE = Condition("nothing")
-DEAF = Condition("everything", (Hide(),))
+NO_AUDIO = Condition("everything", (AudioMask(),))
 
 
 @dataclass(frozen=True)
 class Example:
     """One question over its clips, to see what conditions hide: the one with the longest clip."""
 
-    clips: tuple[Heard, ...]
+    clips: tuple[EncodedClip, ...]
     row: Tokens
     """Without an answer."""
 
     @classmethod
-    def of(cls, model: PalModel, records: Sequence[Record], hear: EncodedClipCache) -> Example:
+    def of(cls, model: PalModel, records: Sequence[Record], encode_clip: EncodedClipCache) -> Example:
         """The first question of the record with the longest clip; what hides none of that one hides nothing at all.
 
         Raises:
@@ -73,7 +73,7 @@ class Example:
         asked = [place for place, turn in enumerate(talk) if turn["role"] == "user"]
         row = prompts.encode(model.tokenizer, talk[: asked[-1] + 1], list(range(len(record.clips))))
         with evaluation_mode(model):
-            return cls(tuple(hear(path) for path in record.clips), row)
+            return cls(tuple(encode_clip(path) for path in record.clips), row)
 
     @torch.no_grad()
     def context(self, model: PalModel, condition: Condition) -> AudioContext:
@@ -83,7 +83,7 @@ class Example:
             ConfigError: the condition names a layer or stream that is not there, or times of tokens without any.
         """
         # hiding it in no layer hides nothing, but says of every token what it stands for
-        with model.hiding(*condition.hides, located=True), evaluation_mode(model):
+        with model.hiding(*condition.hides, with_spans=True), evaluation_mode(model):
             audio = model.inputs(list(self.clips), [self.row]).audio
         assert isinstance(audio, AudioContext)
         return audio
@@ -94,16 +94,16 @@ class Example:
 
 
 def seen(audio: AudioContext) -> Seen:
-    """What the queries of a context's first conversation see; it was made with `located`."""
+    """What the queries of a context's first conversation see; it was made with `with_spans`."""
     found: dict[tuple[int, str, int], tuple[int, ...]] = {}
     for keys in audio.keys:
-        assert keys.places is not None
+        assert keys.token_spans is not None
         tokens = _numbers(keys.mask_BA[0])
         for layer in keys.layers if tokens else ():
-            found[layer, "keys", int(keys.places.stream_BX[0, tokens[0]])] = tokens
+            found[layer, "keys", int(keys.token_spans.stream_BX[0, tokens[0]])] = tokens
     if bool(audio.audio_rows_BT[0].any()):
-        assert audio.places is not None
-        streams_T = audio.places.stream_BX[0]
+        assert audio.token_spans is not None
+        streams_T = audio.token_spans.stream_BX[0]
         for layer in range(len(audio.llm.windows)):
             left_T = audio.audio_rows_BT[0].clone()
             for layers, hidden_BT in audio.hidden_rows:
@@ -234,7 +234,7 @@ def ask(
     records: Sequence[Record],
     conditions: Sequence[Condition],
     example: Example,
-    hear: EncodedClipCache,
+    encode_clip: EncodedClipCache,
     batch: int = 32,
     progress: bool = False,
     seed: int = 0,
@@ -277,7 +277,8 @@ def ask(
         first = condition.name == WHOLE.name
         with model.hiding(*condition.hides):
             results = [
-                evaluate(model, part, no_audio=first, batch=batch, progress=False, features=hear) for part in parts
+                evaluate(model, part, no_audio=first, batch=batch, progress=False, features=encode_clip)
+                for part in parts
             ]
         answered = [item for result in results for item in result.items]
         correct[condition.name] = [bool(item.correct) for item in answered]

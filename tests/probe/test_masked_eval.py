@@ -3,13 +3,24 @@
 import pytest
 import torch
 
-from pal.backbone.audio_mask import Hide
+from pal.backbone.audio_mask import AudioMask
 from pal.errors import ConfigError
 from pal.evaluate import evaluate
 from pal.evaluate.clip_cache import EncodedClipCache
-from pal.probe.hiding import DEAF, WHOLE, Condition, Example, MaskedAnswers, ProbedItem, ask, pathways, remarks, seen
+from pal.probe.masked_eval import (
+    NO_AUDIO,
+    WHOLE,
+    Condition,
+    Example,
+    MaskedAnswers,
+    ProbedItem,
+    ask,
+    pathways,
+    remarks,
+    seen,
+)
 from pal.registry import names
-from pal.types import AUDIO, Heard, Tokens
+from pal.types import AUDIO, EncodedClip, Tokens
 from tests.models import ENCODER, noise, tiny_model
 from tests.probe.listeners import listener, questions
 
@@ -17,8 +28,8 @@ ROW = Tokens([5, 6, AUDIO, 7, 8, 9], [0])
 
 
 def heard(model, samples_N):
-    features = model.ears.hear([samples_N])
-    return Heard(tuple(one.x_BAE[one.mask_BA] for one in features), len(samples_N) / model.sampling_rate)
+    features = model.ears.encode([samples_N])
+    return EncodedClip(tuple(one.x_BAE[one.mask_BA] for one in features), len(samples_N) / model.sampling_rate)
 
 
 def example(model, seconds=1.0):
@@ -88,9 +99,9 @@ def test_with_everything_hidden_clips_of_one_length_are_all_the_same(name):
         return model.llm(model.inputs([clip], [ROW])).logits[:, -3:]
 
     assert not torch.allclose(logits(clips[0]), logits(clips[1]), atol=1e-3)
-    with model.hiding(*DEAF.hides):
+    with model.hiding(*NO_AUDIO.hides):
         assert torch.equal(logits(clips[0]), logits(clips[1]))
-    assert not example(model).seen(model, DEAF)
+    assert not example(model).seen(model, NO_AUDIO)
 
 
 @pytest.mark.parametrize("name", names("integration"))
@@ -102,7 +113,7 @@ def test_hiding_in_no_layer_changes_nothing(name):
         return model.llm(model.inputs([noise(1.0)], [ROW])).logits
 
     whole = logits()
-    with model.hiding(located=True):
+    with model.hiding(with_spans=True):
         assert torch.allclose(logits(), whole, atol=1e-5)
 
 
@@ -111,7 +122,7 @@ def test_each_stream_by_itself():
     shown = example(model)
     whole = shown.seen(model, WHOLE)
     assert {stream for _, _, stream in whole} == {0, 1}
-    left = shown.seen(model, Condition("second", (Hide(stream=1),)))
+    left = shown.seen(model, Condition("second", (AudioMask(stream=1),)))
     assert left == {place: tokens for place, tokens in whole.items() if place[2] == 0}
 
 
@@ -127,7 +138,7 @@ def test_shares_of_the_time_are_those_of_each_clip(name):
             first = min(tokens)
             for quarter in range(4):
                 edges = quarter / 4 * span, (quarter + 1) / 4 * span
-                hide = Hide(share=(quarter / 4, (quarter + 1) / 4))
+                hide = AudioMask(share=(quarter / 4, (quarter + 1) / 4))
                 left = shown.seen(model, Condition("quarter", (hide,)))[place]
                 expected = [
                     token
@@ -143,7 +154,7 @@ def test_a_batch_hides_the_share_of_every_clip():
     model = listener("lal")
     clips = [noise(0.6), noise(1.2)]
     rows = [ROW, Tokens(ROW.ids, [1])]
-    with torch.no_grad(), model.hiding(Hide(share=(0.5, 1.0))):
+    with torch.no_grad(), model.hiding(AudioMask(share=(0.5, 1.0))):
         (keys,) = model.inputs(clips, rows).audio.keys
     whole = [len(example(model, seconds).clips[0].x_AE[0]) for seconds in (0.6, 1.2)]
     assert keys.mask_BA.sum(1).tolist() == [count // 2 for count in whole]
@@ -155,14 +166,14 @@ def test_answers_are_those_of_an_evaluation(tmp_path):
     hear = EncodedClipCache(model)
     shown = Example.of(model, records, hear)
     assert shown.clips[0].seconds == pytest.approx(0.9)  # the longest
-    late = Condition("late", (Hide(seconds=(2.0, 3.0)),))
-    keys = Condition("keys", (Hide(pathway="keys"),))
-    layer = Condition("layer 0", (Hide(pathway="keys", layers=(0,)),))
-    found = ask(model, records, [late, keys, layer, DEAF], shown, hear)
+    late = Condition("late", (AudioMask(seconds=(2.0, 3.0)),))
+    keys = Condition("keys", (AudioMask(pathway="keys"),))
+    layer = Condition("layer 0", (AudioMask(pathway="keys", layers=(0,)),))
+    found = ask(model, records, [late, keys, layer, NO_AUDIO], shown, hear)
     assert found.correct["nothing"] == [True] * 8
     assert found.same_as == {"late": "nothing", "layer 0": "keys"}
     assert list(found.correct) == ["nothing", "keys", "everything"]
-    for condition in (keys, DEAF):
+    for condition in (keys, NO_AUDIO):
         with model.hiding(*condition.hides):
             score = evaluate(model, records, no_audio=False, progress=False)
         assert found.correct[condition.name] == [item.correct for item in score.items]
@@ -188,13 +199,15 @@ def test_what_raises_counts_as_wrong_and_is_said(tmp_path):
 
 def test_seen_leaves_out_padding():
     model = listener("plits")
-    with torch.no_grad(), model.hiding(located=True):
+    with torch.no_grad(), model.hiding(with_spans=True):
         context = model.inputs([noise(0.5), noise(1.0)], [ROW, Tokens(ROW.ids, [1])]).audio
     count = len(example(model, 0.5).clips[0].x_AE[0])
     assert set(seen(context).values()) == {tuple(range(2, 2 + count))}
 
 
-@pytest.mark.parametrize("hide", [Hide(seconds=(2.0, 1.0)), Hide(share=(0.5, 0.5)), Hide(seconds=(-1.0, 1.0))])
+@pytest.mark.parametrize(
+    "hide", [AudioMask(seconds=(2.0, 1.0)), AudioMask(share=(0.5, 0.5)), AudioMask(seconds=(-1.0, 1.0))]
+)
 def test_times_that_are_none_are_refused(hide):
     with pytest.raises(ConfigError, match="the end must lie after the start"), listener("lal").hiding(hide):
         pass

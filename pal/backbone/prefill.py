@@ -11,19 +11,21 @@ from torch import Tensor
 
 from pal.backbone.attention import without_cudnn
 from pal.backbone.cache import JointCache
+from pal.backbone.cache_storage import ROOM, CachedPrompts, CachePlan
 from pal.backbone.packed import PackedContext
-from pal.backbone.storage import ROOM, CachedPrompts, CachePlan
 from pal.errors import PalError
 from pal.transfer import to_device
 from pal.types import LLMInputs
 
 if TYPE_CHECKING:
     from pal.backbone.context import AudioContext
-    from pal.backbone.interfaces import Geometry
+    from pal.backbone.interfaces import AttentionGeometry
     from pal.backbone.llm import Backbone
 
 
-def prepared(llm: Geometry, inputs: LLMInputs, *, beams: int = 1, room: int = ROOM, fixed: bool = False) -> JointCache:
+def prepared(
+    llm: AttentionGeometry, inputs: LLMInputs, *, beams: int = 1, room: int = ROOM, fixed: bool = False
+) -> JointCache:
     """A cache that has begun with prompts, padded on the left or packed.
 
     Args:
@@ -146,7 +148,7 @@ def _read_packed(forward: Callable[..., Any], cache: JointCache, inputs: LLMInpu
     return out
 
 
-def query_dtype(llm: Geometry, device: torch.device) -> torch.dtype:
+def query_dtype(llm: AttentionGeometry, device: torch.device) -> torch.dtype:
     """What attention computes in."""
     autocast = torch.is_autocast_enabled(device.type)
     return torch.get_autocast_dtype(device.type) if autocast else llm.dtype

@@ -21,8 +21,8 @@ Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
-class Placing:
-    """How the clips of one stream enter."""
+class StreamLayout:
+    """Sizes of one stream's clips, and what they become: rows, keys, or both."""
 
     lengths: Sequence[int]
     """Audio tokens of each clip."""
@@ -35,7 +35,7 @@ class Placing:
 
 
 @dataclass(frozen=True)
-class KeyPlaces:
+class KeyLayout:
     """The audio keys of one stream in one conversation, each [A]."""
 
     clips: Ints
@@ -44,14 +44,14 @@ class KeyPlaces:
     """Of their clip."""
     positions: Ints
     """A row sees the keys at or before its own position."""
-    turns: Ints
+    rope_positions: Ints
     """Positions that RoPE turns them by."""
     about: Floats | None
     """[A, 4]: stream, clip of the conversation, and seconds of start and end; where that was asked for."""
 
 
 @dataclass(frozen=True)
-class RowPlaces:
+class SequenceLayout:
     """One conversation, each [T]."""
 
     sources: Ints
@@ -62,11 +62,11 @@ class RowPlaces:
     """Of the row in its clip, or of the token in the text of all conversations."""
     positions: Ints
     labels: Ints
-    asks: NDArray[np.bool_]
+    repeats: NDArray[np.bool_]
     """True where the last text row is asked again, behind clips."""
     about: Floats | None
     """[T, 4], as of keys."""
-    keys: tuple[KeyPlaces, ...]
+    keys: tuple[KeyLayout, ...]
     """Of each stream."""
 
     def __len__(self) -> int:
@@ -75,11 +75,11 @@ class RowPlaces:
     @property
     def is_text(self) -> NDArray[np.bool_]:
         """Rows of text that are said for the first time."""
-        return (self.sources < 0) & ~self.asks
+        return (self.sources < 0) & ~self.repeats
 
     def conversation(self) -> Conversation:
         """What attention has to know of it."""
-        return Conversation(self.positions, self.is_text, self.asks, tuple(one.positions for one in self.keys))
+        return Conversation(self.positions, self.is_text, self.repeats, tuple(one.positions for one in self.keys))
 
 
 @dataclass
@@ -101,12 +101,12 @@ _NONE = np.zeros(0, np.int64)
 _NOWHERE = np.zeros((0, 4))
 
 
-class _Placer:
+class _SequenceBuilder:
     """One conversation being laid out."""
 
-    def __init__(self, streams: Sequence[Placing], located: bool) -> None:
+    def __init__(self, streams: Sequence[StreamLayout], with_spans: bool) -> None:
         self.streams = streams
-        self.located = located
+        self.with_spans = with_spans
         self.rows = _GrowingColumns()
         self.keys = [_GrowingColumns() for _ in streams]
         self.count = 0
@@ -127,7 +127,7 @@ class _Placer:
             numbers=numbers,
             positions=positions,
             labels=labels,
-            asks=np.zeros(count, bool),
+            repeats=np.zeros(count, bool),
             about=about,
         )
         self.count += count
@@ -145,19 +145,19 @@ class _Placer:
 
     def add_clip(self, clip: int, number: int, stream: int) -> None:
         """Clip `clip` of the batch, as number `number` of the conversation."""
-        placing = self.streams[stream]
-        layout, tokens = placing.layout, placing.lengths[clip]
-        if placing.rows:
+        stream_layout = self.streams[stream]
+        layout, tokens = stream_layout.layout, stream_layout.lengths[clip]
+        if stream_layout.rows:
             offsets = layout.row_offsets(tokens)
             about = self._about(stream, number, layout.row_times(tokens))
             self._add(stream, clip, np.arange(len(offsets)), self.next + offsets, np.full(len(offsets), IGNORE), about)
-        if placing.keys:
+        if stream_layout.keys:
             positions = self.next + layout.key_offsets(tokens)
             self.keys[stream].add(
                 clips=np.full(tokens, clip),
                 tokens=np.arange(tokens),
                 positions=positions,
-                turns=layout.key_turns(tokens, self.next),
+                rope_positions=layout.key_rope_positions(tokens, self.next),
                 about=self._about(stream, number, layout.key_times(tokens)),
             )
             self.heard = max(self.heard, int(positions.max(initial=-1)))
@@ -177,46 +177,46 @@ class _Placer:
             numbers=np.array([number]),
             positions=np.array([self.next - 1]),
             labels=np.array([IGNORE]),
-            asks=np.ones(1, bool),
+            repeats=np.ones(1, bool),
             about=self._nowhere(1),
         )
         self.count += 1
         self.last, self.last_row = self.next - 1, (source, clip, number)
 
     def _about(self, stream: int, clip: int, times_X2: Floats) -> Floats | None:
-        if not self.located:
+        if not self.with_spans:
             return None
         return np.concatenate((np.tile([float(stream), float(clip)], (len(times_X2), 1)), times_X2), axis=1)
 
     def _nowhere(self, count: int) -> Floats | None:
-        return np.tile([-1.0, -1.0, np.nan, np.nan], (count, 1)) if self.located else None
+        return np.tile([-1.0, -1.0, np.nan, np.nan], (count, 1)) if self.with_spans else None
 
-    def placed(self) -> RowPlaces:
+    def placed(self) -> SequenceLayout:
         """All of it."""
         rows = {name: self.rows.get(name, _NONE).astype(np.int64) for name in _ROW_COLUMNS}
         keys = []
         for parts in self.keys:
             columns = {name: parts.get(name, _NONE).astype(np.int64) for name in _KEY_COLUMNS}
-            keys.append(KeyPlaces(**columns, about=_floats(parts, self.located)))
-        asks = self.rows.get("asks", np.zeros(0, bool)).astype(bool)
-        return RowPlaces(**rows, asks=asks, about=_floats(self.rows, self.located), keys=tuple(keys))
+            keys.append(KeyLayout(**columns, about=_floats(parts, self.with_spans)))
+        repeats = self.rows.get("repeats", np.zeros(0, bool)).astype(bool)
+        return SequenceLayout(**rows, repeats=repeats, about=_floats(self.rows, self.with_spans), keys=tuple(keys))
 
 
 _ROW_COLUMNS = ("sources", "clips", "numbers", "positions", "labels")
-_KEY_COLUMNS = ("clips", "tokens", "positions", "turns")
+_KEY_COLUMNS = ("clips", "tokens", "positions", "rope_positions")
 
 
-def _floats(parts: _GrowingColumns, located: bool) -> Floats | None:
-    return parts.get("about", _NOWHERE).astype(np.float64) if located else None
+def _floats(parts: _GrowingColumns, with_spans: bool) -> Floats | None:
+    return parts.get("about", _NOWHERE).astype(np.float64) if with_spans else None
 
 
-def place(rows: Sequence[Tokens], streams: Sequence[Placing], located: bool = False) -> list[RowPlaces]:
+def lay_out(rows: Sequence[Tokens], streams: Sequence[StreamLayout], with_spans: bool = False) -> list[SequenceLayout]:
     """Lay out conversations.
 
     Args:
         rows: the conversations.
         streams: how the clips of each stream enter.
-        located: also say whose audio each row and key is and when it sounds.
+        with_spans: also say whose audio each row and key is and when it sounds.
 
     Raises:
         PromptError: a conversation that is empty, names a clip that is not there, or has a clip that makes no rows and
@@ -225,18 +225,18 @@ def place(rows: Sequence[Tokens], streams: Sequence[Placing], located: bool = Fa
     placed = []
     first = 0
     for row in rows:
-        placed.append(_place(row, first, streams, located))
+        placed.append(_lay_out_one(row, first, streams, with_spans))
         first += len(row.ids) - len(row.clips)
     return placed
 
 
-def _place(row: Tokens, text_first: int, streams: Sequence[Placing], located: bool) -> RowPlaces:
-    placer = _Placer(streams, located)
+def _lay_out_one(row: Tokens, text_first: int, streams: Sequence[StreamLayout], with_spans: bool) -> SequenceLayout:
+    placer = _SequenceBuilder(streams, with_spans)
     known = len(streams[0].lengths) if streams else 0
     clips = enumerate(row.clips)
     start = 0
     for end in [*(i for i, token in enumerate(row.ids) if token == AUDIO), len(row.ids)]:
-        if start and (end > start or end == len(row.ids)) and row.asks_before(start):
+        if start and (end > start or end == len(row.ids)) and row.predicts_at(start):
             placer.ask_again()
         placer.add_text(text_first, end - start, None if row.labels is None else row.labels[start:end])
         text_first += end - start

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from pal.backbone.cache import JointCache
-from pal.backbone.decoding import Decoding, DecodingOptions
+from pal.backbone.cache_storage import ROOM
+from pal.backbone.decoding import DecodingOptions, DecodingState
 from pal.backbone.generate import padded_left
 from pal.backbone.graphs import WORTH, Stepper
 from pal.backbone.llm import Backbone
-from pal.backbone.reading import prepared, prompts_of, read_prompts
-from pal.backbone.storage import ROOM
+from pal.backbone.prefill import prepared, prompts_of, read_prompts
 from pal.bench.presets import Preset
 from pal.bench.scene import BenchScene
 from pal.integrations.base import Integration, Route
@@ -36,7 +36,7 @@ INTEGRATIONS: dict[str, dict[str, Any]] = {
 
 
 @dataclass
-class Reading:
+class PrefilledPrompt:
     """A scene as it was read: what writing on needs."""
 
     logits_BV: Tensor
@@ -46,7 +46,7 @@ class Reading:
     """Over all rows so far."""
     position_B1: Tensor
     """Of the next row of each conversation."""
-    decoding: Decoding | None = None
+    decoding: DecodingState | None = None
     """Ours: what the product's own loop keeps."""
     stepper: Stepper | None = None
     """Ours, by a CUDA graph."""
@@ -63,7 +63,7 @@ class Reading:
         return sum(layer.keys.nbytes + layer.values.nbytes for layer in self.cache.layers if layer.keys is not None)
 
 
-class Subject(ABC):
+class BenchModel(ABC):
     """One variant. All variants of a run share one LLM's weights, and one encoder's."""
 
     name: str
@@ -80,7 +80,7 @@ class Subject(ABC):
         self.own = own
 
     @abstractmethod
-    def read(self, scene: BenchScene) -> Reading:
+    def read(self, scene: BenchScene) -> PrefilledPrompt:
         """The prompt in one forward pass: logits of the last row, keys and values kept."""
 
     @abstractmethod
@@ -88,7 +88,7 @@ class Subject(ABC):
         """Mean cross-entropy of the answers."""
 
     @abstractmethod
-    def write(self, reading: Reading, tokens: int) -> None:
+    def write(self, reading: PrefilledPrompt, tokens: int) -> None:
         """So many more tokens, greedily."""
 
     def weights(self) -> list[nn.Parameter]:
@@ -105,7 +105,7 @@ class Subject(ABC):
         """`torch.compile` the LLM's layers in place; those of one that is shared once."""
 
 
-class Attached(Subject):
+class AttachedModel(BenchModel):
     """Ours: an LLM with an integration; without one, text alone."""
 
     graphs = True
@@ -130,7 +130,7 @@ class Attached(Subject):
         side: Any = "none" if self.llm.packs else "right" if trains else "left"
         return self.integration(features, scene.rows(self._hears, trains), self.llm, side)
 
-    def read(self, scene: BenchScene, tokens: int = ROOM, fixed: bool = False) -> Reading:
+    def read(self, scene: BenchScene, tokens: int = ROOM, fixed: bool = False) -> PrefilledPrompt:
         """As `Backbone.generate` does it: audio K/V are made once, ahead.
 
         Args:
@@ -141,13 +141,13 @@ class Attached(Subject):
         inputs, llm = padded_left(self.inputs(scene, trains=False)), self.llm
         cache = prepared(llm, inputs, room=tokens if fixed else min(tokens, ROOM), fixed=fixed)
         logits_BV = read_prompts(llm, cache, inputs)
-        state = Decoding(cache, DecodingOptions(tokens), llm.device)
+        state = DecodingState(cache, DecodingOptions(tokens), llm.device)
         last_B1 = to_device(prompts_of(inputs).positions_BT[:, -1:], llm.device)
         state.begin(last_B1)
         stepper = Stepper(llm, state, None) if fixed and llm.device.type == "cuda" else None
-        return Reading(logits_BV, cache, inputs.attention_mask_BT, last_B1 + 1, state, stepper)
+        return PrefilledPrompt(logits_BV, cache, inputs.attention_mask_BT, last_B1 + 1, state, stepper)
 
-    def write(self, reading: Reading, tokens: int) -> None:
+    def write(self, reading: PrefilledPrompt, tokens: int) -> None:
         """By the product's own loop, which is told no end."""
         state = reading.decoding
         assert state is not None
@@ -167,7 +167,7 @@ class Attached(Subject):
         return total / tokens
 
 
-def attached(name: str, llm: Backbone, preset: Preset) -> Attached:
+def attached(name: str, llm: Backbone, preset: Preset) -> AttachedModel:
     """The subject of one of our variants."""
     device, dtype = torch.device(preset.device), getattr(torch, preset.dtype)
     part = INTEGRATIONS["plits" if name == "text" else name]
@@ -176,7 +176,7 @@ def attached(name: str, llm: Backbone, preset: Preset) -> Attached:
         part = {**part, "hidden": preset.width}
     with device:
         integration = build("integration", part, in_width=preset.width, llm=llm)
-    return Attached(name, llm, integration.to(dtype), hears=name != "text")
+    return AttachedModel(name, llm, integration.to(dtype), hears=name != "text")
 
 
 def _unique(parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:

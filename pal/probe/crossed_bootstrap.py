@@ -35,17 +35,17 @@ class Draws:
         seed: of the drawing.
     """
 
-    def __init__(self, right_XKI: Numbers, deaf_XKI: Numbers, groups: Sequence[str], seed: int = 0) -> None:
+    def __init__(self, right_XKI: Numbers, no_audio_XKI: Numbers, groups: Sequence[str], seed: int = 0) -> None:
         X, K, _ = right_XKI.shape
-        both = np.concatenate([right_XKI, deaf_XKI])
+        both = np.concatenate([right_XKI, no_audio_XKI])
         self.by_seed_XK = right_XKI.mean(2)
-        self.score_X, self.deaf_X = right_XKI.mean((1, 2)), deaf_XKI.mean((1, 2))
+        self.score_X, self.no_audio_X = right_XKI.mean((1, 2)), no_audio_XKI.mean((1, 2))
         figures = [Ratio.mean(values) for row in both for values in row]
         clips_RXK = redraw(figures, Groups(groups), seed).reshape(-1, 2 * X, K)
         rng = np.random.default_rng((seed, K))
         shares_RK = rng.multinomial(K, np.full(K, 1 / K), size=len(clips_RXK)) / K
         drawn_RX = np.einsum("rxk,rk->rx", clips_RXK, shares_RK)
-        self.score_RX, self.deaf_RX = drawn_RX[:, :X], drawn_RX[:, X:]
+        self.score_RX, self.no_audio_RX = drawn_RX[:, :X], drawn_RX[:, X:]
 
     def score(self, cell: int) -> Estimate:
         """Mean over the seeds, and its interval."""
@@ -54,8 +54,8 @@ class Draws:
 
     def gain(self, cell: int) -> Estimate:
         """What hearing adds: the score less that of the same models without audio."""
-        gain = float(self.score_X[cell] - self.deaf_X[cell])
-        return gain, interval(self.score_RX[:, cell] - self.deaf_RX[:, cell], gain)
+        gain = float(self.score_X[cell] - self.no_audio_X[cell])
+        return gain, interval(self.score_RX[:, cell] - self.no_audio_RX[:, cell], gain)
 
     def difference(self, cell: int, other: int) -> Estimate:
         """Score of a cell less that of another, paired."""
@@ -70,7 +70,7 @@ class Draws:
         """The same of what hearing adds; None where the other adds nothing beyond chance."""
         if self.gain(other)[1][0] <= 0:
             return None
-        return _ratio(self.score_X - self.deaf_X, self.score_RX - self.deaf_RX, cell, other)
+        return _ratio(self.score_X - self.no_audio_X, self.score_RX - self.no_audio_RX, cell, other)
 
 
 def _ratio(value_X: Numbers, drawn_RX: Numbers, over: int, under: int) -> Estimate | None:

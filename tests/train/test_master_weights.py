@@ -13,8 +13,8 @@ from pal.errors import ConfigError
 from pal.plan import plan
 from pal.plan.skeleton import skeleton
 from pal.train import optim, run, stages
-from pal.train.masters import Masters
-from pal.train.objectives import Outcome
+from pal.train.master_weights import MasterWeights
+from pal.train.objectives import LossOutput
 from pal.train.recipe import Stage
 from pal.train.step import Update
 from tests.train.test_step import Processes
@@ -39,8 +39,8 @@ class Linear(nn.Module):
         # what bfloat16 can hold, so that both start from the same numbers
         self.weight = nn.Parameter(torch.randn(4, 3).bfloat16().to(dtype))
 
-    def forward(self, work: Any) -> Outcome:
-        return Outcome((work.x_B3.to(self.weight) @ self.weight.T).float().square().sum(), len(work.x_B3))
+    def forward(self, work: Any) -> LossOutput:
+        return LossOutput((work.x_B3.to(self.weight) @ self.weight.T).float().square().sum(), len(work.x_B3))
 
 
 class Piece:
@@ -54,9 +54,9 @@ def stage(lr: float) -> Stage:
     return Stage(train={"llm": "full"}, lr=lr, steps=10, batch={"rows": 1}, weight_decay=0.01, clip_grad=None)  # type: ignore[arg-type]
 
 
-def made(dtype: torch.dtype, on: bool, lr: float) -> tuple[Linear, Masters, Update]:
+def made(dtype: torch.dtype, on: bool, lr: float) -> tuple[Linear, MasterWeights, Update]:
     network, fake = Linear(dtype), Processes()
-    masters = Masters({"llm": {"weight": network.weight}}, on)
+    masters = MasterWeights({"llm": {"weight": network.weight}}, on)
     optimizer = optim.adamw(optim.parameter_groups(masters.parts, stage(lr)), stage(lr))
     return network, masters, Update(network, optimizer, masters, stage(lr), fake, fake)  # type: ignore[arg-type]
 
@@ -101,7 +101,7 @@ def test_training_stays_by_that_of_float32() -> None:
 def test_updates_below_a_weights_resolution_add_up() -> None:
     """A weight of 1 has steps of 1/128; 40 updates of 1/2000 are 2.5 of them."""
     weight = nn.Parameter(torch.ones(1, 2, dtype=torch.bfloat16))
-    masters = Masters({"llm": {"weight": weight}}, on=True)
+    masters = MasterWeights({"llm": {"weight": weight}}, on=True)
     made = optim.adamw(optim.parameter_groups(masters.parts, stage(5e-4)), stage(5e-4))
     for _ in range(40):
         weight.grad = torch.ones_like(weight)
@@ -116,7 +116,7 @@ def test_updates_below_a_weights_resolution_add_up() -> None:
 
 def test_gradients_of_a_batchs_parts_are_summed_in_float32() -> None:
     weight = nn.Parameter(torch.ones(1, dtype=torch.bfloat16))
-    masters = Masters({"llm": {"weight": weight}}, on=True)
+    masters = MasterWeights({"llm": {"weight": weight}}, on=True)
     for gradient in (1.0, 2**-9, 2**-9):
         weight.grad = torch.full((1,), gradient, dtype=torch.bfloat16)
         masters.take_gradients()
@@ -125,9 +125,9 @@ def test_gradients_of_a_batchs_parts_are_summed_in_float32() -> None:
 
 def test_what_is_stored_in_float32_stands_for_itself() -> None:
     parts = {"llm": {"a": nn.Parameter(torch.ones(2)), "b": nn.Parameter(torch.ones(2, dtype=torch.bfloat16))}}
-    masters = Masters(parts, on=True)
+    masters = MasterWeights(parts, on=True)
     assert masters.parts["llm"]["a"] is parts["llm"]["a"] and masters.parts["llm"]["b"] is masters.copies[0]
-    off = Masters(parts, on=False)
+    off = MasterWeights(parts, on=False)
     assert off.parts["llm"]["b"] is parts["llm"]["b"] and not off.copies
 
 
@@ -163,7 +163,7 @@ def test_a_plan_knows_their_memory(manifest: Path, on: bool) -> None:
     made = recipe(manifest, [STAGE | {"master_weights": on}], model={**MODEL, "llm": llm})
     model = skeleton(made)
     parts = stages.freeze(model, made.stages[0].train)
-    held = Masters(parts, on)
+    held = MasterWeights(parts, on)
     weights = [p for of in held.parts.values() for p in of.values()]
     moments = sum(2 * p.numel() * p.itemsize for p in weights)
     assert plan(made).stages[0].memory.optimizer == moments + sum(4 * copy.numel() for copy in held.copies)
@@ -192,4 +192,4 @@ def test_runs_without_the_new_keys_go_on() -> None:
 @pytest.mark.parametrize(("dtype", "copies"), [(torch.float16, 1), (torch.bfloat16, 1), (torch.float32, 0)])
 def test_weights_with_fewer_bits_have_copies(dtype: torch.dtype, copies: int) -> None:
     weight = nn.Parameter(torch.ones(2, dtype=dtype))
-    assert len(Masters({"llm": {"weight": weight}}, on=True).copies) == copies
+    assert len(MasterWeights({"llm": {"weight": weight}}, on=True).copies) == copies

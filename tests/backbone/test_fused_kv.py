@@ -6,7 +6,7 @@ from torch import nn
 
 from pal.backbone.families import FAMILIES
 from pal.backbone.finetuning import LoRA
-from pal.backbone.folded import fold, pays
+from pal.backbone.fused_kv import fold, pays
 from pal.backbone.llm import Backbone
 from pal.bench.flops import flop_counter
 from pal.types import AudioFeatures

@@ -1,4 +1,4 @@
-"""What generated rows see of a cache's keys: a mask a step for each kind of layer, or none."""
+"""Attention masks of decoding steps: one for each kind of layer, or none."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pal.backbone.storage import CachedPrompts, CachePlan, Kind, kept
+from pal.backbone.cache_storage import CachedPrompts, CachePlan, Kind, kept
 from pal.transfer import to_device
 
 ALIGNED = 8
@@ -33,8 +33,8 @@ class _SeenKeys:
     """What is added to the scores, where that is the same in all steps."""
 
 
-class Sight:
-    """What is added to the scores of each step.
+class DecodeMask:
+    """Additive attention mask of each decoding step.
 
     Args:
         plan: of the storage.
@@ -96,7 +96,7 @@ class Sight:
         positions = [*(keys.positions_BA for keys in sets), F.pad(positions_BT, (left, 0))]
         return seen_BK, torch.cat([*positions, positions_BT[:, -1:] + steps_X], dim=1)
 
-    def again(self, other: Sight) -> None:
+    def again(self, other: DecodeMask) -> None:
         """See other prompts of the same plan, in the same tensors."""
         assert self.done_1 is not None
         self.done_1.zero_()

@@ -6,7 +6,7 @@ from torch import Tensor
 from pal.types import TagSpan
 
 
-def marks(
+def tag_targets(
     spans: list[TagSpan], index: dict[str, int], tokens: int, seconds_per_token: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What holds in a clip [J], what at each token [A, J], and for which labels the times are known [J]."""

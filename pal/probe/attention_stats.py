@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from pal.backbone.audio_mask import Places
+from pal.backbone.audio_mask import TokenSpans
 from pal.backbone.context import AudioContext
-from pal.backbone.observers import Weights
+from pal.backbone.observers import AttentionWeights
 from pal.model import Clips, PalModel
 from pal.types import AUDIO, Tokens
 
@@ -40,7 +40,7 @@ class AnswerAttention:
     """Share on each of them, mean over heads and over the rows that predict the answer."""
 
 
-def record(model: PalModel, clips: Clips, rows: Sequence[Tokens], bins: int = 40) -> list[AnswerAttention]:
+def record_attention(model: PalModel, clips: Clips, rows: Sequence[Tokens], bins: int = 40) -> list[AnswerAttention]:
     """Attention of labelled conversations, in one forward pass; weights of one layer live at a time.
 
     Args:
@@ -51,33 +51,33 @@ def record(model: PalModel, clips: Clips, rows: Sequence[Tokens], bins: int = 40
     """
     after = [len(row.ids) - 1 - max(i for i, token in enumerate(row.ids) if token == AUDIO) for row in rows]
     # with padding on the left the rows after the last clip are simply the last ones
-    inputs = model.inputs(clips, rows, padding_side="left", located=True)
-    assert isinstance(inputs.audio, AudioContext) and inputs.audio.places is not None
+    inputs = model.inputs(clips, rows, padding_side="left", with_spans=True)
+    assert isinstance(inputs.audio, AudioContext) and inputs.audio.token_spans is not None
     B, T = inputs.position_ids_BT.shape
     N = max(after)
     rows_BN = torch.arange(T - N, T, device=model.device).expand(B, N)
-    watch = _Sums(inputs.audio, rows_BN, model.llm.n_layers, bins)
+    observer = _Sums(inputs.audio, rows_BN, model.llm.n_layers, bins)
     with torch.inference_mode():
-        model.llm.hidden(replace(inputs, audio=replace(inputs.audio, watch=watch)))
-    return [watch.of(b, row, count) for b, (row, count) in enumerate(zip(rows, after, strict=True))]
+        model.llm.hidden(replace(inputs, audio=replace(inputs.audio, observer=observer)))
+    return [observer.of(b, row, count) for b, (row, count) in enumerate(zip(rows, after, strict=True))]
 
 
 class _Sums:
-    """A watch that keeps sums: by pathway, by time, by audio token."""
+    """Attention observer that keeps sums: by pathway, by time, by audio token."""
 
     def __init__(self, context: AudioContext, rows_BN: Tensor, layers: int, bins: int) -> None:
-        assert context.places is not None
+        assert context.token_spans is not None
         self.rows_BN = rows_BN
         self.context = context
         self.layers = layers
-        sets = [context.places, *(keys.places for keys in context.keys if keys.places is not None)]
-        self._sets: list[Places] = sets
-        self._audio = [places.stream_BX >= 0 for places in sets]
-        first = [places.clip_BX == 0 for places in sets]
-        ends = [places.end_BX.where(of_first, -torch.inf).amax(1) for places, of_first in zip(sets, first, strict=True)]
+        sets = [context.token_spans, *(keys.token_spans for keys in context.keys if keys.token_spans is not None)]
+        self._sets: list[TokenSpans] = sets
+        self._audio = [spans.stream_BX >= 0 for spans in sets]
+        first = [spans.clip_BX == 0 for spans in sets]
+        ends = [spans.end_BX.where(of_first, -torch.inf).amax(1) for spans, of_first in zip(sets, first, strict=True)]
         end_B = torch.stack(ends).amax(0)
         self.timed = bool(torch.isfinite(end_B).all())
-        self._bins = [_overlaps(places, of_first, end_B, bins) for places, of_first in zip(sets, first, strict=True)]
+        self._bins = [_overlaps(spans, of_first, end_B, bins) for spans, of_first in zip(sets, first, strict=True)]
         self._first = first
         self._blocks: dict[int, list[Tensor]] = {}
         self._mass: dict[int, Tensor] = {}
@@ -85,7 +85,7 @@ class _Sums:
         self._time: dict[int, Tensor] = {}
         self._token: dict[int, list[Tensor]] = {}
 
-    def attended(self, layer: int, weights: Weights) -> None:
+    def attended(self, layer: int, weights: AttentionWeights) -> None:
         """Sum up the LLM's own attention."""
         audio_B11K, rows_BHNK = self._audio[0][:, None, None], weights.rows_BHNK
         nothing = rows_BHNK[..., :0]
@@ -110,13 +110,13 @@ class _Sums:
         """Spread the shares over time and over audio tokens; `by_set` counts as `self._sets` does."""
         tokens: list[Tensor] = []
         time: Tensor | None = None
-        for i, places in enumerate(self._sets):
+        for i, spans in enumerate(self._sets):
             weights_BHNX = by_set.get(i)
             B, N = self.rows_BN.shape
             mean_BNX = (
                 weights_BHNX.mean(1)
                 if weights_BHNX is not None
-                else torch.zeros(B, N, places.stream_BX.shape[1], device=self.rows_BN.device)
+                else torch.zeros(B, N, spans.stream_BX.shape[1], device=self.rows_BN.device)
             )
             tokens.append(mean_BNX)
             if self.timed:
@@ -141,11 +141,11 @@ class _Sums:
             time = torch.stack([self._time[layer][b, own] for layer in range(self.layers)]).cpu()
         entities: list[tuple[str, int, float, float]] = []
         shares: list[Tensor] = []
-        for i, places in enumerate(self._sets):
+        for i, spans in enumerate(self._sets):
             chosen = self._first[i][b]
             crossing = i > 0 and self.context.keys[i - 1].blocks is not None
             name = "rows" if i == 0 else "cross" if crossing else "keys"
-            facts = zip(places.stream_BX[b][chosen], places.start_BX[b][chosen], places.end_BX[b][chosen], strict=True)
+            facts = zip(spans.stream_BX[b][chosen], spans.start_BX[b][chosen], spans.end_BX[b][chosen], strict=True)
             entities += [(name, int(stream), float(start), float(end)) for stream, start, end in facts]
             at = [n + own.start for n in answer]
             shares.append(
@@ -154,10 +154,10 @@ class _Sums:
         return AnswerAttention(ids, answer, mass.cpu(), visible.cpu(), time, entities, torch.cat(shares, -1).cpu())
 
 
-def _overlaps(places: Places, chosen_BX: Tensor, end_B: Tensor, bins: int) -> Tensor:
+def _overlaps(spans: TokenSpans, chosen_BX: Tensor, end_B: Tensor, bins: int) -> Tensor:
     """Which part of each entity's time lies in each bin of the first clip: [B, X, bins]; zeros for other clips."""
     edges = torch.linspace(0, 1, bins + 1, device=end_B.device)
-    low_BX1, high_BX1 = places.start_BX[..., None], places.end_BX[..., None]
+    low_BX1, high_BX1 = spans.start_BX[..., None], spans.end_BX[..., None]
     edges_B1E = (end_B[:, None] * edges)[:, None]
     inside = torch.minimum(high_BX1, edges_B1E[..., 1:]) - torch.maximum(low_BX1, edges_B1E[..., :-1])
     share = inside.clamp(min=0) / (high_BX1 - low_BX1)

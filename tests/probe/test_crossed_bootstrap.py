@@ -5,7 +5,7 @@ from itertools import product
 import numpy as np
 import pytest
 
-from pal.probe.crossed import Draws
+from pal.probe.crossed_bootstrap import Draws
 
 
 def every_draw(right_KI, clips, seeds, items_of):
@@ -67,10 +67,10 @@ def test_differences_are_paired():
 def test_what_is_kept():
     full_KI = np.ones((2, 8))
     half_KI = np.array([[1, 0] * 4, [0, 1] * 4], float)
-    deaf_XKI = np.stack([np.zeros((2, 8)), np.full((2, 8), 0.2)])
-    deaf_XKI[0] = 0.1
+    no_audio_XKI = np.stack([np.zeros((2, 8)), np.full((2, 8), 0.2)])
+    no_audio_XKI[0] = 0.1
     groups = [str(i // 2) for i in range(8)]
-    draws = Draws(np.stack([half_KI, full_KI]), deaf_XKI, groups)
+    draws = Draws(np.stack([half_KI, full_KI]), no_audio_XKI, groups)
     assert draws.kept(0, 1) == (0.5, (0.5, 0.5))
     value, ends = draws.gain_kept(0, 1)
     assert (value, *ends) == pytest.approx((0.4 / 0.8,) * 3)
@@ -90,8 +90,8 @@ def test_whatever_is_estimated_lies_in_its_interval():
     for seed in range(30):
         cells, seeds, questions = 2, int(rng.integers(1, 4)), int(rng.integers(1, 6))
         shape = (cells, seeds, questions)
-        right, deaf = (np.round(rng.random(shape) + at).clip(0, 1) * rng.choice([0.1, 1.0]) for at in (0.3, -0.3))
-        draws = Draws(right, deaf, [str(i // 2) for i in range(questions)], seed)
+        right, no_audio = (np.round(rng.random(shape) + at).clip(0, 1) * rng.choice([0.1, 1.0]) for at in (0.3, -0.3))
+        draws = Draws(right, no_audio, [str(i // 2) for i in range(questions)], seed)
         found = [draws.score(0), draws.gain(1), draws.difference(1, 0), draws.kept(1, 0), draws.gain_kept(1, 0)]
         for value, (low, high) in filter(None, found):
             assert low <= value <= high

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
-class FoldedKV:
+class FusedKV:
     """h -> keys before k_norm and RoPE, and values, each [..., G C]."""
 
     weight_XM: Tensor
@@ -87,7 +87,7 @@ def pays(inside: int, width: int, kv_width: int) -> bool:
 
 
 @torch.no_grad()
-def fold(last: nn.Module, norm: nn.Module, k_proj: nn.Module, v_proj: nn.Module) -> FoldedKV | None:
+def fold(last: nn.Module, norm: nn.Module, k_proj: nn.Module, v_proj: nn.Module) -> FusedKV | None:
     """One product for all four; None where it would not be smaller, or where one has an adapter or a hook.
 
     Args:
@@ -110,7 +110,7 @@ def fold(last: nn.Module, norm: nn.Module, k_proj: nn.Module, v_proj: nn.Module)
     map_DN = torch.cat((last.weight, bias_D[:, None]), dim=1).double()
     project_XD = torch.cat((k_proj.weight, v_proj.weight)).double() * gain_D
     rows_XN = torch.cat((project_XD @ map_DN, torch.linalg.qr(map_DN, mode="r").R))
-    return FoldedKV(
+    return FusedKV(
         weight_XM=rows_XN[:, :-1].to(last.weight.dtype).contiguous(),
         bias_X=rows_XN[:, -1].to(last.weight.dtype),
         width=last.out_features,

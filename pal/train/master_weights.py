@@ -11,8 +11,8 @@ Parts = Mapping[str, Mapping[str, nn.Parameter]]
 """part -> name -> parameter."""
 
 
-class Masters:
-    """What the optimizer holds in the place of trained weights: float32 copies of those that have fewer bits.
+class MasterWeights:
+    """Float32 master weights of parameters that have fewer bits; the optimizer works on them.
 
     A weight in bfloat16 has 8 bits of precision, so that an update of less than 1/512 of it is rounded away. Its copy
     keeps what is too small to be seen yet; the weight is always the copy, rounded.

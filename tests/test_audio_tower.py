@@ -83,7 +83,7 @@ def test_each_encoder_is_given_its_own_rate():
     model = tiny_model("lal", **ENSEMBLES["each its own"])
     assert model.sampling_rate == RATE
     samples_N = noise(1.0, 3, RATE)
-    heard = model.ears.hear([samples_N])
+    heard = model.ears.encode([samples_N])
     lower = resample(samples_N, RATE, 16_000)
     assert lower.shape == (16_000,)
     with torch.no_grad():
@@ -102,8 +102,8 @@ def test_resampling_keeps_a_tone_and_the_shortest_clip():
 def test_both_encoders_are_heard():
     model = tiny_model("lal", **ENSEMBLES["each its own"])
     rows = [encode(model.tokenizer, [user_turn(QUESTION, 1)], [0])]
-    heard = model.ears.hear([noise(1.0, 0, RATE)])
-    other = model.ears.hear([noise(1.0, 1, RATE)])
+    heard = model.ears.encode([noise(1.0, 0, RATE)])
+    other = model.ears.encode([noise(1.0, 1, RATE)])
 
     def logits(streams):
         with torch.no_grad():
