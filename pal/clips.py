@@ -237,24 +237,24 @@ class ClipBatch:
 class ClipFeatures:
     """The clips of a batch as an integration takes them."""
 
-    audio: Sequence[AudioFeatures] | Sequence[AudioKV]
+    features: Sequence[AudioFeatures] | Sequence[AudioKV]
     """Features [B, A, E] of each stream, or each clip's keys and values; empty without clips."""
     seconds: Sequence[float] = ()
     """Of each clip what the encoders' tokens stand for; those of a connector may stand for no time of their own."""
 
     @classmethod
-    def encoded(cls, audio: Sequence[AudioFeatures], encoders: Sequence[AudioFeatures]) -> ClipFeatures:
+    def encoded(cls, features: Sequence[AudioFeatures], encoders: Sequence[AudioFeatures]) -> ClipFeatures:
         """Features of each stream, made of those of each encoder."""
         counts = zip(*(part.lengths for part in encoders), strict=True)
         scales = [part.seconds_per_token for part in encoders]
-        return cls(audio, [min(n * scale for n, scale in zip(own, scales, strict=True)) for own in counts])
+        return cls(features, [min(n * scale for n, scale in zip(own, scales, strict=True)) for own in counts])
 
     def tokens(self) -> list[int]:
         """Audio tokens of each clip, of all streams together."""
-        streams = [part.lengths for part in self.audio if isinstance(part, AudioFeatures)]
+        streams = [part.lengths for part in self.features if isinstance(part, AudioFeatures)]
         if streams:
             return [sum(counts) for counts in zip(*streams, strict=True)]
-        return [part.tokens for part in self.audio if isinstance(part, AudioKV)]
+        return [part.tokens for part in self.features if isinstance(part, AudioKV)]
 
 
 def part_clip(part: Mapping[str, Any]) -> Any:

@@ -26,7 +26,7 @@ Question = str | list[str] | tuple[str, ...] | ChatTurns
 class Conversations:
     """One conversation for each answer."""
 
-    rows: list[Tokens]
+    tokens: list[Tokens]
     single: bool
     """Whether the answer is wanted alone, not in a list."""
 
@@ -54,19 +54,19 @@ def read_question(
     _check(texts, lambda text: isinstance(text, str))
     single = isinstance(given, str)
     if clips == 1 or (single and (PLACEHOLDER in given or not clips)):
-        rows = [_encode([user_turn(text, clips)], list(range(clips)), tokenizer, system) for text in texts]
-        return Conversations(rows, single)
+        made = [_encode([user_turn(text, clips)], list(range(clips)), tokenizer, system) for text in texts]
+        return Conversations(made, single)
     texts = texts * clips if single else texts
     if len(texts) != clips:
         raise PromptError(f"{clips} clips and {len(texts)} questions; give one question, or as many as clips")
-    rows = [_encode([user_turn(text, 1)], [at], tokenizer, system) for at, text in enumerate(texts)]
-    return Conversations(rows, single=False)
+    made = [_encode([user_turn(text, 1)], [at], tokenizer, system) for at, text in enumerate(texts)]
+    return Conversations(made, single=False)
 
 
-def check_ids(rows: Sequence[Tokens], vocab: int, tokenizer: PreTrainedTokenizerBase) -> None:
+def check_ids(conversations: Sequence[Tokens], vocab: int, tokenizer: PreTrainedTokenizerBase) -> None:
     """Raises PromptError for an id that an LLM with `vocab` embeddings has none for."""
-    for row in rows:
-        for number in row.ids:
+    for conversation in conversations:
+        for number in conversation.ids:
             if not (0 <= number < vocab or number == AUDIO):
                 entry = tokenizer.convert_ids_to_tokens(number) if number >= 0 else None
                 named = f"'{str(entry)[:60]}' (id {number})" if entry else f"id {number}"

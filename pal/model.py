@@ -169,10 +169,12 @@ class PalModel(nn.Module):
             PromptError: an id that the LLM has no embedding for.
         """
         check_ids(conversations, self.llm.vocab, self.tokenizer)
-        audio = (clips if isinstance(clips, ClipFeatures) else self.encode(clips)).audio or None
-        inputs = self.integration(audio, conversations, self.llm, padding_side, with_spans=with_spans or self._located)
-        for what in self._hidden if inputs.audio is not None else ():
-            inputs = replace(inputs, audio=inputs.audio.without(what))
+        features = (clips if isinstance(clips, ClipFeatures) else self.encode(clips)).features or None
+        inputs = self.integration(
+            features, conversations, self.llm, padding_side, with_spans=with_spans or self._located
+        )
+        for what in self._hidden if inputs.audio_context is not None else ():
+            inputs = replace(inputs, audio_context=inputs.audio_context.without(what))
         return inputs
 
     @contextmanager
@@ -351,10 +353,10 @@ class PalModel(nn.Module):
         clips, notes = self._read(given, allow_urls, read_to_end)
         warn_of(notes)
         if stream:
-            if len(asked.rows) != 1:
+            if len(asked.tokens) != 1:
                 raise PromptError("stream=True takes one conversation; ask the others one by one")
-            return self.stream(clips, asked.rows[0], **options)
-        answers = self.generate(clips, asked.rows, **options)
+            return self.stream(clips, asked.tokens[0], **options)
+        answers = self.generate(clips, asked.tokens, **options)
         return answers[0] if asked.single else answers
 
     @torch.inference_mode()
@@ -378,7 +380,7 @@ class PalModel(nn.Module):
         encoded = time.perf_counter()
         first = FirstTokenTimer()
         watched["logits_processor"] = [first, *(watched.get("logits_processor") or ())]
-        texts = self.generate(features, asked.rows, **watched)
+        texts = self.generate(features, asked.tokens, **watched)
         done = time.perf_counter()
         timings = {"encode": encoded - start, "prefill": first.at - encoded, "generate": done - first.at}
         used = [min(clip.seconds, covered) for clip, covered in zip(clips, features.seconds, strict=True)]
@@ -392,7 +394,7 @@ class PalModel(nn.Module):
                 seconds=timings,
                 notes=notes,
             )
-            for text, row in zip(texts, asked.rows, strict=True)
+            for text, row in zip(texts, asked.tokens, strict=True)
         ]
 
     def _read(

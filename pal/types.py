@@ -190,7 +190,7 @@ class LLMInputs:
     inputs_embeds_BTD: Tensor
     position_ids_BT: Tensor
     attention_mask_BT: Tensor
-    audio: AudioContext | PackedContext | None
+    audio_context: AudioContext | PackedContext | None
     """With a `PackedContext` the conversations lie one after the other, and B is 1 unless they are equally long."""
     labels_BT: Tensor | None
     targets: Targets | None = None

@@ -103,7 +103,7 @@ def batch_of(model: PalModel, clips: int = 2) -> Batch:
 def prepared(recipe: Recipe) -> tuple[PalModel, Batch]:
     model, stage = built(recipe), recipe.stages[0]
     freeze(model, stage.train)
-    model.llm.checkpoint_gradients(stage.gradient_checkpointing, audio=stage.recompute_audio)
+    model.llm.checkpoint_gradients(stage.gradient_checkpointing, recompute_audio=stage.recompute_audio)
     set_modes(model, stage)
     return model, batch_of(model)
 

@@ -1,6 +1,6 @@
 """The attention function `pal`: the LLM's own queries also see keys and values made from audio.
 
-transformers calls it in every layer of an unmodified LLM, with the forward's extra argument `audio`
+transformers calls it in every layer of an unmodified LLM, with the forward's extra argument `attention_metadata`
 (an `AttentionMetadata`). Without audio it is transformers' SDPA, with the same masks, so that a model loses
 nothing by being ready to hear.
 """
@@ -40,7 +40,7 @@ def attend(
     attention_mask: Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
-    audio: AttentionMetadata | PackedLayer | DecodingStep | None = None,
+    attention_metadata: AttentionMetadata | PackedLayer | DecodingStep | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """One layer's attention, in the signature that transformers prescribes.
@@ -49,34 +49,35 @@ def attend(
         module: the attention module, which knows its `layer_idx`.
         query: [B, H, Q, C]. key, value: [B, G, K, C], after RoPE and after the cache.
         attention_mask: transformers' mask [B, 1, Q, K], or None where its causal shortcut holds.
-        audio: attention metadata of the audio; None without audio.
+        attention_metadata: which audio keys the queries see; None without audio.
 
     Returns:
         [B, Q, H, C] and None (no attention weights).
     """
-    if isinstance(audio, PackedLayer):  # first, since a compiled layer must not learn its own number
-        if audio.segments is None:
+    if isinstance(attention_metadata, PackedLayer):  # first, since a compiled layer must not learn its own number
+        if attention_metadata.segments is None:
             with sdpa_kernel(_KERNELS):  # here, since a layer may be made again when no forward pass is on
                 return sdpa_attention_forward(module, query, key, value, None, dropout=dropout, scaling=scaling)
-        return audio.attend(module, query, key, value, scaling), None
+        return attention_metadata.attend(module, query, key, value, scaling), None
     layer: int = module.layer_idx  # type: ignore[assignment]
-    if isinstance(audio, DecodingStep):
-        attention_mask = audio.masks[layer]
-        if attention_mask is not None and audio.beams > 1:
-            return _attend_together(query, key, value, attention_mask, audio.beams, dropout, scaling), None
-        audio = None
-    if audio is not None and not isinstance(audio, AttentionMetadata):
-        raise PalError("'audio' reached the attention without its query positions; call the model through Backbone")
-    if audio is not None:
-        audio.show(layer, query, key, scaling)
-    if audio is None or audio.ordinary(layer):
+    if isinstance(attention_metadata, DecodingStep):
+        attention_mask = attention_metadata.masks[layer]
+        if attention_mask is not None and attention_metadata.beams > 1:
+            return _attend_together(query, key, value, attention_mask, attention_metadata.beams, dropout, scaling), None
+        attention_metadata = None
+    known = attention_metadata is None or isinstance(attention_metadata, AttentionMetadata)
+    if not known or kwargs.get("audio_context") is not None:
+        raise PalError("audio reached the attention without its query positions; call the model through Backbone")
+    if attention_metadata is not None:
+        attention_metadata.show(layer, query, key, scaling)
+    if attention_metadata is None or attention_metadata.ordinary(layer):
         if attention_mask is None:
             return sdpa_attention_forward(module, query, key, value, None, dropout=dropout, scaling=scaling, **kwargs)
         return _masked_attention(query, key, value, attention_mask, dropout, scaling), None
-    sets = audio.sets(layer, key, value)
+    sets = attention_metadata.sets(layer, key, value)
     if sets is not None:
         return merged_attention(query, sets, scaling).contiguous(), None
-    return _masked_attention(query, *audio.whole(layer, key, value), dropout, scaling), None
+    return _masked_attention(query, *attention_metadata.whole(layer, key, value), dropout, scaling), None
 
 
 def _masked_attention(

@@ -76,8 +76,8 @@ class JointCache(Cache):
             prompts: how they lie.
             dtype: of queries, in which masks are made.
         """
-        audio, device = inputs.audio, inputs.position_ids_BT.device
-        if isinstance(audio, PackedContext) and any(one.bias is not None for one in audio.keys):
+        context, device = inputs.audio_context, inputs.position_ids_BT.device
+        if isinstance(context, PackedContext) and any(one.bias is not None for one in context.keys):
             raise PalError("prompts with a bias on the scores of audio can be scored, not continued yet")
         for layer in self.stores:
             layer.begin()
@@ -86,40 +86,40 @@ class JointCache(Cache):
             self._decode_mask.again(decode_mask)
         else:
             self._decode_mask = decode_mask
-        keys = () if audio is None else audio.keys
+        keys = () if context is None else context.keys
         self.blocks = [one.blocks for one in keys if one.blocks is not None]
         self.context = self.packed = self._order_BT = None
-        if isinstance(audio, PackedContext):
+        if isinstance(context, PackedContext):
             self.packed = inputs
-            if audio.segments:
-                self._order_BT = to_device(filled(_numbers(audio.lengths), left=True)[0], device)
-                counts = [[len(talk.keys[one.stream]) for talk in audio.conversations] for one in audio.keys]
+            if context.segments:
+                self._order_BT = to_device(filled(_numbers(context.lengths), left=True)[0], device)
+                counts = [[len(talk.keys[one.stream]) for talk in context.conversations] for one in context.keys]
                 self._key_orders = {
                     i: to_device(filled(_numbers(lengths), left=False)[0], device) for i, lengths in enumerate(counts)
                 }
-        elif audio is not None:
-            self.context = self._stored(audio)
+        elif context is not None:
+            self.context = self._stored(context)
 
-    def _stored(self, audio: AudioContext) -> AudioContext:
+    def _stored(self, context: AudioContext) -> AudioContext:
         """The same audio, with its keys and values made and put where they stay."""
         parts = []
-        for which, keys in enumerate(audio.keys):
-            rope = {} if keys.built is not None else audio.llm.rope(keys.rope_positions_BA)
+        for which, keys in enumerate(context.keys):
+            rope = {} if keys.built is not None else context.llm.rope(keys.rope_positions_BA)
             built = {}
             for layer in keys.layers:
-                made = keys.keys_values(layer, audio.llm, rope) if keys.built is None else keys.built[layer]
+                made = keys.keys_values(layer, context.llm, rope) if keys.built is None else keys.built[layer]
                 if keys.blocks is not None:
-                    built[layer] = self._hold_crossed(audio, which, layer, *made)
+                    built[layer] = self._hold_crossed(context, which, layer, *made)
                 else:
-                    before = [audio.keys[i] for i in audio.joined(layer) if i < which]
+                    before = [context.keys[i] for i in context.joined(layer) if i < which]
                     built[layer] = self.stores[layer].hold(sum(one.mask_BA.shape[1] for one in before), *made)
             parts.append(replace(keys, built=built))
-        return replace(audio, keys=tuple(parts))
+        return replace(context, keys=tuple(parts))
 
     def _hold_crossed(
-        self, audio: AudioContext | PackedContext, which: int, layer: int, k_BGAC: Tensor, v_BGAC: Tensor
+        self, context: AudioContext | PackedContext, which: int, layer: int, k_BGAC: Tensor, v_BGAC: Tensor
     ) -> tuple[Tensor, Tensor]:
-        number = sum(keys.blocks is not None for keys in audio.keys[:which])
+        number = sum(keys.blocks is not None for keys in context.keys[:which])
         made = (k_BGAC, v_BGAC)
         if not self.plan.fixed:
             self._crossed[number][layer] = made
@@ -144,15 +144,15 @@ class JointCache(Cache):
         captured, self._captured = self._captured, None
         if captured is None:
             return
-        assert self.packed is not None and isinstance(self.packed.audio, PackedContext)
-        audio, store = self.packed.audio, self.stores[captured.layer]
+        assert self.packed is not None and isinstance(self.packed.audio_context, PackedContext)
+        context, store = self.packed.audio_context, self.stores[captured.layer]
         first = 0
-        for which, made in zip(audio.joined(captured.layer), captured.audio, strict=True):
+        for which, made in zip(context.joined(captured.layer), captured.joined, strict=True):
             k_BGAC, v_BGAC = (self._laid(x, self._key_orders[which]) for x in made)
             store.hold(first, k_BGAC, v_BGAC)
             first += k_BGAC.shape[2]
         for which, made in captured.crossed.items():
-            self._hold_crossed(audio, which, captured.layer, *(self._laid(x, self._key_orders[which]) for x in made))
+            self._hold_crossed(context, which, captured.layer, *(self._laid(x, self._key_orders[which]) for x in made))
         if captured.text is None:  # transformers drops the cache there
             raise PalError("nothing is kept while an LLM trains with gradient checkpointing; call eval() to generate")
         k, v = captured.text
@@ -212,14 +212,14 @@ class CapturingLayer:
     Attributes:
         layer: its number.
         text: keys and values of the rows, [1, G, N, C] each.
-        audio: of each set of audio keys that joins, [I, G, C] each.
+        joined: of each set of audio keys that joins the layer's own, [I, G, C] each.
         crossed: of sets that blocks before the layer look at, by their number.
     """
 
     def __init__(self, layer: int) -> None:
         self.layer = layer
         self.text: tuple[Tensor, Tensor] | None = None
-        self.audio: list[tuple[Tensor, Tensor]] = []
+        self.joined: list[tuple[Tensor, Tensor]] = []
         self.crossed: dict[int, tuple[Tensor, Tensor]] = {}
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""transformers' causal LLMs with `audio` among the arguments of their forward, and nothing else changed."""
+"""transformers' causal LLMs with `audio_context` among the arguments of their forward, and nothing else changed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from pal.errors import PalError
 
 
 class AudioCausalLM:
-    """A causal LLM whose forward names the argument `audio`, without which `generate` refuses it."""
+    """A causal LLM whose forward names the argument `audio_context`, without which `generate` refuses it."""
 
     plain: Any
     """transformers' class, which this is a subclass of."""
@@ -47,26 +47,27 @@ class AudioCausalLM:
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
-        audio: AudioContext | PackedContext | None = None,
+        audio_context: AudioContext | PackedContext | None = None,
         **kwargs: Any,
     ) -> Any:
-        """transformers' forward, in which the rows attend to `audio`, too."""
+        """transformers' forward, in which the rows also attend to the audio keys of `audio_context`."""
         forward = partial(super().forward, labels=labels, use_cache=use_cache, logits_to_keep=logits_to_keep)  # type: ignore[misc]
-        if isinstance(audio, AudioContext) and use_cache and past_key_values is None and not torch.is_grad_enabled():
-            past_key_values = cache_for(audio, inputs_embeds, attention_mask, position_ids)
+        fresh = use_cache and past_key_values is None and not torch.is_grad_enabled()
+        if fresh and isinstance(audio_context, AudioContext):
+            past_key_values = cache_for(audio_context, inputs_embeds, attention_mask, position_ids)
         if isinstance(past_key_values, JointCache):
             compiled = regions.is_compiled(self.model.layers[0])  # type: ignore[attr-defined]
             given = (input_ids, inputs_embeds, attention_mask, position_ids)
             return through_cache(forward, past_key_values, *given, kwargs, compiled)
-        if audio is not None:
+        if audio_context is not None:
             if getattr(past_key_values, "is_compileable", False):
                 raise PalError("this cache cannot be used with audio; leave cache_implementation out or say 'static'")
-            if isinstance(audio, PackedContext):
+            if isinstance(audio_context, PackedContext):
                 if past_key_values is not None or use_cache or attention_mask is None:
                     raise PalError("packed rows need their attention_mask and use_cache=False; generate keeps them")
-                kwargs["audio"], attention_mask = audio, audio.mask(attention_mask)
+                kwargs["attention_metadata"], attention_mask = audio_context, audio_context.mask(attention_mask)
             else:
-                kwargs["audio"] = audio.view(attention_mask, position_ids)
+                kwargs["attention_metadata"] = audio_context.attention_metadata(attention_mask, position_ids)
         with without_cudnn():
             return forward(
                 input_ids=input_ids,
@@ -84,7 +85,7 @@ class AudioCausalLM:
         inputs: dict[str, Any] = super().prepare_inputs_for_generation(  # type: ignore[misc]
             input_ids, inputs_embeds=inputs_embeds, **kwargs
         )
-        if inputs.get("audio") is not None and inputs.get("attention_mask") is None:
+        if inputs.get("audio_context") is not None and inputs.get("attention_mask") is None:
             positions_BQ = inputs["position_ids"]
             cache = inputs.get("past_key_values")
             seen = positions_BQ.shape[1] + (0 if cache is None else cache.get_seq_length())

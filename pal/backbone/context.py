@@ -89,6 +89,6 @@ class AudioContext:
             repeats_BT=None if self.repeats_BT is None else self.repeats_BT.gather(1, order_BT),
         )
 
-    def view(self, attention_mask: Tensor | None, position_ids: Tensor | None) -> AttentionMetadata:
+    def attention_metadata(self, attention_mask: Tensor | None, position_ids: Tensor | None) -> AttentionMetadata:
         """What the query rows of one forward see; see `AttentionMetadata.of`."""
         return AttentionMetadata.of(self, attention_mask, position_ids)

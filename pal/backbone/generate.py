@@ -69,8 +69,8 @@ def generate(llm: Backbone, inputs: LLMInputs, **kwargs: Any) -> Tensor:
 
 def stream(llm: Backbone, inputs: LLMInputs, tokenizer: PreTrainedTokenizerBase, **kwargs: Any) -> Iterator[str]:
     """`generate` for one row, as pieces of text when they are ready; together they equal its whole text."""
-    packed = isinstance(inputs.audio, PackedContext)
-    rows = len(inputs.audio.lengths) if packed else len(inputs.inputs_embeds_BTD)  # type: ignore[union-attr]
+    packed = isinstance(inputs.audio_context, PackedContext)
+    rows = len(inputs.audio_context.lengths) if packed else len(inputs.inputs_embeds_BTD)  # type: ignore[union-attr]
     if rows != 1:
         raise PalError(f"streaming takes one conversation, got {rows}")
     streamer = TextIteratorStreamer(tokenizer, skip_special_tokens=True)
@@ -110,7 +110,7 @@ def _by_transformers(
     if config is not None and _joins(llm, config):
         static = config.cache_implementation == "static"
         beams = max(config.num_beams or 1, config.num_return_sequences or 1)
-        if inputs.audio is not None or beams > 1 or static:
+        if inputs.audio_context is not None or beams > 1 or static:
             room = config.max_new_tokens if static and config.max_new_tokens else ROOM
             cache = prepared(llm, inputs, beams=beams, room=room)
             kwargs = {**kwargs, "past_key_values": cache}
@@ -118,10 +118,10 @@ def _by_transformers(
             if (given := kwargs.get("generation_config")) is not None:
                 kwargs["generation_config"] = copy.deepcopy(given)
                 kwargs["generation_config"].cache_implementation = None
-    if inputs.audio is not None and cache is None:
-        if isinstance(inputs.audio, PackedContext):
+    if inputs.audio_context is not None and cache is None:
+        if isinstance(inputs.audio_context, PackedContext):
             raise PalError("packed prompts need a cache of ours; make them with padding_side='left'")
-        kwargs = {**kwargs, "audio": inputs.audio.prebuilt()}
+        kwargs = {**kwargs, "audio_context": inputs.audio_context.prebuilt()}
     made: Tensor = llm.lm.generate(**as_given(cache, inputs), **kwargs)
     return made
 
@@ -166,7 +166,7 @@ def _decode(llm: Backbone, inputs: LLMInputs, options: DecodingOptions) -> Tenso
 
 def padded_left(inputs: LLMInputs) -> LLMInputs:
     """The same rows with their padding moved to the left, as generation needs it; packed ones have none."""
-    if isinstance(inputs.audio, PackedContext):
+    if isinstance(inputs.audio_context, PackedContext):
         return inputs
     mask_BT = inputs.attention_mask_BT
     order_BT = mask_BT.long().argsort(dim=1, stable=True)
@@ -177,7 +177,7 @@ def padded_left(inputs: LLMInputs) -> LLMInputs:
 
 def reordered(inputs: LLMInputs, order_BT: Tensor) -> LLMInputs:
     """The rows of each sequence in another order, or only some of them: [B, T] of their numbers."""
-    mask_BT = inputs.attention_mask_BT
+    mask_BT, context = inputs.attention_mask_BT, inputs.audio_context
     return replace(
         inputs,
         inputs_embeds_BTD=inputs.inputs_embeds_BTD.gather(
@@ -185,6 +185,6 @@ def reordered(inputs: LLMInputs, order_BT: Tensor) -> LLMInputs:
         ),
         position_ids_BT=inputs.position_ids_BT.gather(1, order_BT),
         attention_mask_BT=mask_BT.gather(1, order_BT),
-        audio=inputs.audio.reordered(order_BT) if isinstance(inputs.audio, AudioContext) else None,
+        audio_context=context.reordered(order_BT) if isinstance(context, AudioContext) else None,
         labels_BT=None if inputs.labels_BT is None else inputs.labels_BT.gather(1, order_BT),
     )

@@ -245,7 +245,7 @@ class Backbone(nn.Module):
             inputs_embeds=inputs.inputs_embeds_BTD,
             attention_mask=inputs.attention_mask_BT,
             position_ids=inputs.position_ids_BT,
-            audio=inputs.audio,
+            audio_context=inputs.audio_context,
             **{"use_cache": False, **kwargs},
         )
 
@@ -266,13 +266,13 @@ class Backbone(nn.Module):
 
     def hidden(self, inputs: LLMInputs) -> Tensor:
         """What the head gets: [B, T, D] after the last norm."""
-        audio, mask = inputs.audio, inputs.attention_mask_BT
+        context, mask = inputs.audio_context, inputs.attention_mask_BT
         extra: dict[str, Any] = {}
-        if isinstance(audio, PackedContext):
+        if isinstance(context, PackedContext):
             self.check_attention()
-            extra["audio"], mask = audio, audio.mask(mask)
-        elif audio is not None:
-            extra["audio"] = audio.view(mask, inputs.position_ids_BT)
+            extra["attention_metadata"], mask = context, context.mask(mask)
+        elif context is not None:
+            extra["attention_metadata"] = context.attention_metadata(mask, inputs.position_ids_BT)
         hidden_BTD: Tensor = self.lm.model(
             inputs_embeds=inputs.inputs_embeds_BTD,
             attention_mask=mask,
@@ -294,14 +294,14 @@ class Backbone(nn.Module):
         """`generate` for one row, as pieces of text when they are ready; together they equal its whole text."""
         return stream(self, inputs, tokenizer, **kwargs)
 
-    def checkpoint_gradients(self, on: bool, audio: bool = True) -> None:
+    def checkpoint_gradients(self, on: bool, recompute_audio: bool = True) -> None:
         """Recompute each layer, its audio K/V included, in the backward pass instead of keeping it.
 
         Args:
             on: whether to.
-            audio: where layers are kept, whether what makes their audio K/V is recomputed all the same.
+            recompute_audio: where layers are kept, whether what makes their audio K/V is recomputed all the same.
         """
-        self.recomputes_audio = audio and not on
+        self.recomputes_audio = recompute_audio and not on
         families.set_checkpointing(self.lm, on)
 
     def compile(self, **options: Any) -> None:
@@ -381,18 +381,18 @@ class Backbone(nn.Module):
 
 def _enter(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
     """Let the blocks that an integration puts before a layer change the rows that go into it; tell it what it hears."""
-    audio = kwargs.get("audio")
-    if not isinstance(audio, AttentionMetadata | PackedContext | DecodingStep):
+    metadata = kwargs.get("attention_metadata")
+    if not isinstance(metadata, AttentionMetadata | PackedContext | DecodingStep):
         return None
     layer: int = block.self_attn.layer_idx  # type: ignore[union-attr, assignment]
-    if not isinstance(audio, PackedContext):
-        return ((audio.cross(layer, args[0]), *args[1:]), kwargs) if audio.crosses(layer) else None
+    if not isinstance(metadata, PackedContext):
+        return ((metadata.cross(layer, args[0]), *args[1:]), kwargs) if metadata.crosses(layer) else None
     cache = kwargs.get("past_key_values")
     captured = cache.capture_layer(layer) if isinstance(cache, JointCache) else None
-    if audio.crosses(layer):
-        args = (audio.cross(layer, args[0], captured), *args[1:])
+    if metadata.crosses(layer):
+        args = (metadata.cross(layer, args[0], captured), *args[1:])
     return args, {
         **kwargs,
-        "audio": audio.at(layer, captured),
+        "attention_metadata": metadata.at(layer, captured),
         **({} if captured is None else {"past_key_values": captured}),
     }

@@ -124,14 +124,15 @@ class LossGraphs:
             weights_N: of each token's loss; None for 1.
             losses: what makes each token's loss of these.
         """
-        if self.failed is not None or not isinstance(inputs.audio, PackedContext):
+        if self.failed is not None or not isinstance(inputs.audio_context, PackedContext):
             return None
         if self._running is not None and self._running() is not None:
             return None  # a loss whose backward pass is still to come: its activations are in the graphs' memory
-        if not all(isinstance(keys.source, PackedSource) for keys in inputs.audio.keys):
+        if not all(isinstance(keys.source, PackedSource) for keys in inputs.audio_context.keys):
             return None  # its keys would be made twice: to see what they are, and to use them
         parts = _Parts()
-        given = parts.of((_laid_out(inputs, inputs.audio), replace(targets, lengths=(), conversations=0), weights_N))
+        on_device = replace(targets, lengths=(), conversations=0)
+        given = parts.of((_laid_out(inputs, inputs.audio_context), on_device, weights_N))
         trained = parts.trained(llm)
         setting = self._setting_of(llm, parts, trained)
         if setting is None or not (trained or any(x.requires_grad for x in parts.tensors)):
@@ -334,11 +335,11 @@ class _Made:
         raise NotImplementedError
 
 
-def _laid_out(inputs: LLMInputs, audio: PackedContext) -> LLMInputs:
+def _laid_out(inputs: LLMInputs, packed: PackedContext) -> LLMInputs:
     """The same without what only the host needs, and with audio keys whose makers say of what they make them."""
-    keys = tuple(replace(one, source=_Made({layer: one.made(layer) for layer in one.layers})) for one in audio.keys)
-    context = replace(audio, lengths=(), conversations=(), keys=keys)
-    return replace(inputs, audio=context, labels_BT=None, targets=None)
+    keys = tuple(replace(one, source=_Made({layer: one.made(layer) for layer in one.layers})) for one in packed.keys)
+    context = replace(packed, lengths=(), conversations=(), keys=keys)
+    return replace(inputs, audio_context=context, labels_BT=None, targets=None)
 
 
 class _Parts:

@@ -43,20 +43,20 @@ def prepared(
 
 def prompts_of(inputs: LLMInputs) -> CachedPrompts:
     """How prompts lie."""
-    if isinstance(inputs.audio, PackedContext):
-        return CachedPrompts.packed(inputs.audio)
-    return CachedPrompts.padded(inputs.audio, inputs.attention_mask_BT, inputs.position_ids_BT)
+    if isinstance(inputs.audio_context, PackedContext):
+        return CachedPrompts.packed(inputs.audio_context)
+    return CachedPrompts.padded(inputs.audio_context, inputs.attention_mask_BT, inputs.position_ids_BT)
 
 
 def cache_for(
-    audio: AudioContext, embeds_BTD: Tensor | None, valid_BT: Tensor | None, positions_BT: Tensor | None
+    context: AudioContext, embeds_BTD: Tensor | None, valid_BT: Tensor | None, positions_BT: Tensor | None
 ) -> JointCache | None:
     """A cache for a forward that asks for one; None where its rows are not padded on the left, or incomplete."""
     if embeds_BTD is None or valid_BT is None or positions_BT is None or valid_BT.ndim != 2:
         return None
-    if not valid_BT.shape == positions_BT.shape == audio.rows_BT.shape or not bool(valid_BT[:, -1].all()):
+    if not valid_BT.shape == positions_BT.shape == context.rows_BT.shape or not bool(valid_BT[:, -1].all()):
         return None
-    return prepared(audio.llm, LLMInputs(embeds_BTD, positions_BT, valid_BT, audio, None))
+    return prepared(context.llm, LLMInputs(embeds_BTD, positions_BT, valid_BT, context, None))
 
 
 def read_prompts(llm: Backbone, cache: JointCache, inputs: LLMInputs) -> Tensor:
@@ -68,7 +68,7 @@ def read_prompts(llm: Backbone, cache: JointCache, inputs: LLMInputs) -> Tensor:
 
 def as_given(cache: JointCache | None, inputs: LLMInputs) -> dict[str, Any]:
     """Prompts as a causal LLM's forward takes them; of packed ones, which the cache has, what stands for them."""
-    if cache is None or not isinstance(inputs.audio, PackedContext):
+    if cache is None or not isinstance(inputs.audio_context, PackedContext):
         rows, valid_BT, positions_BT = inputs.inputs_embeds_BTD, inputs.attention_mask_BT, inputs.position_ids_BT
     else:
         prompts = prompts_of(inputs)
@@ -111,8 +111,8 @@ def through_cache(
     plain = torch.compiler.set_stance("force_eager") if compiled and cache.packed is None else nullcontext()
     with torch.no_grad(), without_cudnn(), plain:
         if cache.begun:
-            given |= {"attention_mask": cache.no_mask, "past_key_values": cache, "audio": cache.step(position_ids)}
-            return forward(**given, **kwargs)
+            given |= {"attention_mask": cache.no_mask, "past_key_values": cache}
+            return forward(**given, attention_metadata=cache.step(position_ids), **kwargs)
         beams = cache.plan.beams if position_ids.shape[0] > cache.plan.rows else 1
         if cache.packed is not None:
             out = _read_packed(forward, cache, cache.packed, kwargs)
@@ -121,7 +121,7 @@ def through_cache(
             # transformers drops a mask of ones
             mask = (torch.ones_like(position_ids) if attention_mask is None else attention_mask)[::beams]
             if cache.context is not None:
-                kwargs = {**kwargs, "audio": cache.context.view(mask, given["position_ids"])}
+                kwargs = {**kwargs, "attention_metadata": cache.context.attention_metadata(mask, given["position_ids"])}
             out = forward(**given, attention_mask=mask, past_key_values=cache, **kwargs)
         cache.end_prompts()
         if not cache.begun:
@@ -132,18 +132,18 @@ def through_cache(
 
 
 def _read_packed(forward: Callable[..., Any], cache: JointCache, inputs: LLMInputs, kwargs: dict[str, Any]) -> Any:
-    audio = inputs.audio
-    assert isinstance(audio, PackedContext)
+    context = inputs.audio_context
+    assert isinstance(context, PackedContext)
     given: dict[str, Any] = {
         "inputs_embeds": inputs.inputs_embeds_BTD,
         "position_ids": inputs.position_ids_BT,
-        "attention_mask": audio.mask(inputs.attention_mask_BT),
+        "attention_mask": context.mask(inputs.attention_mask_BT),
     }
-    if not audio.segments:  # each has a row of its own in the batch
-        return forward(**given, past_key_values=cache, audio=audio, **kwargs)
-    lasts = torch.tensor([sum(audio.lengths[: b + 1]) - 1 for b in range(len(audio.lengths))])
+    if not context.segments:  # each has a row of its own in the batch
+        return forward(**given, past_key_values=cache, attention_metadata=context, **kwargs)
+    lasts = torch.tensor([sum(context.lengths[: b + 1]) - 1 for b in range(len(context.lengths))])
     kwargs["logits_to_keep"] = to_device(lasts, inputs.position_ids_BT.device)
-    out = forward(**given, past_key_values=cache, audio=audio, **kwargs)
+    out = forward(**given, past_key_values=cache, attention_metadata=context, **kwargs)
     out.logits = out.logits.transpose(0, 1)
     return out
 

@@ -58,8 +58,8 @@ class CompiledLayer:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The layer's output."""
-        audio = kwargs.get("audio")
-        packed = audio is None or isinstance(audio, PackedLayer)
+        metadata = kwargs.get("attention_metadata")
+        packed = metadata is None or isinstance(metadata, PackedLayer)
         return (self._compiled if packed else self._plain)(*args, **kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CompiledLayer:

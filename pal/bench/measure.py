@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import gc
-import json
 import os
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -84,13 +81,12 @@ def peak_bytes(step: Callable[[], object], device: torch.device | str = "cpu") -
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
     activities = [torch.profiler.ProfilerActivity.CPU]
-    with tempfile.TemporaryDirectory() as folder:
-        trace = Path(folder) / "trace.json"
-        with _quiet(), torch.profiler.profile(activities=activities, profile_memory=True) as profile:
-            step()
-        profile.export_chrome_trace(str(trace))
-        events = json.loads(trace.read_text(encoding="utf-8"))["traceEvents"]
-    changes = [(event["ts"], event["args"]["Bytes"]) for event in events if event.get("name") == "[memory]"]
+    with _quiet(), torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+        step()
+    # the raw events; exporting a trace takes longer than most steps
+    assert profile.profiler is not None and profile.profiler.kineto_results is not None
+    events = profile.profiler.kineto_results.events()
+    changes = [(event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]"]
     now = peak = 0
     for _, change in sorted(changes, key=lambda pair: pair[0]):
         now += change
@@ -120,6 +116,17 @@ def give_back_freed_memory() -> None:
         ctypes.CDLL("libc.so.6").malloc_trim(0)
     except (OSError, AttributeError):
         return
+
+
+@contextmanager
+def quick_collection() -> Iterator[None]:
+    """Garbage collection of what is made inside alone: imported modules are many objects, and it runs often here."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 @contextmanager
@@ -279,7 +286,7 @@ def training_costs(
     try:
         for name, model in models.items():
             parameters = [p for part in freeze(model, stage.train).values() for p in part.values()]
-            model.llm.checkpoint_gradients(stage.gradient_checkpointing, audio=stage.recompute_audio)
+            model.llm.checkpoint_gradients(stage.gradient_checkpointing, recompute_audio=stage.recompute_audio)
             set_modes(model, stage)
             trained[name] = sum(p.numel() for p in parameters)
             forward, step = _training_step(model, batch, parameters, stage.precision)
@@ -332,8 +339,8 @@ def audio_cache_bytes(model: PalModel, samples_N: Tensor, row: Tokens) -> int:
     with torch.inference_mode():
         inputs = model.inputs([samples_N], [row])
         stored = 0
-        if isinstance(inputs.audio, AudioContext):
-            built = [keys.built or {} for keys in inputs.audio.prebuilt().keys]
+        if isinstance(inputs.audio_context, AudioContext):
+            built = [keys.built or {} for keys in inputs.audio_context.prebuilt().keys]
             stored = sum(tensor.nbytes for layers in built for pair in layers.values() for tensor in pair)
     llm = model.llm
     audio_rows = int(inputs.attention_mask_BT.sum()) - sum(token != AUDIO for token in row.ids)

@@ -1,7 +1,8 @@
 """The tensors between `PalProcessor` and `PalForConditionalGeneration`, and the conversations they stand for.
 
 `input_ids` [B, T] have `AUDIO` where a clip stands; `input_values` [U, N] and `audio_lengths` [U] are the clips, in the
-order of their places, row by row. The LLM's sequence has other columns, since a clip is no, one or many rows in it.
+order of their placeholders, conversation by conversation. The LLM's sequence has other columns: a clip is no row in
+it, one, or many.
 """
 
 from __future__ import annotations
@@ -23,40 +24,41 @@ class PromptColumns:
     ids_BT: Tensor
     real_BT: Tensor
     """False for padding."""
-    rows: list[Tokens]
+    conversations: list[Tokens]
     clips: list[Tensor]
 
     def numbered(self, predicts_after_BT: Tensor) -> list[Tokens]:
-        """The rows, each id with its place among its row's ids as its `columns`.
+        """The conversations, where the `columns` of each number its ids.
 
         Args:
-            predicts_after_BT: columns where it matters what follows, so that rows must hear the clips that stand there.
+            predicts_after_BT: [B, T], True for columns whose following id is predicted. There a row must
+                attend to the whole clip.
         """
         predicts_after_BT = predicts_after_BT & (self.ids_BT == AUDIO)
         return [
             replace(
-                row, columns=list(range(len(row.ids))), predicts_after=frozenset(flags[real].nonzero()[:, 0].tolist())
+                one, columns=list(range(len(one.ids))), predicts_after=frozenset(flags[real].nonzero()[:, 0].tolist())
             )
-            for row, flags, real in zip(self.rows, predicts_after_BT, self.real_BT, strict=True)
+            for one, flags, real in zip(self.conversations, predicts_after_BT, self.real_BT, strict=True)
         ]
 
     def places(self, inputs: LLMInputs) -> tuple[Tensor, Tensor]:
-        """Which row of the LLM's sequence predicts what follows each id: [B, T], and where there is one.
+        """Row of the LLM's sequence that predicts the id after each column [B, T], and whether there is one [B, T].
 
         Args:
-            inputs: what the model made of `numbered`, padded on the right.
+            inputs: the LLM's inputs for `numbered`, padded on the right.
         """
         assert inputs.columns_BT is not None
         ends = inputs.attention_mask_BT.sum(1).tolist()
         rows_BT = torch.zeros(self.ids_BT.shape, dtype=torch.long)
         has_row_BT = torch.zeros(self.ids_BT.shape, dtype=torch.bool)
-        for b, (row, numbers) in enumerate(zip(self.rows, inputs.columns_BT.tolist(), strict=True)):
+        for b, (conversation, numbers) in enumerate(zip(self.conversations, inputs.columns_BT.tolist(), strict=True)):
             text = {number: place for place, number in enumerate(numbers) if number != IGNORE}
             columns = self.real_BT[b].nonzero()[:, 0].tolist()
             following = ends[b]
-            for number in reversed(range(len(row.ids))):
-                # what predicts the id after a clip is the row before that one: the clip's last, the one that asks
-                # again, or else the text's
+            for number in reversed(range(len(conversation.ids))):
+                # the id after a clip is predicted by the row before it: the clip's last row, the repeated row, or
+                # else the text's last
                 place = text.get(number, following - 1)
                 rows_BT[b, columns[number]] = max(place, 0)
                 has_row_BT[b, columns[number]] = place >= 0
@@ -67,10 +69,10 @@ class PromptColumns:
 def read_prompts(
     ids_BT: Tensor, mask_BT: Tensor | None, values_UN: Tensor | None, lengths_U: Tensor | None, pad: int | None
 ) -> PromptColumns:
-    """The conversations that tensors stand for.
+    """Conversations and clips from transformers' tensors.
 
     Args:
-        ids_BT: ids, with `AUDIO` where a clip stands.
+        ids_BT: ids, with `AUDIO` at each clip's placeholder.
         mask_BT: 0 for padding; None where there is none.
         values_UN: waveforms.
         lengths_U: samples of each; None where all are as long as the tensor.
@@ -88,19 +90,19 @@ def read_prompts(
     if real_BT.shape != ids_BT.shape:
         raise PromptError(f"attention_mask has shape {list(real_BT.shape)}, input_ids {list(ids_BT.shape)}")
     clips = _clips(values_UN, lengths_U)
-    rows = []
+    conversations = []
     placed = 0
     for ids, real in zip(ids_BT, real_BT, strict=True):
         kept = ids[real].tolist()
         count = kept.count(AUDIO)
-        rows.append(Tokens(kept, list(range(placed, placed + count))))
+        conversations.append(Tokens(kept, list(range(placed, placed + count))))
         placed += count
     if placed != len(clips):
         raise PromptError(
             f"{len(clips)} clips but {placed} places for audio in input_ids; pass the input_ids and input_values "
             "of one call of the processor"
         )
-    return PromptColumns(ids_BT, real_BT, rows, clips)
+    return PromptColumns(ids_BT, real_BT, conversations, clips)
 
 
 def before_answers(ids_BT: Tensor, mask_BT: Tensor | None, labels_BT: Tensor) -> Tensor:
@@ -120,14 +122,15 @@ def before_answers(ids_BT: Tensor, mask_BT: Tensor | None, labels_BT: Tensor) ->
     return kept_BT * (columns_T < ends_B[:, None])
 
 
-def stack_prompts(rows: Sequence[Tokens], pad: int, side: str, width: int = 0) -> tuple[Tensor, Tensor]:
+def stack_prompts(conversations: Sequence[Tokens], pad: int, side: str, width: int = 0) -> tuple[Tensor, Tensor]:
     """Ids [B, T] and mask [B, T] of conversations, padded on one side to the longest, or to `width`."""
-    longest = max([width, *(len(row.ids) for row in rows)])
-    ids_BT = torch.full((len(rows), longest), pad, dtype=torch.long)
-    mask_BT = torch.zeros(len(rows), longest, dtype=torch.long)
-    for b, row in enumerate(rows):
-        place = slice(longest - len(row.ids), longest) if side == "left" else slice(0, len(row.ids))
-        ids_BT[b, place] = torch.tensor(row.ids, dtype=torch.long)
+    longest = max([width, *(len(one.ids) for one in conversations)])
+    ids_BT = torch.full((len(conversations), longest), pad, dtype=torch.long)
+    mask_BT = torch.zeros(len(conversations), longest, dtype=torch.long)
+    for b, conversation in enumerate(conversations):
+        length = len(conversation.ids)
+        place = slice(longest - length, longest) if side == "left" else slice(0, length)
+        ids_BT[b, place] = torch.tensor(conversation.ids, dtype=torch.long)
         mask_BT[b, place] = 1
     return ids_BT, mask_BT
 

@@ -139,11 +139,11 @@ class PalProcessor(ProcessorMixin):
             raise PromptError(f"no text; give a prompt with {PLACEHOLDER} where a clip stands")
         texts = [text] if isinstance(text, str) else list(text)
         clips = _flat(audio)
-        rows: list[Tokens] = []
+        conversations: list[Tokens] = []
         for part, count in zip(texts, _shares(texts, len(clips)), strict=True):
-            placed = sum(len(row.clips) for row in rows)
-            rows.append(prompts.encode_text(self.tokenizer, part, list(range(placed, placed + count))))
-        return self._tensors(rows, clips, kwargs)
+            placed = sum(len(one.clips) for one in conversations)
+            conversations.append(prompts.encode_text(self.tokenizer, part, list(range(placed, placed + count))))
+        return self._tensors(conversations, clips, kwargs)
 
     def apply_chat_template(  # type: ignore[override]
         self,
@@ -201,11 +201,11 @@ class PalProcessor(ProcessorMixin):
             )
         clips = clips or own
         counts = _shares([" ".join(turn["content"] for turn in talk) for talk, _ in talks], len(clips))
-        rows: list[Tokens] = []
+        conversations: list[Tokens] = []
         for (talk, _), count in zip(talks, counts, strict=True):
-            placed = sum(len(row.clips) for row in rows)
-            rows.append(_encode(tokenizer, talk, list(range(placed, placed + count)), add_generation_prompt))
-        made = self._tensors(rows, clips, options, masks=return_assistant_tokens_mask)
+            placed = sum(len(one.clips) for one in conversations)
+            conversations.append(_encode(tokenizer, talk, list(range(placed, placed + count)), add_generation_prompt))
+        made = self._tensors(conversations, clips, options, masks=return_assistant_tokens_mask)
         return made if return_dict else made["input_ids"]
 
     def _tokenizer(self, chat_template: str | None) -> Any:
@@ -217,7 +217,11 @@ class PalProcessor(ProcessorMixin):
         return other
 
     def _tensors(
-        self, rows: list[Tokens], clips: Sequence[AudioInput], options: Mapping[str, Any], masks: bool = False
+        self,
+        conversations: list[Tokens],
+        clips: Sequence[AudioInput],
+        options: Mapping[str, Any],
+        masks: bool = False,
     ) -> PalInputs:
         """`options` are those of `__call__`, also in transformers' groups by modality."""
         given = {name: value for name, value in options.items() if name not in _IGNORED}
@@ -237,19 +241,19 @@ class PalProcessor(ProcessorMixin):
             raise PromptError(f"the processor does not know '{unknown[0]}'; known: {known}")
         if kind not in ("pt", "np") or side not in ("left", "right"):
             raise PromptError(f"return_tensors '{kind}', padding_side '{side}'; give pt or np, left or right")
-        if padding in (False, "do_not_pad") and len({len(row.ids) for row in rows}) > 1:
+        if padding in (False, "do_not_pad") and len({len(one.ids) for one in conversations}) > 1:
             raise PromptError("conversations of different lengths need padding; leave padding=False out")
         width = width if padding == "max_length" and width else 0
-        if width and any(len(row.ids) > width for row in rows):
+        if width and any(len(one.ids) > width for one in conversations):
             raise PromptError(f"a conversation has more than max_length {width} ids, and nothing is cut; raise it")
         reading: dict[str, Any] = {"source_rate": source_rate, "allow_urls": allow_urls, "read_to_end": read_to_end}
         read = [read_waveform(clip, self.sampling_rate, **reading) for clip in clips]
         warn_of(clip_notes(read))
         waves = [wave.samples_N for wave in read]
-        ids_BT, mask_BT = stack_prompts(rows, self._pad(), side, width)
+        ids_BT, mask_BT = stack_prompts(conversations, self._pad(), side, width)
         data = {"input_ids": ids_BT, "attention_mask": mask_BT}
         if masks:
-            data["assistant_masks"] = _answers(rows, mask_BT)
+            data["assistant_masks"] = _answers(conversations, mask_BT)
         if waves:
             data["input_values"] = torch.nn.utils.rnn.pad_sequence(waves, batch_first=True)
             data["audio_lengths"] = torch.tensor([len(wave) for wave in waves])
@@ -298,13 +302,13 @@ def _encode(tokenizer: Any, talk: Conversation, clips: list[int], prompt: bool) 
     return prompts.encode_as_is(tokenizer, talk, clips, prompt)
 
 
-def _answers(rows: Sequence[Tokens], mask_BT: Tensor) -> Tensor:
+def _answers(conversations: Sequence[Tokens], mask_BT: Tensor) -> Tensor:
     """1 where a trained token stands [B, T]."""
     answers_BT = torch.zeros_like(mask_BT)
-    for b, row in enumerate(rows):
-        if row.labels is None:
+    for b, conversation in enumerate(conversations):
+        if conversation.labels is None:
             raise PromptError("only a chat that ends with an answer has a mask of answers")
-        answers_BT[b, mask_BT[b] != 0] = torch.tensor([int(label != IGNORE) for label in row.labels])
+        answers_BT[b, mask_BT[b] != 0] = torch.tensor([int(label != IGNORE) for label in conversation.labels])
     return answers_BT
 
 

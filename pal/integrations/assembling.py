@@ -69,28 +69,28 @@ class IntegrationOutput:
 
 def assemble(
     streams: Sequence[IntegrationOutput],
-    rows: Sequence[Tokens],
+    conversations: Sequence[Tokens],
     llm: Backbone,
     side: Literal["left", "right", "none"],
     with_spans: bool,
 ) -> LLMInputs:
     """Place clips among the text of conversations; see `Integration.forward`."""
-    if not rows:
+    if not conversations:
         raise PromptError("there is no conversation to place; give at least one")
-    placed = lay_out(rows, [output.stream_layout for output in streams], with_spans)
-    inputs = _packed(placed, streams, rows, llm) if side == "none" and not with_spans else None
-    return inputs or _padded(placed, streams, rows, llm, "left" if side == "left" else "right", with_spans)
+    placed = lay_out(conversations, [output.stream_layout for output in streams], with_spans)
+    inputs = _packed(placed, streams, conversations, llm) if side == "none" and not with_spans else None
+    return inputs or _padded(placed, streams, conversations, llm, "left" if side == "left" else "right", with_spans)
 
 
 # Packed
 
 
 def _packed(
-    placed: list[SequenceLayout], streams: Sequence[IntegrationOutput], rows: Sequence[Tokens], llm: Backbone
+    placed: list[SequenceLayout], streams: Sequence[IntegrationOutput], conversations: Sequence[Tokens], llm: Backbone
 ) -> LLMInputs | None:
     """Rows one after the other; None where some layer's attention cannot be laid out in segments."""
     joining = [i for i, output in enumerate(streams) if output.keys is not None]
-    labelled = any(row.labels is not None for row in rows)
+    labelled = any(one.labels is not None for one in conversations)
     real = len(placed)
     more: tuple[int, ...] = (0,) * len(streams)
     fills = llm.captures and labelled and torch.is_grad_enabled() and not uniform(placed)
@@ -98,30 +98,31 @@ def _packed(
         totals = [int(output.firsts[-1]) if output.packs else None for output in streams]
         last, more = filler(placed, len(streams[0].lengths) if streams else 0, totals)
         placed = [*placed, last]
-    conversations = [one.conversation() for one in placed]
+    packed_conversations = [one.conversation() for one in placed]
     lengths = tuple(len(one) for one in placed)
     furthest = max(int(one.positions.max()) for one in placed)
     windows = tuple(None if window is None or window > furthest else window for window in llm.windows)
-    heard = any(len(positions_A) for one in conversations for positions_A in one.keys)
-    equal = len(set(lengths)) == 1 and not heard and not any(windows) and not any(one.repeats.any() for one in placed)
-    kinds = [(windows[layer], _joined(streams, layer) if heard else ()) for layer in range(llm.n_layers)]
+    has_keys = any(len(positions_A) for one in packed_conversations for positions_A in one.keys)
+    repeats = any(one.repeats.any() for one in placed)
+    equal = len(set(lengths)) == 1 and not has_keys and not any(windows) and not repeats
+    kinds = [(windows[layer], _joined(streams, layer) if has_keys else ()) for layer in range(llm.n_layers)]
     laid: dict[tuple[int | None, tuple[int, ...]], Segments] = {}
     for kind in () if equal else dict.fromkeys(kinds):
-        segments = segments_of(conversations, kind[1], kind[0])
+        segments = segments_of(packed_conversations, kind[1], kind[0])
         if segments is None:
             return None
         laid[kind] = widened(segments, rounded) if fills else segments
 
     moves = Moves()
     index_N, back = _table_index(placed, streams)
-    token_ids = moves.add(_text_ids(rows, len(placed[-1]) if fills else 0))
+    token_ids = moves.add(_text_ids(conversations, len(placed[-1]) if fills else 0))
     positions = moves.add(np.concatenate([one.positions for one in placed]))
     table = None if index_N is None else (moves.add(index_N), [moves.add(x) for x in back])
     targets = MovedTargets(placed[:real], list(np.cumsum([0, *lengths])[:real]), moves, lengths[real:])
     size = rounded if fills else None
     on_device = {kind: move_segments(segments, moves, size) for kind, segments in laid.items()}
     _ready(streams, more)
-    keys = [MovedKeys(i, streams[i], more[i], placed, conversations, moves, size) for i in joining] if heard else []
+    keys = [MovedKeys(i, streams[i], more[i], placed, packed_conversations, moves, size) for i in joining if has_keys]
     moves.go(llm.device)
 
     shape = (len(placed), lengths[0]) if equal else (1, sum(lengths))
@@ -137,12 +138,12 @@ def _packed(
         inputs_embeds_BTD=embeds_BTD,
         position_ids_BT=moves[positions].long().view(shape),
         attention_mask_BT=torch.ones(shape, dtype=torch.long, device=llm.device),
-        audio=PackedContext(
+        audio_context=PackedContext(
             llm=llm,
             lengths=lengths,
             segments=tuple(device_segments(moves, on_device[kind]) for kind in laid),
             kinds=tuple(order[kind] for kind in kinds) if laid else (),
-            conversations=tuple(conversations),
+            conversations=tuple(packed_conversations),
             windows=windows,
             keys=tuple(one.keys(moves, llm) for one in keys),
         ),
@@ -173,7 +174,7 @@ def _joined(streams: Sequence[IntegrationOutput], layer: int) -> tuple[int, ...]
 def _padded(
     placed: list[SequenceLayout],
     streams: Sequence[IntegrationOutput],
-    rows: Sequence[Tokens],
+    conversations: Sequence[Tokens],
     llm: Backbone,
     side: Literal["left", "right"],
     with_spans: bool,
@@ -182,7 +183,7 @@ def _padded(
     if any(output.bias is not None for output in streams):
         raise PalError("a bias on the scores of audio needs packed rows; set llm.packs, and do not generate yet")
     device, left = llm.device, side == "left"
-    labelled = any(row.labels is not None for row in rows)
+    labelled = any(one.labels is not None for one in conversations)
     longest = max(len(one) for one in placed)
     index_N, _ = _table_index(placed, streams, always=True)
     assert index_N is not None
@@ -192,7 +193,7 @@ def _padded(
     positions_BT, _ = _stack([one.positions for one in placed], left, 0)
     labels_BT, _ = _stack([one.labels for one in placed], left, IGNORE)
     moves = Moves()
-    token_ids = moves.add(_text_ids(rows))
+    token_ids = moves.add(_text_ids(conversations))
     at_table, at_positions, at_real, at_labels = map(moves.add, (table_BT, positions_BT, real_BT, labels_BT))
     firsts = [b * longest + (longest - length if left else 0) for b, length in enumerate(lengths)]
     targets = MovedTargets(placed, firsts, moves)
@@ -201,13 +202,13 @@ def _padded(
 
     context = None
     _ready(streams, None)
-    if any(output.keys is not None or with_spans for output in streams) and any(row.clips for row in rows):
+    if any(output.keys is not None or with_spans for output in streams) and any(one.clips for one in conversations):
         audio_rows_BT, _ = _stack([~one.is_text for one in placed], left, False)
         repeats_BT, _ = _stack([one.repeats for one in placed], left, False)
         context = AudioContext(
             llm=llm,
             keys=tuple(
-                _audio_keys(output, output.keys, i, placed, rows, device)
+                _audio_keys(output, output.keys, i, placed, conversations, device)
                 for i, output in enumerate(streams)
                 if output.keys is not None
             ),
@@ -221,21 +222,22 @@ def _padded(
         inputs_embeds_BTD=gather(table_XD, moves[at_table].long()),
         position_ids_BT=moves[at_positions].long(),
         attention_mask_BT=moves[at_real].long(),
-        audio=context,
+        audio_context=context,
         labels_BT=moves[at_labels].long() if labelled else None,
         targets=targets.made(moves) if labelled else None,
-        columns_BT=_columns(placed, rows, left),
+        columns_BT=_columns(placed, conversations, left),
     )
 
 
-def _columns(placed: list[SequenceLayout], rows: Sequence[Tokens], left: bool) -> Tensor | None:
+def _columns(placed: list[SequenceLayout], conversations: Sequence[Tokens], left: bool) -> Tensor | None:
     """`Tokens.columns` of each row that is text for the first time; None where a conversation has none."""
     made = []
-    for one, row in zip(placed, rows, strict=True):
-        if row.columns is None:
+    for one, conversation in zip(placed, conversations, strict=True):
+        if conversation.columns is None:
             return None
         columns_T = np.full(len(one), IGNORE)
-        columns_T[one.is_text] = [c for c, token in zip(row.columns, row.ids, strict=True) if token != AUDIO]
+        ids = zip(conversation.columns, conversation.ids, strict=True)
+        columns_T[one.is_text] = [column for column, token in ids if token != AUDIO]
         made.append(columns_T)
     return torch.from_numpy(_stack(made, left, IGNORE)[0])
 
@@ -245,7 +247,7 @@ def _audio_keys(
     source: KeySource,
     stream: int,
     placed: list[SequenceLayout],
-    rows: Sequence[Tokens],
+    conversations: Sequence[Tokens],
     device: torch.device,
 ) -> AudioKeys:
     keys = [one.keys[stream] for one in placed]
@@ -253,7 +255,7 @@ def _audio_keys(
     positions_BA, _ = _stack([one.positions for one in keys], False, 0)
     rope_positions_BA, _ = _stack([one.rope_positions for one in keys], False, 0)
     tokens, positions, rope_positions = (x.long() for x in move([tokens_BA, positions_BA, rope_positions_BA], device))
-    one_each = [row.clips for row in rows] == [[clip] for clip in range(len(output.lengths))]
+    one_each = [one.clips for one in conversations] == [[clip] for clip in range(len(output.lengths))]
     abouts = [one.about for one in keys]
     return AudioKeys(
         source=source,
@@ -270,22 +272,22 @@ def _audio_keys(
 def _places(abouts: Sequence[NDArray[np.float64] | None], left: bool, device: torch.device) -> TokenSpans:
     columns = []
     for column, fill in enumerate((-1, -1, np.nan, np.nan)):
-        rows = [about[:, column] for about in abouts if about is not None]
-        columns.append(torch.tensor(_stack(rows, left, fill)[0], dtype=torch.long if column < 2 else torch.float32))
+        given = [about[:, column] for about in abouts if about is not None]
+        columns.append(torch.tensor(_stack(given, left, fill)[0], dtype=torch.long if column < 2 else torch.float32))
     stream, clip, start, end = (x.to(device) for x in columns)
     return TokenSpans(stream, clip, start, end)
 
 
 def _stack(
-    rows: Sequence[NDArray[np.generic]], left: bool, fill: float
+    arrays: Sequence[NDArray[np.generic]], left: bool, fill: float
 ) -> tuple[NDArray[np.generic], NDArray[np.bool_]]:
-    """Rows of different lengths as one matrix, and a mask that is True where they are."""
-    longest = max(len(row) for row in rows)
-    matrix = np.full((len(rows), longest), fill, rows[0].dtype)
-    mask = np.zeros((len(rows), longest), bool)
-    for i, row in enumerate(rows):
-        place = slice(longest - len(row), longest) if left else slice(0, len(row))
-        matrix[i, place] = row
+    """Arrays of different lengths padded to one matrix [B, longest], and its mask: True where an entry is real."""
+    longest = max(len(one) for one in arrays)
+    matrix = np.full((len(arrays), longest), fill, arrays[0].dtype)
+    mask = np.zeros((len(arrays), longest), bool)
+    for i, one in enumerate(arrays):
+        place = slice(longest - len(one), longest) if left else slice(0, len(one))
+        matrix[i, place] = one
         mask[i, place] = True
     return matrix, mask
 
@@ -293,9 +295,9 @@ def _stack(
 # Both
 
 
-def _text_ids(rows: Sequence[Tokens], more: int = 0) -> Ints:
+def _text_ids(conversations: Sequence[Tokens], more: int = 0) -> Ints:
     """Token ids of the text of all conversations, and as many more of any."""
-    return np.array([token for row in rows for token in row.ids if token != AUDIO] + [0] * more, np.int64)
+    return np.array([token for one in conversations for token in one.ids if token != AUDIO] + [0] * more, np.int64)
 
 
 def _table(llm: Backbone, ids_X: Tensor, streams: Sequence[IntegrationOutput]) -> Tensor:

@@ -33,7 +33,7 @@ class Integration(nn.Module, ABC):
 
     def forward(
         self,
-        audio: AudioFeatures | Sequence[AudioFeatures] | AudioKV | Sequence[AudioKV] | None,
+        features: AudioFeatures | Sequence[AudioFeatures] | AudioKV | Sequence[AudioKV] | None,
         conversations: Sequence[Tokens],
         llm: Backbone,
         padding_side: Literal["left", "right", "none"] = "right",
@@ -64,25 +64,25 @@ class Integration(nn.Module, ABC):
             PromptError: a row that is empty, names a clip that is not there, or has a clip that makes no rows and
                 no text to ask about it.
         """
-        return assemble(self._outputs_of(audio, llm), conversations, llm, padding_side, with_spans)
+        return assemble(self._outputs_of(features, llm), conversations, llm, padding_side, with_spans)
 
     def _outputs_of(
-        self, audio: AudioFeatures | Sequence[AudioFeatures] | AudioKV | Sequence[AudioKV] | None, llm: Backbone
+        self, features: AudioFeatures | Sequence[AudioFeatures] | AudioKV | Sequence[AudioKV] | None, llm: Backbone
     ) -> list[IntegrationOutput]:
-        if audio is None:
+        if features is None:
             return []
-        given = [audio] if isinstance(audio, AudioFeatures | AudioKV) else list(audio)
+        given = [features] if isinstance(features, AudioFeatures | AudioKV) else list(features)
         stored = [clip for clip in given if isinstance(clip, AudioKV)]
         if stored:
             moved = AudioKV.concat(stored).to(llm.device, llm.dtype)
             return [route.stored(stream) for route, stream in zip(self.routes(), moved.streams, strict=True)]
-        features = [stream for stream in given if isinstance(stream, AudioFeatures)]
-        return [route.inject(stream, llm) for route, stream in zip(self.routes(), features, strict=True)]
+        streams = [stream for stream in given if isinstance(stream, AudioFeatures)]
+        return [route.inject(stream, llm) for route, stream in zip(self.routes(), streams, strict=True)]
 
     @torch.no_grad()
     def index(
         self,
-        audio: AudioFeatures | Sequence[AudioFeatures],
+        features: AudioFeatures | Sequence[AudioFeatures],
         llm: Backbone,
         digest: str,
         durations: Sequence[float] | None = None,
@@ -90,15 +90,15 @@ class Integration(nn.Module, ABC):
         """The clips, ready to be asked about many times.
 
         Args:
-            audio: features of the clips, one for each stream.
+            features: of the clips, one for each stream.
             llm: the backbone.
             digest: of the model's weights.
             durations: seconds of each clip; without them, those of the first stream's tokens.
         """
-        features = [audio] if isinstance(audio, AudioFeatures) else list(audio)
+        given = [features] if isinstance(features, AudioFeatures) else list(features)
         if durations is None:
-            durations = [count * features[0].seconds_per_token for count in features[0].lengths]
-        streams = [_stored(output, llm) for output in self._outputs_of(features, llm)]
+            durations = [count * given[0].seconds_per_token for count in given[0].lengths]
+        streams = [_stored(output, llm) for output in self._outputs_of(given, llm)]
         return AudioKV(streams=tuple(streams), durations=tuple(durations), digest=digest)
 
 

@@ -114,7 +114,7 @@ class _SequenceBuilder:
         """Position that comes next."""
         self.last = -1
         """Position of the last row."""
-        self.heard = -1
+        self.last_key = -1
         """Position of the latest key."""
         self.last_row: tuple[int, int, int] | None = None
         self.last_text: int | None = None
@@ -160,15 +160,15 @@ class _SequenceBuilder:
                 rope_positions=layout.key_rope_positions(tokens, self.next),
                 about=self._about(stream, number, layout.key_times(tokens)),
             )
-            self.heard = max(self.heard, int(positions.max(initial=-1)))
+            self.last_key = max(self.last_key, int(positions.max(initial=-1)))
         # reserved even where nothing stands, so that text after the clip has the ids PLITS would give
         self.next += layout.groups(tokens) * layout.span
 
-    def ask_again(self) -> None:
+    def repeat_last_row(self) -> None:
         """Where the last row does not hear all before it: a row that does, at the last position reserved so far."""
         if self.last_row is None:
             return  # nothing was said that could be asked
-        if self.last == self.next - 1 and self.heard <= self.last:
+        if self.last == self.next - 1 and self.last_key <= self.last:
             return
         source, clip, number = self.last_row if self.last_text is None else (-1, -1, self.last_text)
         self.rows.add(
@@ -210,11 +210,13 @@ def _floats(parts: _GrowingColumns, with_spans: bool) -> Floats | None:
     return parts.get("about", _NOWHERE).astype(np.float64) if with_spans else None
 
 
-def lay_out(rows: Sequence[Tokens], streams: Sequence[StreamLayout], with_spans: bool = False) -> list[SequenceLayout]:
+def lay_out(
+    conversations: Sequence[Tokens], streams: Sequence[StreamLayout], with_spans: bool = False
+) -> list[SequenceLayout]:
     """Lay out conversations.
 
     Args:
-        rows: the conversations.
+        conversations: token ids, with -1 for each clip.
         streams: how the clips of each stream enter.
         with_spans: also say whose audio each row and key is and when it sounds.
 
@@ -224,30 +226,32 @@ def lay_out(rows: Sequence[Tokens], streams: Sequence[StreamLayout], with_spans:
     """
     placed = []
     first = 0
-    for row in rows:
-        placed.append(_lay_out_one(row, first, streams, with_spans))
-        first += len(row.ids) - len(row.clips)
+    for one in conversations:
+        placed.append(_lay_out_one(one, first, streams, with_spans))
+        first += len(one.ids) - len(one.clips)
     return placed
 
 
-def _lay_out_one(row: Tokens, text_first: int, streams: Sequence[StreamLayout], with_spans: bool) -> SequenceLayout:
-    placer = _SequenceBuilder(streams, with_spans)
+def _lay_out_one(
+    conversation: Tokens, text_first: int, streams: Sequence[StreamLayout], with_spans: bool
+) -> SequenceLayout:
+    builder = _SequenceBuilder(streams, with_spans)
     known = len(streams[0].lengths) if streams else 0
-    clips = enumerate(row.clips)
+    clips, ids, labels = enumerate(conversation.clips), conversation.ids, conversation.labels
     start = 0
-    for end in [*(i for i, token in enumerate(row.ids) if token == AUDIO), len(row.ids)]:
-        if start and (end > start or end == len(row.ids)) and row.predicts_at(start):
-            placer.ask_again()
-        placer.add_text(text_first, end - start, None if row.labels is None else row.labels[start:end])
+    for end in [*(i for i, token in enumerate(ids) if token == AUDIO), len(ids)]:
+        if start and (end > start or end == len(ids)) and conversation.predicts_at(start):
+            builder.repeat_last_row()
+        builder.add_text(text_first, end - start, None if labels is None else labels[start:end])
         text_first += end - start
         start = end + 1
-        if end < len(row.ids):
+        if end < len(ids):
             number, clip = next(clips)
             if not 0 <= clip < known:
                 raise PromptError(f"a conversation names clip {clip}, but the batch has {known}")
             for stream in range(len(streams)):
-                placer.add_clip(clip, number, stream)
-    if not placer.count:
-        about = " to ask about its clips; put some before or after them" if row.clips else ""
+                builder.add_clip(clip, number, stream)
+    if not builder.count:
+        about = " to ask about its clips; put some before or after them" if conversation.clips else ""
         raise PromptError(f"a conversation needs some text{about}")
-    return placer.placed()
+    return builder.placed()

@@ -66,8 +66,8 @@ class Pal(lmms):
             document = self.task_dict[task][split][doc_id]
             continuation = target if isinstance(target, str) else target(document)
             clips = self._clips(to_visual, document)
-            row = self._row(context, list(range(len(clips))), continuation)
-            found.append(self._scored(clips, row))
+            conversation = self._conversation(context, list(range(len(clips))), continuation)
+            found.append(self._scored(clips, conversation))
         return found
 
     def generate_until_multi_round(self, requests: Sequence[Any]) -> list[str]:
@@ -76,7 +76,7 @@ class Pal(lmms):
 
     def _answer(self, arguments: list[Any], options: dict[str, Any]) -> list[str]:
         waveforms: list[Tensor] = []
-        rows = []
+        conversations = []
         spans: dict[tuple[str, str, str], list[int]] = {}
         for context, _, to_visual, doc_id, task, split in arguments:
             document = (str(task), str(split), str(doc_id))
@@ -84,26 +84,26 @@ class Pal(lmms):
                 clips = self._clips(to_visual, self.task_dict[task][split][doc_id])
                 spans[document] = list(range(len(waveforms), len(waveforms) + len(clips)))
                 waveforms += clips
-            rows.append(self._row(context, spans[document]))
+            conversations.append(self._conversation(context, spans[document]))
         until = options.get("until", [])
         stops = [until] if isinstance(until, str) else list(until)
         answers = self.model.generate(
-            waveforms, rows, max_new_tokens=int(options.get("max_new_tokens", 256)), **_generation(options)
+            waveforms, conversations, max_new_tokens=int(options.get("max_new_tokens", 256)), **_generation(options)
         )
         return [_cut(answer, stops) for answer in answers]
 
     @torch.inference_mode()
-    def _scored(self, clips: list[Tensor], row: Tokens) -> tuple[float, bool]:
-        total = float(self.model.answer_scores(clips, [row])[0])
-        assert row.labels is not None
-        wanted = [label for label in row.labels if label != IGNORE]
-        first = next(place for place, label in enumerate(row.labels) if label != IGNORE)
-        asked = Tokens(row.ids[:first], row.clips)
+    def _scored(self, clips: list[Tensor], conversation: Tokens) -> tuple[float, bool]:
+        total = float(self.model.answer_scores(clips, [conversation])[0])
+        assert conversation.labels is not None
+        wanted = [label for label in conversation.labels if label != IGNORE]
+        first = next(place for place, label in enumerate(conversation.labels) if label != IGNORE)
+        asked = Tokens(conversation.ids[:first], conversation.clips)
         inputs = self.model.inputs(clips, [asked], padding_side="left")
         said = self.model.llm.generate(inputs, max_new_tokens=len(wanted), do_sample=False, pad_token_id=0)
         return total, said[0].tolist()[: len(wanted)] == wanted
 
-    def _row(self, context: str, clips: list[int], answer: str | None = None) -> Tokens:
+    def _conversation(self, context: str, clips: list[int], answer: str | None = None) -> Tokens:
         system = self.model.config.system
         talk = [{"role": "system", "content": system}] if system else []
         talk.append(user_turn(context, len(clips)))

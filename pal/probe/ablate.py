@@ -304,7 +304,7 @@ def _count(run: CellRun, model: PalModel) -> dict[str, int]:
     data = StageData(recipe, len(recipe.stages) - 1, open_sources(recipe, run.folder / "data"))
     objective = build_objective(model, stage, data.records())
     trained = freeze(model, stage.train)
-    model.llm.checkpoint_gradients(stage.gradient_checkpointing, audio=stage.recompute_audio)
+    model.llm.checkpoint_gradients(stage.gradient_checkpointing, recompute_audio=stage.recompute_audio)
     objective.train()
     set_modes(model, stage)
     data.start(model, objective, WaveformCache(1 << 28))

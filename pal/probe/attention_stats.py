@@ -52,13 +52,13 @@ def record_attention(model: PalModel, clips: Clips, rows: Sequence[Tokens], bins
     after = [len(row.ids) - 1 - max(i for i, token in enumerate(row.ids) if token == AUDIO) for row in rows]
     # with padding on the left the rows after the last clip are simply the last ones
     inputs = model.inputs(clips, rows, padding_side="left", with_spans=True)
-    assert isinstance(inputs.audio, AudioContext) and inputs.audio.token_spans is not None
+    assert isinstance(inputs.audio_context, AudioContext) and inputs.audio_context.token_spans is not None
     B, T = inputs.position_ids_BT.shape
     N = max(after)
     rows_BN = torch.arange(T - N, T, device=model.device).expand(B, N)
-    observer = _Sums(inputs.audio, rows_BN, model.llm.n_layers, bins)
+    observer = _Sums(inputs.audio_context, rows_BN, model.llm.n_layers, bins)
     with torch.inference_mode():
-        model.llm.hidden(replace(inputs, audio=replace(inputs.audio, observer=observer)))
+        model.llm.hidden(replace(inputs, audio_context=replace(inputs.audio_context, observer=observer)))
     return [observer.of(b, row, count) for b, (row, count) in enumerate(zip(rows, after, strict=True))]
 
 

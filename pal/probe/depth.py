@@ -110,8 +110,8 @@ def cost(model: PalModel, example: Example, condition: Condition) -> AnswerCost:
         as_is = _prefill(model.llm, inputs)
         seen_in = [layer for layer, pathway, _ in view if pathway == "rows"]
         behind = range(max(seen_in, default=-1) + 1, model.llm.n_layers)
-        assert isinstance(inputs.audio, AudioContext)
-        rows = int(inputs.audio.audio_rows_BT.sum())
+        assert isinstance(inputs.audio_context, AudioContext)
+        rows = int(inputs.audio_context.audio_rows_BT.sum())
         rowless = _prefill(model.llm, _without_rows(inputs)) if rows and behind else as_is
     flops = making.get_total_flops() + sum(as_is)
     each = 2 * model.llm.kv_heads * model.llm.head_width * model.llm.dtype.itemsize
@@ -228,8 +228,8 @@ def _prefill(llm: Backbone, inputs: LLMInputs) -> list[int]:
 
 def _without_rows(inputs: LLMInputs) -> LLMInputs:
     """One conversation without its audio rows: what a layer takes once they were left out before it."""
-    assert isinstance(inputs.audio, AudioContext)
-    kept_T = (~inputs.audio.audio_rows_BT[0]).nonzero().flatten()
+    assert isinstance(inputs.audio_context, AudioContext)
+    kept_T = (~inputs.audio_context.audio_rows_BT[0]).nonzero().flatten()
     return reordered(inputs, kept_T[None])
 
 

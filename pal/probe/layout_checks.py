@@ -135,7 +135,7 @@ def order(inputs: LLMInputs) -> HealthCheck:
     """Check that rows of a clip and its keys follow one another by position as they do in time."""
     name = "order of summaries and tokens"
     remedy = "Put each summary right after the last token it sums up: Layout.row_offsets and key_offsets."
-    context = inputs.audio
+    context = inputs.audio_context
     if not isinstance(context, AudioContext) or context.token_spans is None:
         return HealthCheck(name, "does not apply", "no audio", remedy)
     wrong = compared = 0
@@ -170,7 +170,7 @@ def gaps(inputs: LLMInputs) -> HealthCheck:
         "Reserve a position id for every audio token and row (Layout.span), give generate the position ids, and never "
         "let attention_mask be None."
     )
-    context = inputs.audio
+    context = inputs.audio_context
     if not isinstance(context, AudioContext) or context.token_spans is None:
         return HealthCheck(name, "does not apply", "no audio", remedy)
     faults: list[str] = []

@@ -84,7 +84,7 @@ class Example:
         """
         # hiding it in no layer hides nothing, but says of every token what it stands for
         with model.hiding(*condition.hides, with_spans=True), evaluation_mode(model):
-            audio = model.inputs(list(self.clips), [self.row]).audio
+            audio = model.inputs(list(self.clips), [self.row]).audio_context
         assert isinstance(audio, AudioContext)
         return audio
 

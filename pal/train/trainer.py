@@ -1,4 +1,4 @@
-"""`Trainer`: stage after stage, step after step; stopping and going on without a difference."""
+"""`Trainer`: the training loop over stages and steps; a resumed run gives the same weights."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ _CACHE_BYTES = 2 << 30
 
 
 class TrainingError(PalError):
-    """A loss that is not a number; names the step and its records."""
+    """NaN or infinite loss or gradient; names the step and its records."""
 
 
 def run(
@@ -50,7 +50,7 @@ def run(
     out: Path,
     resume: bool = False,
     overwrite: bool = False,
-    watch: Callable[[PalModel], None] | None = None,
+    on_stage: Callable[[PalModel], None] | None = None,
     read_every: int | None = None,
 ) -> PalModel:
     """Train and write into `out`: `model/` (the bundle), `log.jsonl`, `loss.png`, `train.json`, `checkpoints/`.
@@ -61,24 +61,23 @@ def run(
     Returns:
         The trained model in evaluation mode, on the device it was trained on.
     """
-    return Trainer(recipe, out, resume, overwrite, watch, read_every).fit()
+    return Trainer(recipe, out, resume, overwrite, on_stage, read_every).fit()
 
 
 class Trainer:
-    """One run of a recipe: the model, where the run stands, and what it writes.
+    """Training loop of a recipe: the model, the training state and the output files.
 
-    `Trainer(recipe, out).fit()` does everything. `steps` gives control back after each step, so that the caller can
-    look at `model` and `state`, stop iterating, or ask for an orderly end with `stop`; `finish` then writes the result.
+    `Trainer(recipe, out).fit()` does everything. `steps` yields after each step, so that the caller can inspect
+    `model` and `state`, stop iterating, or request a checkpoint and exit with `stop`; `finish` writes the result.
 
     Args:
-        recipe: what to do.
+        recipe: to run.
         out: folder of the run.
-        resume: go on from the newest checkpoint; from the start where there is none.
-        overwrite: forget another run in `out`.
-        watch: shown the model before the first stage that is run and after each.
-        read_every: steps after which the host reads what the device has computed, at the latest; it does so before
-            every line of the log and every checkpoint. Without it 1 where the CPU computes and nothing is waited for,
-            and `log_every` elsewhere.
+        resume: continue from the newest checkpoint; start from the beginning if there is none.
+        overwrite: delete another run in `out`.
+        on_stage: called with the model before the first stage that is run and after each stage.
+        read_every: most steps between two reads of losses from the device; they are also read before every log line
+            and checkpoint. Default: 1 on CPU, `log_every` elsewhere.
 
     Raises:
         ConfigError: the recipe cannot be carried out, or `out` holds another run.
@@ -90,13 +89,13 @@ class Trainer:
         out: Path,
         resume: bool = False,
         overwrite: bool = False,
-        watch: Callable[[PalModel], None] | None = None,
+        on_stage: Callable[[PalModel], None] | None = None,
         read_every: int | None = None,
     ) -> None:
         self.recipe = recipe
         self.out = out
         self.resume = resume
-        self.watch = watch
+        self.on_stage = on_stage
         self.accelerator = Accelerator(kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)])
         if self.accelerator.is_main_process:
             run_folder.claim(out, recipe, resume, overwrite)
@@ -106,19 +105,19 @@ class Trainer:
         self.read_every = read_every
         self.host_reduce = HostReduce(self.accelerator.num_processes)
         self.trained: set[str] = set()
-        """Lasting names of the weights that any stage so far has trained."""
+        """Checkpoint names of the weights trained so far, over all stages."""
         self.stop_requested = False
-        """Of this process, by `stop`."""
+        """`stop` was called in this process."""
         self.stop_agreed = False
-        """All processes know of it and stop after the same step."""
+        """Any process requested a stop, so that all stop after the same step."""
         self.checkpoint_due = False
-        """All processes know that a checkpoint is due by the clock."""
+        """Any process's clock says that a checkpoint is due, so that all write it."""
         self.peak: float | None = None
-        """Operations a second that the card can do, where there is one."""
+        """Measured FLOP/s of the device; None without CUDA."""
         self.saved_at = time.monotonic()
         self.waveforms = WaveformCache(_CACHE_BYTES)
         self.finished = resume and run_folder.is_finished(out)
-        """The run had ended before, so that there is nothing to do."""
+        """The resumed run was finished already."""
         if self.finished:
             logger.info("%s is finished; nothing to do", out)
             self.model = PalModel.from_pretrained(out / "model")
@@ -131,24 +130,24 @@ class Trainer:
         self.model = build_model(recipe, self.manifests, out)
 
     def fit(self) -> PalModel:
-        """All steps, and `finish`; the trained model."""
+        """Run all steps and `finish`; returns the trained model."""
         for _ in self.steps():
             pass
         return self.finish()
 
     def stop(self) -> None:
-        """Ask for a checkpoint and SystemExit(130) after the current step; what a first SIGINT or SIGTERM does."""
+        """Request a checkpoint and SystemExit(130) after the current step, as a first SIGINT or SIGTERM does."""
         self.stop_requested = True
 
     def steps(self) -> Iterator[int]:
-        """Train step by step; gives the number of steps done, over all stages, after each.
+        """Train step by step; yields the number of completed steps of all stages.
 
-        While it is iterated, SIGINT and SIGTERM call `stop`.
+        During the iteration SIGINT and SIGTERM call `stop`.
 
         Raises:
             ConfigError: the newest checkpoint does not fit, or a stage cannot be carried out.
-            TrainingError: the loss or the gradient of a step is not finite. It is noticed when the step is read; the
-                state before that step is kept.
+            TrainingError: the loss or gradient of a step is not finite. Raised when the step is read; the state
+                before that step is saved.
             SystemExit: with status 130, after `stop`.
         """
         if self.finished:
@@ -158,7 +157,7 @@ class Trainer:
             self._check_data(found)
             self.state = found.state
             logger.info("going on after step %d (%s)", self.state.step, found.path)
-        # Stages that are done are set up again for what they added to the model and to `trained`.
+        # Completed stages are set up again, since they may have added adapters to the model and names to `trained`.
         for stage in self.recipe.stages[: self.state.stage]:
             self._set_up(stage)
         self.model.to(self.accelerator.device)
@@ -166,19 +165,19 @@ class Trainer:
         log = curves.Log(self.out / "log.jsonl", self.state.step) if self.accelerator.is_main_process else None
         try:
             with stop_signals(self.stop):
-                if self.watch is not None:
-                    self.watch(self.model)
+                if self.on_stage is not None:
+                    self.on_stage(self.model)
                 for index in range(self.state.stage, len(self.recipe.stages)):
                     yield from self._stage(index, found if index == self.state.stage else None, log)
                     found = None
-                    if self.watch is not None:
-                        self.watch(self.model)
+                    if self.on_stage is not None:
+                        self.on_stage(self.model)
         finally:
             if log is not None:
                 log.close()
 
     def finish(self) -> PalModel:
-        """Write the bundle, the curve and `train.json`; the model in evaluation mode, with nothing left to train."""
+        """Write the bundle, the loss curve and `train.json`; returns the model frozen and in evaluation mode."""
         if self.finished:
             return self.model
         self.model.eval().requires_grad_(False)
@@ -216,7 +215,7 @@ class Trainer:
             _fill(self.model, objective, found)
         if objective.head():
             parameters["head"] = {f"{_HEAD}{name}": p for name, p in objective.head().items()}
-        self.model.llm.checkpoint_gradients(stage.gradient_checkpointing, audio=stage.recompute_audio)
+        self.model.llm.checkpoint_gradients(stage.gradient_checkpointing, recompute_audio=stage.recompute_audio)
         objective.train()
         stages.set_modes(self.model, stage)
         data.start(self.model, objective, self.waveforms)
@@ -265,12 +264,12 @@ class Trainer:
                     optimizer, optim.lr_factor(state.stage_step, data.steps, stage.warmup, stage.schedule)
                 )
                 seed_everything(self.recipe.seed, index, state.stage_step, accelerator.process_index)
-                told = update(micro_batches, self.stop_requested, self._is_late())
+                result = update(micro_batches, self.stop_requested, self._is_late())
                 done = 0.0 if operations is None else operations(micro_batches)
                 meter.add(
-                    told, step_inputs(micro_batches, self.model.sampling_rate, objective.unit, done), loaded, ready
+                    result, step_inputs(micro_batches, self.model.sampling_rate, objective.unit, done), loaded, ready
                 )
-                self.stop_agreed, self.checkpoint_due = told.flags
+                self.stop_agreed, self.checkpoint_due = result.flags
                 state.step += 1
                 state.stage_step += 1
                 bar.update()
@@ -298,7 +297,7 @@ class Trainer:
                 ready = time.monotonic()
         total["median_step_seconds"] = meter.median()
         self.model.llm.checkpoint_gradients(False)
-        if compiled:  # the next stage may not want it, and neither does who gets the model
+        if compiled:  # the next stage may not compile, and the returned model is not compiled
             self.model.llm.uncompile()
         self.model.llm.capture(False)
         accelerator.free_memory()
@@ -320,7 +319,7 @@ class Trainer:
             logger.info("stage '%s': no 'mfu' in the log: %s", stage.name, error)
             return None
 
-    # What is kept
+    # Checkpoints
 
     def _is_late(self) -> bool:
         limit = self.recipe.keep.checkpoint_seconds
@@ -333,7 +332,7 @@ class Trainer:
         names: dict[int, str],
         masters: MasterWeights | None,
     ) -> Path:
-        """Write a checkpoint; without an objective, that of the border between two stages."""
+        """Write a checkpoint; without an objective, one between two stages."""
         path = self.out / "checkpoints"
         if self.accelerator.is_main_process:
             tensors = stages.trained_weights(self.model, self.trained)
@@ -378,7 +377,7 @@ def _masters(parameters: dict[str, dict[str, nn.Parameter]], stage: Stage) -> Ma
 
 
 def _where(stage: Stage, state: State, fault: NonFiniteStep, saved: Path) -> str:
-    records, more = fault.given.records, fault.given.more
+    records, more = fault.inputs.records, fault.inputs.more
     named = ", ".join(records) + (f" and {more} more" if more else "")
     return (
         f"stage '{stage.name}', step {state.stage_step}: {fault.what} is not finite; records: {named}. The state "
@@ -387,7 +386,7 @@ def _where(stage: Stage, state: State, fault: NonFiniteStep, saved: Path) -> str
 
 
 def _fill(model: PalModel, objective: Objective, found: Checkpoint) -> None:
-    """Put a checkpoint's weights into the model and the objective."""
+    """Load a checkpoint's weights into the model and the objective."""
     own = stages.named_weights(model) | {f"{_HEAD}{name}": p for name, p in objective.head().items()}
     with torch.no_grad():
         for name, tensor in found.weights.items():

@@ -31,7 +31,7 @@ def inputs_of(llm, integration, side="left", rows=RAGGED):
 def plain(llm, inputs, **options):
     """transformers' loop and cache, the layers hearing by attention to several sets of keys: what was done before."""
     inputs = padded_left(inputs)
-    audio = {} if inputs.audio is None else {"audio": inputs.audio.prebuilt()}
+    audio = {} if inputs.audio_context is None else {"audio_context": inputs.audio_context.prebuilt()}
     return llm.lm.generate(
         inputs_embeds=inputs.inputs_embeds_BTD,
         attention_mask=inputs.attention_mask_BT,

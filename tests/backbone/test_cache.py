@@ -179,7 +179,7 @@ def test_masks_are_what_positions_say(family, name):
 
 def seen_by_hand(llm, inputs, cache, layer, b, beam, position, count):
     """Which of a storage's keys the row of a beam sees that is generated as number `count`, at a position."""
-    context, store, beams = inputs.audio, cache.stores[layer], cache.plan.beams
+    context, store, beams = inputs.audio_context, cache.stores[layer], cache.plan.beams
     window = llm.windows[layer] or 10**6
     expected = [False] * (store.prompt + cache.plan.slots)
     first = 0
@@ -202,7 +202,9 @@ def test_no_mask_where_everything_is_seen_and_one_where_a_part_is_hidden():
     cache, last_B1 = read(llm, integration, EQUAL, (7, 7, 7))
     assert cache.step(last_B1 + 1).masks == (None, None, None)
     inputs = integration(features(7, 7, 7), EQUAL, llm, "left")
-    hidden = prepared(llm, type(inputs)(**{**vars(inputs), "audio": inputs.audio.without(AudioMask(pathway="rows"))}))
+    hidden = prepared(
+        llm, type(inputs)(**{**vars(inputs), "audio_context": inputs.audio_context.without(AudioMask(pathway="rows"))})
+    )
     read_prompts(llm, hidden, inputs)
     assert all(mask is not None for mask in hidden.step(last_B1 + 1).masks)
 

@@ -26,7 +26,7 @@ def inputs(embedded_BTD, ids_BT):
         inputs_embeds_BTD=embedded_BTD,
         position_ids_BT=torch.arange(T).expand(2, -1),
         attention_mask_BT=torch.ones(2, T, dtype=torch.long),
-        audio=None,
+        audio_context=None,
         labels_BT=labels_BT,
     )
 

@@ -68,16 +68,16 @@ def test_a_missing_mask_or_position_ids_raises(missing):
     llm, inputs = middle()
     given = {"attention_mask": inputs.attention_mask_BT, "position_ids": inputs.position_ids_BT, missing: None}
     with pytest.raises(PalError, match=missing):
-        llm.lm(inputs_embeds=inputs.inputs_embeds_BTD, audio=inputs.audio, **given)
+        llm.lm(inputs_embeds=inputs.inputs_embeds_BTD, audio_context=inputs.audio_context, **given)
 
 
 def test_a_mask_of_another_shape_raises():
     _, inputs = middle()
     mask_BT, positions_BT = inputs.attention_mask_BT, inputs.position_ids_BT
     with pytest.raises(PalError, match="2-D"):
-        inputs.audio.view(mask_BT[:, None, None], positions_BT)
+        inputs.audio_context.attention_metadata(mask_BT[:, None, None], positions_BT)
     with pytest.raises(PalError, match="does not fit"):
-        inputs.audio.view(mask_BT, positions_BT.repeat(2, 1))
+        inputs.audio_context.attention_metadata(mask_BT, positions_BT.repeat(2, 1))
 
 
 def test_audio_past_the_view_raises():
@@ -87,7 +87,7 @@ def test_audio_past_the_view_raises():
             inputs_embeds=inputs.inputs_embeds_BTD,
             attention_mask=inputs.attention_mask_BT,
             position_ids=inputs.position_ids_BT,
-            audio=inputs.audio,
+            audio_context=inputs.audio_context,
         )
 
 
@@ -121,11 +121,12 @@ def test_windows_count_positions_in_layers_without_audio_too(family, name):
     ours = text_rows(llm, integration, row, inputs, llm(inputs).logits, 0)
     torch.testing.assert_close(ours.double(), expected_logits(llm, integration, row, audio), atol=1e-4, rtol=1e-4)
     if family == "mistral" and name == "lal_first":
-        deaf = llm(replace(inputs, audio=inputs.audio.without(AudioMask(pathway="keys")))).logits
+        deaf = llm(replace(inputs, audio_context=inputs.audio_context.without(AudioMask(pathway="keys")))).logits
         other = integration(audio, [conversation([9, 10, AUDIO, 7, 8])], llm)
         # nothing else reaches the last rows, neither directly nor over the rows between
         assert torch.equal(
-            deaf[0, 2:], llm(replace(other, audio=other.audio.without(AudioMask(pathway="keys")))).logits[0, 2:]
+            deaf[0, 2:],
+            llm(replace(other, audio_context=other.audio_context.without(AudioMask(pathway="keys")))).logits[0, 2:],
         )
 
 
@@ -211,7 +212,7 @@ def test_audio_is_projected_once_for_all_steps_and_beams_of_generate():
 def test_generate_refuses_unknown_arguments_still():
     llm, inputs = middle()
     with pytest.raises(ValueError, match="nonsense"):
-        llm.generate(inputs, max_new_tokens=1, nonsense=inputs.audio)
+        llm.generate(inputs, max_new_tokens=1, nonsense=inputs.audio_context)
 
 
 @pytest.mark.parametrize("family", ["gemma", "gemma3"])
@@ -230,7 +231,9 @@ def test_checkpointing_drops_no_audio(caplog):
     with caplog.at_level(logging.WARNING):
         inputs = integration(features(4), row, llm)
         heard = llm(inputs, use_cache=True).logits  # transformers drops the cache here
-        deaf = llm(replace(inputs, audio=inputs.audio.without(AudioMask(pathway="keys"))), use_cache=True).logits
+        deaf = llm(
+            replace(inputs, audio_context=inputs.audio_context.without(AudioMask(pathway="keys"))), use_cache=True
+        ).logits
     assert (heard - deaf).abs().max() > 1e-2
 
 

@@ -158,8 +158,8 @@ def _scene(decoder, integration, row, audio, keys=True, rows=True, asked=()):
 def text_rows(llm, integration, row, inputs, logits_BTV, at):
     """The logits of row `at` where text stands, without padding and audio rows."""
     real = inputs.attention_mask_BT[at].bool()
-    if inputs.audio is not None:
-        real = real & ~inputs.audio.audio_rows_BT[at]
+    if inputs.audio_context is not None:
+        real = real & ~inputs.audio_context.audio_rows_BT[at]
     elif row.clips:  # PLITS: the audio rows are those whose embedding is no token's
         table_VD = llm.embed(torch.arange(VOCAB))
         is_token = (inputs.inputs_embeds_BTD[at][:, None] == table_VD).all(-1).any(-1)

@@ -70,7 +70,7 @@ def test_filling_changes_nothing(family, name):
         total, items, expected = gradients(llm, integration, audio, rows, per)
         llm.loss_graphs = LossGraphs(Repeats())
         inputs = integration(audio, rows, llm, "none")
-        if isinstance(inputs.audio, PackedContext):
+        if isinstance(inputs.audio_context, PackedContext):
             assert inputs.inputs_embeds_BTD.shape[1] == rounded(inputs.inputs_embeds_BTD.shape[1])
             assert len(inputs.targets.rows_N) == rounded(sum(inputs.targets.lengths))
         filled, count, found = gradients(llm, integration, audio, rows, per)

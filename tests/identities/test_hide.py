@@ -103,12 +103,12 @@ def test_what_is_hidden_is_not_seen(family, name, which):
     rows = [conversation(PLACEMENTS[place]) for place in ("two", "middle", "none")]
     inputs = integration(audio, rows, llm, "left", with_spans=True)
     full = llm(inputs).logits
-    logits = llm(replace(inputs, audio=inputs.audio.without(what))).logits
+    logits = llm(replace(inputs, audio_context=inputs.audio_context.without(what))).logits
     changed = False
     for at, row in enumerate(rows):
         decoder = Decoder(llm.lm.config, llm.lm.state_dict())
         decoder.hidden = hiding(what, name, row)
-        text = inputs.attention_mask_BT[at].bool() & ~inputs.audio.audio_rows_BT[at]
+        text = inputs.attention_mask_BT[at].bool() & ~inputs.audio_context.audio_rows_BT[at]
         expected = expected_logits(llm, integration, row, audio, decoder=decoder)
         torch.testing.assert_close(logits[at][text].double(), expected, atol=2e-4, rtol=2e-4)
         changed |= bool((logits[at][text] - full[at][text]).abs().max() > 1e-3)
@@ -134,7 +134,7 @@ def test_a_watch_sees_the_softmax_of_every_layer(family, name):
     inputs = integration(audio, rows, llm, "left", with_spans=True)
     T = inputs.position_ids_BT.shape[1]
     observer = Watching(torch.arange(T).expand(len(rows), T))
-    shown = llm(replace(inputs, audio=replace(inputs.audio, observer=observer))).logits
+    shown = llm(replace(inputs, audio_context=replace(inputs.audio_context, observer=observer))).logits
     assert torch.equal(shown, llm(inputs).logits)
     for at, row in enumerate(rows):
         decoder = Decoder(llm.lm.config, llm.lm.state_dict())
@@ -144,12 +144,12 @@ def test_a_watch_sees_the_softmax_of_every_layer(family, name):
             weights = observer.seen[layer]
             parts = [weights.rows_BHNK[at][:, real][..., real]]
             for i, keys_BHNA in weights.keys_BHNA.items():
-                parts.append(keys_BHNA[at][:, real][..., inputs.audio.keys[i].mask_BA[at]])
+                parts.append(keys_BHNA[at][:, real][..., inputs.audio_context.keys[i].mask_BA[at]])
             ours = torch.cat(parts, -1).double()
             torch.testing.assert_close(ours, decoder.weights[layer], atol=1e-5, rtol=1e-4)
             torch.testing.assert_close(ours.sum(-1), torch.ones_like(ours[..., 0]), atol=1e-5, rtol=0)
         for layer, cross_BHNA in observer.cross.items():
-            ours = cross_BHNA[at][:, real][..., inputs.audio.keys[0].mask_BA[at]]
+            ours = cross_BHNA[at][:, real][..., inputs.audio_context.keys[0].mask_BA[at]]
             torch.testing.assert_close(ours.double(), decoder.weights["crossed", layer], atol=1e-5, rtol=1e-4)
     assert bool(observer.cross) == (name == "flamingo")
 
@@ -161,7 +161,7 @@ def test_a_watch_is_shown_the_rows_it_asks_for():
     T = inputs.position_ids_BT.shape[1]
     every, some = Watching(torch.arange(T)[None]), Watching(torch.tensor([[T - 1, 3]]))
     for observer in (every, some):
-        llm(replace(inputs, audio=replace(inputs.audio, observer=observer)))
+        llm(replace(inputs, audio_context=replace(inputs.audio_context, observer=observer)))
     for layer in range(3):
         torch.testing.assert_close(some.seen[layer].rows_BHNK, every.seen[layer].rows_BHNK[:, :, [T - 1, 3]])
 
@@ -172,7 +172,7 @@ def test_places_name_clip_stream_and_time(name):
     inputs = integration(features(*LENGTHS), [conversation(PLACEMENTS["two"])], llm, "left", with_spans=True)
     group = {"plits": 1, "pal": STRIDE}.get(name)
     if group:
-        places, audio_T = inputs.audio.token_spans, inputs.audio.audio_rows_BT[0]
+        places, audio_T = inputs.audio_context.token_spans, inputs.audio_context.audio_rows_BT[0]
         expected = [
             (clip, i * group * 0.04, min((i + 1) * group, n) * 0.04)
             for clip, n in enumerate(LENGTHS)
@@ -186,11 +186,11 @@ def test_places_name_clip_stream_and_time(name):
         )
         assert [pytest.approx(one) for one in expected] == list(found)
         assert (places.stream_BX[0][~audio_T] == -1).all() and places.start_BX[0][~audio_T].isnan().all()
-    for keys in inputs.audio.keys:
+    for keys in inputs.audio_context.keys:
         expected = [j * 0.04 for n in LENGTHS for j in range(n)]
         assert keys.token_spans.start_BX[0].tolist() == pytest.approx(expected)
         assert keys.token_spans.clip_BX[0].tolist() == [0] * 7 + [1] * 11
-    assert bool(inputs.audio.keys) == (name != "plits")
+    assert bool(inputs.audio_context.keys) == (name != "plits")
 
 
 @torch.no_grad()
@@ -206,8 +206,8 @@ def test_one_stream_of_two_is_hidden():
 
     def logits(stream, b):
         inputs = routed([one, b], row, llm, with_spans=True)
-        audio = inputs.audio if stream is None else inputs.audio.without(AudioMask(stream=stream))
-        return llm(replace(inputs, audio=audio)).logits
+        audio = inputs.audio_context if stream is None else inputs.audio_context.without(AudioMask(stream=stream))
+        return llm(replace(inputs, audio_context=audio)).logits
 
     assert torch.equal(logits(1, two), logits(1, other))
     assert not torch.allclose(logits(0, two), logits(0, other))
@@ -333,5 +333,5 @@ def test_tokens_without_time_have_no_span_to_hide():
     timeless = AudioFeatures(torch.randn(1, 4, 10), (4,), 0.0)
     inputs = integration(timeless, [Tokens([5, AUDIO, 6], [0])], llm, with_spans=True)
     with pytest.raises(ConfigError, match="no time of their own"):
-        inputs.audio.without(AudioMask(seconds=(0.0, 1.0)))
-    inputs.audio.without(AudioMask(layers=(1,)))
+        inputs.audio_context.without(AudioMask(seconds=(0.0, 1.0)))
+    inputs.audio_context.without(AudioMask(layers=(1,)))

@@ -59,7 +59,7 @@ def test_1_without_audio_logits_equal_the_plain_model_exactly(family, name, side
     rows = [Tokens([5, 6, 7, 8, 9, 10, 11, 12, 13], []), Tokens([5, 6, 7], [])]
     for batch in (rows, rows[:1]):
         inputs = integration(None, batch, llm, side)
-        assert inputs.audio is None
+        assert inputs.audio_context is None
         ids_BT = torch.zeros(inputs.position_ids_BT.shape, dtype=torch.long)
         ids_BT[inputs.attention_mask_BT.bool()] = torch.tensor([token for row in batch for token in row.ids])
         real = inputs.attention_mask_BT.bool()
@@ -257,7 +257,7 @@ def test_6_keys_rotated_later_equal_keys_made_there(family):
     audio = features(5)
     stored = integration.index(audio, llm, "d")
     rows = [conversation([6] * 20 + [AUDIO, 5])]
-    context = integration(audio, rows, llm).audio
+    context = integration(audio, rows, llm).audio_context
     for layer in range(3):
         u_BAD = integration.projectors.of(layer)(audio.x_BAE)
         k_BGAC, v_BGAC = llm.project_kv(layer, u_BAD)
@@ -282,7 +282,7 @@ def test_7_the_hybrid_with_one_pathway_masked_equals_the_other(family, placement
     rows = [conversation(PLACEMENTS[placement]), conversation([7, AUDIO, 3, 4, 5, 6, 8, 9], (1,))]
     inputs = integration(audio, rows, llm, side)
     for masked, keys, summary in (("keys", False, True), ("rows", True, False)):
-        logits_BTV = llm(replace(inputs, audio=inputs.audio.without(AudioMask(pathway=masked)))).logits
+        logits_BTV = llm(replace(inputs, audio_context=inputs.audio_context.without(AudioMask(pathway=masked)))).logits
         assert logits_BTV.isfinite().all()
         for at, row in enumerate(rows):
             ours = text_rows(llm, integration, row, inputs, logits_BTV, at)
@@ -297,7 +297,7 @@ def test_7_masked_pathways_stay_masked_while_generating():
     for masked in ("keys", "rows"):
         options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
         made = llm.generate(
-            replace(inputs, audio=inputs.audio.without(AudioMask(pathway=masked))),
+            replace(inputs, audio_context=inputs.audio_context.without(AudioMask(pathway=masked))),
             **options,
             output_logits=True,
             return_dict_in_generate=True,
@@ -338,12 +338,12 @@ def test_8_checkpointing_leaves_the_gradients_as_they_are(family, name):
     ran = []
     for layer in llm.layers:
         layer.mlp.register_forward_pre_hook(lambda module, given: ran.append(module))
-    llm.checkpoint_gradients(False, audio=False)
+    llm.checkpoint_gradients(False, recompute_audio=False)
     plain = gradients(llm, integration)
     assert len(ran) == 3
     for layers, audio in ((True, False), (False, True)):
         ran.clear()
-        llm.checkpoint_gradients(layers, audio=audio)
+        llm.checkpoint_gradients(layers, recompute_audio=audio)
         recomputed = gradients(llm, integration)
         assert len(ran) == (6 if layers else 3)  # each again in the backward pass, or else none
         assert plain.keys() == recomputed.keys()

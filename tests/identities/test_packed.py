@@ -60,9 +60,9 @@ def test_losses_and_gradients(family, name):
     _, padded, expected = loss_and_gradients(llm, integration, audio, rows, "right")
     inputs, total, found = loss_and_gradients(llm, integration, audio, rows, "none")
     packs = not windowed or name in ("plits", "flamingo", "lal")
-    assert isinstance(inputs.audio, PackedContext) or not packs
+    assert isinstance(inputs.audio_context, PackedContext) or not packs
     if packs:
-        assert inputs.inputs_embeds_BTD.shape[:2] == (1, sum(inputs.audio.lengths))
+        assert inputs.inputs_embeds_BTD.shape[:2] == (1, sum(inputs.audio_context.lengths))
     torch.testing.assert_close(total, padded, **SAME)
     assert found.keys() == expected.keys()
     for key, grad in found.items():
@@ -77,7 +77,7 @@ def test_scores_of_rows_that_share_clips(name):
     rows = [replace(row, clips=row.clips if row.ids[0] == AUDIO else [1]) for row in rows]
     expected = llm.label_scores(integration(audio, rows, llm, "right"))
     inputs = integration(audio, rows, llm, "none")
-    assert isinstance(inputs.audio, PackedContext)
+    assert isinstance(inputs.audio_context, PackedContext)
     torch.testing.assert_close(llm.label_scores(inputs), expected, **SAME)
     _, _, right = loss_and_gradients(llm, integration, audio, rows, "right")
     _, _, found = loss_and_gradients(llm, integration, audio, rows, "none")
@@ -91,7 +91,7 @@ def test_equal_conversations_without_keys_take_the_llms_own_path(name):
     clip = [AUDIO] * (name == "plits")
     rows = [labelled([5, *clip, 6, 7], i, 1) for i in range(3)]
     inputs = integration(features(4, 4, 4), rows, llm, "none")
-    assert inputs.inputs_embeds_BTD.shape[0] == 3 and inputs.audio.segments == ()
+    assert inputs.inputs_embeds_BTD.shape[0] == 3 and inputs.audio_context.segments == ()
     torch.testing.assert_close(llm.loss(inputs)[0], llm.loss(integration(features(4, 4, 4), rows, llm))[0], **SAME)
 
 
@@ -175,7 +175,7 @@ def test_padded_rows_under_one_mask(family, name, monkeypatch):
 def test_located_rows_are_never_packed():
     llm, integration = shared("llama", "lal")
     inputs = integration(features(4), [labelled([5, AUDIO, 6, 7], 0, 1)], llm, "none", with_spans=True)
-    assert not isinstance(inputs.audio, PackedContext)
+    assert not isinstance(inputs.audio_context, PackedContext)
 
 
 @pytest.mark.parametrize("checkpointing", [True, False])
@@ -184,7 +184,7 @@ def test_gradient_checkpointing(checkpointing):
     integration = build("integration", INTEGRATIONS["lal"], in_width=E, llm=llm)
     audio, rows = batch()
     _, total, expected = loss_and_gradients(llm, integration, audio, rows, "none")
-    llm.checkpoint_gradients(checkpointing, audio=not checkpointing)
+    llm.checkpoint_gradients(checkpointing, recompute_audio=not checkpointing)
     _, again, found = loss_and_gradients(llm, integration, audio, rows, "none")
     torch.testing.assert_close(again, total)
     for key, grad in found.items():
@@ -198,7 +198,7 @@ def test_projectors_activations_are_made_again():
     weights = [*llm.parameters(), *integration.parameters()]
     held = []
     for again in (False, True):
-        llm.checkpoint_gradients(False, audio=again)
+        llm.checkpoint_gradients(False, recompute_audio=again)
         held.append(saved_bytes(lambda: llm.loss(integration(audio, rows, llm, "none"))[0], weights))
     assert held[1] < held[0]
 
@@ -229,7 +229,7 @@ def test_a_learned_bias_on_the_scores_of_audio(name, each, kernels):
     torch.testing.assert_close(llm.loss(zero(audio, rows, llm, "none"))[0], plain, **SAME)
     far = Biased(inner, {layer: torch.nn.Parameter(torch.full((heads,), -1e4)) for layer in inner.layers})
     deaf = inner(audio, rows, llm, with_spans=True)
-    deaf = replace(deaf, audio=deaf.audio.without(AudioMask(pathway="keys")))
+    deaf = replace(deaf, audio_context=deaf.audio_context.without(AudioMask(pathway="keys")))
     torch.testing.assert_close(llm.loss(far(audio, rows, llm, "none"))[0], llm.loss(deaf)[0], **SAME)
 
     start = torch.linspace(-1, 1, heads)
@@ -335,7 +335,7 @@ def test_dropout_inside_a_projector_is_the_same_when_made_again():
     audio, rows = batch()
     found = []
     for recomputes in (True, False):
-        llm.checkpoint_gradients(False, audio=recomputes)
+        llm.checkpoint_gradients(False, recompute_audio=recomputes)
         torch.manual_seed(0)
         found.append(loss_and_gradients(llm, integration, audio, rows, "none")[1:])
     torch.testing.assert_close(*found)

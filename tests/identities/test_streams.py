@@ -68,8 +68,8 @@ def test_logits_equal_the_reference(family, name, side):
         # text rows are those whose embedding is a token's
         table_VD = llm.embed(torch.arange(48))
         text = (inputs.inputs_embeds_BTD[at][:, None] == table_VD).all(-1).any(-1)
-        if inputs.audio is not None and inputs.audio.repeats_BT is not None:
-            text &= ~inputs.audio.repeats_BT[at]
+        if inputs.audio_context is not None and inputs.audio_context.repeats_BT is not None:
+            text &= ~inputs.audio_context.repeats_BT[at]
         close(logits_BTV[at][real & text].double(), expected_logits(llm, integration, row, audio))
 
 

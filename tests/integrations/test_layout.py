@@ -21,26 +21,29 @@ def test_lal_reserves_the_positions_plits_would_fill():
     row, audio = [conversation([5, 6, AUDIO, 7, AUDIO, 8])], features(3, 2)
     a, b = lal(audio, row, llm), plits(audio, row, llm)
     assert a.position_ids_BT.tolist() == [[0, 1, 5, 8]]
-    assert a.audio.keys[0].positions_BA.tolist() == [[2, 3, 4, 6, 7]]
-    assert a.audio.keys[0].tokens_BA.tolist() == [[0, 1, 2, 3, 4]]
+    assert a.audio_context.keys[0].positions_BA.tolist() == [[2, 3, 4, 6, 7]]
+    assert a.audio_context.keys[0].tokens_BA.tolist() == [[0, 1, 2, 3, 4]]
     assert b.position_ids_BT.tolist() == [list(range(9))]
-    assert b.audio is None
+    assert b.audio_context is None
 
 
 @pytest.mark.parametrize("tokens, keys, rows, span", [(6, [0, 1, 2, 4, 5, 6], [3, 7], 8), (4, [0, 1, 2, 4], [3, 7], 8)])
 def test_the_hybrid_interleaves_tokens_and_summaries(tokens, keys, rows, span):
     llm, pal = shared("llama", "pal")
     inputs = pal(features(tokens), [conversation([5, 6, AUDIO, 7])], llm)
-    assert inputs.audio.keys[0].positions_BA.tolist() == [[2 + offset for offset in keys]]
+    assert inputs.audio_context.keys[0].positions_BA.tolist() == [[2 + offset for offset in keys]]
     assert inputs.position_ids_BT.tolist() == [[0, 1, *(2 + offset for offset in rows), 2 + span]]
-    assert inputs.audio.audio_rows_BT.tolist() == [[False, False, True, True, False]]
+    assert inputs.audio_context.audio_rows_BT.tolist() == [[False, False, True, True, False]]
 
 
 def test_clips_are_those_that_rows_name_in_any_order():
     llm, lal = shared("llama", "lal")
-    a = lal(features(3, 2), [Tokens([AUDIO, 5], [1]), Tokens([AUDIO, 6], [0])], llm).audio.keys[0]
+    a = lal(features(3, 2), [Tokens([AUDIO, 5], [1]), Tokens([AUDIO, 6], [0])], llm).audio_context.keys[0]
     assert a.tokens_BA.tolist() == [[3, 4, 0], [0, 1, 2]] and a.mask_BA.sum(1).tolist() == [2, 3]
-    assert lal(features(3, 2), [Tokens([AUDIO, 5], [0]), Tokens([AUDIO, 6], [1])], llm).audio.keys[0].tokens_BA is None
+    assert (
+        lal(features(3, 2), [Tokens([AUDIO, 5], [0]), Tokens([AUDIO, 6], [1])], llm).audio_context.keys[0].tokens_BA
+        is None
+    )
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -80,10 +83,10 @@ def test_the_last_text_is_asked_again_behind_clips(name, behind, side):
     tokens = [[5, 6, 6], [5, 6, 6, 7, 8, 8]]
     for b, real in enumerate(inputs.attention_mask_BT.bool()):
         assert inputs.position_ids_BT[b][real].tolist() == behind[b]
-        assert inputs.audio.repeats_BT[b][real].tolist() == repeats[b]
+        assert inputs.audio_context.repeats_BT[b][real].tolist() == repeats[b]
         assert torch.equal(inputs.inputs_embeds_BTD[b][real], llm.embed(torch.tensor(tokens[b])))
     assert inputs.labels_BT[1].tolist() == [IGNORE] * 3 + [7, 8, IGNORE]
-    assert not inputs.audio.repeats_BT[~inputs.attention_mask_BT.bool()].any()
+    assert not inputs.audio_context.repeats_BT[~inputs.attention_mask_BT.bool()].any()
 
 
 def test_rows_without_labels_have_none():

@@ -60,12 +60,12 @@ def test_sums_are_those_of_the_weights(integration):
     B, T = inputs.position_ids_BT.shape
     observer = Everything(torch.arange(T).expand(B, T))
     with torch.inference_mode():
-        model.llm.hidden(replace(inputs, audio=replace(inputs.audio, observer=observer)))
+        model.llm.hidden(replace(inputs, audio_context=replace(inputs.audio_context, observer=observer)))
     for b, (row, attention) in enumerate(zip(rows, found, strict=True)):
         N = len(attention.tokens)
         assert attention.tokens == row.ids[-N:] and row.ids[-N - 1] == -1
         assert [attention.tokens[n + 1] for n in attention.answer] == [i for i in row.labels if i != IGNORE]
-        is_audio = inputs.audio.audio_rows_BT[b]
+        is_audio = inputs.audio_context.audio_rows_BT[b]
         for layer in range(3):
             own = observer.own[layer].rows_BHNK[b][:, -N:]
             keys = [w[b][:, -N:] for w in observer.own[layer].keys_BHNA.values()]
@@ -82,7 +82,9 @@ def test_sums_are_those_of_the_weights(integration):
             torch.testing.assert_close(attention.time_LNX[layer].sum(-1), heard.mean(0), atol=1e-5, rtol=0)
             answered = heard.mean(0)[attention.answer].mean()
             torch.testing.assert_close(attention.token_LA[layer].sum(), answered, atol=1e-5, rtol=0)
-        tokens = inputs.audio.audio_rows_BT[b].sum() + sum(k.mask_BA[b].sum() for k in inputs.audio.keys)
+        tokens = inputs.audio_context.audio_rows_BT[b].sum() + sum(
+            k.mask_BA[b].sum() for k in inputs.audio_context.keys
+        )
         assert len(attention.tokens_audio) == tokens == attention.token_LA.shape[1]
 
 

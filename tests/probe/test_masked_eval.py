@@ -84,7 +84,7 @@ def test_ways_in_are_found_in_the_inputs(name):
     found = pathways(example(model).seen(model, WHOLE))
     inputs = model.inputs([noise(1.0)], [ROW])
     rows = inputs.inputs_embeds_BTD.shape[1] > len(ROW.ids) - 1
-    keys = inputs.audio is not None and bool(inputs.audio.keys)
+    keys = inputs.audio_context is not None and bool(inputs.audio_context.keys)
     assert found == ["keys"] * keys + ["rows"] * rows
     assert found
 
@@ -155,7 +155,7 @@ def test_a_batch_hides_the_share_of_every_clip():
     clips = [noise(0.6), noise(1.2)]
     rows = [ROW, Tokens(ROW.ids, [1])]
     with torch.no_grad(), model.hiding(AudioMask(share=(0.5, 1.0))):
-        (keys,) = model.inputs(clips, rows).audio.keys
+        (keys,) = model.inputs(clips, rows).audio_context.keys
     whole = [len(example(model, seconds).clips[0].x_AE[0]) for seconds in (0.6, 1.2)]
     assert keys.mask_BA.sum(1).tolist() == [count // 2 for count in whole]
 
@@ -200,7 +200,7 @@ def test_what_raises_counts_as_wrong_and_is_said(tmp_path):
 def test_seen_leaves_out_padding():
     model = listener("plits")
     with torch.no_grad(), model.hiding(with_spans=True):
-        context = model.inputs([noise(0.5), noise(1.0)], [ROW, Tokens(ROW.ids, [1])]).audio
+        context = model.inputs([noise(0.5), noise(1.0)], [ROW, Tokens(ROW.ids, [1])]).audio_context
     count = len(example(model, 0.5).clips[0].x_AE[0])
     assert set(seen(context).values()) == {tuple(range(2, 2 + count))}
 

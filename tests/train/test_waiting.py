@@ -133,7 +133,7 @@ def test_a_whole_step(nothing: FakeTensorMode, integration: str, options: str) -
     model.llm.packs = True
     parts = stages.freeze(model, made.train)
     objective = AnswerLoss(model, AnswerLoss.Config(**made.options))
-    model.llm.checkpoint_gradients(made.gradient_checkpointing, audio=made.recompute_audio)
+    model.llm.checkpoint_gradients(made.gradient_checkpointing, recompute_audio=made.recompute_audio)
     objective.train()
     stages.set_modes(model, made)
     batch = ragged(model)
