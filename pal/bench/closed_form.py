@@ -25,14 +25,15 @@ class ClosedForm:
     saved_bytes: float
     kv_bytes: float
     """Kept while an answer is written; 0 in a training step."""
+    rows: int = 0
+    """Rows that clips add to the LLM's sequence; 0 where audio enters as keys and values alone."""
 
 
 def closed_form(subject: BenchModel, scene: BenchScene, preset: Preset, phase: Phase) -> ClosedForm:
     """Of one phase of a variant. A ragged scene's is the sum of what its rows need without padding."""
     if scene.ragged is not None:
         rows = [closed_form(subject, row, preset, phase) for row in scene.alone()]
-        flops, saved, kv = (sum(numbers) for numbers in zip(*map(astuple, rows), strict=True))
-        return ClosedForm(flops, saved, kv)
+        return ClosedForm(*(sum(numbers) for numbers in zip(*map(astuple, rows), strict=True)))
     trains = phase == "train"
     llm, size = subject.llm, subject.llm.dtype.itemsize
     step = StepSize(
@@ -57,12 +58,13 @@ def closed_form(subject: BenchModel, scene: BenchScene, preset: Preset, phase: P
     hearing = _hearing(scene, preset) if added else 0.0
     text_kv = 2 * llm.kv_heads * llm.head_width * size * llm.n_layers * scene.text_tokens
     kept = scene.batch * (text_kv + kv_bytes(llm, added, size))
+    added_rows = scene.batch * sum(one.rows for one in added)
     if phase.startswith("decode"):
-        return ClosedForm(_token(subject, scene, preset.width), 0.0, kept)
+        return ClosedForm(_token(subject, scene, preset.width), 0.0, kept, added_rows)
     cost = decoder(llm, step, added) + extra
     if trains:
-        return ClosedForm(hearing + cost.forward + cost.backward, cost.saved, 0.0)
-    return ClosedForm(hearing + cost.forward, 0.0, kept)
+        return ClosedForm(hearing + cost.forward + cost.backward, cost.saved, 0.0, added_rows)
+    return ClosedForm(hearing + cost.forward, 0.0, kept, added_rows)
 
 
 def _token(subject: BenchModel, scene: BenchScene, width: int) -> float:

@@ -62,7 +62,7 @@ class PointRun:
                         timed[subject.name] = self._timed(subject)
                 why = guard.why
                 self.bench.tidy()
-            self._advance(subject, 1 if why is None else self.bench._passes(self.phase))
+            self._advance(subject, 1 if why is None else self.preset.passes(self.phase))
             if why is not None:
                 looked.pop(subject.name, None)
                 self.leave_out([subject], why)

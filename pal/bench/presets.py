@@ -93,6 +93,11 @@ class Preset(StrictConfig):
         # one row is not ragged
         return [place for place in dict.fromkeys(found) if place.length != "ragged" or place.batch > 1]
 
+    def passes(self, phase: Phase) -> int:
+        """Forward passes of a variant in one phase: the counted one, one for warm-up, and the timed ones."""
+        rounds = self.repeats and 1 + self.repeats
+        return 1 + rounds * (self.decode_tokens if phase.startswith("decode") else 1)
+
     def _rows(self, batch: int, length: Length, phase: Phase) -> int:
         if phase != "train" or self.train_tokens is None or length == "ragged":
             return batch

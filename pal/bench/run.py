@@ -15,11 +15,11 @@ from tqdm import tqdm
 from pal.backbone.llm import Backbone
 from pal.bench.closed_form import ClosedForm, closed_form
 from pal.bench.machine import check_device, machine, product_rate
-from pal.bench.measure import give_back_freed_memory, keep_freed_memory
+from pal.bench.measure import give_back_freed_memory, keep_freed_memory, quick_collection
 from pal.bench.models import AttachedModel, BenchModel, attached
 from pal.bench.peers import Mllama, PlainLLM, Qwen2Audio, plain_lm
 from pal.bench.place import PointRun, many_graphs
-from pal.bench.presets import BenchPoint, Phase, Preset, Scope
+from pal.bench.presets import BenchPoint, Preset, Scope
 from pal.bench.result import BASELINES, BenchResult
 from pal.bench.scene import BenchScene, make_scene
 from pal.encoders.base import Encoder
@@ -69,6 +69,7 @@ def opened(
         llm = Backbone.load(preset.llm, dtype=dtype).eval().requires_grad_(False)
     plain = plain_lm(llm)
     with (
+        quick_collection(),
         many_graphs() if preset.compiled else nullcontext(),
         tqdm(
             desc="bench", unit="FLOP", unit_scale=True, delay=2, disable=None if progress else True, file=sys.stderr
@@ -108,7 +109,7 @@ class Bench:
         # features alone are ragged
         places = [place for place in preset.places() if encoder is None or place.length != "ragged"]
         papers = {place: self._papers(place, subjects, encoder) for place in places}
-        ahead = sum(paper.flops * self._passes(place.phase) for place in places for paper in papers[place].values())
+        ahead = sum(paper.flops * preset.passes(place.phase) for place in places for paper in papers[place].values())
         self.bar.total = (self.bar.total or 0) + ahead
         for place in places:
             scene = self.scene(place, encoder)
@@ -131,11 +132,6 @@ class Bench:
     ) -> dict[str, ClosedForm]:
         scene = make_scene(self.preset, place.batch, place.length, self.llm.vocab, encoder, shapes=True)
         return {subject.name: closed_form(subject, scene, self.preset, place.phase) for subject in subjects}
-
-    def _passes(self, phase: Phase) -> int:
-        """Of a phase: one that is counted, one that warms up, and the timed ones."""
-        rounds = self.preset.repeats and 1 + self.preset.repeats
-        return 1 + rounds * (self.preset.decode_tokens if phase.startswith("decode") else 1)
 
     def _encoder(self) -> Encoder:
         with self.device:

@@ -51,23 +51,23 @@ LIMITS = {
 }
 WRITTEN = ("flamingo", "lal_audio_query")
 """Integrations of whose training steps no CUDA graphs are made: they make keys outside of the layers."""
-TOKENS = 12
-"""That are written, of which each has to be the reference's in float32."""
 
 
 @dataclass(frozen=True)
 class Size:
-    """Of the models."""
+    """Size of the comparison: its models, and how much they generate."""
 
     head_width: int = 64
     layers: int = 4
+    tokens: int = 12
+    """Generated tokens, each of which must be the reference's in float32."""
     families: tuple[str, ...] = tuple(FAMILIES)
     integrations: tuple[str, ...] = tuple(INTEGRATIONS)
     compiler: str | None = None
     """torch.compile's backend; None for its own choice."""
 
 
-TOY = Size(head_width=8, layers=2, families=("gemma3_text",), integrations=("lal",), compiler="eager")
+TOY = Size(head_width=8, layers=2, tokens=4, families=("llama",), integrations=("lal",), compiler="eager")
 
 
 @dataclass(frozen=True)
@@ -195,7 +195,9 @@ def _compare(case: Case, size: Size, device: torch.device) -> Compared | None:
         prompt = _given(case, size, device, trains=False)
         logits = _off(_logits(llm, integration, prompt, case.rows), exact.logits)
         if case.dtype == torch.float32:
-            made = [_written(llm, integration, prompt, case.rows, cache) for cache in ("dynamic", "static")]
+            made = [
+                _written(llm, integration, prompt, case.rows, cache, size.tokens) for cache in ("dynamic", "static")
+            ]
             tokens = all(torch.equal(one.cpu(), exact.tokens) for one in made)
     return Compared(
         case=case,
@@ -222,7 +224,7 @@ def _reference(family: str, name: str, size: Size, batch: str) -> _Exact:
     cpu = torch.device("cpu")
     loss, gradients = _step(llm, integration, _given(case, size, cpu, trains=True), "right")
     prompt = _given(case, size, cpu, trains=False)
-    tokens = _written(llm, integration, prompt, "left", "dynamic")
+    tokens = _written(llm, integration, prompt, "left", "dynamic", size.tokens)
     return _Exact(loss, gradients, _logits(llm, integration, prompt, "left"), tokens)
 
 
@@ -338,9 +340,10 @@ def _logits(llm: Backbone, integration: Integration, given: Given, rows: Rows) -
     return read_prompts(llm, prepared(llm, inputs), inputs).float().cpu()
 
 
-def _written(llm: Backbone, integration: Integration, given: Given, rows: Rows, cache: str) -> Tensor:
+def _written(llm: Backbone, integration: Integration, given: Given, rows: Rows, cache: str, tokens: int) -> Tensor:
+    """Ids of greedily generated tokens: [B, tokens]."""
     inputs = _prompts(integration, given, llm, rows)
-    return llm.generate(inputs, max_new_tokens=TOKENS, do_sample=False, cache_implementation=cache)
+    return llm.generate(inputs, max_new_tokens=tokens, do_sample=False, cache_implementation=cache)
 
 
 def _errors(found: dict[str, Tensor], exact: dict[str, Tensor]) -> dict[str, float]:
