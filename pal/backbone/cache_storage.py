@@ -53,25 +53,25 @@ class CachedPrompts:
     """Layers, and rows [B, T] that no generated row sees there."""
 
     @classmethod
-    def padded(cls, audio: AudioContext | None, valid_BT: Tensor, positions_BT: Tensor) -> CachedPrompts:
+    def padded(cls, context: AudioContext | None, valid_BT: Tensor, positions_BT: Tensor) -> CachedPrompts:
         """Of rows that are padded on the left."""
-        if audio is None:
+        if context is None:
             return cls(valid_BT.bool(), positions_BT)
         keys = tuple(
-            AudioKeyLayout(one.layers, one.blocks is not None, one.mask_BA, one.positions_BA) for one in audio.keys
+            AudioKeyLayout(one.layers, one.blocks is not None, one.mask_BA, one.positions_BA) for one in context.keys
         )
-        return cls(valid_BT.bool(), positions_BT, keys, audio.hidden_rows)
+        return cls(valid_BT.bool(), positions_BT, keys, context.hidden_rows)
 
     @classmethod
-    def packed(cls, audio: PackedContext) -> CachedPrompts:
+    def packed(cls, context: PackedContext) -> CachedPrompts:
         """Of rows that lie one after the other; on the host."""
-        positions_BT, valid_BT = filled([one.positions_T for one in audio.conversations], left=True)
-        repeats_BT, _ = filled([one.repeats_T for one in audio.conversations], left=True)
+        positions_BT, valid_BT = filled([one.positions_T for one in context.conversations], left=True)
+        repeats_BT, _ = filled([one.repeats_T for one in context.conversations], left=True)
         keys = []
-        for one in audio.keys:
-            positions_BA, mask_BA = filled([talk.keys[one.stream] for talk in audio.conversations], left=False)
+        for one in context.keys:
+            positions_BA, mask_BA = filled([talk.keys[one.stream] for talk in context.conversations], left=False)
             keys.append(AudioKeyLayout(one.layers, one.blocks is not None, mask_BA, positions_BA))
-        hidden = ((frozenset(range(len(audio.windows))), repeats_BT),) if bool(repeats_BT.any()) else ()
+        hidden = ((frozenset(range(len(context.windows))), repeats_BT),) if bool(repeats_BT.any()) else ()
         return cls(valid_BT, positions_BT, tuple(keys), hidden)
 
     @property
@@ -183,8 +183,8 @@ class CacheLayer(CacheLayerMixin):
 
     def __init__(self, plan: CachePlan, kind: int) -> None:
         super().__init__()
-        self.audio = plan.kinds[kind][1]
-        self.prompt = self.audio + plan.text
+        self.audio_keys = plan.kinds[kind][1]
+        self.prompt = self.audio_keys + plan.text
         self.beams = plan.beams
         self.room = plan.room
         self.rows = 0

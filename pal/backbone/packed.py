@@ -82,7 +82,7 @@ class Projection:
 class KVSink(Protocol):
     """Sink for the audio keys and values that a layer makes, [I, G, C] each, for decoding."""
 
-    audio: list[tuple[Tensor, Tensor]]
+    joined: list[tuple[Tensor, Tensor]]
     """Of each set that joins the layer's own."""
     crossed: dict[int, tuple[Tensor, Tensor]]
     """Of each set that a block before the layer looks at, by its number."""
@@ -225,7 +225,7 @@ class PackedLayer:
         if self.joined:
             made = [one.rotated(attention) for one in self.joined]
             if self.kv_sink is not None:
-                self.kv_sink.audio = made
+                self.kv_sink.joined = made
             k_KGC = torch.cat((k_KGC, *(k.to(dtype) for k, _ in made)))
             v_KGC = torch.cat((v_KGC, *(v.to(dtype) for _, v in made)))
         if any(one.bias is not None for one in self.joined):

@@ -339,8 +339,8 @@ class PalForConditionalGeneration(PreTrainedModel, GenerationMixin):
             attention_mask = before_answers(given_BT, attention_mask, labels)
         prompts = self._prompts(given_BT, attention_mask, input_values, audio_lengths)
         options = self._options(generation_config, kwargs, prompts.ids_BT.shape[1])
-        heard = self.pal.inputs(prompts.clips, prompts.rows, self.pal.llm.prompt_side(**options))
-        made = self.pal.llm.generate(heard, **options)
+        llm_inputs = self.pal.inputs(prompts.clips, prompts.conversations, self.pal.llm.prompt_side(**options))
+        made = self.pal.llm.generate(llm_inputs, **options)
         new = made if isinstance(made, Tensor) else made.sequences
         given = prompts.ids_BT.to(new.device)
         if labels is not None:
