@@ -82,7 +82,7 @@ def test_filling_changes_nothing(family, name):
 
 
 @pytest.mark.parametrize("name", INTEGRATIONS)
-@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@pytest.mark.parametrize("family", ["llama", "gemma"])  # the latter's head is tied to its embeddings
 def test_repeated_steps(family, name):
     """Each of several batches, some of one size, gives what it gives by itself, whatever was before it."""
     llm, integration = model(family, name)
