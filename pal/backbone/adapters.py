@@ -1,4 +1,4 @@
-"""PEFT's adapters as modules beside a model's own: whether there are some, and how they go into the weights."""
+"""PEFT adapters in a model: find them, check them, merge them into the weights."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from pal.errors import PalError
 
 
 def has_adapters(root: nn.Module) -> bool:
-    """Whether PEFT put anything in the place of a module: an adapter, or a copy of the module that is trained."""
+    """PEFT replaced a module: by one with an adapter, or by a copy that is trained."""
     return "peft" in sys.modules and any(True for _ in _adapted(root))
 
 
 def beneath(module: Any) -> Any:
-    """The plain module that PEFT's adapter stands before; the module itself where there is none."""
+    """The base module under PEFT's adapter; the module itself where there is none."""
     if hasattr(module, "token_adapter"):
         module = module.token_adapter
     return getattr(module, "base_layer", module)
 
 
 def part(one: Any, other: Any) -> bool:
-    """Whether two modules that have the same weights are adapted each in a way of its own, or one of them alone.
+    """True if two modules with the same weights have different adapters, or only one of them has any.
 
-    Merged into the shared weights, an adapter of the one would change the other. Single rows may be trained for both
-    at once, where the two share them.
+    Merging the adapter of one into the shared weights would change the other. Trained single rows that both modules
+    share are allowed.
     """
     if hasattr(one, "token_adapter") and hasattr(other, "token_adapter"):
         return one.token_adapter.trainable_tokens_delta is not other.token_adapter.trainable_tokens_delta
@@ -50,7 +50,7 @@ def check(*modules: Any) -> None:
 
 
 def drop_empty(root: nn.Module) -> None:
-    """Put the plain modules back where PEFT's hold no adapter any more, as `delete_adapter` leaves them."""
+    """Restore the plain module where PEFT's holds no adapter any more, as `delete_adapter` leaves it."""
     for name, module in list(_adapted(root)) if has_adapters(root) else []:
         if not module._get_available_adapters():
             parent, _, last = name.rpartition(".")
@@ -59,7 +59,7 @@ def drop_empty(root: nn.Module) -> None:
 
 
 def merge(root: nn.Module) -> set[str]:
-    """Put plain modules with the merged weights in the place of PEFT's; names of the weights that this may change."""
+    """Replace PEFT's modules by plain ones with merged weights; names of the weights that may have changed."""
     changed = set()
     for name, module in list(_adapted(root)) if has_adapters(root) else []:
         if hasattr(module, "unload_and_optionally_merge_module"):  # a trained copy, or single rows of an embedding
@@ -74,7 +74,7 @@ def merge(root: nn.Module) -> set[str]:
 
 
 def _adapters_in(module: nn.Module) -> Iterator[nn.Module]:
-    """A module of PEFT's and those within it; what trains single rows counts once."""
+    """Adapters of a PEFT module and of the modules inside it; an adapter of single rows counts once."""
     from peft.tuners.trainable_tokens import TrainableTokensLayer
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper
@@ -85,7 +85,7 @@ def _adapters_in(module: nn.Module) -> Iterator[nn.Module]:
 
 
 def _adapted(root: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Name and module of each that stands in the place of a plain one; what they are made of does not count."""
+    """Name and module of each PEFT module that replaced a plain one; its submodules are not listed."""
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper
 

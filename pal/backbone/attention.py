@@ -1,8 +1,7 @@
 """The attention function `pal`: the LLM's own queries also see keys and values made from audio.
 
 transformers calls it in every layer of an unmodified LLM, with the forward's extra argument `attention_metadata`
-(an `AttentionMetadata`). Without audio it is transformers' SDPA, with the same masks, so that a model loses
-nothing by being ready to hear.
+(an `AttentionMetadata`). Without audio it is transformers' SDPA with the same masks, at no extra cost.
 """
 
 from __future__ import annotations
@@ -56,7 +55,7 @@ def attend(
     """
     if isinstance(attention_metadata, PackedLayer):  # first, since a compiled layer must not learn its own number
         if attention_metadata.segments is None:
-            with sdpa_kernel(_KERNELS):  # here, since a layer may be made again when no forward pass is on
+            with sdpa_kernel(_KERNELS):  # here, since backward may recompute a layer outside of the forward pass
                 return sdpa_attention_forward(module, query, key, value, None, dropout=dropout, scaling=scaling)
         return attention_metadata.attend(module, query, key, value, scaling), None
     layer: int = module.layer_idx  # type: ignore[assignment]
@@ -133,7 +132,7 @@ def _attend_together(
 
 @contextmanager
 def without_cudnn() -> Iterator[None]:
-    """While the block lasts, torch's attention never takes cuDNN's kernels, which build a plan for every new shape.
+    """Disable cuDNN's attention kernels, which build a plan for every new shape, while the block lasts.
 
     On Hopper they are torch's first choice, and a plan takes longer than a decoding step.
     """

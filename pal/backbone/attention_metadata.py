@@ -1,4 +1,4 @@
-"""`AttentionMetadata`: what the attention of one forward is told about audio, worked out once for all layers."""
+"""`AttentionMetadata`: which rows and audio keys the queries of one forward see, computed once for all layers."""
 
 from __future__ import annotations
 
@@ -21,33 +21,33 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class AttentionMetadata:
-    """An `AudioContext` as the query rows of one forward see it; nothing in it changes, so it compiles whole."""
+    """Masks, tiles and RoPE of an `AudioContext` for the query rows of one forward."""
 
     context: AudioContext
     beams: int
     ropes: tuple[Rope, ...]
-    """For each of the context's `keys`."""
+    """Cos and sin for each of the context's `keys`."""
     windows: tuple[int | None, ...]
-    """Per layer, the LLM's sliding window where it is shorter than what there is."""
+    """Sliding window of each layer; None where it covers the whole sequence."""
     kinds: tuple[RowKind, ...]
-    """Per layer, its place in `rows_seen`."""
+    """Key of each layer in `rows_seen`."""
     rows_seen: dict[RowKind, Tensor]
-    """Per kind of layer, which rows each query sees: bool [B, 1, Q, K]."""
+    """Which rows each query sees, by kind of layer: bool [B, 1, Q, K]."""
     row_tiles: dict[RowKind, tuple[AttentionTile, ...]] | None
-    """The same as rectangles, where attention can take each set of keys by itself; else None."""
+    """The same as tiles; None where attention runs under one mask over all keys."""
     keys_seen: dict[tuple[int, int | None], Tensor]
-    """Per number in `keys` and sliding window, which of them each query sees: bool [B, 1, Q, A]."""
+    """Which audio keys each query sees, by number in `keys` and sliding window: bool [B, 1, Q, A]."""
     key_tiles: dict[tuple[int, int | None], tuple[AttentionTile, ...]]
-    """The same as rectangles."""
+    """The same as tiles."""
     cross_seen: tuple[Tensor | None, ...]
-    """For each of `keys` with blocks, which of them each query sees: bool [B, 1, Q, A]."""
+    """Which audio keys each query sees in cross-attention blocks: bool [B, 1, Q, A]; None for keys without blocks."""
 
     @classmethod
     def of(cls, context: AudioContext, attention_mask: Tensor | None, position_ids: Tensor | None) -> AttentionMetadata:
         """The metadata of one forward.
 
         Args:
-            context: the batch's audio.
+            context: audio keys and values of the batch.
             attention_mask: [B, K] over all rows so far, cached ones included.
             position_ids: [B, Q] of the query rows. B may be a multiple of the context's batch (beams).
 
@@ -63,8 +63,8 @@ class AttentionMetadata:
         beams, rest = divmod(position_ids.shape[0], context.rows_BT.shape[0])
         if rest or position_ids.shape[0] != attention_mask.shape[0]:
             raise PalError(
-                f"audio of {context.rows_BT.shape[0]} rows does not fit position_ids of {position_ids.shape[0]} rows "
-                f"and attention_mask of {attention_mask.shape[0]}"
+                f"audio of {context.rows_BT.shape[0]} conversations does not fit position_ids of "
+                f"{position_ids.shape[0]} and attention_mask of {attention_mask.shape[0]}"
             )
         far = int(position_ids.max())
         windows = tuple(None if window is None or window > far else window for window in context.llm.windows)
@@ -108,9 +108,9 @@ class AttentionMetadata:
         )
 
     def sets(self, layer: int, key: Tensor, value: Tensor) -> list[TiledKeys] | None:
-        """The layer's own keys, then those that join them, each with the rectangles that are seen.
+        """The layer's own keys, then the audio keys that join them, each with its tiles.
 
-        None where the layer must be taken under one mask; see `whole`.
+        None where the layer's attention runs under one mask; see `whole`.
         """
         if self.row_tiles is None:
             return None
@@ -122,7 +122,7 @@ class AttentionMetadata:
         return [TiledKeys(key, value, rows), *(TiledKeys(*self._made(i, layer), tiles) for i, tiles in joined if tiles)]
 
     def whole(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """All keys and values of a layer as one, and which each query sees: bool [B, 1, Q, A + K]."""
+        """All keys and values of a layer, concatenated, and which keys each query sees: bool [B, 1, Q, K + A]."""
         window = self.windows[layer]
         seen = [self.rows_seen[self.kinds[layer]][..., -key.shape[2] :]]
         parts = [(key, value)]
@@ -133,11 +133,11 @@ class AttentionMetadata:
         return keys, values, torch.cat(seen, dim=3)
 
     def ordinary(self, layer: int) -> bool:
-        """Whether transformers' own mask says all that this layer's queries see; it counts windows in rows."""
+        """True if transformers' own mask is right for this layer; it counts windows in rows, not in positions."""
         return not self.context.joined(layer) and self.kinds[layer] == (None, ())
 
     def show(self, layer: int, query: Tensor, key: Tensor, scale: float | None) -> None:
-        """Let the context's watch see how a layer's attention is shared; computed here, beside the layer's own."""
+        """Call the context's observer with a layer's attention weights, which are computed here for it."""
         observer = self.context.observer
         if observer is None:
             return

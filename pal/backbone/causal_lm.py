@@ -22,19 +22,19 @@ from pal.errors import PalError
 
 
 class AudioCausalLM:
-    """A causal LLM whose forward names the argument `audio_context`, without which `generate` refuses it."""
+    """A causal LLM whose forward has an argument `audio_context`: `generate` refuses arguments without a name there."""
 
     plain: Any
     """transformers' class, which this is a subclass of."""
 
     @classmethod
     def is_custom_code(cls) -> bool:
-        """False, though its module is not transformers': the layers are all theirs."""
+        """False, although the class is not in transformers: all its layers are transformers' own."""
         return False
 
     @classmethod
     def _can_set_attn_implementation(cls) -> bool:
-        # transformers looks into the text of the class's module
+        # transformers searches the source text of the class's module
         return bool(cls.plain._can_set_attn_implementation())
 
     def forward(
@@ -81,7 +81,7 @@ class AudioCausalLM:
     def prepare_inputs_for_generation(
         self, input_ids: Tensor, inputs_embeds: Tensor | None = None, **kwargs: Any
     ) -> dict[str, Any]:
-        """transformers' inputs of the next forward, with the mask that `generate` drops where it is all ones."""
+        """transformers' inputs of the next forward, with the attention mask that `generate` drops if it is all ones."""
         inputs: dict[str, Any] = super().prepare_inputs_for_generation(  # type: ignore[misc]
             input_ids, inputs_embeds=inputs_embeds, **kwargs
         )
@@ -100,12 +100,12 @@ def class_for(config: PreTrainedConfig) -> Any:
 
 @cache
 def _with_audio(plain: Any) -> Any:
-    # one class for all models, and found in this module under its name: pickle asks for both
+    # one class for all models, found in this module by its name, since pickle needs both
     return type(plain.__name__, (AudioCausalLM, plain), {"__module__": __name__, "plain": plain})
 
 
 def __getattr__(name: str) -> Any:
-    """The class of an LLM that takes audio, by the name that transformers gives it, such as `LlamaForCausalLM`."""
+    """Class of an LLM that takes `audio_context`, by transformers' name, such as `LlamaForCausalLM`."""
     for family in FAMILIES:
         if MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[family] == name:
             return _with_audio(MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[family]])

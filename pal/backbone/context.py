@@ -1,4 +1,4 @@
-"""`AudioContext`: the audio of a batch of rows, as keys and values at positions."""
+"""`AudioContext`: audio keys and values of a batch, with their positions and those of the rows."""
 
 from __future__ import annotations
 
@@ -17,50 +17,49 @@ from pal.backbone.observers import AttentionObserver
 
 @dataclass(frozen=True)
 class AudioContext:
-    """The audio of a batch of rows, as keys and values at positions, and the rows' own positions."""
+    """Audio keys and values of a batch with their positions, and the positions of the sequences' rows."""
 
     llm: AttentionGeometry
     keys: tuple[AudioKeys, ...]
     rows_BT: Tensor
-    """Position ids of the prompt, which windows need when the cache holds only keys."""
+    """Position ids of the prompt's rows; sliding windows need them in decoding, when the cache holds only keys."""
     audio_rows_BT: Tensor
-    """True where a row of the sequence is none of the text's: audio (summary tokens), or one that asks again."""
+    """True where a row of the sequence is not text: an audio row (PLITS, summary tokens) or a repeated row."""
     hidden_rows: tuple[tuple[frozenset[int], Tensor], ...] = ()
     """Layers, and rows [B, T] that no other row sees there."""
     token_spans: TokenSpans | None = None
-    """What each row stands for, where that was asked for."""
+    """Stream, clip and time span of each row; only made `with_spans`."""
     observer: AttentionObserver | None = None
-    """Who is shown the attention of a forward without a cache."""
+    """Observer of the attention weights of a forward without a cache."""
     repeats_BT: Tensor | None = None
-    """True where a row repeats the last text row behind clips, to say what follows them; None where none does."""
+    """True where a row repeats the last text row behind clips, to predict the token after them; None without any."""
 
     def with_repeats(self, repeats_BT: Tensor) -> AudioContext:
-        """The same context where some rows repeat the last text row before them, behind the clips between.
+        """The same context with some rows marked as repeated: copies of the last text row, behind clips.
 
-        Such a row sees all that the row it repeats does, itself in that one's place, and the clips. No other row sees
-        it.
+        A repeated row sees what the original sees, itself in the original's place, and the clips. No other row sees it.
         """
         everywhere = frozenset(range(len(self.llm.windows)))
         return replace(self, repeats_BT=repeats_BT, hidden_rows=(*self.hidden_rows, (everywhere, repeats_BT)))
 
     def joined(self, layer: int) -> tuple[int, ...]:
-        """Which of `keys` join the layer's own."""
+        """Numbers of the `keys` that join the layer's own keys."""
         return tuple(i for i, keys in enumerate(self.keys) if keys.blocks is None and layer in keys.layers)
 
     def crossing(self, layer: int) -> tuple[int, ...]:
-        """Which of `keys` a block before the layer looks at."""
+        """Numbers of the `keys` that a cross-attention block before the layer attends to."""
         return tuple(i for i, keys in enumerate(self.keys) if keys.blocks is not None and layer in keys.layers)
 
     @torch.no_grad()
     def prebuilt(self) -> AudioContext:
-        """The same context with every layer's K/V made now, once; without gradients."""
+        """The same context with every layer's K/V computed now, without gradients."""
         return replace(self, keys=tuple(keys.prebuilt(self.llm) for keys in self.keys))
 
     def without(self, what: AudioMask) -> AudioContext:
         """The same context with some of the audio hidden.
 
         Raises:
-            ConfigError: a span of time, where the tokens have none.
+            ConfigError: a time span, where the tokens have no time.
         """
         keys, rows = self.keys, self.hidden_rows
         if what.pathway != "rows":
@@ -75,11 +74,11 @@ class AudioContext:
         return replace(self, keys=keys, hidden_rows=rows)
 
     def rows_kind(self, layer: int, window: int | None) -> RowKind:
-        """What decides which rows a layer's queries see: a sliding window, and which of `hidden_rows` hold there."""
+        """Kind of a layer: its sliding window, and the numbers of the `hidden_rows` that apply to it."""
         return window, tuple(i for i, (layers, _) in enumerate(self.hidden_rows) if layer in layers)
 
     def reordered(self, order_BT: Tensor) -> AudioContext:
-        """The context after the rows of the sequence were put in another order ([B, T] of indices)."""
+        """The context for reordered rows: `order_BT` [B, T] are indices of rows."""
         return replace(
             self,
             rows_BT=self.rows_BT.gather(1, order_BT),
@@ -90,5 +89,5 @@ class AudioContext:
         )
 
     def attention_metadata(self, attention_mask: Tensor | None, position_ids: Tensor | None) -> AttentionMetadata:
-        """What the query rows of one forward see; see `AttentionMetadata.of`."""
+        """Attention metadata of one forward; see `AttentionMetadata.of`."""
         return AttentionMetadata.of(self, attention_mask, position_ids)

@@ -12,25 +12,25 @@ from pal.backbone.cache_storage import CachedPrompts, CachePlan, Kind, kept
 from pal.transfer import to_device
 
 ALIGNED = 8
-"""Columns of a mask are stored in multiples of this, as CUDA's kernels take them without a copy."""
+"""Mask columns are padded to a multiple of this: CUDA kernels then take the mask without a copy."""
 
 
 @dataclass(eq=False)
 class _SeenKeys:
-    """What the generated rows see in the layers of one kind."""
+    """Keys that generated rows see in the layers of one kind."""
 
     window: int | None
     seen_BK: Tensor
-    """Which keys of the storage; all that may be generated included."""
+    """Which keys of the storage, room for generated ones included."""
     positions_BK: Tensor
     order_K: Tensor
-    """The step that each is made in, counted from 1; 0 for the prompt's."""
+    """Decoding step that writes each key, counted from 1; 0 for the prompt's."""
     prompt: int
     """Keys before the generated ones."""
     whole: bool
-    """Whether all of the prompts' keys are seen."""
+    """All of the prompts' keys are seen."""
     mask_B11K: Tensor | None = None
-    """What is added to the scores, where that is the same in all steps."""
+    """Additive mask, where it is the same in all steps."""
 
 
 class DecodeMask:
@@ -38,9 +38,9 @@ class DecodeMask:
 
     Args:
         plan: of the storage.
-        prompts: as they lie.
+        prompts: layout of the prompts.
         dtype: of queries.
-        device: of the LLM. Where the prompts are described on the host, nobody waits for it.
+        device: of the LLM. Prompts described on the host need no synchronisation with it.
     """
 
     def __init__(self, plan: CachePlan, prompts: CachedPrompts, dtype: torch.dtype, device: torch.device) -> None:
@@ -50,16 +50,16 @@ class DecodeMask:
         crossed = [keys.mask_BA for keys in prompts.keys if keys.crossed]
         seen = [self._seen_by(kind, width, prompts) for kind, (_, width) in zip(kinds, plan.kinds, strict=True)]
         self.far = 0
-        """The largest position of a prompt's row; where storage is fixed, nobody asks."""
+        """Largest position of a prompt's row; 0 where the storage is fixed, which does not need it."""
         whole = [False] * (len(seen) + len(crossed))
         if not plan.fixed:
             facts = [seen_BK[:, : -plan.slots].all() for seen_BK, _ in seen] + [mask_BA.all() for mask_BA in crossed]
             *found, self.far = torch.stack([*(fact.long() for fact in facts), prompts.positions_BT.max()]).tolist()
             whole = [bool(fact) for fact in found]
         order_X = torch.arange(plan.slots, device=device) // plan.beams + 1
-        with torch.inference_mode(False):  # a fixed storage is kept for other calls
+        with torch.inference_mode(False):  # a fixed storage is reused by other calls
             self.done_1 = torch.zeros(1, dtype=torch.long, device=device) if plan.fixed else None
-            """Steps that were made with a fixed storage."""
+            """Steps done with a fixed storage."""
             self.zero = torch.zeros((), dtype=dtype, device=device)
             self._never = torch.full((), -torch.inf, dtype=dtype, device=device)
             tree_XX = torch.eye(plan.beams, dtype=torch.bool, device=device).repeat(1, plan.room)
@@ -79,10 +79,10 @@ class DecodeMask:
             None if all_seen else kept(to_device(F.pad(mask_BA, (0, width - mask_BA.shape[1])), device)[:, None, None])
             for mask_BA, (width, _), all_seen in zip(crossed, plan.crossed, whole[len(seen) :], strict=True)
         ]
-        """For each set of keys that blocks look at, which are seen: bool [B, 1, 1, A]; None where all are."""
+        """For each key set of cross-attention blocks, which keys are seen: bool [B, 1, 1, A]; None where all are."""
 
     def _seen_by(self, kind: Kind, width: int, prompts: CachedPrompts) -> tuple[Tensor, Tensor]:
-        """Which keys the layers of a kind see, and the positions of all: [B, K] each."""
+        """Which keys the layers of a kind see, and the positions of all keys: [B, K] each."""
         _, hiding, joined = kind
         plan = self.plan
         rows_BT, positions_BT = prompts.valid_BT, prompts.positions_BT
@@ -97,7 +97,7 @@ class DecodeMask:
         return seen_BK, torch.cat([*positions, positions_BT[:, -1:] + steps_X], dim=1)
 
     def again(self, other: DecodeMask) -> None:
-        """See other prompts of the same plan, in the same tensors."""
+        """Take the masks of other prompts of the same plan, in the same tensors."""
         assert self.done_1 is not None
         self.done_1.zero_()
         for mine, new in zip(self._seen, other._seen, strict=True):
@@ -108,11 +108,11 @@ class DecodeMask:
             old.copy_(mask)
 
     def masks(self, steps: int, query_B1: Tensor) -> list[Tensor | None]:
-        """For each kind of layer what is added to the scores of the next step: [B, 1, 1 or beams, K].
+        """Additive mask of the next step for each kind of layer: [B, 1, 1 or beams, K], or None.
 
         Args:
-            steps: that were made, unless storage is fixed.
-            query_B1: position of the rows.
+            steps: done so far, unless the storage is fixed.
+            query_B1: position of the step's rows.
         """
         if self.done_1 is not None:
             return [self._fixed(one, query_B1, self.done_1) for one in self._seen]
@@ -121,7 +121,7 @@ class DecodeMask:
         return [self._mask(one, steps, query_B1) for one in self._seen]
 
     def _branch(self, steps: int) -> None:
-        """One more row for each beam, which it alone sees."""
+        """Add one key for each beam, which only that beam sees."""
         beams = self.plan.beams
         if (steps + 1) * beams > self._tree_BXX.shape[2]:
             self._tree_BXX = F.pad(self._tree_BXX, (0, self._tree_BXX.shape[2]))
@@ -151,7 +151,7 @@ class DecodeMask:
         return self._added(seen_BXK[:, None])[..., :length]
 
     def _longer(self, one: _SeenKeys, least: int) -> None:
-        """Room for as many more generated rows as there are, and `least` keys at least."""
+        """Double the room for generated rows, to at least `least` keys."""
         more = max(one.seen_BK.shape[1] - one.prompt, least - one.seen_BK.shape[1])
         one.seen_BK = F.pad(one.seen_BK, (0, more), value=True)
         steps_X = torch.arange(one.seen_BK.shape[1] - one.prompt, device=self.device) // self.plan.beams
@@ -160,7 +160,7 @@ class DecodeMask:
         one.mask_B11K = None
 
     def _fixed(self, one: _SeenKeys, query_B1: Tensor, done_1: Tensor) -> Tensor:
-        """Over the whole of a fixed storage, this step being counted already."""
+        """Mask over the whole fixed storage; this step is counted already."""
         seen_BXK = (one.seen_BK & (one.order_K <= done_1))[:, None]
         if one.window is not None:
             seen_BXK = seen_BXK & (one.positions_BK[:, None] > query_B1[..., None] - one.window)
@@ -169,7 +169,7 @@ class DecodeMask:
         return self._added(seen_BXK[:, None])
 
     def _among_beams(self, seen_B1K: Tensor, prompt: int, tree_BXX: Tensor) -> Tensor:
-        """The prompt for all beams, of what was generated each one's own."""
+        """Mask [B, 1, beams, K]: every beam sees the prompt, and of the generated keys its own."""
         shared_BXK = seen_B1K[..., :prompt].expand(-1, self.plan.beams, -1)
         return torch.cat((shared_BXK, seen_B1K[..., prompt:] & tree_BXX), dim=2)
 
@@ -177,7 +177,7 @@ class DecodeMask:
         return torch.where(seen, self.zero, self._never)
 
     def reorder(self, from_R: Tensor) -> None:
-        """Let each row go on from what another one made."""
+        """Let each beam continue another one: reorder the mask by beam."""
         beams = self.plan.beams
         from_BX = from_R.to(self.device).unflatten(0, (-1, beams)).long() % beams
         self._tree_BXX = self._tree_BXX.gather(1, from_BX[..., None].expand(self._tree_BXX.shape))

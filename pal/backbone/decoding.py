@@ -1,4 +1,4 @@
-"""Our loop's options and state: greedy answers and plain samples, kept on the device while they are made."""
+"""Options and state of our decoding loop: greedy search and sampling, with all state on the device."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _OURS = frozenset(
     """max_new_tokens do_sample temperature top_k top_p num_return_sequences pad_token_id eos_token_id bos_token_id
     max_length cache_implementation compile_config disable_compile transformers_version _from_model_config""".split()  # noqa: SIM905
 )
-"""Options that our loop follows, or that say nothing of what is generated."""
+"""Options that our loop supports, or that do not change the generated tokens."""
 _OFF = {
     "num_beams": 1,
     "num_beam_groups": 1,
@@ -33,11 +33,11 @@ _OFF = {
     "min_length": 0,
     "no_repeat_ngram_size": 0,
 }
-"""Values with which an option changes nothing, beside False."""
+"""Values, besides False, with which an option changes nothing."""
 
 
 def resolved(llm: Backbone, kwargs: Mapping[str, Any]) -> GenerationConfig | None:
-    """The options as transformers puts them together; None where it would refuse them, and says so better."""
+    """The generation options as transformers resolves them; None where it would refuse them, with its own message."""
     config = copy.deepcopy(kwargs.get("generation_config")) or GenerationConfig()
     try:
         config.update(**llm.lm.generation_config.to_dict(), defaults_only=True)
@@ -49,25 +49,25 @@ def resolved(llm: Backbone, kwargs: Mapping[str, Any]) -> GenerationConfig | Non
 
 @dataclass(frozen=True)
 class DecodingOptions:
-    """What our loop must know."""
+    """Options of our decoding loop."""
 
     tokens: int
-    """At most so many new ones."""
+    """Maximum number of new tokens."""
     ends: tuple[int, ...] = ()
-    """Which of them end an answer."""
+    """Ids that end an answer."""
     pad: int = 0
-    """What follows an end."""
+    """Id of padding after the end of an answer."""
     copies: int = 1
-    """Answers to each prompt."""
+    """Answers per prompt."""
     warpers: tuple[tuple[type, float], ...] | None = None
-    """How logits are changed before one is drawn; None takes the largest."""
+    """Logits warpers before sampling, with their values; None: greedy."""
     cache: str | None = None
     read_only_processors: Sequence[Callable[[Tensor, Tensor], Tensor]] = ()
     streamer: Any = None
 
 
 def options_of(config: GenerationConfig | None, kwargs: Mapping[str, Any]) -> DecodingOptions | None:
-    """The options for our loop, where it follows all that are given."""
+    """Options for our loop; None where one is given that it does not support."""
     if config is None:
         return None
     given = {name: value for name, value in config.to_dict().items() if value is not None}
@@ -95,7 +95,7 @@ def options_of(config: GenerationConfig | None, kwargs: Mapping[str, Any]) -> De
 
 
 def _warpers(config: GenerationConfig) -> tuple[tuple[type, float], ...] | None:
-    """transformers' own, in its order and with its defaults."""
+    """transformers' logits warpers, in its order and with its defaults."""
     if not config.do_sample:
         return None
     found: list[tuple[type, float]] = []
@@ -110,13 +110,13 @@ def _warpers(config: GenerationConfig) -> tuple[tuple[type, float], ...] | None:
 
 
 class DecodingState:
-    """The state of one answer to each row, on the device; nothing of it is read while a step is made.
+    """Decoding state of each row, on the device; the host reads none of it during a step.
 
     Args:
         cache: of the prompts.
-        options: what ends an answer and how a token is chosen.
+        options: end of an answer, and choice of a token.
         device: of the LLM.
-        fixed: whether all of it is kept for other calls.
+        fixed: buffers are reused by other calls.
     """
 
     def __init__(self, cache: JointCache, options: DecodingOptions, device: torch.device) -> None:
@@ -137,14 +137,14 @@ class DecodingState:
         """Of the last token."""
 
     def begin(self, last_B1: Tensor) -> None:
-        """Before the first token, given the positions of the prompts' last rows."""
+        """Initialise before the first token, from the positions of the prompts' last rows."""
         self.said_RN.fill_(self.pad)
         self.positions_R1.copy_(last_B1.repeat_interleave(self.cache.plan.beams, dim=0))
         for state in (self.ended_R, self.lengths_R, self.count_1):
             state.zero_()
 
     def choose(self, logits_RV: Tensor) -> None:
-        """Take a token of each row by its logits; after the end of an answer it is padding."""
+        """Choose a token of each row from its logits; after the end of an answer it is padding."""
         logits_RV = logits_RV.float()
         if self.warpers is None:
             next_R = logits_RV.argmax(-1)
@@ -152,7 +152,7 @@ class DecodingState:
             scores_RV = logits_RV
             for warper in self.warpers:
                 scores_RV = warper(self.said_RN, scores_RV)
-            # what torch.multinomial does, which on a GPU looks at its input from the host
+            # as torch.multinomial computes it, which on a GPU checks its input on the host
             p_RV = F.softmax(scores_RV, dim=-1)
             next_R = (p_RV / torch.empty_like(p_RV).exponential_(1)).argmax(-1)
         next_R = next_R.masked_fill(self.ended_R, self.pad)
@@ -166,7 +166,7 @@ class DecodingState:
         self.logits_RV = logits_RV
 
     def step(self, lm: Any) -> None:
-        """One token more of each row."""
+        """Decode one more token of each row."""
         out = lm(
             input_ids=self.next_R1,
             position_ids=self.positions_R1,

@@ -25,7 +25,7 @@ def check_family(config: PreTrainedConfig) -> None:
     kinds = _rope_kinds(getattr(config, "rope_parameters", None) or {})
     changing = sorted(kinds & {"dynamic", "longrope"})
     if changing:
-        # their frequencies depend on the longest position of a call, so stored keys would go stale
+        # their frequencies depend on the longest position of a call, so cached keys would become wrong
         raise PalError(f"rope type '{changing[0]}' is not supported: it changes with the length of the text")
 
 
@@ -35,7 +35,7 @@ def config_from(fields: Mapping[str, Any]) -> PreTrainedConfig:
     Raises:
         PalError: as `check_family`.
     """
-    fields = dict(deepcopy(fields))  # transformers completes nested ones, such as `rope_scaling`, in place
+    fields = dict(deepcopy(fields))  # transformers changes nested ones, such as `rope_scaling`, in place
     family = fields.pop("model_type", None)
     _check_name(family)
     config = AutoConfig.for_model(family, **fields)
@@ -55,7 +55,7 @@ def has_typed_rope(config: PreTrainedConfig) -> bool:
 
 def window(attention: Any) -> int | None:
     """How many positions back the queries of an attention module see, themselves included; None means all."""
-    # Mistral's layers all follow the configuration; the other families' say it themselves
+    # Mistral's is in the configuration; other families have it in the attention module
     if attention.config.model_type == "mistral":
         found: int | None = attention.config.sliding_window
     else:
@@ -78,21 +78,21 @@ def set_checkpointing(lm: Any, on: bool) -> None:
     if not on:
         _renamed(lm, "activation_checkpointing_disable", "gradient_checkpointing_disable")()
         return
-    # the reentrant kind raises on arguments such as `audio`
+    # the reentrant kind raises on arguments such as `attention_metadata`
     _renamed(lm, "activation_checkpointing_enable", "gradient_checkpointing_enable")({"use_reentrant": False})
-    # only the reentrant kind needs gradients of the embeddings: with a frozen LLM they would take the
-    # backward pass through layers that nothing trained comes before
+    # only the reentrant kind needs gradients of the embeddings: with a frozen LLM the backward pass would go
+    # through layers that no trained part comes before
     lm.disable_input_require_grads()
 
 
 def checkpoints(lm: Any) -> bool:
-    """Whether transformers makes layers again in the backward pass."""
+    """True if transformers recomputes layers in the backward pass."""
     name = "is_activation_checkpointing"
     return bool(lm.training and getattr(lm, name if hasattr(lm, name) else "is_gradient_checkpointing"))
 
 
 def _renamed(lm: Any, new: str, old: str) -> Callable[..., None]:
-    """The method under its name in this version of transformers."""
+    """A method of transformers, by the name that this version has for it."""
     return getattr(lm, new if hasattr(lm, new) else old)
 
 

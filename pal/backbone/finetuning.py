@@ -1,4 +1,4 @@
-"""What of the LLM trains: low-rank adapters beside frozen weights, or a part of the weights.
+"""Trained part of the LLM: low-rank adapters beside frozen weights, or some of the weights.
 
 Reading a recipe imports this file, so it imports neither torch nor PEFT.
 """
@@ -18,10 +18,10 @@ if TYPE_CHECKING:
     from torch import nn
 
 LLMPart = Literal["none", "full", "no_ffn", "lora", "attention"]
-"""A part of the LLM that trains while the rest is frozen.
+"""Part of the LLM that trains while the rest is frozen.
 
-"full": everything. "no_ffn": everything but the feed-forward networks (the paper's frozen FFN). "lora": the adapters.
-"attention": the attention blocks alone, their adapters included. "none": nothing.
+"full": all weights. "no_ffn": all but the feed-forward networks (the paper's frozen FFN). "lora": the adapters.
+"attention": only the attention blocks, with their adapters. "none": nothing.
 """
 
 
@@ -29,17 +29,17 @@ class LoRA(StrictConfig):
     """Low-rank adapters of the LLM (arXiv 2106.09685); the defaults are LTU's."""
 
     r: int = Field(default=8, gt=0)
-    """Rank: the width between an adapter's two matrices."""
+    """Rank: width between an adapter's two matrices."""
     alpha: int = 16
-    """What an adapter adds is scaled by alpha / r."""
+    """An adapter's output is scaled by alpha / r."""
     dropout: float = Field(default=0.05, ge=0, lt=1)
-    """Of an adapter's input, while it trains."""
+    """Dropout of an adapter's input in training."""
     targets: tuple[str, ...] = ("q_proj", "v_proj")
-    """Names of the linear layers that get one."""
+    """Names of the linear layers that get an adapter."""
 
 
 def insert_lora(lm: nn.Module, options: LoRA) -> None:
-    """Put adapters beside the named layers.
+    """Add adapters to the named linear layers.
 
     Raises:
         ConfigError: no layer has such a name.
@@ -59,7 +59,7 @@ def insert_lora(lm: nn.Module, options: LoRA) -> None:
 
 
 def freeze_except(lm: nn.Module, part: LLMPart) -> list[nn.Parameter]:
-    """Let one part require gradients and nothing else; returns its parameters."""
+    """Freeze all weights but those of one part; returns that part's parameters."""
     chosen = []
     for name, parameter in lm.named_parameters():
         train = _belongs(name.split("."), part)
@@ -70,10 +70,10 @@ def freeze_except(lm: nn.Module, part: LLMPart) -> list[nn.Parameter]:
 
 
 def keep_frozen_in_evaluation(parts: Iterable[nn.Module]) -> None:
-    """Put what does not train into evaluation mode, where the rest is in training mode.
+    """Put frozen modules into evaluation mode, where the rest is in training mode.
 
-    Otherwise the dropout of a frozen part would stay on. Batch statistics move only where the layer's own weights are
-    trained: where adapters are, beside frozen weights, nothing that is saved with them would hold the statistics.
+    Otherwise their dropout would stay on. Batch statistics are updated only where the layer's own weights train:
+    adapters beside frozen weights are saved without the statistics.
     """
     for part in parts:
         if not any(p.requires_grad for p in part.parameters()):
@@ -84,13 +84,13 @@ def keep_frozen_in_evaluation(parts: Iterable[nn.Module]) -> None:
 
 
 def _trains(layer: nn.Module, part: nn.Module) -> bool:
-    """Whether a layer with batch statistics is trained: itself, or, where it has no weights, its part."""
+    """True if a layer with batch statistics trains: its own weights do, or, where it has none, its part's."""
     own = list(layer.parameters(recurse=False))
     return all(weight.requires_grad for weight in own or part.parameters())
 
 
 def _belongs(path: list[str], part: LLMPart) -> bool:
-    """Whether the parameter with this name, split at its dots, is one of the part's."""
+    """True if the parameter with this name, split at its dots, belongs to the part."""
     found: dict[LLMPart, Any] = {
         "full": True,
         "no_ffn": "mlp" not in path,

@@ -1,7 +1,7 @@
-"""Generation: a loop of our own for what most answers need, transformers' for everything else.
+"""Generation: our decoding loop for greedy search and sampling, transformers' for all other options.
 
-Both give the same tokens. Ours keeps all that a step needs on the device, asks only now and then whether all rows have
-ended, and, with a static cache on a GPU, replays a step as one CUDA graph.
+Both generate the same tokens. Ours keeps its state on the device, checks only every few steps whether all answers have
+ended, and, with a static cache on a GPU, replays each step as one CUDA graph.
 """
 
 from __future__ import annotations
@@ -36,27 +36,27 @@ if TYPE_CHECKING:
     from pal.backbone.llm import Backbone
 
 LOOK = 16
-"""Steps of a CUDA graph after which the host asks whether all rows have ended. Without a graph a GPU is asked four
-times as often, since it waits for the host anyway; on a CPU asking costs nothing, and it is 1."""
+"""Steps of a CUDA graph between two checks whether all answers have ended. Without a graph a GPU is checked four times
+as often, since it waits for the host anyway; on a CPU, where a check costs nothing, after every step."""
 
 
 @torch.no_grad()
 def generate(llm: Backbone, inputs: LLMInputs, **kwargs: Any) -> Tensor:
-    """Continue each row: new token ids [B (times returned sequences), N].
+    """Continue each prompt: new token ids [B (times returned sequences), N].
 
-    Audio K/V are made once. Positions go on from each row's last one.
+    Audio K/V are computed once. Positions continue from each prompt's last one.
 
     Args:
         llm: the LLM.
         inputs: the prompts.
         kwargs: transformers' options. With `cache_implementation="static"` greedy answers and plain samples are
-            decoded in buffers of a fixed size, on a GPU by a CUDA graph that is kept for prompts of like length;
-            beams and processors use the buffers without a graph. It pays from some tens of new tokens on, and is not
-            the default: no graph of it has been recorded on a card yet. A logits processor with
-            `read_only = True` says that it changes nothing and leaves what it sees on the device.
+            decoded in buffers of a fixed size, on a GPU by a CUDA graph that prompts of similar length share;
+            beams and processors use the buffers without a graph. It is faster from some tens of new tokens on, and
+            not the default: no graph of it has been recorded on a GPU yet. A logits processor with
+            `read_only = True` promises to change nothing and to leave its input on the device.
 
     Raises:
-        PalError: an option that cannot be followed.
+        PalError: an unsupported option.
     """
     check_generation(kwargs)
     inputs = padded_left(inputs)
@@ -68,7 +68,7 @@ def generate(llm: Backbone, inputs: LLMInputs, **kwargs: Any) -> Tensor:
 
 
 def stream(llm: Backbone, inputs: LLMInputs, tokenizer: PreTrainedTokenizerBase, **kwargs: Any) -> Iterator[str]:
-    """`generate` for one row, as pieces of text when they are ready; together they equal its whole text."""
+    """Stream the answer to one prompt as pieces of text; joined, they are the whole answer of `generate`."""
     packed = isinstance(inputs.audio_context, PackedContext)
     rows = len(inputs.audio_context.lengths) if packed else len(inputs.inputs_embeds_BTD)  # type: ignore[union-attr]
     if rows != 1:
@@ -79,7 +79,7 @@ def stream(llm: Backbone, inputs: LLMInputs, tokenizer: PreTrainedTokenizerBase,
     def work() -> None:
         try:
             generate(llm, inputs, streamer=streamer, **kwargs)
-        except BaseException as error:  # handed to the reader below, who would wait for ever otherwise
+        except BaseException as error:  # raised below, in the reader, which would wait for ever otherwise
             failures.append(error)
             streamer.end()
 
@@ -92,12 +92,12 @@ def stream(llm: Backbone, inputs: LLMInputs, tokenizer: PreTrainedTokenizerBase,
 
 
 def prompt_side(llm: Backbone, kwargs: Mapping[str, Any]) -> Literal["left", "none"]:
-    """How `Integration.forward` should lay out prompts for `generate` with these options: its `padding_side`."""
+    """The `padding_side` of `Integration.forward` for prompts of `generate` with these options."""
     return "none" if llm.packs and _joins(llm, resolved(llm, kwargs)) else "left"
 
 
 def _joins(llm: Backbone, config: GenerationConfig | None) -> bool:
-    """Whether a `JointCache` can be used."""
+    """True if a `JointCache` can be used."""
     if config is None or config.use_cache is False:
         return False
     return llm.attends_to_audio and config.cache_implementation in (None, "dynamic", "static")
@@ -165,7 +165,7 @@ def _decode(llm: Backbone, inputs: LLMInputs, options: DecodingOptions) -> Tenso
 
 
 def padded_left(inputs: LLMInputs) -> LLMInputs:
-    """The same rows with their padding moved to the left, as generation needs it; packed ones have none."""
+    """The inputs with their padding moved to the left, as generation needs it; packed rows have no padding."""
     if isinstance(inputs.audio_context, PackedContext):
         return inputs
     mask_BT = inputs.attention_mask_BT
@@ -176,7 +176,7 @@ def padded_left(inputs: LLMInputs) -> LLMInputs:
 
 
 def reordered(inputs: LLMInputs, order_BT: Tensor) -> LLMInputs:
-    """The rows of each sequence in another order, or only some of them: [B, T] of their numbers."""
+    """The inputs with the rows of each sequence reordered or selected by `order_BT` [B, T], indices of rows."""
     mask_BT, context = inputs.attention_mask_BT, inputs.audio_context
     return replace(
         inputs,

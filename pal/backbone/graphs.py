@@ -1,4 +1,4 @@
-"""Decoding steps as CUDA graphs, kept for later prompts of like length."""
+"""Decoding steps as CUDA graphs, reused for later prompts of similar length."""
 
 from __future__ import annotations
 
@@ -18,40 +18,40 @@ if TYPE_CHECKING:
     from pal.backbone.llm import Backbone
 
 KEPT = 2
-"""Buffers, and graphs of them, that are kept for an LLM: those used last."""
+"""Number of buffer sets, with their graphs, that are kept per LLM; the least recently used is freed."""
 WORTH = 8
-"""Steps that must be left for a graph to be made."""
+"""Smallest number of remaining steps for which a graph is recorded."""
 
 
 @dataclass
 class Kept:
-    """A decoding's buffers, and the graph of a step in them."""
+    """Buffers of a decoding loop, and the graph of a step that uses them."""
 
     state: DecodingState
     graph: Any = None
     logits_RV: Tensor | None = None
-    """Where the graph leaves them."""
+    """Output buffer of the graph."""
     made_of: Hashable = None
-    """The weights and settings that the graph was made of."""
+    """Identity of the weights and settings that the graph was recorded with."""
 
 
 _kept: WeakKeyDictionary[Backbone, OrderedDict[Hashable, Kept]] = WeakKeyDictionary()
 
 
 def possible(device: torch.device) -> bool:
-    """Whether a device has graphs."""
+    """True if the device supports CUDA graphs."""
     return device.type == "cuda"
 
 
 def borrow(llm: Backbone, plan: CachePlan, options: DecodingOptions) -> Kept | None:
-    """Buffers of an equal plan, with their graph; nobody else has them until they are given back."""
+    """Take the buffers of an equal plan, with their graph; no other call gets them until they are given back."""
     return _kept.get(llm, OrderedDict()).pop(_key(llm, plan, options), None)
 
 
 def give_back(
     llm: Backbone, plan: CachePlan, options: DecodingOptions, state: DecodingState, stepper: Stepper | None
 ) -> None:
-    """Keep buffers for another call."""
+    """Return buffers for reuse by another call."""
     state.cache.end()
     state.logits_RV = None
     mine = _kept.setdefault(llm, OrderedDict())
@@ -61,7 +61,7 @@ def give_back(
 
 
 def forget(llm: Backbone) -> None:
-    """Free what is kept for an LLM."""
+    """Free the buffers and graphs of an LLM."""
     _kept.pop(llm, None)
 
 
@@ -72,7 +72,7 @@ def _key(llm: Backbone, plan: CachePlan, options: DecodingOptions) -> Hashable:
 
 
 class Stepper:
-    """Makes steps, by a graph as soon as there is one."""
+    """Runs decoding steps, by a graph as soon as one is recorded."""
 
     def __init__(self, llm: Backbone, state: DecodingState, kept: Kept | None) -> None:
         self.llm, self.state = llm, state
@@ -83,8 +83,8 @@ class Stepper:
         self._warm = False
 
     def step(self, left: int) -> None:
-        """One token more; `left` of them are still to be made, this one included."""
-        # streams and graphs belong to the current device, which need not be the LLM's
+        """Run one step; `left` steps remain, this one included."""
+        # streams and graphs belong to the current device, which may differ from the LLM's
         with torch.cuda.device(self.llm.device) if self.llm.device.type == "cuda" else nullcontext():
             self._step(left)
 
@@ -95,7 +95,7 @@ class Stepper:
         elif self.made_of is None or left < WORTH:
             self.state.step(self.llm.lm)
         elif not self._warm:
-            # on another stream, as torch asks for: libraries set themselves up outside of the graph
+            # on another stream, as torch requires: libraries initialise themselves outside of the graph
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
@@ -111,21 +111,21 @@ class Stepper:
 
 
 def _made_of(llm: Backbone, state: DecodingState) -> Hashable | None:
-    """What a graph of a decoding step stands for; None where a step must run as it is written."""
+    """Identity of a decoding step's graph; None where the step must run eagerly."""
     if (llm.lm.training and llm.dropout) or torch.is_autocast_enabled(llm.device.type):
-        return None  # autocast keeps cast weights only while it lasts
+        return None  # autocast's casts of weights are freed when its block ends
     blocks = [block for blocks in state.cache.blocks for block in blocks.values()]
     return made_of([llm.lm, *(block for block in blocks if isinstance(block, torch.nn.Module))], llm.layers)
 
 
 def made_of(parts: Iterable[torch.nn.Module], layers: Iterable[torch.nn.Module]) -> Hashable | None:
-    """Modules, their settings and the places of their weights, all of which a CUDA graph fixes; None where none can be.
+    """Modules, their settings and the addresses of their weights, which a CUDA graph fixes; None: no graph is possible.
 
-    A graph calls no hooks, those of accelerate included, and would repeat one draw of a dropout.
+    A graph runs no hooks, those of accelerate included, and would repeat one dropout mask for ever.
 
     Args:
-        parts: what runs.
-        layers: the LLM's layers, before each of which `Backbone` has a hook that a graph may leave out.
+        parts: modules that the graph runs.
+        layers: the LLM's layers; the hook that `Backbone` registers on each may be missing in a graph.
     """
     hooked = {id(layer) for layer in layers}
     found: dict[int, Hashable] = {}

@@ -1,4 +1,4 @@
-"""What attention to audio asks of others: an LLM's geometry, a source of keys and values, blocks between layers."""
+"""Protocols for attention to audio: geometry of an LLM, source of keys and values, cross-attention blocks."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ Rope = dict[str, tuple[Tensor, Tensor]]
 
 
 class Block(Protocol):
-    """A network between two layers, through which rows look at keys."""
+    """Cross-attention block between two layers: rows attend to audio keys."""
 
     def __call__(self, x_BQD: Tensor, k_BGAC: Tensor, v_BGAC: Tensor, seen_B1QA: Tensor | None) -> Tensor:
-        """Rows, K and V, and which keys each row sees, None where all -> rows [B, Q, D]."""
+        """Rows, K and V, and which keys each row sees (None: all) -> rows [B, Q, D]."""
         ...
 
     def weights(self, x_BQD: Tensor, k_BGAC: Tensor, seen_B1QA: Tensor) -> Tensor:
-        """How each row's attention is shared among the keys: [B, H, Q, A], all 0 where it sees none."""
+        """Attention weights of each row on the keys: [B, H, Q, A], all 0 where it sees none."""
         ...
 
 
@@ -32,7 +32,7 @@ class PackedBlock(Block, Protocol):
     def packed(
         self, x_1ND: Tensor, k_IGC: Tensor, v_IGC: Tensor, segments: DeviceSegments, sees_audio_N1: Tensor
     ) -> Tensor:
-        """Rows, all K and V, which keys the rows see, and which rows see any -> rows [1, N, D]."""
+        """Rows, K and V of the batch, segments of keys, and which rows see any -> rows [1, N, D]."""
         ...
 
 
@@ -47,13 +47,13 @@ class AttentionGeometry(Protocol):
     head_width: int
     """C."""
     dropout: float
-    """Of attention probabilities, while it trains."""
+    """Dropout of attention probabilities in training."""
     recomputes_audio: bool
     """Recompute audio keys and values in backward instead of keeping their activations."""
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of its numbers."""
+        """Dtype of the LLM."""
         ...
 
     def rope(self, positions_BA: Tensor) -> Rope:

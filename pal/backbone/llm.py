@@ -1,4 +1,4 @@
-"""`Backbone`: an unmodified Hugging Face LLM, and the only code that knows its insides."""
+"""`Backbone`: an unmodified Hugging Face LLM, whose attention also sees audio keys and values."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ class Backbone(nn.Module):
         lm: the Hugging Face model, its weights and names untouched.
         width: D. n_layers: L. heads: H. kv_heads: G. head_width: C.
         ffn_width: inside the feed-forward networks.
-        key_norm: whether queries and keys are normed before RoPE.
-        norms_each: norms that each half of a layer has.
+        key_norm: queries and keys are normalised before RoPE.
+        norms_each: norms in each half of a layer.
         layer_types: per layer, the key of its rotary embedding in `rope`.
-        dropout: of attention probabilities, while it trains.
+        dropout: of attention probabilities, in training.
         windows: per layer, how many positions back a query sees, itself included; None means all.
-        recomputes_audio: whether what makes a layer's audio K/V (its projector's activations) is dropped and made
-            again in the backward pass, so that only one layer's lives at a time. K/V and text are kept.
+        recomputes_audio: recompute projector activations in backward, so that only one layer's are in memory at a
+            time. K/V and the text's activations are kept.
     """
 
     def __init__(self, lm: PreTrainedModel) -> None:
@@ -87,7 +87,7 @@ class Backbone(nn.Module):
             dtype: of the weights.
 
         Raises:
-            PalError: an unsupported family, a folder that is none, or weights that are missing.
+            PalError: an unsupported family, not an LLM's folder, or missing weights.
         """
         return cls(load_lm(source, revision, dtype))
 
@@ -100,36 +100,36 @@ class Backbone(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the embeddings are."""
+        """Device of the embeddings."""
         return self._embedded.device
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the embeddings."""
+        """Dtype of the embeddings."""
         return self._embedded.dtype
 
     @property
     def vocab(self) -> int:
-        """Rows of the embeddings: the size of the vocabulary."""
+        """Size of the vocabulary: rows of the embedding matrix."""
         return int(self.lm.config.vocab_size)
 
     def resize_vocab(self, rows: int | None = None, **options: Any) -> None:
-        """Give embeddings and head another number of rows; `options` are those of transformers' method."""
-        self.note_ties()  # which would tie again what the configuration calls tied
+        """Resize embeddings and head; `options` are those of transformers' method."""
+        self.note_ties()  # transformers' method ties the two again if the configuration says so
         self.lm.resize_token_embeddings(rows, **options)
 
     def note_ties(self) -> None:
-        """Say in the configuration that head and embeddings are two matrices, where training has parted them."""
+        """Set `tie_word_embeddings` to False in the configuration where head and embeddings are two matrices."""
         tied.note_ties(self.lm)
 
     def untie_head(self) -> None:
-        """Give the head a matrix of its own, equal to the embeddings'."""
+        """Give the head its own copy of the embeddings' matrix."""
         tied.untie_head(self.lm)
 
     def train(self, mode: bool = True) -> Backbone:
-        """Training mode or not; a head that PEFT adapts apart from the embeddings is untied, so that it can be merged.
+        """Set the mode; untie a head that PEFT adapts separately from the embeddings, so that it can be merged.
 
-        PEFT says by this call that its adapters are in place.
+        PEFT calls this after adding its adapters.
         """
         super().train(mode)
         if mode:
@@ -139,24 +139,24 @@ class Backbone(nn.Module):
 
     @property
     def layers(self) -> nn.ModuleList:
-        """Its layers, in order, for who hooks onto them."""
+        """Decoder layers, in order."""
         found: nn.ModuleList = self.lm.model.layers
         return found
 
     @property
     def _embedded(self) -> Tensor:
-        """The embeddings' own weights, for their device and dtype; PEFT's, where it adapts them, come after."""
+        """The embeddings' base weight, for device and dtype; PEFT's weights follow it among the parameters."""
         weight: Tensor = next(self.lm.get_input_embeddings().parameters())
         return weight
 
     def embed(self, ids: Tensor) -> Tensor:
-        """Token ids [...] -> embeddings [..., D] as the first layer gets them (Gemma's are scaled).
+        """Token ids [...] -> embeddings [..., D], the first layer's input (Gemma's are scaled).
 
-        Where the LM head has the same weights, their gradients are made together; see `TiedRows`.
+        If the LM head shares the weights, both gradients accumulate in one matrix; see `TiedRows`.
         """
         table = self.lm.get_input_embeddings()
         if getattr(table, "neftune_noise_alpha", None) is not None:
-            # its scale comes from the length of a padded text, and here the ids of all texts are one row
+            # its noise is scaled by the length of a padded text, and here all texts are embedded as one row
             raise PalError("neftune_noise_alpha is not supported: embeddings are made without padding; leave it out")
         lookup = tied.tied_rows(self.lm, self._tied)
         if lookup is None:
@@ -168,25 +168,25 @@ class Backbone(nn.Module):
         return x if scale is None else x * scale.to(x.dtype)
 
     def project_kv(self, layer: int, u_BAD: Tensor) -> tuple[Tensor, Tensor]:
-        """What `layer` would make of `u` as its input, each [B, G, A, C]: keys before RoPE (after k_norm), values."""
+        """Keys before RoPE (after k_norm) and values of `layer` for input `u`, each [B, G, A, C]."""
         block = self.lm.model.layers[layer]
         x_BAD = block.input_layernorm(u_BAD.to(self.dtype))
         k_BGAC = self._keys(layer, block.self_attn.k_proj(x_BAD))
-        # last, since a product of which nothing is kept is not made again in the backward pass
+        # last, since checkpointing stops recomputing at the last tensor that backward needs
         return k_BGAC, self._heads(block.self_attn.v_proj(x_BAD))
 
     def fold_kv(self, layer: int, last: nn.Module) -> FusedKV | None:
-        """A projector's last layer and `project_kv` as one product; None where that does not pay or cannot be."""
+        """Fuse a projector's last layer with `project_kv`; None where that is not faster or not possible."""
         block = self.lm.model.layers[layer]
         return fold(last, block.input_layernorm, block.self_attn.k_proj, block.self_attn.v_proj)
 
     def holds(self, layer: int, folded: FusedKV, last: nn.Module) -> bool:
-        """Whether `fold_kv` would give the same now: whatever changed since, its weights and modules are compared."""
+        """True if the fused product is still valid: weights and modules are compared with those that were fused."""
         block = self.lm.model.layers[layer]
         return folded.fresh(last, block.input_layernorm, block.self_attn.k_proj, block.self_attn.v_proj)
 
     def folded_kv(self, layer: int, folded: FusedKV, h_BAM: Tensor) -> tuple[Tensor, Tensor]:
-        """`project_kv` of what the projector's last layer makes of h."""
+        """`project_kv` of the projector's last layer applied to h, by the fused product."""
         k_BAX, v_BAX = folded(h_BAM)
         return self._keys(layer, k_BAX.to(self.dtype)), self._heads(v_BAX.to(self.dtype))
 
@@ -199,16 +199,16 @@ class Backbone(nn.Module):
         return x_BAX.unflatten(-1, (self.kv_heads, self.head_width)).transpose(1, 2)
 
     def self_attend(self, layer: int, u_BAD: Tensor, mask_BA: Tensor) -> Tensor:
-        """`u` after `layer`'s attention among itself, without its feed-forward network -> [B, A, D].
+        """Audio rows `u` after self-attention by `layer`'s weights, without feed-forward network -> [B, A, D].
 
-        Causal, within the layer's window. Real rows come first. Positions count from 0: RoPE only sees differences.
+        Causal, within the layer's window. Real rows come first. Positions count from 0: RoPE depends on differences.
         """
         block = self.lm.model.layers[layer]
         positions_1A = torch.arange(u_BAD.shape[1], device=u_BAD.device)[None]
         distance_AA = positions_1A.T - positions_1A
         window = self.windows[layer]
         seen_AA = (distance_AA >= 0) & (distance_AA < (window or u_BAD.shape[1]))
-        # padding sees itself, since a row without any key would be NaN; no real row sees padding, which comes later
+        # padding sees itself, since a row without any key would be NaN; no real row sees padding, which is last
         added_BAD, _ = block.self_attn(
             hidden_states=block.input_layernorm(u_BAD),
             position_embeddings=self.rope(positions_1A)[self.layer_types[layer]],
@@ -228,11 +228,11 @@ class Backbone(nn.Module):
 
     @property
     def attends_to_audio(self) -> bool:
-        """Attention function is the one that sees audio."""
+        """True if the LLM uses our attention function, which sees audio keys."""
         return bool(self.lm.config._attn_implementation == NAME)
 
     def check_attention(self) -> None:
-        """Raises PalError when another attention function was set on the LLM, which would ignore audio silently."""
+        """Raise PalError if another attention function is set on the LLM; it would ignore audio silently."""
         found = self.lm.config._attn_implementation
         if found != NAME:
             raise PalError(
@@ -250,22 +250,22 @@ class Backbone(nn.Module):
         )
 
     def loss(self, inputs: LLMInputs, per: Per = "token") -> tuple[Tensor, int]:
-        """Sum of the cross-entropies of labelled tokens, or their means over answers, and how many; see `loss`."""
+        """Sum of the cross-entropies of labelled tokens (or of the answers' means) and their number; see `loss`."""
         return loss(self, inputs, per)
 
     def label_scores(self, inputs: LLMInputs) -> Tensor:
-        """Log-likelihood of each row's labelled tokens, summed: float32 [B]."""
+        """Sum of the log-likelihoods of each conversation's labelled tokens: float32 [B]."""
         return label_scores(self, inputs)
 
     def logits_at(self, inputs: LLMInputs, rows_BK: Tensor) -> Tensor:
-        """Logits of some rows of each sequence [B, K, vocab]; the head runs on these alone."""
+        """Logits of some rows of each sequence [B, K, vocab]; the head runs only on these."""
         hidden_BTD = self.hidden(inputs)
         index_BKD = rows_BK[..., None].expand(-1, -1, hidden_BTD.shape[-1])
         logits: Tensor = self.lm.lm_head(hidden_BTD.gather(1, index_BKD))
         return logits
 
     def hidden(self, inputs: LLMInputs) -> Tensor:
-        """What the head gets: [B, T, D] after the last norm."""
+        """Hidden states after the final norm, the head's input: [B, T, D]."""
         context, mask = inputs.audio_context, inputs.attention_mask_BT
         extra: dict[str, Any] = {}
         if isinstance(context, PackedContext):
@@ -291,15 +291,15 @@ class Backbone(nn.Module):
         return prompt_side(self, kwargs)
 
     def stream(self, inputs: LLMInputs, tokenizer: PreTrainedTokenizerBase, **kwargs: Any) -> Iterator[str]:
-        """`generate` for one row, as pieces of text when they are ready; together they equal its whole text."""
+        """Stream the answer to one prompt as pieces of text; joined, they are the whole answer of `generate`."""
         return stream(self, inputs, tokenizer, **kwargs)
 
     def checkpoint_gradients(self, on: bool, recompute_audio: bool = True) -> None:
         """Recompute each layer, its audio K/V included, in the backward pass instead of keeping it.
 
         Args:
-            on: whether to.
-            recompute_audio: where layers are kept, whether what makes their audio K/V is recomputed all the same.
+            on: recompute whole layers.
+            recompute_audio: with `on` False, still recompute projector activations in backward.
         """
         self.recomputes_audio = recompute_audio and not on
         families.set_checkpointing(self.lm, on)
@@ -309,29 +309,29 @@ class Backbone(nn.Module):
         regions.compile_layers(self.layers, **options)
 
     def uncompile(self) -> None:
-        """Take that back."""
+        """Undo `compile`."""
         regions.uncompile_layers(self.layers)
 
     def capture(self, on: bool = True) -> None:
-        """Run training steps as CUDA graphs (`pal.backbone.loss_graphs`), for which batches are filled up; or stop.
+        """Turn CUDA graphs of training steps on or off (`pal.backbone.loss_graphs`); they need filled batches.
 
-        For one process: gradients go around what several wait for to add theirs.
+        For one process only: gradients bypass the hooks by which several processes average theirs.
         """
         self.loss_graphs = LossGraphs() if on else None
 
     @property
     def captures(self) -> bool:
-        """Whether training steps become CUDA graphs."""
+        """True if training steps run as CUDA graphs."""
         return self.loss_graphs is not None and self.loss_graphs.failed is None
 
     @property
     def packs(self) -> bool:
-        """Whether conversations are best laid one after the other here (`Integration.forward` with "none").
+        """True if rows should be packed, without padding (`Integration.forward` with `padding_side="none"`).
 
-        That is on a GPU, in a precision that its flash kernel takes. Set it to have it so or not; with dropout of
-        attention it never is.
+        By default on a GPU, in a precision that its flash kernel supports. Can be set; with dropout of attention
+        probabilities it is always False.
         """
-        if self.dropout:  # of attention probabilities, which its kernel does not know
+        if self.dropout:  # of attention probabilities, which the kernel does not support
             return False
         if self._packs is not None:
             return self._packs
@@ -346,19 +346,19 @@ class Backbone(nn.Module):
 
     @property
     def side(self) -> Literal["right", "none"]:
-        """How rows are padded in training and scoring."""
+        """The `padding_side` of inputs for training and scoring."""
         return "none" if self.packs else "right"
 
     def projection(self, layer: int, projector: nn.Module, x_ME: Tensor) -> Projection:
-        """What `layer` makes audio K/V of, given features of tokens without padding."""
+        """Projection of packed features to audio K/V of `layer`."""
         norm: Any = self.layers[layer].input_layernorm
-        # hooks of the norm have to run
+        # None calls the norm itself, so that its hooks run
         gain = families.plain_rms_norm(norm, self._family) if unhooked(norm) else None
         random = any(isinstance(part, nn.Dropout) and part.training and part.p for part in projector.modules())
         return Projection(x_ME, projector, norm, self.dtype, gain, self.recomputes_audio, random)
 
     def add_lora(self, options: LoRA) -> None:
-        """Put adapters beside the named layers. The projection of audio goes through them too."""
+        """Add LoRA adapters to the named linear layers. The projection of audio K/V uses them, too."""
         if self.lora is not None:
             raise PalError("the LLM already has LoRA adapters")
         insert_lora(self.lm, options)
@@ -366,21 +366,21 @@ class Backbone(nn.Module):
         self.lora = options
 
     def merge_adapters(self) -> set[str]:
-        """Fold all adapters into the weights beside them; names of the weights this changed."""
+        """Merge all adapters into their base weights; names of the weights that changed."""
         changed = adapters.merge(self)
         self.lora = None
         self.note_ties()
         return changed
 
     def train_only(self, part: LLMPart) -> list[nn.Parameter]:
-        """Let one part of the LLM require gradients and nothing else of it; returns its parameters."""
+        """Freeze the LLM but for one part; returns that part's parameters."""
         if part == "lora" and self.lora is None:
             raise ConfigError("the LLM has no LoRA adapters to train; add them first")
         return freeze_except(self.lm, part)
 
 
 def _enter(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
-    """Let the blocks that an integration puts before a layer change the rows that go into it; tell it what it hears."""
+    """Pre-hook of a layer: apply cross-attention blocks to its input rows, and give it its attention metadata."""
     metadata = kwargs.get("attention_metadata")
     if not isinstance(metadata, AttentionMetadata | PackedContext | DecodingStep):
         return None

@@ -1,4 +1,4 @@
-"""Load an LLM's weights, all of them and no others, or make one with random weights."""
+"""Loading an LLM, strictly: no weight missing or unknown; or a new one with random weights."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from pal.errors import PalError
 
 
 def load_lm(source: str | Path | Mapping[str, Any], revision: str | None, dtype: torch.dtype) -> PreTrainedModel:
-    """transformers' model with audio in its forward; see `Backbone.load`.
+    """transformers' model whose forward takes `audio_context`; see `Backbone.load`.
 
     Raises:
-        PalError: an unsupported family, a folder that is none, or weights that are missing.
+        PalError: an unsupported family, not an LLM's folder, or missing weights.
     """
     if isinstance(source, Mapping):
         config = config_from(source)
@@ -35,7 +35,7 @@ def load_lm(source: str | Path | Mapping[str, Any], revision: str | None, dtype:
             revision=revision or "main",
             attn_implementation=NAME,
             dtype=dtype,
-            use_safetensors=True,  # the others are pickle
+            use_safetensors=True,  # other formats are pickle
             ignore_mismatched_sizes=True,  # refused below, by name
             output_loading_info=True,
         )
@@ -50,7 +50,7 @@ def load_lm(source: str | Path | Mapping[str, Any], revision: str | None, dtype:
 
 
 def _check_complete(source: str | Path, report: Mapping[str, Any], lm: PreTrainedModel) -> None:
-    """Refuse weights that are not those of the configuration: transformers would go on with random ones and a log."""
+    """Raise where weights do not match the configuration: transformers would use random ones and only log it."""
     if report["mismatched_keys"]:
         name, found, expected = sorted(report["mismatched_keys"])[0]
         raise PalError(

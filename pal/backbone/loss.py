@@ -1,4 +1,4 @@
-"""Losses and scores of labelled tokens; the LM head runs on the rows that predict one, and on no others."""
+"""Loss and log-likelihood of labelled tokens; the LM head runs only on the rows that predict one."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ if TYPE_CHECKING:
     from pal.backbone.llm import Backbone
 
 Per = Literal["token", "answer"]
-"""What counts alike in a loss: every token, so that long answers count most, or every answer."""
+"""Equal weight in the loss for every token, so that long answers weigh more, or for every answer."""
 
 
 def loss(llm: Backbone, inputs: LLMInputs, per: Per = "token") -> tuple[Tensor, int]:
-    """Sum of the cross-entropies of the labelled tokens, and their number; or of answers' means, and theirs.
+    """Sum of the cross-entropies of labelled tokens, and their number; or sum of the answers' means, and their number.
 
     An answer is a run of labelled tokens.
     """
@@ -41,7 +41,7 @@ def loss(llm: Backbone, inputs: LLMInputs, per: Per = "token") -> tuple[Tensor, 
 
 
 def label_scores(llm: Backbone, inputs: LLMInputs) -> Tensor:
-    """Log-likelihood of each row's labelled tokens, summed: float32 [B]."""
+    """Sum of the log-likelihoods of each conversation's labelled tokens: float32 [B]."""
     targets = inputs.targets or targets_of(inputs)
     losses_N = token_losses(llm, inputs, targets)
     scores_B = losses_N.new_zeros(targets.conversations)
@@ -49,9 +49,9 @@ def label_scores(llm: Backbone, inputs: LLMInputs) -> Tensor:
 
 
 def targets_of(inputs: LLMInputs) -> Targets:
-    """The labelled tokens of inputs whose targets were not laid out on the host.
+    """Targets of inputs that come without them, read from `labels_BT`.
 
-    A row's first token, which nothing predicts, does not count, nor one behind padding.
+    The first token of a sequence does not count, since no row predicts it; nor does one right after padding.
     """
     assert inputs.labels_BT is not None, "inputs without labels"
     T = inputs.labels_BT.shape[1]
@@ -65,19 +65,19 @@ def targets_of(inputs: LLMInputs) -> Targets:
 
 
 def token_losses(llm: Backbone, inputs: LLMInputs, targets: Targets) -> Tensor:
-    """Cross-entropy of each labelled token [N]; 0 for those that only fill up."""
+    """Cross-entropy of each labelled token [N]; 0 for filling tokens, whose label is `IGNORE`."""
     hidden_XD = llm.hidden(inputs).flatten(0, 1)
     logits_NV = _logits(llm.lm.lm_head, hidden_XD.index_select(0, targets.rows_N))
     return F.cross_entropy(logits_NV.float(), targets.labels_N, reduction="none")
 
 
 def _logits(head: nn.Module, hidden_ND: Tensor) -> Tensor:
-    """The head on a few rows."""
+    """Logits of some rows."""
     if type(head) is not nn.Linear or head.bias is not None or head._forward_hooks or head._forward_pre_hooks:
         logits_NV: Tensor = head(hidden_ND)
         return logits_NV
     if hidden_ND.device.type != "cpu":
         return F.linear(hidden_ND, head.weight)
-    # the long side first: on a CPU up to 1.6 times as fast, and the weight's gradient comes out as it is stored,
-    # so that autograd adds to it in place
+    # vocabulary first: on a CPU up to 1.6 times as fast, and the weight's gradient has the weight's memory layout, so
+    # that autograd accumulates in place
     return (head.weight @ hidden_ND.T).T

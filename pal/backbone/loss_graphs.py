@@ -1,12 +1,12 @@
 """CUDA graphs of an LLM's training step: forward and backward pass as two launches instead of thousands.
 
-A layer's small kernels take a GPU less time than a host needs to launch them. A CUDA graph launches all at once, but
-fixes every size and every address. So there is one pair of graphs for each size of batch, made when that size comes for
-the second time (`pal.integrations.filling` sees to it that sizes come back), and what changes from batch to batch is
-copied to where the graphs read it. Gradients of weights are left in buffers that all graphs share, and which are the
-weights' `grad` until the next backward pass.
+A GPU runs a layer's small kernels faster than the host can launch them. A CUDA graph launches all of them at once, but
+fixes all sizes and addresses. So there is one pair of graphs for each batch size, recorded when the size occurs for the
+second time; `pal.integrations.filling` rounds sizes up so that they recur. Each batch is copied into the graphs' input
+buffers. Gradients of weights are written to buffers that all graphs share; these are the weights' `grad` until the next
+backward pass.
 
-What a graph cannot repeat runs as it is written: dropout, hooks, rows that are padded.
+Steps that a graph cannot repeat run eagerly: those with dropout, hooks or padded rows.
 """
 
 from __future__ import annotations
@@ -33,32 +33,32 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 KEPT = 32
-"""Sizes of batches whose graphs are kept: those used last."""
+"""Number of batch sizes whose graphs are kept; the least recently used are freed."""
 SEEN = 1024
-"""Sizes that are remembered as having come once."""
+"""Number of batch sizes remembered as seen once."""
 
 
 SETTINGS = 8
-"""Models and ways to train them whose graphs are kept."""
+"""Number of settings (a model with its trained weights and modes) whose graphs are kept."""
 
 _Key = tuple[int, Hashable]
-"""Number of the setting, and the sizes."""
+"""Number of the setting, and the batch's sizes."""
 
 
 class Recorder(Protocol):
-    """What makes something repeatable, results and all, at the same addresses."""
+    """Interface of a recorder: makes a function repeatable, with inputs and results at fixed addresses."""
 
     def warm_up(self, run: Callable[[], object]) -> None:
-        """Run it once as it will be recorded."""
+        """Run the function once, as it will be recorded."""
         ...
 
     def record(self, run: Callable[[], Sequence[Tensor | None]]) -> tuple[Callable[[], None], Sequence[Tensor | None]]:
-        """What runs it again, and where it then leaves its results; they hold nothing before it has."""
+        """A function that replays the recorded one, and its output tensors, undefined until the first replay."""
         ...
 
 
 class CudaRecorder:
-    """Records CUDA graphs, which share their memory since one runs at a time."""
+    """Recorder of CUDA graphs, which share one memory pool, since only one runs at a time."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -66,7 +66,7 @@ class CudaRecorder:
         self._pool = torch.cuda.graph_pool_handle()
 
     def warm_up(self, run: Callable[[], object]) -> None:
-        """On the stream on which it will be recorded, since libraries set themselves up for each."""
+        """Run on the stream that will record, since libraries initialise themselves per stream."""
         with torch.cuda.device(self._device):
             self._stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self._stream):
@@ -74,9 +74,9 @@ class CudaRecorder:
             torch.cuda.current_stream().wait_stream(self._stream)
 
     def record(self, run: Callable[[], Sequence[Tensor | None]]) -> tuple[Callable[[], None], Sequence[Tensor | None]]:
-        """One graph; its results are in the graph's memory."""
+        """Record one graph; its results are in the graph's memory."""
         graph = torch.cuda.CUDAGraph()
-        # other threads may go on loading and moving batches
+        # other threads may load and move batches meanwhile
         with (
             torch.cuda.device(self._device),
             torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"),
@@ -86,7 +86,7 @@ class CudaRecorder:
 
 
 class LossGraphs:
-    """Sums of cross-entropies with their gradients, by graphs where they can be had.
+    """Cross-entropy sums with their gradients, computed by CUDA graphs where possible.
 
     Args:
         recorder: by default, CUDA graphs on the LLM's device.
@@ -101,7 +101,7 @@ class LossGraphs:
         self._gradients: dict[nn.Parameter, Tensor] = {}
         self._running: ref[_Ticket] | None = None
         self.failed: str | None = None
-        """Why no graph is made any more."""
+        """Reason why no more graphs are recorded; None while they are."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LossGraphs:
         return LossGraphs()
@@ -115,21 +115,21 @@ class LossGraphs:
     def total(
         self, llm: Backbone, inputs: LLMInputs, targets: Targets, weights_N: Tensor | None, losses: Losses
     ) -> Tensor | None:
-        """The weighted sum of the losses, whose backward pass also is a graph; None where it is to be run as written.
+        """Weighted sum of the losses, whose backward pass is a graph, too; None where the step must run eagerly.
 
         Args:
             llm: the LLM.
             inputs: packed conversations.
-            targets: which tokens they have to predict.
-            weights_N: of each token's loss; None for 1.
-            losses: what makes each token's loss of these.
+            targets: tokens to predict.
+            weights_N: weight of each token's loss; None means 1.
+            losses: computes each token's loss.
         """
         if self.failed is not None or not isinstance(inputs.audio_context, PackedContext):
             return None
         if self._running is not None and self._running() is not None:
-            return None  # a loss whose backward pass is still to come: its activations are in the graphs' memory
+            return None  # an earlier loss still needs its backward pass, whose activations are in the graphs' memory
         if not all(isinstance(keys.source, PackedSource) for keys in inputs.audio_context.keys):
-            return None  # its keys would be made twice: to see what they are, and to use them
+            return None  # its keys would be computed twice: to find the graphs' inputs, and to use them
         parts = _Parts()
         on_device = replace(targets, lengths=(), conversations=0)
         given = parts.of((_laid_out(inputs, inputs.audio_context), on_device, weights_N))
@@ -146,16 +146,16 @@ class LossGraphs:
         return total
 
     def _setting_of(self, llm: Backbone, parts: _Parts, trained: Sequence[nn.Parameter]) -> Hashable | None:
-        """All that graphs depend on besides sizes; None where there can be none."""
+        """All that graphs depend on besides sizes; None where no graph is possible."""
         device, lm = llm.device.type, llm.lm
         if families.checkpoints(lm) or any(one._post_accumulate_grad_hooks for one in trained):
-            return None  # checkpointing keeps the state of random numbers, which a graph cannot ask for
+            return None  # checkpointing saves the state of random numbers, which a graph cannot read
         modules = made_of([lm, *parts.modules], llm.layers)
         autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
         return modules and (modules, tuple(map(id, trained)), autocast, lm.training, llm.recomputes_audio)
 
     def _number(self, setting: Hashable) -> int:
-        """Of a setting; that which was used least recently is forgotten with its graphs where there are too many."""
+        """Number of a setting; where there are too many, the least recently used is dropped with its graphs."""
         if setting not in self._settings:
             self._settings[setting] = self._numbers = self._numbers + 1
             if len(self._settings) > SETTINGS:
@@ -167,7 +167,7 @@ class LossGraphs:
         return self._settings[setting]
 
     def _pass(self, llm: Backbone, parts: _Parts, given: Any, losses: Losses, key: _Key) -> _Pass | None:
-        """The graphs for batches of this size; None when it comes for the first time."""
+        """Graphs for batches of this size; None when the size occurs for the first time."""
         made = self._kept.get(key)
         if made is None:
             if key not in self._seen:
@@ -190,7 +190,7 @@ class LossGraphs:
             self._recorder = CudaRecorder(llm.device)
         try:
             return _Pass(llm, parts, given, losses, self._gradients, self._recorder)
-        except RuntimeError as error:  # torch's errors of CUDA, of memory and of capturing are such
+        except RuntimeError as error:  # torch's base class for errors of CUDA, memory and graph capture
             self.failed = str(error).splitlines()[0]
             self._kept.clear()
             logger.warning("training goes on without CUDA graphs: %s", self.failed)
@@ -198,15 +198,15 @@ class LossGraphs:
 
 
 Losses = Callable[["Backbone", LLMInputs, Targets], Tensor]
-"""The loss of each labelled token, [N]."""
+"""Computes the loss of each labelled token, [N]."""
 
 
 class _Ticket:
-    """Lives as long as a loss may still be asked for its gradients."""
+    """Token that lives as long as a loss whose backward pass may still be called."""
 
 
 class _Pass:
-    """Forward and backward pass of one size of batch."""
+    """Recorded forward and backward pass for one batch size."""
 
     def __init__(
         self,
@@ -244,7 +244,7 @@ class _Pass:
     def _forward(self) -> list[Tensor | None]:
         inputs, targets, weights_N = self._given
         device = self._llm.device.type
-        # casts of weights that autocast keeps would be those of the step that is recorded
+        # weights' casts in autocast's cache would be those of the recorded step
         autocast = torch.autocast(
             device,
             torch.get_autocast_dtype(device),
@@ -274,14 +274,14 @@ class _Pass:
 
     @torch.no_grad()
     def put(self, tensors: Sequence[Tensor]) -> None:
-        """Another batch of this size."""
+        """Copy another batch of this size into the input buffers."""
         torch._foreach_copy_([x.detach() for x in self.inputs], list(tensors))
 
     @torch.no_grad()
     def run_backward(self, gradient: Tensor) -> list[Tensor | None]:
-        """Gradients of the inputs; those of weights go to where an optimizer finds them."""
+        """Gradients of the inputs; those of weights become, or are added to, the weights' `grad`."""
         for weight, buffer in self.buffers:
-            if weight.grad is buffer:  # of a part of the step before this one
+            if weight.grad is buffer:  # from an earlier micro-batch of this step
                 weight.grad = buffer.clone()
         self.gradient.copy_(gradient)
         self.backward()
@@ -292,7 +292,7 @@ class _Pass:
         if more:
             held, added = zip(*more, strict=True)
             torch._foreach_add_(list(held), list(added))
-        # who gets these may keep them, and the next backward pass writes over them
+        # copies, since the caller may keep them and the next backward pass overwrites the buffers
         return [None if grad is None else grad.clone() for grad in self.loose]
 
 
@@ -314,36 +314,36 @@ class _Replay(torch.autograd.Function):
         return None, None, None, *(next(found) if wanted else None for wanted in ctx.wanted)
 
 
-# What a batch is made of
+# Tensors of a batch
 
 
 class _Made:
-    """A source of audio keys whose K/V, or what layers make them of, are there."""
+    """`PackedSource` with each layer's K/V, or projection, computed already."""
 
     def __init__(self, made: Mapping[int, Projection | tuple[Tensor, Tensor]]) -> None:
         self.made = made
 
     def ready(self, more: int | None) -> None:
-        """They are."""
+        """Nothing to do."""
 
     def projection(self, layer: int) -> Any:
-        """What a layer makes K/V of, or has of them."""
+        """Projection of a layer."""
         return self.made[layer]
 
     def keys_values(self, layer: int) -> tuple[Tensor, Tensor]:
-        """Packed rows ask for none."""
+        """Not used with packed rows."""
         raise NotImplementedError
 
 
 def _laid_out(inputs: LLMInputs, packed: PackedContext) -> LLMInputs:
-    """The same without what only the host needs, and with audio keys whose makers say of what they make them."""
+    """The inputs without host-only fields, and with each layer's projection or K/V in place of their source."""
     keys = tuple(replace(one, source=_Made({layer: one.made(layer) for layer in one.layers})) for one in packed.keys)
     context = replace(packed, lengths=(), conversations=(), keys=keys)
     return replace(inputs, audio_context=context, labels_BT=None, targets=None)
 
 
 class _Parts:
-    """The tensors of nested dataclasses, tuples and mappings, each once, and the modules among them."""
+    """Tensors of nested dataclasses, tuples and mappings, each once, and the modules among them."""
 
     def __init__(self) -> None:
         self.tensors: list[Tensor] = []
@@ -353,7 +353,7 @@ class _Parts:
         self._rest: list[Hashable] = []
 
     def of(self, x: Any) -> Any:
-        """Take all of `x`, and give it back."""
+        """Collect the tensors of `x`; returns `x`."""
         if isinstance(x, nn.Parameter):
             self.parameters.append(x)
             self._rest.append(id(x))
@@ -377,18 +377,18 @@ class _Parts:
         return x
 
     def key(self) -> Hashable:
-        """Equal for what differs only in the numbers that tensors hold."""
+        """Hashable key, equal for batches that differ only in the values of their tensors."""
         return tuple(self._rest), tuple((x.shape, x.stride(), x.dtype, x.requires_grad) for x in self.tensors)
 
     def trained(self, llm: Backbone) -> list[nn.Parameter]:
-        """Weights that may get gradients, each once."""
+        """Parameters that may get gradients, each once."""
         modules: list[nn.Module] = [llm.lm, *self.modules]
         found = [weight for module in modules for weight in module.parameters() if weight.requires_grad]
         found += [weight for weight in self.parameters if weight.requires_grad]
         return list(dict.fromkeys(found))
 
     def rebuilt(self, x: Any, tensors: Sequence[Tensor]) -> Any:
-        """`x` with other tensors in the place of its own."""
+        """`x` with its tensors replaced."""
         if isinstance(x, Tensor) and not isinstance(x, nn.Parameter):
             return tensors[self._numbers[id(x)]]
         children = None if isinstance(x, nn.Module | Tensor) else _children(x)
@@ -405,7 +405,7 @@ class _Parts:
 
 
 def _children(x: Any) -> list[tuple[Any, Any]] | None:
-    """What `x` consists of, by name; None for what is one thing."""
+    """Fields or items of `x` by name; None for a leaf."""
     if isinstance(x, _Made):
         return list(x.made.items())
     if is_dataclass(x) and not isinstance(x, type):

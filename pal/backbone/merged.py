@@ -1,9 +1,9 @@
-"""Attention to several sets of keys, each by itself, merged by the log-sum-exps of their scores.
+"""Attention to several sets of keys, computed for each set separately and merged by the log-sum-exps of the scores.
 
-`softmax(q [k; k']^T) [v; v']` is the mean of what each set gives alone, weighted by the sums of the exponentials of its
-scores. So text can stay causal and audio can be seen whole: neither needs a mask as large as both, nothing is put into
-one tensor, and no head is repeated. In the backward pass each set's gradients are those of attention to it alone, but
-with the merged result and its log-sum-exp in place of its own; no probabilities are kept.
+`softmax(q [k; k']^T) [v; v']` is the mean of the outputs of attention to each set, weighted by the sums of the
+exponentials of its scores. So text stays causal and audio needs no mask: no mask covers both sets, keys are not
+concatenated, and no head is repeated. In the backward pass, each set's gradients are those of attention to this set,
+with the merged output and log-sum-exp in place of the set's own; no probabilities are saved.
 """
 
 from __future__ import annotations
@@ -19,36 +19,36 @@ from torch import Tensor
 from pal.backbone import kernels
 
 BLOCK = 128
-"""Queries of a block in which each sees a few keys more than the one before."""
+"""Queries per block where each query sees a few keys more than the one before."""
 UNSEEN = -30_000.0
-"""Added to the score of a key that is not seen. Finite in every precision, since a query without any key would be NaN;
-what such a query gives has no weight beside the other sets."""
+"""Additive mask of an unseen key. Finite in every precision, since a query without any key would give NaN; the output
+of such a query has weight 0 in the merge with the other sets."""
 SMALL = 1 << 16
-"""Queries times keys of a row up to which a mask for all rows costs less than a call for each."""
+"""Queries times keys per batch row up to which one call with a mask costs less than a call for each batch row."""
 
 
 @dataclass(frozen=True)
 class AttentionTile:
-    """Tile of the attention matrix, computed at once; each range is half-open."""
+    """Tile of the attention matrix that one call computes; each range is half-open."""
 
     rows: tuple[int, int]
-    """Of the batch."""
+    """Batch rows."""
     queries: tuple[int, int]
     keys: tuple[int, int]
     causal: bool = False
-    """Query i of the piece sees its keys up to i."""
+    """Query i of the tile sees keys up to i of the tile."""
     mask: Tensor | None = None
-    """What is added to the scores, [1 or rows, 1, queries, keys]."""
+    """Additive mask, [1 or rows, 1, queries, keys]."""
 
     def of(self, x_BHXC: Tensor, place: tuple[int, int]) -> Tensor:
-        """The part of a tensor [B, H, X, ...] that the piece is about."""
+        """The tile's part of a tensor [B, H, X, ...]; X are queries or keys."""
         rows = x_BHXC if self.rows == (0, x_BHXC.shape[0]) else x_BHXC[slice(*self.rows)]
         return rows if place == (0, x_BHXC.shape[2]) else rows[:, :, slice(*place)]
 
 
 @dataclass(frozen=True)
 class TiledKeys:
-    """One set of keys and values, and which of them the queries see."""
+    """Set of keys and values, with the tiles that say which queries see which keys."""
 
     k_BGKC: Tensor
     v_BGKC: Tensor
@@ -63,10 +63,10 @@ def merged_attention(q_BHQC: Tensor, sets: Sequence[TiledKeys], scale: float | N
     Args:
         q_BHQC: queries; H may be a multiple of the sets' G, as in grouped-query attention.
         sets: keys and values.
-        scale: what scores are multiplied with; None is 1 / sqrt(C).
+        scale: factor on the scores; None is 1 / sqrt(C).
     """
     device = q_BHQC.device.type
-    # rotary embeddings make queries float32 again under autocast, which knows no rule for these kernels
+    # under autocast, rotary embeddings return float32 queries, and autocast does not cast for these kernels
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else q_BHQC.dtype
     q_BHQC = q_BHQC.to(dtype)
     tensors = [x.to(dtype) for one in sets for x in (one.k_BGKC, one.v_BGKC)]
@@ -116,14 +116,14 @@ class _Merged(torch.autograd.Function):
 def _each(
     tiles: Sequence[Sequence[AttentionTile]], tensors: Sequence[Tensor]
 ) -> Iterator[tuple[AttentionTile, Tensor, Tensor]]:
-    """Every piece with the keys and values of its set."""
+    """Each tile with the keys and values of its set."""
     for own, k_BGKC, v_BGKC in zip(tiles, tensors[::2], tensors[1::2], strict=True):
         for tile in own:
             yield tile, k_BGKC, v_BGKC
 
 
 def _merge(into_BHQC: Tensor, into_BHQ: Tensor, out_BHQC: Tensor, lse_BHQ: Tensor) -> None:
-    """Add a result to one that was made of other keys, in place."""
+    """Merge the output over some keys into the output over other keys, in place."""
     together_BHQ = torch.logaddexp(into_BHQ, lse_BHQ)
     old_BHQ1, new_BHQ1 = ((x - together_BHQ).exp()[..., None] for x in (into_BHQ, lse_BHQ))
     into_BHQC.copy_(into_BHQC * old_BHQ1 + out_BHQC * new_BHQ1)
@@ -133,7 +133,7 @@ def _merge(into_BHQC: Tensor, into_BHQ: Tensor, out_BHQC: Tensor, lse_BHQ: Tenso
 def _attend(
     q_BHQC: Tensor, k_BGKC: Tensor, v_BGKC: Tensor, tile: AttentionTile, scale: float | None
 ) -> tuple[Tensor, Tensor]:
-    """Attention to one rectangle -> [B, H, Q, C] and the log-sum-exp of its scores [B, H, Q]."""
+    """Attention of one tile -> [B, H, Q, C] and the log-sum-exp of its scores [B, H, Q]."""
     q = _folded(q_BHQC, k_BGKC, tile)
     mask = None if tile.mask is None else tile.mask.to(q.dtype)
     out, lse = kernels.attend(q, k_BGKC, v_BGKC, tile.causal, mask, scale)
@@ -150,7 +150,7 @@ def _attend_backward(
     tile: AttentionTile,
     scale: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v, given the merged result and its log-sum-exp."""
+    """Gradients of q, k and v from the merged output and its log-sum-exp."""
     grad, q, out = (_folded(x, k_BGKC, tile) for x in (grad_BHQC, q_BHQC, out_BHQC))
     mask = None if tile.mask is None else tile.mask.to(q.dtype)
     lse = lse_BHQ.reshape(q.shape[:3])
@@ -159,20 +159,20 @@ def _attend_backward(
 
 
 def _folded(x_BHQC: Tensor, k_BGKC: Tensor, tile: AttentionTile) -> Tensor:
-    """Where all queries see the same keys, those of a group lie one after the other: fewer and larger products."""
+    """Where all queries see the same keys, fold a group's heads into the query axis: fewer and larger products."""
     if tile.causal or tile.mask is not None:
         return x_BHQC
     return x_BHQC.unflatten(1, (k_BGKC.shape[1], -1)).flatten(2, 3)
 
 
 def masked(seen_B1QK: Tensor) -> tuple[AttentionTile, ...]:
-    """Everything at once, where bool [B, 1, Q, K] says what is seen."""
+    """One tile under a dense mask, bool [B, 1, Q, K], True where a query sees a key."""
     mask = torch.zeros(seen_B1QK.shape, device=seen_B1QK.device).masked_fill_(~seen_B1QK, UNSEEN)
     return (AttentionTile((0, mask.shape[0]), (0, mask.shape[2]), (0, mask.shape[3]), mask=mask),)
 
 
 def prefixes(counts_BQ: list[list[int]], device: torch.device) -> tuple[AttentionTile, ...]:
-    """Where each query sees the first so many keys of its row, never fewer than the query before it."""
+    """Tiles where each query sees a prefix of its row's keys, never shorter than the prefix of the query before it."""
     B, Q = len(counts_BQ), len(counts_BQ[0])
     if all(row == counts_BQ[0] for row in counts_BQ):
         return tuple(_staircase(counts_BQ[0], (0, B), device))
@@ -184,13 +184,13 @@ def prefixes(counts_BQ: list[list[int]], device: torch.device) -> tuple[Attentio
 
 
 def pairs_of(counts_Q: list[int]) -> int:
-    """Pairs of a query and a key that are computed for one row of the batch; see `prefixes`."""
+    """Number of query-key pairs that the tiles of one batch row compute; see `prefixes`."""
     tiles = _staircase(counts_Q, (0, 1), torch.device("cpu"))
     return sum((p.queries[1] - p.queries[0]) * (p.keys[1] - p.keys[0]) for p in tiles)
 
 
 def _staircase(counts_Q: list[int], rows: tuple[int, int], device: torch.device) -> Iterator[AttentionTile]:
-    """Rectangles that all queries of a block see, and a small mask for the keys that only some of them do."""
+    """Tiles without a mask for keys that all queries of a block see, and small masked ones for the other keys."""
     for first, last in _blocks(counts_Q):
         low, high = counts_Q[first], counts_Q[last - 1]
         if high > low and low < BLOCK:
@@ -205,7 +205,7 @@ def _staircase(counts_Q: list[int], rows: tuple[int, int], device: torch.device)
 
 
 def _blocks(counts_Q: list[int]) -> Iterator[tuple[int, int]]:
-    """Runs of queries that see the same; where run follows run by few keys each, blocks of about `BLOCK` queries."""
+    """Runs of queries that see the same keys; those that differ by few keys are joined to about `BLOCK` queries."""
     few = BLOCK // 8
     start = end = known = 0
     was_long = False

@@ -1,4 +1,4 @@
-"""Observers of an LLM at work: of how its attention is shared, of its residual stream, of its feed-forward networks."""
+"""Observers of a forward pass: attention weights, residual stream, rows of the feed-forward networks."""
 
 from __future__ import annotations
 
@@ -21,33 +21,33 @@ Kept = TypeVar("Kept")
 
 @dataclass(frozen=True)
 class AttentionWeights:
-    """Attention probabilities of some rows in one layer; over `rows` and all `keys` together it sums to 1."""
+    """Attention probabilities of some queries in one layer; they sum to 1 over `rows` and all `keys` together."""
 
     rows_BHNK: Tensor
-    """Over the rows of the sequence, causal."""
+    """On the rows of the sequence, causal."""
     keys_BHNA: Mapping[int, Tensor]
-    """Over each of the context's `keys` that joins the layer, by its number."""
+    """On each audio key set that joins the layer, by its number among the context's `keys`."""
 
 
 class AttentionObserver(Protocol):
-    """Observer that is shown the attention weights of each layer; nothing is stored for it."""
+    """Observer of each layer's attention weights, which are not stored."""
 
     rows_BN: Tensor
-    """Which rows of the sequence it is shown: their numbers, N the same for all."""
+    """Indices of the rows whose attention is observed, N for each sequence."""
 
     def attended(self, layer: int, weights: AttentionWeights) -> None:
-        """The LLM's own attention in a layer."""
+        """Called with the LLM's own attention in a layer."""
         ...
 
     def crossed(self, layer: int, which: int, weights_BHNA: Tensor) -> None:
-        """Attention of a block before a layer to number `which` of the context's keys alone; sums to 1 or to 0."""
+        """Called with a cross-attention block's weights on `keys[which]` of the context; they sum to 1 or 0."""
         ...
 
 
 def attention_weights(q_BHQC: Tensor, k_BGKC: Tensor, seen_B1QK: Tensor, scale: float | None) -> Tensor:
     """Softmax of the scores, float32 [B, H, Q, K]: queries H, which may be a multiple of the keys' G.
 
-    A query that sees no key gets zeros. Nothing of the attention that models run is used.
+    A query that sees no key gets zeros. The computation is independent of the attention that models run.
     """
     q_BGRQC = q_BHQC.float().unflatten(1, (k_BGKC.shape[1], -1))
     scores_BHQK = (q_BGRQC @ k_BGKC.float()[:, :, None].mT).flatten(1, 2)
@@ -57,7 +57,7 @@ def attention_weights(q_BHQC: Tensor, k_BGKC: Tensor, seen_B1QK: Tensor, scale: 
 
 @contextmanager
 def count_ffn_rows(llm: Backbone) -> Iterator[list[int]]:
-    """Count, while the block lasts, the rows that each layer's feed-forward network is given: one number a layer."""
+    """Count, while the block lasts, the input rows of each layer's feed-forward network: one number per layer."""
     counts = [0] * llm.n_layers
 
     def count(layer: int, network: nn.Module, given: tuple[Tensor, ...]) -> None:
@@ -74,10 +74,10 @@ def count_ffn_rows(llm: Backbone) -> Iterator[list[int]]:
 
 @torch.no_grad()
 def residual_stream(llm: Backbone, inputs: LLMInputs, keep: Callable[[Tensor], Kept]) -> list[Kept]:
-    """What `keep` takes of the rows [B, T, D] that enter the first layer and that leave each layer: L + 1 results.
+    """Results of `keep` on the rows [B, T, D] that enter the first layer and that leave each layer: L + 1.
 
-    The last layer's rows are not normed yet. `keep` is called as each layer is done, so that one layer's rows live at
-    a time.
+    The last layer's rows come before the final norm. `keep` is called after each layer, so that only one layer's rows
+    are in memory at a time.
     """
     kept = [keep(inputs.inputs_embeds_BTD)]
     hooks = [block.register_forward_hook(lambda _, __, out: kept.append(keep(out))) for block in llm.layers]

@@ -1,4 +1,4 @@
-"""Options of transformers' `generate` that cannot be followed with audio beside the text, refused by name."""
+"""Options of transformers' `generate` that are unsupported with audio, each refused by name."""
 
 from __future__ import annotations
 
@@ -26,21 +26,21 @@ _REFUSED = {
     "force_words_ids": _NO_CODE,
 }
 _OFF = {"encoder_repetition_penalty": 1.0, "num_beam_groups": 1}
-"""Values that say that an option is not used, beside None, False and 0."""
+"""Values, besides None, False and 0, that turn an option off."""
 
 
 def check_generation(options: Mapping[str, Any]) -> None:
-    """Check options of `generate`, those of a `generation_config` among them included.
+    """Check options of `generate`, and those in its `generation_config`.
 
     Raises:
-        PalError: one that cannot be followed.
+        PalError: an unsupported option.
     """
     config = options.get("generation_config")
     asked = {**(config.to_diff_dict() if config is not None else {}), **options}
     for name, reason in _REFUSED.items():
         value = asked.get(name)
         unused = value is None or (isinstance(value, bool | int | float) and value in (0, _OFF.get(name, 0)))
-        if name == "guidance_scale":  # 0 is a scale
+        if name == "guidance_scale":  # 0 does not turn it off
             unused = value is None or value == 1
         if not unused:
             raise PalError(f"generate: '{name}' is not supported: {reason}")

@@ -1,8 +1,7 @@
-"""Rows of all conversations one after the other, without padding: what training and prefill run on a GPU.
+"""Packed rows: all conversations one after the other, without padding; for training and prefill on a GPU.
 
-`PackedContext` stands in the place of an `AudioContext`. Everything about the layout was decided on the host
-(`segments`), so nothing here waits for the device, and a layer's attention takes the same few operations whatever the
-batch's shape.
+`PackedContext` takes the place of an `AudioContext`. The layout is computed on the host (`segments`), so nothing here
+waits for the device, and a layer's attention takes the same few operations for any batch.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ RopeTable = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True, eq=False)
 class DeviceSegments:
-    """`segments.Segments` on the device."""
+    """Tensors of `segments.Segments` on the device."""
 
     cu_seqlens_q: Tensor
     cu_seqlens_k: Tensor
@@ -38,27 +37,26 @@ class DeviceSegments:
     back: tuple[Tensor, ...]
     queries_Q: Tensor | None
     queries_back_Q: Tensor | None
-    """The queries' rows once more, N where nothing is used of a query."""
+    """The queries' rows again, but N for dummy queries."""
     outs_N: Tensor | None
 
 
 @dataclass(frozen=True, eq=False)
 class Projection:
-    """What a layer makes its audio K/V of; made inside the layer, which may be compiled and recomputed whole."""
+    """Computes a layer's audio K/V from features, inside the layer, which may be compiled and recomputed whole."""
 
     x_ME: Tensor
     """Features of all clips' real tokens."""
     projector: nn.Module
     norm: nn.Module
     dtype: torch.dtype
-    """Of the LLM's numbers."""
+    """Dtype of the LLM."""
     gain: tuple[nn.Parameter, float] | None
-    """Weight and epsilon of the norm where it is a plain RMSNorm: torch has that as one kernel. None: it has to be
-    called."""
+    """Weight and epsilon of the norm where it is a plain RMSNorm, for which torch has one kernel; None: call `norm`."""
     recomputes: bool
     """Recompute projector activations in backward."""
     random: bool
-    """Whether anything in the projector is, such as dropout of adapters."""
+    """The projector has dropout, such as that of adapters."""
 
     def keys_values(self, attention: Any) -> tuple[Tensor, Tensor]:
         """Keys before RoPE and values, each [M, G, C], by a layer's own norm and projections."""
@@ -83,21 +81,21 @@ class KVSink(Protocol):
     """Sink for the audio keys and values that a layer makes, [I, G, C] each, for decoding."""
 
     joined: list[tuple[Tensor, Tensor]]
-    """Of each set that joins the layer's own."""
+    """K and V of each set that joins the layer's own keys."""
     crossed: dict[int, tuple[Tensor, Tensor]]
-    """Of each set that a block before the layer looks at, by its number."""
+    """K and V of each set that a cross-attention block before the layer attends to, by its number."""
 
 
 @runtime_checkable
 class PackedSource(KeySource, Protocol):
-    """A `KeySource` that also makes K/V of the clips' real tokens alone."""
+    """A `KeySource` that can also compute K/V of packed tokens, without padding."""
 
     def ready(self, more: int | None) -> None:
-        """Make what all layers share: for packed rows, with so many tokens more, or, where None, for padded ones."""
+        """Compute what all layers share: with `more` filling tokens for packed rows; None: for padded rows."""
         ...
 
     def projection(self, layer: int) -> Projection:
-        """What a layer makes K/V of."""
+        """Projection of a layer."""
         ...
 
 
@@ -109,20 +107,20 @@ class PackedKeys:
     stream: int
     layers: tuple[int, ...]
     tokens_I: Tensor | None
-    """For each key its place among the source's tokens; None where each is used once, in order."""
+    """Index of each key among the source's tokens; None where each token is used once, in order."""
     tokens_back: tuple[Tensor, ...]
     rope_table: Mapping[str, RopeTable]
-    """By type of layer."""
+    """Cos and sin by type of layer."""
     blocks: Mapping[int, PackedBlock] | None
     crossing: DeviceSegments | None
-    """Which keys rows see through the blocks."""
+    """Segments of cross-attention blocks."""
     sees_audio_N1: Tensor | None
-    """Rows that see any, where there are blocks."""
+    """True for rows that see any of the keys; only with blocks."""
     bias: Mapping[int, Tensor] | None = None
-    """By layer, what is added to the scores of these keys, [H] or [1]."""
+    """Bias on the scores of these keys by layer, [H] or [1]."""
 
     def made(self, layer: int) -> Projection | tuple[Tensor, Tensor]:
-        """What K/V of a layer are made of, or the K/V of all tokens."""
+        """Projection of a layer, or the K/V of all tokens where the source has them already."""
         if isinstance(self.source, PackedSource):
             return self.source.projection(layer)
         return flat(*self.source.keys_values(layer))
@@ -130,31 +128,31 @@ class PackedKeys:
 
 @dataclass(frozen=True, eq=False)
 class PackedContext:
-    """How the rows of a batch lie, and their audio."""
+    """Layout of a packed batch, and its audio keys."""
 
     llm: AttentionGeometry
     lengths: tuple[int, ...]
     """Rows of each conversation."""
     segments: tuple[DeviceSegments, ...]
-    """One for each kind of layer; none where every conversation has a row of its own in the batch."""
+    """Segments of each kind of layer; empty where conversations form a rectangle [B, T] without audio keys."""
     kinds: tuple[int, ...]
-    """Per layer, which of them."""
+    """Index in `segments` of each layer."""
     conversations: tuple[Conversation, ...]
-    """How each lies; on the host."""
+    """Positions of each conversation's rows and keys; on the host."""
     windows: tuple[int | None, ...]
-    """Per layer, the LLM's sliding window where it is shorter than what there is."""
+    """Sliding window of each layer; None where it covers the whole sequence."""
     keys: tuple[PackedKeys, ...]
 
     def mask(self, mask_BT: Tensor) -> Tensor:
-        """What is given to transformers in the place of a mask [1, 1, 1, 1], so that it makes none."""
+        """Placeholder mask [1, 1, 1, 1]: given a 4-dimensional mask, transformers makes none."""
         return mask_BT[:1, :1, None, None]
 
     def joined(self, layer: int) -> tuple[int, ...]:
-        """Which of `keys` join the layer's own."""
+        """Numbers of the `keys` that join the layer's own keys."""
         return tuple(i for i, one in enumerate(self.keys) if one.blocks is None and layer in one.layers)
 
     def at(self, layer: int, kv_sink: KVSink | None = None) -> PackedLayer:
-        """What the attention of a layer has to know, and who keeps the audio keys and values that it makes."""
+        """Attention metadata of one layer; `kv_sink` receives its audio keys and values."""
         if not self.segments:
             return PackedLayer(None, None, ())
         kind = self.llm.layer_types[layer]
@@ -205,7 +203,7 @@ class JoinedKeys:
 
 @dataclass(frozen=True, eq=False)
 class PackedLayer:
-    """A layer's attention among packed rows; without segments, transformers' own causal one."""
+    """Attention metadata of one layer with packed rows; without segments, attention is transformers' causal one."""
 
     segments: DeviceSegments | None
     window: int | None
@@ -218,7 +216,7 @@ class PackedLayer:
         assert segments is not None
         dtype = query.dtype
         if torch.is_autocast_enabled(query.device.type):
-            # rotary embeddings make queries float32 again, and autocast knows no rule for this kernel
+            # under autocast, rotary embeddings return float32 queries, and autocast does not cast for this kernel
             dtype = torch.get_autocast_dtype(query.device.type)
         q_NHC, k_KGC, v_KGC = (x.squeeze(0).transpose(0, 1).to(dtype) for x in (query, key, value))
         rows = k_KGC.shape[0]
@@ -241,7 +239,7 @@ class PackedLayer:
     def _biased(
         self, q_NHC: Tensor, k_KGC: Tensor, v_KGC: Tensor, rows: int, counts: list[int], scale: float | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The same with columns whose products are the biases, as many as keep the kernel's width a multiple of 8."""
+        """Add a bias to scores by further columns of queries and keys; their number is padded to a multiple of 8."""
         H, C = q_NHC.shape[1:]
         scale = C**-0.5 if scale is None else scale
         q_cols, k_cols = [], []
@@ -268,7 +266,7 @@ def packed_attention(
     window: int | None,
     scale: float | None,
 ) -> Tensor:
-    """Attention of rows [N, H, C] to the keys of their segments -> [N, H, C]."""
+    """Attention of packed rows [N, H, C] to the keys of their segments -> [N, H, C]."""
     if segments.queries_Q is not None:
         assert segments.outs_N is not None and segments.queries_back_Q is not None
         q_NHC = take_rows(q_NHC, segments.queries_Q, (segments.outs_N,))
@@ -296,8 +294,8 @@ def take_rows(x_X: Tensor, index_Y: Tensor, back: tuple[Tensor, ...]) -> Tensor:
     Args:
         x_X: the entries.
         index_Y: which.
-        back: for each entry the places in the result where it stands, [X] each, Y for none. The gradient is then
-            gathered, too, in a fixed order and without atomic additions. Without it, it is scattered.
+        back: index of each entry's first copy in the result, of its second, and so on, [X] each; Y for none. With
+            it the gradient is gathered, in a fixed order and without atomic additions; else it is scattered.
     """
     if not torch.is_grad_enabled() or not back:  # compiled, the function below cannot be traced without gradients
         return x_X.index_select(0, index_Y)
@@ -307,7 +305,7 @@ def take_rows(x_X: Tensor, index_Y: Tensor, back: tuple[Tensor, ...]) -> Tensor:
 
 
 class _Take(torch.autograd.Function):
-    # as many places as `segments.COPIES`, by name: a compiled layer cannot trace any number of them
+    # `segments.COPIES` arguments by name: a compiled layer cannot trace a variable number
 
     @staticmethod
     def forward(
@@ -319,7 +317,7 @@ class _Take(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_Y: Tensor) -> Any:
         first_X, second_X, third_X = ctx.saved_tensors
-        # a row of zeros at the end, for entries that stand nowhere
+        # a row of zeros at the end, for entries without a copy
         grad_Y = F.pad(grad_Y, (0, 0) * (grad_Y.ndim - 1) + (0, 1))
         grad_X = grad_Y.index_select(0, first_X)
         if second_X is not None:
@@ -330,5 +328,5 @@ class _Take(torch.autograd.Function):
 
 
 def flat(k_UGAC: Tensor, v_UGAC: Tensor) -> tuple[Tensor, Tensor]:
-    """Keys and values of padded clips, as the tokens of all, [U A, G, C] each."""
+    """Keys and values of padded clips [U, G, A, C], flattened to [U A, G, C] each."""
     return k_UGAC.transpose(1, 2).flatten(0, 1), v_UGAC.transpose(1, 2).flatten(0, 1)

@@ -1,4 +1,4 @@
-"""Compiling an LLM layer by layer: seconds instead of minutes, one graph for all layers of a kind and all lengths."""
+"""Compile an LLM layer by layer: in seconds instead of minutes, one graph for all layers of a kind and all lengths."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from torch import nn
 from pal.backbone.packed import PackedLayer
 
 GRAPHS = 64
-"""Graphs that a layer's code may have: in training and without gradients, with audio keys and without, and so on."""
+"""Maximum number of graphs of a layer's code: with and without gradients, with and without audio keys, and so on."""
 
 
 def compile_layers(layers: Iterable[nn.Module], **options: Any) -> None:
-    """Compile the `forward` of each layer in place. Hooks on the layers stay outside, and may know a layer's number.
+    """Compile the `forward` of each layer in place. Hooks on the layers run outside of the compiled code.
 
-    Hooks on torch's own modules inside a layer are heard only where they were there before; take them off or
-    uncompile.
+    Hooks on torch's own modules inside a layer run only if they were registered before; for later ones, call
+    `uncompile_layers` first.
 
     Args:
         layers: decoder layers of transformers.
@@ -28,27 +28,27 @@ def compile_layers(layers: Iterable[nn.Module], **options: Any) -> None:
     torch._dynamo.config.recompile_limit = max(GRAPHS, torch._dynamo.config.recompile_limit)
     chosen: dict[str, Any] = {"dynamic": True, "fullgraph": True, "options": {"guard_filter_fn": _needed}, **options}
     for layer in layers:
-        if "forward" not in vars(layer) or is_compiled(layer):  # another's, such as accelerate's, which has hooks in it
+        if "forward" not in vars(layer) or is_compiled(layer):  # else it is accelerate's, say, which runs hooks
             layer.forward = CompiledLayer(layer, chosen)
 
 
 def uncompile_layers(layers: Iterable[nn.Module]) -> None:
-    """Give the layers the `forward` of their class again."""
+    """Restore the `forward` of the layers' class."""
     for layer in layers:
         if is_compiled(layer):
             del layer.forward
 
 
 def is_compiled(layer: nn.Module) -> bool:
-    """Whether `compile_layers` compiled a layer."""
+    """True if `compile_layers` compiled the layer."""
     return isinstance(vars(layer).get("forward"), CompiledLayer)
 
 
 class CompiledLayer:
-    """A layer's `forward`, compiled where no audio is heard, or that of packed rows, which says what this layer hears.
+    """A layer's `forward`: compiled without audio and with packed rows, eager with padded rows and audio.
 
-    In padded batches that depends on the layer's number, and one graph for all layers knows only that of the first.
-    A copy of the layer gets one of its own.
+    With padded rows, attention depends on the layer's number, of which one graph for all layers knows only the first.
+    `PackedLayer` has what this layer needs. A copy of the layer gets its own.
     """
 
     def __init__(self, layer: nn.Module, options: dict[str, Any]) -> None:
@@ -70,12 +70,11 @@ class CompiledLayer:
 
 
 def _needed(guards: Sequence[Any]) -> list[bool]:
-    """Which of a graph's guards are checked at each call.
+    """True for guards of a graph that are checked at each call.
 
-    Those on the insides of torch's own modules, such as that a linear layer has no hooks, are most of them, and
-    checking them takes a GPU's host longer than a layer's kernels. What can change while training is still checked:
-    which weights there are, their type and whether they need gradients, and everything about the layers themselves,
-    such as whether they train.
+    Most guards are on the state of torch's own modules, such as that a linear layer has no hooks. Checking them takes
+    the host longer than a layer's kernels take the GPU, so they are skipped. Still checked is all that training can
+    change: the weights, their dtype and whether they need gradients, and the layers' own state, such as their mode.
     """
     return [
         guard.guard_type == "TENSOR_MATCH" or not guard.orig_guard.source.is_unspecialized_builtin_nn_module()

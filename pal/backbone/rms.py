@@ -1,7 +1,7 @@
-"""RMSNorm as one operation, in both passes.
+"""RMSNorm as one operation, forward and backward.
 
-On a GPU torch has it as a kernel. Elsewhere the same signature is written out behind one operation, so that what a GPU
-runs can be counted on a CPU.
+On a GPU torch has a kernel for it. Elsewhere one custom operation with the same signature computes it, so that the
+operations of a GPU's step can be counted on a CPU.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 def rms_norm(x_MD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-    """Rows by their root mean square, times a weight: [M, D] (Zhang and Sennrich 2019); sums are float32 at least."""
+    """RMSNorm of rows [M, D] (Zhang and Sennrich 2019); sums are in float32 or more."""
     if x_MD.device.type == "cuda" or torch.compiler.is_compiling():
         return F.rms_norm(x_MD, weight_D.shape, weight_D, eps)
     normed: Tensor = _plain(x_MD, weight_D, eps)

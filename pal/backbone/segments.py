@@ -1,9 +1,10 @@
-"""Which rows and keys make up the segments of one variable-length attention call; laid out on the host.
+"""Segments of a variable-length attention call: which rows and keys belong to each; computed on the host.
 
-A layer's queries of a conversation that see the same audio keys are a run. Each run becomes a segment, whose keys are
-all that it sees, in the order of their positions: [before | audio | after]. Its last query then sees all of them, the
-one before all but the last, as `segment_attention` has it. Where run follows run by a few keys each, as the summaries
-of PAL do, they stay one segment, and the keys between take part as queries of which nothing is used.
+Queries of a conversation that see the same audio keys in a layer are a run. Each run becomes a segment, whose keys are
+all that it sees, ordered by position: [before | audio | after]. Attention in a segment is causal, aligned at the end:
+its last query sees all keys, the query before it all but the last (`segment_attention`). Where only a few keys lie
+between two runs, as between PAL's summary tokens, the runs share a segment, and each of these keys gets a dummy query,
+whose output is not used.
 """
 
 from __future__ import annotations
@@ -20,61 +21,61 @@ Ints = NDArray[np.int64]
 Bools = NDArray[np.bool_]
 
 BRIDGE = 16
-"""New keys between two runs up to which queries without use cost less than a segment with a copy of all keys so far."""
+"""Keys between two runs up to which dummy queries cost less than another segment, with a copy of all keys so far."""
 COPIES = 3
-"""Times that a row may stand among the keys and still have its gradients gathered; beyond, they are scattered."""
+"""Copies of a row among the keys up to which its gradient is gathered; beyond, it is scattered."""
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """Where the rows and audio keys of one conversation stand."""
+    """Positions of one conversation's rows and audio keys."""
 
     positions_T: Ints
-    """Of its rows."""
+    """Positions of its rows."""
     text_T: Bools
-    """True for rows of text; False for audio and for rows that ask again."""
+    """True for rows of text; False for audio rows and repeated rows."""
     repeats_T: Bools
-    """True where a row repeats the last text row before it, behind clips; no other row sees it, nor it the repeated."""
+    """True where a row repeats the last text row, behind clips; it and the original do not see each other."""
     keys: tuple[Ints, ...]
     """Positions of the audio keys of each stream."""
 
 
 @dataclass(frozen=True)
 class Segments:
-    """One attention call; numbers of rows count through the batch, and those of keys follow them."""
+    """One attention call. Rows are numbered through the batch; the numbers of audio keys follow."""
 
     cu_seqlens_q: Ints
     cu_seqlens_k: Ints
     keys_K: Ints | None
-    """For each key of the call, its number among all rows and audio keys; None where the rows are the keys."""
+    """Number of the row or audio key that each key of the call is; None where the rows are the keys."""
     back: tuple[Ints, ...]
-    """For each row and audio key, places among the call's keys where it stands, once in each of these; K where none."""
+    """Index of each row's and audio key's first copy among the call's keys, of its second, and so on; K for none."""
     queries_Q: Ints | None
-    """For each query of the call its row; None where the rows are the queries."""
+    """Row of each query of the call; None where the rows are the queries."""
     unused_Q: Bools | None
-    """Which of them nothing is used of."""
+    """True for dummy queries."""
     outs_N: Ints | None
-    """For each row, its place among the queries."""
+    """Index of each row among the queries."""
 
     @property
     def longest(self) -> tuple[int, int]:
-        """Most queries and most keys of a segment."""
+        """Largest number of queries and of keys in a segment."""
         return int(np.diff(self.cu_seqlens_q).max()), int(np.diff(self.cu_seqlens_k).max())
 
     def queries_with_keys(self) -> Bools:
-        """For each query whether its segment has keys."""
+        """True for queries whose segment has keys."""
         return np.repeat(np.diff(self.cu_seqlens_k) > 0, np.diff(self.cu_seqlens_q))
 
 
 def widened(segments: Segments, size: Callable[[int], int]) -> Segments:
-    """The same attention with `size(n)` in the place of each number n of segments, queries and keys.
+    """The same attention, padded to `size(n)` segments, queries and keys in place of n.
 
-    The last segment, a run of rows without audio keys, gets queries of which nothing is used and keys that stand for
-    its last row once more; empty segments follow.
+    The last segment, a run of rows without audio keys, gets dummy queries and further copies of its last row as keys;
+    empty segments follow.
 
     Args:
-        segments: whose last one nothing depends on.
-        size: the same or a larger number.
+        segments: to pad; the output of the last one is not used.
+        size: maps a number to the same or a larger one.
     """
     count = len(segments.cu_seqlens_q) - 1
     cu_seqlens_q, cu_seqlens_k = (
@@ -86,7 +87,7 @@ def widened(segments: Segments, size: Callable[[int], int]) -> Segments:
     queries, keys = int(segments.cu_seqlens_q[-1]), int(segments.cu_seqlens_k[-1])
     last_q, last_k = int(segments.cu_seqlens_q[-2]), int(segments.cu_seqlens_k[-2])
     more_q = 0 if segments.queries_Q is None else size(queries) - queries
-    more_k = size(keys + more_q) - keys  # no fewer than queries, so that each sees a key
+    more_k = size(keys + more_q) - keys  # at least as many as queries, so that each query sees a key
     cu_seqlens_q[count:] += more_q
     cu_seqlens_k[count:] += more_k
     found = replace(
@@ -109,20 +110,20 @@ def widened(segments: Segments, size: Callable[[int], int]) -> Segments:
 
 
 def _inserted(values_X: NDArray[Any], at: int, count: int) -> NDArray[Any]:
-    """The last value so many times more, before place `at`."""
+    """The array with its last value inserted `count` times before index `at`."""
     return np.insert(values_X, at, np.full(count, values_X[-1]))
 
 
 def segments_of(
     conversations: Sequence[Conversation], streams: Sequence[int], window: int | None = None
 ) -> Segments | None:
-    """The segments of layers that the audio keys of some streams join; None where there are no such segments.
+    """Segments of layers that the audio keys of `streams` join; None where attention does not fit into segments.
 
     Args:
         conversations: of the batch, in order.
         streams: which streams' keys join; they follow the rows in this order.
-        window: positions that a query sees back, itself included. Segments count keys, so that many keys back must be
-            that many positions back.
+        window: sliding window in positions, the query's own included. The kernel's window counts keys, so the
+            positions of a segment's keys must have no gaps.
     """
     rows = sum(len(one.positions_T) for one in conversations)
     counts = [sum(len(one.keys[stream]) for one in conversations) for stream in streams]
@@ -132,7 +133,7 @@ def segments_of(
     for one in conversations:
         numbers_A = [np.arange(len(one.keys[s])) + first for s, first in zip(streams, first_keys, strict=True)]
         for own, before in _runs(one, streams, window is not None):
-            # numbers below T are rows; keys count on from there
+            # numbers below T are rows, those from T on audio keys
             table_X = np.concatenate([np.arange(len(one.positions_T)) + first_row, *numbers_A])
             positions_X = np.concatenate([one.positions_T, *(one.keys[s] for s in streams)])
             if window is not None:
@@ -148,15 +149,15 @@ def segments_of(
 
 
 def crossing_segments(conversations: Sequence[Conversation], stream: int) -> Segments:
-    """The segments of a block through which rows look at the keys of one stream alone; a row sees all of its segment.
+    """Segments of a cross-attention block on the keys of one stream; each row sees all keys of its segment.
 
-    Rows that hear nothing have a segment without keys.
+    Rows before all audio have a segment without keys.
     """
     rows = sum(len(one.positions_T) for one in conversations)
     queries, keys = [], []
     first_row = first_key = 0
     for one in conversations:
-        seen_keys_T = _heard(one, [stream])
+        seen_keys_T = _seen_keys(one, [stream])
         for start, end in _same(seen_keys_T):
             queries.append(np.arange(start, end) + first_row)
             keys.append(np.arange(seen_keys_T[start]) + first_key)
@@ -165,22 +166,22 @@ def crossing_segments(conversations: Sequence[Conversation], stream: int) -> Seg
     return _joined(queries, keys, rows, first_key)
 
 
-def _heard(one: Conversation, streams: Sequence[int]) -> Ints:
-    """How many audio keys each row sees, the earliest first; never fewer than the row before."""
+def _seen_keys(one: Conversation, streams: Sequence[int]) -> Ints:
+    """Number of audio keys that each row sees, the earliest ones; never fewer than the row before sees."""
     positions_A = np.sort(np.concatenate([np.zeros(0, np.int64), *(one.keys[s] for s in streams)]))
     seen_keys_T = np.searchsorted(positions_A, one.positions_T + one.repeats_T, side="right")
     return np.asarray(np.maximum.accumulate(seen_keys_T) if len(seen_keys_T) else seen_keys_T, dtype=np.int64)
 
 
 def _runs(one: Conversation, streams: Sequence[int], windowed: bool) -> Iterator[tuple[Ints, Ints]]:
-    """Each segment of a conversation: its own rows and the keys between them, and what it sees before them.
+    """Segments of a conversation, each as: its own rows with the keys between them, and all that they see before.
 
-    Where windows count, none has a gap in its positions.
+    With sliding windows, no segment has a gap in its positions.
     """
     T = len(one.positions_T)
     order_A = np.argsort(np.concatenate([np.zeros(0, np.int64), *(one.keys[s] for s in streams)]), kind="stable")
-    seen_keys_T = _heard(one, streams)
-    # in the order in which a query comes to see them: a key before the rows that hear it
+    seen_keys_T = _seen_keys(one, streams)
+    # ordered by when queries see them: each key before the rows that see it
     place_T, place_A = 2 * seen_keys_T, 2 * np.arange(len(order_A)) + 1
     shown_T = ~one.repeats_T
     gaps_T = np.zeros(T, bool)
@@ -209,7 +210,7 @@ def _same(counts_T: Ints) -> list[tuple[int, int]]:
 
 
 def _blocks(seen_keys_T: Ints, repeats_T: Bools, gaps_T: Bools) -> Iterator[tuple[int, int]]:
-    """Runs that make one segment: where few keys and no gap lie between them, and no row among them asks again."""
+    """Runs that share a segment: only a few keys and no gap lie between them, and no row among them is repeated."""
     start = end = 0
     for a, b in _same(2 * (seen_keys_T + gaps_T.cumsum() + repeats_T.cumsum()) + ~repeats_T):
         if end > start and (
@@ -223,7 +224,7 @@ def _blocks(seen_keys_T: Ints, repeats_T: Bools, gaps_T: Bools) -> Iterator[tupl
 
 
 def _counts_positions(positions_K: Ints, own: int, window: int) -> bool:
-    """Whether a window of keys shows a segment's queries, the last keys of all, what one of positions would."""
+    """True if for all queries of a segment (its last keys) a window in keys equals the window in positions."""
     return bool((np.diff(positions_K) == 1).all()) or (own == 1 and len(positions_K) <= window)
 
 
@@ -244,7 +245,7 @@ def _joined(queries: list[Ints], keys: list[Ints], rows: int, sources: int) -> S
 
 
 def where(keys_K: Ints, sources: int) -> tuple[Ints, ...]:
-    """Where each source stands among the keys: the first places, the second ones, and so on; () where it is often."""
+    """Index of each source's first copy among the keys, of its second, and so on; () beyond `COPIES` copies."""
     order_K = np.argsort(keys_K, kind="stable")
     sorted_K = keys_K[order_K]
     nth_K = np.arange(len(keys_K)) - np.searchsorted(sorted_K, sorted_K)

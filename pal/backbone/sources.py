@@ -1,4 +1,4 @@
-"""Where an LLM comes from: what is no LLM of transformers' is refused by name, before anything is loaded."""
+"""Checks of an LLM's source: what is not a transformers LLM is refused by name, before anything is loaded."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from pal.errors import ConfigError, PalError
 _ADAPTER = "adapter_config.json"
 _POINTER = b"version https://git-lfs"
 _TOKENIZER = ("tokenizer", "vocab", "merges", "spiece", "sentencepiece", "spm", "tekken")
-"""What the names of a tokenizer's files begin with."""
+"""Prefixes of the names of tokenizer files."""
 
 
 def read_config(source: str | Path, revision: str | None = None) -> PreTrainedConfig:
     """The configuration of an LLM on the Hub or in a folder.
 
     Raises:
-        PalError: an adapter, a GGUF file, quantised weights, or nothing that transformers reads.
+        PalError: an adapter, a GGUF file, quantised weights, or a source that transformers cannot read.
     """
     _check_folder(Path(source))
     try:
@@ -48,7 +48,7 @@ def load_tokenizer(source: str, revision: str | None = None) -> PreTrainedTokeni
     """The tokenizer on the Hub or in a folder.
 
     Raises:
-        ConfigError: there is none that transformers reads.
+        ConfigError: there is no tokenizer that transformers can read.
     """
     remedy = "save it there with its save_pretrained, or name another folder or Hub id as the LLM's 'tokenizer'"
     folder = Path(source)
@@ -56,7 +56,7 @@ def load_tokenizer(source: str, revision: str | None = None) -> PreTrainedTokeni
         raise ConfigError(f"'{source}' holds no tokenizer; {remedy}")
     try:
         found: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source, revision=revision)
-    except Exception as error:  # each kind of tokenizer has errors of its own for files that are missing or wrong
+    except Exception as error:  # each kind of tokenizer raises other errors for missing or wrong files
         if (folder / "tokenizer.json").is_file():
             remedy = f"copy or download its files again, or {remedy.partition('or ')[2]}"
         raise ConfigError(f"cannot load the tokenizer '{source}': {first_sentence(error)}; {remedy}") from None
@@ -64,7 +64,7 @@ def load_tokenizer(source: str, revision: str | None = None) -> PreTrainedTokeni
 
 
 def first_sentence(error: Exception) -> str:
-    """What an error of another library says, short enough for a line of ours."""
+    """First sentence of another library's error, shortened for a one-line message."""
     text = re.split(r"\.\s|\n", str(error).strip(), maxsplit=1)[0].rstrip(".:")
     return text[:160] or type(error).__name__
 
@@ -105,7 +105,7 @@ def _check_files(folder: Path) -> None:
 
 
 def more_layers(names: Iterable[str], own: Collection[str]) -> str | None:
-    """The first of the names that belongs to a decoder layer beyond a model's own, as the names of the others say."""
+    """First name of a weight that belongs to a decoder layer beyond the model's last one; None where there is none."""
     for name in sorted(names):
         if re.sub(r"(^|\.)layers\.\d+\.", r"\1layers.0.", name, count=1) in own and name not in own:
             return name

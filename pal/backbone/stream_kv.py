@@ -1,4 +1,4 @@
-"""`StreamKV`: audio keys, values and rows of one stream, ready for the LLM."""
+"""`StreamKV`: audio keys, values and audio rows of one stream, and their layout in time."""
 
 from __future__ import annotations
 
@@ -24,30 +24,30 @@ _KEEP_DTYPE = ("k_scale_LBGA", "v_scale_LBGA")
 class Layout:
     """How audio tokens, audio rows and position ids of one clip lie in time.
 
-    Time is counted in groups: the least stretch that stands on its own. For LAL that is one token, for
-    the hybrid the r tokens that share a summary.
+    A clip is a sequence of groups of tokens, which cannot be divided. For LAL a group is one token, for the
+    hybrid the r tokens that share a summary token.
     """
 
     seconds_per_token: float
-    """0 where the tokens stand for no time of their own, as a Q-Former's do."""
+    """0 for tokens without a time, such as a Q-Former's."""
     tokens: int = 1
     """Encoder tokens of a group."""
     rows: int = 0
     """Rows of the LLM's sequence per group; they lie after the group's keys."""
     keys: bool = True
-    """Whether the tokens go in as keys and values."""
+    """The tokens enter as keys and values."""
     beside: bool = False
-    """Whether keys stand beside the text: they reserve no position ids, and RoPE turns them by their own number."""
+    """Keys reserve no position ids; RoPE rotates them by their index in the clip (cross-attention)."""
     joint: bool = False
-    """Whether a clip's tokens were made from one another inside the LLM, so that chunks cannot be put together."""
+    """Tokens of a clip attended to one another inside the LLM, so that chunks of a clip cannot be joined."""
 
     @property
     def span(self) -> int:
-        """Position ids a group reserves."""
+        """Position ids that a group reserves."""
         return 0 if self.beside else self.tokens * self.keys + self.rows
 
     def groups(self, tokens: int) -> int:
-        """Groups of a clip with so many tokens; the last one may be incomplete."""
+        """Number of groups in a clip of `tokens` tokens; the last group may be incomplete."""
         return -(-tokens // self.tokens)
 
     def key_offsets(self, tokens: int) -> Ints:
@@ -58,15 +58,15 @@ class Layout:
         return j_A + j_A // self.tokens * self.rows
 
     def key_rope_positions(self, tokens: int, start: int) -> Ints:
-        """Positions by which RoPE turns the keys of a clip at position `start`: [A], or [0] without keys."""
+        """Positions that RoPE rotates the keys by, for a clip at position `start`: [A], or [0] without keys."""
         return np.arange(tokens * self.keys) if self.beside else start + self.key_offsets(tokens)
 
     def key_times(self, tokens: int) -> Floats:
-        """Seconds from the start of a clip at which its keys start and end: [A, 2]; NaN where tokens have no time."""
+        """Start and end of each key's token in seconds of the clip: [A, 2]; NaN for tokens without a time."""
         return self._seconds(np.arange(tokens * self.keys)[:, None] + np.array([0, 1]))
 
     def row_times(self, tokens: int) -> Floats:
-        """The same of a clip's rows, which stand for their group: [S, 2]."""
+        """Start and end of each row's group in seconds from the start of the clip: [S, 2]."""
         group_S = np.arange(self.groups(tokens)).repeat(self.rows)
         return self._seconds(np.minimum((group_S[:, None] + np.array([0, 1])) * self.tokens, tokens))
 
@@ -95,7 +95,7 @@ class StreamKV:
     lengths: tuple[int, ...]
     """Audio tokens of each clip."""
     layers: tuple[int, ...]
-    """The LLM's layer of each [L]."""
+    """LLM layer of each entry of the axis L."""
     layout: Layout
     k_scale_LBGA: Tensor | None = None
     v_scale_LBGA: Tensor | None = None
@@ -106,13 +106,13 @@ class StreamKV:
         return {name: x for name, x in named.items() if isinstance(x, Tensor)}
 
     def facts(self) -> dict[str, Any]:
-        """All but the tensors, for JSON."""
+        """All fields but the tensors, for JSON."""
         layout = {part.name: getattr(self.layout, part.name) for part in fields(self.layout)}
         return {"lengths": self.lengths, "layers": self.layers, "layout": layout}
 
     @classmethod
     def restored(cls, tensors: dict[str, Tensor], facts: dict[str, Any]) -> StreamKV:
-        """From what `tensors` and `facts` gave."""
+        """A `StreamKV` from its `tensors` and `facts`."""
         layout = Layout(**facts["layout"])
         return cls(**tensors, lengths=tuple(facts["lengths"]), layers=tuple(facts["layers"]), layout=layout)
 
@@ -182,7 +182,7 @@ class StreamKV:
         return StreamKV.concat(clips)
 
     def slice(self, start: float, end: float) -> StreamKV:
-        """The stretch from `start` to `end` seconds of every clip, widened to whole groups."""
+        """The part of every clip from `start` to `end` seconds, extended to whole groups."""
         first, last = self.groups_between(start, end)
         a, b = first * self.layout.tokens, last * self.layout.tokens
         lengths = tuple(max(0, min(length, b) - a) for length in self.lengths)
@@ -192,7 +192,7 @@ class StreamKV:
         return self._with(lengths, {name: self._groups(name, x, first, last) for name, x in self.tensors().items()})
 
     def groups_between(self, start: float, end: float) -> tuple[int, int]:
-        """The groups that a stretch in seconds touches, from the first to the last, which is not included."""
+        """Groups that overlap a time span in seconds: the first, and one past the last."""
         if not self.layout.seconds_per_token:
             raise PalError("this clip's tokens stand for no time of their own and cannot be cut; index the stretch")
         seconds = self.layout.seconds_per_token * self.layout.tokens
@@ -203,20 +203,20 @@ class StreamKV:
         return first, last
 
     def stretch(self, start: float, end: float) -> tuple[float, float]:
-        """Seconds from where to where `slice` really takes."""
+        """Start and end in seconds of what `slice` returns."""
         seconds = self.layout.seconds_per_token * self.layout.tokens
         first, last = self.groups_between(start, end)
         return first * seconds, last * seconds
 
     def _groups(self, name: str, x: Tensor, first: int, last: int) -> Tensor:
-        """The part of a tensor that belongs to the groups `first` to `last`, which is not included."""
+        """The part of a tensor for groups `first` up to, not including, `last`."""
         axis = _time_axis(name)
         each = self.layout.rows if name == "rows_BSD" else self.layout.tokens
         a, b = (min(group * each, x.shape[axis]) for group in (first, last))
         return x.narrow(axis, a, b - a)
 
     def _with(self, lengths: tuple[int, ...], tensors: dict[str, Tensor]) -> StreamKV:
-        """Other clips of the same kind, without the padding that the longest one does not need."""
+        """The same layout with other clips, without padding beyond the longest one."""
         last = self.layout.groups(max(lengths))
         cut: dict[str, Any] = {name: self._groups(name, x, 0, last) for name, x in tensors.items()}
         return replace(self, lengths=lengths, **cut)

@@ -1,4 +1,4 @@
-"""A byte-level BPE tokenizer of one's own, for models trained from scratch."""
+"""Training of a byte-level BPE tokenizer, for models trained from scratch."""
 
 from collections.abc import Iterable
 
@@ -14,18 +14,18 @@ CHAT_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<assistant>' }}{% endif %}"
 )
-"""`<user>question<assistant> answer<eos>`, turn after turn. With the space a word is the same token in both."""
+"""`<user>question<assistant> answer<eos>` for each turn. The space gives a word the same token as within a text."""
 
 
 def train_tokenizer(
     texts: Iterable[str], vocab_size: int, chat_template: str = CHAT_TEMPLATE
 ) -> PreTrainedTokenizerFast:
-    """Learn a tokenizer from texts; the same texts give the same tokenizer.
+    """Train a tokenizer on texts; deterministic.
 
     Args:
-        texts: what to learn from. Every byte is in the vocabulary, so no text is ever unknown.
-        vocab_size: at most so many tokens, at least 261 (256 bytes and 5 marks).
-        chat_template: Jinja, as transformers uses it.
+        texts: training texts. Every byte is in the vocabulary, so any text can be encoded.
+        vocab_size: maximum number of tokens, at least 261 (256 bytes and 5 special tokens).
+        chat_template: Jinja template, as transformers uses it.
     """
     special = [PAD, EOS, SYSTEM, USER, ASSISTANT]
     if vocab_size < 256 + len(special):

@@ -1,9 +1,9 @@
-"""Attention of segments that lie one after the other, in one kernel whatever their number and lengths.
+"""Variable-length attention: packed segments of any number and lengths in one kernel call.
 
-Query i of a segment with Q queries and K keys sees its keys up to i + K - Q: the last query sees all (bottom-right
-causal); or each sees all. On a GPU that is `torch.nn.attention.varlen.varlen_attn`, whose flash kernel reads grouped
-heads as they are; elsewhere the same signature is written out segment by segment, so that a CPU can test what a GPU
-runs.
+Query i of a segment with Q queries and K keys sees its keys up to i + K - Q, so that the last query sees all
+(bottom-right causal); without `causal` each query sees all. On a GPU the kernel is
+`torch.nn.attention.varlen.varlen_attn`, whose flash kernel takes grouped heads without copies; elsewhere a function
+with the same signature computes segment by segment, so that tests on a CPU cover the packed path.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _HALF = (torch.float16, torch.bfloat16)
 
 
 def has_kernel(device: torch.device, dtype: torch.dtype, head_width: int) -> bool:
-    """Whether the flash kernel takes such queries."""
+    """True if the flash kernel supports queries on this device, of this dtype and head width."""
     fits = dtype in _HALF and head_width % 8 == 0 and head_width <= 256
     return device.type == "cuda" and fits and torch.cuda.get_device_capability(device) >= (8, 0)
 
@@ -45,11 +45,11 @@ def segment_attention(
         k_KGC: keys. v_KGC: values.
         cu_seqlens_q: where each segment's queries start, and where the last ends: int32 [segments + 1].
         cu_seqlens_k: the same of its keys.
-        max_seqlen_q: queries of the longest segment, or more.
-        max_seqlen_k: the same of keys.
-        causal: whether queries see keys up to their own place, or all.
-        window: how many keys back a query sees, the last it sees included; None means all.
-        scale: what scores are multiplied with; None is 1 / sqrt(C).
+        max_seqlen_q: queries of the longest segment, or an upper bound.
+        max_seqlen_k: the same for keys.
+        causal: bottom-right causal; else each query sees all keys of its segment.
+        window: sliding window in keys, the last key that the query sees included; None means all.
+        scale: factor on the scores; None is 1 / sqrt(C).
     """
     sizes = (max_seqlen_q, max_seqlen_k, causal, window, scale)
     if q_NHC.device.type == "cuda":
@@ -70,7 +70,7 @@ def flash(
     window: int | None,
     scale: float | None,
 ) -> Tensor:
-    """`segment_attention` by torch's kernel for a GPU."""
+    """`segment_attention` with torch's flash kernel, on a GPU."""
     shown = (-1 if window is None else window - 1, 0 if causal else -1)
     options: dict[str, Any] = {"window_size": shown, "scale": scale, **_grouped()}
     out_NHC = varlen_attn(q_NHC, k_KGC, v_KGC, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, **options)
@@ -80,7 +80,7 @@ def flash(
 
 @cache
 def _grouped() -> dict[str, bool]:
-    # torch 2.11 takes grouped heads without being told
+    # torch 2.11 takes grouped heads without an option
     return {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 
 
@@ -97,7 +97,7 @@ def _plain(
     window: int | None,
     scale: float | None,
 ) -> Tensor:
-    """`segment_attention` by SDPA, one segment after the other."""
+    """`segment_attention` with SDPA, segment by segment."""
     out_NHC = torch.zeros_like(q_NHC)
     for queries, keys in _segments(cu_seqlens_q, cu_seqlens_k):
         if keys.stop > keys.start:
