@@ -1,4 +1,4 @@
-"""Masks of the sequence's rows: which of them each query sees, beside the audio keys."""
+"""Attention masks over the rows of the sequence; those over audio keys are in `audio_keys`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from pal.backbone.context import AudioContext
 
 RowKind = tuple[int | None, tuple[int, ...]]
-"""Layers of one kind see the same rows; see `AudioContext.rows_kind`."""
+"""Kind of layer: layers of one kind see the same rows; see `AudioContext.rows_kind`."""
 
 
 def rows_seen(context: AudioContext, kind: RowKind, valid_BK: Tensor, positions_BQ: Tensor, beams: int) -> Tensor:
@@ -37,23 +37,23 @@ def rows_seen(context: AudioContext, kind: RowKind, valid_BK: Tensor, positions_
         hidden_BK = of_prompt(context.hidden_rows[i][1], valid_BK, beams)
         # a hidden row still sees itself, since a row without any key would be NaN
         seen_BQK = seen_BQK & (~hidden_BK[:, None, :] | (index_K == index_Q[:, None]))
-    # padding sees everything, for the same reason; nothing ever reads it
+    # padding sees everything, for the same reason; its output is never used
     return (seen_BQK | ~valid_BK[:, -Q:, None])[:, None]
 
 
 def row_tiles_of(kind: RowKind, valid_BK: Tensor, seen_B1QK: Tensor) -> tuple[AttentionTile, ...]:
-    """The same as `rows_seen`, as rectangles."""
+    """`rows_seen` as tiles."""
     B, _, Q, K = seen_B1QK.shape
     whole = AttentionTile((0, B), (0, Q), (0, K))
     if kind != (None, ()):
         return masked(seen_B1QK)
     if Q == K and bool((valid_BK[:, :-1] >= valid_BK[:, 1:]).all()):
-        return (replace(whole, causal=True),)  # padding comes last, where no real row sees it
+        return (replace(whole, causal=True),)  # padding is last, where no real row sees it
     return (whole,) if Q == 1 and bool(valid_BK.all()) else masked(seen_B1QK)
 
 
 def _positions(context: AudioContext, length: int, beams: int) -> Tensor:
-    """Positions of the first `length` rows: the prompt's, then one more for each generated token."""
+    """Positions of the first `length` rows: the prompt's, then those of generated tokens."""
     rows_BT = for_beams(context.rows_BT, beams)
     more = length - rows_BT.shape[1]
     if more <= 0:
@@ -62,7 +62,7 @@ def _positions(context: AudioContext, length: int, beams: int) -> Tensor:
 
 
 def of_prompt(x_BT: Tensor, valid_BK: Tensor, beams: int) -> Tensor:
-    """What is said of the prompt's rows, for all rows so far [B, K]: False for those that were generated."""
+    """A mask over the prompt's rows, extended to all rows so far [B, K] by False for generated ones."""
     x_BK = for_beams(x_BT, beams)[:, : valid_BK.shape[1]]
     return F.pad(x_BK, (0, valid_BK.shape[1] - x_BK.shape[1]))
 

@@ -24,15 +24,15 @@ _FORMAT = "pal-audio-kv-3"
 class AudioKV:
     """Audio KV cache of clips: a `StreamKV` for each stream of the model (one, unless it is an ensemble).
 
-    Keys are not rotated yet, so a clip can be bound to any position later; `Integration.forward` takes
-    it in place of features.
+    Keys are stored before RoPE, so that a clip can stand at any position; `Integration.forward` takes
+    `AudioKV` in place of features.
     """
 
     streams: tuple[StreamKV, ...]
     durations: tuple[float, ...]
     """Seconds of each clip."""
     digest: str
-    """Of the model that made it."""
+    """Digest of the model that computed it."""
 
     def __len__(self) -> int:
         """Number of clips."""
@@ -54,7 +54,7 @@ class AudioKV:
         return sum(tensor.nbytes for tensor in self._tensors().values())
 
     def check(self, digest: str, where: str = "this audio index") -> None:
-        """Raises BundleError when another model made it."""
+        """Raise BundleError if another model computed it."""
         if digest != self.digest:
             raise BundleError(
                 f"{where} was made by another model ({self.digest[:12]}, not {digest[:12]}); index the audio again"
@@ -93,8 +93,8 @@ class AudioKV:
         """Each clip followed by its continuation.
 
         Raises:
-            PalError: another model or batch size, a clip that ends inside a group of the hybrid, or audio
-                whose tokens were made from one another.
+            PalError: another model or batch size, a clip that ends inside a group of the hybrid, or tokens that
+                attended to one another.
         """
         later.check(self.digest, where="the other clip")
         if len(self) != len(later):
@@ -106,10 +106,10 @@ class AudioKV:
         )
 
     def slice(self, start: float, end: float) -> AudioKV:
-        """The stretch from `start` to `end` seconds of every clip, widened to whole groups.
+        """The part of every clip from `start` to `end` seconds, extended to whole groups.
 
         Raises:
-            PalError: no such stretch, or tokens that stand for no time of their own.
+            PalError: a span outside of a clip, or tokens without a time.
         """
         streams = tuple(stream.slice(start, end) for stream in self.streams)
         stretches = [stream.stretch(start, end) for stream in self.streams]
@@ -124,14 +124,14 @@ class AudioKV:
 
     @classmethod
     def load(cls, path: str | Path, digest: str | None = None) -> AudioKV:
-        """Read what `save` wrote.
+        """Read a file that `save` wrote.
 
         Args:
             path: the file.
-            digest: of the model that will use it; None skips that check.
+            digest: of the model that will use it; None skips this check.
 
         Raises:
-            BundleError: not such a file, a damaged one, or one that another model made.
+            BundleError: another kind of file, a damaged one, or another model's.
         """
         try:
             with safe_open(path, framework="pt") as file:

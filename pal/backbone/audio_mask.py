@@ -1,4 +1,4 @@
-"""Audio that queries must not see (`AudioMask`), chosen by what each token stands for (`TokenSpans`)."""
+"""Masks of audio (`AudioMask`), by stream, clip and time of each token (`TokenSpans`)."""
 
 from __future__ import annotations
 
@@ -11,27 +11,27 @@ from torch import Tensor
 from pal.errors import ConfigError
 
 EDGE = 1e-4
-"""Seconds by which a token must reach into a span: more than round-off, less than any token."""
+"""Seconds by which a token must overlap a time span to be in it: more than round-off, less than any token."""
 
 
 @dataclass(frozen=True)
 class AudioMask:
-    """Mask of audio that no query sees. Positions, and what is computed of the audio itself, stay as they are.
+    """Mask of audio that no query sees. Positions and the audio's own K/V and embeddings do not change.
 
-    An audio row still sees itself: where a prompt ends in one, as PLITS' does in a clip, it predicts the first token.
-    What is given narrows it down; without anything it is all audio.
+    An audio row still sees itself: a prompt may end in one (PLITS), which predicts the first token. Each field
+    restricts the mask; without any field, all audio is masked.
     """
 
     pathway: Literal["keys", "rows"] | None = None
     """Audio K/V (LAL), or audio rows of the sequence (PLITS, summaries)."""
     stream: int | None = None
-    """Number of a connector's output, counted from 0; a model with one encoder has one."""
+    """Number of the stream (a connector's output), from 0."""
     layers: Collection[int] | None = None
-    """Layers whose queries do not see it."""
+    """Layers in which it is masked; None: all."""
     seconds: tuple[float, float] | None = None
-    """Tokens that sound at any time between these two, counted from the start of their clip."""
+    """Time span from the start of the clip: tokens that overlap it are masked."""
     share: tuple[float, float] | None = None
-    """The same in shares of their clip, from 0 to 1, so that clips of any length lose as much."""
+    """Time span in shares of the clip, from 0 to 1, so that clips of any length lose the same share."""
 
     @property
     def timed(self) -> bool:
@@ -44,7 +44,7 @@ class AudioMask:
         return self.stream is not None or self.timed
 
     def check(self, streams: int, layers: int) -> None:
-        """Raises ConfigError for an empty time, and for what a model of so many streams and layers does not have."""
+        """Raise ConfigError for an empty time span, and for streams or layers that the model does not have."""
         for times in (self.seconds, self.share):
             if times is not None and not 0 <= times[0] < times[1]:
                 raise ConfigError(f"{times[0]:g} to {times[1]:g} cannot be hidden: the end must lie after the start")
@@ -60,18 +60,18 @@ class TokenSpans:
     """Stream, clip and time span of each row or key; all [B, X]."""
 
     stream_BX: Tensor
-    """Number of the stream they are made from; -1 for text and padding."""
+    """Number of the stream; -1 for text and padding."""
     clip_BX: Tensor
     """Number of the clip within its conversation; -1 for text and padding."""
     start_BX: Tensor
-    """Seconds from the start of the clip; NaN where tokens stand for no time of their own, and for text."""
+    """Seconds from the start of the clip; NaN for tokens without a time, and for text."""
     end_BX: Tensor
 
     def chosen(self, what: AudioMask) -> Tensor:
-        """Those of the stream and the time that `what` names: bool [B, X].
+        """Entries of the stream and the time span that `what` names: bool [B, X].
 
         Raises:
-            ConfigError: a time, of tokens that have none.
+            ConfigError: a time span, for tokens without a time.
         """
         chosen_BX = self.stream_BX >= 0
         if what.stream is not None:
@@ -88,12 +88,12 @@ class TokenSpans:
         return chosen_BX
 
     def lengths(self) -> Tensor:
-        """Seconds of the clip that each is from: where its last token ends; [B, X]."""
+        """Length in seconds of each entry's clip, the end of its last token: [B, X]."""
         clips = int(self.clip_BX.max()) + 2 if self.clip_BX.numel() else 1
         ends_BY = self.end_BX.new_zeros(len(self.end_BX), clips)
         ends_BY = ends_BY.scatter_reduce(1, self.clip_BX + 1, self.end_BX.nan_to_num(), "amax")
         return ends_BY.gather(1, self.clip_BX + 1)
 
     def ordered(self, order_BT: Tensor) -> TokenSpans:
-        """The same in another order ([B, T] of indices)."""
+        """The entries reordered by indices [B, T]."""
         return TokenSpans(*(getattr(self, part.name).gather(1, order_BT) for part in fields(self)))

@@ -1,11 +1,11 @@
-"""`JointCache`: keys and values for decoding, the audio's before the text's in one storage.
+"""`JointCache`: KV cache for decoding; audio and text K/V of a layer share one storage, the audio's first.
 
-Every row that is generated comes after all audio of its conversation. So in decoding audio is what text is: keys that
-were there before, and a step's attention is the plain LLM's, one call over all of them. Where a row has padding, a
-shorter clip or a sliding window, one mask a step says so, for all layers of a kind.
+All generated rows come after all audio of their conversation. So in decoding, audio keys are ordinary entries of the
+cache, and a step's attention is the plain LLM's: one call over all keys. If there is padding, a shorter clip or a
+sliding window, one mask per step and kind of layer hides what is not seen.
 
-A prompt is stored once, however many rows continue it (beams, several answers): their queries attend to it together,
-and a mask says which generated row is whose. Reordering beams changes that mask and moves no keys.
+Each prompt is stored once for all its beams or samples. Their queries attend to it in one call, and a mask separates
+their generated keys. Reordering beams changes this mask and moves no keys.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from pal.types import LLMInputs
 
 
 class JointCache(Cache):
-    """transformers' cache of prompts with audio; see this file's head.
+    """KV cache of prompts with audio, in transformers' interface.
 
-    `begin` takes prompts, which then go through the LLM once. Each later forward is one row more, with a
-    `DecodingStep` as its `audio`. Lengths are those of the text, as transformers' loops count them.
+    `begin` takes the prompts, and one forward prefills them. Each later forward decodes one row per beam, with a
+    `DecodingStep` as `attention_metadata`. Lengths count the text only, as transformers' loops expect.
     """
 
     def __init__(self, plan: CachePlan) -> None:
@@ -40,11 +40,11 @@ class JointCache(Cache):
         super().__init__(layers=list(self.stores))
         self.plan = plan
         self.context: AudioContext | None = None
-        """The prompts' audio while they are read, its keys and values in the storage."""
+        """Audio context of the prompts during prefill; its K/V are in the storage."""
         self.packed: LLMInputs | None = None
-        """The prompts while they are read, where they lie one after the other."""
+        """The prompts during prefill, if they are packed."""
         self.blocks: list[Mapping[int, Block]] = []
-        """What stands before layers and looks at keys of its own."""
+        """Cross-attention blocks by layer, for each of their key sets."""
         self._decode_mask: DecodeMask | None = None
         self._crossed: list[dict[int, tuple[Tensor, Tensor]]] = [{} for _ in plan.crossed]
         self._order_BT: Tensor | None = None
@@ -53,28 +53,28 @@ class JointCache(Cache):
 
     @property
     def decode_mask(self) -> DecodeMask:
-        """What generated rows see."""
+        """Mask of generated rows."""
         assert self._decode_mask is not None, "begin first"
         return self._decode_mask
 
     @property
     def begun(self) -> bool:
-        """Whether the prompts are stored."""
+        """True once the prompts are stored."""
         return self.get_seq_length() > 0
 
     @property
     def no_mask(self) -> Tensor:
-        """What keeps transformers from making a mask in a step: any that has 4 dimensions already."""
+        """Placeholder mask for a step: given a 4-dimensional mask, transformers makes none."""
         return self.decode_mask.zero.view(1, 1, 1, 1)
 
     @torch.no_grad()
     def begin(self, inputs: LLMInputs, prompts: CachedPrompts, dtype: torch.dtype) -> None:
-        """Take prompts, padded on the left or packed; audio keys and values of padded ones are made now.
+        """Start with prompts, padded on the left or packed; the audio K/V of padded ones are computed now.
 
         Args:
             inputs: the prompts.
-            prompts: how they lie.
-            dtype: of queries, in which masks are made.
+            prompts: their layout.
+            dtype: of queries and masks.
         """
         context, device = inputs.audio_context, inputs.position_ids_BT.device
         if isinstance(context, PackedContext) and any(one.bias is not None for one in context.keys):
@@ -101,7 +101,7 @@ class JointCache(Cache):
             self.context = self._stored(context)
 
     def _stored(self, context: AudioContext) -> AudioContext:
-        """The same audio, with its keys and values made and put where they stay."""
+        """The context with its audio K/V computed and written to the storage."""
         parts = []
         for which, keys in enumerate(context.keys):
             rope = {} if keys.built is not None else context.llm.rope(keys.rope_positions_BA)
@@ -134,13 +134,13 @@ class JointCache(Cache):
         return made
 
     def capture_layer(self, layer: int) -> CapturingLayer:
-        """What stands in the cache's place in a layer that packed prompts go through."""
+        """A cache for one layer that captures the K/V of packed prompts."""
         self.flush()
         self._captured = CapturingLayer(layer)
         return self._captured
 
     def flush(self) -> None:
-        """Store what the last layer made of packed prompts."""
+        """Write the K/V captured in the last layer to the storage."""
         captured, self._captured = self._captured, None
         if captured is None:
             return
@@ -161,22 +161,22 @@ class JointCache(Cache):
         store.hold_prompt(k, v)
 
     def _laid(self, x_IGC: Tensor, order_BX: Tensor) -> Tensor:
-        """Entries that lie one after the other, in rows [B, G, X, C]."""
+        """Packed entries [I, G, C] by index -> [B, G, X, C]."""
         return x_IGC.index_select(0, order_BX.flatten()).unflatten(0, order_BX.shape).transpose(1, 2)
 
     def end_prompts(self) -> None:
-        """Let go of the prompts, of which all that decoding needs is in the storage."""
+        """Free the prompts; the storage has all that decoding needs."""
         self.flush()
         self.context = self.packed = self._order_BT = None
         self._key_orders = {}
 
     def end(self) -> None:
-        """Let go of all that is not the storage, which is kept for another call."""
+        """Free everything but the storage, which another call reuses."""
         self.end_prompts()
         self.blocks = []
 
     def step(self, position_ids: Tensor) -> DecodingStep:
-        """What the next row of each beam sees.
+        """Attention metadata of the next row of each beam.
 
         Args:
             position_ids: [B times beams, 1].
@@ -197,23 +197,23 @@ class JointCache(Cache):
         return DecodingStep(self, tuple(masks[kind] for kind in plan.layers))
 
     def crossing(self, layer: int) -> list[tuple[Block, Tensor | None, Tensor, Tensor]]:
-        """The blocks before the layer, each with what its rows see, bool [B, 1, 1, A], and the keys and values."""
+        """Cross-attention blocks before the layer, each with its mask, bool [B, 1, 1, A], keys and values."""
         sets = zip(self.blocks, self.decode_mask.crossed, self._crossed, strict=True)
         return [(blocks[layer], seen, *crossed[layer]) for blocks, seen, crossed in sets if layer in crossed]
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Let each row go on from what another one made: [B times beams] numbers of rows of the same prompts."""
+        """Let each beam continue another beam of the same prompt: indices [B times beams]."""
         self.decode_mask.reorder(beam_idx)
 
 
 class CapturingLayer:
-    """What a layer makes of packed prompts; stored when the layer is done, since it may be compiled.
+    """Capture of a layer's K/V of packed prompts, which are stored after the layer, since it may be compiled.
 
     Attributes:
         layer: its number.
         text: keys and values of the rows, [1, G, N, C] each.
         joined: of each set of audio keys that joins the layer's own, [I, G, C] each.
-        crossed: of sets that blocks before the layer look at, by their number.
+        crossed: of key sets of cross-attention blocks before the layer, by their number.
     """
 
     def __init__(self, layer: int) -> None:
@@ -223,7 +223,7 @@ class CapturingLayer:
         self.crossed: dict[int, tuple[Tensor, Tensor]] = {}
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
-        """In the place of a cache's."""
+        """Capture the text's K/V; the signature is that of transformers' caches."""
         self.text = (key_states, value_states)
         return key_states, value_states
 
@@ -234,19 +234,19 @@ class DecodingStep:
 
     cache: JointCache
     masks: tuple[Tensor | None, ...]
-    """Per layer, what is added to the scores: [B, 1, 1 or beams, K]; None where everything is seen."""
+    """Additive mask of each layer, [B, 1, 1 or beams, K]; None where everything is seen."""
 
     @property
     def beams(self) -> int:
-        """Rows that continue each prompt."""
+        """Beams (or samples) per prompt."""
         return self.cache.plan.beams
 
     def crosses(self, layer: int) -> bool:
-        """Whether blocks stand before a layer."""
+        """True if cross-attention blocks come before the layer."""
         return bool(self.cache.crossing(layer))
 
     def cross(self, layer: int, x_RQD: Tensor) -> Tensor:
-        """The rows that go into a layer, after the blocks that stand before it."""
+        """The layer's input rows after the cross-attention blocks before it."""
         for block, seen_B11A, k_BGAC, v_BGAC in self.cache.crossing(layer):
             x_BXD = x_RQD.reshape(-1, self.beams, x_RQD.shape[2])
             seen = None if seen_B11A is None else seen_B11A.expand(-1, -1, self.beams, -1)
@@ -255,6 +255,6 @@ class DecodingStep:
 
 
 def _numbers(lengths: list[int] | tuple[int, ...]) -> list[range]:
-    """Numbers of rows of so many each, one after the other."""
+    """Consecutive ranges of the given lengths."""
     firsts = [sum(lengths[:b]) for b in range(len(lengths))]
     return [range(first, first + length) for first, length in zip(firsts, lengths, strict=True)]

@@ -1,4 +1,4 @@
-"""Where a cache keeps a layer's keys and values: the audio's, then the text's, then what is generated."""
+"""Storage of a cache, layer by layer: K/V of the audio, then of the prompt's text, then of generated rows."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ if TYPE_CHECKING:
     from pal.backbone.packed import PackedContext
 
 ROOM = 64
-"""Generated rows that a storage has room for at first; each time it is full, it gets as much again."""
+"""Initial room for generated rows; when full, the storage grows by as much again."""
 STEP = 64
-"""Sizes of a fixed storage are multiples of this, so that prompts of like length can use one another's."""
+"""Sizes of a fixed storage are multiples of this, so that prompts of similar length can reuse it."""
 Kind = tuple[int | None, tuple[int, ...], tuple[int, ...]]
-"""Layers that see the same: their window, which of the prompts' `hidden` hold, which of their `keys` join."""
+"""Kind of layer: its window, and the numbers of the prompts' `hidden` and `keys` that apply to it."""
 
 
 @dataclass(frozen=True, eq=False)
 class AudioKeyLayout:
-    """Audio keys of prompts, filled up on the right."""
+    """Audio keys of prompts, padded on the right."""
 
     layers: tuple[int, ...]
-    """Layers that they join, or, where they are `crossed`, before which blocks look at them."""
+    """Layers that they join, or, if `crossed`, layers that cross-attention blocks come before."""
     crossed: bool
     mask_BA: Tensor
     positions_BA: Tensor
@@ -43,18 +43,18 @@ class AudioKeyLayout:
 
 @dataclass(frozen=True, eq=False)
 class CachedPrompts:
-    """How prompts lie, filled up on the left, and what generated rows see of them; on any device."""
+    """Layout of prompts, padded on the left, and what generated rows see of them; on any device."""
 
     valid_BT: Tensor
-    """Which rows are real."""
+    """True for real rows."""
     positions_BT: Tensor
     keys: tuple[AudioKeyLayout, ...] = ()
     hidden: tuple[tuple[frozenset[int], Tensor], ...] = ()
-    """Layers, and rows [B, T] that no generated row sees there."""
+    """Layers, and rows [B, T] that generated rows do not see in these layers."""
 
     @classmethod
     def padded(cls, context: AudioContext | None, valid_BT: Tensor, positions_BT: Tensor) -> CachedPrompts:
-        """Of rows that are padded on the left."""
+        """Layout of rows that are padded on the left."""
         if context is None:
             return cls(valid_BT.bool(), positions_BT)
         keys = tuple(
@@ -64,7 +64,7 @@ class CachedPrompts:
 
     @classmethod
     def packed(cls, context: PackedContext) -> CachedPrompts:
-        """Of rows that lie one after the other; on the host."""
+        """Layout of packed rows; on the host."""
         positions_BT, valid_BT = filled([one.positions_T for one in context.conversations], left=True)
         repeats_BT, _ = filled([one.repeats_T for one in context.conversations], left=True)
         keys = []
@@ -80,7 +80,7 @@ class CachedPrompts:
         return self.valid_BT.shape[0], self.valid_BT.shape[1]
 
     def kinds(self, windows: Sequence[int | None]) -> tuple[list[Kind], list[int]]:
-        """The kinds of layers there are, and each layer's number among them."""
+        """The kinds of layers, and the index of each layer's kind."""
         each: list[Kind] = [
             (
                 window,
@@ -94,9 +94,9 @@ class CachedPrompts:
 
 
 def filled(rows: Sequence[Any], left: bool) -> tuple[Tensor, Tensor]:
-    """Rows of different lengths as one matrix, with zeros, and a mask that is True where they are."""
+    """Sequences of different lengths as one zero-padded matrix, and its mask: True where an entry is real."""
     longest = max(len(row) for row in rows)
-    # an empty range says nothing of its kind
+    # an empty range has no dtype
     kind = next((np.asarray(row).dtype for row in rows if len(row)), np.dtype(np.int64))
     matrix = np.zeros((len(rows), longest), kind)
     mask = np.zeros((len(rows), longest), bool)
@@ -109,28 +109,28 @@ def filled(rows: Sequence[Any], left: bool) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class CachePlan:
-    """What a storage must hold. Of equal plans a fixed one can be used again."""
+    """Sizes of a storage. A fixed storage can be reused for an equal plan."""
 
     rows: int
-    """B: prompts."""
+    """B, prompts."""
     beams: int
-    """Rows that continue each prompt."""
+    """Beams (or samples) per prompt."""
     text: int
-    """T, the prompts' rows."""
+    """T, rows of a prompt."""
     room: int
-    """Rows that can be generated before the storage must grow."""
+    """Generated rows per beam before the storage must grow."""
     fixed: bool
-    """Whether it never grows and is written by index, as a CUDA graph needs it."""
+    """The storage never grows and is written by index, as CUDA graphs need it."""
     kinds: tuple[tuple[int | None, int], ...]
-    """Of each kind of layer the window and A, the audio keys."""
+    """Window and number of audio keys A of each kind of layer."""
     layers: tuple[int, ...]
-    """The kind of each layer."""
+    """Index in `kinds` of each layer."""
     crossed: tuple[tuple[int, tuple[int, ...]], ...]
-    """Of each set of keys that blocks look at: A, and the layers the blocks stand before."""
+    """For each key set of cross-attention blocks: A, and the layers that the blocks come before."""
 
     @property
     def slots(self) -> int:
-        """Generated rows of all beams of a prompt that there is room for."""
+        """Room for generated rows of all beams of a prompt."""
         return self.room * self.beams
 
     @classmethod
@@ -143,14 +143,14 @@ class CachePlan:
         room: int = ROOM,
         fixed: bool = False,
     ) -> CachePlan:
-        """What prompts need.
+        """Plan for prompts.
 
         Args:
             windows: of the LLM's layers.
-            prompts: that will be stored.
-            beams: rows that continue each prompt.
-            room: rows that will be generated, as far as known.
-            fixed: whether no more than these will be.
+            prompts: to store.
+            beams: per prompt.
+            room: number of rows to generate, if known.
+            fixed: no more than `room` rows will be generated.
         """
 
         def wide(width: int) -> int:
@@ -173,7 +173,7 @@ class CachePlan:
 class CacheLayer(CacheLayerMixin):
     """One layer's keys and values [B, G, A + T + generated, C].
 
-    They are written in place; where there is no more room, the storage gets as much again.
+    They are written in place; a full storage grows by as much room again.
     """
 
     is_sliding = False
@@ -188,15 +188,15 @@ class CacheLayer(CacheLayerMixin):
         self.beams = plan.beams
         self.room = plan.room
         self.rows = 0
-        """Of the sequence so far, the audio's not counted."""
+        """Rows of the sequence so far, audio keys not counted."""
         self.steps = 0
         self.slots_X: Tensor | None = None
-        """Where a fixed storage is written to next; one place for each beam."""
+        """Next index to write in a fixed storage, for each beam."""
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Storage for keys and values such as these."""
+        """Allocate storage for keys and values of this shape and dtype."""
         width = self.prompt + self.room * self.beams
-        # a storage that is kept for other calls must not belong to this one's inference mode
+        # other calls may reuse the storage, so its tensors must not be inference tensors
         with torch.inference_mode(False):
             self.keys, self.values = (
                 torch.zeros(x.shape[0], x.shape[1], width, x.shape[3], dtype=x.dtype, device=x.device)
@@ -206,14 +206,14 @@ class CacheLayer(CacheLayerMixin):
         self.is_initialized = True
 
     def begin(self) -> None:
-        """Forget what is stored."""
+        """Clear the storage."""
         self.rows = self.steps = 0
-        if self.is_initialized:  # what is not seen must still be finite
+        if self.is_initialized:  # masked entries must still be finite
             self.keys.zero_()
             self.values.zero_()
 
     def hold(self, first: int, k_BGAC: Tensor, v_BGAC: Tensor) -> tuple[Tensor, Tensor]:
-        """Store keys and values from place `first` on; gives them back as parts of the storage."""
+        """Store keys and values from index `first` on; returns them as views of the storage."""
         if not self.is_initialized:
             self.lazy_initialization(k_BGAC, v_BGAC)
         places = slice(first, first + k_BGAC.shape[2])
@@ -221,7 +221,7 @@ class CacheLayer(CacheLayerMixin):
         return self.keys[:, :, places], self.values[:, :, places]
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Store rows of text. In a prompt these come back alone; in a step everything does, the audio first."""
+        """Store rows of text. Returns these K/V in prefill, all K/V in a decoding step, the audio's first."""
         if not self.rows:
             self.hold_prompt(key_states, value_states)
             return key_states, value_states
@@ -248,17 +248,17 @@ class CacheLayer(CacheLayerMixin):
         self.hold(self.prompt - self.rows, k_BGTC, v_BGTC)
 
     def _beside(self, x_RG1C: Tensor) -> Tensor:
-        """The beams' rows of each prompt side by side: [B, G, beams, C]."""
+        """Rows of all beams, grouped by prompt: [B, G, beams, C]."""
         if self.beams == 1:
             return x_RG1C
         return x_RG1C.squeeze(2).unflatten(0, (-1, self.beams)).transpose(1, 2)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Of the text's rows, as transformers counts them."""
+        """Length and offset of the mask over the text's rows."""
         return self.rows + query_length, 0
 
     def get_seq_length(self) -> int:
-        """Of the text's rows."""
+        """Number of the text's rows."""
         return self.rows
 
     def get_max_length(self) -> int:
@@ -267,7 +267,7 @@ class CacheLayer(CacheLayerMixin):
 
 
 def kept(x: Tensor) -> Tensor:
-    """A copy that later calls may write to, whatever mode this one is in."""
+    """A copy that later calls may write to, also if this call is in inference mode."""
     with torch.inference_mode(False):
         copy = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     return copy.copy_(x)

@@ -1,4 +1,4 @@
-"""Prompts and steps through an LLM with a `JointCache`."""
+"""Prefill and decoding steps of an LLM with a `JointCache`."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ if TYPE_CHECKING:
 def prepared(
     llm: AttentionGeometry, inputs: LLMInputs, *, beams: int = 1, room: int = ROOM, fixed: bool = False
 ) -> JointCache:
-    """A cache that has begun with prompts, padded on the left or packed.
+    """A cache for prompts, padded on the left or packed.
 
     Args:
         llm: the LLM.
         inputs: the prompts.
-        beams: rows that continue each.
-        room: rows that will be generated, as far as known.
-        fixed: whether no more than these will be.
+        beams: per prompt.
+        room: number of rows to generate, if known.
+        fixed: no more than `room` rows will be generated.
     """
     prompts = prompts_of(inputs)
     cache = JointCache(CachePlan.of(llm.windows, prompts, beams=beams, room=room, fixed=fixed))
@@ -42,7 +42,7 @@ def prepared(
 
 
 def prompts_of(inputs: LLMInputs) -> CachedPrompts:
-    """How prompts lie."""
+    """Layout of prompts."""
     if isinstance(inputs.audio_context, PackedContext):
         return CachedPrompts.packed(inputs.audio_context)
     return CachedPrompts.padded(inputs.audio_context, inputs.attention_mask_BT, inputs.position_ids_BT)
@@ -51,7 +51,7 @@ def prompts_of(inputs: LLMInputs) -> CachedPrompts:
 def cache_for(
     context: AudioContext, embeds_BTD: Tensor | None, valid_BT: Tensor | None, positions_BT: Tensor | None
 ) -> JointCache | None:
-    """A cache for a forward that asks for one; None where its rows are not padded on the left, or incomplete."""
+    """A cache for a forward with `use_cache`; None where its rows are not padded on the left, or inputs are missing."""
     if embeds_BTD is None or valid_BT is None or positions_BT is None or valid_BT.ndim != 2:
         return None
     if not valid_BT.shape == positions_BT.shape == context.rows_BT.shape or not bool(valid_BT[:, -1].all()):
@@ -60,14 +60,14 @@ def cache_for(
 
 
 def read_prompts(llm: Backbone, cache: JointCache, inputs: LLMInputs) -> Tensor:
-    """Put the prompts that a cache has begun with through the LLM; logits [B, V] of what follows them."""
+    """Prefill: run the LLM on the cache's prompts; logits [B, V] of the next token."""
     out = llm.lm(**as_given(cache, inputs), past_key_values=cache, use_cache=True, logits_to_keep=1)
     logits_BV: Tensor = out.logits[:, -1]
     return logits_BV
 
 
 def as_given(cache: JointCache | None, inputs: LLMInputs) -> dict[str, Any]:
-    """Prompts as a causal LLM's forward takes them; of packed ones, which the cache has, what stands for them."""
+    """Arguments of a causal LLM's forward for prompts; for packed ones, which the cache holds, padded placeholders."""
     if cache is None or not isinstance(inputs.audio_context, PackedContext):
         rows, valid_BT, positions_BT = inputs.inputs_embeds_BTD, inputs.attention_mask_BT, inputs.position_ids_BT
     else:
@@ -89,25 +89,25 @@ def through_cache(
     kwargs: dict[str, Any],
     compiled: bool,
 ) -> Any:
-    """A causal LLM's forward with a cache of ours: the prompts, each once, or one row more of each beam. No gradients.
+    """A causal LLM's forward with a `JointCache`: prefill, or one decoding step of each beam. Without gradients.
 
     Args:
-        forward: transformers'.
-        cache: what is stored so far.
-        input_ids: of the rows, or
-        inputs_embeds: the rows [B, Q, D].
-        attention_mask: [B, K] over all rows so far; the cache knows it in a step.
+        forward: transformers' forward.
+        cache: K/V so far.
+        input_ids: of the rows [B, Q], or None.
+        inputs_embeds: embeddings of the rows [B, Q, D], or None.
+        attention_mask: [B, K] over all rows so far; not used in a decoding step.
         position_ids: [B, Q] of the rows.
-        kwargs: what else the forward takes.
-        compiled: whether layers are; only packed prompts go through them so.
+        kwargs: other arguments of the forward.
+        compiled: layers are compiled; only packed prompts run compiled.
 
     Raises:
-        PalError: no positions, or an LLM that drops the cache.
+        PalError: no position ids, or an LLM that drops the cache.
     """
     if position_ids is None:
         raise PalError("a forward with audio needs position_ids: positions have gaps that cannot be guessed")
     given: dict[str, Any] = {"input_ids": input_ids, "inputs_embeds": inputs_embeds, "position_ids": position_ids}
-    # a compiled layer can write to no cache; what packed prompts leave there is stored outside of it
+    # a compiled layer cannot write to a cache; the K/V of packed prompts are captured and stored outside of it
     plain = torch.compiler.set_stance("force_eager") if compiled and cache.packed is None else nullcontext()
     with torch.no_grad(), without_cudnn(), plain:
         if cache.begun:
@@ -139,7 +139,7 @@ def _read_packed(forward: Callable[..., Any], cache: JointCache, inputs: LLMInpu
         "position_ids": inputs.position_ids_BT,
         "attention_mask": context.mask(inputs.attention_mask_BT),
     }
-    if not context.segments:  # each has a row of its own in the batch
+    if not context.segments:  # the conversations form a rectangle [B, T]
         return forward(**given, past_key_values=cache, attention_metadata=context, **kwargs)
     lasts = torch.tensor([sum(context.lengths[: b + 1]) - 1 for b in range(len(context.lengths))])
     kwargs["logits_to_keep"] = to_device(lasts, inputs.position_ids_BT.device)
@@ -149,6 +149,6 @@ def _read_packed(forward: Callable[..., Any], cache: JointCache, inputs: LLMInpu
 
 
 def query_dtype(llm: AttentionGeometry, device: torch.device) -> torch.dtype:
-    """What attention computes in."""
+    """Dtype of queries: autocast's, or the LLM's."""
     autocast = torch.is_autocast_enabled(device.type)
     return torch.get_autocast_dtype(device.type) if autocast else llm.dtype

@@ -1,4 +1,4 @@
-"""From places to `LLMInputs`: padded to a rectangle, or packed one after the other."""
+"""`LLMInputs` from the layout of conversations and the outputs of routes: padded, or packed without padding."""
 
 from __future__ import annotations
 
@@ -35,35 +35,35 @@ class IntegrationOutput:
     lengths: Sequence[int]
     """Audio tokens of each clip."""
     layout: Layout
-    """Where keys and rows lie in the position ids that a clip reserves."""
+    """Offsets of keys and rows within the position ids that a clip reserves."""
     rows_USD: Tensor | None = None
-    """Embeddings that run through all layers; None when there are none."""
+    """Embeddings of audio rows, which run through all layers; None without any."""
     keys: KeySource | None = None
-    """Makes K/V of all clips, [U, G, A, C] each, when a layer asks."""
+    """Source of the K/V of all clips, [U, G, A, C] each; None without any."""
     layers: tuple[int, ...] = ()
-    """The layers that ask."""
+    """Layers that attend to the keys."""
     width_A: int = 0
     """A of `keys`, padding included."""
     blocks: Mapping[int, PackedBlock] | None = None
-    """Where given, they look at the keys before their layer, and the layer itself does not."""
+    """Cross-attention blocks before layers: they attend to the keys, and the layers themselves do not."""
     bias: Mapping[int, Tensor] | None = None
-    """By layer, what is added to the scores of the keys, [H] for each head or [1]; only with packed rows."""
+    """Bias on the scores of the keys by layer, [H] for each head or [1]; only with packed rows."""
 
     @property
     def stream_layout(self) -> StreamLayout:
-        """What of it the host has to know."""
+        """The part that the layout depends on; on the host."""
         return StreamLayout(self.lengths, self.layout, self.rows_USD is not None, self.keys is not None)
 
     @property
     def firsts(self) -> Ints:
-        """Where the keys of each clip start among all that `keys` makes for packed rows."""
+        """Index of each clip's first key among all keys of `keys` for packed rows, and their total."""
         if self.packs:
             return np.cumsum([0, *self.lengths])
         return np.arange(len(self.lengths) + 1) * self.width_A
 
     @property
     def packs(self) -> bool:
-        """Whether `keys` makes K/V of real tokens alone."""
+        """True if `keys` can compute K/V of packed tokens, without padding."""
         return isinstance(self.keys, PackedSource)
 
 
@@ -74,7 +74,7 @@ def assemble(
     side: Literal["left", "right", "none"],
     with_spans: bool,
 ) -> LLMInputs:
-    """Place clips among the text of conversations; see `Integration.forward`."""
+    """`LLMInputs` of conversations; see `Integration.forward`."""
     if not conversations:
         raise PromptError("there is no conversation to place; give at least one")
     placed = lay_out(conversations, [output.stream_layout for output in streams], with_spans)
@@ -88,7 +88,7 @@ def assemble(
 def _packed(
     placed: list[SequenceLayout], streams: Sequence[IntegrationOutput], conversations: Sequence[Tokens], llm: Backbone
 ) -> LLMInputs | None:
-    """Rows one after the other; None where some layer's attention cannot be laid out in segments."""
+    """Packed inputs; None where some layer's attention does not fit into segments."""
     joining = [i for i, output in enumerate(streams) if output.keys is not None]
     labelled = any(one.labels is not None for one in conversations)
     real = len(placed)
@@ -131,7 +131,7 @@ def _packed(
     else:
         table_XD = _table(llm, moves[token_ids], streams)
         table_XD = take_rows(table_XD, moves[table[0]], tuple(moves[at] for at in table[1]))
-        # no view: a compiled layer would be one graph for views and another for what the layers make
+        # no view: torch.compile would compile one graph for views and another for layers' outputs
         embeds_BTD = table_XD.view(*shape, -1).clone()
     order = {kind: number for number, kind in enumerate(laid)}
     return LLMInputs(
@@ -153,14 +153,14 @@ def _packed(
 
 
 def _ready(streams: Sequence[IntegrationOutput], more: Sequence[int] | None) -> None:
-    """Make what all layers share: for packed rows with so many tokens more of each stream, or for padded ones."""
+    """Compute what all layers share: with `more` filling tokens of each stream for packed rows; None: padded rows."""
     for number, output in enumerate(streams):
         if isinstance(output.keys, PackedSource):
             output.keys.ready(None if more is None else more[number])
 
 
 def _joined(streams: Sequence[IntegrationOutput], layer: int) -> tuple[int, ...]:
-    """The streams whose keys join a layer's own."""
+    """Numbers of the streams whose keys join a layer's own."""
     return tuple(
         i
         for i, output in enumerate(streams)
@@ -179,7 +179,7 @@ def _padded(
     side: Literal["left", "right"],
     with_spans: bool,
 ) -> LLMInputs:
-    """Rows filled up to the longest."""
+    """Padded inputs, as long as the longest conversation."""
     if any(output.bias is not None for output in streams):
         raise PalError("a bias on the scores of audio needs packed rows; set llm.packs, and do not generate yet")
     device, left = llm.device, side == "left"
@@ -230,7 +230,7 @@ def _padded(
 
 
 def _columns(placed: list[SequenceLayout], conversations: Sequence[Tokens], left: bool) -> Tensor | None:
-    """`Tokens.columns` of each row that is text for the first time; None where a conversation has none."""
+    """`Tokens.columns` of each text row, `IGNORE` for other rows; None where a conversation has no columns."""
     made = []
     for one, conversation in zip(placed, conversations, strict=True):
         if conversation.columns is None:
@@ -296,12 +296,12 @@ def _stack(
 
 
 def _text_ids(conversations: Sequence[Tokens], more: int = 0) -> Ints:
-    """Token ids of the text of all conversations, and as many more of any."""
+    """Token ids of the text of all conversations, and `more` zeros."""
     return np.array([token for one in conversations for token in one.ids if token != AUDIO] + [0] * more, np.int64)
 
 
 def _table(llm: Backbone, ids_X: Tensor, streams: Sequence[IntegrationOutput]) -> Tensor:
-    """Embeddings of the text of all conversations, then each stream's rows: [X, D]."""
+    """Embeddings of the text of all conversations, then the audio rows of each stream: [X, D]."""
     table_XD = llm.embed(ids_X)
     audio_rows = [output.rows_USD.flatten(0, 1) for output in streams if output.rows_USD is not None]
     return torch.cat((table_XD, *(x_XD.to(table_XD.dtype) for x_XD in audio_rows))) if audio_rows else table_XD
@@ -310,9 +310,9 @@ def _table(llm: Backbone, ids_X: Tensor, streams: Sequence[IntegrationOutput]) -
 def _table_index(
     placed: list[SequenceLayout], streams: Sequence[IntegrationOutput], always: bool = False
 ) -> tuple[Ints | None, tuple[Ints, ...]]:
-    """For each row its place in the table, and for each entry of the table where it stands; None where text is all.
+    """Index of each row in the table of embeddings, and of each table entry in the rows; None if both are the same.
 
-    Audio rows that stand nowhere are padding of shorter clips.
+    Table entries without a row are padding of shorter clips.
     """
     words = sum(int(one.is_text.sum()) for one in placed)
     firsts, widths, total = [], [], words

@@ -18,9 +18,9 @@ from pal.types import AudioFeatures
 class LALAudioQuery(Route):
     """u_0 = P(a); u_{l+1} = u_l + attention_l(u_l), without the feed-forward network; K and V of layer l from u_l.
 
-    The audio attends to its own clip, causally and within the layer's window, as its rows would in PLITS.
-    It does not see the text before it, so that it can be made once for many questions (our choice; the
-    paper's LAL leaves audio-to-audio attention out, and this puts it back).
+    Audio tokens attend to their own clip, causally and within the layer's window, as audio rows do in PLITS.
+    They do not see the text before them, so that their K/V can be computed once for many questions (our choice;
+    the paper's LAL has no audio-to-audio attention, and this adds it).
     """
 
     class Config(ProjectorOptions):
@@ -52,10 +52,10 @@ class LALAudioQuery(Route):
 
 
 class _Updated:
-    """K/V of audio rows that were updated in the layers before.
+    """K/V of audio rows that earlier layers updated.
 
-    The rows are made at once, outside of the layers: gradient checkpointing would otherwise find rows
-    that were kept from a pass without gradients.
+    The rows of all layers are computed at once, outside of the layers: gradient checkpointing would otherwise
+    reuse rows cached in a pass without gradients.
     """
 
     def __init__(self, u_UAD: Tensor, mask_UA: Tensor, layers: tuple[int, ...], llm: Backbone) -> None:
@@ -64,7 +64,7 @@ class _Updated:
         u_UAD = u_UAD.to(llm.dtype)
         for layer in layers:
             self._inputs[layer] = u_UAD
-            if layer != layers[-1]:  # nothing would read what the last one makes
+            if layer != layers[-1]:  # the last layer's output is not used
                 u_UAD = llm.self_attend(layer, u_UAD, mask_UA)
 
     def keys_values(self, layer: int) -> tuple[Tensor, Tensor]:

@@ -20,16 +20,16 @@ __all__ = ["Integration", "IntegrationOutput", "Route"]
 
 
 class Integration(nn.Module, ABC):
-    """Says how audio enters the LLM; everything after it only sees `LLMInputs`.
+    """Audio features and conversations to `LLMInputs`, the only thing that later parts see.
 
-    Text, rows, positions, padding, labels and clips shared by several conversations are placed here,
-    once for all; its routes say what is placed. It must not keep the LLM as a submodule, whose weights
+    This base class places text, audio rows, positions, padding and labels, for all integrations; the routes of a
+    concrete class compute the rows, keys and values. It must not keep the LLM as a submodule: the LLM's weights
     belong to the model.
     """
 
     @abstractmethod
     def routes(self) -> Sequence[Route]:
-        """How the tokens of each stream enter, in the streams' order."""
+        """The route of each stream, in the streams' order."""
 
     def forward(
         self,
@@ -39,30 +39,31 @@ class Integration(nn.Module, ABC):
         padding_side: Literal["left", "right", "none"] = "right",
         with_spans: bool = False,
     ) -> LLMInputs:
-        """Place clips among the text of conversations.
+        """`LLMInputs` of conversations: clips placed among their text.
 
-        Where there are several streams, a clip's tokens of the first come before those of the second, and so on.
+        With several streams, a clip's tokens of the first stream come before those of the second, and so on.
 
-        The row before a text predicts its first token. Behind a clip there may be none that hears all of the clip
-        (LAL makes no rows). Where a conversation ends so, or a trained token follows, the last text row is asked
-        again: one more row with the same embedding at the clip's last position, where PLITS' last audio row stands.
-        It sees what the row it repeats saw, and the clip; no other row sees it, and later text stands where it would
-        without it. So generation, scoring and training agree, and no other row's logits depend on what is trained.
+        A token is predicted by the row before it. A token right after a clip needs a row that sees the whole clip, and
+        some integrations have none (LAL has no audio rows). If a conversation ends with a clip, or a trained token
+        follows one, the last text row is therefore repeated: one more row with the same embedding, at the clip's last
+        position, where PLITS has its last audio row. The repeated row sees what the original sees, and the clip. No
+        other row sees it, and later positions do not change. So generation, scoring and training agree, and no other
+        row's logits depend on which tokens are trained.
 
         Args:
-            audio: the batch's clips as features, one for each stream, or as indexed before; None when no
-                row has a clip.
-            conversations: token ids; their `clips` are indices into `audio`.
+            features: the batch's clips: `AudioFeatures` [B, A, E] of each stream, or `AudioKV`, indexed before, of
+                each clip or of all; None without clips.
+            conversations: token ids; their `clips` are indices into the clips of `features`.
             llm: the backbone, for embeddings and K/V.
-            padding_side: where shorter rows are filled up. "none": conversations lie one after the other, without
-                padding, wherever their attention can be had so; else on the right. (A sliding window over positions
-                that have no row or key cannot, and `with_spans` is never.)
-            with_spans: also say whose audio each row and key is and when it sounds (`TokenSpans`), for what hides some
-                of it or watches the attention to it. There is then a context wherever there is a clip.
+            padding_side: side of the padding of shorter conversations. "none": packed, one after the other without
+                padding; where attention does not fit into segments (a sliding window over positions without a row or
+                key, or `with_spans`), padded on the right instead.
+            with_spans: add stream, clip and time span of each row and key (`TokenSpans`), which audio masks and
+                attention observers need. There is then an audio context wherever there is a clip.
 
         Raises:
-            PromptError: a row that is empty, names a clip that is not there, or has a clip that makes no rows and
-                no text to ask about it.
+            PromptError: a conversation that is empty, names an unknown clip, or has no text beside a clip without
+                audio rows.
         """
         return assemble(self._outputs_of(features, llm), conversations, llm, padding_side, with_spans)
 
@@ -87,7 +88,7 @@ class Integration(nn.Module, ABC):
         digest: str,
         durations: Sequence[float] | None = None,
     ) -> AudioKV:
-        """The clips, ready to be asked about many times.
+        """`AudioKV` of clips, for many questions.
 
         Args:
             features: of the clips, one for each stream.
@@ -103,32 +104,32 @@ class Integration(nn.Module, ABC):
 
 
 class Route(Integration):
-    """How the tokens of one stream enter the LLM; alone it is the integration of a model with one stream.
+    """Integration of one stream; alone it is the integration of a model with one stream.
 
     Constructed as `cls(config, in_width=E, llm=backbone)`.
     """
 
     @abstractmethod
     def inject(self, features: AudioFeatures, llm: Backbone) -> IntegrationOutput:
-        """What goes into the LLM for each clip of `features` [U, A, E]."""
+        """Rows, keys and values of the clips of `features` [U, A, E]."""
 
     def routes(self) -> Sequence[Route]:
-        """Itself."""
+        """The route itself."""
         return (self,)
 
     def blocks(self) -> Mapping[int, PackedBlock] | None:
-        """Networks of its own before some of the LLM's layers, which look at the keys in the layers' place."""
+        """Cross-attention blocks before some layers, which attend to the keys in the layers' place; None without any."""
         return None
 
     def fold(self, llm: Backbone) -> int:
-        """Put together for inference what can be done in one product; in how many layers that was.
+        """Fuse linear layers for inference; number of layers in which that was possible.
 
-        It is used as long as weights and modules are what they were; training never uses it.
+        Fused layers are used while weights and modules do not change; training never uses them.
         """
         return 0
 
     def stored(self, stream: StreamKV) -> IntegrationOutput:
-        """What `inject` gave when the clips were indexed."""
+        """The output of `inject` for indexed clips."""
         return IntegrationOutput(
             lengths=stream.lengths,
             layout=stream.layout,
@@ -141,7 +142,7 @@ class Route(Integration):
 
 
 def _stored(output: IntegrationOutput, llm: Backbone) -> StreamKV:
-    """All K/V and rows, made now."""
+    """All K/V and rows, computed now."""
     clips = len(output.lengths)
     empty = torch.zeros(0, clips, llm.kv_heads, output.width_A, llm.head_width, device=llm.device, dtype=llm.dtype)
     k_LBGAC = v_LBGAC = empty

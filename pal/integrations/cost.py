@@ -1,4 +1,4 @@
-"""What each integration adds to a training step, in closed form: operations, kept bytes, rows and keys.
+"""Closed-form cost of each integration in a training step: operations, saved bytes, rows and keys.
 
 Counted by the rules of `pal.backbone.cost`. An integration from elsewhere registers its own beside its class:
 `@route_cost.register(MyRoute)`.
@@ -36,7 +36,7 @@ from pal.integrations.projector import LayerProjectors, ProjectorOptions
 
 @singledispatch
 def route_cost(route: Route, step: StepSize, tokens: int, llm: Backbone) -> AddedCost:
-    """What a route's `inject` of clips of so many tokens adds to a training step.
+    """Cost that a route adds to a training step, for clips of `tokens` tokens.
 
     Raises:
         ConfigError: no closed form is registered for its class or one above it.
@@ -49,24 +49,24 @@ def route_cost(route: Route, step: StepSize, tokens: int, llm: Backbone) -> Adde
 
 @route_cost.register(PLITS)
 def _plits(route: PLITS, step: StepSize, tokens: int, llm: Backbone) -> AddedCost:
-    """A row for each token: (A + T) rows in every product and (A + T)^2 in attention, of every layer."""
+    """Cost of A more rows: A + T rows in all products and (A + T)^2 pairs in attention, in every layer."""
     making = projector_cost(route.config, step, step.clips * tokens, route.in_width, llm.width)
     return AddedCost(rows=tokens, rows_grad=step.integration or step.features, making=making)
 
 
 @route_cost.register(LAL)
 def _lal(route: LAL, step: StepSize, tokens: int, llm: Backbone) -> AddedCost:
-    """In each of its layers: A rows through P_l, k_proj and v_proj, and T (A + T) in attention."""
+    """Cost in each of its layers: A rows through P_l, k_proj and v_proj, and T (A + T) pairs in attention."""
     return AddedCost(layers=projected_keys(route.projectors, step, tokens, llm, route.layers))
 
 
 @route_cost.register(PAL)
 def _pal(route: PAL, step: StepSize, tokens: int, llm: Backbone) -> AddedCost:
-    """Ceil(A / r) rows through all layers, and A keys by LAL in the early ones."""
+    """Cost of ceil(A / r) rows through all layers, and of A keys by LAL in the early layers."""
     S, r, E = -(-tokens // route.config.stride), route.config.stride, route.in_width
     rows = step.clips * S
     conv = linear(rows, r * E, E, step.features, step.integration, step.own_bytes)
-    # what comes out of the convolution needs gradients where the convolution trains
+    # the convolution's output needs gradients where the convolution trains
     behind = replace(step, features=step.features or step.integration)
     summary = projector_cost(route.config, behind, rows, E, llm.width)
     layers = projected_keys(route.projectors, step, tokens, llm, route.layers)
@@ -81,9 +81,9 @@ def _pal(route: PAL, step: StepSize, tokens: int, llm: Backbone) -> AddedCost:
 
 @route_cost.register(LALAudioQuery)
 def _audio_query(route: LALAudioQuery, step: StepSize, tokens: int, llm: Backbone) -> AddedCost:
-    """LAL's, with one projector, and before each layer but the last A rows of its attention, A^2 among themselves.
+    """LAL's cost with one projector, and self-attention of A audio rows, A^2 pairs, before each layer but the last.
 
-    K and V of a layer are projected twice: among the audio, and for the text.
+    K and V of a layer are projected twice: for the audio's self-attention, and for the text.
     """
     grad = step.integration or step.features
     making = projector_cost(route.config, step, step.clips * tokens, route.in_width, llm.width)
@@ -98,7 +98,7 @@ def _audio_query(route: LALAudioQuery, step: StepSize, tokens: int, llm: Backbon
 
 @route_cost.register(Flamingo)
 def _flamingo(route: Flamingo, step: StepSize, tokens: int, llm: Backbone) -> AddedCost:
-    """In each block: A rows through k and v, T rows through q, out and the block's FFN, and T A in attention."""
+    """Cost of each block: A rows through k and v, T rows through q, out and the block's FFN, T A pairs in attention."""
     inner, shared = llm.heads * llm.head_width, llm.kv_heads * llm.head_width
     ffn = route.config.ffn or 4 * llm.width
     own, size = step.integration, step.own_bytes
@@ -113,7 +113,7 @@ def _flamingo(route: Flamingo, step: StepSize, tokens: int, llm: Backbone) -> Ad
         mixed = x_grad or keys_grad
         cost += linear(rows, inner, llm.width, mixed, own, size, kept=True)
         cost += linear(rows, llm.width, ffn, mixed, own, size) + linear(rows, ffn, llm.width, mixed, own, size)
-        # queries, what attention gives, keys and values; the inputs of both gates, both norms and the GELU
+        # queries, attention's output, keys and values; the inputs of both gates, both norms and the GELU
         attended = 2 * rows * inner + 2 * step.rows * tokens * shared
         kept = attended + rows * (2 * llm.width + ffn) + step.rows * length * tokens
         normed = 4 * (2 * rows * llm.width + audio * route.in_width)
@@ -125,7 +125,7 @@ def _flamingo(route: Flamingo, step: StepSize, tokens: int, llm: Backbone) -> Ad
 def projector_cost(
     options: ProjectorOptions, step: StepSize, rows: int, in_width: int, out_width: int, kept: bool = False
 ) -> Cost:
-    """What a projector costs on so many rows; `kept`: something else keeps the features already."""
+    """Cost of a projector on `rows` rows; `kept`: the features are saved for backward already, by something else."""
     middle = {"linear": [], "low_rank": [options.rank]}.get(
         options.projector, [options.hidden or out_width] * (options.depth - 1)
     )
@@ -134,17 +134,17 @@ def projector_cost(
     parts = []
     for i, (a, b) in enumerate(pairwise(widths)):
         x_grad = step.features or (trained and i > 0)
-        # autocast makes a copy of the features for each product
+        # autocast copies the features for each product
         parts.append(linear(rows, a, b, x_grad, trained, size, kept=kept and i == 0 and not step.autocast))
         if options.projector == "mlp" and i > 0 and (trained or step.features):
-            parts.append(Cost(saved=rows * a * size))  # what the GELU before it takes
+            parts.append(Cost(saved=rows * a * size))  # the input of the GELU before it
     return total(parts)
 
 
 def projected_keys(
     projectors: LayerProjectors, step: StepSize, tokens: int, llm: Backbone, layers: Sequence[int]
 ) -> dict[int, AddedLayerCost]:
-    """What keys and values from `LayerProjectors`, of clips of so many tokens, add to each of the layers."""
+    """Cost in each layer of keys and values from `LayerProjectors`, for clips of `tokens` tokens."""
     added = {}
     rows = step.clips * tokens
     u_grad = step.integration or step.features

@@ -1,7 +1,7 @@
-"""Filling packed batches up to sizes that come back, so that a CUDA graph of one batch serves many others.
+"""Padding of packed batches to sizes that recur, so that one CUDA graph serves many batches.
 
-A ragged batch has its own number of rows, keys and audio tokens nearly every time, and a CUDA graph fixes them all. So
-one more conversation of rows that predict nothing, and audio tokens that no row attends to, round these numbers up.
+Nearly every ragged batch has other numbers of rows, keys and audio tokens, and a CUDA graph fixes all of them. So these
+numbers are rounded up, by one more conversation, whose rows have no labels, and by audio tokens that no row sees.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pal.types import IGNORE
 
 
 def rounded(count: int) -> int:
-    """The next size that batches are filled up to: 16 sizes from one power of two to the next, 8 or more apart."""
+    """`count` rounded up: 16 sizes between successive powers of two, at least 8 apart."""
     if count <= 0:
         return 0
     step = max(8, 2 ** (count - 1).bit_length() // 32)
@@ -24,29 +24,29 @@ def rounded(count: int) -> int:
 
 
 def uniform(placed: Sequence[SequenceLayout]) -> bool:
-    """Whether all conversations have as many rows and keys, so that their numbers come back without filling."""
+    """True if all conversations have equal numbers of rows and of keys, so that sizes recur without filling."""
     return len({(len(one), *(len(keys.clips) for keys in one.keys)) for one in placed}) == 1
 
 
 def more_tokens(tokens: int, keys: int) -> int:
-    """Audio tokens that fill up a stream of so many, of which a batch has so many keys."""
+    """Number of filling audio tokens of a stream with `tokens` tokens, of which the batch has `keys` keys."""
     if not keys:
         return 0
     if keys == tokens:
         return rounded(tokens) - tokens
-    # as few uses of a token that the gradients of all are still gathered
+    # enough tokens that none is used by more keys than `COPIES`, up to which gradients are gathered
     return rounded(tokens - (-(rounded(keys) - keys) // COPIES)) - tokens
 
 
 def filler(
     placed: Sequence[SequenceLayout], clips: int, tokens: Sequence[int | None]
 ) -> tuple[SequenceLayout, tuple[int, ...]]:
-    """A conversation that fills up a batch, and how many audio tokens more it needs of each stream.
+    """The filling conversation of a batch, and the number of filling audio tokens of each stream.
 
     Args:
-        placed: the batch.
-        clips: in the batch; the filling tokens are those of one more.
-        tokens: audio tokens of each stream; None where no more can be made, so that its keys are not filled up.
+        placed: layouts of the batch's conversations.
+        clips: clips in the batch; the filling tokens belong to one more clip.
+        tokens: audio tokens of each stream; None where filling tokens are impossible, so that keys are not filled.
     """
     rows = sum(len(one) for one in placed)
     text = sum(int(one.is_text.sum()) for one in placed)
@@ -74,7 +74,7 @@ def filler(
 
 
 def _keys(clip: int, tokens: int, count: int, after: int) -> KeyLayout:
-    """Keys behind all rows of their conversation, so that none attends to them."""
+    """Filling keys: their positions are after all rows of their conversation, so that no row sees them."""
     positions: Ints = np.arange(after, after + count)
     return KeyLayout(
         clips=np.full(count, clip),

@@ -27,10 +27,10 @@ from pal.types import AudioFeatures
 class Flamingo(Route):
     """x + tanh(g) XAttn(x, a), then x + tanh(g') FFN(x), before every k-th layer (Alayrac et al. 2022, section 2.2).
 
-    The gates start at zero, so the untrained model is the text LLM exactly. Audio reserves no position
-    ids: the LLM's own attention never sees it. Three choices of ours: rows before the audio pass the
-    blocks unchanged, its FFN included; keys carry their time by RoPE on their own number, since encoders
-    need not mark it; and a row sees all clips before it, not the last one only.
+    The gates start at zero, so the untrained model equals the text LLM exactly. Audio reserves no position
+    ids, since the LLM's own attention never sees it. Three choices are ours: blocks, FFN included, do not change
+    rows before the audio; RoPE by index in the clip marks the keys' time, since encoders may not; and a row
+    sees all clips before it, not only the last one.
     """
 
     class Config(StrictConfig):
@@ -56,7 +56,7 @@ class Flamingo(Route):
         self.cross = nn.ModuleDict({str(layer): GatedBlock(in_width, llm, ffn) for layer in self.layers})
 
     def blocks(self) -> Mapping[int, PackedBlock]:
-        """Its gated blocks, by the layer they stand before."""
+        """The gated blocks, by the layer that they come before."""
         return {layer: cast(GatedBlock, self.cross[str(layer)]) for layer in self.layers}
 
     def inject(self, features: AudioFeatures, llm: Backbone) -> IntegrationOutput:
@@ -116,7 +116,7 @@ class GatedBlock(nn.Module):
         dtype = self.q.weight.dtype
         q_BHQC = self._queries(x_BQD)
         sees_audio_B1Q1 = None if seen_B1QA is None else seen_B1QA.any(-1, keepdim=True)
-        # a row without any key would be NaN; what comes of it is not used
+        # a row without any key would be NaN; its output is not used
         mixed_BHQC = F.scaled_dot_product_attention(
             q_BHQC,
             k_BGAC.to(dtype),
@@ -130,7 +130,7 @@ class GatedBlock(nn.Module):
     def packed(
         self, x_1ND: Tensor, k_IGC: Tensor, v_IGC: Tensor, segments: DeviceSegments, sees_audio_N1: Tensor
     ) -> Tensor:
-        """The same among packed rows: all keys, which of them the rows see, and which rows see any -> [1, N, D]."""
+        """`forward` for packed rows: keys and values, segments, and which rows see any keys -> [1, N, D]."""
         q_NHC = self._queries(x_1ND)[0].transpose(0, 1)
         device = x_1ND.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else q_NHC.dtype
@@ -141,13 +141,13 @@ class GatedBlock(nn.Module):
         return torch.where(sees_audio_N1, self._added(x_1ND, mixed_NHC[None]), x_1ND)
 
     def _added(self, x_BQD: Tensor, mixed_BQHC: Tensor) -> Tensor:
-        """Rows with what the two gates let through."""
+        """Rows plus the gated outputs of attention and feed-forward network."""
         dtype = self.q.weight.dtype
         y_BQD = x_BQD + (self.gate.tanh() * self.out(mixed_BQHC.flatten(2))).to(x_BQD.dtype)
         return y_BQD + (self.ffn_gate.tanh() * self.ffn(y_BQD.to(dtype))).to(x_BQD.dtype)
 
     def weights(self, x_BQD: Tensor, k_BGAC: Tensor, seen_B1QA: Tensor) -> Tensor:
-        """How each row's attention is shared among the keys: [B, H, Q, A], all 0 where it sees none."""
+        """Attention weights of each row on the keys: [B, H, Q, A], all 0 where it sees none."""
         return attention_weights(self._queries(x_BQD), k_BGAC, seen_B1QA, None)
 
     def _queries(self, x_BQD: Tensor) -> Tensor:

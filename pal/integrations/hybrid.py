@@ -57,7 +57,7 @@ class PAL(Route):
         return self.projectors.fold(llm, self.layers)
 
     def _summary(self, features: AudioFeatures) -> Tensor:
-        """Features [B, A, E] -> [B, S, E], S = ceil(A / r); the last group of a clip is filled up with zeros."""
+        """Features [B, A, E] -> summary tokens [B, S, E], S = ceil(A / r); a clip's last group is padded with zeros."""
         x_BAE = zeroed(features)
         missing = -x_BAE.shape[1] % self.config.stride
         x_BAE = F.pad(x_BAE, (0, 0, 0, missing))

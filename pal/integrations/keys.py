@@ -1,4 +1,4 @@
-"""Audio keys and values that layers make on the spot from projected features."""
+"""Audio keys and values computed inside the layers from projected features."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pal.types import AudioFeatures
 
 
 class ProjectedKeys:
-    """K/V made in the layer that asks: P_l(a), then the LLM's own norm and projections."""
+    """K/V computed in the layer that attends to them: P_l(a), then the LLM's own norm and projections."""
 
     def __init__(self, features: AudioFeatures, projectors: LayerProjectors, llm: Backbone) -> None:
         self._features = features
@@ -31,14 +31,14 @@ class ProjectedKeys:
 
     @cached_property
     def _packed(self) -> Tensor:
-        """The same without padding: [M, E]."""
+        """Features without padding: [M, E]."""
         return real_tokens(self._features, self._more)
 
     def ready(self, more: int | None) -> None:
-        """Make what all layers share before any of them asks, since a layer may be made again in the backward pass.
+        """Compute what all layers share, ahead of them, since backward may recompute a layer.
 
         Args:
-            more: tokens that fill up those of the clips; None where rows are padded.
+            more: number of filling tokens, for packed rows; None for padded rows.
         """
         self._more = more or 0
         _ = self._padded if more is None else self._packed
@@ -51,19 +51,19 @@ class ProjectedKeys:
         return self._llm.project_kv(layer, self._projectors.of(layer)(self._padded))
 
     def projection(self, layer: int) -> Projection:
-        """The same for the clips' real tokens alone, to be made in the layer."""
+        """Projection of the clips' real tokens to K/V, computed in the layer."""
         return self._llm.projection(layer, self._projectors.of(layer), self._packed)
 
 
 def real_tokens(features: AudioFeatures, more: int = 0) -> Tensor:
-    """The real tokens of all clips, one after the other, and so many more that stand for the first one: [M, E]."""
+    """Real tokens of all clips, one after the other, and `more` copies of the first one: [M, E]."""
     x_XE = features.x_BAE.flatten(0, 1)
     if not features.padded and not more:
-        return x_XE.clone()  # no view: a compiled layer would be one graph for views and another for the rest
+        return x_XE.clone()  # no view: torch.compile would compile one graph for views and another for the rest
     width = features.x_BAE.shape[1]
     index_M = np.concatenate([clip * width + np.arange(count) for clip, count in enumerate(features.lengths)])
     filled_M = np.concatenate((index_M, np.full(more, index_M[0])))
-    # no gradient comes from those that fill up: nothing attends to them
+    # filling tokens get no gradient: nothing attends to them
     none, places = len(index_M), where(index_M, len(x_XE))[0]
     index, back = move([filled_M, np.where(places == none, len(filled_M), places)], x_XE.device)
     return take_rows(x_XE, index, (back,))
