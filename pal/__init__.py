@@ -1,4 +1,4 @@
-"""Ears for language models: audio enters any Hugging Face LLM as attention keys and values.
+"""Audio for language models: audio enters a Hugging Face LLM as attention keys and values, or as tokens.
 
 `pal.load()` gives a trained model, `pal.attach(...)` an untrained one; both answer to `model.ask`.
 """
@@ -37,7 +37,7 @@ lazy.watch()
 SHIPPED = Path(__file__).parent / "assets" / "tiny"
 """The small model that comes with the package."""
 TEXT_LLM = SHIPPED.with_name("tiny-lm")
-"""Its LLM before it heard any audio, with its tokenizer, as transformers' own folder."""
+"""Its text-only LLM, from before training on audio, with its tokenizer, as a folder of transformers."""
 
 
 def load(path: str | Path | None = None) -> PalModel:

@@ -39,7 +39,7 @@ class DetailedAnswer:
 
 
 class FirstTokenTimer:
-    """A logits processor that changes nothing and notes when the first logits came: the end of prefill."""
+    """Logits processor that changes nothing and records the time of the first logits, the end of prefill."""
 
     read_only = True
     at = 0.0
@@ -49,13 +49,13 @@ class FirstTokenTimer:
         """The scores as they are."""
         if not self.at:
             if scores.device.type == "cuda":
-                torch.cuda.synchronize(scores.device)  # until then they are only asked for
+                torch.cuda.synchronize(scores.device)  # until then their kernels may still run
             self.at = time.perf_counter()
         return scores
 
 
 def default_options(tokenizer: PreTrainedTokenizerBase, vocab: int) -> dict[str, Any]:
-    """What `generate` is told where nobody says otherwise: greedy, and how an answer ends.
+    """Default options of `generate`: greedy search, ids that end an answer, padding id.
 
     Args:
         tokenizer: of the model; it may have entries that the LLM has no embedding for, as Gemma3's has.

@@ -24,7 +24,7 @@ from pal.types import AudioFeatures, EncodedClip, Frames, PreparedClips, wavefor
 class AudioTower(nn.Module):
     """Audio encoders and their connectors: one connector for each encoder, or one that fuses several.
 
-    What a connector gives is a stream; each stream has its own way into the LLM.
+    Each connector's output is a stream; each stream has its own route into the LLM.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -43,19 +43,19 @@ class AudioTower(nn.Module):
             names = tuple(config.encoders[i]["name"] for i in takes)
             self.streams.append(Stream(width=connector.width, encoders=names))
         self.sampling_rate = max(self.encoder(i).sampling_rate for i in range(len(self.encoders)))
-        """Hz of the waveforms: the highest of the encoders'; those with a lower one are given less."""
+        """Hz of the waveforms: the highest of the encoders' rates; for the others, waveforms are resampled."""
 
     def encoder(self, index: int) -> Encoder:
         """One of the encoders."""
-        encoder: Any = self.encoders[index]  # or PEFT's copy of one, which has all that it has
+        encoder: Any = self.encoders[index]  # or PEFT's wrapper, which has the same attributes
         found: Encoder = encoder
         return found
 
     def prepare(self, clips: Clips) -> PreparedClips:
-        """Waveforms [N] at `sampling_rate`, or encoded clips -> what `hear` makes of them first.
+        """Waveforms [N] at `sampling_rate`, or encoded clips -> the input of the encoders.
 
-        It is what needs no device: the front-ends' frames, or the features padded, in pinned memory where the encoders
-        are on a CUDA device. Any thread may do it.
+        This part needs no device: front-end frames, or padded features, in pinned memory if the encoders are on a CUDA
+        device. Any thread may call it.
 
         Raises:
             PalError: clips that another model's encoders encoded.
@@ -75,7 +75,7 @@ class AudioTower(nn.Module):
         return PreparedClips(tuple(parts), len(clips))
 
     def prepare_with(self, index: int, waveforms: Sequence[Tensor]) -> Frames:
-        """What `encode_with` takes in the waveforms' place, made without the device."""
+        """Input of `encode_with` for waveforms, computed without the device."""
         return self.encoder(index).prepare(self._resampled(index, waveforms))
 
     def encode(self, clips: Clips) -> list[AudioFeatures]:
@@ -89,11 +89,11 @@ class AudioTower(nn.Module):
         return EncodedClip(real, waveform_seconds(samples_N, self.sampling_rate))
 
     def encode_with(self, index: int, clips: Sequence[Tensor] | Frames) -> AudioFeatures:
-        """The same with one of the encoders."""
+        """Features of one encoder."""
         return self.encoder(index).encode(clips if isinstance(clips, Frames) else self._resampled(index, clips))
 
     def connect(self, heard: list[AudioFeatures]) -> list[AudioFeatures]:
-        """What the encoders made -> the features of each stream, [B, A, E]."""
+        """Encoder outputs -> the features of each stream, [B, A, E]."""
         streams = []
         for connector, takes in zip(self.connectors, self.takes, strict=True):
             streams.append(connector(*(heard[i] for i in takes)))
@@ -128,7 +128,7 @@ def check_audio_tower(config: ModelConfig) -> None:
 
 
 def _padded(encoder: Encoder, clips: Sequence[Tensor]) -> AudioFeatures:
-    """Features [A, E] of some clips in one tensor, in pinned memory where they are to move to a CUDA device."""
+    """Features [A, E] of some clips padded to one tensor, in pinned memory if they will move to a CUDA device."""
     x_BAE = pad_sequence(list(clips), batch_first=True)
     if next(encoder.parameters()).is_cuda and not x_BAE.is_cuda:
         x_BAE = x_BAE.pin_memory()

@@ -24,7 +24,7 @@ _CARD = """---
 {header}---
 # {title}
 
-A language model that hears, made with `pal` (the package `pal-audio`): {llm} with {encoders}, attached by
+An audio language model, made with `pal` (the package `pal-audio`): {llm} with {encoders}, attached by
 `{integration}`. Audio and text go in, text comes out.
 
 ```python
@@ -251,7 +251,7 @@ def _limits(model: PalModel, scores: Sequence[Result]) -> list[str]:
         "Sounds, languages and kinds of questions that are not in its training data were not tried"
         + (" beyond the table above." if scores else "."),
         f"Audio is mixed down to mono and resampled to {model.sampling_rate:,} Hz: what is above half of that, "
-        "and where a sound comes from, it cannot hear.",
+        "and the direction that a sound comes from, is lost.",
     ]
     for score in scores:
         gain = score.overall.gain_ci95

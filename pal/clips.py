@@ -206,7 +206,7 @@ def of_one_kind(
 
 @dataclass(frozen=True)
 class ClipBatch:
-    """The clips of a batch, told apart: one of the fields has them all."""
+    """Clips of a batch, all of one kind: the field of this kind has them."""
 
     waveforms: tuple[Tensor, ...] = ()
     """[N] at the model's rate."""
@@ -240,11 +240,11 @@ class ClipFeatures:
     features: Sequence[AudioFeatures] | Sequence[AudioKV]
     """Features [B, A, E] of each stream, or each clip's keys and values; empty without clips."""
     seconds: Sequence[float] = ()
-    """Of each clip what the encoders' tokens stand for; those of a connector may stand for no time of their own."""
+    """Seconds of each clip that the encoders' tokens cover; a connector's tokens may have no time."""
 
     @classmethod
     def encoded(cls, features: Sequence[AudioFeatures], encoders: Sequence[AudioFeatures]) -> ClipFeatures:
-        """Features of each stream, made of those of each encoder."""
+        """`ClipFeatures` from the features of each stream and of each encoder."""
         counts = zip(*(part.lengths for part in encoders), strict=True)
         scales = [part.seconds_per_token for part in encoders]
         return cls(features, [min(n * scale for n, scale in zip(own, scales, strict=True)) for own in counts])
@@ -265,7 +265,7 @@ def part_clip(part: Mapping[str, Any]) -> Any:
     """
     cuts = [key for key in _PART_CUTS if part.get(key) is not None]
     if cuts:
-        raise AudioError(f"an audio part has '{cuts[0]}', and clips are heard whole; cut the clip yourself")
+        raise AudioError(f"an audio part has '{cuts[0]}', and clips are used whole; cut the clip yourself")
     if any(part.get(key) is not None for key in (*_ARRAYS, "bytes")):
         return part
     given = [key for key in (*_PART_CLIPS, *_PART_BASE64) if part.get(key) is not None]

@@ -1,4 +1,4 @@
-"""Questions about clips, as users ask them, become conversations of token ids."""
+"""Users' questions about clips to conversations of token ids."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Conversations:
 
     tokens: list[Tokens]
     single: bool
-    """Whether the answer is wanted alone, not in a list."""
+    """The answer is returned alone, not in a list."""
 
 
 def read_question(
@@ -64,7 +64,7 @@ def read_question(
 
 
 def check_ids(conversations: Sequence[Tokens], vocab: int, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raises PromptError for an id that an LLM with `vocab` embeddings has none for."""
+    """Raise PromptError for an id without an embedding in an LLM with `vocab` embeddings."""
     for conversation in conversations:
         for number in conversation.ids:
             if not (0 <= number < vocab or number == AUDIO):

@@ -2,7 +2,7 @@
 
 Every tensor name ends in its axes:
 
-    B  batch rows (conversations), or clips where a tensor is about clips alone
+    B  conversations of a batch, or clips where a tensor is about clips alone
     T  rows of the LLM's sequence: text, and audio rows where an integration has them
     A  audio tokens of a clip          S  summary tokens of a clip
     L  layers with audio               D  width of the LLM
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from pal.backbone.packed import PackedContext
 
 AUDIO = -1
-"""Stands in a list of token ids where a clip goes. No vocabulary has it, so none needs a new token."""
+"""Id of a clip's placeholder in a list of token ids. No vocabulary has it, so tokenizers need no new token."""
 
 IGNORE = -100
 """Label of a row without loss (transformers' convention)."""
@@ -37,11 +37,11 @@ IGNORE = -100
 
 @dataclass(frozen=True)
 class AudioFeatures:
-    """What an encoder or a connector says of some clips: tokens, how many of them are real, and their time scale."""
+    """Output of an encoder or a connector for some clips: tokens, their numbers, and their time scale."""
 
     x_BAE: Tensor
     lengths: tuple[int, ...]
-    """Real tokens of each clip; they come first. Python's integers: the host knows them without asking the device."""
+    """Real tokens of each clip; they come first. Python integers: reading them does not wait for the device."""
     seconds_per_token: float
 
     def __post_init__(self) -> None:
@@ -51,13 +51,13 @@ class AudioFeatures:
 
     @property
     def padded(self) -> bool:
-        """Whether a clip has fewer real tokens than there are."""
+        """True if some clip has padding."""
         return any(n < self.x_BAE.shape[1] for n in self.lengths)
 
     @cached_property
     def mask_BA(self) -> Tensor:  # noqa: N802
-        """True where a token is real; on the tokens' device, made without waiting for it."""
-        with torch.inference_mode(False):  # it is kept, and may then be asked for where gradients are taken
+        """True where a token is real; on the tokens' device, computed without waiting for it."""
+        with torch.inference_mode(False):  # it is cached, and may be used later where gradients are needed
             return real_ones(self.lengths, self.x_BAE.shape[1], self.x_BAE.device)
 
 
@@ -67,21 +67,21 @@ class Tokens:
 
     ids: list[int]
     clips: list[int]
-    """For each `AUDIO` in order, which clip of the batch stands there; rows may share a clip."""
+    """Index in the batch of the clip of each `AUDIO`, in order; conversations may share a clip."""
     labels: list[int] | None = None
-    """The id itself where it is trained, `IGNORE` elsewhere; as long as `ids`."""
+    """The id itself for trained tokens, `IGNORE` elsewhere; as long as `ids`."""
     predicts_after: frozenset[int] | None = None
-    """Places in `ids` of clips behind which the LLM is asked what follows; None where a trained id follows. It always
-    is behind a clip that ends the conversation."""
+    """Indices in `ids` of clips whose next token is predicted; None: those before a trained id. A clip that ends the
+    conversation always is one."""
     columns: list[int] | None = None
-    """A number of the caller's for each of `ids`, to be found again in `LLMInputs.columns_BT`."""
+    """The caller's number for each of `ids`, returned in `LLMInputs.columns_BT`."""
 
     def __post_init__(self) -> None:
         assert self.ids.count(AUDIO) == len(self.clips)
         assert self.labels is None or len(self.labels) == len(self.ids)
 
     def predicts_at(self, place: int) -> bool:
-        """Whether the LLM is asked what stands at `place`, the first one behind clips."""
+        """True if the token at index `place`, the first one behind clips, is predicted."""
         if place == len(self.ids):
             return True
         if self.predicts_after is not None:
@@ -94,7 +94,7 @@ class EncodedClip:
     """Encoder features of one clip, used in place of its waveform."""
 
     x_AE: tuple[Tensor, ...]
-    """Of each of the model's encoders the real tokens [A, E], in numbers and widths of their own."""
+    """Real tokens [A, E] from each of the model's encoders; A and E differ between encoders."""
     seconds: float
     """Length of the clip."""
 
@@ -109,7 +109,7 @@ class Frames:
     """Front-end frames of some clips, on the host: windows, one clip after the other."""
 
     blocks_WFM: tuple[Tensor, ...]
-    """The windows that the network takes at once, zero-padded [W, F, M]."""
+    """Batches of windows for the network, zero-padded [W, F, M]."""
     lengths: tuple[tuple[int, ...], ...]
     """Real frames of each window, for each block."""
     windows: tuple[int, ...]
@@ -121,7 +121,7 @@ class PreparedClips:
     """Clips preprocessed on the host, ready for the encoders; any thread may make them."""
 
     parts: tuple[Frames | AudioFeatures, ...]
-    """For each of the model's encoders the frames, or what it made of the clips before."""
+    """Front-end frames for each of the model's encoders, or its features, if encoded before."""
     clips: int
 
     def __len__(self) -> int:
@@ -133,21 +133,21 @@ class Batch:
     """Clips and conversations that the trainer and the evaluator hand to the model."""
 
     waveforms: list[Tensor]
-    """Each clip once, mono float32 [N] at the encoder's sampling rate; none where `heard` has the clips."""
+    """Each clip once, mono float32 [N] at the encoder's sampling rate; empty if `encoded` has the clips."""
     conversations: list[Tokens]
     records: list[str] = field(default_factory=list)
-    """The ids of the records the rows were made from."""
+    """Ids of the records that the conversations come from."""
     tags: list[list[TagSpan] | None] | None = None
-    """Per clip, what is known to sound in it; None where the data says nothing."""
+    """Sound events of each clip; None for clips without annotation."""
     encoded: list[EncodedClip] = field(default_factory=list)
     """Encoder features of each clip, instead of the waveforms."""
 
     prepared: PreparedClips | None = None
-    """The same clips made ready ahead; the model then takes these."""
+    """The same clips preprocessed ahead; if given, the model uses these."""
 
     @property
     def clips(self) -> list[Tensor] | list[EncodedClip] | PreparedClips:
-        """What the rows' `clips` count in."""
+        """The clips that `Tokens.clips` index."""
         return self.prepared or self.encoded or self.waveforms
 
     def durations(self, rate: int) -> list[float]:
@@ -161,7 +161,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class TagSpan:
-    """A label that holds in a clip; without times it holds somewhere in it."""
+    """Label of a sound event in a clip; without times, the event is anywhere in the clip."""
 
     label: str
     start: float | None = None
@@ -174,10 +174,10 @@ class Targets:
     """The labelled tokens of a batch and the rows that predict them; N tokens in order."""
 
     rows_N: Tensor
-    """Number of the row that predicts each, among all rows of the sequence, padding included."""
+    """Index of the row that predicts each, among all rows of the batch, padding included."""
     labels_N: Tensor
     conversations_N: Tensor
-    """Which conversation each belongs to."""
+    """Index of each token's conversation."""
     lengths: tuple[int, ...]
     """Tokens of each answer, a run of labelled tokens."""
     conversations: int
@@ -191,10 +191,11 @@ class LLMInputs:
     position_ids_BT: Tensor
     attention_mask_BT: Tensor
     audio_context: AudioContext | PackedContext | None
-    """With a `PackedContext` the conversations lie one after the other, and B is 1 unless they are equally long."""
+    """Audio keys and values; None without. With a `PackedContext` rows are packed: B is 1 unless all conversations are
+    equally long and without audio keys."""
     labels_BT: Tensor | None
     targets: Targets | None = None
-    """What the labels ask for, as the host knows it; None where that is to be read from the labels."""
+    """Labelled tokens and the rows that predict them, from the host; None: to be read from `labels_BT`."""
     columns_BT: Tensor | None = None
-    """`Tokens.columns` of the text that each row is, on the host; `IGNORE` in padding, audio rows and rows that ask
-    again. Of padded rows only, where all conversations have such numbers."""
+    """`Tokens.columns` of each text row, on the host; `IGNORE` for padding, audio rows and repeated rows. Only with
+    padded rows, if all conversations have columns."""

@@ -41,7 +41,7 @@ class LFST(Connector):
         fine_seconds: float = Field(default=0.96, gt=0)
         """Length of the region around its own time that a latent sees of the fine tokens."""
         aligned_seconds: float = Field(default=10.0, gt=0)
-        """The same of the language-aligned tokens; CLAP hears ten seconds at once."""
+        """The same of the language-aligned tokens; CLAP's windows are ten seconds long."""
         width: int = Field(default=768, ge=1)
         """E of the latents and of what comes out (SSLAM's and CLAP's)."""
         heads: int | None = Field(default=None, ge=1)

@@ -58,7 +58,7 @@ class BeatsArchitecture(StrictConfig):
     conv_pos_groups: int = Field(default=16, ge=1)
     """Groups of that convolution."""
     num_buckets: int = Field(default=320, ge=4)
-    """Relative positions that are told apart, half of them for each direction."""
+    """Buckets of relative positions, half of them for each direction."""
     max_distance: int = Field(default=800, ge=1)
     """Patches from which on all positions are the same."""
 
@@ -253,7 +253,7 @@ class _BeatsAttention(nn.Module):
             self.relative_attention_bias = nn.Embedding(sizes.num_buckets, self.heads)
 
     def bias(self, patches: int) -> Tensor:
-        """How much query A hears key K for where it lies [H, A, K], before the gate."""
+        """Relative position bias of query A and key K [H, A, K], before the gate."""
         at_A = torch.arange(patches, device=self.grep_a.device)
         table = self.relative_attention_bias
         bucket_AK = _bucket(at_A - at_A[:, None], table.num_embeddings // 2, self.max_distance)

@@ -31,10 +31,10 @@ class Clap(PretrainedEncoder):
     Wu et al. 2023, "Large-scale contrastive language-audio pretraining with feature fusion and
     keyword-to-caption augmentation" (arXiv:2211.06687); Chen et al. 2022, "HTS-AT" (arXiv:2202.00874).
 
-    The network always hears 10 s: a shorter clip is repeated as often as it fits whole and filled up
+    The network's input is always 10 s long: a shorter clip is repeated as often as it fits whole and padded
     with silence ("repeatpad"), as in training. The tokens of the repetitions are left out of the
-    result: they stand at times that the clip does not have, and a dog that barks once would be heard
-    to bark again. Longer clips are taken in windows of 10 s by `encode`. So no window is "longer", and
+    result: their times are beyond the clip's end, and a single bark of a dog would appear
+    several times. Longer clips are taken in windows of 10 s by `encode`. So no window is "longer", and
     a fused model's fusion of crops, for which transformers' extractor picks crops and clips at
     random, is never used; its weights get no gradient.
     """

@@ -41,7 +41,7 @@ class Tiny(Encoder):
         channels: tuple[int, int, int, int] = (32, 48, 96, 128)
         """Channels of the four strided convolutions over time and frequency."""
         blocks: int = 3
-        """Residual blocks over time; each widens what a token hears by 0.28 s to either side."""
+        """Residual blocks over time; each widens a token's receptive field by 0.28 s to either side."""
         kernel: int = 15
         """Tokens that a block's depthwise convolution spans."""
         mels: int = 64
@@ -49,7 +49,7 @@ class Tiny(Encoder):
         dropout: float = 0.1
         """On the residual branches, in training."""
         margin: int = 4
-        """Tokens of silence that the network hears before and after a clip."""
+        """Tokens of silence that are added before and after a clip."""
         mask_bins: int = 8
         """In training, two bands of up to so many mel bins of each clip are hidden (SpecAugment, Park et al. 2019): a
         quarter of all at most, by default. A tone within them goes unheard in that step, and its label stays; 0 hides

@@ -1,4 +1,4 @@
-"""What `from_pretrained` is told: where the bundle is on the Hub, type and device of the weights, a PEFT adapter."""
+"""Options of `from_pretrained`: revision on the Hub, dtype and device of the weights, a PEFT adapter."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class LoadOptions:
         path = adapter.get("_adapter_model_path")
         old_dtype = given.pop("torch_dtype", None)
         if given.pop("attn_implementation", None) not in (None, NAME):
-            raise PalError(f"attn_implementation must be '{NAME}', through which the LLM hears; leave it out")
+            raise PalError(f"attn_implementation must be '{NAME}', since others ignore audio; leave it out")
         other = [name for name, value in given.items() if name not in {*_HUB, *_MEANINGLESS} and value is not None]
         if given.get("subfolder"):
             other.append("subfolder")

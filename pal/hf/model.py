@@ -261,9 +261,9 @@ class PalForConditionalGeneration(PreTrainedModel, GenerationMixin):
     ) -> CausalLMOutputWithPast | tuple[Tensor, ...]:
         """Logits [B, T, vocab] in the columns of `input_ids`, and the loss where there are labels.
 
-        Column t predicts id t + 1, at a clip too, which it then hears, whatever rows the LLM had for it; with labels,
-        at those clips whose next id is trained, and at the last. Padding, and a clip that nothing stands before and
-        that makes no rows, have logits of 0.
+        Column t predicts id t + 1. A clip's column does, too, from a row that sees the whole clip, however many rows
+        the clip has; with labels, only for clips whose next id is trained, and for the last one. Logits are 0 for
+        padding, and for a clip without audio rows at the start of a conversation.
 
         Args:
             input_ids: [B, T], with -1 for a clip.

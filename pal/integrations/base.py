@@ -118,7 +118,7 @@ class Route(Integration):
         return (self,)
 
     def blocks(self) -> Mapping[int, PackedBlock] | None:
-        """Cross-attention blocks before some layers, which attend to the keys in the layers' place; None without any."""
+        """Cross-attention blocks before some layers, which attend to the keys in the layers' place, or None."""
         return None
 
     def fold(self, llm: Backbone) -> int:

@@ -1,4 +1,4 @@
-"""Which layers of the LLM hear: the option `layers` of LAL and the hybrid."""
+"""Layers of the LLM that attend to audio keys: the option `layers` of LAL and the hybrid."""
 
 from typing import Annotated, Any, Literal
 

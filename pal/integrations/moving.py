@@ -1,4 +1,4 @@
-"""Layouts on the way to the device: made on the host, moved in one copy, and put together there."""
+"""Transfer of layouts to the device: arrays computed on the host, moved in one copy, assembled on the device."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class Moves:
-    """Arrays that go to the device in one copy."""
+    """Arrays to move to the device in one copy."""
 
     def __init__(self) -> None:
         self._arrays: list[NDArray[np.generic]] = []
@@ -53,7 +53,7 @@ class Moves:
 
 @dataclass(frozen=True)
 class MovedSegments:
-    """Segments by the numbers of their arrays."""
+    """Segments as numbers of arrays in `Moves`."""
 
     firsts: tuple[int, int]
     longest: tuple[int, int]
@@ -64,7 +64,7 @@ class MovedSegments:
 
 
 def move_segments(segments: Segments, moves: Moves, size: Callable[[int], int] | None = None) -> MovedSegments:
-    """Segments on the way to the device; `size` rounds up the longest ones' numbers of queries and keys."""
+    """Add segments to `moves`; `size` rounds up the largest numbers of queries and keys."""
     max_seqlen_q, max_seqlen_k = segments.longest
     queries = None
     if segments.queries_Q is not None and segments.outs_N is not None and segments.unused_Q is not None:
@@ -80,7 +80,7 @@ def move_segments(segments: Segments, moves: Moves, size: Callable[[int], int] |
 
 
 def device_segments(moves: Moves, moved: MovedSegments) -> DeviceSegments:
-    """Segments after the move."""
+    """Segments on the device, after the move."""
     queries = (None, None, None) if moved.queries is None else tuple(moves[i] for i in moved.queries)
     return DeviceSegments(
         cu_seqlens_q=moves[moved.firsts[0]],
@@ -96,7 +96,7 @@ def device_segments(moves: Moves, moved: MovedSegments) -> DeviceSegments:
 
 
 class MovedKeys:
-    """The keys of one stream, on the way to the device."""
+    """Audio keys of one stream, before and after the move to the device."""
 
     def __init__(
         self,
@@ -144,16 +144,16 @@ class MovedKeys:
 
 
 class MovedTargets:
-    """Which rows predict a labelled token, on the way to the device."""
+    """Targets (rows that predict a labelled token), before and after the move to the device."""
 
     def __init__(
         self, placed: list[SequenceLayout], firsts: Sequence[int], moves: Moves, filling: Sequence[int] = ()
     ) -> None:
-        """`filling`: rows of conversations that follow; the labelled tokens are filled up, too, by some without."""
+        """`filling`: lengths of filling conversations, if any; the targets are then filled up, too, without labels."""
         rows, labels, owners = [], [], []
         self.lengths: list[int] = []
         for number, (one, first) in enumerate(zip(placed, firsts, strict=True)):
-            # nothing predicts the first row of a conversation
+            # no row predicts the first one of a conversation
             at = np.flatnonzero(one.labels[1:] != IGNORE)
             starts = np.diff(at, prepend=-2) != 1
             self.lengths += np.diff([*np.flatnonzero(starts), len(at)]).tolist()

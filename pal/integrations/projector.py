@@ -1,4 +1,4 @@
-"""P, what stands between audio features and the LLM's width: the projectors of every integration."""
+"""Projectors P from audio features to the LLM's width, for all integrations."""
 
 from __future__ import annotations
 
@@ -93,13 +93,13 @@ class LayerProjectors(nn.ModuleDict):
         return len(self._folds)
 
     def folded(self, layer: int, llm: Backbone) -> FusedKV | None:
-        """What `fold` made for a layer, if no gradients are needed and all it was made of still is what it was."""
+        """The fused layer that `fold` made, if no gradients are needed and no fused weight or module has changed."""
         found = None if torch.is_grad_enabled() else self._folds.get(layer)
         last = None if found is None else self._last(layer)
         return found if found is not None and last is not None and llm.holds(layer, found, last) else None
 
     def _last(self, layer: int) -> nn.Module | None:
-        """The last linear layer of P; None where P is no longer what was made here, or is hooked as a whole."""
+        """The last linear layer of P; None where P was replaced, or has hooks."""
         whole = self.of(layer)
         if type(whole) is nn.Sequential and unhooked(whole):
             return whole[-1]

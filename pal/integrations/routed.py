@@ -19,7 +19,7 @@ Part = str | dict[str, Any]
 
 @dataclass(frozen=True)
 class Stream:
-    """What one connector gives: its width, and the names of the encoders behind it."""
+    """Output of one connector: its width, and the names of the encoders that feed it."""
 
     width: int
     encoders: tuple[str, ...]

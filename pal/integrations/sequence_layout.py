@@ -1,4 +1,4 @@
-"""Where every row and key of a batch of conversations goes: positions, labels and sources, worked out on the host.
+"""Layout of a batch: positions, labels and sources of all rows and keys of each conversation, computed on the host.
 
 Nothing here touches a device, so a loader's thread can do it while the device is busy.
 """
@@ -22,16 +22,16 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class StreamLayout:
-    """Sizes of one stream's clips, and what they become: rows, keys, or both."""
+    """Lengths of one stream's clips, and whether they become rows, keys, or both."""
 
     lengths: Sequence[int]
     """Audio tokens of each clip."""
     layout: Layout
-    """Where keys and rows lie in the position ids that a clip reserves."""
+    """Offsets of keys and rows within the position ids that a clip reserves."""
     rows: bool
-    """Whether it has rows of the sequence."""
+    """The stream has audio rows."""
     keys: bool
-    """Whether it has keys and values."""
+    """The stream has keys and values."""
 
 
 @dataclass(frozen=True)
@@ -39,33 +39,33 @@ class KeyLayout:
     """The audio keys of one stream in one conversation, each [A]."""
 
     clips: Ints
-    """Of the batch."""
+    """Index of the clip in the batch."""
     tokens: Ints
-    """Of their clip."""
+    """Index of the token in its clip."""
     positions: Ints
     """A row sees the keys at or before its own position."""
     rope_positions: Ints
-    """Positions that RoPE turns them by."""
+    """Positions that RoPE rotates the keys by."""
     about: Floats | None
-    """[A, 4]: stream, clip of the conversation, and seconds of start and end; where that was asked for."""
+    """[A, 4]: stream, number of the clip in the conversation, start and end in seconds; only with spans."""
 
 
 @dataclass(frozen=True)
 class SequenceLayout:
-    """One conversation, each [T]."""
+    """Rows of one conversation, each [T], and its audio keys."""
 
     sources: Ints
     """Stream whose row it is; -1 for text."""
     clips: Ints
     """Clip of the batch; -1 for text."""
     numbers: Ints
-    """Of the row in its clip, or of the token in the text of all conversations."""
+    """Index of the row in its clip, or of the token in the text of all conversations."""
     positions: Ints
     labels: Ints
     repeats: NDArray[np.bool_]
-    """True where the last text row is asked again, behind clips."""
+    """True for a repeated row: the last text row again, behind clips."""
     about: Floats | None
-    """[T, 4], as of keys."""
+    """[T, 4], as in `KeyLayout`."""
     keys: tuple[KeyLayout, ...]
     """Of each stream."""
 
@@ -74,11 +74,11 @@ class SequenceLayout:
 
     @property
     def is_text(self) -> NDArray[np.bool_]:
-        """Rows of text that are said for the first time."""
+        """True for text rows, repeated ones excluded."""
         return (self.sources < 0) & ~self.repeats
 
     def conversation(self) -> Conversation:
-        """What attention has to know of it."""
+        """The part that attention depends on."""
         return Conversation(self.positions, self.is_text, self.repeats, tuple(one.positions for one in self.keys))
 
 
@@ -102,7 +102,7 @@ _NOWHERE = np.zeros((0, 4))
 
 
 class _SequenceBuilder:
-    """One conversation being laid out."""
+    """Builder of one conversation's layout."""
 
     def __init__(self, streams: Sequence[StreamLayout], with_spans: bool) -> None:
         self.streams = streams
@@ -111,7 +111,7 @@ class _SequenceBuilder:
         self.keys = [_GrowingColumns() for _ in streams]
         self.count = 0
         self.next = 0
-        """Position that comes next."""
+        """Next position."""
         self.last = -1
         """Position of the last row."""
         self.last_key = -1
@@ -161,13 +161,13 @@ class _SequenceBuilder:
                 about=self._about(stream, number, layout.key_times(tokens)),
             )
             self.last_key = max(self.last_key, int(positions.max(initial=-1)))
-        # reserved even where nothing stands, so that text after the clip has the ids PLITS would give
+        # reserved even where there is no row or key, so that text after the clip has the same ids as in PLITS
         self.next += layout.groups(tokens) * layout.span
 
     def repeat_last_row(self) -> None:
-        """Where the last row does not hear all before it: a row that does, at the last position reserved so far."""
+        """Repeat the last text row at the last reserved position, unless the last row sees all audio so far."""
         if self.last_row is None:
-            return  # nothing was said that could be asked
+            return  # there is no row to repeat
         if self.last == self.next - 1 and self.last_key <= self.last:
             return
         source, clip, number = self.last_row if self.last_text is None else (-1, -1, self.last_text)
@@ -192,7 +192,7 @@ class _SequenceBuilder:
         return np.tile([-1.0, -1.0, np.nan, np.nan], (count, 1)) if self.with_spans else None
 
     def placed(self) -> SequenceLayout:
-        """All of it."""
+        """The finished layout."""
         rows = {name: self.rows.get(name, _NONE).astype(np.int64) for name in _ROW_COLUMNS}
         keys = []
         for parts in self.keys:
@@ -218,11 +218,11 @@ def lay_out(
     Args:
         conversations: token ids, with -1 for each clip.
         streams: how the clips of each stream enter.
-        with_spans: also say whose audio each row and key is and when it sounds.
+        with_spans: add stream, clip and time span of each row and key.
 
     Raises:
-        PromptError: a conversation that is empty, names a clip that is not there, or has a clip that makes no rows and
-            no text to ask about it.
+        PromptError: a conversation that is empty, names an unknown clip, or has no text beside a clip without audio
+            rows.
     """
     placed = []
     first = 0

@@ -155,8 +155,8 @@ def test_messages_that_cannot_be_used(processor, messages):
     ("part", "says"),
     [
         ({"type": "audio", "path": "x", "url": "y"}, "an audio part has url and path; give one of"),
-        ({"type": "audio", "audio": "x", "audio_start": 1.0}, "has 'audio_start', and clips are heard whole"),
-        ({"type": "audio", "audio": "x", "duration": 1.0}, "has 'duration', and clips are heard whole"),
+        ({"type": "audio", "audio": "x", "audio_start": 1.0}, "has 'audio_start', and clips are used whole"),
+        ({"type": "audio", "audio": "x", "duration": 1.0}, "has 'duration', and clips are used whole"),
         ({"type": "input_audio", "input_audio": {"format": "wav"}}, "needs 'data' or 'url'"),
         ({"type": "input_audio", "input_audio": {"data": "@@@"}}, "its base64 is cut or holds other characters"),
         ({"type": "audio_url", "audio_url": {"uri": "x"}}, "needs 'data' or 'url'"),
