@@ -1,4 +1,4 @@
-"""What must hold in one run: the baselines are honest, the cost model is true, the goals are reached."""
+"""Checks of one run: baselines against the plain LLM, closed forms against measurements, goals."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class RatioCheck:
 
     @property
     def ratio(self) -> float:
-        """Value by reference."""
+        """Value divided by reference."""
         return self.value / self.reference
 
     @property
@@ -49,7 +49,7 @@ class RatioCheck:
 
 
 def checks(result: BenchResult) -> list[RatioCheck]:
-    """All that the rows of a run allow."""
+    """All checks for which a run has rows."""
     return [*_baselines(result), *_closed_forms(result), *_goals(result)]
 
 
@@ -65,10 +65,10 @@ def _baselines(result: BenchResult) -> Iterator[RatioCheck]:
 
 
 def _closed_forms(result: BenchResult) -> Iterator[RatioCheck]:
-    """Counted operations, saved bytes of ours, and keys and values, against the cost model."""
+    """Counted operations, saved bytes, and bytes of keys and values against their closed forms."""
     for row in result.rows:
         if row.audio_tokens == "ragged" or row.phase == "decode_graph":
-            continue  # where padding is computed and kept, too; and where nothing can be counted
+            continue  # ragged batches compute padding, too, and in CUDA graphs nothing can be counted
         paper = result.paper[row.variant, row.place]
         most = 1 + (AGREE if paper.rows else AGREE_WITHOUT_ROWS)
         pairs: list[tuple[Quantity, float, float, float]] = [
@@ -76,7 +76,7 @@ def _closed_forms(result: BenchResult) -> Iterator[RatioCheck]:
             ("kv_bytes", row.kv_bytes, paper.kv_bytes, 1 + AGREE),
         ]
         if not (row.variant == "qwen2audio" and row.scope == "end_to_end"):
-            # whose own loss keeps the logits of every row in a way of its own
+            # transformers' own loss keeps the logits of every row
             pairs.append(("saved_bytes", row.saved_bytes, paper.saved_bytes, 1 + AGREE))
         for quantity, value, reference, limit in pairs:
             if reference:
@@ -103,7 +103,7 @@ def _goals(result: BenchResult) -> Iterator[RatioCheck]:
 def _compare(
     kind: Literal["baseline", "goal"], ours: Measurement, other: Measurement, quantity: Quantity, at_most: float | None
 ) -> Iterator[RatioCheck]:
-    """Nothing where one of them has no number."""
+    """Check of one quantity of two rows; none where one of them has no number."""
     value: float | None = getattr(ours, quantity)
     reference: float | None = getattr(other, quantity)
     if value is not None and reference:

@@ -1,7 +1,7 @@
-"""What a variant's phase costs on paper: `pal/backbone/cost.py`, `pal/integrations/cost.py`, and the peers'.
+"""Closed-form cost of a variant's phase: `pal/backbone/cost.py`, `pal/integrations/cost.py`, and the peers'.
 
-Reading a prompt is the forward pass of a step that trains nothing. Writing a token is that of one row whose layers find
-their keys and values made, those of earlier rows and of audio; it looks at all of them.
+Prefill is the forward pass of a step that trains nothing. Decoding a token is the forward pass of one row that attends
+to all earlier keys and values, of text and of audio, which are in the cache.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from pal.integrations.cost import route_cost
 
 @dataclass(frozen=True)
 class ClosedForm:
-    """What is compared with what is measured."""
+    """Closed-form numbers to compare with measured ones."""
 
     flops: float
     saved_bytes: float
     kv_bytes: float
-    """Kept while an answer is written; 0 in a training step."""
+    """Bytes of keys and values kept while decoding; 0 in a training step."""
     rows: int = 0
     """Rows that clips add to the LLM's sequence; 0 where audio enters as keys and values alone."""
 
 
 def closed_form(subject: BenchModel, scene: BenchScene, preset: Preset, phase: Phase) -> ClosedForm:
-    """Of one phase of a variant. A ragged scene's is the sum of what its rows need without padding."""
+    """Closed form of one phase of a variant. A ragged scene's is the sum over its rows, without padding."""
     if scene.ragged is not None:
         rows = [closed_form(subject, row, preset, phase) for row in scene.alone()]
         return ClosedForm(*(sum(numbers) for numbers in zip(*map(astuple, rows), strict=True)))
@@ -55,7 +55,7 @@ def closed_form(subject: BenchModel, scene: BenchScene, preset: Preset, phase: P
         empty = len(scene.frames.lengths) * window - scene.batch * scene.audio_tokens
         extra = linear(empty, preset.width, llm.width, False, step.integration, step.own_bytes)
     added = _added(subject, step, scene.audio_tokens, preset.width)
-    hearing = _hearing(scene, preset) if added else 0.0
+    encoding = _encoder_flops(scene, preset) if added else 0.0
     text_kv = 2 * llm.kv_heads * llm.head_width * size * llm.n_layers * scene.text_tokens
     kept = scene.batch * (text_kv + kv_bytes(llm, added, size))
     added_rows = scene.batch * sum(one.rows for one in added)
@@ -63,28 +63,28 @@ def closed_form(subject: BenchModel, scene: BenchScene, preset: Preset, phase: P
         return ClosedForm(_token(subject, scene, preset.width), 0.0, kept, added_rows)
     cost = decoder(llm, step, added) + extra
     if trains:
-        return ClosedForm(hearing + cost.forward + cost.backward, cost.saved, 0.0, added_rows)
-    return ClosedForm(hearing + cost.forward, 0.0, kept, added_rows)
+        return ClosedForm(encoding + cost.forward + cost.backward, cost.saved, 0.0, added_rows)
+    return ClosedForm(encoding + cost.forward, 0.0, kept, added_rows)
 
 
 def _token(subject: BenchModel, scene: BenchScene, width: int) -> float:
-    """One row of each conversation; nothing of the clips is made again."""
+    """FLOPs of decoding one row of each conversation, with the clips' keys and values in the cache."""
     llm = subject.llm
     step = StepSize(clips=0, rows=scene.batch, text=1, targets=1)
     added = _added(subject, step, scene.audio_tokens, width)
     earlier = scene.text_tokens + sum(one.rows for one in added)
     rows = attention(scene.batch, llm.heads, 1, earlier, llm.head_width, grad=False).times(llm.n_layers)
-    return (decoder(llm, step, [_made_before(one) for one in added]) + rows).forward
+    return (decoder(llm, step, [_with_keys_made(one) for one in added]) + rows).forward
 
 
-def _made_before(one: AddedCost) -> AddedCost:
-    """What is left for a later row: the keys, each of which it sees."""
+def _with_keys_made(one: AddedCost) -> AddedCost:
+    """Cost left for later rows: the keys are made, and each is attended to."""
     layers = {layer: replace(part, pairs=None) for layer, part in one.layers.items()}
     return replace(one, rows=0, making=Cost(), layers=layers)
 
 
 def _added(subject: BenchModel, step: StepSize, tokens: int, width: int) -> list[AddedCost]:
-    """What clips of so many tokens of that width add; nothing where a variant hears none."""
+    """Cost added by clips of so many tokens of that width; nothing for text alone."""
     llm = subject.llm
     if isinstance(subject, AttachedModel):
         return [route_cost(route, step, tokens, llm) for route in subject.routes()]
@@ -98,7 +98,7 @@ def _added(subject: BenchModel, step: StepSize, tokens: int, width: int) -> list
 
 
 def _projected(step: StepSize, tokens: int, width: int, llm: Backbone) -> Cost:
-    """The one linear layer that a peer's projector is."""
+    """Projector of transformers' models: one linear layer."""
     return linear(step.clips * tokens, width, llm.width, step.features, step.integration, step.own_bytes)
 
 
@@ -138,8 +138,8 @@ def _mllama(step: StepSize, tokens: int, width: int, llm: Backbone) -> AddedCost
     )
 
 
-def _hearing(scene: BenchScene, preset: Preset) -> float:
-    """The encoder over every window, which is always full: two convolutions, then layers; it does not train."""
+def _encoder_flops(scene: BenchScene, preset: Preset) -> float:
+    """FLOPs of the frozen encoder over full windows: two convolutions, then layers."""
     if scene.frames is None:
         return 0.0
     shape = preset.encoder

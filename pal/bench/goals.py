@@ -1,4 +1,4 @@
-"""What the project set itself, for the presets `cpu` and `gpu-quick`, the LLM alone."""
+"""Goals of this project for the presets `cpu` and `gpu-quick`, scope `llm`."""
 
 from __future__ import annotations
 
@@ -10,32 +10,32 @@ from pal.bench.presets import Length
 
 Quantity = Literal["seconds", "saved_bytes", "flops", "kv_bytes", "rate"]
 RATE = "product"
-"""What a `rate`, operations a second, is compared with: that of one large product on the same device."""
+"""Reference of a `rate` in FLOP/s: one large matrix product on the same device."""
 
 
 @dataclass(frozen=True)
 class Goal:
-    """A ratio that has to be reached."""
+    """Bound on the ratio of a variant's number to a reference."""
 
     variant: str
     against: str
     phase: str
     quantity: Quantity
     lengths: tuple[Length, ...] | None = None
-    """Audio tokens of a clip; None where it holds for all."""
+    """Audio tokens of a clip for which it holds; None for all."""
     speed: float | None = None
-    """At least so many times faster."""
+    """Least number of times faster."""
     share: float | None = None
-    """At most so much of it."""
+    """Largest ratio."""
     least: float | None = None
-    """At least so much of it."""
+    """Smallest ratio."""
     batch: int = 1
     against_phase: str | None = None
-    """Of the other, where it is not the same."""
+    """Phase of the reference, where it is another one."""
 
     @property
     def bounds(self) -> tuple[float | None, float | None]:
-        """The least and the most that value / reference may be."""
+        """Smallest and largest ratio of value to reference."""
         return self.least, self.share if self.speed is None else 1 / self.speed
 
 
@@ -55,7 +55,7 @@ GOALS = (
     Goal("lal", "qwen2audio", "prefill", "seconds", (750,), speed=3.0),
     Goal("lal", "mllama", "prefill", "seconds", (750,), share=1.15),
 )
-"""Of `cpu`: batch 1, float32."""
+"""Goals of `cpu`: batch 1, float32."""
 
 
 def _gpu() -> Iterator[Goal]:
@@ -85,6 +85,6 @@ def _gpu() -> Iterator[Goal]:
 
 
 GPU_GOALS = tuple(_gpu())
-"""Of `gpu-quick`: bfloat16, batch 8 but where a single question is answered."""
+"""Goals of `gpu-quick`: bfloat16, batch 8, or 1 in prefill of a single question."""
 
 BY_PRESET = {"cpu": GOALS, "gpu-quick": GPU_GOALS}

@@ -1,4 +1,4 @@
-"""Where a run is done: the machine's name, versions, and how fast its matrix products are."""
+"""Machine of a run: its name, versions, and the speed of its matrix products."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def check_device(preset: Preset) -> None:
 
 
 def machine(preset: Preset) -> dict[str, Any]:
-    """Where and with what the run is done, and what is measured."""
+    """Facts about the machine, versions, and the preset."""
     facts: dict[str, Any] = {
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "device": _cpu() if preset.device == "cpu" else torch.cuda.get_device_name(),
@@ -53,7 +53,7 @@ def _cpu() -> str:
 
 
 def product_rate(device: torch.device, dtype: torch.dtype, rounds: int = 10) -> float:
-    """Operations a second of one product of random square matrices: 8192 wide on a GPU, 1024 on a CPU.
+    """FLOP/s of one product of random square matrices: 8192 wide on a GPU, 1024 on a CPU.
 
     Random, since zeros take less power and so run faster.
     """
@@ -71,6 +71,6 @@ def product_rate(device: torch.device, dtype: torch.dtype, rounds: int = 10) -> 
 
 
 def settle(device: torch.device) -> None:
-    """Wait until the device has done what it was given."""
+    """Wait until the device has finished all queued work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -1,4 +1,4 @@
-"""What a step costs, measured: saved activations, peak memory, time."""
+"""Measured cost of a step: saved activations, peak memory, time."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 def saved_bytes(forward: Callable[[], object], weights: Iterable[Tensor] = ()) -> int:
-    """Bytes that autograd holds after `forward`, for the backward pass.
+    """Bytes that autograd keeps after `forward` for the backward pass.
 
     Each storage counts once and in full, however many operations saved a view of it.
 
@@ -43,14 +43,14 @@ def saved_bytes(forward: Callable[[], object], weights: Iterable[Tensor] = ()) -
 
 
 class _Held:
-    """What autograd saves while its hooks are on."""
+    """Tensors that autograd saves while its hooks are on."""
 
     def __init__(self, weights: Iterable[Tensor]) -> None:
         self._own = {tensor.untyped_storage().data_ptr() for tensor in weights}
         self._held: dict[int, Tensor] = {}
 
     def hooks(self) -> AbstractContextManager[None]:
-        """Look at what is saved inside; nothing is changed."""
+        """Record the tensors saved inside the block, unchanged."""
         return torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor)
 
     def total(self) -> int:
@@ -110,7 +110,7 @@ def keep_freed_memory() -> bool:
 
 
 def give_back_freed_memory() -> None:
-    """Let the system have what is kept, before it is in too many pieces to be of use (glibc)."""
+    """Give freed memory back to the system, before it is too fragmented to be of use (glibc)."""
     gc.collect()
     try:
         ctypes.CDLL("libc.so.6").malloc_trim(0)
@@ -201,7 +201,7 @@ def counts(
 
 @dataclass(frozen=True)
 class RoundSeconds:
-    """Of several rounds."""
+    """Seconds of a step over several rounds."""
 
     median: float
     spread: float
@@ -255,10 +255,10 @@ def step_seconds(
 
 @dataclass(frozen=True)
 class TrainingCost:
-    """What one training step of a model takes."""
+    """Cost of one training step of a model."""
 
     saved_bytes: int
-    """Activations held for the backward pass."""
+    """Activations kept for the backward pass."""
     peak_bytes: int
     """Most memory above weights and optimizer state, gradients included."""
     step_seconds: float

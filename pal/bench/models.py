@@ -1,4 +1,4 @@
-"""What is measured: a language model that reads a scene, writes on, or learns; and ours, one for each integration."""
+"""Models that are measured: the interface of prefill, decoding and training, and one model for each integration."""
 
 from __future__ import annotations
 
@@ -32,27 +32,27 @@ INTEGRATIONS: dict[str, dict[str, Any]] = {
     "pal": {"name": "pal"},
     "flamingo": {"name": "flamingo"},
 }
-"""Variant -> integration; those with projectors get one as wide inside as the features."""
+"""Variant -> integration; the hidden width of projectors is that of the features."""
 
 
 @dataclass
 class PrefilledPrompt:
-    """A scene as it was read: what writing on needs."""
+    """State after prefill: all that decoding needs."""
 
     logits_BV: Tensor
     cache: Any
     """transformers' cache."""
     mask_BK: Tensor
-    """Over all rows so far."""
+    """Attention mask over all rows so far."""
     position_B1: Tensor
-    """Of the next row of each conversation."""
+    """Position of the next row of each conversation."""
     decoding: DecodingState | None = None
-    """Ours: what the product's own loop keeps."""
+    """State of this package's decoding loop; None in models of transformers."""
     stepper: Stepper | None = None
-    """Ours, by a CUDA graph."""
+    """CUDA graph of a decoding step, where one is used."""
 
     def kv_bytes(self) -> int:
-        """Of all keys and values that are kept, without the room for later ones."""
+        """Bytes of all keys and values, without the room for later ones."""
         if isinstance(self.cache, JointCache):
             layers: list[Any] = self.cache.layers
             used = [(x, one.prompt + one.steps) for one in layers for x in (one.keys, one.values)]
@@ -64,15 +64,15 @@ class PrefilledPrompt:
 
 
 class BenchModel(ABC):
-    """One variant. All variants of a run share one LLM's weights, and one encoder's."""
+    """Model of one variant. All variants of a run share the weights of one LLM and one encoder."""
 
     name: str
     own: nn.Module | None
-    """What it adds to the LLM; None where it adds nothing."""
+    """Modules added to the LLM; None where there are none."""
     compiled_phases: ClassVar[tuple[str, ...]] = ("train", "prefill")
-    """Where a run that compiles does so with it."""
+    """Phases in which this model is compiled, in runs that compile."""
     graphs: ClassVar[bool] = False
-    """Whether it can decode by a CUDA graph."""
+    """Whether it can decode with CUDA graphs."""
 
     def __init__(self, name: str, llm: Backbone, own: nn.Module | None) -> None:
         self.name = name
@@ -81,7 +81,7 @@ class BenchModel(ABC):
 
     @abstractmethod
     def read(self, scene: BenchScene) -> PrefilledPrompt:
-        """The prompt in one forward pass: logits of the last row, keys and values kept."""
+        """Prefill: one forward pass over the prompt, for the logits of the last row and the cache."""
 
     @abstractmethod
     def loss(self, scene: BenchScene) -> Tensor:
@@ -89,54 +89,54 @@ class BenchModel(ABC):
 
     @abstractmethod
     def write(self, reading: PrefilledPrompt, tokens: int) -> None:
-        """So many more tokens, greedily."""
+        """Decode so many more tokens greedily."""
 
     def weights(self) -> list[nn.Parameter]:
-        """Of the LLM and what is added to it, each once."""
+        """Parameters of the LLM and of the added modules, each once."""
         return _unique([*self.llm.parameters(), *(() if self.own is None else self.own.parameters())])
 
     def trained(self, train: str) -> list[nn.Parameter]:
-        """What a training step trains; none where there is nothing to train."""
+        """Parameters that a training step trains; may be none."""
         own = [] if self.own is None else list(self.own.parameters())
         return self.weights() if train == "joint" else _unique(own)
 
     @abstractmethod
     def compile(self, **options: Any) -> None:
-        """`torch.compile` the LLM's layers in place; those of one that is shared once."""
+        """`torch.compile` the LLM's layers in place; layers that variants share are compiled once."""
 
 
 class AttachedModel(BenchModel):
-    """Ours: an LLM with an integration; without one, text alone."""
+    """An LLM with one of this package's integrations; or the LLM on text alone."""
 
     graphs = True
 
-    def __init__(self, name: str, llm: Backbone, integration: Integration, hears: bool = True) -> None:
-        super().__init__(name, llm, integration if hears else None)
+    def __init__(self, name: str, llm: Backbone, integration: Integration, with_audio: bool = True) -> None:
+        super().__init__(name, llm, integration if with_audio else None)
         self.integration = integration
-        self._hears = hears
+        self._with_audio = with_audio
 
     def routes(self) -> Sequence[Route]:
-        """How audio enters; none without."""
-        return self.integration.routes() if self._hears else ()
+        """Routes by which audio enters; none for text alone."""
+        return self.integration.routes() if self._with_audio else ()
 
     def compile(self, **options: Any) -> None:
-        """As the product does it."""
+        """Compile as `Backbone.compile` does."""
         if "forward" not in vars(self.llm.layers[0]):
             self.llm.compile(**options)
 
     def inputs(self, scene: BenchScene, trains: bool) -> LLMInputs:
-        """As the product makes them: without padding where the backbone takes that."""
-        features = scene.features() if self._hears else None
+        """Inputs of the LLM, packed where the backbone packs, as in training and generation."""
+        features = scene.features() if self._with_audio else None
         side: Any = "none" if self.llm.packs else "right" if trains else "left"
-        return self.integration(features, scene.rows(self._hears, trains), self.llm, side)
+        return self.integration(features, scene.rows(self._with_audio, trains), self.llm, side)
 
     def read(self, scene: BenchScene, tokens: int = ROOM, fixed: bool = False) -> PrefilledPrompt:
-        """As `Backbone.generate` does it: audio K/V are made once, ahead.
+        """Prefill as `Backbone.generate` does it, with audio K/V made once, ahead.
 
         Args:
             scene: what to read.
-            tokens: that will be written.
-            fixed: whether into buffers of a fixed size, and by a CUDA graph where there is a GPU.
+            tokens: most tokens that will be decoded.
+            fixed: use buffers of a fixed size, and a CUDA graph where there is a GPU.
         """
         inputs, llm = padded_left(self.inputs(scene, trains=False)), self.llm
         cache = prepared(llm, inputs, room=tokens if fixed else min(tokens, ROOM), fixed=fixed)
@@ -148,7 +148,7 @@ class AttachedModel(BenchModel):
         return PrefilledPrompt(logits_BV, cache, inputs.attention_mask_BT, last_B1 + 1, state, stepper)
 
     def write(self, reading: PrefilledPrompt, tokens: int) -> None:
-        """By the product's own loop, which is told no end."""
+        """Decode with this package's loop, without an end token."""
         state = reading.decoding
         assert state is not None
         for _ in range(tokens):
@@ -162,13 +162,13 @@ class AttachedModel(BenchModel):
             reading.logits_BV = state.logits_RV
 
     def loss(self, scene: BenchScene) -> Tensor:
-        """The model's own."""
+        """Mean cross-entropy by the loss of `Backbone`."""
         total, tokens = self.llm.loss(self.inputs(scene, trains=True))
         return total / tokens
 
 
 def attached(name: str, llm: Backbone, preset: Preset) -> AttachedModel:
-    """The subject of one of our variants."""
+    """Model of one of this package's variants."""
     device, dtype = torch.device(preset.device), getattr(torch, preset.dtype)
     part = INTEGRATIONS["plits" if name == "text" else name]
     options: Any = lookup("integration", part["name"]).Config  # type: ignore[attr-defined]
@@ -176,7 +176,7 @@ def attached(name: str, llm: Backbone, preset: Preset) -> AttachedModel:
         part = {**part, "hidden": preset.width}
     with device:
         integration = build("integration", part, in_width=preset.width, llm=llm)
-    return AttachedModel(name, llm, integration.to(dtype), hears=name != "text")
+    return AttachedModel(name, llm, integration.to(dtype), with_audio=name != "text")
 
 
 def _unique(parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:

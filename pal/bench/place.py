@@ -1,4 +1,4 @@
-"""One phase on one scene: each variant is looked at once, then all are timed in turns."""
+"""One phase on one scene: each variant is counted once, then all are timed in turns."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 class PointRun:
-    """One phase on one scene: each variant is looked at once, then all are timed in turns."""
+    """Measurement of one phase on one scene: each variant is counted once, then all are timed in turns."""
 
     def __init__(
         self,
@@ -47,27 +47,27 @@ class PointRun:
         self.encoder = encoder
         self.papers = papers
         self._readings: dict[str, PrefilledPrompt] = {}
-        """Prompts that were read, to be written on."""
+        """Prefilled prompts to decode from."""
 
     def measure(self, subjects: Sequence[BenchModel]) -> None:
         """Add a row for each variant that can be measured here."""
-        looked: dict[str, tuple[BenchModel, Counts, int]] = {}
+        counted: dict[str, tuple[BenchModel, Counts, int]] = {}
         timed: dict[str, Callable[[], object]] = {}
         for subject in self._asked(subjects):
             why = self._obstacle(subject)
             if why is None:
                 with self._guard() as guard:
-                    looked[subject.name] = (subject, *self._look_at(subject))
+                    counted[subject.name] = (subject, *self._count(subject))
                     if self.preset.repeats:
                         timed[subject.name] = self._timed(subject)
                 why = guard.why
                 self.bench.tidy()
             self._advance(subject, 1 if why is None else self.preset.passes(self.phase))
             if why is not None:
-                looked.pop(subject.name, None)
+                counted.pop(subject.name, None)
                 self.leave_out([subject], why)
         seconds, failed = self._time(timed)
-        for name, (subject, found, kv) in looked.items():
+        for name, (subject, found, kv) in counted.items():
             if name in failed:
                 self.leave_out([subject], failed[name])
                 continue
@@ -79,7 +79,7 @@ class PointRun:
         self.bench.tidy()
 
     def leave_out(self, subjects: Sequence[BenchModel], why: str) -> None:
-        """Say of these that they are not measured here."""
+        """Record that these variants are not measured here."""
         for subject in self._asked(subjects):
             self.bench.result.left_out.append(
                 {
@@ -95,8 +95,8 @@ class PointRun:
     def _asked(self, subjects: Sequence[BenchModel]) -> list[BenchModel]:
         return [subject for subject in subjects if subject.graphs or self.phase != "decode_graph"]
 
-    def _look_at(self, subject: BenchModel) -> tuple[Counts, int]:
-        """Operations and bytes of the phase, and the bytes of its keys and values."""
+    def _count(self, subject: BenchModel) -> tuple[Counts, int]:
+        """Operations and bytes of the phase, and bytes of the keys and values it keeps."""
         weights = self._weights(subject)
         if self.phase == "train":
             with training(subject, self.preset.train):
@@ -127,7 +127,7 @@ class PointRun:
         return self.preset.compiled and self.phase in subject.compiled_phases
 
     def _prompt(self, subject: BenchModel) -> PrefilledPrompt:
-        """Read, to be written on."""
+        """Prefilled prompt with room for all tokens that are decoded."""
         if not isinstance(subject, AttachedModel):
             return subject.read(self.scene)
         tokens = self.preset.decode_tokens * (2 + self.preset.repeats) + 8
@@ -152,7 +152,7 @@ class PointRun:
         return torch.inference_mode()(lambda: subject.write(reading, self.preset.decode_tokens))
 
     def _time(self, timed: dict[str, Callable[[], object]]) -> tuple[dict[str, RoundSeconds], dict[str, str]]:
-        """Of each step, or why it failed; others go on."""
+        """Seconds of each step, and why others failed."""
         tokens = self.preset.decode_tokens if self.phase.startswith("decode") else 1
         subjects = {name: self.papers[name].flops * tokens for name in timed}
         found: dict[str, RoundSeconds] = {}
@@ -169,8 +169,8 @@ class PointRun:
         captures = self.phase == "train" and self.preset.compiled and self.bench.device.type == "cuda"
         way = eager() if self.phase.startswith("decode") else capturing(self.bench.llm) if captures else nullcontext()
         with way:
-            # memory was given back after each was looked at; a round that does not count has it made again, and a
-            # second one records CUDA graphs
+            # memory was given back after each variant was counted: an uncounted round allocates it again, and a second
+            # one records CUDA graphs
             for rounds in (2 if captures else 1, self.preset.repeats) if timed else ():
                 found = round_seconds(
                     steps,
@@ -200,15 +200,15 @@ class PointRun:
         )
 
     def _parameters(self, subject: BenchModel) -> list[nn.Parameter]:
-        hears = self.encoder is not None and subject.own is not None
-        return [*subject.weights(), *(self.encoder.parameters() if self.encoder is not None and hears else ())]
+        with_encoder = self.encoder is not None and subject.own is not None
+        return [*subject.weights(), *(self.encoder.parameters() if self.encoder is not None and with_encoder else ())]
 
     def _weights(self, subject: BenchModel) -> list[torch.Tensor]:
         buffers = [*self.bench.llm.buffers(), *self.bench.plain.buffers()]
         return [*self._parameters(subject), *buffers]
 
     def _obstacle(self, subject: BenchModel) -> str | None:
-        """Why a variant is not even tried."""
+        """Reason not to try a variant; None where there is none."""
         if self.phase == "train" and not subject.trained(self.preset.train):
             return f"nothing to train in stage '{self.preset.train}'"
         if self.bench.device.type == "cuda" or self.phase != "train":
@@ -222,7 +222,7 @@ class PointRun:
 
     @contextmanager
     def _guard(self) -> Iterator[_Guard]:
-        """A variant that does not fit, or fails, leaves its row out and the run goes on."""
+        """Catch what goes wrong with a variant: its row is left out and the run goes on."""
         guard = _Guard()
         try:
             yield guard
@@ -244,7 +244,7 @@ class _Guard:
 
 @contextmanager
 def training(subject: BenchModel, train: str) -> Iterator[None]:
-    """What is trained requires gradients inside; afterwards nothing does, and none is kept."""
+    """Make the trained weights require gradients inside the block; afterwards none does, and gradients are dropped."""
     trained = subject.trained(train)
     for parameter in trained:
         parameter.requires_grad_(True)
@@ -258,14 +258,14 @@ def training(subject: BenchModel, train: str) -> Iterator[None]:
 
 @contextmanager
 def many_graphs() -> Iterator[None]:
-    """Room for the graphs of all variants; one that fills a cache has one for each layer."""
+    """Raise torch.compile's limits of recompilation, so that the graphs of all variants fit."""
     with torch._dynamo.config.patch(recompile_limit=512, accumulated_recompile_limit=8192):
         yield
 
 
 @contextmanager
 def capturing(llm: Backbone) -> Iterator[None]:
-    """Training steps replayed as CUDA graphs, as the trainer runs them."""
+    """Replay training steps as CUDA graphs inside the block, as the trainer does."""
     llm.capture()
     try:
         yield
@@ -276,12 +276,12 @@ def capturing(llm: Backbone) -> Iterator[None]:
 
 
 def eager() -> Any:
-    """Nothing compiled inside, though it is."""
+    """Run compiled layers eagerly inside the block."""
     return torch.compiler.set_stance("force_eager")
 
 
 def _free_bytes() -> int:
-    """Memory that a process can still have without pushing others out."""
+    """Free memory in bytes, without swapping."""
     info = Path("/proc/meminfo")
     if info.is_file():
         for line in info.read_text(encoding="utf-8").splitlines():

@@ -1,4 +1,4 @@
-"""What `pal bench` measures: shapes, lengths and repeats under a name."""
+"""Presets of `pal bench`: shapes, lengths and repeats under a name."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ Variant = Literal["text", "plits", "lal", "lal_third", "pal", "flamingo", "qwen2
 Scope = Literal["llm", "end_to_end"]
 Phase = Literal["prefill", "decode", "train", "decode_graph"]
 Length = int | Literal["ragged"]
-"""Audio tokens of every clip of a batch; `ragged` where clips and texts differ."""
+"""Audio tokens of every clip of a batch; `ragged` where clips and texts differ in length."""
 VARIANTS: tuple[Variant, ...] = get_args(Variant)
 SCOPES: tuple[Scope, ...] = get_args(Scope)
 PHASES: tuple[Phase, ...] = ("prefill", "decode", "train")
-"""Those that run everywhere; `decode_graph` is one of a CUDA graph."""
+"""Phases that run everywhere; `decode_graph`, decoding with a CUDA graph, needs a GPU."""
 
 
 RAGGED = ((250, 48), (400, 64), (600, 96), (750, 128), (900, 80), (1100, 160), (1300, 192), (1500, 112))
-"""Clips as real batches have them, of 10 to 60 seconds, and what is said about them."""
+"""Audio and text tokens of a realistic batch: clips of 10 to 60 seconds."""
 
 
 @dataclass(frozen=True)
 class BenchPoint:
-    """What is measured side by side: one phase on one batch."""
+    """Place: one phase on one batch, in which all variants are compared."""
 
     batch: int
     length: Length
@@ -40,7 +40,7 @@ class Preset(StrictConfig):
 
     name: str
     shape: str
-    """What the LLM is, in words."""
+    """Description of the LLM."""
     llm: dict[str, Any]
     """transformers' configuration of the LLM; a Llama, since the peers share its weights."""
     encoder: dict[str, Any]
@@ -61,7 +61,7 @@ class Preset(StrictConfig):
     batch: tuple[int, ...] = Field(default=(1,), min_length=1)
     """Conversations."""
     prefill_batch: tuple[int, ...] = ()
-    """Further sizes for `prefill` alone."""
+    """Further batch sizes, for `prefill` alone."""
     train_tokens: int | None = Field(default=None, ge=1)
     """The most audio tokens of a training batch, which has fewer conversations where clips are longer."""
     repeats: int = Field(default=5, ge=0)
@@ -75,15 +75,15 @@ class Preset(StrictConfig):
     compiler: str | None = None
     """torch.compile's backend; None for its own choice."""
     seconds: float | None = Field(default=None, gt=0)
-    """What has not begun by then is left out."""
+    """Time limit; places that have not begun by then are left out."""
 
     @property
     def width(self) -> int:
-        """E, of the features."""
+        """Width E of the features."""
         return int(self.encoder["hidden_size"])
 
     def places(self) -> list[BenchPoint]:
-        """In the order in which they are measured."""
+        """Places, in the order in which they are measured."""
         found = (
             BenchPoint(self._rows(batch, length, phase), length, phase)
             for length in self.audio_tokens

@@ -1,4 +1,4 @@
-"""What a run of `pal bench` gives."""
+"""Results of `pal bench`."""
 
 from __future__ import annotations
 
@@ -11,66 +11,66 @@ from pal.bench.closed_form import ClosedForm
 from pal.bench.presets import Length, Phase, Preset, Scope
 
 BASELINES = {"plain": "plits", "plain_text": "text"}
-"""The plain LLM on the same rows -> the variant that it checks."""
+"""Baseline (the plain LLM on the same rows) -> the variant that it is compared with."""
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """One variant in one phase on one scene. Seconds and FLOPs of `decode` are those of one token."""
+    """Cost of one variant in one phase on one scene. Seconds and FLOPs of `decode` are those of one token."""
 
     variant: str
     scope: Scope
     phase: Phase
     audio_tokens: Length
-    """Of a clip; `text` hears none of them."""
+    """Audio tokens of each clip; the variant `text` gets no clip."""
     text_tokens: int
-    """Of the longest text."""
+    """Text tokens of the longest conversation."""
     batch: int
     seconds: float | None
     """Median; None where nothing was timed."""
     seconds_spread: float | None
-    """Between the quartiles."""
+    """Distance between the quartiles."""
     peak_bytes: int
     saved_bytes: int
     flops: int
     flops_closed_form: float
     kv_bytes: int
-    """0 in a training step, which keeps none."""
+    """0 in a training step, which keeps no keys and values."""
     parameters: int
 
     @property
     def place(self) -> tuple[str, str, int, Length]:
-        """What rows that can be compared have in common."""
+        """Scope, phase, batch and length: rows that agree in them can be compared."""
         return self.scope, self.phase, self.batch, self.audio_tokens
 
 
 @dataclass
 class BenchResult:
-    """All of a run."""
+    """Result of a whole run."""
 
     preset: Preset
     machine: dict[str, Any]
     rows: list[Measurement] = field(default_factory=list)
     baselines: list[Measurement] = field(default_factory=list)
-    """Of the plain LLM."""
+    """Rows of the plain LLM."""
     paper: dict[tuple[str, tuple[str, str, int, Length]], ClosedForm] = field(default_factory=dict)
-    """(variant, place) -> closed forms, those of saved bytes and of keys and values too."""
+    """(variant, place) -> closed form."""
     left_out: list[dict[str, Any]] = field(default_factory=list)
     """Rows that were asked for and are not there, and why."""
     interrupted: bool = False
-    """Whether it was stopped; what is there is whole all the same."""
+    """Whether the run was stopped; its rows are complete all the same."""
     complete: bool = False
-    """Whether all places had their turn."""
+    """Whether all places were measured or left out."""
 
     @property
     def rate(self) -> float | None:
-        """Operations a second of the device's matrix products, where it was measured."""
+        """FLOP/s of one large matrix product on the device; None where it was not measured."""
         found: float | None = self.machine.get("product_flops_per_second")
         return found
 
 
 def where_it_failed(error: BaseException) -> str:
-    """An exception in one line: what it says and the last line of ours that it came through."""
+    """Exception in one line: its message, the last line of this package in its traceback, and the last one."""
     frames = traceback.extract_tb(error.__traceback__)
     ours = [frame for frame in frames if "/pal/" in frame.filename] or list(frames)
     place = f" ({Path(ours[-1].filename).name}:{ours[-1].lineno}, {Path(frames[-1].filename).name}:{frames[-1].lineno})"

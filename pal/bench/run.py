@@ -30,14 +30,14 @@ from pal.registry import build
 def run(
     preset: Preset, progress: bool = False, keep: Callable[[BenchResult], object] = lambda result: None
 ) -> BenchResult:
-    """Measure all that a preset names. Weights are random: time and memory do not depend on them.
+    """Measure everything in a preset. Weights are random: time and memory do not depend on them.
 
     Ctrl-C ends it with the rows that are complete by then.
 
     Args:
         preset: what to measure.
         progress: whether to draw a bar.
-        keep: called with what there is after each place, so that a run that is killed keeps it.
+        keep: called with the result so far after each place, so that a killed run keeps it.
 
     Raises:
         PalError: the preset needs an accelerator that is not there.
@@ -57,7 +57,7 @@ def run(
 def opened(
     preset: Preset, progress: bool = False, keep: Callable[[BenchResult], object] = lambda result: None
 ) -> Iterator[Bench]:
-    """The models of a run, ready to be measured. Takes what `run` takes."""
+    """Open a run: its models are made and ready to be measured. Takes the arguments of `run`."""
     result = BenchResult(preset, machine(preset))
     if preset.device == "cpu" and preset.repeats:
         result.machine["keeps_freed_memory"] = keep_freed_memory()
@@ -79,7 +79,7 @@ def opened(
 
 
 class Bench:
-    """A run: what all its rows share."""
+    """State of a run, which all its rows share: LLM, variants, scene, result."""
 
     def __init__(
         self,
@@ -102,7 +102,7 @@ class Bench:
         self.device = torch.device(preset.device)
 
     def measure(self, scope: Scope) -> None:
-        """All rows of a scope."""
+        """Measure all rows of a scope."""
         preset = self.preset
         encoder = self._encoder() if scope == "end_to_end" else None
         subjects = self.subjects(encoder)
@@ -121,7 +121,7 @@ class Bench:
             self.keep(self.result)
 
     def scene(self, place: BenchPoint, encoder: Encoder | None) -> BenchScene:
-        """What is read at a place; the last one is kept for other phases."""
+        """Scene of a place; the last one is kept for other phases."""
         about = (place.batch, place.length, encoder)
         if self._scene is None or self._scene[0] != about:
             self._scene = (about, make_scene(self.preset, place.batch, place.length, self.llm.vocab, encoder))
@@ -140,13 +140,13 @@ class Bench:
         return encoder.to(getattr(torch, self.preset.dtype)).eval()
 
     def subjects(self, encoder: Encoder | None) -> list[BenchModel]:
-        """Each variant, and next to `plits` and `text` the plain LLM on the same rows; made once."""
+        """Models of all variants, and next to `plits` and `text` the plain LLM on the same rows; made once."""
         if encoder not in self._subjects:
             self._subjects[encoder] = self._made(encoder)
         return self._subjects[encoder]
 
     def give(self, seconds: float) -> None:
-        """So much time from now on, in place of the preset's."""
+        """Set the time limit to so many seconds from now on, in place of the preset's."""
         self.seconds, self.started = seconds, time.monotonic()
 
     def tidy(self, always: bool = False) -> None:

@@ -1,4 +1,4 @@
-"""What every variant is given to read: the same text and the same clips, as features or as frames of a front-end."""
+"""Input of all variants: the same text and the same clips, as features or as frames of a front-end."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Side = Literal["left", "right"]
 
 @dataclass(frozen=True)
 class EncoderFrames:
-    """Clips as an encoder's front-end leaves them: windows, one clip after the other."""
+    """Front-end frames of some clips: windows, one clip after the other."""
 
     encoder: Encoder
     x_WFM: Tensor
@@ -32,35 +32,35 @@ class EncoderFrames:
 
 @dataclass(frozen=True)
 class PaddedRows:
-    """Rows of different lengths as transformers' models take them: filled up to the longest, with a mask."""
+    """Rows of different lengths, padded to the longest, with a mask, as transformers' models take them."""
 
     source_BT: Tensor
-    """Of each row its place among the texts' B * T tokens, followed by the clips' B * A."""
+    """Index of each row among the texts' B * T tokens, followed by the clips' B * A."""
     mask_BT: Tensor
     positions_BT: Tensor
     predicts_X: Tensor
-    """Places, in all rows one after the other, of those that predict an answer's token."""
+    """Indices, in all rows one after the other, of the rows that predict an answer's token."""
     answers_X: Tensor
-    """Those tokens."""
+    """Tokens that they predict."""
 
 
 @dataclass(frozen=True, eq=False)
 class BenchScene:
     """B conversations of T text tokens, each with a clip of A tokens of its own between them.
 
-    In a ragged one, T and A are those of the longest, and what others lack is at their end.
+    In a ragged scene, T and A are those of the longest, and shorter ones are padded at the end.
     """
 
     text_BT: Tensor
     before: int
-    """Text tokens before the clip; shorter texts have in proportion."""
+    """Text tokens before the clip; in proportion in shorter texts."""
     answer: int
-    """Text tokens at the end that are trained; likewise."""
+    """Trained text tokens at the end; in proportion in shorter texts."""
     audio_tokens: int
     given: AudioFeatures | None
-    """Where features are given."""
+    """Features; None where an encoder makes them."""
     frames: EncoderFrames | None
-    """Where an encoder makes them."""
+    """Frames for the encoder; None where features are given."""
     ragged: tuple[tuple[int, int], ...] | None = None
     """Audio and text tokens of each row, where they differ."""
     _padded: dict[tuple[bool, Side], PaddedRows] = field(default_factory=dict, repr=False)
@@ -77,17 +77,17 @@ class BenchScene:
 
     @property
     def length(self) -> Length:
-        """What tables call it."""
+        """Audio tokens of a clip, or `ragged`, as in tables."""
         return self.audio_tokens if self.ragged is None else "ragged"
 
     @cached_property
     def texts(self) -> list[list[int]]:
-        """Token ids of each row, on the host, where a loader would have them."""
+        """Token ids of each row, on the host, as a data loader gives them."""
         rows: list[list[int]] = self.text_BT.tolist()
         return rows if self.ragged is None else [row[:n] for row, (_, n) in zip(rows, self.ragged, strict=True)]
 
     def parts(self, text: list[int]) -> tuple[int, int]:
-        """Tokens before the clip, and tokens of the answer, of a text."""
+        """Number of tokens before the clip and in the answer of a text."""
         n = len(text)
         return n * self.before // self.text_tokens, n * self.answer // self.text_tokens
 
@@ -110,39 +110,39 @@ class BenchScene:
         return found
 
     def features(self) -> AudioFeatures:
-        """[B, A, E], made by the encoder where there is one."""
+        """Features [B, A, E], from the encoder where there is one."""
         if self.given is not None:
             return self.given
         assert self.frames is not None
-        heard = self.frames.encoder(self.frames.x_WFM, self.frames.lengths)
-        return join_windows(heard, [len(heard.lengths) // self.batch] * self.batch)
+        windows = self.frames.encoder(self.frames.x_WFM, self.frames.lengths)
+        return join_windows(windows, [len(windows.lengths) // self.batch] * self.batch)
 
-    def rows(self, hears: bool, trains: bool) -> list[Tokens]:
+    def rows(self, with_audio: bool, trains: bool) -> list[Tokens]:
         """The conversations as an integration takes them."""
         rows = []
         for clip, text in enumerate(self.texts):
             before, answer = self.parts(text)
             labels = [IGNORE] * (len(text) - answer) + text[-answer:]
-            ids = [*text[:before], AUDIO, *text[before:]] if hears else text
-            rows.append(Tokens(ids, [clip] if hears else [], [IGNORE] * hears + labels if trains else None))
+            ids = [*text[:before], AUDIO, *text[before:]] if with_audio else text
+            rows.append(Tokens(ids, [clip] if with_audio else [], [IGNORE] * with_audio + labels if trains else None))
         return rows
 
-    def padded(self, hears: bool, side: Side) -> PaddedRows:
-        """The conversations as transformers' models take ragged ones; made once."""
-        if (hears, side) not in self._padded:
-            self._padded[hears, side] = self._pad(hears, side)
-        return self._padded[hears, side]
+    def padded(self, with_audio: bool, side: Side) -> PaddedRows:
+        """The ragged conversations as transformers' models take them; made once."""
+        if (with_audio, side) not in self._padded:
+            self._padded[with_audio, side] = self._pad(with_audio, side)
+        return self._padded[with_audio, side]
 
-    def _pad(self, hears: bool, side: Side) -> PaddedRows:
+    def _pad(self, with_audio: bool, side: Side) -> PaddedRows:
         assert self.ragged is not None
-        lengths = [len(text) + hears * clip for text, (clip, _) in zip(self.texts, self.ragged, strict=True)]
+        lengths = [len(text) + with_audio * clip for text, (clip, _) in zip(self.texts, self.ragged, strict=True)]
         longest = max(lengths)
         source_BT, mask_BT, positions_BT = (torch.zeros(self.batch, longest, dtype=torch.long) for _ in range(3))
         predicts, answers = [], []
         for row, (text, (clip, _)) in enumerate(zip(self.texts, self.ragged, strict=True)):
             before, answer = self.parts(text)
             own_T = torch.arange(len(text)) + row * self.text_tokens
-            clip_A = self.batch * self.text_tokens + row * self.audio_tokens + torch.arange(hears * clip)
+            clip_A = self.batch * self.text_tokens + row * self.audio_tokens + torch.arange(with_audio * clip)
             first = longest - lengths[row] if side == "left" else 0
             place = slice(first, first + lengths[row])
             source_BT[row, place] = torch.cat((own_T[:before], clip_A, own_T[before:]))
@@ -160,7 +160,7 @@ def make_scene(
 ) -> BenchScene:
     """Random text and random clips: noise for the encoder, or noise in its place where there is none.
 
-    A ragged one has features alone; one of which only the shapes are asked for has none.
+    A ragged scene takes no encoder. With `shapes` features are left out, for closed forms that need sizes alone.
     """
     generator = torch.Generator().manual_seed(0)
     device, dtype = torch.device(preset.device), getattr(torch, preset.dtype)

@@ -6,9 +6,9 @@
       integration-lal/seed-1/       a run folder of `pal train`
           on/NAME.json              its answers to a manifest's questions
       integration-lal/cost.json     what a training step of the cell takes
-      probe.json, *.png, table.md   the finding
+      probe.json, *.png, table.md   the result
 
-What is there is not made again, so that a killed ablation goes on, and a larger one takes in a smaller one's runs.
+Finished runs are kept: a killed ablation goes on, and a larger one includes the runs of a smaller one.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class QuestionSet:
     limit: int
 
     def options(self, bundle: str) -> dict[str, Any]:
-        """What answers to them depend on, beside the code; `bundle` is the digest of the model's folder."""
+        """Settings on which the answers depend, beside the code; `bundle` is the digest of the model's folder."""
         return {"manifest": self.name, "data_digest": self.digest, "records_at_most": self.limit, "bundle": bundle}
 
 
@@ -75,31 +75,31 @@ class CellRun:
 
     @cached_property
     def recipe(self) -> Recipe:
-        """What it trains."""
+        """Recipe of the run."""
         return self.cell.recipe(self.seed)
 
     @property
     def report(self) -> dict[str, Any] | None:
-        """What `train.json` holds; None before the end of the training."""
+        """Content of `train.json`; None before the end of the training."""
         path = self.folder / "train.json"
         return _json(path) if path.is_file() else None
 
     @property
     def bundle(self) -> str:
-        """The digest of its model: that of the list of its files' digests."""
+        """Digest of its model: of the list of its files' digests."""
         return sha256(self.folder / "model" / MANIFEST)
 
     @property
     def cost(self) -> Path:
-        """Where its cell's costs are kept."""
+        """File of its cell's costs."""
         return self.folder.parent / "cost.json"
 
     def answers(self, asked: QuestionSet) -> Path:
-        """Where its answers are kept."""
+        """File of its answers."""
         return self.folder / "on" / f"{asked.name}.json"
 
     def score(self, asked: QuestionSet) -> Result | None:
-        """Its answers, where there are any of this model to these questions, and none raised."""
+        """Stored answers of this model to these questions; None where there are none or one raised."""
         path = self.answers(asked)
         if not path.is_file():
             return None
@@ -125,7 +125,7 @@ def ablate(
     """Train and evaluate every cell of a grid with each seed.
 
     Args:
-        recipe: what the cells change.
+        recipe: the recipe that the cells change.
         axes: see `pal.probe.axes.grid`; the first value of each makes the cell that others are compared with.
         out: folder of the runs; what is finished there is not done again.
         settings: overrides of the recipe for all cells.
@@ -143,7 +143,7 @@ def ablate(
     cells = grid(recipe, axes, settings)
     for cell in cells:
         cell.check()
-    # the seeds outermost: what there is when it is cut short can be compared
+    # seeds in the outer loop, so that the runs of an unfinished ablation can be compared
     runs = [CellRun(cell, seed, out / cell.name / f"seed-{seed}") for seed in range(1, seeds + 1) for cell in cells]
     _check(runs, out)
     asked = [_asked(path, limit) for path in _manifests(on, limit, out)]
@@ -220,7 +220,7 @@ def _asked(path: Path, limit: int) -> QuestionSet:
 
 
 def _parts(records: Sequence[Record]) -> dict[str, list[int]]:
-    """Domains and tasks in words -> their questions, by number; those that all questions have are left out."""
+    """Name of a domain or task -> indices of its questions; one that all questions share is left out."""
     parts: dict[str, list[int]] = {}
     # each turn of a record is a question
     of_each = [
@@ -233,7 +233,7 @@ def _parts(records: Sequence[Record]) -> dict[str, list[int]]:
 
 
 def _spent(runs: Sequence[CellRun]) -> CellCost:
-    """Of a cell's runs; the first has counted."""
+    """Costs of a cell's runs; the first run has counted them."""
     kept = _counted(runs[0]) or {}
     steps = [run.report["stages"][-1]["median_step_seconds"] for run in runs if run.report is not None]
     return CellCost(
@@ -248,7 +248,7 @@ def _curve(run: CellRun) -> Curve:
 
 
 def _time_left(runs: Sequence[CellRun], out: Path) -> str:
-    """In words, from what the finished trainings in `out` took."""
+    """Estimate of the time left, in words, from the finished trainings in `out`."""
     to_train = sum(run.report is None for run in runs)
     took = [_json(path)["seconds"] for path in out.glob("*/seed-*/train.json")]
     if not to_train or not took:
@@ -265,7 +265,7 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def _done(run: CellRun, asked: Sequence[QuestionSet], out: Path, batch: int, progress: bool) -> list[Result]:
-    """Train it, ask it and count its cell's costs, as far as that has not been done."""
+    """Train and evaluate a run and count its cell's costs, except for what is finished."""
     finished = run.report is not None
     scores = [run.score(one) if finished else None for one in asked]
     counted = run.seed != 1 or (finished and _counted(run) is not None)
@@ -284,13 +284,13 @@ def _done(run: CellRun, asked: Sequence[QuestionSet], out: Path, batch: int, pro
             score = evaluate(model, asked_of, batch=batch, progress=progress)
             score.save(run.answers(one))
         done.append(score)
-    if not counted:  # last, since a step moves the statistics of what trains
+    if not counted:  # last, since a step changes batch statistics of the trained parts
         write_json(run.cost, {"recipe_digest": run.recipe.digest, **_count(run, model)})
     return done
 
 
 def _counted(run: CellRun) -> dict[str, Any] | None:
-    """The costs of the cell's step, where they have been counted."""
+    """Stored costs of the cell's training step; None where they have not been counted."""
     if not run.cost.is_file():
         return None
     kept = _json(run.cost)
@@ -298,7 +298,7 @@ def _counted(run: CellRun) -> dict[str, Any] | None:
 
 
 def _count(run: CellRun, model: PalModel) -> dict[str, int]:
-    """What the first step of the last stage takes: the same clips and questions in every cell."""
+    """Count the costs of the first step of the last stage: the same clips and questions in every cell."""
     recipe = run.recipe
     stage = recipe.stages[-1]
     data = StageData(recipe, len(recipe.stages) - 1, open_sources(recipe, run.folder / "data"))

@@ -1,4 +1,4 @@
-"""What an ablation found: tables, sentences made of the numbers, and pictures."""
+"""Results of an ablation: tables, sentences made of the numbers, and plots."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class CellAnswers:
-    """What all runs of the grid answered to one manifest's questions."""
+    """Answers of all runs of the grid to one manifest's questions."""
 
     name: str
     scores: Sequence[Sequence[Result]]
     """Of each cell, with each seed."""
     parts: Mapping[str, Sequence[int]]
-    """Domains and tasks in words, with their questions."""
+    """Name of a domain or task -> indices of its questions."""
 
     @property
     def questions(self) -> int:
-        """How many each run was asked."""
+        """Number of questions that each run was asked."""
         return len(self.scores[0][0].items)
 
     @property
@@ -44,7 +44,7 @@ class CellAnswers:
         return sum(len(score.errors) for row in self.scores for score in row)
 
     def draws(self, some: Sequence[int] | None = None) -> Draws:
-        """The scores of all questions, or of some."""
+        """Bootstrapped scores over all questions, or some."""
         chosen = range(self.questions) if some is None else some
         items = [[[score.items[i] for i in chosen] for score in row] for row in self.scores]
         right_XKI = np.array([[[bool(item.correct) for item in run] for run in row] for row in items], float)
@@ -56,20 +56,20 @@ class CellAnswers:
 
 @dataclass(frozen=True)
 class CellCost:
-    """What a cell took."""
+    """Cost of training a cell."""
 
     trained_parameters: int
     flops: int
-    """Of a training step."""
+    """Operations of a training step."""
     saved_bytes: int
-    """That it holds for the backward pass."""
+    """Activations that a training step saves for the backward pass."""
     peak_bytes: int
     step_seconds: float
-    """Median over steps and seeds, on whatever else the machine did."""
+    """Median over steps and seeds; other load on the machine is not excluded."""
 
 
 _KEPT = {"kept": "ci95", "kept_above_no_audio": "kept_above_no_audio ci95"}
-"""Shares in the table of frozen networks, and where their intervals stand."""
+"""Headings of shares in the table of frozen networks -> headings of their intervals."""
 
 Curve = tuple[list[int], list[float]]
 """Steps and losses."""
@@ -77,7 +77,7 @@ Curve = tuple[list[int], list[float]]
 
 @dataclass(frozen=True)
 class Ablated:
-    """Everything that an ablation has to say."""
+    """Answers and costs of all cells of an ablation."""
 
     cells: Sequence[GridCell]
     answers: Sequence[CellAnswers]
@@ -87,13 +87,13 @@ class Ablated:
 
     @cached_property
     def draws(self) -> list[Draws]:
-        """Of each manifest."""
+        """Bootstrapped scores for each manifest."""
         return [one.draws() for one in self.answers]
 
     # Tables
 
     def tables(self) -> dict[str, list[TableRow]]:
-        """The finding's."""
+        """Tables of the result."""
         tables = {
             f"{one.name}, {one.questions} questions": self._score_rows(draws)
             for one, draws in zip(self.answers, self.draws, strict=True)
@@ -137,7 +137,7 @@ class Ablated:
         return rows
 
     def frozen(self) -> list[tuple[int, int]]:
-        """Cells with frozen feed-forward networks, each with the one that differs in nothing else."""
+        """Pairs of cells that differ only in whether the feed-forward networks are frozen."""
         places = {tuple(sorted(cell.values.items())): place for place, cell in enumerate(self.cells)}
         pairs = []
         for place, cell in enumerate(self.cells):
@@ -167,7 +167,7 @@ class Ablated:
         return rows
 
     def markdown(self) -> str:
-        """The tables that documents want."""
+        """Tables in Markdown, for documents."""
         first = self.cells[0].label
         headings = ["cell"]
         for one in self.answers:
@@ -199,7 +199,7 @@ class Ablated:
     # Sentences
 
     def reading(self) -> list[str]:
-        """What the numbers say."""
+        """Sentences about the numbers."""
         said = []
         if len(self.answers[0].scores[0]) == 1:
             said.append("There is one seed: the intervals are over clips alone, and other seeds may say the opposite.")
@@ -250,7 +250,7 @@ class Ablated:
     # Numbers too many for a table
 
     def details(self) -> dict[str, Any]:
-        """Of each cell: scores by seed, intervals of parts, costs."""
+        """Details of each cell: scores by seed, intervals of parts, costs."""
         return {
             "cells": [
                 {
@@ -278,7 +278,7 @@ class Ablated:
     # Pictures
 
     def pictures(self) -> dict[str, Plot]:
-        """Scores, costs and losses."""
+        """Plots of scores, costs and losses."""
         rows, columns = len(self.cells), len(self.answers)
         return {
             "score": Plot(

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 NAMES = {"keys": "audio K/V (LAL)", "rows": "audio rows (PLITS, summaries)", "text": "text", "cross": "cross-attention"}
 _COLOURS = {"keys": COLOURS[0], "rows": COLOURS[1], "text": "#777777", "cross": COLOURS[2]}
 BINS = 40
-"""Pieces of a clip's time."""
+"""Bins of equal length that a clip's time is divided into."""
 
 
 @dataclass(frozen=True)
@@ -48,9 +48,9 @@ class ReadAnswer:
     answer: str
     attention: AnswerAttention
     samples_N: Tensor
-    """Of the first clip."""
+    """Samples of the first clip."""
     seconds: float
-    """Its length."""
+    """Length of the first clip."""
 
 
 def probe_attention(
@@ -62,16 +62,16 @@ def probe_attention(
     progress: bool = False,
     settings: dict[str, Any] | None = None,
 ) -> ProbeResult:
-    """Where the attention of the answers' rows goes.
+    """Measure to which tokens the rows that predict answers attend.
 
     Args:
-        model: any; the last turn of each record is asked.
-        records: with a clip each.
-        examples: of the first records, each with other clips, in pictures: heat-maps over the spectrogram.
+        model: any model; the last turn of each record is asked.
+        records: records with a clip each.
+        examples: number of records shown as heat-maps over the spectrogram: the first ones with different clips.
         batch: conversations in a forward pass.
-        max_new_tokens: of an answer.
+        max_new_tokens: longest answer.
         progress: show a bar with the time left.
-        settings: what else decided the records, for the folder.
+        settings: how the records were chosen, for `probe.json`.
 
     Raises:
         PalError: no record has a clip.
@@ -161,7 +161,7 @@ def _read(
 
 
 def _last_answer(row: Tokens) -> Tokens:
-    """The row with only its last answer labelled: earlier ones are part of the question."""
+    """The conversation with labels on its last answer alone: earlier answers are part of the question."""
     labels = list(row.labels or ())
     end = max(i for i, label in enumerate(labels) if label != IGNORE)
     start = end
@@ -171,7 +171,7 @@ def _last_answer(row: Tokens) -> Tokens:
 
 
 def _audio(one: ReadAnswer) -> NDArray[np.float64]:
-    """Share on audio of the rows that predict the answer, a block's counted to its layer: [L, H]."""
+    """Attention mass on audio of the rows that predict the answer [L, H]; cross-attention counts to its layer."""
     mass_LHNP = one.attention.mass_LHNP[:, :, one.attention.answer].double().numpy()
     text = PATHWAYS.index("text")
     shares = {p: mass_LHNP[..., p] for p in range(len(PATHWAYS)) if p != text}
@@ -195,7 +195,7 @@ def _layer_row(
 
 
 def _even(one: ReadAnswer, layer: int, pathway: int) -> float:
-    """Share of a pathway where all that is seen gets the same."""
+    """Attention mass of a pathway if attention were uniform over all visible keys."""
     visible_NP = one.attention.visible_LNP[layer, one.attention.answer].double()
     cross = PATHWAYS.index("cross")
     if pathway == cross:
@@ -225,7 +225,7 @@ def _role_row(read: Sequence[ReadAnswer], clips: Sequence[tuple[str, ...]], laye
 
 
 def _pointing_row(read: Sequence[ReadAnswer], layer: int) -> dict[str, Any] | None:
-    """Attention within the time of the sound that the right answer names, by what even attention would put there."""
+    """Attention to the sound that the right answer names, relative to uniform attention over the clip."""
     lifts, clips = [], []
     for one in read:
         spans = _named_spans(one)
@@ -250,7 +250,7 @@ def _pointing_row(read: Sequence[ReadAnswer], layer: int) -> dict[str, Any] | No
 
 
 def _named_spans(one: ReadAnswer) -> list[tuple[float, float]]:
-    """When the sound sounds that is the right answer, where the tags say so."""
+    """Onset and offset of the sound that is the right answer, from the record's tags."""
     answer = one.record.turns[-1].answer
     tags = one.record.tags or ()
     return [
@@ -388,7 +388,7 @@ def _truth(one: ReadAnswer) -> str:
 # Pictures
 
 _WORDS = 6
-"""Most words of an answer that are drawn; the JSON has all."""
+"""Largest number of an answer's words in a plot; the JSON has all."""
 
 
 def _draw_layers(figure: Figure, by_layer: Sequence[dict[str, Any]], paths: Sequence[int]) -> None:

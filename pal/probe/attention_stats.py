@@ -1,4 +1,4 @@
-"""How text rows share their attention between text and audio, summed up while a forward pass runs."""
+"""Attention of text rows to text and audio, summed up during a forward pass."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ class AnswerAttention:
     """The attention of one conversation's text rows after its last clip: N rows."""
 
     tokens: list[int]
-    """Ids of the rows [N]."""
+    """Token ids of the rows [N]."""
     answer: list[int]
-    """Which of the N rows predict a labelled token, in order."""
+    """Indices of the rows that predict a labelled token."""
     mass_LHNP: Tensor
-    """Share on each of `PATHWAYS`, by layer, head and row."""
+    """Attention mass on each of `PATHWAYS`, by layer, head and row."""
     visible_LNP: Tensor
-    """How many keys of each pathway a row sees: what even attention would follow."""
+    """Number of visible keys of each pathway; uniform attention is in proportion to them."""
     time_LNX: Tensor | None
     """Share on audio by time, mean of the heads: X bins of the first clip, the rest of the clips left out. Of the
     cross-attention where there is any. None where tokens stand for no time."""
     tokens_audio: list[tuple[str, int, float, float]]
     """Audio entities of the first clip: pathway, stream, start and end in seconds."""
     token_LA: Tensor
-    """Share on each of them, mean over heads and over the rows that predict the answer."""
+    """Attention mass on each audio token, mean over heads and over the rows that predict the answer."""
 
 
 def record_attention(model: PalModel, clips: Clips, rows: Sequence[Tokens], bins: int = 40) -> list[AnswerAttention]:
@@ -102,7 +102,7 @@ class _Sums:
             self._place(layer, {0: rows_BHNK, **{i + 1: w_BHNA for i, w_BHNA in weights.keys_BHNA.items()}})
 
     def crossed(self, layer: int, which: int, weights_BHNA: Tensor) -> None:
-        """Sum up a block's, which comes before the layer's own."""
+        """Sum up the cross-attention of a block, which comes before the layer's own attention."""
         self._blocks.setdefault(layer, []).append(weights_BHNA)
         self._place(layer, {which + 1: weights_BHNA})
 
@@ -155,7 +155,7 @@ class _Sums:
 
 
 def _overlaps(spans: TokenSpans, chosen_BX: Tensor, end_B: Tensor, bins: int) -> Tensor:
-    """Which part of each entity's time lies in each bin of the first clip: [B, X, bins]; zeros for other clips."""
+    """Fraction of each audio token's time in each bin of the first clip: [B, X, bins]; zeros for other clips."""
     edges = torch.linspace(0, 1, bins + 1, device=end_B.device)
     low_BX1, high_BX1 = spans.start_BX[..., None], spans.end_BX[..., None]
     edges_B1E = (end_B[:, None] * edges)[:, None]

@@ -1,4 +1,4 @@
-"""What an ablation varies: axes, whose values change a recipe, and the grid of recipes that some of them make.
+"""Axes of an ablation, whose values change a recipe, and the grid of recipes that they span.
 
 An axis is one entry of `AXES`; a value becomes overrides, as `pal train --set` takes them.
 """
@@ -31,16 +31,16 @@ Changes = dict[str, Any]
 
 @dataclass(frozen=True)
 class Axis:
-    """One thing that is varied."""
+    """Axis: one property of a recipe that is varied."""
 
     values: tuple[Any, ...]
-    """Taken where none are given."""
+    """Default values."""
     change: Callable[[Any, Recipe], Changes]
     """What a value changes in a recipe; ConfigError for one that it does not know or that does not fit."""
     says: str
-    """Its values in words."""
+    """Description of its values."""
     bare: bool = False
-    """Its values say by themselves what they are, without the axis' name."""
+    """Show values without the axis' name, which they do not need."""
 
 
 @dataclass(frozen=True)
@@ -48,9 +48,9 @@ class GridCell:
     """One recipe of the grid; it becomes a run with each seed."""
 
     name: str
-    """Of its folder."""
+    """Name of its folder."""
     label: str
-    """In tables and pictures."""
+    """Label in tables and plots."""
     values: Mapping[str, str]
     """Axis -> name of the value."""
     path: Path
@@ -58,7 +58,7 @@ class GridCell:
     overrides: tuple[str, ...]
 
     def recipe(self, seed: int) -> Recipe:
-        """With one of the seeds."""
+        """Recipe of the run with a seed."""
         return load_recipe(self.path, [*self.overrides, f"seed={seed}"])
 
     def check(self) -> None:
@@ -76,8 +76,8 @@ class GridCell:
 def grid(path: Path, axes: Sequence[str], settings: Sequence[str] = ()) -> list[GridCell]:
     """Every combination of the axes' values, the last axis changing fastest.
 
-    A value that leaves the recipe as it is stays out of the folder's name, unless nothing else is in it: the cells of a
-    smaller grid are found again by a larger one.
+    A value that leaves the recipe as it is does not appear in the folder's name, unless the name would be empty. So a
+    larger grid finds the runs of a smaller one.
 
     Args:
         path: the recipe.
@@ -127,7 +127,7 @@ def grid(path: Path, axes: Sequence[str], settings: Sequence[str] = ()) -> list[
 
 
 def _label(words: Sequence[str]) -> str:
-    """Without commas, since tables and sentences list cells."""
+    """Label of a value without commas, since tables and sentences list cells."""
     return words[0] + (f" with {' and '.join(words[1:])}" if len(words) > 1 else "")
 
 
@@ -149,7 +149,7 @@ def _parsed(text: str) -> tuple[str, list[Any]]:
 
 
 def _names(axis: str, values: Sequence[Any]) -> list[str]:
-    """A name for each value, by which it can be told from the others."""
+    """Distinct names of values."""
     found = []
     for value in values:
         if AXES[axis].bare and _part(value).get("name"):
@@ -174,7 +174,7 @@ def _part(value: Any) -> Part:
 
 
 def _slug(value: Any) -> str:
-    """In letters that any file system takes."""
+    """File name of a text: only letters that any file system takes."""
     if isinstance(value, dict):
         return "-".join(f"{_slug(key)}-{_slug(item)}" for key, item in value.items())
     if isinstance(value, list):
@@ -255,7 +255,7 @@ def _known_part(kind: str, value: Any) -> Part:
 
 
 def _having(option: str, recipe: Recipe) -> Part:
-    """The recipe's integration, which must have the option."""
+    """The recipe's integration; ConfigError where it does not have the option."""
     part = _model(recipe).integration
 
     def has(name: str) -> bool:
@@ -275,7 +275,7 @@ def _of(axis: str, value: Any, known: Mapping[str, str]) -> str:
 
 
 def _share(value: Any, most: float = float("inf")) -> Fraction | None:
-    """A share such as 1/3 or 0.5; None for what is none."""
+    """Parse a share such as 1/3 or 0.5; None for anything else."""
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         return None
     try:

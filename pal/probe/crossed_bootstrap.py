@@ -1,4 +1,4 @@
-"""Scores of cells that answer the same questions with the same seeds, and how far chance would move them."""
+"""Bootstrap of scores over two crossed factors: questions (by clip) and training seeds."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from pal.evaluate.bootstrap import Groups, interval, redraw
+from pal.evaluate.bootstrap import Groups, interval, resample
 from pal.evaluate.metrics import Ratio
 
 Numbers = NDArray[np.float64]
@@ -21,18 +21,18 @@ INTERVALS = (
     "percentile. Few seeds say little about others: with three, the ends are about those of the worst and of the best. "
     "Each interval stands for itself: of twenty differences that are none, one is expected to look like more."
 )
-"""What the intervals are, for all who show them. A bootstrap of both factors of crossed data: Owen 2007,
+"""Description of the intervals, shown beside them. A bootstrap of both factors of crossed data: Owen 2007,
 "The pigeonhole bootstrap"."""
 
 
 class Draws:
-    """Scores of cells over seeds and questions, and what they would be with other clips and other seeds.
+    """Scores of cells over seeds and questions, with bootstrap draws of clips and seeds.
 
     Args:
         right_XKI: 1 where cell x with seed k answered question i right, and 0.
-        deaf_XKI: the same without the audio.
-        groups: what each question is about; drawn as a whole.
-        seed: of the drawing.
+        no_audio_XKI: the same without audio.
+        groups: the clip of each question; its questions are drawn together.
+        seed: seed of the bootstrap.
     """
 
     def __init__(self, right_XKI: Numbers, no_audio_XKI: Numbers, groups: Sequence[str], seed: int = 0) -> None:
@@ -41,7 +41,7 @@ class Draws:
         self.by_seed_XK = right_XKI.mean(2)
         self.score_X, self.no_audio_X = right_XKI.mean((1, 2)), no_audio_XKI.mean((1, 2))
         figures = [Ratio.mean(values) for row in both for values in row]
-        clips_RXK = redraw(figures, Groups(groups), seed).reshape(-1, 2 * X, K)
+        clips_RXK = resample(figures, Groups(groups), seed).reshape(-1, 2 * X, K)
         rng = np.random.default_rng((seed, K))
         shares_RK = rng.multinomial(K, np.full(K, 1 / K), size=len(clips_RXK)) / K
         drawn_RX = np.einsum("rxk,rk->rx", clips_RXK, shares_RK)
@@ -53,21 +53,21 @@ class Draws:
         return score, interval(self.score_RX[:, cell], score)
 
     def gain(self, cell: int) -> Estimate:
-        """What hearing adds: the score less that of the same models without audio."""
+        """Gain by audio: the score minus that of the same models without audio."""
         gain = float(self.score_X[cell] - self.no_audio_X[cell])
         return gain, interval(self.score_RX[:, cell] - self.no_audio_RX[:, cell], gain)
 
     def difference(self, cell: int, other: int) -> Estimate:
-        """Score of a cell less that of another, paired."""
+        """Paired difference of two cells' scores."""
         apart = float(self.score_X[cell] - self.score_X[other])
         return apart, interval(self.score_RX[:, cell] - self.score_RX[:, other], apart)
 
     def kept(self, cell: int, other: int) -> Estimate | None:
-        """Score of a cell by that of another, paired; None where the other's is 0."""
+        """Paired ratio of two cells' scores; None where the other score is 0."""
         return _ratio(self.score_X, self.score_RX, cell, other)
 
     def gain_kept(self, cell: int, other: int) -> Estimate | None:
-        """The same of what hearing adds; None where the other adds nothing beyond chance."""
+        """Paired ratio of two cells' gains by audio; None where the other gain is not above chance."""
         if self.gain(other)[1][0] <= 0:
             return None
         return _ratio(self.score_X - self.no_audio_X, self.score_RX - self.no_audio_RX, cell, other)

@@ -56,24 +56,24 @@ class Restriction:
 
     layers: tuple[int, ...]
     pathway: Pathway = None
-    """The way in that is restricted; the other one stays. None: both."""
+    """Restricted pathway; the other one stays. None: both."""
 
     @property
     def name(self) -> str:
-        """What it is called: "audio in layers 0 to 3"."""
+        """Name, such as "audio in layers 0 to 3"."""
         first, last = self.layers[0], self.layers[-1]
         where = f"layer {first}" if first == last else f"layers {first} to {last}"
         return f"{self.pathway or 'audio'} in {where}"
 
     def condition(self, total: int) -> Condition:
-        """What it hides in an LLM of so many layers."""
+        """Condition that masks the audio in all other layers of an LLM of so many layers."""
         others = tuple(layer for layer in range(total) if layer not in self.layers)
         return Condition(self.name, (AudioMask(pathway=self.pathway, layers=others),) if others else ())
 
 
 @dataclass(frozen=True)
 class AnswerCost:
-    """Of one question over its clips: a prefill, and what decoding then keeps of the audio."""
+    """Cost of one question over its clips: operations of the prefill, and audio K/V that decoding keeps."""
 
     flops: int
     """Operations of connector, integration and LLM as they run here, where audio rows go through every layer."""
@@ -101,7 +101,7 @@ def windows(llm: Backbone, pathway: Pathway = None) -> list[Restriction]:
 
 
 def cost(model: PalModel, example: Example, condition: Condition) -> AnswerCost:
-    """What the example costs under a condition, counted."""
+    """Count the cost of the example under a condition."""
     view = example.seen(model, condition)
     with model.hiding(*condition.hides, with_spans=True), evaluation_mode(model), torch.no_grad():
         making = flop_counter()
@@ -128,7 +128,7 @@ def cost(model: PalModel, example: Example, condition: Condition) -> AnswerCost:
 
 @dataclass(frozen=True)
 class _Group:
-    """Every restriction of one way in, or of all audio."""
+    """All restrictions of one pathway, or of all audio."""
 
     pathway: Pathway
     depths: dict[str, Restriction]
@@ -136,7 +136,7 @@ class _Group:
 
     @property
     def suffix(self) -> str:
-        """For titles."""
+        """Suffix for titles."""
         return "" if self.pathway is None else f", {self.pathway} alone restricted"
 
 
@@ -153,13 +153,13 @@ def probe_depth(
     """Ask the questions with the audio seen in some layers only.
 
     Args:
-        model: whom.
+        model: the model.
         records: the questions.
-        alone: where audio comes in by several ways, also restrict each by itself.
-        seed: of the intervals.
+        alone: where audio has several pathways, also restrict each by itself.
+        seed: seed of the intervals' bootstrap.
         batch: rows of a forward pass.
         progress: show a bar.
-        settings: where the questions came from, for the finding.
+        settings: where the questions came from, for `probe.json`.
 
     Raises:
         ConfigError: no question has a clip.
@@ -204,7 +204,7 @@ def probe_depth(
 
 
 def _prefill(llm: Backbone, inputs: LLMInputs) -> list[int]:
-    """Operations of each layer; behind the last of them, all else."""
+    """Operations of each layer; one more entry at the end for everything else."""
     counter = flop_counter()
     marks: list[int] = []
     hooks = []
@@ -227,14 +227,14 @@ def _prefill(llm: Backbone, inputs: LLMInputs) -> list[int]:
 
 
 def _without_rows(inputs: LLMInputs) -> LLMInputs:
-    """One conversation without its audio rows: what a layer takes once they were left out before it."""
+    """Inputs of one conversation without its audio rows."""
     assert isinstance(inputs.audio_context, AudioContext)
     kept_T = (~inputs.audio_context.audio_rows_BT[0]).nonzero().flatten()
     return reordered(inputs, kept_T[None])
 
 
 def _tokens(view: Seen) -> dict[str, int]:
-    """Keys and rows of the whole audio."""
+    """Number of audio keys and of audio rows, without a restriction."""
     most: dict[tuple[str, int], int] = {}
     for (_, pathway, stream), tokens in view.items():
         most[pathway, stream] = max(most.get((pathway, stream), 0), len(tokens))

@@ -1,6 +1,6 @@
-"""`pal probe health`: the faults that an audio LLM can have and still answer, each looked for, each with a remedy.
+"""`pal probe health`: checks for faults with which an audio LLM still answers, with a remedy for each.
 
-They are those that readers of the paper list: attention that ignores audio, audio rows that reach the feed-forward
+They are the faults that readers of the paper list: attention that ignores audio, audio rows that reach the feed-forward
 networks, summaries out of order, positions without the gap, and models that do not listen at all or answer whatever
 they hear.
 """
@@ -39,14 +39,14 @@ if TYPE_CHECKING:
     from pal.model import PalModel
 
 IGNORED = 0.05
-"""Of what even attention would give: a layer that gives audio less ignores it."""
+"""Least attention mass on audio relative to uniform attention; a layer below it ignores audio."""
 UNMOVED = 0.01
-"""Total variation between the attention to a clip and to another one below which a layer looks wherever it looks
-whatever sounds."""
+"""Least total variation between the attention to one clip and to another; a layer below it attends without regard to
+what sounds."""
 EAGER = 0.5
-"""Share of yes to "is there ...?" asked of silence from which on a model is over-eager."""
+"""Share of "yes" to "is there ...?" about silence from which on a model is over-eager."""
 SURE = 0.9
-"""Median probability of the best choice, asked of silence, from which on a model is over-eager."""
+"""Median probability of the best choice, about silence, from which on a model is over-eager."""
 _LISTENED = 24
 """Clips whose attention is compared with that to another clip."""
 
@@ -55,7 +55,7 @@ def probe_health(model: PalModel, records: Sequence[Record], batch: int = 32, pr
     """Every check on one model.
 
     Args:
-        model: trained, or not: an untrained one is deaf.
+        model: the model; an untrained one fails the checks of listening.
         records: closed questions about clips; two different clips at least.
         batch: rows in a forward pass.
         progress: show a bar with the time left.
@@ -113,7 +113,7 @@ def probe_health(model: PalModel, records: Sequence[Record], batch: int = 32, pr
 
 
 def _listening(model: PalModel, records: Sequence[Record]) -> list[dict[str, Any]]:
-    """By layer: attention on audio by what even attention would give, and how far it moves with another clip."""
+    """By layer: attention mass on audio relative to uniform attention, and its change with another clip."""
     shares, moves = [], []
     for one, instead in zip(records, swapped(records), strict=True):
         clip_N, other_N = (audio_io.load(it.clips[0], model.sampling_rate).samples_N for it in (one, instead))
@@ -167,7 +167,7 @@ def _ignoring(layers: Sequence[dict[str, Any]]) -> HealthCheck:
 
 @contextmanager
 def _silences(records: Sequence[Record], rate: int) -> Iterator[list[Record]]:
-    """The same questions about silence as long as their clips."""
+    """The same questions with each clip replaced by silence of its length."""
     with TemporaryDirectory(prefix="pal-") as folder:
         made: dict[str, str] = {}
         for path in dict.fromkeys(path for one in records for path in one.clips):
@@ -178,7 +178,7 @@ def _silences(records: Sequence[Record], rate: int) -> Iterator[list[Record]]:
 
 
 def swapped(records: Sequence[Record]) -> list[Record]:
-    """Each question about the clips of another one: those half the list of clips further on."""
+    """Each question with another clip: the one half the list of clips further on."""
     clips = list(dict.fromkeys(one.clips for one in records))
     other = {own: clips[(i + max(1, len(clips) // 2)) % len(clips)] for i, own in enumerate(clips)}
     fits = {own: len(own) == len(to) for own, to in other.items()}
@@ -186,7 +186,7 @@ def swapped(records: Sequence[Record]) -> list[Record]:
 
 
 def _hearing(model: PalModel, records: Sequence[Record], batch: int) -> tuple[list[dict[str, Any]], Any]:
-    """Scores with the right clip, another one, silence and none."""
+    """Scores with the right clip, another clip, silence and no clip."""
     right = evaluate(model, records, no_audio=True, batch=batch, progress=False).items
     other = evaluate(model, swapped(records), no_audio=False, batch=batch, progress=False).items
     with _silences(records, model.sampling_rate) as silent:
@@ -230,7 +230,7 @@ def _no_audio(scores: Sequence[dict[str, Any]]) -> HealthCheck:
 
 
 def _eager(model: PalModel, records: Sequence[Record], quiet: Any, batch: int) -> HealthCheck:
-    """Yes to what is not there, and certainty about silence."""
+    """Share of "yes" about sounds that are not there, and certainty about silence."""
     name = "over-eager"
     remedy = "Train with silence and with questions about sounds that are not there; ask for 'nothing' as an answer."
     yes_no = [i for i, one in enumerate(records) if one.choices and {c.lower() for c in one.choices} == {"yes", "no"}]

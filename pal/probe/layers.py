@@ -1,8 +1,8 @@
-"""`pal probe layers`: in which layers the LLM's own rows say what sounds.
+"""`pal probe layers`: linear probes for sound labels on the hidden states of text rows, after each layer.
 
-Every clip is heard with the same question, so text rows of two clips differ by what was heard and nothing else. A
-linear probe reads the clip's labels off a row as it leaves each layer: where that works better than with shuffled
-labels, audio has entered the LLM's representation. Rows that are probed:
+Every clip is given with the same question, so the text rows of two clips differ by the audio and nothing else. A
+linear probe predicts the clip's labels from a row's hidden state after each layer: where that works better than with
+shuffled labels, audio has entered the LLM's representation. Rows that are probed:
 
 - `last`: the last row of the prompt, which predicts the answer;
 - `after`: the mean of all text rows behind the audio;
@@ -49,11 +49,11 @@ if TYPE_CHECKING:
     from pal.model import PalModel
 
 QUESTION = PARAPHRASES["caption"][0]
-"""Asked about every clip. It names no sound, and models trained on scenes know it."""
+"""Question asked about every clip. It names no sound, and models trained on scenes know it."""
 CLIPS = 200
 MOST_LABELS = 16
 FEWEST = 2 * FOLDS
-"""Clips that have a label, and clips that do not, at least."""
+"""Least number of clips with a label, and of clips without it."""
 SHUFFLE_SEED = 1
 
 ROWS = ("last", "after", "before", "no audio")
@@ -62,7 +62,7 @@ _CONTROL_ROWS = ("before", "no audio")
 
 @dataclass
 class LayerStates:
-    """What a model makes of N clips."""
+    """Hidden states of N clips."""
 
     by_layer: dict[str, list[NDArray[np.float32]]] = field(default_factory=dict)
     """For each of `ROWS` that the prompt has: its embedding, and as it leaves each layer, [N, D] each."""
@@ -132,7 +132,7 @@ def probe_layers(
 
 
 def _chosen(records: Sequence[Record], most: int) -> dict[str, list[Record]]:
-    """For each data set its clips with labels, each once."""
+    """Labelled clips of each data set, each once."""
     by_set: dict[str, dict[str, Record]] = {}
     for record in records:
         if len(record.clips) == 1 and _names(record):
@@ -169,7 +169,7 @@ def labels_of(title: str, records: Sequence[Record]) -> ProbeLabels:
 
 @torch.inference_mode()
 def collect(model: PalModel, paths: Sequence[str], question: str, batch: int, progress: bool = False) -> LayerStates:
-    """What the model makes of some clips. The order of the result is that of `paths`."""
+    """Hidden states of some clips, in the order of `paths`."""
     from tqdm import tqdm
 
     lengths = [audio.seconds(path) for path in paths]
@@ -235,12 +235,12 @@ def _means(streams: list[AudioFeatures]) -> Tensor:
 
 @dataclass(frozen=True)
 class _Found:
-    """What probes said about one data set."""
+    """Probe scores on one data set."""
 
     labels: ProbeLabels
     by_layer: Mapping[str, list[Probed]]
     control: Mapping[str, list[Probed]]
-    """With shuffled labels."""
+    """Scores with shuffled labels."""
     reference: Mapping[str, Probed]
     differing: float
     """The largest difference of rows before the audio between two clips, by the size of the rows."""
@@ -345,7 +345,7 @@ def _reading(one: _Found, n_layers: int) -> Iterator[str]:
 
 
 def _at(chance: float, real: Probed) -> bool:
-    return abs(real.score - chance) < 1e-9  # the same sum in another order
+    return abs(real.score - chance) < 1e-9  # equal but for the order of summation
 
 
 def _pictures(found: Mapping[str, _Found]) -> dict[str, Plot]:

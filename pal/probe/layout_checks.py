@@ -26,21 +26,21 @@ if TYPE_CHECKING:
     from pal.model import PalModel
 
 MEMORY = 0.15
-"""Saved bytes beyond the closed form, as a share of it, that are put down to masks and other small things that it does
-not count; they weigh most in small models."""
+"""Tolerated excess of saved bytes, relative to the closed form, which leaves out masks and other small tensors; these
+weigh most in small models."""
 
 Status = Literal["ok", "warning", "fault", "does not apply"]
 
 
 @dataclass(frozen=True)
 class HealthCheck:
-    """One thing that can be wrong."""
+    """Result of one check."""
 
     name: str
     status: Status
     measured: str
     remedy: str
-    """What to do where it is wrong."""
+    """Remedy of the fault."""
 
 
 def layout_checks(model: PalModel, one: Record) -> Iterator[HealthCheck]:
@@ -80,7 +80,7 @@ def _step(model: PalModel, row: Tokens) -> StepSize:
 def _feed_forward(
     model: PalModel, row: Tokens, features: Sequence[AudioFeatures], counts: Sequence[int]
 ) -> HealthCheck:
-    """Rows counted in the networks, against the text and the rows that the integration says it adds."""
+    """Check that only text and the integration's own rows pass through the feed-forward networks."""
     lengths = [stream.lengths[0] for stream in features]
     routes = model.integration.routes()
     step = _step(model, row)
@@ -103,7 +103,7 @@ def _feed_forward(
 
 
 def _memory(model: PalModel, row: Tokens, features: Sequence[AudioFeatures]) -> HealthCheck:
-    """Bytes that a step on the LLM keeps, encoder and connector aside, against the closed form."""
+    """Check the activations that a step saves, without encoder and connector, against the closed form."""
     trained = {name: p.requires_grad for name, p in model.named_parameters()}
     fixed = [replace(stream, x_BAE=stream.x_BAE.detach()) for stream in features]
     step = _step(model, row)
@@ -208,7 +208,7 @@ def gaps(inputs: LLMInputs) -> HealthCheck:
 
 
 def _turns(keys: AudioKeys, b: int) -> Iterator[str]:
-    """Keys of a clip must be turned by different positions that rise with time, or their order is lost."""
+    """Check that RoPE positions of a clip's keys differ and rise with time; otherwise their order is lost."""
     assert keys.token_spans is not None
     for clip in set(keys.token_spans.clip_BX[b][keys.mask_BA[b]].tolist()):
         own = keys.mask_BA[b] & (keys.token_spans.clip_BX[b] == clip)
@@ -217,7 +217,7 @@ def _turns(keys: AudioKeys, b: int) -> Iterator[str]:
 
 
 def _decoding(model: PalModel, clip_N: Tensor, row: Tokens, count: int = 8) -> HealthCheck:
-    """Token by token with the cache, against one full pass."""
+    """Check decoding token by token with the cache against one full forward pass."""
     assert row.labels is not None
     prompt = row.ids[: next(i for i, label in enumerate(row.labels) if label >= 0)]
     inputs = model.inputs([clip_N], [Tokens(prompt, [0])], padding_side="left")

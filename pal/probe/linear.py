@@ -1,4 +1,4 @@
-"""Linear probes: how well labels can be read off features by a plane, on clips that the probe has not seen."""
+"""Linear probes: how well a linear classifier predicts labels from features, on held-out clips."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pal.evaluate.label_metrics import average_precision, evidence, mean_over_la
 
 FOLDS, INNER_FOLDS = 4, 2
 STRENGTHS = (1e-3, 1e-2, 1e-1)
-"""Of scikit-learn's C: from strong to weak regularisation."""
+"""Values of scikit-learn's C, from strong to weak regularisation."""
 RESAMPLES = 1000
 ROUND_OFF = 1e-5
 """Features that vary by less than this share of their size are taken as constant: floating point makes that much."""
@@ -25,27 +25,27 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class ProbeLabels:
-    """What holds of some clips."""
+    """Labels of some clips."""
 
     title: str
     names: tuple[str, ...]
-    """K of them."""
+    """Names of the K labels."""
     truth_NK: NDArray[np.bool_]
     exclusive: bool
-    """Exactly one of them holds of each clip."""
+    """Whether each clip has exactly one label."""
 
     @property
     def metric(self) -> str:
-        """What `score` gives."""
+        """Name of the metric."""
         return "balanced accuracy" if self.exclusive else "macro average precision"
 
     @property
     def chance(self) -> float:
-        """The score of a probe that cannot tell clips apart."""
+        """Score of a probe that cannot tell clips apart."""
         return 1 / len(self.names) if self.exclusive else float(self.truth_NK.mean(0).mean())
 
     def shuffled(self, seed: int) -> ProbeLabels:
-        """The same labels handed to other clips."""
+        """The same labels, shuffled among the clips."""
         order_N = np.random.default_rng(seed).permutation(len(self.truth_NK))
         return ProbeLabels(self.title, self.names, self.truth_NK[order_N], self.exclusive)
 
@@ -70,17 +70,17 @@ def check() -> None:
 
 
 def probed(x_ND: NDArray[Any], labels: ProbeLabels, groups: Sequence[str], seed: int = 0) -> Probed:
-    """How well `labels` are read off the features, by logistic regression with whole groups held out.
+    """Score logistic regression of `labels` on the features, with whole groups held out.
 
     One probe a label. Features are standardised, and the strength of regularisation is chosen, within the training
-    folds. A probe's score is its weighted sum without the constant: which is the same order within a fold, does not
-    depend on how often a label is in the fold, and is exactly chance where features tell nothing.
+    folds. A probe's score is its logit without the intercept. That keeps the order within a fold, does not depend on
+    how frequent a label is in the fold, and gives exactly chance for uninformative features.
 
     Args:
         x_ND: features of N clips.
         labels: their labels.
-        groups: what each clip belongs to; clips of a group are held out together.
-        seed: of the bootstrap.
+        groups: group of each clip; clips of a group are held out together.
+        seed: seed of the bootstrap.
     """
     scores_NK = held_out(x_ND, labels, groups)
     by_label_K = _scores(scores_NK, labels, np.ones((1, len(x_ND))))[0]
@@ -144,7 +144,7 @@ def _scores(scores_NK: Floats, labels: ProbeLabels, weights_RN: Floats) -> Float
 
 
 def _recall(scores_NK: Floats, truth_NK: NDArray[np.bool_], weights_RN: Floats) -> Floats:
-    """Of each label's clips, the share for which it scores highest [R, K]; the best of equals is drawn by lot."""
+    """Recall of each label by highest score [R, K]; ties are broken at random."""
     best_NK = scores_NK == scores_NK.max(1, keepdims=True)
     hit_N = (best_NK & truth_NK).sum(1) / best_NK.sum(1)
     with np.errstate(invalid="ignore", divide="ignore"):

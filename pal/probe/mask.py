@@ -1,4 +1,4 @@
-"""`pal probe mask`: what a model loses when a part of the audio is hidden from it, by domain and by task.
+"""`pal probe mask`: loss of accuracy when a part of the audio is masked, by domain and by task.
 
 The paper masks one pathway of the hybrid at inference (its tables 5 and 6); here also an encoder, layers, or a time.
 """
@@ -37,14 +37,14 @@ if TYPE_CHECKING:
     from pal.model import PalModel
 
 EACH = 8
-"""Layers up to which each is hidden by itself; of more, each quarter."""
+"""Largest number of layers that are masked one by one; of more, each quarter is masked."""
 
 _QUARTERS = ("1st", "2nd", "3rd", "4th")
 _WORDS = {"keys": "the keys", "rows": "the audio rows"}
 
 
 def default_conditions(model: PalModel, example: Example) -> dict[str, list[Condition]]:
-    """What is hidden where nobody says: kind -> conditions.
+    """Default conditions, by kind.
 
     Each pathway and each stream that there is, each layer (of more than `EACH` each quarter of them), each quarter
     of the clips' time where tokens have one, and everything.
@@ -89,7 +89,7 @@ def chosen_condition(
     layers: Collection[str] = (),
     seconds: Collection[str] = (),
 ) -> Condition | None:
-    """One condition that hides what all of these name together; None where they name nothing.
+    """Condition that masks what all options select together; None without options.
 
     Args:
         pathways: of "keys" and "rows".
@@ -98,7 +98,7 @@ def chosen_condition(
         seconds: "FROM-TO".
 
     Raises:
-        ConfigError: one that is no such thing.
+        ConfigError: an option that cannot be read.
     """
     if not (pathways or encoders or layers or seconds):
         return None
@@ -119,7 +119,7 @@ def chosen_condition(
 
 
 def span(text: str, option: str) -> tuple[float, float]:
-    """Seconds "FROM-TO". Raises ConfigError for what is none."""
+    """Parse seconds "FROM-TO". Raises ConfigError where that fails."""
     start, _, end = text.partition("-")
     try:
         found = float(start), float(end)
@@ -140,16 +140,16 @@ def probe_mask(
     progress: bool = False,
     settings: Mapping[str, Any] | None = None,
 ) -> ProbeResult:
-    """Ask the questions with parts of the audio hidden.
+    """Ask the questions with parts of the audio masked.
 
     Args:
-        model: whom.
-        records: the questions; only their own answers count, compared exactly.
-        chosen: what to hide; without it `default_conditions`.
-        seed: of the intervals.
+        model: the model.
+        records: the questions; answers are scored by exact match.
+        chosen: the condition; `default_conditions` without it.
+        seed: seed of the intervals' bootstrap.
         batch: rows of a forward pass.
         progress: show a bar.
-        settings: where the questions came from, for the finding.
+        settings: where the questions came from, for `probe.json`.
 
     Raises:
         ConfigError: a layer, an encoder or a time that cannot be hidden, or no clips.
@@ -187,7 +187,7 @@ def probe_mask(
 
 
 Drops = Mapping[tuple[str, str, str], Drop]
-"""Condition, "all" or "domain" or "task", and which -> what it costs there."""
+"""(condition, "all" or "domain" or "task", its name) -> drop in accuracy."""
 
 
 def _drops(asked: MaskedAnswers, names: Sequence[str]) -> Drops:

@@ -1,4 +1,4 @@
-"""The same questions again and again, each time with another part of the audio hidden; and what each time costs."""
+"""Evaluation of the same questions under several conditions, each of which masks another part of the audio."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ Seen = Mapping[tuple[int, str, int], tuple[int, ...]]
 
 @dataclass(frozen=True)
 class Condition:
-    """What is hidden while the questions are asked once."""
+    """Condition: audio masks under which all questions are asked once."""
 
     name: str
     hides: tuple[AudioMask, ...] = ()
-    """All of it at once."""
+    """Masks, applied together."""
 
 
 WHOLE = Condition("nothing")
@@ -51,11 +51,11 @@ NO_AUDIO = Condition("everything", (AudioMask(),))
 
 @dataclass(frozen=True)
 class Example:
-    """One question over its clips, to see what conditions hide: the one with the longest clip."""
+    """Example question, the one with the longest clip, by which the effect of conditions is found."""
 
     clips: tuple[EncodedClip, ...]
     row: Tokens
-    """Without an answer."""
+    """Conversation without its answer."""
 
     @classmethod
     def of(cls, model: PalModel, records: Sequence[Record], encode_clip: EncodedClipCache) -> Example:
@@ -77,7 +77,7 @@ class Example:
 
     @torch.no_grad()
     def context(self, model: PalModel, condition: Condition) -> AudioContext:
-        """What of the audio queries see under a condition.
+        """Audio context of the example under a condition.
 
         Raises:
             ConfigError: the condition names a layer or stream that is not there, or times of tokens without any.
@@ -115,7 +115,7 @@ def seen(audio: AudioContext) -> Seen:
 
 
 def pathways(all_seen: Seen) -> list[str]:
-    """The ways by which audio comes in, of "keys" and "rows"."""
+    """Pathways of the audio: of "keys" and "rows"."""
     return sorted({pathway for _, pathway, _ in all_seen})
 
 
@@ -127,37 +127,37 @@ class ProbedItem:
     task: str
     domain: str
     clip: int
-    """Its clips as a number; questions with the same one are about the same audio."""
+    """Number of its clips' group; questions of a group are about the same audio."""
 
 
 @dataclass(frozen=True)
 class MaskedAnswers:
-    """Which questions were answered right under each condition; lists are in the order of `items`."""
+    """Correctness of every answer under each condition; lists are in the order of `items`."""
 
     items: list[ProbedItem]
     no_audio: list[bool]
-    """Of the same questions without audio in the prompt."""
+    """Correctness of the answers without audio in the prompt."""
     correct: dict[str, list[bool]]
     """By condition; those that hide the same share a list."""
     same_as: dict[str, str]
     """Condition -> the one before it that hides the same, which was asked in its place."""
     hidden: dict[str, float]
-    """Condition -> share of the tokens, each counted in every layer that sees it, that it hides in the example."""
+    """Condition -> masked share of the example's audio tokens, each counted in every layer that sees it."""
     raised: list[str] = field(default_factory=list)
     """Questions that raised, and why; they count as wrong."""
     seed: int = 0
-    """Of the intervals."""
+    """Seed of the intervals' bootstrap."""
 
     def right(self, name: str) -> list[bool]:
-        """Under a condition."""
+        """Correctness of the answers under a condition."""
         return self.correct[self.same_as.get(name, name)]
 
     def among(self, **what: str) -> list[int]:
-        """Numbers of the items of a domain or a task."""
+        """Indices of the items of a domain or a task."""
         return [i for i, item in enumerate(self.items) if all(getattr(item, k) == v for k, v in what.items())]
 
     def values(self, key: str) -> list[str]:
-        """The domains or the tasks that there are."""
+        """All domains or all tasks."""
         return sorted({getattr(item, key) for item in self.items})
 
     def score(self, right: Sequence[bool], items: Sequence[int] | None = None) -> tuple[float, tuple[float, float]]:
@@ -167,7 +167,7 @@ class MaskedAnswers:
         return sum(values) / len(values), bootstrap_ci(values, self._clips(items), seed=self.seed)
 
     def drop(self, name: str, items: Sequence[int] | None = None) -> Drop:
-        """What a condition costs over all items or some, against nothing hidden."""
+        """Drop in accuracy under a condition over all items or some, against nothing masked."""
         items = range(len(self.items)) if items is None else items
         before = [self.right(WHOLE.name)[i] for i in items]
         after = [self.right(name)[i] for i in items]
@@ -198,7 +198,7 @@ class MaskedAnswers:
 
 @dataclass(frozen=True)
 class Drop:
-    """What hiding something costs."""
+    """Drop in accuracy under a condition, against nothing masked."""
 
     n: int
     whole: float
@@ -207,11 +207,11 @@ class Drop:
     drop: float
     """whole - score"""
     ci95: tuple[float, float]
-    """Of the drop; both answers to a question are drawn together, and all questions about a clip."""
+    """Interval of the drop, by a paired bootstrap over clips."""
     lost: int
-    """Questions that only the whole audio got right."""
+    """Number of questions answered right only with the whole audio."""
     gained: int
-    """And only the audio with a part hidden."""
+    """Number of questions answered right only under the condition."""
 
     @property
     def relative(self) -> float | None:
@@ -220,7 +220,7 @@ class Drop:
 
     @property
     def sure(self) -> bool:
-        """Whether the interval excludes 0."""
+        """Whether the interval excludes 0 (significant at 5 %)."""
         return self.ci95[0] > 0 or self.ci95[1] < 0
 
     def points(self) -> str:
@@ -239,7 +239,7 @@ def ask(
     progress: bool = False,
     seed: int = 0,
 ) -> MaskedAnswers:
-    """Ask all questions once under each condition; first with nothing hidden, and without audio in the prompt.
+    """Ask all questions once under each condition; first with nothing masked, and without audio in the prompt.
 
     Args:
         model: whom.
@@ -291,7 +291,7 @@ def ask(
 
 
 def settings_of(records: Sequence[Record], asked: MaskedAnswers, batch: int) -> dict[str, Any]:
-    """What a finding says of its questions."""
+    """Settings of the questions, for `probe.json`."""
     text = repr([(r.id, r.dataset, r.task, r.turns, r.choices, len(r.clips)) for r in records])
     return {
         "questions": len(asked.items),
@@ -316,7 +316,7 @@ def remarks(asked: MaskedAnswers) -> list[str]:
 
 
 def errors(value: Sequence[float], ends: Sequence[tuple[float, float]]) -> list[list[float]]:
-    """Intervals as matplotlib takes them: how far below and above each value they reach."""
+    """Error bars for matplotlib: distances of the interval's ends below and above each value."""
     below = [max(0.0, v - low) for v, (low, _) in zip(value, ends, strict=True)]
     above = [max(0.0, high - v) for v, (_, high) in zip(value, ends, strict=True)]
     return [below, above]
@@ -345,7 +345,7 @@ def _items(records: Sequence[Record], result: Result, clips: dict[tuple[str, ...
 
 
 def _hide_the_same(one: Condition, other: Condition, views: Mapping[str, Seen]) -> bool:
-    """Whether they do in every clip. Of the longest one they may hide the same by chance, where they name times."""
+    """Whether two conditions mask the same in every clip; where they name times, the example alone cannot tell."""
     if views[one.name] != views[other.name]:
         return False
     times = [{(hide.seconds, hide.share) for hide in condition.hides} for condition in (one, other)]

@@ -1,4 +1,4 @@
-"""What a probe found, and the folder it becomes.
+"""Result of a probe, and the folder it is saved as.
 
 | file | content |
 |---|---|
@@ -36,7 +36,7 @@ TableRow = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Plot:
-    """One plot, and what to see in it."""
+    """One plot with its caption."""
 
     title: str
     caption: str
@@ -51,26 +51,26 @@ class Plot:
 
 @dataclass(frozen=True)
 class ProbeResult:
-    """What one probe says of one model."""
+    """Result of one probe on one model."""
 
     probe: str
     """Its name on the command line."""
     model: Mapping[str, Any]
-    """What `about` says of it."""
+    """Facts about the model, from `about`."""
     settings: Mapping[str, Any]
-    """All that decides the result beside the model."""
+    """Settings that decide the result, beside the model."""
     reading: Sequence[str]
-    """What the numbers say, a plain sentence each, most important first."""
+    """Conclusions from the numbers, a plain sentence each, most important first."""
     tables: Mapping[str, Sequence[TableRow]]
     """Title -> rows with the same headings."""
     details: Mapping[str, Any] = field(default_factory=dict)
     """Numbers too many for a table."""
     pictures: Mapping[str, Plot] = field(default_factory=dict)
-    """By name, which becomes the file's."""
+    """File name without suffix -> plot."""
     clips: Mapping[str, tuple[Tensor, int]] = field(default_factory=dict)
-    """By name, which becomes the file's: samples [N] within -1..1, and their rate in Hz."""
+    """File name without suffix -> samples [N] within -1..1, and their rate in Hz."""
     seconds: float = 0.0
-    """That it took."""
+    """Run time."""
 
     @cached_property
     def rendered(self) -> dict[str, Rendered]:
@@ -79,7 +79,7 @@ class ProbeResult:
         return {name: one for name, one in made.items() if one is not None}
 
     def to_dict(self) -> dict[str, Any]:
-        """What `probe.json` holds."""
+        """Content of `probe.json`."""
         found: dict[str, Any] = jsonable(
             {
                 "probe": self.probe,
@@ -106,10 +106,10 @@ class ProbeResult:
         return found
 
     def save(self, folder: Path) -> None:
-        """Write the folder; an earlier finding of the same probe in it is replaced.
+        """Write the folder; an earlier result of the same probe in it is replaced.
 
         Raises:
-            ConfigError: the folder holds what another probe found.
+            ConfigError: the folder holds another probe's result.
         """
         if (folder / FILE).is_file():
             before = read(folder)
@@ -129,7 +129,7 @@ class ProbeResult:
 
 
 def read(folder: Path) -> dict[str, Any]:
-    """What `ProbeResult.save` wrote. Raises BundleError where the folder holds none, or it is damaged."""
+    """Content of a saved `probe.json`. Raises BundleError where there is none, or it is damaged."""
     path = Path(folder) / FILE
     if not path.is_file():
         raise BundleError(f"{folder}: no {FILE}; give a folder that pal probe wrote")
@@ -141,7 +141,7 @@ def read(folder: Path) -> dict[str, Any]:
 
 
 def about(model: PalModel) -> dict[str, Any]:
-    """What a finding says of its model."""
+    """Facts about a model for `probe.json`."""
     return {
         "source": model.source,
         "digest": model.digest,

@@ -1,4 +1,4 @@
-"""What `pal probe time` asks: made-up scenes in which one thing is swept and all else stays, sample for sample.
+"""Questions of `pal probe time`: synthetic scenes in which one parameter is swept and all else stays the same.
 
 | sweep | clip | question |
 |---|---|---|
@@ -9,8 +9,8 @@
 
 Every clip has a *twin* in which time is the other way round: the two sounds change places, or the sound lies on the
 border's other side. It holds the same waveforms and its right answer is the other one. Order is asked in both orders
-of mention. So whatever ignores time, be it deaf, fond of one kind of sound or of the first one mentioned, gets one of
-the twins right and the other wrong: exactly 1/2.
+of mention. So a model that ignores time, for whatever reason (no use of audio, preference for one kind of sound or for
+the first one mentioned), gets one of the twins right and the other wrong: exactly 1/2.
 
 Where order is asked, the model is also asked whether it hears each of the sounds, and the sounds of another pair; over
 all pairs each question is as often to be answered yes as no.
@@ -33,11 +33,11 @@ from pal.data.synth.waves import RATE
 from pal.errors import ConfigError
 
 SECONDS = 4.0
-"""Length of every clip, that of the scenes that recipes train on."""
+"""Length of every clip in seconds, as in the scenes that recipes train on."""
 LENGTH = 0.8
-"""Of a sound, where it is not what is swept: one that every kind has in training."""
+"""Length of a sound in seconds, where it is not swept: one that every kind has in training."""
 GAP = 0.4
-"""Between two sounds, where it is not what is swept."""
+"""Gap between two sounds in seconds, where it is not swept."""
 PAIRS = 20
 _ROUND = 10
 """Pairs that are drawn together, of different kinds throughout."""
@@ -45,16 +45,16 @@ _ROUND = 10
 
 @dataclass(frozen=True)
 class Sweep:
-    """One thing that is varied."""
+    """Sweep of one parameter."""
 
     title: str
     unit: str
     points: tuple[float, ...]
-    """In seconds, rising."""
+    """Values of the parameter in seconds, rising."""
     trained: tuple[float, float]
-    """The part of the sweep that scenes have in training."""
+    """Range of the parameter in training scenes."""
     named: bool = False
-    """Whether the model is also asked if it hears the sounds."""
+    """Whether the model is also asked if the sounds are there."""
 
 
 SWEEPS: dict[str, Sweep] = {
@@ -89,7 +89,7 @@ SWEEPS: dict[str, Sweep] = {
 
 @dataclass(frozen=True)
 class Trial:
-    """What stays the same through all sweeps."""
+    """Pair of sounds, which stays the same through all sweeps."""
 
     index: int
     kinds: tuple[str, str]
@@ -97,20 +97,20 @@ class Trial:
     absent: tuple[str, str]
     """The kinds of another pair."""
     place: float
-    """Where in the time that is free the first sound begins, from 0 to 1."""
+    """Onset of the first sound within the free time, from 0 to 1."""
     background: str
     background_db: float
 
 
 @dataclass(frozen=True)
 class SweepQuestion:
-    """One question, and what it is for."""
+    """Question about a clip of a sweep."""
 
     sweep: str
     point: float
     trial: int
     timed: bool
-    """About time; else whether a sound is heard."""
+    """Whether the question is about time; else it asks whether a sound is there."""
     scene: Scene
     record: Record
 

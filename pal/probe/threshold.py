@@ -10,14 +10,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 LEVEL = 0.75
-"""Half way from chance, of two answers, to all right."""
+"""Accuracy at the threshold: half way from chance (1/2) to 1."""
 RESAMPLES = 500
 
 _LAPSES = np.array([0.01, 0.03, 0.06, 0.1, 0.15, 0.2])
 """Shares of questions answered wrong however easy they are; below 1 - LEVEL, or there would be no crossing."""
 _PLACES, _SLOPES = 181, 14
 _ALIKE = 0.05
-"""Difference of two log-likelihoods that says nothing."""
+"""Difference of two log-likelihoods that is negligible."""
 _CHUNK = 50
 """Resamples fitted at once, to bound the memory."""
 
@@ -29,7 +29,7 @@ class Threshold:
     """Where accuracy crosses `LEVEL`, in the unit of the sweep."""
 
     at: float | None
-    """None where it does not inside the sweep; `says` tells why."""
+    """Threshold; None where accuracy does not cross inside the sweep, as `says` explains."""
     ci95: tuple[float, float] | None
     """Percentile bootstrap, with `at` between its ends; ends outside of the sweep are its ends."""
     crossing: float

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 
 class SweepAnswer(NamedTuple):
-    """What a model made of a question."""
+    """Answer of a model to a question."""
 
     text: str
     right: bool
@@ -49,19 +49,19 @@ class SweepAnswer(NamedTuple):
 
 @dataclass(frozen=True)
 class Point:
-    """One model at one point of a sweep."""
+    """Accuracy of one model at one point of a sweep."""
 
     accuracy: float
     ci95: tuple[float, float]
     swapped: float
-    """Share of the questions that got different answers about the twins, as they should."""
+    """Share of the questions with different answers about the twins, as is right."""
     named: float | None
-    """Share of right answers to whether a sound is heard."""
+    """Share of right answers to whether a sound is there."""
     no_audio: float
 
 
 def judge(asked: Sequence[SweepQuestion], answers: Sequence[SweepAnswer], seed: int = 0) -> dict[str, list[Point]]:
-    """Answers as figures: for each sweep its points in order. The intervals draw whole pairs of sounds."""
+    """Accuracies: for each sweep its points in order. The intervals' bootstrap draws whole pairs of sounds."""
     found = {}
     for name, sweep in SWEEPS.items():
         found[name] = [
@@ -104,7 +104,7 @@ def thresholds(asked: Sequence[SweepQuestion], answers: Sequence[SweepAnswer], s
 
 @dataclass(frozen=True)
 class _ModelTiming:
-    """What was found of one model."""
+    """Timing results of one model."""
 
     points: dict[str, list[Point]]
     thresholds: dict[str, Threshold]
@@ -122,11 +122,11 @@ def probe_time(
     batch: int = 64,
     progress: bool = False,
 ) -> ProbeResult:
-    """Ask each model when things happen.
+    """Ask each model about order and time.
 
     Args:
-        models: what each is called, and the model.
-        pairs: of sounds, in every sweep.
+        models: name and model of each.
+        pairs: pairs of sounds in every sweep.
         wordings: how many ways of asking each question; the first is that of recipes' evaluations.
         seed: of the pairs and their sounds.
         batch: rows in a forward pass.

@@ -65,7 +65,7 @@ def test_schema(small: dict[str, Any]) -> None:
 
 def test_counted_operations_are_the_closed_forms(small: dict[str, Any]) -> None:
     for row in small["rows"] + small["baselines"]:
-        assert row["flops"] == pytest.approx(row["flops_closed_form"], rel=0.01), row
+        assert row["flops"] == pytest.approx(row["flops_closed_form"], rel=1e-3), row
 
 
 def test_closed_forms_of_saved_bytes_and_of_keys_and_values(small: dict[str, Any]) -> None:
