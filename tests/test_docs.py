@@ -142,6 +142,25 @@ def test_files_exist(page):
     assert not missing
 
 
+def tree_names(text: str) -> list[str]:
+    """Paths that a page's tree of the package names: of `pal/` indented, others not."""
+    tree = text.split("## The tree", 1)[1].split("```")[1]
+    found = []
+    for line in tree.splitlines():
+        names = re.match(r"( *)((?:[\w.]+/?(?:, )?)+)", line)
+        if names:
+            found += [("pal/" if names[1] else "") + name for name in names[2].split(", ") if name]
+    return found
+
+
+def test_the_tree_of_the_readme_names_files_that_exist():
+    names = tree_names((ROOT / "README.md").read_text(encoding="utf-8"))
+    assert not [name for name in names if not (ROOT / name).exists()]
+    parts = {f"{path.name}/" if path.is_dir() else path.name for path in (ROOT / "pal").iterdir()}
+    listed = {name.removeprefix("pal/") for name in names}
+    assert not {part for part in parts - listed if not part.startswith("_") and part.endswith((".py", "/"))}
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.stem)
 def test_commands_exist(page):
     faults = {line: fault_of(line) for line in commands(page.read_text(encoding="utf-8"))}
@@ -192,6 +211,9 @@ def test_no_file_needs_a_private_name_of_another():
 
 
 def test_the_checks_can_fail():
+    assert tree_names("## The tree\n```\npal/\n  ears.py   x\n  a.py, b.py  y\ndocs/ z\n```") == [
+        *("pal/", "pal/ears.py", "pal/a.py", "pal/b.py", "docs/")
+    ]
     assert private_names(
         "import pal.model\nfrom pal.train import optim as o, step\nfrom pal.train.meter import _SHOWN, Meter\n"
         "from torch import _C\no._f(step.Told)\nMeter._start\npal.model._warn\nself._x\n__name__\n"
