@@ -1,4 +1,4 @@
-"""Audio in: any source becomes a mono waveform at the rate asked for, or an AudioError says why not."""
+"""Audio loading: any source becomes a mono waveform at the requested rate, or an AudioError is raised."""
 
 from pal.audio.decode import Limits, Source, Waveform, load, seconds
 from pal.audio.pcm import resample

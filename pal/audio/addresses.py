@@ -1,4 +1,4 @@
-"""Clips by address: http and https, file: for files of this machine, data: for what stands in the address itself."""
+"""Clips by URL: http and https, file: for local files, data: for inline data."""
 
 from __future__ import annotations
 
@@ -17,37 +17,37 @@ from pal.audio.declared import DecodeError
 from pal.errors import shortened
 
 SECONDS = 30.0
-"""How long a server may take to answer, or to send the next bytes."""
+"""Timeout of a server's answer, and of its next bytes."""
 
 _SCHEME = re.compile(r"\s*(data|file):", re.IGNORECASE)
 _PATH_KEPT, _QUERY_KEPT = "%/:@!$&'()*+,;=~[]|\\^", "%/:@!$&()*+,;=~[]|\\^?{}`"
-"""What browsers leave as it is in a path and in a query (WHATWG URL, percent-encode sets); "%20" stays "%20"."""
+"""Characters that are not percent-encoded in a path and in a query (WHATWG URL); "%20" stays "%20"."""
 _DOWNLOAD = "download it and give its path"
 _AGAIN = "fetch it again, or download it and give its path"
 
 
 def is_address(text: str) -> bool:
-    """Whether a string is an address and no path."""
+    """Whether a string is a URL and not a path."""
     return "://" in text or _SCHEME.match(text) is not None
 
 
 def shown(address: str) -> str:
-    """An address as messages name it: without a password, and without what a data: address holds."""
+    """URL for messages, without password and without the content of a data: URL."""
     if address.lstrip()[:5].lower() == "data:":
         return shortened(address.strip().partition(",")[0], 60) + ",..."
     return re.sub(r"(?<=://)[^/?#]*@", "", address)
 
 
 def read_address(address: str, allowed: bool, limit: int) -> bytes | Path:
-    """What an address leads to: bytes, or the path of a file.
+    """Content of a URL as bytes, or the path of a local file.
 
     Args:
-        address: http, https, file or data. Blanks and letters beyond ASCII are quoted as browsers do.
-        allowed: whether anything may be fetched or read; a data: address holds its bytes and always may.
+        address: http, https, file or data URL. Blanks and non-ASCII letters are quoted as browsers do.
+        allowed: whether URLs may be fetched or read; a data: URL is always allowed.
         limit: most bytes.
 
     Raises:
-        DecodeError: not allowed, another scheme, or no whole answer.
+        DecodeError: not allowed, another scheme, or an incomplete response.
     """
     address = address.strip()
     if address[:5].lower() == "data:":
@@ -72,10 +72,10 @@ def read_address(address: str, allowed: bool, limit: int) -> bytes | Path:
 
 
 def from_base64(text: str | bytes, limit: int) -> bytes:
-    """Bytes of base64, of either alphabet; white space and missing padding are allowed (WHATWG, forgiving-base64).
+    """Decode base64 of either alphabet; white space and missing padding are allowed (WHATWG, forgiving-base64).
 
     Raises:
-        DecodeError: other characters, or a number of them that no bytes give.
+        DecodeError: invalid characters or length.
     """
     data = text.encode("ascii", "replace") if isinstance(text, str) else text
     data = data.translate(bytes.maketrans(b"-_", b"+/"), b" \t\r\n\f").rstrip(b"=")
@@ -88,7 +88,7 @@ def from_base64(text: str | bytes, limit: int) -> bytes:
 
 
 def _data(text: str, limit: int) -> bytes:
-    """RFC 2397, of what follows "data:"."""
+    """Decode a data: URL (RFC 2397), from the text after "data:"."""
     kind, comma, body = text.partition(",")
     if not comma:
         raise DecodeError("a data: address has a comma before its data", "write data:audio/wav;base64,...")
@@ -98,7 +98,7 @@ def _data(text: str, limit: int) -> bytes:
 
 
 def _file(address: str) -> Path:
-    """RFC 8089: file:///path, file://localhost/path or file:/path, percent-encoded."""
+    """Path of a file: URL (RFC 8089): file:///path, file://localhost/path or file:/path, percent-encoded."""
     rest = address[5:]
     host = ""
     if rest.startswith("//"):
@@ -106,7 +106,7 @@ def _file(address: str) -> Path:
         rest = slash + rest
     if host.lower() not in ("", "localhost") or not rest.startswith("/"):
         raise DecodeError("a file: address names a file of this machine", "write file:///folder/clip.wav")
-    # A fragment or a query says nothing of a file, unless they are part of a name that was not quoted.
+    # A file: URL has no fragment or query, unless they are part of a name that was not quoted.
     places = [unquote(re.split("[?#]", rest, maxsplit=1)[0], errors="surrogateescape")]
     places += [unquote(rest, errors="surrogateescape"), rest]
     return next((Path(place) for place in places if _is_file(place)), Path(places[0]))
@@ -120,7 +120,7 @@ def _is_file(place: str) -> bool:
 
 
 class _Redirects(urllib.request.HTTPRedirectHandler):
-    """Follows redirects to http and https only."""
+    """Redirect handler for http and https only."""
 
     def redirect_request(self, *arguments: Any) -> urllib.request.Request | None:
         _check_scheme(urlsplit(arguments[-1]))
@@ -156,7 +156,7 @@ def _check_scheme(parts: SplitResult) -> None:
 
 
 def _quoted(parts: SplitResult) -> str:
-    """An address in ASCII, without user and fragment."""
+    """URL in ASCII, without user and fragment."""
     host = parts.hostname or ""
     host = f"[{host}]" if ":" in host else host.encode("idna").decode() if not host.isascii() else host
     port = "" if parts.port is None else f":{parts.port}"
@@ -165,12 +165,12 @@ def _quoted(parts: SplitResult) -> str:
 
 
 def _uncompressed(data: bytes, encoding: str, limit: int) -> bytes:
-    """A body as it was before its server compressed it (RFC 9110, section 8.4)."""
+    """Decompress a response body (content coding, RFC 9110, section 8.4)."""
     if encoding in ("", "identity"):
         return data
     if encoding not in ("gzip", "x-gzip", "deflate"):
         raise DecodeError(f"its server sends it compressed as '{encoding}'", _DOWNLOAD)
-    # 47: a gzip or zlib header; some servers send deflate without any
+    # 47: a gzip or zlib header; some servers send deflate without a header
     headed = data[:2] == b"\x1f\x8b" or (len(data) > 1 and data[0] & 15 == 8 and int.from_bytes(data[:2]) % 31 == 0)
     whole = b""
     try:

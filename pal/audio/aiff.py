@@ -18,22 +18,22 @@ _FIXED = {
     b"alaw": ("ALAW", "BIG"),
     b"ulaw": ("ULAW", "BIG"),
 }
-"""AIFF-C's types of one size; letters may be large."""
+"""AIFF-C's codecs of fixed sample size, in any letter case."""
 _BY_BITS = {b"none": "BIG", b"twos": "BIG", b"sowt": "LITTLE"}
 _PACKED = (b"ima4", b"gsm ", b"dwvw")
-"""Codecs in whose files the number of samples may be that of packets."""
+"""Codecs whose header may count packets instead of samples."""
 _CONVERT = "convert it: ffmpeg -i IN OUT.wav"
 
 
 def declared(data: bytes) -> Declared:
-    """Read the COMM chunk (how many samples, of what kind) and find the SSND chunk (where they are), in any order.
+    """Read the COMM chunk (number and format of samples) and locate the SSND chunk (the samples), in any order.
 
-    Facts are those of Apple's Audio Interchange File Format 1.3 and AIFF-C draft of 1991. An odd chunk has a pad byte,
-    which some programs leave out; the size of the outer chunk is not needed, since the samples are counted.
-    A rate that is no whole number (22254.54 Hz on old Macintoshes) is rounded to the nearest, as FFmpeg does.
+    By Apple's Audio Interchange File Format 1.3 and AIFF-C draft of 1991. An odd chunk has a pad byte, which some
+    programs leave out; the size of the outer chunk is not needed, since the samples are counted. A fractional rate
+    (22254.54 Hz on old Macintoshes) is rounded to the nearest, as FFmpeg does.
 
     Raises:
-        DecodeError: cut, contradicting itself, or a codec that is not read.
+        DecodeError: truncated, contradictory, or an unsupported codec.
     """
     comm: bytes | None = None
     sound: tuple[int, int] | None = None
@@ -77,7 +77,7 @@ def declared(data: bytes) -> Declared:
 
 
 def _kind(codec: bytes, bits: int) -> tuple[str, str]:
-    """(libsndfile's name of a sample's kind, byte order)."""
+    """(libsndfile subtype, byte order)."""
     if codec in _FIXED:
         return _FIXED[codec]
     if codec in _BY_BITS:
@@ -89,7 +89,7 @@ def _kind(codec: bytes, bits: int) -> tuple[str, str]:
 
 
 def _chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
-    """(name, start of its content, size) of each chunk, up to the end of the file or what is no chunk."""
+    """(name, start of its content, size) of each chunk, up to the end of the file or to invalid bytes."""
     start = 12
     for _ in range(MAX_CHUNKS):
         if start + 8 > len(data) or not _is_name(data, start):

@@ -1,7 +1,7 @@
 """Samples as arrays of any library: numpy, torch on any device, lists, torchcodec's decoder.
 
-**Which axis is that of channels.** A clip [N] has one. Of two axes it is the one with at most 8 entries where the
-other has more: [1, N] and [2, N] are channels first, [N, 1] and [N, 2] channels last. Other shapes are refused.
+**Channel axis.** A clip [N] has one channel. With two axes, the channel axis is the one with at most 8 entries where
+the other has more: [1, N] and [2, N] are channels first, [N, 1] and [N, 2] channels last. Other shapes are refused.
 """
 
 from __future__ import annotations
@@ -36,32 +36,32 @@ class DecodedSamples(Protocol):
 
 
 class SamplesDecoder(Protocol):
-    """torchcodec's `AudioDecoder`, which `datasets` 4 and 5 give for a clip."""
+    """torchcodec's `AudioDecoder`, the type of a clip in `datasets` 4 and 5."""
 
     def get_all_samples(self) -> DecodedSamples:
         """Decode the whole clip."""
 
 
 def is_array(value: object) -> bool:
-    """Whether a value is an array of some library; lists are none."""
+    """Whether a value is an array of some library; a list is not."""
     return isinstance(value, np.ndarray | Tensor) or (hasattr(value, "__array__") and hasattr(value, "shape"))
 
 
 def is_decoder(value: object) -> bool:
-    """Whether a value is a `SamplesDecoder` or what one gives."""
+    """Whether a value is a `SamplesDecoder` or its `DecodedSamples`."""
     return callable(getattr(value, "get_all_samples", None)) or _is_decoded(value)
 
 
 def decode_all(value: Any) -> tuple[np.ndarray, int]:
-    """Samples [N, channels] and rate of a `SamplesDecoder`, or of what one gave.
+    """Samples [N, channels] and rate of a `SamplesDecoder` or of its `DecodedSamples`.
 
     Raises:
-        DecodeError: the decoder failed, or gives samples of another shape.
+        DecodeError: the decoder failed, or returns samples of another shape.
     """
     if callable(decoder := getattr(value, "get_all_samples", None)):
         try:
             value = decoder()
-        except Exception as error:  # of whatever library decodes
+        except Exception as error:  # any error of the decoding library
             reason = " ".join(str(error).split()) or type(error).__name__
             raise DecodeError(f"its decoder failed ({reason[:120]})", "give the path of the file") from None
     array_CN = _numpy(value.data)
@@ -71,7 +71,7 @@ def decode_all(value: Any) -> tuple[np.ndarray, int]:
 
 
 def read_pair(pair: tuple[Any, ...], limits: Limits) -> tuple[np.ndarray, Any]:
-    """Samples [N] or [N, channels] and their rate, given in either order.
+    """Samples [N] or [N, channels] and their rate, from a pair in either order.
 
     Raises:
         DecodeError: the pair is not an array and a number.
@@ -86,14 +86,14 @@ def read_pair(pair: tuple[Any, ...], limits: Limits) -> tuple[np.ndarray, Any]:
 
 
 def channels_last(samples: Any, limits: Limits) -> np.ndarray:
-    """Samples as an array [N] or [N, channels], whichever axis was that of channels.
+    """Samples as an array [N] or [N, channels], from either order of axes.
 
     Raises:
-        DecodeError: no samples, no numbers, or axes that do not say which one is that of channels.
+        DecodeError: no samples, no numbers, or an ambiguous channel axis.
     """
     array = _numpy(samples)
     if array.dtype in (np.int64, np.uint64) and array.size:
-        # what lists of integers become: of 16 bits or of 32, nobody can tell
+        # a list of integers becomes int64, whose full scale (16 bits or 32) is unknown
         raise DecodeError("integers of 64 bits have no full scale", "pass floats in -1..1, or an array of int16")
     if array.size == 0:
         raise DecodeError("it holds no samples", "record or export it again")
@@ -112,18 +112,18 @@ def _is_decoded(value: object) -> bool:
 
 
 def _is_number(value: object) -> bool:
-    """Whether it is a single number: Python's, numpy's, or a tensor without axes."""
+    """Whether a value is a scalar: Python's, numpy's, or a tensor without axes."""
     if isinstance(value, bool):
         return False
     return isinstance(value, int | float | np.number) or (is_array(value) and len(getattr(value, "shape", (0,))) == 0)
 
 
 def _numpy(samples: Any) -> np.ndarray:
-    """A numpy array of what is one, on whatever device and of whatever type of floats."""
+    """Numpy array of an array or tensor on any device, of any float type."""
     try:
         if isinstance(samples, Tensor):
             tensor = samples.detach()
-            # numpy knows neither bfloat16 nor the floats of 8 bits
+            # numpy has neither bfloat16 nor 8-bit floats
             wide = tensor.is_floating_point() and tensor.dtype not in (torch.float16, torch.float32, torch.float64)
             return tensor.to("cpu", torch.float32 if wide else tensor.dtype).resolve_neg().numpy()
         return np.asarray(samples)

@@ -7,16 +7,16 @@ from pal.audio.samples import Samples, cut, is_placeholder, no_length
 
 _KINDS = {1: "ULAW", 2: "PCM_S8", 3: "PCM_16", 4: "PCM_24", 5: "PCM_32", 6: "FLOAT", 7: "DOUBLE", 27: "ALAW"}
 _UNREAD = {23: "G.721", 24: "G.722", 25: "G.723", 26: "G.723"}
-"""Of G.721 and G.723, libsndfile, FFmpeg and SoX each make other samples."""
+"""Unsupported codecs. For G.721 and G.723, libsndfile, FFmpeg and SoX each decode different samples."""
 
 
 def declared(data: bytes) -> Declared:
     """Read the six numbers of the header (`.snd`, or `dns.` with the low byte first).
 
-    The size may be unknown by design (all ones), which is a doubt. Some programs count the header in it.
+    The size may be unknown by design (all ones), which sets `doubt`. Some programs include the header in it.
 
     Raises:
-        DecodeError: cut, or a codec that is not read.
+        DecodeError: truncated, or an unsupported codec.
     """
     order, name = (">", "BIG") if data[:4] == b".snd" else ("<", "LITTLE")
     if len(data) < 24:

@@ -1,4 +1,4 @@
-"""The outermost boxes of mp4 and elements of webm, which say how long the file must be."""
+"""Top-level boxes of mp4 and elements of webm, which determine the length of the file."""
 
 from pal.audio.declared import DecodeError
 
@@ -6,13 +6,13 @@ _EBML, _SEGMENT = b"\x1a\x45\xdf\xa3", b"\x18\x53\x80\x67"
 
 
 def check(data: bytes) -> None:
-    """Refuse a file that ends inside one of its outermost boxes.
+    """Refuse a file that ends inside one of its top-level boxes.
 
-    A recording that a browser makes leaves its size open and its duration out, so where such a file
-    ends nobody can know; it is taken as it is.
+    A browser's recording has an open size and no duration, so its end cannot be checked; it is
+    accepted.
 
     Raises:
-        DecodeError: where the file is cut.
+        DecodeError: the file is truncated.
     """
     if data[4:8] == b"ftyp":
         _check_mp4(data)

@@ -9,19 +9,19 @@ _FLOAT, _LITTLE = 1, 2
 _LAWS = {b"ulaw": "ULAW", b"alaw": "ALAW"}
 _CONVERT = "convert it: ffmpeg -i IN OUT.wav"
 _VARINT = 5
-"""Bytes of a number in the packet table, seven bits in each: more than 32 bits no packet has."""
+"""Most bytes of a number in the packet table, seven bits in each: no packet needs more than 32 bits."""
 _UNKNOWN = (1 << 64) - 1
-"""The size -1, which the last chunk may have while it is being written."""
+"""The size -1, allowed in the last chunk while it is being written."""
 
 
 def declared(data: bytes) -> Declared:
-    """Read the description, the packet table and the place of the data.
+    """Read the description and the packet table, and locate the data.
 
-    Facts are those of Apple's Core Audio Format specification 1.0: sizes are signed 64-bit numbers, the data begin with
-    a count of edits of four bytes. A rate that is no whole number is rounded to the nearest, as libsndfile does.
+    By Apple's Core Audio Format specification 1.0: sizes are signed 64-bit numbers, the data begin with a four-byte
+    count of edits. A fractional rate is rounded to the nearest, as libsndfile does.
 
     Raises:
-        DecodeError: cut, or a codec that is not read.
+        DecodeError: truncated, or an unsupported codec.
     """
     if len(data) < 8 or data[4:6] != b"\0\1":
         raise DecodeError("it is a CAF file of a version that is not known", _CONVERT)
@@ -81,17 +81,17 @@ def declared(data: bytes) -> Declared:
 
 
 def _alac(data: bytes, chunks: dict[bytes, tuple[int, int]], rate: int, channels: int) -> Declared:
-    """Packets of ALAC, whose number of samples stands in the packet table.
+    """ALAC packets, with the number of samples from the packet table.
 
-    libsndfile wants the depth of the samples in the flags, where Apple puts it and FFmpeg does not; the decoder's own
-    configuration ("kuki") has it, too, in a newer and an older layout.
+    libsndfile needs the bit depth in the flags, where Apple writes it and FFmpeg does not; it is also in the decoder's
+    configuration ("kuki"), in a newer and an older layout.
     """
     start, size = chunks[b"pakt"]
     if size < 24 or start + size > len(data):
         raise DecodeError("it is cut in its packet table")
     packets, frames = struct.unpack_from(">qq", data, start)
     (per_packet,) = struct.unpack_from(">I", data, chunks[b"desc"][0] + 20)
-    if frames == packets * per_packet > 0:  # FFmpeg does not say what the last one lacks, which says so itself
+    if frames == packets * per_packet > 0:  # FFmpeg omits the padding of the last packet, whose header has it
         frames += (
             _last_packet(data, data[start + 24 : start + size], packets, chunks[b"data"][0] + 4, per_packet)
             - per_packet
@@ -102,14 +102,14 @@ def _alac(data: bytes, chunks: dict[bytes, tuple[int, int]], rate: int, channels
     flags = {b"\x10": 1, b"\x14": 2, b"\x18": 3, b"\x20": 4}.get(depth)
     if flags is None:
         raise DecodeError("its ALAC sound has no configuration that is known", _CONVERT)
-    if flags == 4:  # of which libsndfile makes other samples where they do not compress
+    if flags == 4:  # libsndfile decodes uncompressed packets of this depth to other samples
         return Declared(frames, rate, channels, bits=32, av_format="caf")
     place = chunks[b"desc"][0] + 12
     return Declared(frames, rate, channels, payload=data[:place] + struct.pack(">I", flags) + data[place + 4 :])
 
 
 def _last_packet(data: bytes, table: bytes, packets: int, start: int, whole: int) -> int:
-    """Samples in the last packet: a bit of its header says that it is not whole, and the number follows it."""
+    """Samples in the last packet: if a bit of its header marks it as partial, their number follows."""
     size, length = 0, 0
     for byte in table:
         if packets <= 1:

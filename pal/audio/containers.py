@@ -1,4 +1,4 @@
-"""Which reader knows a file by its first bytes, and the names of what is not read."""
+"""Detection of containers by their first bytes, and names of unsupported ones."""
 
 from collections.abc import Callable
 
@@ -52,7 +52,7 @@ _UNREAD = (
     (b"<html", "a web page"),
     (b"version https://git-lfs", "a pointer of Git LFS"),
 )
-"""First bytes, and what begins so."""
+"""(first bytes, name) of unsupported kinds of file."""
 _REMEDIES = {
     "a zip archive": "unpack it",
     "a gzip archive": "unpack it",
@@ -65,7 +65,7 @@ _REMEDIES = {
 
 
 def reader(data: bytes) -> Callable[[bytes], Declared] | None:
-    """The reader of a container of uncompressed sound; None where it is none."""
+    """Header reader of a container of uncompressed sound; None for other files."""
     form = data[8:12]
     if data[:4] in _RIFF and form == b"WAVE":
         return riff.declared
@@ -90,7 +90,7 @@ def reader(data: bytes) -> Callable[[bytes], Declared] | None:
 
 
 def named(data: bytes) -> DecodeError | None:
-    """The error for a file whose first bytes name a kind that is not read; None where they name none."""
+    """Error for a file of a known unsupported kind; None for other files."""
     if data[:4] == b"RIFF" and len(data) > 11:
         return _named("an AVI video" if data[8:12] == b"AVI " else "a RIFF file that is no WAV")
     for start, name in _UNREAD:
@@ -100,7 +100,7 @@ def named(data: bytes) -> DecodeError | None:
 
 
 def unread(data: bytes) -> DecodeError:
-    """The error for a file that no reader knows."""
+    """Error for a file of unknown kind."""
     if not data[:].strip(b"\0"):
         return DecodeError("it holds zeros only", "fetch it again")
     return DecodeError("it is no WAV, FLAC, MP3, Ogg, Opus, AIFF, AU, CAF, m4a or webm file", _CONVERT)

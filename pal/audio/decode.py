@@ -1,9 +1,9 @@
 """`load`: paths, bytes, file objects and arrays become mono waveforms, whole or not at all.
 
-Decoders repair: libsndfile plays half a WAV, an MP3 with a hole or an Ogg file without its end, and
-says nothing. So each container's own header or checksums are read first (`containers`, `flac`, `mpeg`,
-`ogg`), and what is decoded must be as long as they say. Everything is decoded in blocks, mixed down
-and resampled on the way, so that no header can ask for memory.
+Decoders conceal damage: libsndfile silently plays half a WAV, an MP3 with a hole or a truncated Ogg file.
+So each container's header or checksums are read first (`containers`, `flac`, `mpeg`, `ogg`), and the
+decoded samples must have the declared length. Files are decoded in blocks, each mixed down and
+resampled, so that no header can cause a large allocation.
 """
 
 import os
@@ -24,27 +24,27 @@ from pal.errors import AudioError
 
 _LIMITS = Limits()
 _APPLE_DOUBLE = b"\x00\x05\x16\x07"
-"""RFC 1740, appendix B: the file ._x beside x, which macOS writes on foreign file systems and into archives."""
+"""Magic number of AppleDouble (RFC 1740, appendix B): ._x beside x, from macOS on foreign file systems and in zips."""
 
 
 Source = str | os.PathLike[str] | bytes | IO[bytes] | tuple[Any, int]
-"""What `load` takes: a path, the bytes of a file, an open file, or samples and their rate."""
+"""Audio source of `load`: a path, the bytes of a file, an open file, or samples and their rate."""
 
 
 @dataclass(frozen=True)
 class Waveform:
-    """A clip, ready for an encoder."""
+    """Mono samples at the model's rate, with the clip's name and length."""
 
     samples_N: Tensor
     """Mono float32."""
     rate: int
-    """Hz of the samples: the rate that was asked for."""
+    """Rate of the samples in Hz, as requested."""
     seconds: float
     """Length of the source, by its own rate."""
     name: str
-    """The path, or what else the source was."""
+    """Path, or name of another source."""
     note: str | None = None
-    """With `read_to_end`, where the length could not be checked: one sentence that says why."""
+    """With `read_to_end`, if the length could not be verified: one sentence with the reason."""
 
 
 def load(
@@ -55,12 +55,11 @@ def load(
     Args:
         source: a path; the bytes of a file; a file object open for reading bytes; or (array, rate)
             with samples [N] or [N, channels], floats in -1..1 or integers of full scale.
-        rate: Hz of the result.
-        limits: what to refuse.
-        name: what messages call the source, where it has no path.
-        read_to_end: take a file whose end cannot be known (a WAV or FLAC written to a stream, MPEG audio, Ogg or FLAC
-            that was cut) as far as it goes; `note` of the result then says so. WAV, Wave64, AIFF, AU and CAF that
-            were cut stay refused.
+        rate: of the result in Hz.
+        limits: input limits.
+        name: name of a source without a path, for messages.
+        read_to_end: read a file of unverifiable length (a streamed WAV or FLAC; truncated MPEG audio, Ogg or FLAC) to
+            its end and set `note` of the result. Truncated WAV, Wave64, AIFF, AU and CAF are still refused.
 
     Files may be WAV, AIFF, AU, CAF, Wave64, FLAC, MPEG audio (MP3 and layers I and II), Ogg Vorbis, Opus and Ogg FLAC,
     and with the `av` package m4a, mp4, webm and FLAC of an odd number of bits.
@@ -82,15 +81,15 @@ def load(
 
 
 def seconds(path: str | os.PathLike[str], limits: Limits = _LIMITS, read_to_end: bool = False) -> float:
-    """Length of a file by its header, or by its packets where the header gives none.
+    """Length of a file by its header, or by its packets if the header has none.
 
-    Good for sorting clips and for planning: only `load` finds out whether a file keeps what it promises. Nothing is
-    decoded but a FLAC of unknown length, and only the header is read of what has its length there.
+    For sorting clips and for planning: only `load` verifies the length. Nothing is decoded except FLAC of unknown
+    length, and only the header is read if it has the length.
 
     Args:
         path: of the file.
-        limits: what to refuse.
-        read_to_end: as `load` takes it.
+        limits: input limits.
+        read_to_end: as in `load`.
 
     Raises:
         AudioError: no such file, or one whose header `load` would refuse.
@@ -117,7 +116,7 @@ def _length(data: bytes, limits: Limits, read_to_end: bool) -> float:
         if frames is None or rate is None:
             with sndfile.opened(body, part) as file:
                 frames, rate = sndfile.length(file, part), file.samplerate
-                if frames is None:  # written to a stream: its blocks have to be counted
+                if frames is None:  # a streamed file: decode to count the samples
                     frames = sum(map(len, sndfile.blocks(file, part, limits.block)))
         total += frames - part.slack
     assert rate is not None
@@ -160,7 +159,7 @@ def _from_file(data: bytes, rate: int, limits: Limits, read_to_end: bool) -> tup
     if read_to_end and reader is flac.declared:
         try:
             return _from_parts(data, reader(data), rate, limits, read_to_end)
-        except DecodeError:  # libFLAC gives nothing of a block with an end that is cut
+        except DecodeError:  # libFLAC returns nothing of a block whose end is cut
             data = flac.whole_frames(data)
     return _from_parts(data, reader(data), rate, limits, read_to_end)
 
@@ -212,16 +211,16 @@ def _note(doubt: str | None) -> str | None:
 
 
 def _kind(data: bytes) -> tuple[bytes, Callable[[bytes], Declared] | None]:
-    """The file without the tags before it, and the reader of its header; None where `av` is needed.
+    """The file without leading tags, and the reader of its header; None if `av` is needed.
 
     Raises:
-        DecodeError: it is of no kind that is read.
+        DecodeError: an unsupported kind of file.
     """
     if not data:
         raise DecodeError("it is empty", "record or download it again")
     if data[:4] == _APPLE_DOUBLE:
         raise DecodeError("it is macOS' AppleDouble metadata of another file, not sound", "delete it")
-    start = mpeg.tags_end(data)  # taggers put ID3 before files that know no such tag, too
+    start = mpeg.tags_end(data)  # some programs put ID3 tags before other containers, too
     body = data[start:] if start else data
     if (reader := containers.reader(body)) is not None:
         return body, reader

@@ -1,4 +1,4 @@
-"""The header of FLAC files. Frames carry checksums that the decoder checks; the header carries none."""
+"""Header of FLAC files. Frames have checksums that the decoder verifies; the header has none."""
 
 from pal.audio import sndfile
 from pal.audio.declared import Declared, DecodeError
@@ -18,20 +18,20 @@ _RATES = {
 }
 _BITS = {1: 8, 2: 12, 4: 16, 5: 20, 6: 24, 7: 32}
 _KNOWN = (8, 16, 24)
-"""Bits of a sample that libsndfile takes in STREAMINFO."""
+"""Bit depths that libsndfile accepts in STREAMINFO."""
 _TRIES = 1 << 12
-"""Places that look like the header of the last frame, where the search gives up."""
+"""Most candidates for the header of the last frame before the search ends."""
 
 
 def declared(data: bytes) -> Declared:
     """Read STREAMINFO and compare it with the first frame, which repeats rate, channels and bits.
 
-    The layout is that of RFC 9639, sections 8.2 and 9.1. A file written to a stream declares no length; its end is in
-    doubt unless it gives the MD5 of its samples, as is that of a file whose frames go on behind the declared length.
-    Bytes behind the last whole frame are left out: libFLAC takes them for a broken one.
+    By RFC 9639, sections 8.2 and 9.1. A streamed file declares no length, which sets `doubt` unless it has the MD5 of
+    its samples; frames behind the declared length set `doubt`, too. Bytes behind the last whole frame are left out,
+    since libFLAC takes them for a broken frame.
 
     Raises:
-        DecodeError: cut in the metadata, or a header that contradicts the first frame.
+        DecodeError: truncated in the metadata, or a header that contradicts the first frame.
     """
     if len(data) < 42 or data[4] & 0x7F != 0:
         raise DecodeError("its header is cut or damaged")
@@ -65,7 +65,7 @@ def declared(data: bytes) -> Declared:
             frames = held
             head[18:26] = (packed >> 36 << 36 | held).to_bytes(8, "big")
     if bits not in _KNOWN and bits in _BITS.values():
-        # libsndfile refuses the header, and then decodes by the bits that each frame names
+        # libsndfile refuses such a header, but decodes by the bit depth of each frame
         head[20] |= 1
         head[21] = 0x70 | head[21] & 0x0F
     payload = None if head == data[:26] else bytes(head) + data[26:end]
@@ -83,7 +83,7 @@ def declared(data: bytes) -> Declared:
 
 
 def whole_frames(data: bytes) -> bytes:
-    """The file without the frame that it ends in, where the checksum says that this is not whole."""
+    """The file without an incomplete last frame, detected by its checksum."""
     last = _last_header(data, _audio_start(data), len(data))
     if last is None:
         return data
@@ -92,7 +92,7 @@ def whole_frames(data: bytes) -> bytes:
 
 
 def _last_header(data: bytes, start: int, end: int) -> int | None:
-    """Where the last frame begins, by the checksum of its header; None where none is found."""
+    """Offset of the last frame, by the checksum of its header; None if none is found."""
     sync = data[start : start + 2]
     for _ in range(_TRIES):
         end = data.rfind(sync, start, end)
@@ -106,10 +106,10 @@ def _last_header(data: bytes, start: int, end: int) -> int | None:
 
 
 def _frame_end(data: bytes, at: int, end: int) -> int | None:
-    """Where the frame at `at` ends, by its checksum; None where it is not whole.
+    """End offset of the frame at `at`, by its checksum; None if it is incomplete.
 
-    Behind each of its bytes the checksum may be right by chance, and stays so over zeros. So where it is not the end
-    of the file, libFLAC must decode as many samples as the frame names.
+    The checksum may match by chance after any byte, and then stays so over zeros. So at any offset but the end of the
+    file, libFLAC must also decode the number of samples in the frame's header.
     """
     channels, bits = (data[20] >> 1 & 7) + 1, ((data[20] & 1) << 4 | data[21] >> 4) + 1
     longest = 64 + channels * (_samples(data, at) * (bits + 1) // 8 + 16)
@@ -117,7 +117,7 @@ def _frame_end(data: bytes, at: int, end: int) -> int | None:
     for place, byte in enumerate(data[at : min(end, at + longest)], at + 1):
         value = (value << 8 & 0xFFFF) ^ _CRC16[value >> 8 ^ byte]
         run = 0 if value else run + 1
-        if 1 <= run <= 3:  # where a frame's own checksum is 0, its end is the third
+        if 1 <= run <= 3:  # if a frame's own checksum is 0, its end is the third match
             found.append(place)
     if run == 1 and found[-1] == end:
         return end
@@ -144,7 +144,7 @@ def _samples(data: bytes, at: int) -> int:
 
 
 def _position(data: bytes, at: int, start: int) -> int:
-    """Samples before the frame at `at`: its number, or with blocks of one size how many blocks came before."""
+    """Samples before the frame at `at`: its sample number, or its frame number times the block size."""
     head = data[at : at + 16]
     size = _number_end(head) - 4
     number = head[4] if size == 1 else head[4] & (1 << 7 - size) - 1
@@ -165,7 +165,7 @@ def _audio_start(data: bytes) -> int:
 
 
 def _number_end(header: bytes) -> int:
-    """Where the frame or sample number ends, which is coded like UTF-8."""
+    """End offset of the frame or sample number, which is coded like UTF-8."""
     first = header[4]
     return 5 if first < 0x80 else 12 - (first ^ 0xFF).bit_length()
 
@@ -178,7 +178,7 @@ def _is_header(header: bytes) -> bool:
 
 
 def _crc(data: bytes, width: int, polynomial: int) -> int:
-    """CRC of RFC 9639, sections 9.1.8 and 9.3; 0 for data that end in their own."""
+    """CRC of RFC 9639, sections 9.1.8 and 9.3; 0 for data that end in their own CRC."""
     value, mask = 0, (1 << width) - 1
     for byte in data:
         value ^= byte << width - 8
@@ -188,11 +188,11 @@ def _crc(data: bytes, width: int, polynomial: int) -> int:
 
 
 _CRC16 = [_crc(bytes([byte]), 16, 0x8005) for byte in range(256)]
-"""What each byte adds to the checksum of a frame."""
+"""Table of the CRC-16 of each byte."""
 
 
 def _frame_rate(header: bytes) -> int | None:
-    """Hz that a frame header names; None where it refers to STREAMINFO."""
+    """Rate in a frame header in Hz; None if it refers to STREAMINFO."""
     size_code, rate_code = header[2] >> 4, header[2] & 15
     if rate_code in _RATES or rate_code == 0:
         return _RATES.get(rate_code)

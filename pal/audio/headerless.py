@@ -20,7 +20,7 @@ def is_ircam(data: bytes) -> bool:
 
 
 def ircam(data: bytes) -> Declared:
-    """IRCAM: rate as float32, channels, codec; sound from byte 1,024 on. The byte order is the one that makes sense."""
+    """IRCAM: rate as float32, channels, codec; sound from byte 1,024 on. The byte order makes the fields valid."""
     if len(data) < 1024:
         raise cut(1024, len(data))
     order = "LITTLE" if 1 <= struct.unpack_from("<I", data, 8)[0] <= 256 else "BIG"
@@ -31,7 +31,7 @@ def ircam(data: bytes) -> Declared:
 
 
 def pvf(data: bytes) -> Declared:
-    """Portable Voice: a line with channels, rate and bits, then samples with the high byte first."""
+    """Portable Voice: a line with channels, rate and bits, then big-endian samples."""
     found = re.match(rb"PVF1\n(\d{1,3}) (\d{1,9}) (\d{1,2})\n", data[:64])
     if found is None:
         raise DecodeError("its PVF header is damaged")

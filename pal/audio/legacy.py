@@ -1,4 +1,4 @@
-"""Old containers with a header that can be read in a few lines: AVR, Creative Voice, Amiga IFF, HTK and Psion.
+"""Old containers with a short header: AVR, Creative Voice, Amiga IFF, HTK and Psion.
 
 The layouts are those that libsndfile reads and writes (its `avr.c`, `voc.c`, `svx.c`, `htk.c` and `wve.c`), and for
 Creative Voice that of SoX's `voc.c`.
@@ -16,7 +16,7 @@ _CONVERT = "convert it: ffmpeg -i IN OUT.wav"
 
 
 def is_htk(data: bytes) -> bool:
-    """Whether the twelve bytes at the start, which have no mark of their own, can only be those of an HTK waveform."""
+    """Whether the first twelve bytes, which have no magic number, can only be those of an HTK waveform."""
     return len(data) > 12 and data[8:12] == b"\0\2\0\0" and 12 + 2 * int.from_bytes(data[:4], "big") == len(data)
 
 
@@ -72,7 +72,7 @@ def svx(data: bytes) -> Declared:
 
 
 def voc(data: bytes) -> Declared:
-    """Creative Voice: one block of sound, and those that go on with it; others (silence, loops) are refused."""
+    """Creative Voice: one block of sound and its continuations; other blocks (silence, loops) are refused."""
     start = int.from_bytes(data[20:22], "little")
     samples: Samples | None = None
     parts = []
@@ -92,7 +92,7 @@ def voc(data: bytes) -> Declared:
             parts.append(block[2 if kind == 1 else 12 :])
         elif kind == 2 and samples is not None:
             parts.append(block)
-        elif kind not in (4, 5):  # a mark, a text
+        elif kind not in (4, 5):  # a marker, a text
             raise DecodeError("it is a Creative Voice file of several parts, which is not read", _CONVERT)
         start += size
     if samples is None:

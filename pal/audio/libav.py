@@ -1,4 +1,4 @@
-"""m4a, mp4 and webm through FFmpeg's libraries, where the optional `av` package is installed."""
+"""Decoding of m4a, mp4 and webm by FFmpeg's libraries, with the optional `av` package."""
 
 import io
 from collections.abc import Iterator
@@ -14,27 +14,27 @@ from pal.audio.pcm import to_float
 from pal.audio.sndfile import Md5
 
 _PACKETS = 2
-"""Packets by which a container's duration may miss the samples: encoders pad the first and the last."""
+"""Largest difference of a container's duration from its samples in packets: encoders pad the first and the last."""
 _CONVERT = "convert it: ffmpeg -i IN OUT.wav"
 _NEED = "m4a, mp4 and webm need the av package"
 _PLANES = 8
-"""Channels from which on planar frames are packed before they are read."""
+"""Fewest channels of planar frames that are packed before they are read."""
 _ENDLESS = 1e9
-"""Seconds that no file has."""
+"""Upper bound of a plausible length in seconds."""
 _SECONDS = 0.02
-"""Beside them: webm gives its duration in milliseconds, of packet starts rather than ends."""
+"""Further tolerance in seconds: webm has its duration in milliseconds, of packet starts rather than ends."""
 
 
 class Track:
-    """The one sound track of a file in memory.
+    """Audio track of a file in memory, decoded by FFmpeg's libraries.
 
     Args:
         data: the file.
-        declared: what its own header says, for a FLAC of an odd number of bits.
-        read_to_end: whether a file that is cut is taken as far as it goes; `doubt` then says what is wrong.
+        declared: facts of its header, for a FLAC of an odd number of bits.
+        read_to_end: whether a truncated file is read to its end; `doubt` then has the reason.
 
     Raises:
-        DecodeError: no `av`, no sound or several tracks of it, or a file that is cut.
+        DecodeError: no `av`, no audio track or several, or a truncated file.
     """
 
     def __init__(self, data: bytes, declared: Declared | None = None, read_to_end: bool = False) -> None:
@@ -46,14 +46,14 @@ class Track:
         self._declared, self._read_to_end = declared, read_to_end
         self._ahead = 0
         self.doubt: str | None = None
-        """Why the end of the sound cannot be known; final once all blocks are taken."""
+        """Why the end of the sound cannot be verified; final after the last block."""
         try:
             check(data)
         except DecodeError as error:
             self._doubt(error.what)
         format = _format(data) if declared is None else declared.av_format
         with self._errors("it cannot be opened"):
-            # named, so that FFmpeg does not guess at its hundreds of formats
+            # with a format name, so that FFmpeg does not probe its hundreds of formats
             self._container = self._av.open(io.BytesIO(data), format=format, metadata_errors="ignore")
         tracks = self._container.streams.audio
         if len(tracks) != 1:
@@ -68,7 +68,7 @@ class Track:
         self.rate: int = context.sample_rate
         self.channels: int = context.channels
         self.seconds: float | None = None
-        """What the container declares; recordings made by browsers declare nothing, and bare AAC is guessed at."""
+        """Declared length; None for browsers' recordings, which have none, and for bare AAC, which FFmpeg estimates."""
         if declared is not None and declared.frames is not None:
             self.seconds = declared.frames / self.rate
         elif format == "aac" or declared is not None:
@@ -83,11 +83,11 @@ class Track:
 
     @property
     def frames(self) -> int | None:
-        """Samples a channel that are declared, about."""
+        """Approximate declared number of samples of each channel."""
         return None if self.seconds is None else round(self.seconds * self.rate)
 
     def length(self) -> float:
-        """Seconds that the container declares, or else those up to the end of its last packet; nothing is decoded."""
+        """Declared length in seconds, else that up to the end of the last packet; nothing is decoded."""
         if self.seconds is not None and self.doubt is None:
             self._container.close()
             return self.seconds
@@ -102,7 +102,7 @@ class Track:
         return end
 
     def blocks(self) -> Iterator[np.ndarray]:
-        """Float32 blocks [n, channels]; raises DecodeError where decoding fails or the length is not the declared."""
+        """Float32 blocks [n, channels]; raises DecodeError if decoding fails or the length is not as declared."""
         packet_frames = samples = 0
         md5 = None
         if self._declared is not None and self._declared.md5 is not None and self._declared.bits is not None:
@@ -138,9 +138,9 @@ class Track:
             md5.check(self._declared)
 
     def _decoded(self) -> Iterator[Any]:
-        """The frames; sets how many samples of Opus stand before the sound and were not dropped.
+        """Decoded frames; sets the number of leading Opus samples that FFmpeg has not dropped.
 
-        FFmpeg 8 counts them at the rate that the container gives, which is that before encoding; FFmpeg 5 does not.
+        FFmpeg 8 counts them at the container's rate, which is that before encoding; FFmpeg 5 does not.
         """
         context = self._stream.codec_context
         head = context.extradata or b""
@@ -156,7 +156,7 @@ class Track:
                 yield frame
 
     def _decoder(self) -> Any:
-        """What decodes the packets: of Opus the reference, libopus, which FFmpeg's own leaves at low bit rates."""
+        """Decoder of the packets: libopus for Opus, from which FFmpeg's own decoder differs at low bit rates."""
         context = self._stream.codec_context
         if context.name != "opus":
             return context
@@ -172,7 +172,7 @@ class Track:
         """Samples [n, channels] of a frame."""
         channels = frame.layout.nb_channels
         if frame.format.is_planar and channels >= _PLANES:
-            # the bindings count one plane too many, and read behind the last
+            # the bindings count one plane too many and would read beyond the last
             packed = self._av.AudioResampler(format=frame.format.packed, layout=frame.layout, rate=frame.sample_rate)
             return np.concatenate([part.to_ndarray().reshape(-1, channels) for part in packed.resample(frame)])
         block: np.ndarray = frame.to_ndarray()
@@ -185,7 +185,7 @@ class Track:
 
     @contextmanager
     def _errors(self, what: str) -> Iterator[None]:
-        """FFmpeg's errors, and those of the bindings on values that they cannot hold, as DecodeError."""
+        """Turn errors of FFmpeg, and of the bindings on invalid values, into DecodeError."""
         try:
             yield
         except self._av.error.FFmpegError as error:

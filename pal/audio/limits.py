@@ -1,4 +1,4 @@
-"""What is taken of a clip, checked before anything is decoded."""
+"""Input limits of a clip, checked before decoding."""
 
 from dataclasses import dataclass
 
@@ -10,24 +10,24 @@ _CONVERT = "convert it: ffmpeg -i IN OUT.wav"
 
 @dataclass(frozen=True)
 class Limits:
-    """What is taken; everything beyond is refused before it is decoded or as soon as it shows."""
+    """Input limits; a clip beyond them is refused before decoding, or during it if its header has no length."""
 
     max_seconds: float = 3600.0
     max_bytes: int = 1 << 30
-    """Of the source as it is given."""
+    """Size of the encoded source."""
     max_decoded_bytes: int = 1 << 32
-    """Of its samples as float32, all channels; they are never in memory at once."""
+    """Size of the samples as float32, of all channels; they are never in memory at once."""
     min_rate: int = 4_000
     max_rate: int = 192_000
     max_channels: int = 8
     block: int = 1 << 16
-    """Samples a channel that are decoded at a time; the result does not depend on it."""
+    """Samples of each channel that are decoded at a time; the result does not depend on it."""
 
     def check(self, source_rate: int, channels: int, frames: int | None) -> tuple[int, DecodeError]:
-        """The most samples a channel, and the error for more.
+        """Most samples of each channel, and the error for more.
 
         Raises:
-            DecodeError: what a header says (`frames` is None where it says nothing) is beyond the limits.
+            DecodeError: the header is beyond the limits (`frames` is None if it has no length).
         """
         if not self.min_rate <= source_rate <= self.max_rate:
             raise DecodeError(f"its rate of {source_rate} Hz is not in {self.min_rate}..{self.max_rate}", _CONVERT)
@@ -46,5 +46,5 @@ class Limits:
         return max_frames, too_long
 
     def mixer(self, source_rate: int, channels: int, frames: int | None, rate: int) -> Mixer:
-        """What takes the blocks of a source under these limits. Raises DecodeError as `check` does."""
+        """Mixer for the blocks of a source under these limits. Raises DecodeError as `check` does."""
         return Mixer(source_rate, rate, *self.check(source_rate, channels, frames))

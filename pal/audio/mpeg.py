@@ -1,4 +1,4 @@
-"""The frames of an MPEG audio file (MP3, and layers I and II). A decoder skips what it cannot read; this counts it."""
+"""Frames of an MPEG audio file (MP3, and layers I and II). Decoders skip damaged frames; this detects them."""
 
 import itertools
 import re
@@ -9,17 +9,17 @@ from pal.audio.declared import Declared, DecodeError
 from pal.audio.mpeg_frames import LAYER_3, Header, Info
 
 _DECODER_DELAY = 529
-"""Samples by which every decoder of layer III lags; mpg123 drops them where it knows the number of frames."""
+"""Decoder delay of layer III in samples; mpg123 drops them if it knows the number of frames."""
 _SURE = 4
-"""Frames in a row that chance does not make."""
+"""Consecutive frames that do not occur by chance."""
 _FAR = 1 << 16
-"""Bytes that are searched for the first frame, and after a hole for the next."""
+"""Bytes searched for the first frame, and for the next after a hole."""
 _NEAR = 2
-"""Bits of a frame header that damage may have changed; of the 19 that are compared chance changes nine."""
+"""Most changed bits of a damaged frame header; of the 19 compared, random bytes change nine."""
 _TAGS = 1000
-"""ID3 tags before the sound, of which a file has one or two."""
+"""Most ID3 tags before the sound; files have one or two."""
 _TRIES = 1 << 16
-"""Places that look like a frame, where a search gives up; in other bytes chance makes one in some 5000."""
+"""Most frame candidates before a search ends; random bytes have one in some 5000."""
 _MAYBE = re.compile(
     rb"\xff[%s][%s]"
     % (
@@ -28,32 +28,32 @@ _MAYBE = re.compile(
     ),
     re.DOTALL,
 )
-"""The bytes that a frame header may begin with: quick to search for."""
+"""Possible first bytes of a frame header, for a fast search."""
 _SPLIT = "split it there, or re-encode it: ffmpeg -i IN OUT.wav"
 
 
 @dataclass(frozen=True)
 class _Run:
-    """Frames of one stream that follow one another."""
+    """Consecutive frames of one stream."""
 
     start: int
     end: int
     count: int
     first: Header
     missing: int = 0
-    """Bytes that the file lacks of one more frame, which begins at `end`."""
+    """Missing bytes of a truncated frame that begins at `end`."""
 
 
 def declared(data: bytes) -> Declared:
     """Walk the frames from the first to the last.
 
-    Before the first and behind the last there may be tags and other bytes. Between frames there may be tags, and
-    zeros where an Info frame's count says that all frames are there; other bytes are a hole. Where the first frame is a
-    Xing, Info or VBRI frame, their number must be the one it gives. A file that ends inside a frame has lost sound,
-    unless the count says that it is the last one and what is missing is stuffing, or the encoder's padding.
+    There may be tags and other bytes before the first and behind the last frame. Between frames there may be tags, and
+    zeros if all frames counted by the Info frame are present; other bytes are a hole. If the first frame is a Xing,
+    Info or VBRI frame, the number of frames must be the one it declares. A file that ends inside a frame has lost
+    sound, unless by that count it is the last frame and only stuffing or the encoder's padding is missing.
 
-    A file without such a frame that was cut exactly between two frames cannot be told from a whole one, nor can a last
-    frame that was overwritten; a changed byte inside a frame changes the sound but not the length.
+    Without such a frame, a file cut exactly between two frames is indistinguishable from a whole one, as is a file
+    whose last frame was overwritten. A changed byte inside a frame changes the sound but not the length.
 
     Raises:
         DecodeError: no frames, a hole, or a stream that changes.
@@ -64,7 +64,7 @@ def declared(data: bytes) -> Declared:
     count = sum(run.count for run in runs)
     info = mpeg_frames.info(data[runs[0].start : runs[0].start + first.bytes], first)
     if info is not None:
-        count -= 1  # the frame that says it has no sound
+        count -= 1  # the Info frame itself has no sound
     doubt = None
     if info is not None and info.frames is not None:
         claimed = _claimed(info, count, parts, first, len(data))
@@ -80,7 +80,7 @@ def declared(data: bytes) -> Declared:
                     f"it is cut: it declares {claimed} frames and ends {last.missing} bytes before number {count + 1}"
                 )
     elif last.missing:
-        # whatever this frame holds, others may have followed
+        # other frames may have followed this one
         doubt = f"it is cut: its last frame needs {last.missing} more bytes"
     elif _is_near(data[last.end : last.end + 4], data[last.start : last.start + 4]):
         doubt = f"it is cut or damaged: its last bytes, from {last.end}, look like a frame"
@@ -95,7 +95,7 @@ def declared(data: bytes) -> Declared:
             return Declared(frames, first.rate, first.channels, payload=b"".join(parts))
     if info is not None:
         parts[0] = parts[0][first.bytes :]
-    # without a count mpg123 guesses the length from the size: tell it
+    # without a count mpg123 estimates the length from the size: prepend an Info frame
     joined = b"".join(parts)
     skip = (info.delay or 0) if doubt is not None and info is not None else 0
     return Declared(
@@ -109,7 +109,7 @@ def declared(data: bytes) -> Declared:
 
 
 def looks_like_frames(data: bytes) -> bool:
-    """Whether frames of MPEG audio stand near the start, behind tags or other bytes."""
+    """Whether MPEG audio frames are near the start, behind tags or other bytes."""
     start = tags_end(data)
     return mpeg_frames.header(data, start) is not None or _search(data, start, start + _FAR) is not None
 
@@ -126,7 +126,7 @@ def id3_size(data: bytes, start: int = 0) -> int:
 
 
 def tags_end(data: bytes) -> int:
-    """Offset behind the ID3v2 tags at the start, of which there may be several. Raises DecodeError: too many."""
+    """Offset behind all ID3v2 tags at the start. Raises DecodeError if there are too many."""
     start = 0
     for _ in range(_TAGS):
         size = id3_size(data, start)
@@ -137,7 +137,7 @@ def tags_end(data: bytes) -> int:
 
 
 def _first_frame(data: bytes) -> int:
-    """Where the frames begin: behind the tags, or behind other bytes that are no damaged frame."""
+    """Offset of the first frame: behind tags, or behind other bytes that are no damaged frame."""
     start = tags_end(data)
     own = mpeg_frames.header(data, start)
     if own is not None and (not own.bytes or _is_sure(data, start, own.stream)):
@@ -153,10 +153,10 @@ def _first_frame(data: bytes) -> int:
 
 
 def _search(data: bytes, start: int, end: int, stream: tuple[int, int, int] | None = None) -> int | None:
-    """Where enough frames in a row begin, at `start` or between there and `end`; fewer are enough of a known stream.
+    """Offset in [`start`, `end`) of enough consecutive frames; a known stream needs fewer.
 
     Raises:
-        DecodeError: too many places that look like a frame.
+        DecodeError: too many frame candidates.
     """
     first = start
     for tries in itertools.count():
@@ -172,7 +172,7 @@ def _search(data: bytes, start: int, end: int, stream: tuple[int, int, int] | No
 
 
 def _is_sure(data: bytes, start: int, stream: tuple[int, int, int] | None) -> bool:
-    """Whether enough frames in a row begin here, or frames of this stream up to the end of the file or a tag."""
+    """Whether enough consecutive frames begin here, or frames of this stream up to the end of the file or a tag."""
     run = _walk(data, start, limit=_SURE)
     if run is None:
         return False
@@ -185,7 +185,7 @@ def _ends(data: bytes, offset: int) -> bool:
 
 
 def _walk(data: bytes, start: int, limit: int | None = None) -> _Run | None:
-    """The frames in a row from `start` on, at most `limit`; None where none begins there, whole or cut."""
+    """Consecutive frames from `start` on, at most `limit`; None if no frame, whole or truncated, begins there."""
     first = mpeg_frames.header(data, start)
     if first is None or (not first.bytes and limit is not None):
         return None
@@ -209,7 +209,7 @@ def _walk(data: bytes, start: int, limit: int | None = None) -> _Run | None:
 
 
 def _runs(data: bytes, start: int) -> list[_Run]:
-    """All frames of the file, from the first on."""
+    """All runs of frames of the file, from the first frame on."""
     run = _walk(data, start)
     assert run is not None
     runs = [run]
@@ -235,7 +235,7 @@ def _runs(data: bytes, start: int) -> list[_Run]:
 
 
 def _tag_size(data: bytes, offset: int) -> int:
-    """Bytes of the tag between two files that were joined; 0 where there is none."""
+    """Bytes of a tag between two joined files; 0 if there is none."""
     if data[offset : offset + 3] == b"TAG":
         return 128 + id3_size(data, offset + 128)
     if data[offset : offset + 8] == b"APETAGEX":
@@ -248,14 +248,14 @@ def _check_holes(data: bytes, runs: list[_Run], whole: bool) -> None:
         gap = following.start - run.end
         if gap == _tag_size(data, run.end) or (whole and not data[run.end : following.start].strip(b"\0")):
             continue
-        # with other bytes the frame before them may be the one that is damaged
+        # the frame before other bytes may be damaged
         raise DecodeError(f"it is damaged: the {gap} bytes at {run.end} are no MP3 frames")
 
 
 def _claimed(info: Info, count: int, parts: list[bytes], first: Header, size: int) -> int:
-    """The number of frames that a file declares, without the one that says it.
+    """Declared number of frames, without the Info frame itself.
 
-    Some programs count that frame, too; then the bytes they give must agree.
+    Some programs count that frame, too; then their number of bytes must agree.
     """
     held = sum(map(len, parts))
     assert info.frames is not None
@@ -265,12 +265,12 @@ def _claimed(info: Info, count: int, parts: list[bytes], first: Header, size: in
 
 
 def _dropped(info: Info) -> int:
-    """Samples that the decoder leaves out at the end."""
+    """Samples that the decoder drops at the end."""
     return max(0, (info.padding or 0) - _DECODER_DELAY)
 
 
 def _is_stuffing(data: bytes, run: _Run) -> bool:
-    """Whether bytes are missing of the last frame, and hold no sound."""
+    """Whether the missing bytes of the last frame are only stuffing."""
     frame = data[run.end :] if run.missing else b""
     header = mpeg_frames.header(frame)
     if header is None or header.layer != LAYER_3:
@@ -280,21 +280,21 @@ def _is_stuffing(data: bytes, run: _Run) -> bool:
 
 
 def _is_near(tail: bytes, head: bytes) -> bool:
-    """Whether bytes behind the last frame are a frame header with a few bits changed."""
+    """Whether bytes behind the last frame are a frame header with a few changed bits."""
     if len(tail) < 4:
         return False
-    # bit rate, padding and what follows the channels differ from frame to frame
+    # bit rate, padding and the fields after the channels vary between frames
     mask = 0xFFFE_0CC0
     different = (int.from_bytes(tail, "big") ^ int.from_bytes(head, "big")) & mask
     return different.bit_count() <= _NEAR
 
 
 def _of_low_layer(parts: list[bytes], first: Header, count: int, doubt: str | None) -> Declared:
-    """Layers I and II, whose files say nothing of their length.
+    """Layers I and II, whose files do not declare a length.
 
-    libsndfile takes it from the size and the first frame's bit rate, and stops there. So a silent frame of the lowest
-    bit rate comes first, which makes its guess too long, and some come last for frames that are shorter than they
-    should be; the first's samples are left out, and the last are not read.
+    libsndfile estimates it from the size and the first frame's bit rate, and stops there. So a silent frame of the
+    lowest bit rate is prepended, for an estimate that is too long, and some are appended in place of shorter frames;
+    the samples of the first are skipped, and the last are not read.
     """
     joined = b"".join(parts)
     silent = mpeg_frames.silent_frame(joined[:4])

@@ -1,13 +1,13 @@
-"""One frame of MPEG audio, layers I to III: its header, and what an Info, Xing or VBRI frame says of the file.
+"""MPEG audio frames, layers I to III: frame header, and the Info, Xing or VBRI tag of a file.
 
-Tables and layouts are those of ISO 11172-3 and 13818-3; the Info frame's are LAME's, as mpg123 reads them.
+By ISO 11172-3 and 13818-3; the Info tag by LAME, as mpg123 reads it.
 """
 
 from dataclasses import dataclass
 
 LAYER_3 = 3
 _LONGEST = 1 << 13
-"""Bytes within which a frame of free bit rate ends."""
+"""Most bytes of a frame of free bit rate."""
 _KBPS = {
     (1, 1): (0, 32, 64, 96, 128, 160, 192, 224, 256, 288, 320, 352, 384, 416, 448),
     (1, 2): (0, 32, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384),
@@ -16,51 +16,51 @@ _KBPS = {
     (2, 2): (0, 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160),
     (2, 3): (0, 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160),
 }
-"""By generation (2 is MPEG 2 and 2.5) and layer."""
+"""Bit rates by generation (2 is MPEG 2 and 2.5) and layer."""
 _RATES = {3: (44100, 48000, 32000), 2: (22050, 24000, 16000), 0: (11025, 12000, 8000)}
-"""By version code: 3 is MPEG 1, 2 is MPEG 2, 0 is MPEG 2.5."""
+"""Sampling rates by version code: 3 is MPEG 1, 2 is MPEG 2, 0 is MPEG 2.5."""
 
 
 @dataclass(frozen=True)
 class Header:
-    """The four bytes that begin a frame."""
+    """MPEG audio frame header, four bytes."""
 
     generation: int
     layer: int
     rate: int
     channels: int
     bytes: int
-    """Of the whole frame; 0 where the bit rate is free, which only the next frame's place can tell."""
+    """Bytes of the whole frame; 0 for free bit rate, where only the next frame's offset tells."""
     padding: int
-    """Bytes among them that frames of the same bit rate may lack."""
+    """Padding bytes among them, which other frames of the same bit rate may lack."""
     protected: bool
 
     @property
     def samples(self) -> int:
-        """Of the frame, a channel."""
+        """Samples of the frame, of each channel."""
         return 384 if self.layer == 1 else 1152 if self.layer == 2 else 1152 // self.generation
 
     @property
     def stream(self) -> tuple[int, int, int]:
-        """What may not change from frame to frame."""
+        """Fields that must be the same in all frames."""
         return self.layer, self.rate, self.channels
 
     @property
     def side(self) -> int:
-        """Bytes of layer III's side information, after which a Xing or Info mark stands."""
+        """Bytes of layer III's side information, which a Xing or Info tag follows."""
         return {(1, 2): 32, (1, 1): 17, (2, 2): 17, (2, 1): 9}[self.generation, self.channels]
 
 
 @dataclass(frozen=True)
 class Info:
-    """What an encoder says of the whole file in its first frame; None where it does not."""
+    """Xing/Info/VBRI tag: the encoder's facts of the whole file, in its first frame; None for missing fields."""
 
     frames: int | None
     bytes: int | None
     delay: int | None = None
-    """Samples the encoder put before the sound."""
+    """Samples that the encoder added before the sound."""
     padding: int | None = None
-    """Samples it put after."""
+    """Samples that the encoder added after the sound."""
 
 
 def header(data: bytes, offset: int = 0) -> Header | None:
@@ -82,9 +82,9 @@ def header(data: bytes, offset: int = 0) -> Header | None:
 
 
 def free_size(data: bytes, offset: int) -> int:
-    """Bytes, without padding, of the frames of free bit rate that begin at `offset`; 0 where they cannot be told.
+    """Frame size in bytes, without padding, of a stream of free bit rate at `offset`; 0 if it cannot be found.
 
-    They are all alike, so the next header stands where a third one follows at the same distance.
+    All frames have the same size, so the next header is where a third follows at the same distance.
     """
     first = header(data, offset)
     assert first is not None
@@ -101,9 +101,9 @@ def free_size(data: bytes, offset: int) -> int:
 
 
 def main_data_end(frame: bytes, parsed: Header) -> int | None:
-    """Offset in a layer III frame behind its last bit of sound; None where its side information is cut.
+    """End offset of the main data in a layer III frame; None if its side information is truncated.
 
-    A frame's sound may begin in the frames before, and bytes behind it are stuffing.
+    Main data may begin in earlier frames (bit reservoir); bytes behind it are stuffing.
     """
     start = 4 + 2 * parsed.protected
     side = frame[start : start + parsed.side]
@@ -124,7 +124,7 @@ def main_data_end(frame: bytes, parsed: Header) -> int | None:
 
 
 def info(frame: bytes, parsed: Header) -> Info | None:
-    """What a Xing, Info or VBRI frame says; None when it is another."""
+    """Parse a Xing, Info or VBRI frame; None for other frames."""
     if parsed.layer != LAYER_3:
         return None
     if frame[36:40] == b"VBRI" and len(frame) >= 54:
@@ -140,19 +140,19 @@ def info(frame: bytes, parsed: Header) -> Info | None:
     for bit, size in ((1, 4), (2, 4), (4, 100), (8, 4)):
         fields.append(int.from_bytes(frame[at : at + 4], "big") if flags & bit else None)
         at += size if flags & bit else 0
-    frames, size_given = fields[0] or None, fields[1]  # a count of zero is one that was never filled in
+    frames, size_given = fields[0] or None, fields[1]  # a count of zero was never filled in
     if frame[at : at + 4] not in (b"LAME", b"Lavf", b"Lavc") or len(frame) < at + 36:
         return Info(frames, size_given)
     check = int.from_bytes(frame[at + 34 : at + 36], "big")
     if frame[at : at + 4] == b"LAME" and check not in (0, _crc16(frame[: at + 34])):
-        return Info(frames, size_given)  # changed since: what it says of delays would cut sound
+        return Info(frames, size_given)  # the file has changed since: delays of the tag would cut sound
     packed = int.from_bytes(frame[at + 21 : at + 24], "big")
     return Info(frames, size_given, packed >> 12, packed & 0xFFF)
 
 
 def info_frame(like: bytes, count: int) -> bytes:
-    """An Info frame that gives the number of frames, for a stream of layer III whose frames begin with `like`."""
-    # no checksum, the highest bit rate (so that it all fits), no padding
+    """Info frame with the number of frames, for a layer III stream with frame headers such as `like`."""
+    # no checksum, the highest bit rate (so that the tag fits), no padding
     own = bytes([like[0], like[1] | 1, 0xE0 | like[2] & 0x0D, like[3]])
     parsed = header(own)
     assert parsed is not None
@@ -162,7 +162,7 @@ def info_frame(like: bytes, count: int) -> bytes:
 
 
 def silent_frame(like: bytes) -> bytes:
-    """A frame of silence at the lowest bit rate, for a stream of layer I or II whose frames begin with `like`."""
+    """Silent frame at the lowest bit rate, for a layer I or II stream with frame headers such as `like`."""
     own = bytes([like[0], like[1] | 1, 0x10 | like[2] & 0x0D, like[3]])
     parsed = header(own)
     assert parsed is not None
@@ -170,7 +170,7 @@ def silent_frame(like: bytes) -> bytes:
 
 
 def _crc16(data: bytes) -> int:
-    """CRC-16 with the bits reversed, start 0: what LAME puts behind its tag."""
+    """CRC-16 of LAME's tag: reflected bits, start 0."""
     value = 0
     for byte in data:
         value ^= byte

@@ -1,4 +1,4 @@
-"""The header of NIST SPHERE files, in which TIMIT and other corpora of speech are distributed (often as `.wav`)."""
+"""Header of NIST SPHERE files, the format of TIMIT and other speech corpora (often named `.wav`)."""
 
 import re
 
@@ -9,10 +9,10 @@ _LAWS = {"ulaw": "ULAW", "mu-law": "ULAW", "mulaw": "ULAW", "alaw": "ALAW", "a-l
 
 
 def declared(data: bytes) -> Declared:
-    """Read the lines "name -type value" of the header, whose own length stands in its second line.
+    """Read the lines "name -type value" of the header; its second line is its length.
 
     Raises:
-        DecodeError: cut, without the fields that say how samples are stored, or compressed (shorten).
+        DecodeError: truncated, without the fields of the sample format, or compressed (shorten).
     """
     found = re.match(rb"NIST_1A\n *(\d{1,7})\n", data[:32])
     if found is None:

@@ -1,4 +1,4 @@
-"""The pages of Ogg files (Vorbis, Opus, FLAC). A decoder skips a damaged page; this refuses it."""
+"""Pages of Ogg files (Vorbis, Opus, FLAC). Decoders skip a damaged page; this refuses the file."""
 
 import itertools
 import zlib
@@ -10,7 +10,7 @@ from pal.audio.declared import Declared, DecodeError
 
 _FIRST, _LAST = 2, 4
 _NO_PACKET = (1 << 64) - 1
-"""The granule position of a page on which no packet ends."""
+"""Granule position of a page on which no packet ends."""
 _REVERSED = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))
 _SOUND = {
     b"\x01vorbis": "Vorbis",
@@ -32,12 +32,12 @@ _OTHER = {
     b"Annodex\0": "Annodex",
 }
 _LONGEST_VORBIS = 8192
-"""Samples of the largest block."""
+"""Samples of the largest Vorbis block."""
 
 
 @dataclass(frozen=True)
 class OggPage:
-    """One page, checked by its own sum."""
+    """Ogg page with a verified checksum."""
 
     data: bytes
     """The whole page."""
@@ -45,22 +45,22 @@ class OggPage:
 
     @property
     def flags(self) -> int:
-        """Whether it goes on with a packet (1), begins (2) or ends (4) its stream."""
+        """Bits: continues a packet (1), first page (2), last page (4) of its stream."""
         return self.data[5]
 
     @property
     def granule(self) -> int:
-        """What the page gives as the position of its end; by codec, mostly samples."""
+        """Granule position at the end of the page, in units of the codec, mostly samples."""
         return int.from_bytes(self.data[6:14], "little")
 
     @property
     def lengths(self) -> bytes:
-        """Of its segments; one of 255 goes on in the next."""
+        """Lengths of the segments; a packet continues after a segment of 255."""
         return self.data[27 : 27 + self.data[26]]
 
     @property
     def body(self) -> bytes:
-        """What its segments hold."""
+        """Bytes of all segments."""
         return self.data[27 + self.data[26] :]
 
     def packets(self) -> Iterator[tuple[bytes, bool]]:
@@ -76,7 +76,7 @@ class OggPage:
             yield body[start:at], False
 
     def changed(self, granule: int | None = None, last: bool | None = None, body: bytes | None = None) -> "OggPage":
-        """The page with another position, mark of the end or body of the same size, and the right checksum."""
+        """Copy with another granule position, last-page flag or body of the same size, and a new checksum."""
         page = bytearray(self.data)
         if granule is not None:
             page[6:14] = granule.to_bytes(8, "little")
@@ -90,14 +90,14 @@ class OggPage:
 
 
 def declared(data: bytes) -> Declared:
-    """Check every page (checksum, number) and take the pages of the one sound stream (RFC 3533).
+    """Verify every page (checksum, number) and select the pages of the audio stream (RFC 3533).
 
-    Streams beside it that hold no sound are left out; links of a chained file are read one after another. Programs
-    that write a voice message as it is spoken leave out the mark of the last page. Such a file is whole where its
-    pages are and its last packet is; one that was cut exactly between two pages cannot be told from it.
+    Other multiplexed streams without audio are left out; links of a chained file are read one after another. Programs
+    that stream a voice message omit the last-page flag. Such a file counts as whole if its pages and its last packet
+    are; a file cut exactly between two pages is indistinguishable from it.
 
     Raises:
-        DecodeError: damaged, several sound streams at a time, or a codec that is not read.
+        DecodeError: damaged, several multiplexed audio streams, or an unsupported codec.
     """
     pages, fault = _pages(data)
     found = [_of_link(link) for link in _links(pages)]
@@ -108,7 +108,7 @@ def declared(data: bytes) -> Declared:
 
 
 def _pages(data: bytes) -> tuple[list[OggPage], str | None]:
-    """All pages, and what is wrong with the end of the file."""
+    """All pages, and the fault at the end of the file or None."""
     pages: list[OggPage] = []
     offset = 0
     while offset < len(data):
@@ -127,7 +127,7 @@ def _pages(data: bytes) -> tuple[list[OggPage], str | None]:
 
 
 def _tail(data: bytes, offset: int, pages: list[OggPage]) -> str | None:
-    """What the bytes behind the last page say."""
+    """Fault of the bytes behind the last page, or None."""
     rest = data[offset:]
     if b"OggS" in rest:
         raise DecodeError(f"it is damaged: no Ogg page stands at byte {offset} of {len(data)}")
@@ -145,7 +145,7 @@ def _needed(pages: list[OggPage], fault: str) -> str:
 
 
 def _links(pages: list[OggPage]) -> list[list[OggPage]]:
-    """The pages of each link of a chain; a link begins with the first pages of its streams."""
+    """Pages of each link of a chained file; a link begins with the first pages of its streams."""
     if not pages[0].flags & _FIRST:
         raise DecodeError("its beginning is missing: its first page starts no stream")
     links: list[list[OggPage]] = []
@@ -158,7 +158,7 @@ def _links(pages: list[OggPage]) -> list[list[OggPage]]:
 
 
 def _of_link(pages: list[OggPage]) -> Declared:
-    """The one sound stream of a link."""
+    """Audio stream of a link."""
     streams: dict[bytes, list[OggPage]] = {}
     for page in pages:
         streams.setdefault(page.data[14:18], []).append(page)
@@ -210,22 +210,22 @@ def _of_stream(pages: list[OggPage], name: str) -> Declared:
 def _of_vorbis(pages: list[OggPage]) -> Declared:
     if pages[-1].flags & _LAST:
         return Declared(None, payload=_joined(pages))
-    # without the mark all of the last packet is sound, which libsndfile cuts where the page says it ends
+    # without the last-page flag all of the last packet is sound, but libsndfile cuts it at the page's position
     ends = [place for place, page in enumerate(pages) if page.granule != _NO_PACKET]
     if not ends or not pages[ends[-1]].granule:
         raise DecodeError("it holds no samples", "record or export it again")
     last = pages[ends[-1]]
     longer = [*pages[: ends[-1]], last.changed(granule=last.granule + _LONGEST_VORBIS), *pages[ends[-1] + 1 :]]
-    # where one page alone has an end, vorbisfile takes the start from it, too, and the length from the packets
+    # if only one page has a position, vorbisfile derives the start from it, too, and the length from the packets
     is_only = sum(pages[place].granule > 0 for place in ends) == 1
     return Declared(None, payload=_joined(longer), slack=0 if is_only else _LONGEST_VORBIS)
 
 
 def _of_opus(pages: list[OggPage]) -> Declared:
-    """Opus as RFC 7845 has it: 48 kHz, whatever the header says of the rate before encoding.
+    """Opus by RFC 7845: 48 kHz, whatever the header's rate before encoding.
 
-    libsndfile lowers its rate to that of the header, and believes positions that do not fit the packets. It gets pages
-    with a rate of 48 kHz, and with positions that follow from the packets.
+    libsndfile would resample to the header's rate and trust positions that do not fit the packets. So its pages are
+    rewritten with a rate of 48 kHz and with positions computed from the packets.
     """
     head = opus.read_head(pages[0].body)
     ends: list[tuple[int, int]] = []
@@ -255,7 +255,7 @@ def _of_opus(pages: list[OggPage]) -> Declared:
     before, before_given = (ends[-2][1], pages[ends[-2][0]].granule) if len(ends) > 1 else (0, start)
     last_given = pages[last_place].granule - before_given
     off = max(off, last_given - (total - before))
-    # the mark's page may end before its packets do, where the encoder had to fill the last of them
+    # the last page may end before its packets do, if the encoder had to pad the last packet
     played = before + last_given if is_marked and 0 <= last_given <= total - before else total
     frames = played - head.skip
     if frames <= 0:

@@ -1,28 +1,28 @@
-"""The header of an Opus stream and the length of its packets (RFC 7845, section 5.1; RFC 6716, section 3)."""
+"""Header of an Opus stream and length of its packets (RFC 7845, section 5.1; RFC 6716, section 3)."""
 
 from dataclasses import dataclass
 
 from pal.audio.declared import DecodeError
 
 RATE = 48_000
-"""Hz at which Opus is decoded; positions and packets are counted in it."""
+"""Decoding rate of Opus in Hz, in which positions and packets are counted."""
 LONGEST = 5_760
 """Samples of the longest packet, 120 ms."""
 
 
 @dataclass(frozen=True)
 class Head:
-    """What an OpusHead packet says."""
+    """OpusHead packet."""
 
     channels: int
     skip: int
-    """Samples before the sound, of which the decoder needs some to find its feet."""
+    """Pre-skip: samples before the sound, for the decoder to converge."""
     at_48_khz: bytes
-    """The packet with 48 kHz as the rate before encoding, a remark of the encoder's that changes nothing else."""
+    """The packet with 48 kHz as the rate before encoding, which is only informative."""
 
 
 def read_head(packet: bytes) -> Head:
-    """Read the first packet. Raises DecodeError on another version or a family of channels that is not known."""
+    """Parse the first packet. Raises DecodeError on an unknown version or channel mapping family."""
     if len(packet) < 19:
         raise DecodeError("its Opus header is cut")
     if packet[8] >> 4:
@@ -34,7 +34,7 @@ def read_head(packet: bytes) -> Head:
 
 
 def samples(packet: bytes) -> int:
-    """Length of a packet at 48 kHz. Raises DecodeError where it has none."""
+    """Length of a packet in samples at 48 kHz. Raises DecodeError if it is invalid."""
     if not packet:
         raise DecodeError("it is damaged: one of its Opus packets is empty")
     config, code = packet[0] >> 3, packet[0] & 3

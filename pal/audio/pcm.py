@@ -1,4 +1,4 @@
-"""Blocks of samples on their way to one mono waveform: scale, check, mix down, resample."""
+"""Conversion of sample blocks to a mono waveform: scaling, checks, downmix, resampling."""
 
 import numpy as np
 import soxr
@@ -8,27 +8,27 @@ from torch import Tensor
 from pal.audio.declared import DecodeError
 
 _PEAK = 2.0**31
-"""Above any scale in use; the power spectrum of more overflows float32."""
+"""Largest accepted magnitude, above any scale in use; beyond it the power spectrum overflows float32."""
 
 
 def to_float(block: np.ndarray) -> np.ndarray:
-    """Float32 in -1..1 of integer samples by their full scale; other floats are only converted."""
+    """Convert to float32: integers are scaled by their full scale to -1..1, floats are unchanged."""
     if block.dtype == np.uint8:
         return (block.astype(np.float32) - 128.0) / 128.0
     if np.issubdtype(block.dtype, np.signedinteger):
         return (block / -float(np.iinfo(block.dtype).min)).astype(np.float32)
     if np.issubdtype(block.dtype, np.floating):
-        with np.errstate(over="ignore"):  # beyond float32 becomes infinite, which is refused later
+        with np.errstate(over="ignore"):  # overflow becomes infinite, which is refused later
             return block.astype(np.float32, copy=False)
     raise DecodeError(f"samples of type {block.dtype} are no sound", "pass float32 in -1..1 or int16")
 
 
 class Mixer:
-    """Takes blocks [n, channels] at one rate and gives mono samples at another; checks every sample."""
+    """Downmix and resampling of blocks [n, channels] to mono samples at another rate, with a check of every sample."""
 
     def __init__(self, source_rate: int, rate: int, max_frames: int, too_long: DecodeError) -> None:
         self.frames = 0
-        """Samples a channel that came in."""
+        """Samples of each channel so far."""
         self._resample = None
         if source_rate != rate:
             self._resample = soxr.ResampleStream(source_rate, rate, 1, dtype="float32")
@@ -36,7 +36,7 @@ class Mixer:
         self._parts: list[np.ndarray] = []
 
     def add(self, block_NC: np.ndarray) -> None:
-        """Take one more block. Raises DecodeError on samples that are not finite, and past the limit."""
+        """Add a block. Raises DecodeError on samples that are not finite, and past the limit."""
         self.frames += len(block_NC)
         if self.frames > self._max_frames:
             raise self._too_long
@@ -49,7 +49,7 @@ class Mixer:
         self._parts.append(self._resample.resample_chunk(mono_N) if self._resample else mono_N)
 
     def finish(self) -> Tensor:
-        """All samples, float32 [N]. Raises DecodeError when there are none."""
+        """All samples, float32 [N]. Raises DecodeError if there are none."""
         if self.frames == 0:
             raise DecodeError("it holds no samples", "record or export it again")
         if self._resample:

@@ -1,4 +1,4 @@
-"""The bytes of a source of audio, and what messages call it."""
+"""Bytes of an audio source, and its name in messages."""
 
 import errno
 import mmap
@@ -13,14 +13,14 @@ from pal.audio.limits import Limits
 from pal.errors import shortened
 
 _NAME = 140
-"""Characters of a name that an error shows."""
+"""Most characters of a name in an error."""
 
 
 def read(source: Any, limits: Limits) -> bytes:
-    """The bytes of a path, of bytes or of a file object, at most `limits.max_bytes` of them.
+    """Bytes of a path, of bytes or of a file object, at most `limits.max_bytes`.
 
     Raises:
-        DecodeError: it cannot be read, or holds more.
+        DecodeError: unreadable, or larger.
     """
     if isinstance(source, (bytes, bytearray, memoryview)):
         data = bytes(source)
@@ -32,7 +32,7 @@ def read(source: Any, limits: Limits) -> bytes:
             data = _read_stream(source, limits)
         except DecodeError:
             raise
-        except Exception as error:  # of whatever library's object
+        except Exception as error:  # any error of a library's file object
             raise DecodeError(f"the file object cannot be read ({error})", "open it anew with mode 'rb'") from None
     else:
         raise DecodeError(
@@ -45,7 +45,7 @@ def read(source: Any, limits: Limits) -> bytes:
 
 @contextmanager
 def mapped(path: str | os.PathLike[str], limits: Limits) -> Iterator[bytes]:
-    """The bytes of a file without reading those that are not asked for: indexed, sliced and searched like bytes.
+    """Memory-mapped file, which is indexed, sliced and searched like bytes.
 
     Raises:
         DecodeError: as `read`.
@@ -63,7 +63,7 @@ def mapped(path: str | os.PathLike[str], limits: Limits) -> Iterator[bytes]:
 
 
 def name_of(source: Any) -> str:
-    """What messages call a source."""
+    """Name of a source in messages."""
     if isinstance(source, (str, os.PathLike)):
         return os.fsdecode(source) or "audio"
     if isinstance(source, tuple):
@@ -75,7 +75,7 @@ def name_of(source: Any) -> str:
 
 
 def printable(name: str) -> str:
-    """The name on one line, whatever a file was called."""
+    """The name on one line, without control characters."""
     return shortened(name, _NAME, space="?")
 
 

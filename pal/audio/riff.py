@@ -1,4 +1,4 @@
-"""The chunks of WAV files. libsndfile shortens a cut or forged WAV without a word; this does not."""
+"""Chunks of WAV files. libsndfile silently shortens a truncated or forged WAV; this refuses it."""
 
 import struct
 from collections.abc import Iterator
@@ -9,23 +9,23 @@ from pal.audio.samples import MAX_CHUNKS, is_placeholder, no_length, too_many_ch
 
 _ONES = 0xFFFFFFFF
 _SLACK = 8
-"""Some programs count the outer chunk's own eight bytes in its size."""
+"""Bytes of the outer chunk's header, which some programs count in its size."""
 _METADATA = (
     b"LIST", b"fact", b"PEAK", b"bext", b"cue ", b"smpl", b"inst", b"plst", b"iXML", b"axml", b"chna", b"cart", b"id3 ",
     b"ID3 ", b"DISP", b"JUNK", b"junk", b"PAD ", b"FLLR", b"acid", b"afsp", b"_PMX", b"wamd", b"guan", b"XMP ",
 )  # fmt: skip
-"""Chunks that follow the data in files of well-known programs; their size may pass the end of the file."""
+"""Chunks that common programs write after the data; their size may pass the end of the file."""
 
 
 def declared(data: bytes) -> Declared:
     """Read the chunks of a RIFF, RIFX, RF64 or BW64 file.
 
-    The data chunk must lie inside the file, and what follows it must be a chunk, or it claims too little. Sizes of
-    other chunks, and of the outer one, say nothing of the sound; where they are wrong nothing is lost. Sizes that stand
-    for "unknown" (`samples.is_placeholder`) are a doubt: a cut could not be noticed. All that follows is sound then.
+    The data chunk must lie inside the file and be followed by a chunk; otherwise its size is too small. Wrong sizes of
+    other chunks, and of the outer one, lose no sound and are accepted. A placeholder size (`samples.is_placeholder`)
+    sets `doubt`, since a cut could not be noticed; then all following bytes are sound.
 
     Raises:
-        DecodeError: cut, without format or data, or a codec that is not read.
+        DecodeError: truncated, without format or data, or an unsupported codec.
     """
     order = ">" if data[:4] == b"RIFX" else "<"
     is_64 = data[:4] in (b"RF64", b"BW64")
@@ -58,7 +58,7 @@ def _sound(data: bytes, start: int, size: int, outer: int, fmt: wave_format.Form
     align = 1 if fmt.samples is None else fmt.align
     if size == 0 and _is_chunk(data, start):
         return fmt.declared(data, start, 0)
-    same = size > held and end - 8 <= outer <= end + 1 + _SLACK  # the outer size was made from this one
+    same = size > held and end - 8 <= outer <= end + 1 + _SLACK  # the outer size was computed from this one
     if is_placeholder(size, held, align) or (same and any(is_placeholder(claim, held) for claim in (outer, outer + 8))):
         return fmt.declared(data, start, held, no_length(size, held))
     if size > held:
@@ -71,12 +71,12 @@ def _sound(data: bytes, start: int, size: int, outer: int, fmt: wave_format.Form
     if not is_padding and not is_chunk:
         raise DecodeError(f"its data chunk claims {size} bytes and is followed by {len(rest)} that are no chunk")
     if size % align == 1 and data[end - 1 : end] == b"\0" and (align > 2 or end == len(data)):
-        size -= 1  # a pad byte that was counted, and no half of a sample with its other half behind
+        size -= 1  # the size includes a pad byte, which is no half of a sample
     return fmt.declared(data, start, size)
 
 
 def _is_chunk(data: bytes, start: int) -> bool:
-    """Whether a chunk can stand here: a name, and a size inside the file unless the name is well known."""
+    """Whether a chunk may begin here: a name, and a size inside the file unless the name is well known."""
     name = data[start : start + 4]
     if len(data) < start + 8 or not _is_name(name):
         return False
@@ -85,7 +85,7 @@ def _is_chunk(data: bytes, start: int) -> bool:
 
 
 def _is_cut_chunk(data: bytes, start: int, outer: int) -> bool:
-    """Whether a chunk begins here that passes the end of the file and ends where the outer one should."""
+    """Whether a truncated chunk begins here, which passes the end of the file and ends with the outer chunk."""
     end = int.from_bytes(data[start + 4 : start + 8], "big" if data[:4] == b"RIFX" else "little") + start + 8
     return _is_name(data[start : start + 4]) and outer + 8 in (end, end + end % 2) and end > len(data)
 

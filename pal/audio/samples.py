@@ -1,4 +1,4 @@
-"""Samples as containers store them uncompressed, and when a size that a header gives is no size at all."""
+"""Uncompressed sample formats of containers, and placeholder sizes in headers."""
 
 from dataclasses import dataclass
 
@@ -6,23 +6,23 @@ from pal.audio.declared import Declared, DecodeError
 
 _BYTES = {"PCM_S8": 1, "PCM_U8": 1, "PCM_16": 2, "PCM_24": 3, "PCM_32": 4, "FLOAT": 4, "DOUBLE": 8}
 _BYTES |= {"ALAW": 1, "ULAW": 1}
-"""Of one sample, by libsndfile's name of its kind."""
+"""Bytes of one sample, by libsndfile subtype."""
 _EDGES = (1 << 31, 1 << 32, 1 << 63, 1 << 64)
 _ROUND = (10**8, 1 << 24)
 MAX_CHUNKS = 10_000
-"""Chunks of one file. Known files have some dozens; a million of empty ones would take long to walk through."""
+"""Most chunks of a file. Known files have some dozens; a million empty ones would take long to read."""
 
 
 @dataclass(frozen=True)
 class Samples:
-    """Interleaved samples of a fixed number of bytes."""
+    """PCM sample format: interleaved samples of a fixed size."""
 
     rate: int
     channels: int
     subtype: str
-    """libsndfile's name of one sample's kind, as "PCM_16"."""
+    """libsndfile subtype, such as "PCM_16"."""
     order: str = "BIG"
-    """"BIG" or "LITTLE": which byte of a sample comes first."""
+    """Byte order, "BIG" or "LITTLE"."""
 
     @property
     def align(self) -> int:
@@ -30,10 +30,10 @@ class Samples:
         return self.channels * _BYTES[self.subtype]
 
     def declared(self, start: int, size: int, doubt: str | None = None) -> Declared:
-        """What `size` bytes from `start` of the file hold; with a doubt a last sample that is not whole is left out.
+        """Stream facts of `size` bytes from `start` of the file; with a doubt a last partial sample is left out.
 
         Raises:
-            DecodeError: no channels, or the bytes are no whole number of samples.
+            DecodeError: no channels, or the bytes are not a whole number of samples.
         """
         if not self.channels:
             raise DecodeError("its 0 channels are not 1 to 8")
@@ -45,10 +45,10 @@ class Samples:
 
 
 def pcm(bits: int, unsigned_8: bool = False) -> str:
-    """The kind of integers of `bits` bits; they stand in the upper bits of whole bytes.
+    """libsndfile subtype of integers of `bits` bits, stored in the upper bits of whole bytes.
 
     Raises:
-        DecodeError: where they are not 1 to 32.
+        DecodeError: not 1 to 32 bits.
     """
     if not 1 <= bits <= 32:
         raise DecodeError(f"its samples of {bits} bits are of no known kind")
@@ -56,17 +56,17 @@ def pcm(bits: int, unsigned_8: bool = False) -> str:
 
 
 def is_placeholder(size: int, held: int, align: int = 1) -> bool:
-    """Whether a size was written by a program that did not know it, and is not that of a file that was cut.
+    """Whether a size is a streaming program's placeholder, and not that of a truncated file.
 
-    A program that writes to a pipe cannot come back to the header. It leaves 0 there, or a number that stands for "very
-    much": all ones, what lies up to 64 KiB below 2^31 or 2^32 (or at it), or a round number (a multiple of
-    100,000,000 or of 16 MiB). A number like that is believed where the file holds at least half of it, since
-    recorders split their files at such sizes.
+    A program that writes to a pipe cannot return to the header. It leaves 0 there, or a very large number: all ones, up
+    to 64 KiB below 2^31 or 2^32 (or equal to it), or a round number (a multiple of 100,000,000 or of 16 MiB). Such a
+    number counts as a real size if the file holds at least half of it, since recorders split their files at such
+    sizes.
 
     Args:
-        size: what the header says.
-        held: bytes that stand behind it.
-        align: bytes of one sample of all channels, to a whole number of which SoX rounds its placeholders down.
+        size: in the header.
+        held: bytes present behind the header.
+        align: bytes of one sample of all channels; SoX rounds its placeholders down to a multiple of it.
     """
     if size == 0:
         return held > 0
@@ -76,7 +76,7 @@ def is_placeholder(size: int, held: int, align: int = 1) -> bool:
 
 
 def no_length(size: int, held: int) -> str:
-    """The doubt about a placeholder."""
+    """Text of `doubt` for a placeholder size."""
     return (
         f"its header gives no length, so a cut could not be noticed (its size of {size} bytes is a placeholder,"
         f" {held} are there)"
@@ -84,10 +84,10 @@ def no_length(size: int, held: int) -> str:
 
 
 def between_headers(data: bytes, start: int) -> tuple[int, int]:
-    """(start, end) of the sound behind the header, which takes `start` bytes and is left out where it stands again.
+    """(start, end) of the sound behind a header of `start` bytes, without repeated headers.
 
-    Where it cannot go back in its file, libsndfile writes the header a second time before the sound, and once more
-    behind it; `sox in -t caf - | cat` does so.
+    If libsndfile cannot seek in its file, it writes the header again before the sound and behind it, as in
+    `sox in -t caf - | cat`.
     """
     name, end = data[:16], len(data)
     last = end - start
@@ -97,10 +97,10 @@ def between_headers(data: bytes, start: int) -> tuple[int, int]:
 
 
 def too_many_chunks() -> DecodeError:
-    """The error for more than MAX_CHUNKS."""
+    """Error for more than MAX_CHUNKS."""
     return DecodeError(f"it has more than {MAX_CHUNKS} chunks, which is no recording", "check what wrote it")
 
 
 def cut(size: int, held: int) -> DecodeError:
-    """The error for sound that passes the end of the file."""
+    """Error for sound that passes the end of the file."""
     return DecodeError(f"it is cut: its sound should take {size} bytes, the file holds {held}")

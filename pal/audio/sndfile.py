@@ -1,4 +1,4 @@
-"""A file in memory, decoded by libsndfile from its start to its end."""
+"""Decoding of a file in memory by libsndfile."""
 
 import hashlib
 import io
@@ -14,17 +14,17 @@ from pal.audio.declared import Declared, DecodeError
 from pal.audio.pcm import to_float
 
 _ENDLESS = 1 << 62
-"""More samples than this stand for a length that libsndfile does not know."""
+"""Lengths above this are libsndfile's placeholder for an unknown length."""
 
 _FORK = "._"
-"""Where libsndfile looks for the resource fork of a file without a name, before it looks whether it is an MP3."""
+"""Path of the resource fork that libsndfile tries for a file without a name, before it tests for MP3."""
 
 
 class _Forward(soundfile.SoundFile):
-    """A file that cannot seek.
+    """SoundFile without seeking.
 
-    soundfile seeks after every read to where the read ended. That is no move, but an MP3 decoder forgets what earlier
-    frames hold of the next ones, and the samples behind are wrong.
+    soundfile seeks after every read to the position where the read ended. This resets the MP3 decoder's bit reservoir,
+    so that the next samples would be wrong.
     """
 
     def seekable(self) -> bool:
@@ -33,10 +33,10 @@ class _Forward(soundfile.SoundFile):
 
 @contextmanager
 def opened(data: bytes, declared: Declared) -> Iterator[soundfile.SoundFile]:
-    """The file as a context; `data` is what holds it where `declared` has no other payload.
+    """Context manager of the opened payload of `declared`, or of `data` if it has none.
 
     Raises:
-        DecodeError: libsndfile cannot open it, or fails on the way.
+        DecodeError: libsndfile cannot open it, or fails while decoding.
     """
     if declared.payload is not None:
         data = declared.payload
@@ -60,14 +60,14 @@ def opened(data: bytes, declared: Declared) -> Iterator[soundfile.SoundFile]:
 
 
 def length(file: soundfile.SoundFile, declared: Declared) -> int | None:
-    """Samples a channel: those declared, else what libsndfile says; None where nobody knows."""
+    """Samples of each channel: the declared number, else libsndfile's; None if unknown."""
     if declared.frames is not None:
         return declared.frames
     return int(file.frames) if 0 <= file.frames < _ENDLESS else None
 
 
 def blocks(file: soundfile.SoundFile, declared: Declared, size: int) -> Iterator[np.ndarray]:
-    """Float32 blocks [n, channels] of at most `size`. Raises DecodeError where the samples have another MD5."""
+    """Float32 blocks [n, channels] of at most `size` samples. Raises DecodeError if their MD5 differs."""
     ahead = declared.skip
     left = None if not ahead or declared.frames is None else ahead + declared.frames
     dtype = "float32" if declared.bits is None else "int32"
@@ -83,13 +83,13 @@ def blocks(file: soundfile.SoundFile, declared: Declared, size: int) -> Iterator
         if ahead:
             block_NC, ahead = block_NC[ahead:], max(0, ahead - len(block_NC))
         yield to_float(block_NC)
-    # of samples that are missing the caller finds out
+    # the caller detects missing samples
     if digest is not None and (declared.frames is None or declared.frames <= digest.frames):
         digest.check(declared)
 
 
 class Md5:
-    """The MD5 of samples as a FLAC file gives it: integers in as few bytes as hold their bits, little-endian."""
+    """MD5 of decoded FLAC samples: little-endian integers of as few bytes as their bits need."""
 
     def __init__(self, bits: int) -> None:
         self.frames = 0
@@ -98,14 +98,14 @@ class Md5:
         self._digest = hashlib.md5(usedforsecurity=False)
 
     def add(self, block_NC: np.ndarray) -> None:
-        """Take a block of int32 whose highest bits are those of the samples."""
+        """Add a block of int32 with the samples in the highest bits."""
         self.frames += len(block_NC)
         size = (self._bits + 7) // 8
         little = (block_NC >> 32 - self._bits).astype("<i4").view(np.uint8).reshape(*block_NC.shape, 4)
         self._digest.update(little[..., :size].tobytes())
 
     def check(self, declared: Declared) -> None:
-        """Raise DecodeError where it is not the one that the file gives."""
+        """Raise DecodeError if it differs from the declared MD5."""
         if self._digest.digest() != declared.md5:
             raise DecodeError("it is damaged: its samples do not have the checksum it gives")
 

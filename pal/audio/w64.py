@@ -1,4 +1,4 @@
-"""The chunks of Sony's Wave64 files (`.w64`): WAV with 128-bit names and 64-bit sizes."""
+"""Chunks of Sony's Wave64 files (`.w64`): WAV with 128-bit names and 64-bit sizes."""
 
 import struct
 
@@ -8,14 +8,14 @@ from pal.audio.samples import MAX_CHUNKS, between_headers, is_placeholder, no_le
 from pal.audio.wave_format import TAIL_64, WAVE_64
 
 _HEAD = 24
-"""Bytes of a chunk's name and size; the size counts them."""
+"""Bytes of a chunk's name and size, which the size includes."""
 
 
 def declared(data: bytes) -> Declared:
-    """Read the format chunk and find the data; chunks begin at multiples of eight bytes.
+    """Read the format chunk and locate the data; chunks begin at multiples of eight bytes.
 
     Raises:
-        DecodeError: cut, without format or data, or a codec that is not read.
+        DecodeError: truncated, without format or data, or an unsupported codec.
     """
     if data[24:40] != WAVE_64:
         raise DecodeError("its Wave64 header is cut or damaged")

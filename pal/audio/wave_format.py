@@ -1,4 +1,4 @@
-"""The format chunk of WAV and W64 files: which codec, and how its samples or blocks are stored."""
+"""Format chunk of WAV and W64 files: codec, and layout of its samples or blocks."""
 
 import struct
 from dataclasses import dataclass, replace
@@ -8,16 +8,15 @@ from pal.audio.declared import Declared, DecodeError
 from pal.audio.samples import Samples, pcm
 
 TAIL_64 = b"\xf3\xac\xd3\x11\x8c\xd1\x00\xc0\x4f\x8e\xdb\x8a"
-"""What follows the four letters of a chunk's name in Wave64, but for the outermost."""
+"""Bytes after the four letters of a chunk's name in Wave64, except for the outermost chunk."""
 RIFF_64 = b"riff\x2e\x91\xcf\x11\xa5\xd6\x28\xdb\x04\xc1\x00\x00"
 WAVE_64 = b"wave" + TAIL_64
 _PCM, _FLOAT, _ALAW, _MULAW, _EXTENSIBLE = 1, 3, 6, 7, 0xFFFE
 _MPEG = (0x50, 0x55)
-"""Layers I and II, and layer III."""
+"""Format tags of MPEG audio: layers I and II, and layer III."""
 _GSM = 0x31
 _BLOCKS = {0x02: 7, 0x11: 4, _GSM: 65}
-"""Microsoft's and IMA's ADPCM and GSM 6.10, which code many samples in one block, and the least number of its bytes
-for each channel."""
+"""Block codecs (Microsoft's and IMA's ADPCM, GSM 6.10) -> fewest bytes of a block for each channel."""
 _UNREAD = {
     0x05: "IBM CVSD", 0x10: "OKI ADPCM", 0x14: "G.723", 0x20: "Yamaha ADPCM", 0x22: "TrueSpeech",
     0x28: "LPC10", 0x38: "NMS ADPCM", 0x40: "G.721", 0x42: "G.723.1",
@@ -27,16 +26,16 @@ _UNREAD = {
     0x6750: "Vorbis", 0x6751: "Vorbis", 0x676F: "Vorbis", 0x6770: "Vorbis", 0x6771: "Vorbis", 0x704F: "Opus",
     0xA109: "Speex", 0xF1AC: "FLAC",
 }  # fmt: skip
-"""Names of codecs that are found in WAV files and not read."""
+"""Names of unsupported codecs in WAV files."""
 _USUAL = frozenset(
     unit * factor for unit in (8_000, 11_025) for factor in (1, 2, 4, 8, 16)
 ) | {12_000, 24_000, 48_000, 96_000, 192_000}  # fmt: skip
-"""Rates in use, Hz."""
+"""Common sampling rates in Hz."""
 
 
 @dataclass(frozen=True)
 class Format:
-    """One format chunk."""
+    """WAV format chunk."""
 
     tag: int
     channels: int
@@ -44,17 +43,17 @@ class Format:
     align: int
     """Bytes of a block, or of one sample of all channels."""
     chunk: bytes
-    """As it stands in the file."""
+    """Bytes of the chunk in the file."""
     order: str
-    """">" or "<" for struct."""
+    """Byte order for struct, ">" or "<"."""
     samples: Samples | None
-    """Where samples are stored by themselves, not in blocks."""
+    """Sample format; None for block codecs."""
 
     def declared(self, data: bytes, start: int, size: int, doubt: str | None = None) -> Declared:
-        """What `size` bytes of sound from `start` hold.
+        """Stream facts of `size` bytes of sound from `start`.
 
         Raises:
-            DecodeError: they hold no whole number of samples, or what the reader of MPEG audio raises.
+            DecodeError: not a whole number of samples, or a fault of MPEG audio inside.
         """
         if self.samples is not None:
             return self.samples.declared(start, size, doubt)
@@ -65,7 +64,7 @@ class Format:
             return replace(parts[0], rest=tuple(parts[1:]), doubt=doubt or inside.doubt)
         if self.tag == _GSM:
             sound = sound[: len(sound) // self.align * self.align]  # SoX counts a pad byte
-        # as Wave64: of WAV, libsndfile takes a pad byte for one more block of GSM
+        # as Wave64: in WAV, libsndfile takes a pad byte for one more block of GSM
         head = WAVE_64 + _chunk_64(b"fmt ", self.chunk) + _chunk_64(b"data", sound)
         plain = RIFF_64 + struct.pack("<Q", 24 + len(head)) + head
         return Declared(None, self.rate, self.channels, payload=plain, doubt=doubt)
@@ -76,21 +75,21 @@ def _chunk_64(name: bytes, content: bytes) -> bytes:
 
 
 def _payload(part: Declared, sound: bytes) -> bytes:
-    """What the decoding library gets, cut out of the sound instead of the file."""
+    """Payload to decode, as a slice of the sound instead of the file."""
     if part.payload is not None:
         return part.payload
     return sound if part.span is None else sound[slice(*part.span)]
 
 
 def read(chunk: bytes, order: str) -> Format:
-    """Read the fields, which repeat each other: one may be wrong where the others agree.
+    """Parse the fields, which are redundant: one may be wrong if the others agree.
 
     Args:
-        chunk: its content.
-        order: ">" or "<", as struct names the byte order.
+        chunk: content of the chunk.
+        order: byte order for struct, ">" or "<".
 
     Raises:
-        DecodeError: too short, contradicting itself, or a codec that is not read.
+        DecodeError: too short, contradictory, or an unsupported codec.
     """
     if len(chunk) < 16:
         raise DecodeError("its format chunk is too short")
@@ -128,11 +127,11 @@ def read(chunk: bytes, order: str) -> Format:
 
 
 def _check(samples: Samples, bits: int, byte_rate: int, align: int) -> None:
-    """Refuse a header of which one cannot say which field is wrong.
+    """Refuse a contradictory header whose wrong field cannot be identified.
 
-    Bytes a second and bytes a sample follow from the other fields, and players ignore them. Where both say the same
-    other thing, it is rather the number of channels or bits that is wrong; where bytes a second fit a rate in use and
-    the rate is none, it is the rate.
+    The byte rate and the bytes of a sample follow from the other fields, and players ignore them. If both agree on
+    other values, rather channels or bits are wrong; if the byte rate fits a common sampling rate and the rate is not a
+    common one, the rate is wrong.
     """
     rate = samples.rate
     both_other = align != samples.align and byte_rate == rate * align and align > 0
@@ -146,11 +145,11 @@ def _check(samples: Samples, bits: int, byte_rate: int, align: int) -> None:
 
 
 def _check_blocks(tag: int, channels: int, rate: int, byte_rate: int, align: int, per_block: int) -> None:
-    """The same for blocks; `per_block` is the number of samples in each, where the chunk tells (0 where not)."""
+    """Refuse a contradictory header of a block codec; `per_block` is the samples of a block, 0 if not in the chunk."""
     if channels > (1 if tag == _GSM else 2):
         raise DecodeError(f"its {channels} channels are too many for its codec (format {tag})")
     if align < _BLOCKS[tag] * channels:
         raise DecodeError(f"its blocks of {align} bytes are too small for its codec (format {tag})")
-    implied = byte_rate * per_block / align  # bytes a second are rounded
+    implied = byte_rate * per_block / align  # the byte rate is rounded
     if per_block and rate not in _USUAL and any(abs(usual - implied) <= per_block / align for usual in _USUAL):
         raise DecodeError(f"its format chunk contradicts itself: {rate} Hz are not {byte_rate} bytes a second")

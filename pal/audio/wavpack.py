@@ -1,4 +1,4 @@
-"""The blocks of WavPack files (`.wv`); FFmpeg's libraries decode them."""
+"""Blocks of WavPack files (`.wv`), which FFmpeg's libraries decode."""
 
 import struct
 
@@ -12,13 +12,13 @@ _TAGS = (b"APETAGEX", b"TAG", b"ID3", b"LYRICS")
 
 
 def declared(data: bytes) -> Declared:
-    """Walk the blocks: they follow one another, and their samples are as many as the first one says.
+    """Walk the consecutive blocks and compare their samples with the total in the first one.
 
-    Facts are those of the WavPack 4 and 5 file format description, section 2.0: 32 bytes of header, sizes that leave
-    out their first eight, all ones for an unknown number of samples.
+    By the WavPack 4 and 5 file format description, section 2.0: 32 bytes of header, sizes without their first eight
+    bytes, all ones for an unknown number of samples.
 
     Raises:
-        DecodeError: cut, damaged, or DSD.
+        DecodeError: truncated, damaged, or DSD.
     """
     start = counted = 0
     total, flags = 0xFFFFFFFF, 0

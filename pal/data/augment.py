@@ -1,18 +1,18 @@
-"""Random changes to a training clip that leave its labels true.
+"""Waveform augmentation that keeps labels true.
 
-Each option is off until it is given. Changes happen in the order of the fields. What they may do to a sound is bounded,
-so that a label never stays without its sound, whatever the clip:
+Each option is off by default. Changes are applied in the order of the fields. Their effect is bounded, so that a label
+never loses its sound, whatever the clip:
 
-- What cuts (`crop_seconds`, and `time_shift` without `wrap`) needs to know when every label sounds, and is refused
-  where one has no time. A timed tag moves with its sound, and is dropped exactly where its sound is gone.
-- What filters (`eq_db`, `lowpass`) lowers no frequency by more than 12 and `KEPT_DB` decibels.
-- What moves pitches (`speed`, `warp`) goes no further than that each 20 ms keep a tenth of their energy (`KEPT_DB`)
-  below half the rate. It can still take a high sound away that something much louder covers.
+- Cuts (`crop_seconds`, and `time_shift` without `wrap`) need times for every label, and are refused without them.
+  A tag with times moves with its sound, and is dropped exactly where its sound is cut off.
+- Filters (`eq_db`, `lowpass`) attenuate no frequency by more than 12 and `KEPT_DB` decibels.
+- Frequency shifts (`speed`, `warp`) are limited so that every 20 ms keep a tenth of their energy (`KEPT_DB`) below half
+  the rate. A high sound that is masked by a much louder one can still be lost.
 - `gain_db` leaves a clip above `QUIETEST_DB`, and `noise_db` stays below the quietest tag (`LEAST_NOISE_DB` below the
-  clip where labels have no times; a sound that is quieter than the clip by more is then covered).
+  clip where labels have no times; a sound that is quieter than the clip by more is then masked).
 
-Some change what is right to say all the same: `pad_seconds` and `time_shift` move events (no "when" questions then, and
-with `wrap` none of their order), `speed` moves pitches, `gain_db` moves levels.
+Some options still change correct answers: `pad_seconds` and `time_shift` move events (no "when" questions then, and
+with `wrap` no questions of order), `speed` changes pitch, `gain_db` changes level.
 """
 
 from __future__ import annotations
@@ -33,23 +33,23 @@ from pal.errors import ConfigError
 from pal.types import TagSpan
 
 _FRAME, _HOP = 512, 128
-"""Samples of `warp`'s frames, and from one to the next."""
+"""Frame length and hop of `warp`, in samples."""
 
 Tags = list[TagSpan] | None
 Samples = NDArray[np.float32]
 
 SHORTEST_TAG = 0.05
-"""Seconds of a tag that a cut leaves at least, if it leaves any: less cannot be heard."""
+"""Fewest seconds of a tag that a cut may leave, unless it leaves none: less is inaudible."""
 KEPT_DB = 10.0
-"""Decibels that a change may take of a sound: of what a cut leaves, of what is above a low-pass, of what moves up."""
+"""Most decibels that a sound may lose: by a cut, above a low-pass, by a shift upwards in frequency."""
 GONE_DB = 40.0
-"""What is so much below a tag's loud parts is not its sound any more."""
+"""Level below a tag's loud parts, in decibels, at which its sound counts as gone."""
 QUIETEST_DB = -70.0
-"""Loudness below full scale under which no clip is brought."""
+"""Lowest loudness of a clip after `gain_db`, in decibels relative to full scale."""
 LEAST_NOISE_DB = 10.0
-"""Signal-to-noise ratio that noise stays above where labels have no times."""
+"""Lowest signal-to-noise ratio in decibels where labels have no times."""
 TRIES = 30
-"""Places that are drawn for a cut until each tag is either gone or well heard; the clip is left whole after that."""
+"""Most positions tried for a cut, until each tag is either gone or audible; then the clip stays whole."""
 
 
 def _ascending(pair: tuple[float, float]) -> tuple[float, float]:
@@ -76,36 +76,36 @@ class Augment:
     """
 
     class Config(StrictConfig):
-        """Which changes, and how far."""
+        """Options of the augmentation: which changes, and their range."""
 
         probability: float = Field(1.0, gt=0, le=1)
-        """How often each change is made, each by itself."""
+        """Probability of each change, independently."""
         speed: Speeds | None = None
-        """Play so many times faster, as in [0.9, 1.1]; pitch and formants move along. From 0.5 to 2, and less fast
-        where a sound would leave the band."""
+        """Range of the playback speed, such as [0.9, 1.1], which also shifts pitch and formants. From 0.5 to 2, and
+        slower where a sound would leave the band."""
         crop_seconds: Positive | None = None
-        """Keep a random piece of this length of a longer clip. Only with objective 'tags' and tags that all have
-        times: an answer, or a label without a time, may be about what is cut off. No tag is left too short or too
-        faint to be heard; a clip without such a piece stays whole."""
+        """Random crop of a longer clip to this length. Only with objective 'tags' and tags that all have times: an
+        answer, or a label without times, may be about the part that is cut off. No tag is left too short or too
+        faint to be audible; a clip without such a crop stays whole."""
         pad_seconds: Positive | None = None
         """Place a shorter clip at a random time in a silent window of this length."""
         time_shift: Positive | None = None
-        """Move by up to so many seconds either way. Without `wrap` it cuts, and needs what `crop_seconds` needs."""
+        """Most seconds of a shift in time, either way. Without `wrap` it cuts, with the conditions of
+        `crop_seconds`."""
         wrap: bool = False
-        """What `time_shift` moves out at one end comes in at the other, instead of silence: nothing is lost."""
+        """Circular `time_shift`: samples shifted out at one end come in at the other, instead of silence."""
         warp: Annotated[float, Field(gt=0, lt=0.5)] | None = None
-        """Stretch the spectrum by up to this share either way, as another length of the vocal tract would; less far
-        where a sound would leave the band."""
+        """Vocal tract length perturbation: stretch of the spectrum by up to this share either way; less where a sound
+        would leave the band."""
         eq_db: Annotated[float, Field(gt=0, le=12)] | None = None
-        """Filter by a smooth random curve of up to so many decibels either way, at most 12, as another microphone
-        would."""
+        """Random smooth equaliser of up to so many decibels either way, at most 12, as between microphones."""
         lowpass: PositiveRange | None = None
-        """Lower what is above a frequency drawn between these, in Hz, by 10 dB: a sound gets dull there, not lost."""
+        """Range in Hz of the cut-off of a low-pass that attenuates by 10 dB: sounds above get dull, not lost."""
         gain_db: Range | None = None
-        """Make louder by so many decibels, less where peaks would pass full scale or the clip -70 dB of it."""
+        """Range of the gain in decibels, limited so that peaks stay within full scale and the clip above -70 dB."""
         noise_db: Ratios | None = None
-        """Add noise, of a colour between white and brown, at this signal-to-noise ratio in decibels, 0 or more. The
-        signal is the quietest of the tags; where labels have no times it is the clip, and the ratio at least 10."""
+        """Range of the signal-to-noise ratio in decibels, 0 or more, of added noise between white and brown. The
+        signal is the quietest tag; where labels have no times it is the clip, and the ratio at least 10."""
 
         @property
         def cuts(self) -> str | None:
@@ -121,7 +121,7 @@ class Augment:
         """Change one clip.
 
         Raises:
-            ConfigError: it may cut out what a label without a time is about.
+            ConfigError: it may cut out the sound of a label without times.
         """
         c = self.config
         untimed = _untimed(tags)
@@ -149,7 +149,7 @@ class Augment:
             gain = 10 ** (rng.uniform(*c.gain_db) / 20)
             if peak > 0:
                 gain = max(gain, min(1.0, 10 ** (QUIETEST_DB / 20) / loudness(x_N, rate)))
-            # a clip that is already past full scale may become quieter, never louder
+            # a clip already above full scale may become quieter, never louder
             x_N = x_N * np.float32(min(gain, max(1.0, 1 / peak)) if peak > 0 else gain)
         if c.noise_db is not None and self._chosen(rng):
             ratio_db = rng.uniform(*c.noise_db)
@@ -175,7 +175,7 @@ class Augment:
         for _ in range(TRIES):
             first = int(rng.integers(0, max(0, len(x_N) - length) + 1))
             piece_N = x_N[first : first + length]
-            left = heard_within(x_N, rate, tags, first, first + len(piece_N))
+            left = audible_tags(x_N, rate, tags, first, first + len(piece_N))
             if left is not None:
                 return piece_N, _later(left, -first / rate, len(piece_N) / rate)
         return x_N, tags
@@ -197,7 +197,7 @@ class Augment:
             return np.roll(x_N, by), _around(tags, by / rate, seconds)
         for _ in range(TRIES):
             by = int(rng.integers(-most, most + 1))
-            left = heard_within(x_N, rate, tags, max(0, -by), len(x_N) - max(0, by))
+            left = audible_tags(x_N, rate, tags, max(0, -by), len(x_N) - max(0, by))
             if left is not None:
                 shifted_N = np.roll(x_N, by)
                 shifted_N[slice(0, by) if by >= 0 else slice(by, None)] = 0
@@ -206,7 +206,7 @@ class Augment:
 
 
 def cut_fault(option: str, label: str) -> str:
-    """What is wrong with a cut where `label`, in words, has no time."""
+    """Error message for a cut where `label`, in words, has no times."""
     remedy = "set 'wrap: true'" if option == "time_shift" else "crop files beforehand"
     return (
         f"'{option}' may cut out what {label} is about, and nothing says when that sounds; use it with objective "
@@ -215,14 +215,14 @@ def cut_fault(option: str, label: str) -> str:
 
 
 def _untimed(tags: Tags) -> str | None:
-    """What of the labels has no time, in words; None where all have."""
+    """Words for a label without times; None if all have times."""
     if tags is None:
         return "the clip's label"
     return next((f"the label '{tag.label}'" for tag in tags if tag.start is None or tag.end is None), None)
 
 
 def moved(tags: Tags, move: Callable[[float], float], seconds: float) -> Tags:
-    """Tags whose times went through `move`, within a clip of `seconds`; those without both times stay as they are."""
+    """Tags with `move` applied to their times, clipped to `seconds`; tags without both times stay unchanged."""
     if tags is None:
         return None
     return [
@@ -238,7 +238,7 @@ def _later(tags: Tags, by: float, seconds: float) -> Tags:
 
 
 def _around(tags: Tags, by: float, seconds: float) -> Tags:
-    """Tags after all samples moved by `by` seconds, and those that left at one end came in at the other."""
+    """Tags after a circular shift of the samples by `by` seconds."""
     if tags is None:
         return None
     out = []
@@ -246,7 +246,7 @@ def _around(tags: Tags, by: float, seconds: float) -> Tags:
         if tag.start is None or tag.end is None:
             out.append(tag)
             continue
-        # the part of a tag that left at one end is at the other
+        # a tag's part shifted out at one end is at the other end
         places = [(tag.start + move, tag.end + move) for move in (by, by - float(np.sign(by)) * seconds)]
         inside = [(_within(start, seconds), _within(end, seconds)) for start, end in dict.fromkeys(places)]
         pieces = [piece for piece in inside if piece[1] > piece[0]] or inside[:1]
@@ -258,13 +258,13 @@ def _within(t: float, seconds: float) -> float:
     return min(max(0.0, float(t)), seconds)
 
 
-def heard_within(x_N: Samples, rate: int, tags: Tags, first: int, last: int) -> Tags:
-    """The tags that are heard in the samples from `first` to `last`; None where one is neither heard nor gone."""
+def audible_tags(x_N: Samples, rate: int, tags: Tags, first: int, last: int) -> Tags:
+    """Tags audible in the samples from `first` to `last`; None if a tag is neither audible nor gone."""
     out = []
     for tag in tags or ():
         assert tag.start is not None and tag.end is not None
         start, end = max(tag.start, first / rate), min(tag.end, last / rate)
-        if tag.start == tag.end:  # a moment
+        if tag.start == tag.end:  # an instant
             if first / rate <= tag.start < last / rate:
                 out.append(tag)
             continue
@@ -282,7 +282,7 @@ def heard_within(x_N: Samples, rate: int, tags: Tags, first: int, last: int) -> 
 
 
 def _quietest(x_N: Samples, rate: int, tags: Tags) -> float:
-    """Loudness of the quietest tag that sounds, or of the clip where nothing has a time."""
+    """Loudness of the quietest audible tag, or of the clip where labels have no times."""
     whole = loudness(x_N, rate)
     spans = [(tag.start, tag.end) for tag in tags or () if tag.start is not None and tag.end is not None]
     parts = [x_N[round(start * rate) : round(end * rate)] for start, end in spans]
@@ -291,9 +291,9 @@ def _quietest(x_N: Samples, rate: int, tags: Tags) -> float:
 
 
 def _held_in_band(x_N: Samples, rate: int, factor: float) -> float:
-    """`factor`, or less where all frequencies times it would leave less than a tenth of 20 ms that sound in the band.
+    """`factor`, or less, so that each 20 ms frame keeps a tenth of its energy in the band after scaling frequencies.
 
-    Something sounds that is not `GONE_DB` below the loudest.
+    Frames `GONE_DB` below the loudest one count as silent.
     """
     if factor <= 1:
         return factor
@@ -307,20 +307,20 @@ def _held_in_band(x_N: Samples, rate: int, factor: float) -> float:
     if not sounds_F.any():
         return factor
     share_XF = np.cumsum(power_XF[:, sounds_F], axis=0) / power_F[sounds_F]
-    # the bin in which a tenth of a frame's energy is reached, and one more that its window spreads into
+    # the bin that reaches a tenth of a frame's energy, and one more for the leakage of its window
     highest = (int((share_XF >= 10 ** (-KEPT_DB / 10)).argmax(0).max()) + 1) / (len(power_XF) - 1)
     return max(1.0, min(factor, _BAND / highest))
 
 
 _BAND = 0.92
-"""Share of half the rate that a sound may move up to; resampling in haste lowers what is above."""
+"""Highest frequency after a shift, relative to half the rate; fast resampling attenuates above it."""
 
 
 def warp(x_N: Samples, factor: float) -> Samples:
-    """Move what is at f Hz to `factor` f; time stays. Vocal tract length perturbation (Jaitly and Hinton 2013).
+    """Scale frequencies by `factor`, without change in time: vocal tract length perturbation (Jaitly and Hinton 2013).
 
-    Phases turn `factor` times as fast, as in a phase vocoder whose bins follow their peak (Laroche and Dolson 1999),
-    and are counted from the middle of each frame, so that a steady tone does not cancel itself where frames overlap.
+    A phase vocoder with identity phase locking (Laroche and Dolson 1999): phases advance `factor` times as fast. They
+    are counted from the middle of each frame, so that a steady tone does not cancel itself where frames overlap.
     """
     window = torch.hann_window(_FRAME)
     spectrum_XF = torch.stft(
@@ -346,11 +346,11 @@ def warp(x_N: Samples, factor: float) -> Samples:
 
 
 def _turned_more(magnitude_XF: NDArray[np.float32], more_XF: NDArray[np.float64]) -> NDArray[np.float64]:
-    """How far each bin has turned more than before, in radians, if all bins around a peak turn as the peak does.
+    """Accumulated extra phase of each bin in radians, where all bins around a peak take the peak's phase advance.
 
     Args:
         magnitude_XF: of the frames.
-        more_XF: what each bin turns more from one frame to the next.
+        more_XF: extra phase advance of each bin from one frame to the next.
     """
     bins, frames = magnitude_XF.shape
     padded_XF = np.pad(magnitude_XF, ((2, 2), (0, 0)), constant_values=-1.0)
@@ -366,7 +366,7 @@ def _turned_more(magnitude_XF: NDArray[np.float32], more_XF: NDArray[np.float64]
 
 
 def equalise(x_N: Samples, gains_db: NDArray[np.float64]) -> Samples:
-    """Filter by a curve through `gains_db`, at frequencies that lie denser at the low end, 0 Hz to half the rate."""
+    """Equaliser with a curve through `gains_db`, at frequencies from 0 Hz to half the rate, denser at the low end."""
     length = _fast(len(x_N))
     frequencies = np.linspace(0, 1, length // 2 + 1)
     curve_db = np.interp(frequencies, np.linspace(0, 1, len(gains_db)) ** 1.5, gains_db)
@@ -375,7 +375,7 @@ def equalise(x_N: Samples, gains_db: NDArray[np.float64]) -> Samples:
 
 
 def lowpass(x_N: Samples, rate: int, hz: float) -> Samples:
-    """Lower what is above `hz` by `KEPT_DB`, with a raised-cosine edge a third of an octave wide."""
+    """Low-pass that attenuates by `KEPT_DB` above `hz`, with a raised-cosine edge a third of an octave wide."""
     length = _fast(len(x_N))
     frequencies = np.fft.rfftfreq(length, 1 / rate)
     octaves = np.log2(np.maximum(frequencies, 1e-6) / hz)
@@ -403,5 +403,5 @@ def loudness(x_N: Samples, rate: int) -> float:
 
 
 def _fast(n: int) -> int:
-    """A length of at least `n` whose Fourier transform is fast."""
+    """Length of at least `n` with a fast Fourier transform."""
     return -(-n // 1024) * 1024

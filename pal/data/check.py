@@ -1,4 +1,4 @@
-"""Looks through a manifest before it is trained on: reads every record and every clip."""
+"""Check of a manifest before training: reads every record and every clip."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 RATE = 16_000
-"""Hz that clips are decoded to; any rate shows the same faults."""
+"""Sampling rate in Hz to which clips are decoded; any rate shows the same faults."""
 
 _CLIPS_AT_ONCE = 256
-"""Clips handed to the threads together, so that Ctrl-C never waits for a whole corpus."""
+"""Clips submitted to the threads at once, so that Ctrl-C never waits for a whole corpus."""
 
 _ANSWERS_HELD = 10_000
-"""Different answers counted per task; open-ended tasks have millions."""
+"""Most distinct answers counted for a task; open-ended tasks have millions."""
 
 _SHOWN = 12
-"""Answers, tags and faults shown per list of the text report; the JSON has all that was counted."""
+"""Most answers, tags and faults in a list of the text report; the JSON has all that were counted."""
 
 _WIDEST = 1000
-"""Characters of a line about a fault."""
+"""Most characters of a line about a fault."""
 
 
 @dataclass
@@ -47,13 +47,13 @@ class UnusableItem:
     """A record or clip that cannot be used."""
 
     where: str
-    """The record's line or item, or the clip's path."""
+    """Line or item of the record, or path of the clip."""
     reason: str
 
 
 @dataclass
 class Durations:
-    """Durations of the clips that could be read."""
+    """Statistics of the lengths of readable clips, in seconds."""
 
     min: float
     median: float
@@ -63,7 +63,7 @@ class Durations:
 
 @dataclass
 class ManifestReport:
-    """What `check` found."""
+    """Report of `check`."""
 
     manifest: str
     digest: str
@@ -77,33 +77,33 @@ class ManifestReport:
     """None when no clip could be read."""
     datasets: dict[str, int]
     answers: dict[str, dict[str, int]]
-    """Per task, how often each answer comes, most frequent first."""
+    """Task -> answer -> count, most frequent first."""
     tags: dict[str, int]
     bad: list[UnusableItem] = field(default_factory=list)
     bad_records: list[int] = field(default_factory=list)
-    """Which of the records cannot be used, counted from 0."""
+    """Indices of unusable records, from 0."""
     bad_clips: list[str] = field(default_factory=list)
-    """Paths of the clips that cannot be read."""
+    """Paths of unreadable clips."""
     notes: list[UnusableItem] = field(default_factory=list)
-    """With `read_to_end`: clips that were taken as far as they go, and why their length could not be checked."""
+    """With `read_to_end`: clips read to the end of the file, and why their length could not be checked."""
     example: str | None = None
-    """One record as the model sees it, what is trained between ⟦ and ⟧; None without a tokenizer."""
+    """Rendered example record with its trained tokens between ⟦ and ⟧; None without a tokenizer."""
 
     @property
     def ok(self) -> bool:
-        """Whether everything was looked at and nothing is wrong."""
+        """Whether the check is complete and found no fault."""
         return self.complete and not self.bad and self.records > 0
 
     def to_dict(self) -> dict[str, Any]:
-        """The whole report, ready for JSON."""
+        """The whole report as JSON-compatible values."""
         return {"ok": self.ok, **asdict(self)}
 
     def to_json(self) -> str:
-        """The whole report."""
+        """The whole report as JSON text."""
         return json.dumps(self.to_dict(), ensure_ascii=False, indent=2)
 
     def to_text(self) -> str:
-        """The report for a reader, long lists shortened."""
+        """The report as text, with long lists shortened."""
         lines = [f"{self.manifest}: {self.records} records, {self.clips} clips, {len(self.bad)} bad"]
         if self.seconds is not None:
             times = self.seconds
@@ -143,13 +143,13 @@ def check(
 
     Args:
         manifest: path of the file.
-        tokenizer: also tokenises every record, and shows one.
+        tokenizer: if set, every record is tokenised and one is shown.
         root: folder of the audio, see `Manifest`.
-        progress: a bar with the time left on stderr, where that is a terminal.
-        read_to_end: takes clips whose end cannot be known as far as they go, as `pal.audio.load` does.
+        progress: show a progress bar on stderr, if that is a terminal.
+        read_to_end: read clips of unknown length to the end of the file, as in `pal.audio.load`.
 
     Returns:
-        The report. Ctrl-C ends the check early and returns what is known by then.
+        The report. Ctrl-C ends the check early and returns the partial report.
 
     Raises:
         ManifestError: the file cannot be divided into records. Faulty records are listed instead.
@@ -161,7 +161,7 @@ def check(
     notes: list[UnusableItem] = []
     example = None
     ids: dict[str, int] = {}
-    # An answer counts under its task; keys keep the order in which they came.
+    # Answers are counted by task, in the order of first occurrence.
     answers: dict[str, Counter[str]] = {}
     datasets: Counter[str] = Counter()
     tags: Counter[str] = Counter()
@@ -224,7 +224,7 @@ def check(
 
 
 def marked(tokenizer: PreTrainedTokenizerBase, tokens: Tokens) -> str:
-    """The text of some tokens, the trained ones between ⟦ and ⟧."""
+    """Text of the tokens, with the trained ones between ⟦ and ⟧."""
     labels = tokens.labels or [IGNORE] * len(tokens.ids)
     text = ""
     kinds = ((label != IGNORE, token == AUDIO, token) for token, label in zip(tokens.ids, labels, strict=True))
@@ -240,8 +240,8 @@ def _encoded(tokenizer: PreTrainedTokenizerBase, record: Record) -> Tokens:
 
 
 def _read_all(paths: list[str], progress: bool, read_to_end: bool) -> Iterator[tuple[str, _Clip | str]]:
-    """Each path with what was read of it, or with the reason why it cannot be read."""
-    # decoding and resampling release the interpreter's lock
+    """Each path with its clip, or with the reason why it cannot be read."""
+    # decoding and resampling release the GIL
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
         bar = tqdm(total=len(paths), desc="clips", delay=2, disable=None if progress else True, file=sys.stderr)
         with bar:

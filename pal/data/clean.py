@@ -1,4 +1,4 @@
-"""What follows a check: the manifest without what is bad, and the list of bad clips that training may skip."""
+"""Outputs of a check: the manifest without unusable records, and the list of bad clips for `skip_clips`."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ from pal.files import write_bytes, writing
 
 @dataclass(frozen=True)
 class Cleaned:
-    """What `write_clean` wrote."""
+    """Summary of a cleaned manifest."""
 
     out: str
     records: int
     faulty: int
-    """Records left out that cannot be used themselves."""
+    """Number of records left out because they are unusable themselves."""
     of_bad_clips: int
-    """Records left out that are about a clip that cannot be used."""
+    """Number of records left out because of an unusable clip."""
 
     def to_text(self) -> str:
-        """One line."""
+        """Summary in one line."""
         left_out = self.faulty + self.of_bad_clips
         why = f" ({self.faulty} cannot be used, {self.of_bad_clips} have a bad clip)" if left_out else ""
         return f"{self.out}: {self.records} records, {left_out} left out{why}"
 
 
 def check_out(out: Path, manifest: str | Path) -> None:
-    """Refuse, before the long check, to write over what is checked.
+    """Refuse, before the long check, to overwrite the manifest that is checked.
 
     Raises:
         ConfigError: `out` is the manifest itself, or a folder.
@@ -47,15 +47,15 @@ def check_out(out: Path, manifest: str | Path) -> None:
 def write_clean(
     manifest: str | Path, report: ManifestReport, out: str | Path, root: str | Path | None = None
 ) -> Cleaned:
-    """Write the records that can be used, as they stand in the manifest and in their order, whole or not at all.
+    """Write the usable records, with unchanged bytes and order, atomically.
 
-    JSON Lines stay JSON Lines, a list a list. Where paths are relative to the manifest's folder and `out` lies in
-    another one, they are written anew; with `root` all paths stay, and the new manifest needs the same root. A record
-    without `id` or `dataset` is named after the new file.
+    The format (JSON Lines or a list) stays. Paths relative to the manifest's folder are rewritten if `out` lies in
+    another folder; with `root` all paths stay, and the new manifest needs the same root. A record without `id` or
+    `dataset` is named after the new file.
 
     Args:
         manifest: the file that was checked.
-        report: what `check` found.
+        report: of `check`.
         out: the file to write.
         root: folder of the audio, as for `check`.
 
@@ -92,7 +92,7 @@ def write_clean(
 
 
 def _moved(text: bytes, records: Manifest, folder: Path) -> bytes:
-    """A record whose paths lead to the same clips from another folder."""
+    """The record with paths to the same clips from another folder."""
     raw = json.loads(text)
     given = raw["audio_id"]
     paths = [portable(records.locate(clip), folder) for clip in ([given] if isinstance(given, str) else given)]
@@ -104,9 +104,9 @@ def _moved(text: bytes, records: Manifest, folder: Path) -> bytes:
 
 
 def write_bad(report: ManifestReport, out: str | Path) -> int:
-    """Write the clips that cannot be read, one path a line, for `skip_clips` of a recipe; gives their number.
+    """Write the list of unreadable clips, one path a line, for a recipe's `skip_clips`; returns their number.
 
-    A path that a line cannot hold as it is, such as one with a line break, is written as a JSON string.
+    A path that does not fit on a line as it is, such as one with a line break, is written as a JSON string.
     """
     plain = (clip.isprintable() and clip == clip.strip() and not clip.startswith('"') for clip in report.bad_clips)
     lines = [clip if is_plain else json.dumps(clip) for clip, is_plain in zip(report.bad_clips, plain, strict=True)]
@@ -115,13 +115,13 @@ def write_bad(report: ManifestReport, out: str | Path) -> int:
 
 
 def read_clips(path: Path) -> Iterator[tuple[int, str]]:
-    """Number and path of each line that `write_bad` wrote, or somebody by hand; empty lines are none.
+    """Line number and path of each clip in a list of `write_bad` or of the user; empty lines are skipped.
 
-    Blanks around a path are none of it, unless it stands in a JSON string. There are no comments, since
-    names may begin with #.
+    Blanks around a path are stripped, unless the path is a JSON string. There are no comments, since names may begin
+    with #.
 
     Raises:
-        ManifestError: the file cannot be read, or a line is not what it begins as, a JSON string.
+        ManifestError: the file cannot be read, or a line that begins with a quote is not a JSON string.
     """
     try:
         lines = lines_of(path)

@@ -1,4 +1,4 @@
-"""Records to batches: each distinct clip is read once and shared by the rows that ask about it."""
+"""Collation of records into batches: each distinct clip is read once and shared by its rows."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ if TYPE_CHECKING:
 
 Tags = list[TagSpan] | None
 Augment = Callable[[Tensor, int, np.random.Generator, Tags], tuple[Tensor, Tags]]
-"""(samples [N], Hz, the random numbers to use, what sounds in the clip or None) -> new samples and tags."""
+"""(samples [N], rate in Hz, random generator, tags of the clip or None) -> new samples and tags."""
 
 
 class WaveformCache:
-    """The most recently used waveforms, within a number of bytes. Copies of it (in workers) start empty."""
+    """LRU cache of decoded waveforms, limited in bytes. Pickled copies (in workers) start empty."""
 
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes = max_bytes
@@ -45,7 +45,7 @@ class WaveformCache:
             return self._held.get(path)
 
     def put(self, path: str, samples_N: Tensor) -> None:
-        """Hold a waveform and let go of the oldest ones beyond the limit."""
+        """Store a waveform and evict the least recently used ones beyond the limit."""
         with self._lock:
             if samples_N.nbytes > self.max_bytes or path in self._held:
                 return
@@ -56,19 +56,19 @@ class WaveformCache:
 
 
 class Collator:
-    """Makes a `Batch` of records; usable as a DataLoader's `collate_fn`.
+    """Collate function from records to a `Batch`, usable as a DataLoader's `collate_fn`.
 
     Args:
         tokenizer: any Hugging Face tokenizer.
         rate: Hz of the waveforms, the encoder's sampling rate.
-        augment: changes the clips of a training batch; None leaves them as they are.
+        augment: augmentation of the clips; None for none.
         with_audio: False leaves the clips and their placeholders out.
-        train: whether rows carry their answers with labels, or end with the generation prompt.
+        train: True includes the answers with labels, False ends rows with the generation prompt.
         system: a system message for every conversation.
-        hear: gives a clip's encoder features, used in place of its waveform; not with `augment`.
-        cache_bytes: decoded audio to keep, so that a small corpus is decoded once and not every
-            epoch. 0 keeps none.
-        read_to_end: takes clips whose end cannot be known as far as they go, with an `AudioWarning` each.
+        encode_clip: returns encoder features of a path, used instead of its waveform; not with `augment`.
+        cache_bytes: size of the cache of decoded audio, so that a small corpus is not decoded in every
+            epoch. 0 for none.
+        read_to_end: read clips of unknown length to the end of the file, with an `AudioWarning` each.
     """
 
     def __init__(
@@ -97,18 +97,18 @@ class Collator:
         """Batch of the records, one row each.
 
         Args:
-            records: several may ask about the same clip.
-            seeds: one a record, for `augment`, which a shared clip meets once, with the seed of the
-                first record that has it.
+            records: several may share a clip.
+            seeds: one a record, for `augment`. A shared clip is augmented once, with the seed of its
+                first record.
 
         Raises:
-            AudioError, PromptError: from a clip or a conversation that cannot be used.
+            AudioError, PromptError: a clip or a conversation is unusable.
         """
         assert self.augment is None or seeds is not None, "augmentation needs a seed for each record"
-        assert self.augment is None or self.encode_clip is None, "what is augmented must be heard anew"
+        assert self.augment is None or self.encode_clip is None, "augmented clips cannot use cached features"
         place: dict[str, int] = {}
         waveforms: list[Tensor] = []
-        heard: list[EncodedClip] = []
+        encoded: list[EncodedClip] = []
         tags: list[Tags] = []
         conversations = []
         for number, record in enumerate(records):
@@ -119,7 +119,7 @@ class Collator:
                 place[path] = len(place)
                 known = list(record.tags) if at == 0 and record.tags is not None else None
                 if self.encode_clip is not None:
-                    heard.append(self.encode_clip(path))
+                    encoded.append(self.encode_clip(path))
                     tags.append(known)
                     continue
                 samples_N = self._load(path)
@@ -133,7 +133,7 @@ class Collator:
                 encode(self.tokenizer, conversation, [place[path] for path in clips], train=self.train)
             )
         known_tags = tags if any(known is not None for known in tags) else None
-        return Batch(waveforms, conversations, [record.id for record in records], known_tags, heard)
+        return Batch(waveforms, conversations, [record.id for record in records], known_tags, encoded)
 
     def _load(self, path: str) -> Tensor:
         key = f"{path}\0to the end" if self.read_to_end else path  # another source may not want it

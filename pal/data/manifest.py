@@ -6,11 +6,11 @@ record has OpenAQA's keys
     {"instruction": "...", "input": "", "audio_id": "x.flac", "dataset": "...", "task": "...", "output": "..."}
 
 and may have ours: `id`; `turns`, a list of `{"question", "answer"}` instead of instruction and output;
-`choices`, the allowed answers; `tags`, a list of `{"label", "start", "end"}` that says what sounds in
-the first clip. `audio_id` may be a list of clips; `<audio>` in a question says where each stands.
+`choices`, the allowed answers; `tags`, a list of `{"label", "start", "end"}` of the sound events in
+the first clip. `audio_id` may be a list of clips; `<audio>` in a question is the position of each.
 
-Files of several GB are fine: only the places of the records are held, and a record is read, parsed
-and checked when it is asked for.
+Files of several GB are fine: only the offsets of the records are in memory, and a record is read,
+parsed and validated on access.
 """
 
 import hashlib
@@ -32,7 +32,7 @@ from pal.files import writing
 from pal.types import TagSpan
 
 PLACEHOLDER = "<audio>"
-"""Stands in a question where a clip goes."""
+"""Position of a clip in a question."""
 
 _KEYS = ("instruction", "input", "audio_id", "dataset", "task", "output", "id", "turns", "choices", "tags")
 _BOM = b"\xef\xbb\xbf"
@@ -40,7 +40,7 @@ _STRING = rb'"(?:[^"\\]++|\\.)*+'
 _TOKEN = re.compile(_STRING + rb'("?)|[{}]', re.DOTALL)
 """A JSON string (with its closing quote, unless the file ends first), or a brace outside of strings."""
 _FLAT_OBJECT = re.compile(rb"\{(?:[^{}\"]++|" + _STRING + rb'")*+\}', re.DOTALL)
-"""An object without objects inside, as OpenAQA's are: found in one step, about ten times faster."""
+"""An object without nested objects, as in OpenAQA: matched in one step, about ten times faster."""
 _SURROGATE = re.compile(r"[\ud800-\udfff]")
 _GAP = re.compile(rb"[ \t\r\n]*+(,?)[ \t\r\n]*+([{\]]?)")
 
@@ -55,7 +55,7 @@ class Turn:
 
 @dataclass(frozen=True)
 class Record:
-    """One conversation about some clips, with the answers that are right."""
+    """Conversation about some clips, with the correct answers."""
 
     id: str
     clips: tuple[str, ...]
@@ -64,23 +64,23 @@ class Record:
     task: str
     dataset: str
     choices: tuple[str, ...] | None = None
-    """The allowed last answers; None when any text may be right."""
+    """Allowed values of the last answer; None for free text."""
     tags: tuple[TagSpan, ...] | None = None
-    """What sounds in the first clip; None when unknown."""
+    """Sound events of the first clip; None when unknown."""
 
 
 class Manifest(Sequence[Record]):
-    """The records of a manifest file, read when asked for.
+    """Records of a manifest file, read on access.
 
     Args:
         path: JSON Lines or a JSON list, UTF-8.
         root: folder of the audio. Without it relative paths are relative to the manifest's folder.
-            With it they are relative to `root`, and an absolute path becomes its longest suffix that
-            exists under `root`, so that a corpus may have moved.
+            With it they are relative to `root`, and an absolute path is replaced by its longest suffix
+            that exists under `root`, so that a corpus can be moved.
 
     Raises:
-        ManifestError: names the file, the line (or item of a list) and the fault: here for files that
-            cannot be divided into records, on access for a faulty record.
+        ManifestError: with the file, the line (or item of a list) and the fault. Raised here for files
+            that cannot be divided into records, and on access for a faulty record.
     """
 
     def __init__(self, path: str | Path, root: str | Path | None = None) -> None:
@@ -121,7 +121,7 @@ class Manifest(Sequence[Record]):
         return self._is_list
 
     def raw(self) -> Iterator[bytes]:
-        """Each record as it stands in the file, without what divides it from the next one."""
+        """Bytes of each record in the file, without separators."""
         with self._open() as file:
             for start, size in zip(self._starts, self._sizes, strict=True):
                 file.seek(start)
@@ -134,7 +134,7 @@ class Manifest(Sequence[Record]):
             return hashlib.file_digest(file, "sha256").hexdigest()
 
     def where(self, index: int) -> str:
-        """The place of a record in words: "line 3", or "item 3" of a JSON list; both count from 1."""
+        """Position of a record in words: "line 3", or "item 3" of a JSON list, counted from 1."""
         if self._is_list:
             return f"item {index + 1}"
         with self.path.open("rb") as file:
@@ -145,10 +145,10 @@ class Manifest(Sequence[Record]):
         """Parse every record.
 
         Args:
-            files: also require each audio file to be there. Reading them is `pal.data.check`'s.
+            files: also require each audio file to exist. `pal.data.check` reads them, too.
 
         Raises:
-            ManifestError: the first faulty record, missing file, or id that comes twice.
+            ManifestError: at the first faulty record, missing file, or duplicate id.
         """
         first: dict[str, int] = {}
         for at, record in enumerate(self):
@@ -193,7 +193,7 @@ class Manifest(Sequence[Record]):
 
 
 def write_manifest(path: str | Path, records: Iterable[Record]) -> int:
-    """Write records as JSON Lines, atomically: the old file stays until the new one is whole.
+    """Write records as JSON Lines, atomically.
 
     Audio below the manifest's folder is written relative to it, so that the folder can be moved.
     Returns the number of records.
@@ -214,7 +214,7 @@ def write_manifest(path: str | Path, records: Iterable[Record]) -> int:
 
 
 class _FaultError(ValueError):
-    """A fault of one record; `Manifest` adds the file and the line."""
+    """Fault of one record; `Manifest` adds the file and the line."""
 
 
 def _record(raw: Any, manifest: Manifest, at: int) -> Record:
@@ -268,7 +268,7 @@ def _audio_ids(raw: dict[str, Any]) -> list[str]:
 def _turns(raw: dict[str, Any]) -> tuple[Turn, ...]:
     if "turns" not in raw:
         question = _text(raw, "instruction")
-        # LTU puts the optional input (in LTU-AS the spoken text) on a line of its own.
+        # As in LTU, the optional input (in LTU-AS the transcript) is a line of its own.
         given = _text(raw, "input", "")
         turns = [Turn(f"{question}\n{given}" if given else question, _text(raw, "output"))]
     else:
@@ -341,7 +341,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _raw(record: Record, folder: Path) -> dict[str, Any]:
-    """A record as it stands in a manifest in `folder`."""
+    """JSON values of a record for a manifest in `folder`."""
     clips = [portable(clip, folder) for clip in record.clips]
     raw: dict[str, Any] = {"id": record.id, "audio_id": clips[0] if len(clips) == 1 else clips}
     if len(record.turns) == 1:
@@ -363,7 +363,7 @@ def portable(clip: str, folder: Path) -> str:
 
 
 def _absolute(path: Path) -> Path:
-    # Not resolve(): where a link leads to is not the manifest's business.
+    # Not resolve(): symbolic links are kept as they are.
     return Path(os.path.normpath(path.absolute()))
 
 
@@ -379,7 +379,7 @@ def _chunks(file: BinaryIO, limit: int, size: int = 1 << 20) -> Iterator[bytes]:
 
 def _starts_with_list(path: Path) -> bool:
     with path.open("rb") as file:
-        # Not by lines: a list of several GB may be a single one.
+        # Not by lines: a list of several GB may be a single line.
         for number, chunk in enumerate(_chunks(file, path.stat().st_size)):
             if number == 0 and (fault := not_utf_8(chunk)):
                 raise ManifestError(f"{path}: {fault}")
@@ -402,9 +402,9 @@ def _index_lines(path: Path) -> tuple[array, array]:
 
 
 def _index_list(path: Path) -> tuple[array, array]:
-    """Places of the objects of a JSON list, found by matching braces outside of strings.
+    """Offsets and sizes of the objects of a JSON list, found by matching braces outside of strings.
 
-    The file is mapped, not read: the system pages it in and out as the search passes through.
+    The file is memory-mapped, not read as a whole.
     """
     starts, sizes = array("Q"), array("Q")
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
@@ -431,7 +431,7 @@ def _index_list(path: Path) -> tuple[array, array]:
 
 
 def _object_end(text: mmap.mmap, start: int) -> int | None:
-    """Where the object that starts at `start` ends, or None when the file ends first."""
+    """End offset of the object that starts at `start`; None if the file ends first."""
     flat = _FLAT_OBJECT.match(text, start)
     if flat is not None:
         return flat.end()

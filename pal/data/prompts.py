@@ -1,8 +1,8 @@
-"""Conversations to token ids: where the clips stand and which tokens are trained.
+"""Tokenisation of conversations, with the positions of clips and the labels of trained tokens.
 
-A conversation is a list of `{"role": ..., "content": ...}`; `<audio>` in a content marks a clip. It is
-rendered by the tokenizer's chat template, or by LTU's template where there is none, and cut at the
-placeholders and around the answers; the pieces are tokenised one by one. So a prompt is always a
+A conversation is a list of `{"role": ..., "content": ...}`, with the placeholder `<audio>` for each clip.
+It is rendered by the tokenizer's chat template, or by LTU's template if there is none, split at the
+placeholders and around the answers, and each piece is tokenised separately. So a prompt is always a
 prefix of its training sequence, token for token, and no vocabulary needs an audio token.
 """
 
@@ -26,9 +26,9 @@ Conversation = list[dict[str, str]]
 ROLES = ("system", "user", "assistant")
 
 _TEMPLATE_OPTIONS: dict[str, Any] = {
-    # Llama 3's template writes today's date without it, so a run would depend on its day.
+    # Llama 3's template would write today's date, so that a run would depend on the day.
     "date_string": "26 Jul 2024",
-    # Qwen3's template would otherwise train the empty block of thoughts.
+    # Qwen3's template would otherwise train the empty thinking block.
     "enable_thinking": False,
 }
 
@@ -36,14 +36,14 @@ _PRIVATE_USE = range(0xF0000, 0xFFFFE)
 
 
 def user_turn(question: str, n_clips: int) -> dict[str, str]:
-    """A question about `n_clips` clips: placeholders first, one a line, unless the question has its own."""
+    """User message about `n_clips` clips: placeholders first, one a line, unless the question has its own."""
     if PLACEHOLDER not in question:
         question = f"{PLACEHOLDER}\n" * n_clips + question
     return {"role": "user", "content": question}
 
 
 def without_audio(question: str) -> str:
-    """The question without its placeholders, for the baseline that hears nothing."""
+    """The question without its placeholders, for the baseline without audio."""
     return re.sub(re.escape(PLACEHOLDER) + r"\n?", "", question)
 
 
@@ -53,9 +53,9 @@ def conversation_of(
     """The conversation of a record.
 
     Args:
-        record: its clips stand where the questions say, else before the first question.
+        record: its clips are at the placeholders of its questions, else before the first question.
         with_audio: False leaves the placeholders out.
-        with_answers: False leaves the last answer out; earlier ones stay as history.
+        with_answers: False leaves the last answer out; earlier answers stay as history.
         system: a system message to start with.
     """
     placed = any(PLACEHOLDER in turn.question for turn in record.turns)
@@ -104,7 +104,7 @@ def encode(
         if is_answer:
             ends = [at for at, token in enumerate(piece) if token in specials]
             if ends:
-                # What stands after the end-of-turn token (ChatML's line break) is never generated.
+                # Text after the end-of-turn token (ChatML's line break) is never generated.
                 end = ends[-1] + 1
             elif tokenizer.eos_token_id is None:
                 raise PromptError("neither the chat template nor the tokenizer ends an answer; set tokenizer.eos_token")
@@ -119,7 +119,7 @@ def encode(
 def encode_as_is(
     tokenizer: PreTrainedTokenizerBase, conversation: Conversation, clips: Sequence[int], prompt: bool
 ) -> Tokens:
-    """Token ids of a conversation that may end anywhere; `encode` for those that are answered or trained.
+    """Token ids of a conversation with any last turn. Use `encode` to answer or train.
 
     Args:
         tokenizer: any Hugging Face tokenizer.
@@ -135,7 +135,7 @@ def encode_as_is(
 
 
 def encode_text(tokenizer: PreTrainedTokenizerBase, text: str, clips: Sequence[int]) -> Tokens:
-    """Token ids of a text that is a prompt already: special tokens in it count as such. Never truncated.
+    """Token ids of a rendered prompt, whose special tokens are parsed as such. Never truncated.
 
     Raises:
         PromptError: placeholders and clips differ in number.
@@ -144,7 +144,7 @@ def encode_text(tokenizer: PreTrainedTokenizerBase, text: str, clips: Sequence[i
 
 
 def end_of_answer(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Ids that end an answer: what the template writes after one, and the tokenizer's eos."""
+    """End-of-answer ids: the template's end-of-turn token and the tokenizer's eos."""
     sample = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     labels = encode(tokenizer, sample, [], train=True).labels or []
     ids = [[label for label in labels if label != IGNORE][-1], tokenizer.eos_token_id]
@@ -184,7 +184,7 @@ def _tokens(tokenizer: PreTrainedTokenizerBase, text: str, typed: dict[str, str]
 
 
 def _pieces(tokenizer: PreTrainedTokenizerBase, conversation: Conversation, train: bool) -> list[tuple[str, bool]]:
-    """The rendered text, cut around the answers: (text, is an answer with its end) in order."""
+    """Pieces of the rendered text: (text, whether it is an answer with its end-of-turn token)."""
     whole = render(tokenizer, conversation, prompt=not train)
     pieces = []
     done = 0
@@ -199,7 +199,7 @@ def _pieces(tokenizer: PreTrainedTokenizerBase, conversation: Conversation, trai
                     "the chat template rewrites earlier turns, so one sequence cannot train them all; "
                     "give each answer a record of its own"
                 )
-            # To answer, the template's own idea of the history is the right one, whole.
+            # For inference the history is as the template writes it, in one piece.
             return [(whole, False)]
         pieces += [(whole[done : len(before)], False), (whole[len(before) : len(after)], True)]
         done = len(after)
@@ -207,14 +207,14 @@ def _pieces(tokenizer: PreTrainedTokenizerBase, conversation: Conversation, trai
 
 
 def render(tokenizer: PreTrainedTokenizerBase, conversation: Conversation, prompt: bool) -> str:
-    """The text of a conversation, with `<audio>` where clips stand; `prompt` ends it where an answer begins.
+    """Rendered text of a conversation, with `<audio>` for each clip; `prompt` adds the generation prompt.
 
     Raises:
         PromptError: the chat template refuses the conversation.
     """
     if getattr(tokenizer, "chat_template", None) is None:
         return _render_ltu(conversation, prompt)
-    if not conversation:  # what comes before a first answer
+    if not conversation:  # the text before a first answer
         raise PromptError("a chat cannot begin with an answer; put a message of the user before it")
     try:
         text = tokenizer.apply_chat_template(
@@ -228,11 +228,11 @@ def render(tokenizer: PreTrainedTokenizerBase, conversation: Conversation, promp
 
 
 def _render_ltu(conversation: Conversation, prompt: bool) -> str:
-    """LTU's template (github YuanGongND/ltu), which knows one turn; here turns follow each other."""
+    """LTU's template (github YuanGongND/ltu), a single-turn template, here repeated for each turn."""
     headings = {"system": "", "user": "### Instruction:\n", "assistant": "### Response:\n"}
     text = ""
     for message in conversation:
-        # The tokenizer's eos ends an answer, so only the other roles need the blank line.
+        # The tokenizer's eos ends an answer, so only other roles end with a blank line.
         blank = "" if message["role"] == "assistant" else "\n\n"
         text += headings[message["role"]] + message["content"] + blank
     return text + headings["assistant"] if prompt else text
@@ -241,9 +241,9 @@ def _render_ltu(conversation: Conversation, prompt: bool) -> str:
 def _escape_special_tokens(
     tokenizer: PreTrainedTokenizerBase, conversation: Conversation
 ) -> tuple[Conversation, dict[str, str]]:
-    """Replace special tokens that somebody typed by unused characters, so that they stay plain text.
+    """Replace special tokens in the messages by unused characters, so that they are tokenised as plain text.
 
-    Returns the conversation and what each such character stands for.
+    Returns the conversation and the text that each such character replaces.
     """
     contents = "".join(message["content"] for message in conversation)
     found = [token for token in _special_texts(tokenizer) if token in contents and token != PLACEHOLDER]
@@ -279,7 +279,7 @@ def _ids(tokenizer: PreTrainedTokenizerBase, text: str, **options: Any) -> list[
     except UnicodeEncodeError as error:
         found = ascii(text[error.start])
         raise PromptError(f"a text holds {found}, half of a surrogate pair and no character; mend the text") from None
-    # A saved tokenizer may carry truncation or padding of its own: both are turned off by name.
+    # A saved tokenizer may have truncation or padding enabled: both are disabled explicitly.
     encoding = tokenizer(text, add_special_tokens=False, truncation=False, padding=False, verbose=False, **options)
     return list(encoding["input_ids"])
 
@@ -295,7 +295,7 @@ def _special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
 
 
 def _bos(tokenizer: PreTrainedTokenizerBase, rendered: str) -> list[int]:
-    """The start token, where the tokenizer itself would add it and the template has not."""
+    """The start token, if the tokenizer would add it and the template has not."""
     if tokenizer.bos_token_id is None or tokenizer.bos_token in rendered:
         return []
     adds = tokenizer("a", truncation=False, verbose=False)["input_ids"][:1] == [tokenizer.bos_token_id]

@@ -1,4 +1,4 @@
-"""What the readers of published data sets share: tables, and the clips that they name."""
+"""Shared helpers of the readers of published data sets: tables, and the files of their clips."""
 
 import csv
 import json
@@ -16,7 +16,7 @@ SUFFIXES = (
     *(".wav", ".flac", ".mp3", ".ogg", ".opus", ".m4a", ".au", ".webm", ".oga", ".aiff", ".aif", ".aifc"),
     *(".snd", ".caf", ".w64", ".rf64", ".wave", ".aac", ".mp2", ".mka"),
 )
-"""Files that hold sound; also what a clip is looked for as, where a table names it in another format or in none."""
+"""Audio file suffixes; also tried for a clip that a table lists with another suffix or without one."""
 
 _NOT_UTF_8 = "it is {0}, not UTF-8; convert it: iconv -f {0} -t UTF-8 IN > OUT"
 _PUT_BY_SYSTEMS = frozenset(
@@ -25,16 +25,16 @@ _PUT_BY_SYSTEMS = frozenset(
         *("thumbs.db", "ehthumbs.db", "desktop.ini", "$recycle.bin", "system volume information", "@eadir"),
     ]
 )
-"""Names of files and folders, in lower case, that macOS, Windows and storage boxes put among the user's."""
+"""Names of system files and folders of macOS, Windows and storage boxes, in lower case."""
 
 
 def is_metadata(path: Path) -> bool:
-    """Whether a system put a file there, by the names of the path's parts; "._x" is macOS' beside x."""
+    """Whether a path is a system file, by the names of its parts; macOS writes "._x" beside x."""
     return any(part.startswith("._") or part.lower() in _PUT_BY_SYSTEMS for part in path.parts)
 
 
 def files_in(root: Path, pattern: str, suffixes: Iterable[str] = ()) -> list[Path]:
-    """The user's files below a folder, sorted; a line in the log says how many of a system's were left out.
+    """Files below a folder, sorted, without system files, whose number is logged.
 
     Args:
         root: the folder.
@@ -75,7 +75,7 @@ def text_of(path: Path) -> str:
 
 
 def not_utf_8(start: bytes) -> str | None:
-    """Fault and remedy where a file's start is UTF-16 or UTF-32: by its mark, or by the zeros in its first letters."""
+    """Fault and remedy if a file starts as UTF-16 or UTF-32, by its byte order mark or zeros in its first letters."""
     zeros = [byte == 0 for byte in start[:4]]
     if start.startswith((b"\xff\xfe\0\0", b"\0\0\xfe\xff")) or zeros in ([False] + [True] * 3, [True] * 3 + [False]):
         return _NOT_UTF_8.format("UTF-32")
@@ -85,7 +85,7 @@ def not_utf_8(start: bytes) -> str | None:
 
 
 def lines_of(path: Path) -> list[str]:
-    """A file's lines. Only line feeds end one: the others that `str.splitlines` cuts at may stand in a JSON string.
+    """Lines of a file, split at line feeds only: other separators of `str.splitlines` may be in a JSON string.
 
     Raises:
         ManifestError: the file is not UTF-8.
@@ -102,11 +102,11 @@ def rows(
     delimiter: str = ",",
     optional: bool = False,
 ) -> list[dict[str, str]]:
-    """The lines of a table.
+    """Rows of a CSV table, as column -> cell.
 
     Args:
         table: CSV, UTF-8.
-        columns: that must be there; without a header, what the columns are called, in order.
+        columns: required columns; without a header, the names of the columns in order.
         whose: the data set, for messages.
         header: whether the first line names the columns.
         delimiter: between the columns.
@@ -136,7 +136,7 @@ def rows(
 
 
 def records(path: Path, keys: Sequence[str], whose: str) -> list[dict[str, Any]]:
-    """The objects of a JSON list or of JSON Lines, whichever the file holds, each with the given keys.
+    """Objects of a JSON list or of JSON Lines, each of which must have `keys`.
 
     Raises:
         ManifestError: no such file, not JSON, or an object without one of the keys.
@@ -169,12 +169,12 @@ _FORMS: tuple[Literal["NFC", "NFD"], ...] = ("NFC", "NFD")
 
 
 def find_clip(folders: Iterable[Path], names: Iterable[str], listed_in: Path) -> Path:
-    """The file of a clip: the first of the names in the first of the folders, else the same in another format.
+    """File of a clip: the first match of `names` in `folders`, else the same name with another audio suffix.
 
     Raises:
-        ManifestError: it is nowhere; names the first place and the table.
+        ManifestError: not found; names the first path tried and the table.
     """
-    # the same letters in composed and decomposed form are different names: macOS and its archives have the latter
+    # composed and decomposed Unicode are different file names; macOS and its archives use the latter
     forms = dict.fromkeys(n for name in names for n in (name, *(unicodedata.normalize(f, name) for f in _FORMS)))
     places = [folder / name for folder in folders for name in forms if not is_metadata(Path(name))]
     if not places:
@@ -183,7 +183,7 @@ def find_clip(folders: Iterable[Path], names: Iterable[str], listed_in: Path) ->
         if place.is_file():
             return place
     for place in places:
-        # not with_suffix: a name without a format may hold a dot
+        # not with_suffix: a name without a suffix may hold a dot
         stem = place.name.removesuffix(place.suffix) if place.suffix.lower() in SUFFIXES else place.name
         for suffix in SUFFIXES:
             other = place.with_name(stem + suffix)
@@ -193,7 +193,7 @@ def find_clip(folders: Iterable[Path], names: Iterable[str], listed_in: Path) ->
 
 
 def json_file(root: Path, names: Sequence[str], what: str) -> Path:
-    """The first of the files that is there, each under its name or with `.jsonl` for `.json` or the reverse.
+    """First existing file of `names`, each also tried with `.jsonl` for `.json` and the reverse.
 
     Publishers change between the two; `records` reads either. Raises ManifestError that names them all.
     """
@@ -203,7 +203,7 @@ def json_file(root: Path, names: Sequence[str], what: str) -> Path:
 
 
 def first_file(root: Path, names: Sequence[str], what: str) -> Path:
-    """The first of the files that is there. Raises ManifestError that names them all."""
+    """First existing file of `names`. Raises ManifestError that names them all."""
     for name in names:
         if (root / name).is_file():
             return root / name

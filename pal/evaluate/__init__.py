@@ -1,4 +1,4 @@
-"""Scores of a model on benchmarks and manifests, with intervals and the no-audio baseline."""
+"""Evaluation on benchmarks and manifests, with confidence intervals and the baseline without audio."""
 
 from pal.evaluate.benchmark import Benchmark, from_records, open_task
 from pal.evaluate.engine import evaluate

@@ -1,4 +1,4 @@
-"""Asks a model the items of a benchmark, in batches that share clips, with their audio and without it."""
+"""Batched inference over the items of a benchmark, in batches that share clips, with and without audio."""
 
 from __future__ import annotations
 
@@ -27,27 +27,27 @@ if TYPE_CHECKING:
 
 _MARGINS = {torch.float64: 1e-10, torch.float32: 4e-4}
 _MARGIN_OF_HALF = 0.5
-"""Between the logits of two tokens, more than what they change by in batches of other questions: the shipped model's
-change by 1.4e-5 at most, layers of full width by 1e-4. In half precision a logit's own steps are coarser than many
-margins, so this is a compromise there, and answers may depend on the batch."""
+"""Margin between two logits that exceeds their change with the other questions of a batch: 1.4e-5 at most for the
+shipped model, 1e-4 for layers of full width. In half precision logits are coarser than many margins, so this is a
+compromise there, and answers may depend on the batch."""
 
 RawAnswer = tuple[int, str, str | None]
-"""Index of the item among those that were asked, the answer as the model gave it, and why there is none."""
+"""(index of the item among the questions, raw answer, error or None)."""
 
 
 @dataclass(frozen=True)
 class ItemPrompt:
-    """An item as the conversations that the model is given; both end with the item's question."""
+    """Prompts of an item, with and without audio; both end with the item's question."""
 
     item: Item
     with_audio: Conversation
-    """Earlier turns carry their reference answers."""
+    """Conversation with reference answers in earlier turns."""
     without_audio: Conversation
-    """The same without placeholders of clips."""
+    """Conversation without the placeholders of clips."""
 
     @classmethod
     def of(cls, item: Item, system: str | None = None) -> ItemPrompt:
-        """The conversations of an item, with a system message where there is one."""
+        """Prompts of an item, with an optional system message."""
         turns = (*item.before, Turn(item.prompt, ""))
         record = Record(item.id, item.clips, turns, "", "", item.choices)
         return cls(
@@ -57,7 +57,7 @@ class ItemPrompt:
         )
 
     def shown(self, model: PalModel) -> str:
-        """The conversation as the LLM gets it, with `<audio>` where the clips stand."""
+        """Rendered prompt with `<audio>` for each clip."""
         tokens = prompts.encode(model.tokenizer, self.with_audio, list(range(len(self.item.clips))))
         text = ""
         run: list[int] = []
@@ -71,17 +71,17 @@ class ItemPrompt:
 
 
 class Answerer:
-    """Turns items into raw answers, in batches that share clips.
+    """Batched inference over questions, in batches that share clips.
 
-    An answer does not depend on which items it was asked with: where a batch leaves so little between the best and
-    the second-best that round-off could decide, the item is asked again alone.
+    An answer does not depend on the other items of its batch: if the margin between the best and the second-best is
+    within round-off, the item is answered again alone.
 
     Args:
         model: in evaluation mode (see `evaluation_mode`).
-        ranked: take the likeliest of an item's choices instead of generating.
-        batch: rows in a forward pass; a choice that is ranked is a row.
+        ranked: choose the item's choice of highest log-likelihood instead of generating.
+        batch: rows of a forward pass; each ranked choice is a row.
         max_new_tokens: of a generated answer.
-        features: gives a clip's encoder features, made of it alone; without it they are run.
+        features: returns the encoder features of a path, each clip encoded alone; default: run the encoders.
     """
 
     def __init__(
@@ -97,52 +97,54 @@ class Answerer:
         self.batch = batch
         self.max_new_tokens = max_new_tokens
         self.clip: Callable[[str], EncodedClip] = features or EncodedClipCache(model)
-        """What the model takes of an audio file."""
+        """Path -> encoded clip."""
         self._margin = _MARGINS.get(model.llm.dtype, _MARGIN_OF_HALF)
 
-    def ask(self, asked: Sequence[ItemPrompt], with_audio: bool, progress: bool = False) -> Iterator[RawAnswer]:
-        """Yields one answer for each item, in any order. One that raised has an empty answer and says why."""
-        return self._with_audio(asked, progress) if with_audio else self._without_audio(asked, progress)
+    def ask(self, questions: Sequence[ItemPrompt], with_audio: bool, progress: bool = False) -> Iterator[RawAnswer]:
+        """Yield one answer for each item, in any order. An item that raised has an empty answer and an error."""
+        return self._with_audio(questions, progress) if with_audio else self._without_audio(questions, progress)
 
-    def _with_audio(self, asked: Sequence[ItemPrompt], progress: bool) -> Iterator[RawAnswer]:
+    def _with_audio(self, questions: Sequence[ItemPrompt], progress: bool) -> Iterator[RawAnswer]:
         by_clips: dict[tuple[str, ...], list[int]] = {}
-        for index, one in enumerate(asked):
+        for index, one in enumerate(questions):
             by_clips.setdefault(one.item.clips, []).append(index)
         lengths = {clips: _seconds(clips) for clips in by_clips}
-        # Clips of like length lie in one batch: little padding, and the slowest batch comes first,
-        # where it shows at once if memory does not suffice.
+        # Clips of similar length share a batch, for little padding; the slowest batch comes first,
+        # so that a lack of memory shows at once.
         longest_first = sorted(by_clips, key=lengths.__getitem__, reverse=True)
         order = [index for clips in longest_first for index in by_clips[clips]]
-        batches = self._batches(order, asked, lambda index: lengths[asked[index].item.clips])
-        yield from self._run(batches, lambda part: self._answer([asked[i] for i in part]), progress, "audio")
+        batches = self._batches(order, questions, lambda index: lengths[questions[index].item.clips])
+        yield from self._run(batches, lambda part: self._answer([questions[i] for i in part]), progress, "audio")
 
-    def _without_audio(self, asked: Sequence[ItemPrompt], progress: bool) -> Iterator[RawAnswer]:
-        """As `_with_audio`; a question that comes again about another clip is asked once."""
+    def _without_audio(self, questions: Sequence[ItemPrompt], progress: bool) -> Iterator[RawAnswer]:
+        """As `_with_audio`; equal questions about different clips are answered once."""
         same: dict[str, list[int]] = {}
-        for index, one in enumerate(asked):
+        for index, one in enumerate(questions):
             same.setdefault(repr((one.without_audio, self._choices(one))), []).append(index)
-        firsts = sorted((indices[0] for indices in same.values()), key=lambda i: len(repr(asked[i].without_audio)))
-        twins = {indices[0]: indices for indices in same.values()}
+        unique = sorted((indices[0] for indices in same.values()), key=lambda i: len(repr(questions[i].without_audio)))
+        duplicates = {indices[0]: indices for indices in same.values()}
 
         def answer(part: list[int]) -> list[str]:
-            return self._answer([asked[i] for i in part], no_audio=True)
+            return self._answer([questions[i] for i in part], no_audio=True)
 
-        for first, text, error in self._run(self._batches(firsts, asked), answer, progress, "no audio"):
-            for index in twins[first]:
+        for first, text, error in self._run(self._batches(unique, questions), answer, progress, "no audio"):
+            for index in duplicates[first]:
                 yield index, text, error
 
     def _choices(self, one: ItemPrompt) -> tuple[str, ...] | None:
         return one.item.choices if self.ranked else None
 
     def _batches(
-        self, order: Sequence[int], asked: Sequence[ItemPrompt], length: Callable[[int], float] = lambda index: 0.0
+        self, order: Sequence[int], questions: Sequence[ItemPrompt], length: Callable[[int], float] = lambda index: 0.0
     ) -> list[list[int]]:
-        """Cut `order`, longest first, so that no batch has more rows than `batch`, except by one item's choices,
-        and none a clip shorter than half its longest: one long recording would pad all others to its length."""
+        """Split `order`, longest first, into batches of at most `batch` rows, unless one item has more choices.
+
+        No clip is shorter than half the longest of its batch, else one long recording would pad all others.
+        """
         batches: list[list[int]] = []
         rows = self.batch
         for index in order:
-            cost = len(self._choices(asked[index]) or (None,))
+            cost = len(self._choices(questions[index]) or (None,))
             if rows + cost > self.batch or length(index) < length(batches[-1][0]) / 2:
                 batches.append([])
                 rows = 0
@@ -158,53 +160,58 @@ class Answerer:
                 yield from _one_by_one_on_error(part, answer)
                 bar.update(len(part))
 
-    def _answer(self, asked: Sequence[ItemPrompt], no_audio: bool = False) -> list[str]:
-        """One raw answer an item."""
+    def _answer(self, questions: Sequence[ItemPrompt], no_audio: bool = False) -> list[str]:
+        """Raw answer of each item, in one batch."""
         places: dict[str, int] = {}
         if not no_audio:
-            for one in asked:
+            for one in questions:
                 for path in one.item.clips:
                     places.setdefault(path, len(places))
         clips = [self.clip(path) for path in places]
-        spans = [[] if no_audio else [places[path] for path in one.item.clips] for one in asked]
-        talks = [one.without_audio if no_audio else one.with_audio for one in asked]
+        spans = [[] if no_audio else [places[path] for path in one.item.clips] for one in questions]
+        conversations = [one.without_audio if no_audio else one.with_audio for one in questions]
         tokenizer = self.model.tokenizer
-        alone = len(asked) == 1
+        alone = len(questions) == 1
         if not self.ranked:
-            rows = [prompts.encode(tokenizer, talk, of_row) for talk, of_row in zip(talks, spans, strict=True)]
+            rows = [
+                prompts.encode(tokenizer, conversation, of_row)
+                for conversation, of_row in zip(conversations, spans, strict=True)
+            ]
             if alone:
                 return self.model.generate(clips, rows, max_new_tokens=self.max_new_tokens)
-            watch = _CloseTokens(len(rows), prompts.end_of_answer(tokenizer), self._margin)
-            texts = self.model.generate(clips, rows, max_new_tokens=self.max_new_tokens, logits_processor=[watch])
-            return self._surely(asked, texts, watch.close_B.tolist(), no_audio)
+            close_tokens = _CloseTokens(len(rows), prompts.end_of_answer(tokenizer), self._margin)
+            texts = self.model.generate(
+                clips, rows, max_new_tokens=self.max_new_tokens, logits_processor=[close_tokens]
+            )
+            return self._rerun_close(questions, texts, close_tokens.close_B.tolist(), no_audio)
         rows = [
-            prompts.encode(tokenizer, [*talk, {"role": "assistant", "content": choice}], of_row, train=True)
-            for one, talk, of_row in zip(asked, talks, spans, strict=True)
+            prompts.encode(tokenizer, [*conversation, {"role": "assistant", "content": choice}], of_row, train=True)
+            for one, conversation, of_row in zip(questions, conversations, spans, strict=True)
             for choice in one.item.choices or ()
         ]
         scores = self.model.answer_scores(clips, rows).tolist()
         tokens = [sum(label != IGNORE for label in row.labels or ()) for row in rows]
         answers, close = [], []
-        for one in asked:
+        for one in questions:
             choices = one.item.choices or ()
             own, scores = scores[: len(choices)], scores[len(choices) :]
             longest, tokens = max(tokens[: len(choices)]), tokens[len(choices) :]
             answers.append(best_choice(own, choices))
-            close.append(not alone and _near(own, longest * self._margin))
-        return self._surely(asked, answers, close, no_audio)
+            close.append(not alone and _is_close(own, longest * self._margin))
+        return self._rerun_close(questions, answers, close, no_audio)
 
-    def _surely(
-        self, asked: Sequence[ItemPrompt], answers: list[str], close: Sequence[bool], no_audio: bool
+    def _rerun_close(
+        self, questions: Sequence[ItemPrompt], answers: list[str], close: Sequence[bool], no_audio: bool
     ) -> list[str]:
-        """The answers, those of close items as they are alone."""
+        """The answers, with close ones recomputed alone."""
         return [
-            self._answer([one], no_audio)[0] if doubtful else answer
-            for one, answer, doubtful in zip(asked, answers, close, strict=True)
+            self._answer([one], no_audio)[0] if is_close else answer
+            for one, answer, is_close in zip(questions, answers, close, strict=True)
         ]
 
 
 def best_choice(scores: Sequence[float], choices: Sequence[str]) -> str:
-    """The choice with the highest log-likelihood; the first of equals. NaN never wins."""
+    """The choice of highest log-likelihood, the first of equal ones. NaN counts as lowest."""
     assert len(scores) == len(choices) and len(choices) > 0
     values = np.asarray(scores, dtype=float)
     return choices[int(np.argmax(np.where(np.isnan(values), -np.inf, values)))]
@@ -212,7 +219,7 @@ def best_choice(scores: Sequence[float], choices: Sequence[str]) -> str:
 
 @contextmanager
 def evaluation_mode(model: PalModel) -> Iterator[None]:
-    """The model in evaluation mode, and as it was afterwards."""
+    """Set evaluation mode in the block, and restore the mode after it."""
     training = model.training
     model.eval()
     try:
@@ -222,9 +229,9 @@ def evaluation_mode(model: PalModel) -> Iterator[None]:
 
 
 class _CloseTokens:
-    """A logits processor that changes nothing and notes the rows in which round-off could have chosen a token.
+    """Logits processor without effect that records the rows in which round-off could have chosen a token.
 
-    What it notes stays on the device until the answers are complete.
+    The record stays on the device until the answers are complete.
     """
 
     read_only = True
@@ -234,33 +241,33 @@ class _CloseTokens:
         self.margin = margin
         self.close_B = torch.zeros(rows, dtype=torch.bool)
 
-    def __call__(self, said_BN: Tensor, logits_BV: Tensor) -> Tensor:
+    def __call__(self, ids_BN: Tensor, logits_BV: Tensor) -> Tensor:
         self.ends_X, self.close_B = (x.to(logits_BV.device) for x in (self.ends_X, self.close_B))
         best_B2 = logits_BV.float().topk(2).values
-        ended_B = (said_BN[:, :, None] == self.ends_X).flatten(1).any(1)
-        # not <=, which a NaN would pass
+        ended_B = (ids_BN[:, :, None] == self.ends_X).flatten(1).any(1)
+        # not <=, which is False for NaN
         self.close_B |= ~ended_B & ~(best_B2[:, 0] - best_B2[:, 1] > self.margin)
         return logits_BV
 
 
-def _near(scores: Sequence[float], margin: float) -> bool:
-    """Whether the best two are no further apart."""
+def _is_close(scores: Sequence[float], margin: float) -> bool:
+    """Whether the best two scores are within `margin`."""
     best = sorted(scores)[-2:]
     return len(best) == 2 and not best[1] - best[0] > margin
 
 
 def _one_by_one_on_error(part: list[int], answer: Callable[[list[int]], list[str]]) -> Iterable[RawAnswer]:
-    """Answers of a batch; when it raises, of its items alone, so that one bad clip costs one item."""
+    """Answers of a batch; if it raises, of each item alone, so that one bad clip fails only its item."""
     try:
         return [(index, text, None) for index, text in zip(part, answer(part), strict=True)]
-    except Exception as error:  # any fault of an item belongs in the report, not in a lost evaluation
+    except Exception as error:  # an item's error is reported and does not end the evaluation
         if len(part) == 1:
             return [(part[0], "", f"{type(error).__name__}: {error}")]
     return [result for index in part for result in _one_by_one_on_error([index], answer)]
 
 
 def _seconds(clips: Sequence[str]) -> float:
-    """Length of the clips by their headers; 0 where one cannot be read, which its item will report."""
+    """Length of the clips by their headers; 0 if one is unreadable, which its item will report."""
     try:
         return sum(seconds(clip) for clip in clips)
     except AudioError:

@@ -1,4 +1,4 @@
-"""A benchmark that is ready to be asked: its questions, its rule, and what it was made from."""
+"""Loaded benchmark: its questions, its scoring rule, and the options it was made with."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from pal.registry import build, lookup
 
 @dataclass(frozen=True)
 class Benchmark:
-    """Questions with a rule."""
+    """Evaluation questions with their scoring rule."""
 
     name: str
     items: tuple[Item, ...]
     rule: Mapping[str, Any]
     """Name and options of the rule, as `registry.build` takes them."""
     root: Path
-    """What the clips' names in the digest are relative to."""
+    """Base folder of the clips' names in the digest."""
     max_new_tokens: int = 32
     options: Mapping[str, Any] = field(default_factory=dict)
-    """How it was made, for the record."""
+    """Options it was made with, for the settings of a run."""
     left_out: int = 0
-    """Records that are not asked, since they have no choices where others have some."""
+    """Number of records without choices that are left out because others have some."""
 
     def __post_init__(self) -> None:
         if not self.items:
@@ -39,7 +39,7 @@ class Benchmark:
             raise ConfigError(f"{self.name} has questions without 'choices', which 'rank' needs; use scoring 'exact'")
 
     def check_ids(self) -> None:
-        """Raises ManifestError where two items have one id, by which a run's folder knows its answers."""
+        """Raise ManifestError if two items share an id, the key of answers in a run's folder."""
         seen: set[str] = set()
         for item in self.items:
             if item.id in seen:
@@ -53,11 +53,11 @@ class Benchmark:
 
     @property
     def digest(self) -> str:
-        """Of everything but the model and the rule; see `items.digest`."""
+        """SHA-256 of the questions, without model and rule; see `items.digest`."""
         return contract.digest(self.items, self.root)
 
     def build_rule(self) -> Rule:
-        """The rule itself. Raises ConfigError where a package or an option does not fit."""
+        """The scoring rule. Raises ConfigError if a package is missing or an option does not fit."""
         rule: Rule = build("rule", self.rule)
         return rule
 
@@ -65,13 +65,13 @@ class Benchmark:
 def open_task(
     name: str, root: str | Path, options: Mapping[str, Any] | None = None, rule: Mapping[str, Any] | None = None
 ) -> Benchmark:
-    """A published benchmark.
+    """Load a published benchmark.
 
     Args:
         name: one of `registry.names("task")`.
-        root: the folder of its data as it was unpacked.
-        options: the task's own.
-        rule: another rule than the official one, by its `name`, or options that change the official one.
+        root: the unpacked folder of its data.
+        options: of the task.
+        rule: another rule by its `name`, or options that override those of the official rule.
 
     Raises:
         ConfigError: unknown benchmark, rule or option, with the known ones.
@@ -93,21 +93,21 @@ def from_records(
     root: Path | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> Benchmark:
-    """The turns of records as a benchmark: each turn is an item, after the reference answers of those before it.
+    """Benchmark from records: each turn is an item, with earlier turns and their reference answers as history.
 
-    Records without choices, such as captions, are left out where others have some: a free answer has no single right
-    wording. A rule that ranks takes the last turn alone, which the choices belong to.
+    Records without choices, such as captions, are left out if others have choices, since free text has no single
+    correct wording. A ranking rule uses only the last turn, to which the choices belong.
 
     Args:
         records: a manifest or any records.
-        name: of the benchmark; by default the manifest's file name without its ending.
-        rule: how answers are scored; exact match by default.
-        root: what the clips' names in the digest are relative to; by default the manifest's folder of audio.
-        options: how the records were made, for the record.
+        name: of the benchmark; default: the manifest's file name without its suffix.
+        rule: scoring rule; default: exact match.
+        root: base folder of the clips' names in the digest; default: the manifest's audio folder.
+        options: options with which the records were made, for the settings of a run.
 
     Raises:
         ManifestError: no questions.
-        ConfigError: none has choices, and the rule ranks them.
+        ConfigError: the rule ranks choices, and no record has any.
     """
     chosen = dict(rule or {"name": "exact"})
     if isinstance(records, Manifest):
@@ -123,7 +123,7 @@ def from_records(
 
 
 def changed_rule(official: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str, Any]:
-    """The official rule with other options, or another rule where `wanted` names one."""
+    """The official rule with options overridden by `wanted`, or another rule if `wanted` names one."""
     if "name" in wanted and wanted["name"] != official["name"]:
         lookup("rule", wanted["name"])
         return dict(wanted)

@@ -1,7 +1,7 @@
-"""The bootstrap: how far metrics would move with other clips.
+"""Cluster bootstrap over clips: confidence intervals of metrics.
 
-A metric's interval always holds the metric itself. How often it holds the truth is measured by
-`python -m tests.evaluate.coverage`; docs/evaluation.md has the numbers.
+An interval always contains the metric itself. Its coverage is measured by `python -m tests.evaluate.coverage`;
+docs/evaluation.md has the numbers.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ INTERVALS = (
     "clips bias, from the bias-corrected score to the score itself; at least Wilson's of the clips where all is right "
     "(or wrong), or of a mean over labels less than five clips' worth is wrong (or right)"
 )
-"""What the intervals are, for score files."""
+"""Description of the intervals, for score files."""
 
 _CHUNK = 4_000_000
-"""Drawn indices held at once, to bound the memory at 32 MB."""
+"""Most drawn indices in memory, which bounds it at 32 MB."""
 _FEW = 5
-"""Clips wrong (or right) below which a spread seen among them is not believed: the usual rule for shares."""
+"""Fewest wrong (or right) clips for a percentile interval of a share, by the usual rule of thumb."""
 
 
 class Groups:
-    """Which items belong together. Questions about one clip are not independent, so they are drawn together."""
+    """Clusters of the bootstrap. Questions about one clip are not independent, so they are drawn together."""
 
     def __init__(self, keys: Sequence[Hashable]) -> None:
         places: dict[Hashable, int] = {}
@@ -44,14 +44,14 @@ class Groups:
 
 @dataclass(frozen=True)
 class DrawnMetric:
-    """A metric, and what it is over the redrawn data sets."""
+    """Metric with its values on the bootstrap samples."""
 
     value: float
     values_R: NDArray[np.float64]
     support: Support
 
     def interval(self, level: float = 0.95) -> tuple[float, float]:
-        """Where the truth lies; it always holds `value`. NaN where that is."""
+        """Confidence interval; it always contains `value`. NaN if `value` is NaN."""
         if math.isnan(self.value):
             return float("nan"), float("nan")
         corrected, clips = self.support.widened is not None, self.support.clips
@@ -62,7 +62,7 @@ class DrawnMetric:
         return ends
 
     def chance(self) -> float:
-        """Two-sided p of a difference: how often it would be as far from none. Never below one by the draws."""
+        """Two-sided bootstrap p-value of a difference from 0; never below 1 / number of draws."""
         kept_R = self.values_R[~np.isnan(self.values_R)]
         if math.isnan(self.value) or not len(kept_R):
             return float("nan")
@@ -74,17 +74,17 @@ class DrawnMetric:
         return min(1.0, max(2 * max(tails), 1 / len(kept_R)))
 
     def __sub__(self, other: DrawnMetric) -> DrawnMetric:
-        """The difference of two metrics over the same data sets: paired."""
+        """Paired difference of two metrics on the same bootstrap samples."""
         both = [one.support.widened for one in (self, other) if one.support.widened is not None]
         support = Support(None, max(both, default=None))
         return DrawnMetric(self.value - other.value, self.values_R - other.values_R, support)
 
     def _corrected(self, level: float) -> tuple[float, float]:
-        """From the metric less its bias to the metric itself, and beyond by what the draws spread.
+        """Interval from the bias-corrected metric to the metric itself, widened by the spread of the draws.
 
-        A mean over labels of few clips is biased (a rank of one among few is too good), and each redrawn data set is
-        so once more: the difference of the two is the bias (Efron & Tibshirani 1993, chapter 10). Shares are taken as
-        angles, asin(sqrt(x)), whose spread does not depend on where they are (Anscombe 1948).
+        A mean over labels with few clips is biased (a rank of one among few is too good). A bootstrap sample has the
+        same bias once more, so the difference of the two estimates it (Efron & Tibshirani 1993, chapter 10). Shares
+        are transformed by asin(sqrt(x)), which stabilises their variance (Anscombe 1948).
         """
         assert self.support.widened is not None
         share = self.support.clips is not None
@@ -103,17 +103,17 @@ class DrawnMetric:
 
 
 def draw(metrics: Sequence[Metric], groups: Groups, seed: int = 0) -> list[DrawnMetric]:
-    """Each metric with its redrawn values; all of them over the same data sets, so that differences are paired."""
-    drawn_RM = redraw(metrics, groups, seed)
+    """Each metric with its bootstrap distribution, on the same samples for all, so that differences are paired."""
+    drawn_RM = resample(metrics, groups, seed)
     return [DrawnMetric(one.value(), drawn_RM[:, at], one.support(groups)) for at, one in enumerate(metrics)]
 
 
-def redraw(
+def resample(
     metrics: Sequence[Metric], groups: Groups, seed: int = 0, resamples: int | None = None
 ) -> NDArray[np.float64]:
-    """The metrics over data sets drawn from the groups with replacement, the same for all of them -> [R, M].
+    """Metrics on bootstrap samples, drawn from the groups with replacement -> [R, M].
 
-    Since all metrics see the same data sets, their differences are paired.
+    All metrics use the same samples, so their differences are paired.
     """
     resamples = resamples or min(metric.resamples for metric in metrics)
     rng = np.random.default_rng(seed)
@@ -121,14 +121,14 @@ def redraw(
     parts = []
     for first in range(0, resamples, per_draw):
         drawn_RG = rng.integers(len(groups), size=(min(per_draw, resamples - first), len(groups)))
-        parts.append(np.stack([metric.redrawn(groups, drawn_RG) for metric in metrics], axis=1))
+        parts.append(np.stack([metric.resampled(groups, drawn_RG) for metric in metrics], axis=1))
     return np.concatenate(parts)
 
 
 def interval(values_R: NDArray[np.float64], estimate: float, level: float = 0.95) -> tuple[float, float]:
-    """Percentile interval (Efron & Tibshirani 1993, section 13.3); NaN, a draw without value, is left out.
+    """Percentile interval (Efron & Tibshirani 1993, section 13.3), without draws that are NaN.
 
-    It holds the estimate, which rounding or very uneven groups could leave just outside.
+    It is extended to contain the estimate, which rounding or very uneven groups could leave just outside.
     """
     kept = values_R[~np.isnan(values_R)]
     if not len(kept) or math.isnan(estimate):
@@ -149,21 +149,21 @@ def bootstrap_ci(
 
     Args:
         values: one number an item, such as 1 for a right answer, or a difference of two models.
-        groups: what each item belongs to. Questions about one clip are not independent, so whole
-            groups are drawn; without groups, or with one item in each, this is the plain bootstrap.
-        resamples: how many data sets are drawn.
-        level: probability inside the interval.
-        seed: of the drawing; the same seed gives the same interval.
+        groups: cluster of each item. Questions about one clip are not independent, so whole clusters
+            are drawn; without groups, or with one item in each, this is the plain bootstrap.
+        resamples: number of bootstrap samples.
+        level: confidence level.
+        seed: of the draws; the same seed gives the same interval.
 
     Returns:
-        Lower and upper end, the mean between them; NaN for no items.
+        Lower and upper end, with the mean between them; NaN for no items.
     """
     if len(values) == 0:
         return float("nan"), float("nan")
     mean = Ratio.mean(values)
-    drawn_R = redraw([mean], Groups(groups if groups is not None else range(len(values))), seed, resamples)[:, 0]
+    drawn_R = resample([mean], Groups(groups if groups is not None else range(len(values))), seed, resamples)[:, 0]
     low, high = interval(drawn_R, mean.value(), level)
-    # who shows the mean may have added up in another order
+    # the caller's mean may differ by the order of its summation
     other = sum(values) / len(values)
     return min(low, other), max(high, other)
 

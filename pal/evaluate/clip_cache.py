@@ -1,4 +1,4 @@
-"""Encoded clips of one model, kept in memory while questions about them are asked."""
+"""In-memory cache of encoded clips during an evaluation."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ if TYPE_CHECKING:
 
 
 class EncodedClipCache:
-    """LRU cache of encoded clips; each is encoded alone.
+    """LRU cache of encoded clips; each clip is encoded alone.
 
-    In a padded batch the same sums are done in another order, so what a clip sounds like would depend on the others.
+    In a padded batch the order of summation differs, so a clip's features would depend on the other clips.
 
     Args:
-        model: whose encoders are run.
-        most_bytes: of encoded clips that are kept; the last one always is.
+        model: with the encoders.
+        most_bytes: size limit of the cache; the last clip always stays.
     """
 
     def __init__(self, model: PalModel, most_bytes: int = 256 << 20) -> None:
@@ -28,16 +28,16 @@ class EncodedClipCache:
         self._bytes = 0
 
     def __call__(self, path: str) -> EncodedClip:
-        """One clip. Raises AudioError for a file that cannot be used."""
-        heard = self._kept.pop(path, None)
-        if heard is None:
-            heard = self.model.encode_clip(read_waveform(path, self.model.sampling_rate).samples_N)
-            self._bytes += _bytes(heard)
-        self._kept[path] = heard  # the last to go
+        """Encoded clip of a file. Raises AudioError for an unusable file."""
+        encoded = self._kept.pop(path, None)
+        if encoded is None:
+            encoded = self.model.encode_clip(read_waveform(path, self.model.sampling_rate).samples_N)
+            self._bytes += _bytes(encoded)
+        self._kept[path] = encoded  # most recently used
         while len(self._kept) > 1 and self._bytes > self.most_bytes:
             self._bytes -= _bytes(self._kept.pop(next(iter(self._kept))))
-        return heard
+        return encoded
 
 
-def _bytes(heard: EncodedClip) -> int:
-    return sum(x_AE.nbytes for x_AE in heard.x_AE)
+def _bytes(encoded: EncodedClip) -> int:
+    return sum(x_AE.nbytes for x_AE in encoded.x_AE)

@@ -1,4 +1,4 @@
-"""Two or more runs on the same questions: which is better, and is the difference more than chance?"""
+"""Paired comparison of two or more runs on the same questions, with significance tests."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pal.registry import build
 
 @dataclass
 class ComparedRun:
-    """One run against the first one."""
+    """One run compared with the first run."""
 
     folder: str
     model: str
@@ -25,20 +25,20 @@ class ComparedRun:
     difference: float | None = None
     """score - the first run's; None for the first."""
     difference_ci95: tuple[float, float] | None = None
-    """Paired: both runs' answers about a clip are drawn together."""
+    """Paired bootstrap interval: both runs' answers about a clip are drawn together."""
     p_bootstrap: float | None = None
-    """Two-sided, from the same draws; never below one by their number."""
+    """Two-sided bootstrap p-value; never below 1 / number of draws."""
     only_first: int | None = None
-    """Items that only the first run got right; None where items are not right or wrong."""
+    """Number of items correct only in the first run; None if the rule has no right and wrong."""
     only_this: int | None = None
     p_mcnemar: float | None = None
-    """McNemar's exact test on these two counts. It takes items for independent, so with several questions a clip
-    the bootstrap is the one to believe."""
+    """McNemar's exact test on these two counts. It assumes independent items, so with several questions a clip use
+    the bootstrap instead."""
 
 
 @dataclass
 class Comparison:
-    """What `pal compare` says."""
+    """Paired comparison of runs, the result of `pal compare`."""
 
     benchmark: str
     metric: str
@@ -46,7 +46,7 @@ class Comparison:
     rows: list[ComparedRun]
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON has it."""
+        """JSON-compatible values."""
         return asdict(self)
 
 
@@ -54,12 +54,12 @@ def compare(folders: Sequence[str | Path], seed: int = 0) -> Comparison:
     """Compare complete runs of one benchmark with the first of them.
 
     Args:
-        folders: run folders, or files that `pal eval --json` wrote.
+        folders: run folders, or files of `pal eval --json`.
         seed: of the bootstrap.
 
     Raises:
-        BundleError: one of them is no complete run.
-        ConfigError: fewer than two, other questions, or another rule.
+        BundleError: one of them is not a complete run.
+        ConfigError: fewer than two folders, or different questions or rules.
     """
     if len(folders) < 2:
         raise ConfigError("give at least two folders to compare")
@@ -97,7 +97,7 @@ def compare(folders: Sequence[str | Path], seed: int = 0) -> Comparison:
 
 
 def _mcnemar(only_first: int, only_this: int) -> float:
-    """Exact two-sided p: of the items that one run alone got right, each is either one's with even chance."""
+    """Exact two-sided p-value of a binomial test, even odds, on the items that only one run got right."""
     if only_first + only_this == 0:
         return 1.0
     try:

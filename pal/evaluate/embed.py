@@ -1,4 +1,4 @@
-"""Embeddings of short texts, for classification from free answers."""
+"""Text embeddings, for zero-shot classification from free answers."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from pal.files import sha256
 
 NGRAMS = "ngrams"
 _FEATURES = 4096
-"""Numbers of a text's n-grams."""
+"""Width of the hashed n-gram counts."""
 
 
 class TextEmbedder(ABC):
-    """Turns texts into directions."""
+    """Text embedding model."""
 
     name: str
-    """What a score made with it says."""
+    """Name in score files."""
     digest: str | None
-    """SHA-256 of its weights, where it has some."""
+    """SHA-256 of its weights; None without weights."""
 
     @abstractmethod
     def embed(self, texts: Sequence[str]) -> NDArray[np.float64]:
-        """Unit vectors -> [N, C]; their inner products are cosines."""
+        """Unit vectors [N, C] of the texts; their inner products are cosine similarities."""
 
 
 class NgramEmbedder(TextEmbedder):
-    """Counts of the letters' n-grams within words: spelling, not meaning. Needs no weights."""
+    """Bag of character n-grams within words: compares spelling, not meaning. Needs no weights."""
 
     name = "character n-grams"
     digest = None
@@ -46,12 +46,12 @@ class NgramEmbedder(TextEmbedder):
         )
 
     def embed(self, texts: Sequence[str]) -> NDArray[np.float64]:
-        """Counts by hash, as unit vectors."""
+        """Hashed n-gram counts as unit vectors."""
         return np.asarray(self._counts.transform(texts).toarray(), dtype=np.float64)
 
 
 class SentenceEmbedder(TextEmbedder):
-    """A model of sentence-transformers."""
+    """sentence-transformers model."""
 
     def __init__(self, source: str, name: str) -> None:
         try:
@@ -67,13 +67,13 @@ class SentenceEmbedder(TextEmbedder):
         self.name = name
 
     def embed(self, texts: Sequence[str]) -> NDArray[np.float64]:
-        """In float32 on the CPU, which gives the same numbers each time."""
+        """Embeddings in float32 on the CPU, for reproducible numbers."""
         vectors = self._model.encode(list(texts), normalize_embeddings=True, show_progress_bar=False)
         return np.asarray(vectors, dtype=np.float64)
 
 
 def open_embedder(source: str) -> TextEmbedder:
-    """An embedding by its name.
+    """Load a text embedding model.
 
     Args:
         source: "ngrams", or a folder or Hub id of a sentence-transformers model.

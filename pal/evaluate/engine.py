@@ -1,4 +1,4 @@
-"""The evaluator: asks a model every question of a benchmark and scores the answers, in memory or into a folder."""
+"""Evaluation engine: answers every question of a benchmark and scores the answers, in memory or in a run folder."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _PACKAGES = ("pal-audio", "torch", "transformers", "tokenizers", "numpy", "sound
 _SCORING = ("scikit-learn", "jiwer", "whisper-normalizer", "pycocoevalcap", "sentence-transformers")
 
 _Key = tuple[int, bool]
-"""Number of an item, and whether it was asked with its audio."""
+"""(index of an item, with audio)."""
 
 
 @overload
@@ -73,82 +73,83 @@ def evaluate(
     features: Callable[[str], EncodedClip] | None = None,
     overwrite: bool = False,
 ) -> Result | None:
-    """Ask a model every question of a benchmark and score the answers.
+    """Evaluate a model on a benchmark.
 
-    With a folder, answers are kept there as they come. Killed at any moment, the same call goes on where it was; only
-    what was not answered, or raised, is asked. Under `accelerate launch` every process asks its share of the clips.
+    With a folder, answers are saved there as they are generated. After a kill the same call resumes the run and answers
+    only questions without an answer or with an error. Under `accelerate launch` every process takes a share of the
+    clips.
 
     Args:
-        model: put in evaluation mode for the while; with a folder also on this process's device.
-        benchmark: what is asked, and by which rule it is scored; of records, every turn by exact match (see
+        model: set to evaluation mode during the call; with a folder also moved to this process's device.
+        benchmark: questions with their scoring rule; records are scored by exact match of every turn (see
             `from_records`).
-        folder: of this run; see `pal.evaluate.folder`. Without one nothing is written.
-        no_audio: also ask the same model every question without its audio.
-        limit: only the first so many questions.
-        batch: rows in a forward pass. Questions about one clip share its encoding and its keys and values.
-        progress: show a bar with the time left.
+        folder: run folder, see `pal.evaluate.folder`. Without one nothing is written.
+        no_audio: also evaluate the baseline without audio.
+        limit: evaluate only the first so many questions.
+        batch: rows of a forward pass. Questions about one clip share its encoding and its keys and values.
+        progress: show a progress bar.
         seed: of the bootstrap.
-        features: gives a clip's encoder features, made of it alone, such as a `pal.features.FeatureCache`;
-            without it they are run.
-        overwrite: forget another run in the folder.
+        features: returns the encoder features of a path, each clip encoded alone, such as a
+            `pal.features.FeatureCache`; default: run the encoders.
+        overwrite: delete another run in the folder.
 
     Returns:
-        The result; None in all processes but the first, which only a call with a folder has. An item that raised
-        counts as wrong and says why.
+        The result; with a folder, None in all processes but the first. An item that raised counts as wrong and
+        states its error.
 
     Raises:
-        ConfigError: another run is in the folder, or the rule needs choices or a package that are not there.
-        ManifestError: no questions, or with a folder two of one id.
-        PalError: every single question raised.
+        ConfigError: another run is in the folder, or the rule needs choices or a missing package.
+        ManifestError: no questions, or with a folder two with the same id.
+        PalError: every question raised.
     """
-    asked = benchmark if isinstance(benchmark, Benchmark) else from_records(benchmark)
-    items = asked.items[:limit]
-    rule = asked.build_rule()  # a missing package is said before an hour of answers, not after
+    questions = benchmark if isinstance(benchmark, Benchmark) else from_records(benchmark)
+    items = questions.items[:limit]
+    rule = questions.build_rule()  # a missing package raises before an hour of inference, not after
     prompts = [ItemPrompt.of(item, model.config.system) for item in items]
-    answerer = Answerer(model, asked.ranked, batch, asked.max_new_tokens, features)
+    answerer = Answerer(model, questions.ranked, batch, questions.max_new_tokens, features)
     conditions = (True, False) if no_audio else (True,)
     if folder is None:
-        settings = _settings(model, asked, items, prompts[0], rule, limit, seed, no_audio)
+        settings = _settings(model, questions, items, prompts[0], rule, limit, seed, no_audio)
         found = [
             (row, Answer(items[row].id, with_audio, text, error))
             for row, with_audio, text, error in _ask(answerer, prompts, range(len(items)), conditions, (), progress)
         ]
         texts = {(row, one.with_audio): one.text for row, one in found if one.text is not None}
         errors = {(row, one.with_audio): one.error for row, one in found if one.error is not None}
-        return _result(asked, items, texts, errors, rule, settings)
+        return _result(questions, items, texts, errors, rule, settings)
 
     from accelerate import PartialState
 
-    asked.check_ids()
+    questions.check_ids()
     state = PartialState()
     model.to(state.device)
-    kept = RunFolder(folder)
+    run_folder = RunFolder(folder)
     settings = {}
     if state.is_main_process:
-        settings = _settings(model, asked, items, prompts[0], rule, limit, seed, no_audio)
-        kept.open(settings, overwrite)
-        kept.forget_errors()
+        settings = _settings(model, questions, items, prompts[0], rule, limit, seed, no_audio)
+        run_folder.open(settings, overwrite)
+        run_folder.drop_errors()
     state.wait_for_everyone()
     rows = {item.id: row for row, item in enumerate(items)}
-    done = {(rows[name], with_audio) for name, with_audio in kept.answers()}
-    state.wait_for_everyone()  # nobody writes before all have read
+    done = {(rows[name], with_audio) for name, with_audio in run_folder.answers()}
+    state.wait_for_everyone()  # no process writes before all have read
     mine = _share(items, state.process_index, state.num_processes)
-    with kept.journal(state.process_index) as journal:
+    with run_folder.journal(state.process_index) as journal:
         shown = progress and state.is_main_process
         for row, with_audio, text, error in _ask(answerer, prompts, mine, conditions, done, shown):
             journal.add([Answer(items[row].id, with_audio, text, error)])
     state.wait_for_everyone()
     if not state.is_main_process:
         return None
-    texts = {(rows[name], with_audio): text for (name, with_audio), text in kept.answers().items()}
-    errors = {(rows[name], with_audio): why for (name, with_audio), why in kept.errors().items()}
-    result = _result(asked, items, texts, errors, rule, settings)
-    kept.finish(result)
+    texts = {(rows[name], with_audio): text for (name, with_audio), text in run_folder.answers().items()}
+    errors = {(rows[name], with_audio): why for (name, with_audio), why in run_folder.errors().items()}
+    result = _result(questions, items, texts, errors, rule, settings)
+    run_folder.finish(result)
     return result
 
 
 def scoring_packages() -> dict[str, str]:
-    """Versions of the packages that rules score with, as far as they are installed."""
+    """Versions of the installed packages that scoring rules use."""
     return _versions(_SCORING)
 
 
@@ -160,7 +161,7 @@ def _ask(
     done: Collection[_Key],
     progress: bool,
 ) -> Iterator[tuple[int, bool, str | None, str | None]]:
-    """Yields (number of the item, whether with its audio, answer, error) for each of `rows` that is not done."""
+    """Yield (index of the item, with audio, answer, error) for each of `rows` that is not done."""
     with evaluation_mode(answerer.model), torch.no_grad():
         for with_audio in conditions:
             left = [row for row in rows if (row, with_audio) not in done]
@@ -204,13 +205,13 @@ def _result(
 
 
 def _share(items: Sequence[Item], process: int, processes: int) -> list[int]:
-    """The items of one process: whole clips, so that their encoding stays shared."""
+    """Items of one process, by whole clips, so that their encoding is shared."""
     places: dict[tuple[str, ...], int] = {}
     return [row for row, item in enumerate(items) if places.setdefault(item.clips, len(places)) % processes == process]
 
 
 def _common_choices(items: Sequence[Item]) -> tuple[str, ...] | None:
-    """The choices of all items where they are the same, which are then written once."""
+    """The choices if all items have the same, which are then written only once."""
     first = items[0].choices
     return first if all(item.choices == first for item in items) else None
 
@@ -221,7 +222,7 @@ def _below(root: Path, clip: str) -> str:
 
 
 def _seconds(clips: Sequence[str]) -> float | None:
-    """Length by the headers; None where one cannot be read, which its item reports."""
+    """Length by the headers; None if one is unreadable, which its item reports."""
     try:
         return float(sum(seconds(clip) for clip in clips))
     except AudioError:
@@ -238,7 +239,7 @@ def _settings(
     seed: int,
     no_audio: bool,
 ) -> dict[str, Any]:
-    """What decides the answers, and what the reader of a score wants to know."""
+    """Settings that determine the answers, and facts for the reader of a score."""
     greedy = f"greedy, at most {benchmark.max_new_tokens} new tokens"
     return {
         "benchmark": benchmark.name,

@@ -1,11 +1,11 @@
-"""The folder of a run: settings, answers as they come, and the items and the score at the end.
+"""Output folder of an evaluation: settings, a journal of answers, and at the end the items and the score.
 
 | file | content |
 |---|---|
-| `settings.json` | what decides the answers; written first |
-| `answers.N.jsonl` | what process N was answered, a line each; gone when the run is complete |
-| `items.jsonl` | every item with its raw answer and what was read out of it |
-| `score.json` | the score; written last, so that it is there if and only if the run is complete |
+| `settings.json` | settings that determine the answers; written first |
+| `answers.N.jsonl` | answers of process N, one a line; deleted when the run is complete |
+| `items.jsonl` | every item with its raw and its parsed answer |
+| `score.json` | the score; written last, so that it exists if and only if the run is complete |
 """
 
 from __future__ import annotations
@@ -23,33 +23,33 @@ from pal.files import jsonable, write_json, write_text
 SETTINGS, ITEMS, SCORE = "settings.json", "items.jsonl", "score.json"
 
 IDENTITY = ("benchmark", "options", "limit", "data_digest", "model_digest", "system", "decoding", "asks", "versions")
-"""Settings that decide what the model answers. Where one differs, answers may not be mixed."""
+"""Settings that determine the answers. A run may be resumed only if all of them agree."""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What the model said to one question, with or without its audio."""
+    """Raw model output to one question, with or without audio."""
 
     id: str
     with_audio: bool
     text: str | None
-    """None where the item raised."""
+    """None if the item raised."""
     error: str | None = None
 
     def line(self) -> str:
-        """A line of `answers.N.jsonl`."""
+        """Line of `answers.N.jsonl`."""
         content = {"id": self.id, "heard": self.with_audio, "text": self.text, "error": self.error}
         return json.dumps(content, ensure_ascii=False) + "\n"
 
     @classmethod
     def read(cls, line: str) -> Answer:
-        """What `line` made."""
+        """Parse a line from `line`."""
         content = json.loads(line)
         return cls(content["id"], content["heard"], content["text"], content["error"])
 
 
 class RunFolder:
-    """One run on disk."""
+    """Output folder of an evaluation."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
@@ -57,7 +57,7 @@ class RunFolder:
     # Settings
 
     def settings(self) -> dict[str, Any]:
-        """What `open` wrote. Raises BundleError where the folder holds no run."""
+        """Settings written by `open`. Raises BundleError if the folder holds no run."""
         path = self.path / SETTINGS
         if not path.is_file():
             raise BundleError(f"{self.path}: no {SETTINGS}; give a folder that pal eval wrote")
@@ -68,14 +68,14 @@ class RunFolder:
         return found
 
     def open(self, settings: Mapping[str, Any], overwrite: bool = False) -> None:
-        """Begin a run, or take it up again.
+        """Start or resume a run.
 
         Raises:
             ConfigError: another run is in the folder; names the first setting that differs.
         """
         settings = jsonable(settings)
         if overwrite:
-            self.forget()
+            self.clear()
         elif (self.path / SETTINGS).is_file():
             before = self.settings()
             other = [key for key in IDENTITY if before.get(key) != settings.get(key)]
@@ -86,15 +86,15 @@ class RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         write_json(self.path / SETTINGS, settings)
 
-    def forget(self) -> None:
-        """Remove what `pal eval` wrote here, and nothing else."""
+    def clear(self) -> None:
+        """Delete the files of `pal eval`, and nothing else."""
         for path in (self.path / SCORE, self.path / ITEMS, self.path / SETTINGS, *self._journals()):
             path.unlink(missing_ok=True)
 
-    # Answers while the run goes on
+    # Answers during the run
 
     def answers(self) -> dict[tuple[str, bool], str]:
-        """(item, with audio) -> what was answered so far. What raised is not among it, so it is asked again."""
+        """(item, with audio) -> answer so far. Items that raised are missing, so that they are retried."""
         found: dict[tuple[str, bool], str] = {}
         if (self.path / ITEMS).is_file():
             for one in self.items():
@@ -107,15 +107,15 @@ class RunFolder:
         return found
 
     def errors(self) -> dict[tuple[str, bool], str]:
-        """(item, with audio) -> why it raised, as the processes of this run wrote."""
+        """(item, with audio) -> error message, from the processes of this run."""
         return {(a.id, a.with_audio): a.error for a in self._lines() if a.error is not None}
 
     def journal(self, process: int) -> Journal:
-        """Where process number `process` writes its answers."""
+        """Journal for the answers of process `process`."""
         return Journal(self.path / f"answers.{process}.jsonl")
 
-    def forget_errors(self) -> None:
-        """Drop what raised in an earlier process of this run, before it is asked again."""
+    def drop_errors(self) -> None:
+        """Delete the errors of earlier processes of this run before their items are retried."""
         for path in self._journals():
             kept = [line for line in _whole_lines(path) if json.loads(line).get("error") is None]
             write_text(path, "".join(f"{line}\n" for line in kept))
@@ -131,7 +131,7 @@ class RunFolder:
     # The end
 
     def finish(self, result: Result) -> None:
-        """Write items and score, and drop the answers that they hold."""
+        """Write items and score, and delete the journals."""
         lines = (json.dumps(jsonable(one.to_dict()), ensure_ascii=False) for one in result.items)
         write_text(self.path / ITEMS, "".join(f"{line}\n" for line in lines))
         write_json(self.path / SCORE, result.summary())
@@ -139,7 +139,7 @@ class RunFolder:
             path.unlink()
 
     def result(self) -> Result:
-        """What `finish` wrote.
+        """Result written by `finish`.
 
         Raises:
             BundleError: the run is not complete, or damaged.
@@ -155,7 +155,7 @@ class RunFolder:
             raise BundleError(f"{path}: damaged; score it again with pal eval --rescore {self.path}") from None
 
     def items(self) -> list[ItemResult]:
-        """The items that `finish` wrote. Raises BundleError where the run is not complete, or damaged."""
+        """Items written by `finish`. Raises BundleError if the run is incomplete or damaged."""
         path = self.path / ITEMS
         if not path.is_file():
             raise BundleError(f"{self.path}: no {ITEMS}; the run is not complete, start the same pal eval again")
@@ -169,10 +169,10 @@ class RunFolder:
 
 
 def load_result(path: str | Path) -> Result:
-    """The result in a run's folder, or in a file that `Result.save` wrote.
+    """The result in a run folder or in a file of `Result.save`.
 
     Raises:
-        BundleError: neither, or damaged.
+        BundleError: neither of them, or damaged.
     """
     if not Path(path).exists():
         raise BundleError(f"{path}: no such folder or file; give a run's folder, or a file that pal eval --json wrote")
@@ -180,7 +180,7 @@ def load_result(path: str | Path) -> Result:
 
 
 class Journal:
-    """Answers of one process, appended as they come. A line cut by a kill is dropped at the next start."""
+    """Append-only file of one process's answers. A line cut by a kill is dropped at the next start."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -189,7 +189,7 @@ class Journal:
         self._file = path.open("a", encoding="utf-8", newline="\n")
 
     def add(self, answers: Sequence[Answer]) -> None:
-        """Append, out of this process's hands when it returns."""
+        """Append answers and flush them to the operating system."""
         for answer in answers:
             self._file.write(answer.line())
         self._file.flush()
@@ -202,5 +202,8 @@ class Journal:
 
 
 def _whole_lines(path: Path) -> list[str]:
-    """The lines of a file but a last one without its end. Not splitlines(), which cuts at more than line feeds."""
+    """Complete lines of a file, without a last line that has no line feed.
+
+    Not by splitlines(), which splits at more than line feeds.
+    """
     return path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]

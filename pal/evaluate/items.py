@@ -1,4 +1,4 @@
-"""The contract between benchmarks, models and rules: one question, and what is right about it."""
+"""Evaluation question with its references: the interface between benchmarks, models and scoring rules."""
 
 from __future__ import annotations
 
@@ -13,33 +13,33 @@ from pal.data.manifest import PLACEHOLDER, Record, Turn
 
 @dataclass(frozen=True)
 class Item:
-    """One question of a benchmark."""
+    """Question of a benchmark."""
 
     id: str
-    """Unique in the benchmark, the same whenever it is read."""
+    """Unique in the benchmark, and the same in every run."""
     clips: tuple[str, ...]
     """Paths of the audio; the bootstrap draws all questions about the same clips together."""
     prompt: str
-    """What the model is asked, choices included where the benchmark shows them."""
+    """The question, with its choices if the benchmark shows them."""
     references: tuple[str, ...]
-    """What is right: the one option, all labels that hold, every caption, or the transcript."""
+    """Correct answers: the one option, all labels of the clip, every caption, or the transcript."""
     choices: tuple[str, ...] | None = None
-    """The options in the order shown, or all labels of the set; None where any text may be right."""
+    """Options in the order shown, or all labels of the set; None for free text."""
     category: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    """Axis -> the item's values on it, such as {"difficulty": ("hard",)}; each gets a score of its own."""
+    """Axis -> the item's values on it, such as {"difficulty": ("hard",)}; each value gets a score of its own."""
     before: tuple[Turn, ...] = ()
-    """Earlier turns of the conversation, which the model is given with their reference answers."""
+    """Earlier turns of the conversation, part of the prompt with their reference answers."""
 
 
 def one_reference(record: Record, prompt: str, category: Mapping[str, tuple[str, ...]] | None = None) -> Item:
-    """A record of one turn as an item whose answer is the reference."""
+    """Item of a record with one turn, whose answer is the reference."""
     return Item(record.id, record.clips, prompt, (record.turns[0].answer,), record.choices, category or {})
 
 
 def each_turn(record: Record, last: bool = False) -> Iterator[Item]:
-    """The turns of a record, each as an item after those before it, named `record#turn`; or only its last turn.
+    """Items of a record's turns, or of its last turn, with earlier turns as history and the id `record#turn`.
 
-    The choices are the last turn's.
+    The choices belong to the last turn.
     """
     placed = [turn.question.count(PLACEHOLDER) for turn in record.turns]
     end = len(record.turns) - 1
@@ -58,7 +58,7 @@ def each_turn(record: Record, last: bool = False) -> Iterator[Item]:
 
 
 def all_captions(records: Iterable[Record], prompt: str) -> list[Item]:
-    """Records of captions as one item a clip, with all its captions as references."""
+    """Items of caption records, one a clip, with all its captions as references."""
     of_clip: dict[tuple[str, ...], list[Record]] = {}
     for record in records:
         of_clip.setdefault(record.clips, []).append(record)
@@ -69,9 +69,9 @@ def all_captions(records: Iterable[Record], prompt: str) -> list[Item]:
 
 
 def digest(items: Sequence[Item], root: Path) -> str:
-    """SHA-256 of all that decides the score but the model: questions, references, the clips' names and sizes.
+    """SHA-256 of the questions, references, and the clips' names and sizes.
 
-    The clips' content is not read; a file of another length is noticed.
+    The content of clips is not read; only a change of a file's size is noticed.
     """
     sha = hashlib.sha256()
     sizes: dict[str, int] = {}

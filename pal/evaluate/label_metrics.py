@@ -1,4 +1,4 @@
-"""Metrics that are means over labels, such as mAP and macro F1: of the labels that are there."""
+"""Macro-averages over labels, such as mAP and macro F1, of the labels that occur."""
 
 from __future__ import annotations
 
@@ -15,45 +15,45 @@ Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
 
 RESAMPLES = 1000
-"""Data sets drawn; each label is ranked anew in each of them."""
+"""Number of bootstrap samples; each label is ranked again in each of them."""
 MOST_WIDENED = 4.0
-"""Most that a variance is raised for labels of a single clip, which say nothing of their own spread."""
+"""Largest factor on the variance for labels of a single clip, which show no spread of their own."""
 _SLOW = 200_000
-"""Items times labels, of which a thousand data sets take some seconds."""
+"""Items times labels above which a thousand bootstrap samples take some seconds."""
 _CHUNK = 1_000_000
-"""Numbers of items in data sets held at once."""
+"""Most item counts of bootstrap samples in memory."""
 
 
 class LabelMetric(Metric):
-    """Mean of what each label has, over the labels that the items have.
+    """Macro-average: mean of a metric of each label, over the labels that occur in the items.
 
-    A label that is not there has no value and does not count: not in the whole, not in a part of the items, not in a
-    redrawn data set. So a part is not charged for labels that it does not have.
+    A label that does not occur has no value and does not count: not for all items, nor for a subset, nor in a
+    bootstrap sample. So a subset is not penalised for labels that it does not have.
     """
 
     resamples = RESAMPLES
 
     @abstractmethod
     def present(self) -> Bools:
-        """Which items give a label a value [N, L]."""
+        """Mask of the items that give a label a value [N, L]."""
 
     @abstractmethod
     def by_label(self, times_RN: Floats) -> Floats:
-        """Each label's value [R, L] where the items are there so many times; NaN where it has none."""
+        """Metric of each label [R, L], with each item repeated `times_RN` times; NaN for labels that do not occur."""
 
     @property
     def slow(self) -> bool:
-        """Whether there are so many items and labels that redrawing takes long."""
+        """Whether resampling takes long, by the number of items and labels."""
         return self.present().size > _SLOW
 
     def value(self, rows: Rows | None = None) -> float:
-        """Over all items, or over `rows`."""
+        """The metric over all items, or over `rows`."""
         n = len(self.present())
         times_N = np.ones(n) if rows is None else np.bincount(rows, minlength=n).astype(float)
         return float(mean_over_labels(self.by_label(times_N[None]))[0])
 
-    def redrawn(self, groups: Groups, drawn_RG: Rows) -> Floats:
-        """From how many times each group was drawn."""
+    def resampled(self, groups: Groups, drawn_RG: Rows) -> Floats:
+        """Bootstrap values, from the number of times that each group was drawn."""
         size = max(1, _CHUNK // len(groups.of_item))
         found = []
         for first in range(0, len(drawn_RG), size):
@@ -65,62 +65,63 @@ class LabelMetric(Metric):
         return np.concatenate(found)
 
     def support(self, groups: Groups) -> Support:
-        """The clips of its labels."""
+        """Effective sample size, from the clips of each label."""
         return evidence(self.present(), groups)
 
 
 @dataclass(frozen=True)
 class MeanAveragePrecision(LabelMetric):
-    """Mean over the labels that some item has of average precision.
+    """Mean average precision (mAP) over the labels that occur.
 
-    Of each label it is scikit-learn's `average_precision_score`, which is not defined without a positive.
+    For each label scikit-learn's `average_precision_score`, which is undefined without a positive.
     """
 
     truth_NL: Bools
     scores_NL: Floats
 
     def present(self) -> Bools:
-        """The labels of the items."""
+        """Labels of the items."""
         return self.truth_NL
 
-    def of_some(self, rows: Rows) -> MeanAveragePrecision:
-        """Of their labels alone."""
+    def subset(self, rows: Rows) -> MeanAveragePrecision:
+        """The metric of some items."""
         return MeanAveragePrecision(self.truth_NL[rows], self.scores_NL[rows])
 
     def by_label(self, times_RN: Floats) -> Floats:
-        """One label after the other."""
+        """Average precision of each label."""
         columns = zip(self.scores_NL.T, self.truth_NL.T, strict=True)
         return np.stack([average_precision(score_N, truth_N, times_RN) for score_N, truth_N in columns], axis=1)
 
 
 @dataclass(frozen=True)
 class MacroF1(LabelMetric):
-    """Mean over the labels that are held or said of F1: scikit-learn's `f1_score` with zero_division=nan."""
+    """Macro F1 over the labels that are true or predicted: scikit-learn's `f1_score` with zero_division=nan."""
 
     truth_NL: Bools
-    said_NL: Bools
+    predicted_NL: Bools
 
     def present(self) -> Bools:
-        """Held or said."""
-        return self.truth_NL | self.said_NL
+        """Labels that are true or predicted."""
+        return self.truth_NL | self.predicted_NL
 
-    def of_some(self, rows: Rows) -> MacroF1:
-        """Of what they hold and say alone."""
-        return MacroF1(self.truth_NL[rows], self.said_NL[rows])
+    def subset(self, rows: Rows) -> MacroF1:
+        """The metric of some items."""
+        return MacroF1(self.truth_NL[rows], self.predicted_NL[rows])
 
     def by_label(self, times_RN: Floats) -> Floats:
-        """Twice the hits by what is held and what is said."""
-        hits_NL = (self.truth_NL & self.said_NL).astype(float)
-        both_NL = self.truth_NL.astype(float) + self.said_NL
+        """F1 of each label: 2 TP / (true + predicted)."""
+        hits_NL = (self.truth_NL & self.predicted_NL).astype(float)
+        both_NL = self.truth_NL.astype(float) + self.predicted_NL
         with np.errstate(invalid="ignore", divide="ignore"):
             f1_RL: Floats = 2 * (times_RN @ hits_NL) / (times_RN @ both_NL)
         return f1_RL
 
 
 def evidence(present_NL: Bools, groups: Groups) -> Support:
-    """As of equally uncertain labels: the harmonic mean of their clips, and what single ones fail to show.
+    """Effective sample size of a mean over labels of equal variance, and the factor its bootstrap variance lacks.
 
-    A label of n clips has a variance of v / n, and redrawing shows (n - 1) / n of it (of one clip, nothing).
+    The size is the harmonic mean of the labels' clips. A label of n clips has a variance of v / n, of which resampling
+    shows (n - 1) / n (of one clip, nothing).
     """
     held_GL = np.zeros((len(groups), present_NL.shape[1]), bool)
     np.logical_or.at(held_GL, groups.of_item, present_NL)
@@ -134,7 +135,7 @@ def evidence(present_NL: Bools, groups: Groups) -> Support:
 
 
 def mean_over_labels(values_RL: Floats) -> Floats:
-    """Mean of the numbers of a row that are there -> [R]; NaN where there are none."""
+    """Mean of each row without NaN -> [R]; NaN if all are NaN."""
     there_RL = ~np.isnan(values_RL)
     with np.errstate(invalid="ignore", divide="ignore"):
         means_R: Floats = np.where(there_RL, values_RL, 0.0).sum(1) / there_RL.sum(1)
@@ -142,9 +143,9 @@ def mean_over_labels(values_RL: Floats) -> Floats:
 
 
 def average_precision(score_N: Floats, truth_N: Bools, times_RN: Floats) -> Floats:
-    """Average precision of one label with each item there so many times -> [R]; NaN without a positive.
+    """Average precision of one label, with each item repeated `times_RN` times -> [R]; NaN without a positive.
 
-    It is scikit-learn's with `sample_weight`; equal scores are one step.
+    As scikit-learn's with `sample_weight`; equal scores are one step.
     """
     order_N = np.argsort(-score_N, kind="stable")
     ends = np.append(np.flatnonzero(np.diff(score_N[order_N])), len(order_N) - 1)
@@ -153,7 +154,7 @@ def average_precision(score_N: Floats, truth_N: Bools, times_RN: Floats) -> Floa
     all_RS = np.cumsum(sorted_RN, axis=1)[:, ends]
     gained_RS = np.diff(hits_RS, axis=1, prepend=0.0)
     with np.errstate(invalid="ignore", divide="ignore"):
-        # where nothing was drawn yet there is no precision, and nothing gained to weigh with it
+        # before the first drawn item precision is 0 / 0, and its weight (the gain in recall) is 0
         precision_RS = np.where(all_RS > 0, hits_RS / all_RS, 0.0)
         found_R: Floats = (gained_RS * precision_RS).sum(1) / hits_RS[:, -1]
     return found_R

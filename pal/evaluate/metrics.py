@@ -1,4 +1,4 @@
-"""Metrics: numbers that any selection of items has, such as accuracy or a word error rate."""
+"""Metrics over any selection of items, such as accuracy or word error rate, with their bootstrap."""
 
 from __future__ import annotations
 
@@ -14,80 +14,80 @@ if TYPE_CHECKING:
     from pal.evaluate.bootstrap import Groups
 
 Rows = NDArray[np.intp]
-"""Numbers of items, or of groups of items."""
+"""Indices of items, or of groups of items."""
 
 RESAMPLES = 2000
-"""Data sets drawn for a metric that is a ratio of sums."""
+"""Number of bootstrap samples of a ratio metric."""
 
 
 class Metric(ABC):
-    """A number that any selection of the items has."""
+    """Metric over any selection of the items."""
 
     resamples: int = RESAMPLES
 
     @property
     def slow(self) -> bool:
-        """Whether redrawing takes long, so that parts get no intervals."""
+        """Whether resampling takes long, so that subsets get no intervals."""
         return False
 
     @abstractmethod
     def value(self, rows: Rows | None = None) -> float:
-        """The metric over the items `rows` (which may repeat), or over all; NaN where it has none."""
+        """The metric over the items `rows` (which may repeat), or over all; NaN if it is undefined."""
 
     @abstractmethod
-    def of_some(self, rows: Rows) -> Metric:
-        """The same metric of some items."""
+    def subset(self, rows: Rows) -> Metric:
+        """The metric of some items."""
 
     @abstractmethod
-    def redrawn(self, groups: Groups, drawn_RG: Rows) -> NDArray[np.float64]:
-        """The metric of each of R data sets made of the groups `drawn_RG` -> [R]."""
+    def resampled(self, groups: Groups, drawn_RG: Rows) -> NDArray[np.float64]:
+        """The metric on R bootstrap samples, each of the groups in a row of `drawn_RG` -> [R]."""
 
     @abstractmethod
     def support(self, groups: Groups) -> Support:
-        """How much evidence it stands on."""
+        """Effective sample size of the metric."""
 
 
 @dataclass(frozen=True)
 class Support:
-    """The evidence behind a metric."""
+    """Effective sample size of a metric."""
 
     clips: float | None
-    """Independent right or wrong answers that say as much; None for a metric that is no share of 0 to 1."""
+    """Equivalent number of independent right or wrong answers; None for a metric that is no share of 0 to 1."""
     widened: float | None = None
-    """Times that the variance is above what redrawing shows; None for a metric that redrawing does not bias."""
+    """Variance relative to the bootstrap variance; None for a metric whose bootstrap is unbiased."""
 
 
 @dataclass(frozen=True)
 class Ratio(Metric):
-    """The sum of one number an item by the sum of another: means, error rates, micro-averages."""
+    """Ratio of two sums over items: means, error rates, micro-averages."""
 
     over: NDArray[np.float64]
     under: NDArray[np.float64]
     share: bool = False
-    """Never below 0 nor above 1, such as the share of right answers."""
+    """Whether the ratio lies between 0 and 1, such as an accuracy."""
 
     @classmethod
     def right(cls, correct: Sequence[bool]) -> Ratio:
-        """Share of right answers."""
+        """Accuracy."""
         return cls(np.asarray(correct, dtype=float), np.ones(len(correct)), share=True)
 
     @classmethod
     def mean(cls, values: Sequence[float]) -> Ratio:
-        """Plain mean, each item counting once."""
+        """Mean over the items."""
         return cls(np.asarray(values, dtype=float), np.ones(len(values)))
 
     def value(self, rows: Rows | None = None) -> float:
-        """Sum by sum."""
+        """Ratio of the sums."""
         over, under = (x if rows is None else x[rows] for x in (self.over, self.under))
         total = float(under.sum())
         return float(over.sum()) / total if total else float("nan")
 
-    def of_some(self, rows: Rows) -> Ratio:
-        """The items' numbers alone."""
+    def subset(self, rows: Rows) -> Ratio:
+        """The metric of some items."""
         return Ratio(self.over[rows], self.under[rows], self.share)
 
-    def redrawn(self, groups: Groups, drawn_RG: Rows) -> NDArray[np.float64]:
-        """From the groups' sums alone."""
+    def resampled(self, groups: Groups, drawn_RG: Rows) -> NDArray[np.float64]:
+        """Bootstrap values, from the sums of each group."""
         over_G = np.bincount(groups.of_item, weights=self.over)
         under_G = np.bincount(groups.of_item, weights=self.under)
         with np.errstate(invalid="ignore", divide="ignore"):
@@ -95,5 +95,5 @@ class Ratio(Metric):
         return ratios
 
     def support(self, groups: Groups) -> Support:
-        """Of a share, the groups that count."""
+        """For a share, the number of groups in its denominator."""
         return Support(float(len(np.unique(groups.of_item[self.under > 0]))) if self.share else None)

@@ -1,4 +1,4 @@
-"""Results out of run folders alone, without a model: scored by another rule, or several runs joined."""
+"""Results from run folders without a model: rescoring by another rule, and joining of runs."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ def rescore(folder: str | Path, rule: Mapping[str, Any] | None = None) -> Result
     """Score the answers of a complete run again, without the model.
 
     Args:
-        folder: of the run; its items and score are written anew.
-        rule: another rule by its `name` ("official" is the benchmark's own), or options that change the run's.
+        folder: of the run; its items and score are rewritten.
+        rule: another rule by its `name` ("official" is the benchmark's own), or options that override the run's.
 
     Raises:
-        BundleError: no complete run.
+        BundleError: not a complete run.
         ConfigError: the rule does not fit the answers.
     """
     kept = RunFolder(folder)
@@ -49,10 +49,10 @@ def rescore(folder: str | Path, rule: Mapping[str, Any] | None = None) -> Result
 
 
 def join(folders: Sequence[str | Path], out: str | Path, overwrite: bool = False) -> Result:
-    """Several runs of different questions of one benchmark as one, such as five folds with a model each.
+    """Join runs of different questions of one benchmark, such as five folds with a model each.
 
     Raises:
-        ConfigError: they differ in more than the model and the questions' choice, or share a question.
+        ConfigError: the runs differ in more than model and selection of questions, or share a question.
     """
     runs = [RunFolder(folder) for folder in folders]
     settings = [one.settings() for one in runs]

@@ -1,4 +1,4 @@
-"""The result of an evaluation: metrics with intervals, every item with its raw answer, and the settings."""
+"""Result of an evaluation: metrics with intervals, every item with its raw answer, and the settings."""
 
 from __future__ import annotations
 
@@ -16,40 +16,40 @@ from pal.files import jsonable, write_json
 
 @dataclass
 class ItemResult:
-    """One item and what became of it: a line of `items.jsonl`."""
+    """Scored item: a line of `items.jsonl`."""
 
     id: str
     clips: list[str]
     category: dict[str, list[str]]
     seconds: float | None
-    """Length of the clips; None where no header states it."""
+    """Length of the clips; None if no header states it."""
     prompt: str
     references: list[str]
     choices: list[str] | None
-    """None, too, where all items have the same; the settings hold them then, as `labels`."""
+    """Also None if all items have the same choices, which are then in the settings as `labels`."""
     output: str | None = None
-    """The raw answer, never a normalised one; None where the item raised, which counts as wrong."""
+    """Raw answer, never normalised; None if the item raised, which counts as wrong."""
     parsed: Any = None
     correct: bool | None = None
-    """None where the rule knows no right and wrong, as for captions."""
+    """None if the rule has no right and wrong, as for captions."""
     value: float | None = None
     error: str | None = None
     no_audio_output: str | None = None
-    """The same model's answer without the audio; None where that was not asked for, or raised."""
+    """Answer of the same model without audio; None if not evaluated, or if it raised."""
     no_audio_parsed: Any = None
     no_audio_correct: bool | None = None
     no_audio_value: float | None = None
     no_audio_error: str | None = None
     before: list[dict[str, str]] = field(default_factory=list)
-    """Earlier turns with their reference answers; left out of the line where there are none."""
+    """Earlier turns with their reference answers; not in the line if there are none."""
 
     @property
     def group(self) -> str:
-        """The clips that the item is about; the bootstrap draws all items of one group together."""
+        """Cluster of the bootstrap: the item's clips."""
         return "\n".join(self.clips)
 
     def item(self, labels: Sequence[str] | None) -> Item:
-        """The question again; `labels` are the choices of items that have none of their own."""
+        """The question; `labels` are the choices of items without their own."""
         choices = self.choices if self.choices is not None else labels
         category = {axis: tuple(values) for axis, values in self.category.items()}
         return Item(
@@ -63,7 +63,7 @@ class ItemResult:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON has it."""
+        """JSON-compatible values."""
         content = asdict(self)
         if not self.before:
             del content["before"]
@@ -71,30 +71,30 @@ class ItemResult:
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> ItemResult:
-        """What `to_dict` made. Raises KeyError and TypeError for other content."""
+        """Inverse of `to_dict`. Raises KeyError and TypeError for other content."""
         names = {one.name for one in fields(cls)} - {"before"}
         return cls(**{name: content[name] for name in names}, before=content.get("before", []))
 
 
 @dataclass
 class MetricValue:
-    """A metric over some items with its interval, and beside it the same model's without audio."""
+    """Metric over some items with its interval, with and without audio."""
 
     n: int
-    """Items that it is over."""
+    """Number of items."""
     score: float
     ci95: tuple[float, float] | None = None
-    """None for a part of the items whose redrawing would take long."""
+    """None for a subset of the items if resampling would take long."""
     no_audio_score: float | None = None
     no_audio_ci95: tuple[float, float] | None = None
     gain: float | None = None
     """score - no_audio_score"""
     gain_ci95: tuple[float, float] | None = None
-    """Paired: both answers of an item are drawn together."""
+    """Paired bootstrap interval: both answers of an item are drawn together."""
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> MetricValue:
-        """Out of JSON, whose other keys are left alone. Raises KeyError where one is missing."""
+        """From JSON values; other keys are ignored. Raises KeyError if one is missing."""
         values: dict[str, Any] = {one.name: content[one.name] for one in fields(cls)}
         for name in ("ci95", "no_audio_ci95", "gain_ci95"):
             values[name] = None if values[name] is None else tuple(values[name])
@@ -103,29 +103,29 @@ class MetricValue:
 
 @dataclass
 class Result:
-    """What an evaluation found, in memory as in a run's folder."""
+    """Result of an evaluation, in memory or in a run folder."""
 
     benchmark: str
     metric: str
     """Name of the benchmark's own metric, the first of `metrics`."""
     overall: MetricValue
-    """That metric over all items."""
+    """Value of `metric` over all items."""
     metrics: dict[str, MetricValue]
-    """All metrics that the rule gives, the benchmark's own first."""
+    """All metrics of the rule, the benchmark's own first."""
     single: dict[str, dict[str, float | None]]
     """Metrics without interval: {"score", "no_audio_score"}."""
     categories: dict[str, dict[str, MetricValue]]
     """Axis -> value -> the benchmark's own metric over the items of that value."""
     durations: dict[str, MetricValue]
-    """The same by the length of the clips."""
+    """Length of the clips -> the benchmark's own metric over their items."""
     errors: list[dict[str, str]]
-    """Items that raised, with or without their audio: {"id", "error"}."""
+    """Items that raised, with or without audio: {"id", "error"}."""
     facts: dict[str, Any]
     rule: dict[str, Any]
-    """What the rule says of itself."""
+    """Description of the scoring rule."""
     intervals: str
     settings: dict[str, Any] = field(default_factory=dict)
-    """What decides the answers, such as the digests of model and data, and what a reader of the score wants to know."""
+    """Settings that determine the answers, such as digests of model and data, and facts for the reader of a score."""
     items: list[ItemResult] = field(default_factory=list)
 
     @property
@@ -135,11 +135,11 @@ class Result:
 
     @property
     def score(self) -> float:
-        """The benchmark's own metric over all items."""
+        """Value of the benchmark's own metric over all items."""
         return self.overall.score
 
     def summary(self) -> dict[str, Any]:
-        """All but settings and items, as `score.json` has it."""
+        """Content of `score.json`: all but settings and items."""
         content: dict[str, Any] = jsonable(
             {
                 "benchmark": self.benchmark,
@@ -161,14 +161,14 @@ class Result:
         return content
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it, as `pal eval --json` writes it."""
+        """Content of `pal eval --json`: summary, settings and items."""
         settings, items = jsonable(self.settings), [jsonable(one.to_dict()) for one in self.items]
         return {**self.summary(), "settings": settings, "items": items}
 
     @classmethod
     def from_dict(cls, summary: Mapping[str, Any], settings: Mapping[str, Any], items: Sequence[ItemResult]) -> Result:
-        """Out of what `summary` made, now or in an earlier version. Raises KeyError and the like for other content."""
-        # runs of earlier versions say "figures", whose n is the whole's
+        """From a `summary` of this or an earlier version. Raises KeyError and the like for other content."""
+        # runs of earlier versions have "figures" instead of "metrics", without n
         metrics = summary["metrics"] if "metrics" in summary else summary["figures"]
         return cls(
             benchmark=summary["benchmark"],
@@ -187,15 +187,15 @@ class Result:
         )
 
     def save(self, path: str | Path) -> None:
-        """Write `to_dict` as JSON in one step, so that a reader never sees half of it."""
+        """Write `to_dict` as JSON, atomically."""
         write_json(Path(path), self.to_dict())
 
     @classmethod
     def load(cls, path: str | Path) -> Result:
-        """Read what `save` wrote, or the `score.json` of a run, which has no settings and no items.
+        """Load a file of `save`, or the `score.json` of a run, which has no settings and no items.
 
         Raises:
-            BundleError: no such file, or something else in it.
+            BundleError: no such file, or other content.
         """
         try:
             found = json.loads(Path(path).read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""From answers to a result: what a rule says of them, with intervals, categories, durations and errors."""
+"""Scoring of answers: metrics of a rule with intervals, by category and duration, and the errors."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ from pal.evaluate.result import ItemResult, MetricValue, Result
 from pal.evaluate.rules.base import Rule, Verdict
 
 DURATIONS = ((0.0, 2.0), (2.0, 5.0), (5.0, 10.5), (10.5, 30.5), (30.5, float("inf")))
-"""Seconds from and below which clips are put together. 10 and 30 s are usual lengths, give or take a frame."""
+"""Bins of clip lengths, [from, below) in seconds. 10 and 30 s are usual lengths, give or take a frame."""
 
 
 def score(items: Sequence[ItemResult], rule: Rule, settings: Mapping[str, Any]) -> Result:
-    """Judge the answers, write what was found into the items, and sum up.
+    """Score the answers, write each item's score into the item, and compute the metrics.
 
     Args:
         items: at least one, with the raw answers.
-        rule: how answers are judged.
-        settings: of the run: `benchmark`, its name; `labels`, the choices of items that have none of their own; `seed`,
-            of the bootstrap; `no_audio`, whether the answers without audio are there.
+        rule: scoring rule.
+        settings: of the run: `benchmark`, its name; `labels`, the choices of items without their own; `seed`, of the
+            bootstrap; `no_audio`, whether there are answers without audio.
     """
     labels, seed = settings["labels"], settings["seed"]
-    asked = [one.item(labels) for one in items]
-    verdict = rule.judge(asked, [one.output for one in items])
+    questions = [one.item(labels) for one in items]
+    verdict = rule.judge(questions, [one.output for one in items])
     for one, parsed, correct, value in zip(items, verdict.parsed, verdict.correct, verdict.value, strict=True):
         one.parsed, one.correct, one.value = parsed, correct, value
     without: Verdict | None = None
     if settings["no_audio"]:
-        without = rule.judge(asked, [one.no_audio_output for one in items])
+        without = rule.judge(questions, [one.no_audio_output for one in items])
         for one, parsed, correct, value in zip(items, without.parsed, without.correct, without.value, strict=True):
             one.no_audio_parsed, one.no_audio_correct, one.no_audio_value = parsed, correct, value
     keys = [one.group for one in items]
@@ -75,7 +75,7 @@ def score(items: Sequence[ItemResult], rule: Rule, settings: Mapping[str, Any]) 
 
 
 def _measure(metric: Metric, no_audio: Metric | None, keys: Sequence[str], seed: int) -> MetricValue:
-    """A metric over all its items with intervals; `keys` say which items belong together."""
+    """Metric over all items with intervals; `keys` are the items' clusters."""
     if no_audio is None:
         (whole,) = draw([metric], Groups(keys), seed)
         return MetricValue(len(keys), whole.value, whole.interval())
@@ -87,8 +87,8 @@ def _measure(metric: Metric, no_audio: Metric | None, keys: Sequence[str], seed:
 
 
 def _measure_some(metric: Metric, no_audio: Metric | None, rows: Rows, keys: Sequence[str], seed: int) -> MetricValue:
-    """Of some items; without intervals where they would take long."""
-    some, other = metric.of_some(rows), None if no_audio is None else no_audio.of_some(rows)
+    """Metric over some items, without intervals if these would take long."""
+    some, other = metric.subset(rows), None if no_audio is None else no_audio.subset(rows)
     if not metric.slow:
         return _measure(some, other, keys, seed)
     value, without = some.value(), None if other is None else other.value()

@@ -1,4 +1,4 @@
-"""Answers compared as text: the stated normalisation, and exact match after it."""
+"""Text normalisation, and exact match after it."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ NORMALISATION = (
     "Unicode NFKC, lower case, punctuation (but not #) to spaces, white space joined, "
     "one leading a/an/the dropped unless it is the whole answer"
 )
-"""What `normalise` does, for score files."""
+"""Description of `normalise`, for score files."""
 
 _ARTICLES = frozenset({"a", "an", "the"})
 
 
 def normalise(text: str) -> str:
-    """The form in which answers are compared; see `NORMALISATION`.
+    """Normalised text; see `NORMALISATION`.
 
-    '#' stays, or the notes C and C# would be one answer, and so does a lone "a", which is a note too.
+    '#' stays, since the notes C and C# differ, and so does a lone "a", which is a note, too.
     """
     folded = unicodedata.normalize("NFKC", text).lower()
     kept = "".join(" " if unicodedata.category(c)[0] == "P" and c != "#" else c for c in folded)
@@ -27,6 +27,6 @@ def normalise(text: str) -> str:
 
 
 def exact_match(prediction: str, reference: str) -> bool:
-    """Equal after `normalise`; a reference that is punctuation alone is compared as it stands."""
+    """Equality after `normalise`; a reference of only punctuation is compared unchanged."""
     wanted = normalise(reference)
     return normalise(prediction) == wanted if wanted else prediction.strip() == reference.strip()

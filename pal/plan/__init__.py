@@ -1,9 +1,9 @@
-"""What a recipe takes, before anything is loaded: `plan(load_recipe("recipes/paper/llama-3.2-1b/pal.yaml"))`.
+"""Cost estimates of a recipe, without loading anything: `plan(load_recipe("recipes/paper/llama-3.2-1b/pal.yaml"))`.
 
-The model is built on torch's meta device, where weights have shapes and no numbers, so parameters are counted and not
+The model is built on torch's meta device, where weights have shapes and no data, so parameters are counted and not
 estimated. FLOPs of the LLM and of the integrations are closed forms (`pal/backbone/cost.py` and
-`pal/integrations/cost.py`); those of encoders and connectors are counted on that model. Memory for activations is their
-sum by the same rules. The time of a step is an estimate, and says so.
+`pal/integrations/cost.py`); those of encoders and connectors are counted on that model, as is memory for activations.
+The time of a step is an estimate and labelled as such.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Operations and kept bytes of networks that are not ours to write down in closed form: run once, without numbers."""
+"""FLOPs and activation bytes of networks without a closed form, counted in one run on the meta device."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from pal.encoders.base import Encoder
 from pal.types import AudioFeatures
 
 
-def heard(encoder: Encoder, seconds: float) -> tuple[AudioFeatures, Cost]:
-    """What an encoder on the meta device makes of a clip of so many seconds, and what it costs."""
+def encoded(encoder: Encoder, seconds: float) -> tuple[AudioFeatures, Cost]:
+    """Features of a clip of so many seconds by an encoder on the meta device, and their cost."""
     samples = max(1, round(seconds * encoder.sampling_rate))
     window = samples if encoder.window_seconds is None else round(encoder.window_seconds * encoder.sampling_rate)
     windows = Counter([window] * (samples // window) + [samples % window] * (samples % window > 0))
@@ -34,14 +34,14 @@ def heard(encoder: Encoder, seconds: float) -> tuple[AudioFeatures, Cost]:
 
 
 def connected(connector: Connector, features: list[AudioFeatures]) -> tuple[AudioFeatures, Cost]:
-    """What a connector on the meta device makes of features of one clip, and what it costs."""
+    """Audio tokens from the features of one clip by a connector on the meta device, and their cost."""
     out, cost = _counted(connector, *features)
     x_BAE = torch.empty(out.x_BAE.shape, device="meta").requires_grad_(out.x_BAE.requires_grad)
     return AudioFeatures(x_BAE, out.lengths, out.seconds_per_token), cost
 
 
 def _counted(network: nn.Module, *inputs: Any) -> tuple[AudioFeatures, Cost]:
-    # by storage, since views share it; the weights are there anyway
+    # by storage, since views share it; weights are counted elsewhere
     own = {tensor.untyped_storage()._cdata for tensor in (*network.parameters(), *network.buffers())}
     kept: dict[int, Tensor] = {}
 

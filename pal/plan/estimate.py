@@ -1,4 +1,4 @@
-"""The plan: for each stage parameters, operations, memory, and how long a step may take."""
+"""Estimates for each stage: parameters, FLOPs, memory, and time of a step."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pal.backbone.cost import AddedCost, Cost, StepSize, decoder, kv_bytes, tota
 from pal.connectors.base import Connector
 from pal.integrations.cost import route_cost
 from pal.model import PalModel
-from pal.plan.counted import connected, heard
+from pal.plan.counted import connected, encoded
 from pal.plan.gpus import GPU, gpu_of
 from pal.plan.skeleton import skeleton
 from pal.train.recipe import BatchSize, Recipe, Stage
@@ -19,91 +19,91 @@ from pal.train.stages import freeze
 from pal.types import AudioFeatures
 
 ANSWER_SHARE = 0.25
-"""Of the text tokens, those of answers, which are trained."""
+"""Share of the text tokens that belong to answers, which are trained."""
 UTILISATION = 0.4
-"""Of the peak that a training step reaches; Llama 3's reached 0.38 to 0.43 (arXiv 2407.21783, table 4)."""
+"""Assumed MFU of a training step; Llama 3's reached 0.38 to 0.43 (arXiv 2407.21783, table 4)."""
 RESERVE = 1.5e9
-"""Bytes for CUDA's context, kernels' workspace, and what the allocator cannot use."""
+"""Bytes for the CUDA context, kernel workspace and allocator fragmentation."""
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on one GPU at the fullest moment of a step."""
+    """Peak memory of a step on one GPU, in bytes."""
 
     weights: float
     gradients: float
     optimizer: float
     activations: float
-    """What one forward pass keeps: of all parts, with the logits."""
+    """Activations saved by one forward pass, of all parts, with the logits."""
     reserve: float = RESERVE
 
     @property
     def total(self) -> float:
-        """All of it."""
+        """Sum of all parts."""
         return self.weights + self.gradients + self.optimizer + self.activations + self.reserve
 
 
 @dataclass(frozen=True)
 class StagePlan:
-    """What one stage takes."""
+    """Estimate of one stage."""
 
     name: str
     objective: str
     trained: dict[str, int]
-    """Part -> parameters that the stage trains."""
+    """Part -> number of trained parameters."""
     parameters: dict[str, int]
-    """Part -> all of its parameters, adapters of this stage included."""
+    """Part -> number of all parameters, with adapters of this stage."""
     clips: int
-    """Of one forward pass."""
+    """Clips of one forward pass."""
     conversations: int
-    """Of one forward pass."""
+    """Conversations of one forward pass."""
     passes: int
     """Forward passes of a step."""
     audio_tokens: list[int]
-    """Of a clip, for each stream."""
+    """Audio tokens of a clip, for each stream."""
     sequence: int
-    """Rows of a conversation in the LLM."""
+    """Sequence length of a conversation in the LLM."""
     costs: dict[str, Cost]
-    """Part -> of a step; `saved` of one forward pass."""
+    """Part -> cost of a step; its `saved` is of one forward pass."""
     memory: Memory
     fits: bool
     seconds: float
-    """Of a step: an estimate."""
+    """Estimated seconds of a step."""
     steps: int | None
-    """Where the recipe gives their number."""
+    """Number of steps, if the recipe sets it."""
 
     @property
     def trained_share(self) -> float:
-        """Trained parameters by all."""
+        """Share of parameters that are trained."""
         return sum(self.trained.values()) / sum(self.parameters.values())
 
     @property
     def forward(self) -> float:
-        """Operations of a step's forward passes."""
+        """FLOPs of a step's forward passes."""
         return sum(cost.forward for cost in self.costs.values())
 
     @property
     def backward(self) -> float:
-        """Operations of a step's backward passes."""
+        """FLOPs of a step's backward passes."""
         return sum(cost.backward for cost in self.costs.values())
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a recipe takes on one GPU."""
+    """Estimate of a recipe on one GPU."""
 
     gpu: GPU
     clip_seconds: float
     text_tokens: int
     parameters: dict[str, int]
-    """Part -> parameters of the model that the recipe starts from."""
+    """Part -> number of parameters of the initial model."""
     kv_bytes: int
-    """Of one clip, while an answer about it is made, in bfloat16."""
+    """KV cache of one clip during generation, in bfloat16."""
     stages: list[StagePlan]
 
     @property
     def fits(self) -> bool:
-        """Whether every stage does."""
+        """Whether every stage fits."""
         return all(stage.fits for stage in self.stages)
 
 
@@ -111,8 +111,8 @@ def make(recipe: Recipe, gpu: str = "H100", seconds: float = 10.0, text_tokens: 
     """The plan of a recipe.
 
     Args:
-        recipe: what to plan.
-        gpu: a name in `GPUS`; one of them does the whole batch.
+        recipe: to estimate.
+        gpu: a name in `GPUS`; one GPU computes the whole batch.
         seconds: length of each clip.
         text_tokens: of a question and its answer.
 
@@ -122,16 +122,16 @@ def make(recipe: Recipe, gpu: str = "H100", seconds: float = 10.0, text_tokens: 
     chosen = gpu_of(gpu)
     model = skeleton(recipe)
     parameters = _parameters(model)
-    ears = _Listening(model.ears, seconds)
+    ears = _AudioSide(model.ears, seconds)
     stages = [_stage(model, stage, chosen, ears, text_tokens) for stage in recipe.stages]
     step = StepSize(clips=1, rows=1, text=text_tokens, targets=1)
-    cache = kv_bytes(model.llm, _added(model, step, ears.listen()[0]), size=2)
+    cache = kv_bytes(model.llm, _added(model, step, ears.streams_and_costs()[0]), size=2)
     return Plan(chosen, seconds, text_tokens, parameters, cache, stages)
 
 
-def _stage(model: PalModel, stage: Stage, gpu: GPU, ears: _Listening, text_tokens: int) -> StagePlan:
+def _stage(model: PalModel, stage: Stage, gpu: GPU, ears: _AudioSide, text_tokens: int) -> StagePlan:
     trained = freeze(model, stage.train)
-    streams, hearing = ears.listen()
+    streams, audio_costs = ears.streams_and_costs()
     batch = _one_pass(stage.batch, ears.seconds, stage.by_clip)
     questions = batch.questions
     autocast = stage.precision == "bf16"
@@ -148,22 +148,22 @@ def _stage(model: PalModel, stage: Stage, gpu: GPU, ears: _Listening, text_token
         autocast=autocast,
     )
     # an objective may leave out the LLM (tags), or the audio (text, transcripts)
-    hears = stage.objective == "answers"
-    added = _added(model, step, streams) if hears else []
+    uses_audio = stage.objective == "answers"
+    added = _added(model, step, streams) if uses_audio else []
     costs = {"encoder": Cost(), "connector": Cost(), "llm": Cost()}
-    if hears or stage.by_clip:
-        # with a cache of features, too: this is a step whose clips are all new
-        costs["encoder"] = hearing["encoder"].times(batch.clips)
-    if hears:
-        costs["connector"] = hearing["connector"].times(batch.clips)
+    if uses_audio or stage.by_clip:
+        # also with a feature cache: the estimate is of a step without cached clips
+        costs["encoder"] = audio_costs["encoder"].times(batch.clips)
+    if uses_audio:
+        costs["connector"] = audio_costs["connector"].times(batch.clips)
     if not stage.by_clip:
         costs["llm"] = decoder(model.llm, step, added)
-    # the audio parts were counted in four bytes a number
-    heard = (costs["encoder"].saved + costs["connector"].saved) * (0.5 if autocast else 1.0)
-    kept = costs["llm"].saved + costs["llm"].again + heard
+    # the audio parts were counted in float32
+    audio_saved = (costs["encoder"].saved + costs["connector"].saved) * (0.5 if autocast else 1.0)
+    kept = costs["llm"].saved + costs["llm"].again + audio_saved
     counts = {part: sum(p.numel() for p in weights.values()) for part, weights in trained.items()}
     weights = [p for of_part in trained.values() for p in of_part.values()]
-    # float32 copies have both moments and gradients in float32
+    # master weights have moments and gradients in float32
     sizes = [p.numel() * (4 if stage.master_weights else p.itemsize) for p in weights]
     copies = sum(4 * p.numel() for p in weights if stage.master_weights and p.itemsize < 4)
     memory = Memory(
@@ -198,25 +198,25 @@ def _parameters(model: PalModel) -> dict[str, int]:
     return {part: count(module) for part, module in model.parts().items()}
 
 
-class _Listening:
-    """What encoders and connectors make of a clip and cost; stages that train the same of them share the answer."""
+class _AudioSide:
+    """Streams and costs of encoders and connectors for one clip, cached by which of their parameters train."""
 
     def __init__(self, ears: AudioTower, seconds: float) -> None:
         self.seconds = seconds
         self._ears = ears
-        self._known: dict[tuple[bool, ...], tuple[list[AudioFeatures], dict[str, Cost]]] = {}
+        self._counted: dict[tuple[bool, ...], tuple[list[AudioFeatures], dict[str, Cost]]] = {}
 
-    def listen(self) -> tuple[list[AudioFeatures], dict[str, Cost]]:
-        """The streams that a clip becomes, and what encoders and connectors cost, as they train now."""
+    def streams_and_costs(self) -> tuple[list[AudioFeatures], dict[str, Cost]]:
+        """Streams of a clip, and costs of "encoder" and "connector" with their current trainable parameters."""
         trained = tuple(parameter.requires_grad for parameter in self._ears.parameters())
-        if trained not in self._known:
-            self._known[trained] = self._listen()
-        return self._known[trained]
+        if trained not in self._counted:
+            self._counted[trained] = self._count()
+        return self._counted[trained]
 
-    def _listen(self) -> tuple[list[AudioFeatures], dict[str, Cost]]:
+    def _count(self) -> tuple[list[AudioFeatures], dict[str, Cost]]:
         ears = self._ears
         features, costs = zip(
-            *(heard(ears.encoder(i), self.seconds) for i in range(len(ears.encoders))),
+            *(encoded(ears.encoder(i), self.seconds) for i in range(len(ears.encoders))),
             strict=True,
         )
         streams, made = zip(
@@ -242,12 +242,12 @@ class _ForwardPass:
     clips: int
     conversations: int
     questions: int
-    """Of a conversation."""
+    """Questions of a conversation."""
     passes: int
 
 
 def _one_pass(batch: BatchSize, seconds: float, by_clip: bool) -> _ForwardPass:
-    """What one of a step's forward passes has, where every clip is so long and has questions enough."""
+    """Contents of one forward pass of a step, if every clip lasts `seconds` and has enough questions."""
     each = 1 if by_clip else batch.rows_per_clip or 1
     limits = [
         None if batch.rows is None else batch.rows // each,
@@ -262,7 +262,7 @@ def _one_pass(batch: BatchSize, seconds: float, by_clip: bool) -> _ForwardPass:
 
 
 def _seconds(cost: Cost, memory: Memory, passes: int, gpu: GPU, autocast: bool) -> float:
-    """Of a step: the slower of computing and moving, and the optimizer, which only moves."""
+    """Seconds of a step: the slower of computation and memory traffic, plus the optimizer's memory traffic."""
     peak = gpu.bf16 if autocast and gpu.bf16 is not None else gpu.fp32
     computing = (cost.forward + cost.backward) / (UTILISATION * peak)
     # weights are read forward and backward, activations are written and read

@@ -9,17 +9,17 @@ from pal.errors import ConfigError
 
 @dataclass(frozen=True)
 class GPU:
-    """What a data sheet says of a GPU: peaks, without sparsity, that no program reaches."""
+    """Data sheet of a GPU: theoretical peaks, without sparsity."""
 
     name: str
     memory: float
-    """Bytes."""
+    """Memory in bytes."""
     bf16: float | None
-    """Operations a second of its matrix units in bfloat16, summed up in float32; None where it has none."""
+    """FLOP/s of the tensor cores in bfloat16 with float32 accumulation; None without bfloat16."""
     fp32: float
-    """Operations a second in float32, outside of the matrix units."""
+    """FLOP/s in float32, outside of the tensor cores."""
     bandwidth: float
-    """Bytes a second to and from its memory."""
+    """Memory bandwidth in bytes a second."""
 
 
 GPUS = {
@@ -36,7 +36,7 @@ GPUS = {
         GPU("L40S", 48e9, 362e12, 91.6e12, 0.864e12),
         # NVIDIA Ada architecture white paper, table of the GeForce RTX 4090
         GPU("4090", 24e9, 165.2e12, 82.6e12, 1.008e12),
-        # NVIDIA T4 data sheet; its matrix units know float16 only
+        # NVIDIA T4 data sheet; its tensor cores support float16 only
         GPU("T4", 16e9, None, 8.1e12, 0.32e12),
     )
 }

@@ -9,7 +9,7 @@ from pal.plan.estimate import ANSWER_SHARE, UTILISATION, Plan, StagePlan
 
 
 def to_dict(plan: Plan) -> dict[str, Any]:
-    """Everything, in numbers: FLOPs of a step, bytes, seconds."""
+    """The plan as JSON-compatible values: FLOPs of a step, bytes, seconds."""
     return {
         "gpu": asdict(plan.gpu),
         "assumed": {
@@ -52,7 +52,7 @@ def _stage_dict(stage: StagePlan) -> dict[str, Any]:
 
 
 def to_text(plan: Plan) -> str:
-    """A page to read."""
+    """The plan as text."""
     whole = sum(plan.parameters.values())
     parts = ", ".join(f"{part} {_count(n)}" for part, n in plan.parameters.items())
     lines = [

@@ -1,4 +1,4 @@
-"""A recipe's model with shapes and no numbers, on torch's meta device."""
+"""A recipe's model on torch's meta device: shapes without data."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from pal.train.recipe import Recipe
 
 
 def skeleton(recipe: Recipe) -> PalModel:
-    """The model that a recipe starts from. Reads no weights and downloads nothing; it has no tokenizer.
+    """Initial model of a recipe, without tokenizer. Reads no weights and downloads nothing.
 
     Raises:
         ConfigError: a part is unknown, or the shape of one is not known on this machine.
-        BundleError: the recipe goes on from a bundle that cannot be read.
+        BundleError: the recipe's bundle cannot be read.
     """
     lora = None
     if recipe.bundle is not None:
@@ -41,19 +41,19 @@ def skeleton(recipe: Recipe) -> PalModel:
 
 
 def _fields(llm: LLMConfig) -> dict[str, Any]:
-    """The LLM's transformers configuration, with the size of its tokenizer where that is made for it."""
+    """Fields of a fresh LLM's transformers configuration, with the vocabulary size of its future tokenizer."""
     size = {} if llm.vocabulary is None else {"vocab_size": llm.vocabulary}
     return size | llm.fields()
 
 
 def _bare(part: Part) -> Part:
-    """An encoder's options with its architecture, for which nothing but a configuration is read."""
+    """Options of an encoder with its architecture, from which it is built without reading weights."""
     encoder: Any = lookup("encoder", part["name"])
     options = encoder.Config.model_fields
     if "architecture" not in options or part.get("architecture") is not None or part.get("path") is None:
         return part
     fields = hub_configs.config_of(part["path"], part.get("revision"))
-    # an encoder that is part of a larger model has its fields below this key
+    # an encoder inside a larger model has its fields below this key
     fields = dict(fields.get("audio_config", fields))
     sizes = next((t for t in _types(options["architecture"].annotation) if issubclass(t, StrictConfig)), None)
     if sizes is not None:

@@ -1,6 +1,6 @@
 """Staged training from a recipe: `run(load_recipe("recipes/tiny.yaml"), out="runs/tiny")`.
 
-`Trainer` does the same step by step: `for step in Trainer(recipe, out).steps(): ...`.
+`Trainer` runs a recipe step by step: `for step in Trainer(recipe, out).steps(): ...`.
 """
 
 from __future__ import annotations

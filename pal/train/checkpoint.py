@@ -1,9 +1,9 @@
 """Checkpoints: folders that are written whole or not at all, checked on load, without pickle.
 
 checkpoints/step0000200/
-    weights.safetensors     everything that any stage so far has trained, and buffers
-    optimizer.safetensors   AdamW's state, float32 copies of weights included (absent at the border of two stages)
-    state.json              where the run stands, and the recipe it follows
+    weights.safetensors     all weights trained so far, over all stages, and buffers
+    optimizer.safetensors   AdamW's state with float32 master weights (absent between two stages)
+    state.json              training progress and the recipe
     manifest.json           SHA-256 of the files
 """
 
@@ -30,23 +30,23 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class State:
-    """Where a run stands."""
+    """Training progress."""
 
     step: int = 0
-    """Steps done, over all stages."""
+    """Completed steps of all stages."""
     stage: int = 0
-    """Index of the stage that goes on."""
+    """Index of the current stage."""
     stage_step: int = 0
-    """Steps done in it."""
+    """Completed steps of the current stage."""
     totals: list[dict[str, float]] = field(default_factory=list)
-    """Per stage begun: steps, seconds, rows, clips, audio_seconds, tokens."""
+    """For each started stage: steps, seconds, rows, clips, audio_seconds, tokens."""
     data: dict[str, str] = field(default_factory=dict)
     """Digest of each source's manifest."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What was read back."""
+    """Loaded training checkpoint."""
 
     path: Path
     state: State
@@ -114,7 +114,7 @@ def _load(path: Path, recipe: Recipe) -> Checkpoint:
 
 
 def check_recipe(path: Path, digest: str, settings: dict[str, Any], recipe: Recipe) -> None:
-    """Raises ConfigError when a run was begun with other settings than `recipe`."""
+    """Raise ConfigError if the checkpoint's settings differ from those of `recipe`."""
     if digest != recipe.digest:
         keys = ", ".join(differences(settings, recipe.settings())) or "the version of pal"
         raise ConfigError(

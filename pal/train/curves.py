@@ -24,11 +24,11 @@ Borders = Sequence[tuple[float, str]]
 
 
 class Log:
-    """JSON Lines, one for every few steps; what a resumed run does again is taken out first.
+    """JSON Lines training log. Opening it drops the lines of steps that a resumed run repeats.
 
     Args:
         path: of the file.
-        step: steps done; later lines are dropped.
+        step: completed steps; lines of later steps are dropped.
     """
 
     def __init__(self, path: Path, step: int) -> None:
@@ -43,14 +43,14 @@ class Log:
         self._file.flush()
 
     def close(self) -> None:
-        """Put everything on disk."""
+        """Flush to disk and close."""
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """The lines of a log; the last one may be cut off by a kill and is then left out."""
+    """Lines of a log, without a last line that a kill cut off."""
     if not path.exists():
         return []
     lines = []
@@ -88,12 +88,12 @@ def loss_curve(lines: Sequence[Mapping[str, Any]]) -> Curve:
 
 
 def stage_borders(lines: Sequence[Mapping[str, Any]]) -> Borders:
-    """Where the stages of a log but the first begin."""
+    """Borders between the stages of a log."""
     return [(one["step"], two["stage"]) for one, two in pairwise(lines) if one["stage"] != two["stage"]]
 
 
 def loss_size(runs: int) -> tuple[float, float]:
-    """Width and height in inches of what `draw_losses` draws of so many runs."""
+    """Width and height in inches of the plot of `draw_losses` with so many runs."""
     return 8.0, max(4.5, 0.6 + 0.17 * runs)
 
 
@@ -103,8 +103,8 @@ def draw_losses(figure: Figure, curves: Mapping[str, Curve], borders: Mapping[st
     Args:
         figure: an empty one.
         curves: name of each run -> its curve; those without points are left out.
-        borders: name of each run -> its stages. Those that all runs share are upright lines, the others marks on their
-            run's curve.
+        borders: name of each run -> borders of its stages. Borders that all runs share are vertical lines, the others
+            are markers on their run's curve.
     """
     axes: Axes = figure.subplots()
     curves = {name: curve for name, curve in curves.items() if curve}
@@ -129,7 +129,7 @@ def draw_losses(figure: Figure, curves: Mapping[str, Curve], borders: Mapping[st
 
 
 def smooth(values: Sequence[float], weight: float = 0.9) -> list[float]:
-    """Running mean that forgets exponentially, without a bias to its start."""
+    """Exponential moving average with bias correction."""
     smooth, total, seen = [], 0.0, 0.0
     for value in values:
         total = weight * total + (1 - weight) * value

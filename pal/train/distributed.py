@@ -7,22 +7,20 @@ from torch import distributed
 
 
 class HostReduce:
-    """Sums over all processes of numbers that each of them knows on its host.
-
-    With one process nothing is exchanged. Several use a group of their own that needs no accelerator (gloo).
+    """All-reduce of host numbers over a gloo group, which needs no accelerator; a no-op with one process.
 
     Args:
-        processes: how many there are; all of them make this object, and call it alike.
+        processes: number of processes; each makes this object and makes the same calls.
     """
 
     def __init__(self, processes: int) -> None:
         self._group = distributed.new_group(backend="gloo") if processes > 1 else None
 
     def sum(self, *numbers: float) -> list[float]:
-        """Each of the numbers, added up over the processes."""
+        """Sum of each number over the processes."""
         if self._group is None:
             return [float(number) for number in numbers]
-        told = torch.tensor(numbers, dtype=torch.float64)
-        distributed.all_reduce(told, group=self._group)
-        summed: list[float] = told.tolist()
+        values = torch.tensor(numbers, dtype=torch.float64)
+        distributed.all_reduce(values, group=self._group)
+        summed: list[float] = values.tolist()
         return summed

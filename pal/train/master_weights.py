@@ -1,4 +1,4 @@
-"""Weights that train in bfloat16, each beside a float32 copy that the optimizer works on."""
+"""Float32 master weights for training in bfloat16."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ Parts = Mapping[str, Mapping[str, nn.Parameter]]
 
 
 class MasterWeights:
-    """Float32 master weights of parameters that have fewer bits; the optimizer works on them.
+    """Float32 master weights of parameters that have fewer bits; the optimizer updates the master weights.
 
-    A weight in bfloat16 has 8 bits of precision, so that an update of less than 1/512 of it is rounded away. Its copy
-    keeps what is too small to be seen yet; the weight is always the copy, rounded.
+    A weight in bfloat16 has 8 bits of precision, so an update of less than 1/512 of its value is rounded away. The
+    master weight accumulates such updates; the weight is always the rounded master weight.
 
     Args:
         parts: the trained weights.
-        on: False lets every weight stand for itself.
+        on: False uses every weight itself, without a copy.
     """
 
     def __init__(self, parts: Parts, on: bool) -> None:
         self.parts: dict[str, dict[str, nn.Parameter]] = {}
-        """As given, with the copies in their weights' places."""
+        """`parts`, with the master weights in place of the weights that have one."""
         self.copies: list[Tensor] = []
         self._weights: list[Tensor] = []
         for part, parameters in parts.items():
@@ -36,7 +36,7 @@ class MasterWeights:
                     self.copies.append(held[name])
 
     def take_gradients(self) -> None:
-        """Add the weights' gradients to those of the copies, so that they are summed, scaled and clipped in float32."""
+        """Add the weights' gradients to those of the master weights, to sum, scale and clip them in float32."""
         for weight, copy in zip(self._weights, self.copies, strict=True):
             if weight.grad is not None:
                 more = weight.grad.float()
@@ -45,6 +45,6 @@ class MasterWeights:
 
     @torch.no_grad()
     def give_weights(self) -> None:
-        """Round the copies into the weights."""
+        """Copy the master weights into the weights, rounded."""
         if self.copies:
             torch._foreach_copy_(self._weights, self.copies)

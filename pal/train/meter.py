@@ -1,4 +1,4 @@
-"""What a run counts: steps, time, rows, clips, tokens; and when it looks at what the device has computed."""
+"""Metering of a run: steps, time, rows, clips, tokens, and deferred reads of losses from the device."""
 
 from __future__ import annotations
 
@@ -14,34 +14,34 @@ from pal.train.sources import trained_tokens
 from pal.train.step import StepResult
 
 _SHOWN = 8
-"""Records that a message names."""
+"""Most records named in a message."""
 
 
 def new_totals() -> dict[str, float]:
-    """Of a stage that begins; they go into checkpoints and `train.json`."""
+    """Zero totals of a new stage, for checkpoints and `train.json`."""
     return {"steps": 0, "seconds": 0.0, "rows": 0, "clips": 0, "audio_seconds": 0.0, "tokens": 0, "loss": 0.0}
 
 
 class StepInputs(NamedTuple):
-    """What one step was given, as far as anyone asks once it is done; counts are those of this process."""
+    """Counts and record ids of the inputs of one step, of this process."""
 
     rows: int
-    """Repeated ones included, that only keep processes in step."""
+    """Including repeated rows with weight 0, which keep processes in step."""
     totals: dict[str, float]
-    """What it adds to the stage's."""
+    """Added to the stage's totals."""
     records: list[str]
-    """Names of the first few records, for a message."""
+    """Ids of the first few records, for a message."""
     more: int
-    """How many others there were."""
+    """Number of further records."""
     operations: float = 0.0
     """Floating-point operations by the cost model."""
 
 
 def step_inputs(micro_batches: list[MicroBatch], rate: int, unit: str, operations: float = 0.0) -> StepInputs:
-    """What is kept of the works of a step; not their sound, which is large.
+    """Counts and record ids of a step's micro-batches, without the audio, which is large.
 
     Args:
-        works: of the step.
+        micro_batches: of the step.
         rate: Hz of the waveforms.
         unit: of the objective's items.
         operations: of the step.
@@ -60,35 +60,35 @@ def step_inputs(micro_batches: list[MicroBatch], rate: int, unit: str, operation
 
 
 class StepMetrics(NamedTuple):
-    """What came of one step, over all processes."""
+    """Loss, gradient norm and accuracy of one step, over all processes."""
 
     loss: float
     """Mean over the items."""
     items: int
     """Trained tokens, or clips."""
     gradient_norm: float
-    """Before it was clipped."""
+    """Before clipping."""
     hits: int = 0
     tries: int = 0
-    """What an objective counts as right, of how many; see `LossOutput`."""
+    """`hits` of `tries` are right, see `LossOutput.hits`."""
 
 
 class NonFiniteStep(NamedTuple):
-    """The first step whose loss or gradient was not finite."""
+    """First step with a NaN or infinite loss or gradient."""
 
     what: str
-    given: StepInputs
+    inputs: StepInputs
     undone: int
-    """Steps that were begun and changed nothing: it, and all after it."""
+    """Steps without an update: this one and those started after it."""
 
 
 class Meter:
-    """Takes note of each step, and reads from the device what came of those since the last time.
+    """Throughput and loss of the steps of a stage. Results stay on the device until `read`.
 
     Args:
-        unit: what the items are.
-        total: the stage's totals, to which steps are added when they are read.
-        peak: operations a second that the card can do, where that is known.
+        unit: unit of the loss's items: "tokens", "answers" or "clips".
+        total: totals of the stage; `read` adds to them.
+        peak: peak FLOP/s of the device; None where it is unknown.
     """
 
     def __init__(self, unit: str, total: dict[str, float], peak: float | None = None) -> None:
@@ -96,7 +96,7 @@ class Meter:
         self.total = total
         self.peak = peak
         self.seconds: list[float] = []
-        """Of every step that was read, without the wait for its data."""
+        """Seconds of every step read, without the wait for its data."""
         self._pending: list[tuple[StepResult, StepInputs]] = []
         self._busy = 0.0
         self._lost = 0.0
@@ -109,51 +109,51 @@ class Meter:
         self._waited = 0.0
         self._operations = 0.0
 
-    def add(self, told: StepResult, given: StepInputs, began: float, ready: float) -> None:
-        """Take note of a step that ends now.
+    def add(self, result: StepResult, inputs: StepInputs, began: float, ready: float) -> None:
+        """Record a step that ends now.
 
         Args:
-            told: what it left on the device.
-            given: what it was given.
-            began: time of the clock at which its data were there.
-            ready: time at which it began to wait for them.
+            result: its results on the device.
+            inputs: its counts and records.
+            began: `time.monotonic()` when its data were loaded.
+            ready: `time.monotonic()` when the wait for its data began.
         """
-        self._pending.append((told, given))
+        self._pending.append((result, inputs))
         self._busy += time.monotonic() - began
         self._lost += began - ready
 
     def read(self) -> NonFiniteStep | None:
-        """Wait for the steps that were begun and count them; the first that was not finite, where there is one.
+        """Wait for all pending steps and count them; returns the first that is not finite, else None.
 
-        All are read at once. A step's seconds are then those of all of them, by their number.
+        All are read at once; their total time is divided equally among them.
         """
         pending, self._pending = self._pending, []
         if not pending:
             return None
         began = time.monotonic()
-        told_X4: list[list[float]] = torch.stack([told.numbers_4 for told, _ in pending]).tolist()
+        numbers_X4: list[list[float]] = torch.stack([result.numbers_4 for result, _ in pending]).tolist()
         now = time.monotonic()
         busy, passed = self._busy + now - began, now - self._began
-        for i, ((told, given), (loss, norm, hits, tries)) in enumerate(zip(pending, told_X4, strict=True)):
+        for i, ((result, inputs), (loss, norm, hits, tries)) in enumerate(zip(pending, numbers_X4, strict=True)):
             for what, number in (("the loss", loss), ("the gradient", norm)):
                 if not math.isfinite(number):
-                    return NonFiniteStep(what, given, len(pending) - i)
-            self._count(given, busy / len(pending), passed / len(pending))
-            self._steps.append(StepMetrics(loss / max(1.0, told.items), told.items, norm, int(hits), int(tries)))
+                    return NonFiniteStep(what, inputs, len(pending) - i)
+            self._count(inputs, busy / len(pending), passed / len(pending))
+            self._steps.append(StepMetrics(loss / max(1.0, result.items), result.items, norm, int(hits), int(tries)))
         self._waited += self._lost
         self._busy, self._lost, self._began = 0.0, 0.0, now
         return None
 
-    def _count(self, given: StepInputs, busy: float, passed: float) -> None:
+    def _count(self, inputs: StepInputs, busy: float, passed: float) -> None:
         self.seconds.append(busy)
         self.total["seconds"] += passed
-        for name, count in given.totals.items():
+        for name, count in inputs.totals.items():
             self.total[name] += count
-        self._rows += given.rows
-        self._operations += given.operations
+        self._rows += inputs.rows
+        self._operations += inputs.operations
 
     def line(self) -> dict[str, Any]:
-        """Means over the steps that were read since the last line."""
+        """Means over the steps read since the last line."""
         steps = self._steps
         passed = sum(self.seconds[-len(steps) :]) + self._waited
         items = sum(step.items for step in steps)
@@ -176,6 +176,6 @@ class Meter:
         return line
 
     def median(self, last: int | None = None) -> float:
-        """Seconds of a step: the median over all steps, or the last few."""
+        """Median seconds of a step, over all steps or the last few."""
         seconds = self.seconds[-last:] if last else self.seconds
         return statistics.median(seconds) if seconds else 0.0

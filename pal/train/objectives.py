@@ -1,4 +1,4 @@
-"""What a stage minimises. An objective is the module that is run in parallel: it holds the model."""
+"""Training losses. An objective wraps the model and is the module that DDP parallelises."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from pal.backbone.loss import Per
 from pal.config import StrictConfig, parse
-from pal.data.augment import heard_within, loudness
+from pal.data.augment import audible_tags, loudness
 from pal.data.manifest import Record
 from pal.errors import ConfigError
 from pal.model import PalModel
@@ -26,13 +26,13 @@ from pal.types import Batch, Frames, TagSpan
 
 
 class MixedClips(NamedTuple):
-    """Clips and what sounds in them, after some were added to others."""
+    """Clips and their tags after mixup."""
 
     clips: list[Tensor] | Frames
-    """Waveforms, or what the encoder's front-end made of them."""
+    """Waveforms, or their front-end frames."""
     tags: list[list[TagSpan]]
     known_BJ: Tensor
-    """Of which labels it is known whether they hold."""
+    """Mask of the labels that are annotated, as present or absent."""
 
 
 @dataclass(frozen=True)
@@ -41,33 +41,33 @@ class MicroBatch:
 
     batch: Batch
     datasets: list[str]
-    """Per clip of the batch, the dataset it comes from."""
+    """Dataset of each clip of the batch."""
     seed: int
     counts: bool = True
-    """False for a repeated part whose loss is multiplied by 0."""
+    """False for a repeated micro-batch whose loss is multiplied by 0."""
     mixed: MixedClips | None = None
-    """What the objective `tags` trains on, once its `prepare` has mixed clips."""
+    """Inputs of the objective `tags`, set by its `prepare`."""
 
 
 class LossOutput(NamedTuple):
-    """Summed loss of a micro-batch, so that a step can take the mean over all of them."""
+    """Summed loss of a micro-batch and its item count; a step takes the mean over all micro-batches."""
 
     sum: Tensor
     """On the device."""
     items: int
-    """What it is a sum over: trained tokens, or clips."""
+    """Number of summands: trained tokens, answers or clips."""
     hits: tuple[Tensor | int, Tensor | int] = (0, 0)
-    """Right, of how many: the accuracy that the log shows, where an objective has one. What the device counts stays
-    there."""
+    """Numerator and denominator of the accuracy in the log, for objectives that have one. Tensors stay on the
+    device."""
 
 
 class Objective(nn.Module, ABC):
     """Training loss of a micro-batch, as a sum and the number of its items."""
 
     unit = "tokens"
-    """What the items of its loss are."""
+    """Unit of the loss's items."""
     with_audio = True
-    """Whether its batches have the clips."""
+    """Whether its batches include the clips."""
 
     def __init__(self, model: PalModel) -> None:
         super().__init__()
@@ -75,14 +75,14 @@ class Objective(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, micro_batch: MicroBatch) -> LossOutput:
-        """The loss of a step is the sum of all sums by the number of all items."""
+        """Summed loss. A step's loss is the sum over its micro-batches divided by their number of items."""
 
     def prepare(self, micro_batch: MicroBatch) -> MicroBatch:
-        """What can be done on the host before `forward`, in the threads that load; it works without, too."""
+        """Host-side preprocessing in the loader's threads. Optional: `forward` works without it, too."""
         return micro_batch
 
     def head(self) -> dict[str, nn.Parameter]:
-        """Weights that belong to the objective alone: kept in checkpoints, not in bundles."""
+        """Weights of the objective itself, saved in checkpoints and not in bundles."""
         return {}
 
 
@@ -93,7 +93,7 @@ class AnswerLoss(Objective):
         """Options of the objective."""
 
         per: Per = "token"
-        """What counts alike: every token, as usual, or every answer, so that long ones weigh no more."""
+        """Unit of the mean: each token, as usual, or each answer, so that long answers weigh no more."""
 
     def __init__(self, model: PalModel, config: Config) -> None:
         super().__init__(model)
@@ -101,7 +101,7 @@ class AnswerLoss(Objective):
         self.unit = f"{config.per}s"
 
     def prepare(self, micro_batch: MicroBatch) -> MicroBatch:
-        """The encoders' front-ends."""
+        """Compute the encoders' front-end frames."""
         batch = micro_batch.batch
         return replace(
             micro_batch, batch=replace(batch, prepared=self.model.ears.prepare(batch.encoded or batch.waveforms))
@@ -113,13 +113,13 @@ class AnswerLoss(Objective):
 
 
 class TextLoss(AnswerLoss):
-    """The same without the audio: the LLM learns the language of questions and answers, and to guess."""
+    """Cross-entropy on answers without audio: trains the LLM on the language of questions and answers."""
 
     with_audio = False
 
 
 class TranscriptLoss(Objective):
-    """The same with the clip's tags in the place of its sound, which the LLM reads as words."""
+    """Cross-entropy on answers, with label embeddings of the clip's tags in place of its audio."""
 
     def __init__(self, model: PalModel, config: TranscriptRoute.Config, labels: dict[str, set[str]]) -> None:
         """`labels`: dataset -> the labels it uses."""
@@ -136,12 +136,11 @@ class TranscriptLoss(Objective):
 
 
 class TagLoss(Objective):
-    """Supervised pre-training of the encoder: a throw-away linear head says at each token what sounds.
+    """Multi-label tagging loss that pre-trains the encoder, with a linear head on each token that is discarded later.
 
-    Clip by clip, binary cross-entropy of the pooled probability `sum p^2 / sum p` (linear softmax
-    pooling, Wang, Li and Metze 2019) against the labels that hold anywhere in the clip, plus, where
-    the labels of a clip have times, of every token. A label is only wrong for a clip if the clip's
-    dataset uses it at all.
+    For each clip, binary cross-entropy of the pooled probability `sum p^2 / sum p` (linear softmax
+    pooling, Wang, Li and Metze 2019) against the clip's labels. Clips whose labels have times add the
+    cross-entropy of each token. A label counts as absent from a clip only if the clip's dataset uses it.
     """
 
     unit = "clips"
@@ -150,14 +149,14 @@ class TagLoss(Objective):
         """Options of the objective."""
 
         frame_weight: float = Field(default=1.0, ge=0)
-        """Weight of the loss at tokens beside that of clips."""
+        """Weight of the token loss relative to the clip loss."""
         mixup: float = Field(default=0.0, ge=0, le=1)
-        """Share of the clips that another clip of the batch is added to."""
+        """Share of the clips to which another clip of the batch is added."""
         mixup_db: float = Field(default=10.0, ge=0, le=20)
-        """Most that the added clip is louder or softer than the clip itself, in dB, so that neither covers the other. A
-        silent clip is not mixed, nor one of which the end would leave too little of a tag to be heard."""
+        """Largest difference in level between the added clip and the clip, in dB, so that neither masks the other.
+        Silent clips are not mixed, nor clips whose cut would leave too little of a tag to be audible."""
         encoder: int = 0
-        """Which of the model's encoders, counted from 0."""
+        """Index of the model's encoder, from 0."""
 
     def __init__(self, model: PalModel, config: Config, labels: dict[str, set[str]]) -> None:
         """`labels`: dataset -> the labels it uses."""
@@ -174,7 +173,7 @@ class TagLoss(Objective):
         if not 0 <= config.encoder < len(model.ears.encoders):
             raise ConfigError(f"objective 'tags': no encoder {config.encoder} among {len(model.ears.encoders)}, from 0")
         self.linear = nn.Linear(model.ears.encoder(config.encoder).width, len(names))
-        # Most labels are absent most of the time: start from there instead of from one half.
+        # Most labels are absent most of the time: initial probability 0.05 instead of one half.
         nn.init.constant_(self.linear.bias, -3.0)
 
     def head(self) -> dict[str, nn.Parameter]:
@@ -182,15 +181,15 @@ class TagLoss(Objective):
         return dict(self.linear.named_parameters(prefix="linear"))
 
     def prepare(self, micro_batch: MicroBatch) -> MicroBatch:
-        """Mixes clips, and the encoder's front-end."""
+        """Mix clips and compute the encoder's front-end frames."""
         clips, tags, known_BJ = self.mix(micro_batch)
         frames = clips if isinstance(clips, Frames) else self.model.ears.prepare_with(self.config.encoder, clips)
         return replace(micro_batch, mixed=MixedClips(frames, tags, known_BJ))
 
     def forward(self, micro_batch: MicroBatch) -> LossOutput:
-        """Sum over clips of each one's mean loss over its known labels.
+        """Summed loss of the clips; a clip's loss is the mean over its annotated labels.
 
-        A hit is a clip whose likeliest known label is one of its own.
+        A hit is a clip whose most probable annotated label is present.
         """
         clips, tags, known_BJ = micro_batch.mixed or self.mix(micro_batch)
         features = self.model.ears.encode_with(self.config.encoder, clips)
@@ -219,14 +218,14 @@ class TagLoss(Objective):
         return LossOutput(loss, len(tags), (right, held_BJ.any(1).sum()))
 
     def mix(self, micro_batch: MicroBatch) -> MixedClips:
-        """Clips after mixing, with the seed of the work."""
-        given = micro_batch.batch.tags or [None] * len(micro_batch.batch.waveforms)
+        """Clips after mixup, seeded by the micro-batch."""
+        known_tags = micro_batch.batch.tags or [None] * len(micro_batch.batch.waveforms)
         unknown_J = torch.zeros(len(self.index), dtype=torch.bool)
         known = [
             self.used.get(dataset, unknown_J) if spans is not None else unknown_J
-            for spans, dataset in zip(given, micro_batch.datasets, strict=True)
+            for spans, dataset in zip(known_tags, micro_batch.datasets, strict=True)
         ]
-        tags = [list(spans or ()) for spans in given]
+        tags = [list(spans or ()) for spans in known_tags]
         waveforms = list(micro_batch.batch.waveforms)
         if self.training and self.config.mixup and len(waveforms) > 1:
             waveforms, tags, known = self._mix(waveforms, tags, known, micro_batch.seed)
@@ -235,7 +234,10 @@ class TagLoss(Objective):
     def _mix(
         self, waveforms: list[Tensor], tags: list[list[TagSpan]], known: list[Tensor], seed: int
     ) -> tuple[list[Tensor], list[list[TagSpan]], list[Tensor]]:
-        """Add to some clips another one from its start; both clips' labels hold, if both are known."""
+        """Add another clip to some of the clips, from its start; a mixture has the labels of both.
+
+        A label is annotated in the mixture if it is in both clips.
+        """
         generator = torch.Generator().manual_seed(seed)
         mixed = (list(waveforms), list(tags), list(known))
         for i in range(len(waveforms)):
@@ -247,13 +249,13 @@ class TagLoss(Objective):
             mine_N, theirs_N = waveforms[i], waveforms[other]
             size, rate, added = min(len(mine_N), len(theirs_N)), self.model.sampling_rate, tags[other]
             if len(theirs_N) > len(mine_N):
-                # Only where all of the other clip fits do its labels without a time hold in the mixture.
+                # A label without a time holds in the mixture only if the whole other clip fits.
                 if any(span.start is None or span.end is None for span in added):
                     continue
-                heard = heard_within(theirs_N.numpy(), rate, added, 0, size)
-                if heard is None:
+                audible = audible_tags(theirs_N.numpy(), rate, added, 0, size)
+                if audible is None:
                     continue
-                added = heard
+                added = audible
             mine, theirs = (loudness(x_N.numpy(), rate) if len(x_N) else 0.0 for x_N in (mine_N, theirs_N[:size]))
             if mine <= 0 or theirs <= 0:
                 continue
@@ -269,7 +271,7 @@ def build_objective(model: PalModel, stage: Stage, records: Iterable[Record]) ->
     """The objective of a stage.
 
     Args:
-        records: everything the stage can draw; read for its labels, where the objective has any.
+        records: all records of the stage; read for their labels if the objective uses labels.
     """
     where = f"stage '{stage.name}': options of '{stage.objective}'"
     if stage.objective == "tags":
@@ -296,6 +298,6 @@ def dataset_labels(records: Iterable[Record]) -> dict[str, set[str]]:
 
 
 def _mean(loss: Tensor, mask: Tensor, axes: tuple[int, ...]) -> Tensor:
-    """Mean over the masked-in entries of some axes; 0 where there are none."""
+    """Mean over `axes` of the entries in the mask; 0 where the mask is empty."""
     mask = mask.expand_as(loss)
     return (loss * mask).sum(axes) / mask.sum(axes).clamp_min(1)

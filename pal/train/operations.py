@@ -1,4 +1,4 @@
-"""The share of a card's peak that training reaches (MFU): operations of each step by the cost model, and the peak."""
+"""Model FLOPs utilisation (MFU): FLOPs of each step by the cost model, and the device's measured peak."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pal.backbone.cost import Cost, StepSize, decoder, total
 from pal.connectors.base import Connector
 from pal.integrations.cost import route_cost
 from pal.model import PalModel
-from pal.plan.counted import connected, heard
+from pal.plan.counted import connected, encoded
 from pal.plan.skeleton import skeleton
 from pal.train.objectives import MicroBatch
 from pal.train.recipe import Recipe, Stage
@@ -20,17 +20,17 @@ from pal.train.stages import freeze
 from pal.types import AUDIO, IGNORE, Batch
 
 _SECONDS = 12.0
-"""Length of the clip that encoders and connectors are counted on."""
+"""Length of the clip on which encoders and connectors are counted."""
 _BASE = (64, 16, 16, _SECONDS)
-"""Text tokens, trained tokens, text tokens before the clip and seconds of audio of a row, for the fit below."""
+"""Base point of the fit: a row's text tokens, trained tokens, text tokens before the clip, and seconds of audio."""
 
 
 class Operations:
-    """Floating-point operations of a step: forward and backward, without what is computed a second time to save memory.
+    """FLOPs of a step, forward and backward, without recomputation.
 
-    Counted as `pal.backbone.cost` counts, attention as a whole square, from lengths that the host knows. Its closed
-    forms are of second degree in the lengths, so that a few values of them give all others. Of the objectives,
-    `transcript` is counted without the rows of its labels.
+    Counted by the closed forms of `pal.backbone.cost`, attention as a full square, from lengths known on the host. The
+    closed forms are polynomials of second degree in the lengths, so a few of their values determine all others. The
+    objective `transcript` is counted without the rows of its labels.
 
     Args:
         recipe: of the run.
@@ -38,16 +38,16 @@ class Operations:
         model: as the stage trains it.
 
     Raises:
-        PalError: the shape of a part is not known on this machine, or the integration does not say what it costs.
+        PalError: the shape of a part is not known on this machine, or the integration has no cost model.
     """
 
     def __init__(self, recipe: Recipe, stage: Stage, model: PalModel) -> None:
         self._rate = model.sampling_rate
-        hears = stage.objective == "answers"
+        uses_audio = stage.objective == "answers"
         bare = skeleton(recipe)
         freeze(bare, stage.train)
         ears = bare.ears
-        features, encoding = zip(*(heard(ears.encoder(i), _SECONDS) for i in range(len(ears.encoders))), strict=True)
+        features, encoding = zip(*(encoded(ears.encoder(i), _SECONDS) for i in range(len(ears.encoders))), strict=True)
         streams, connecting = zip(
             *(
                 connected(one, [features[i] for i in takes])
@@ -56,8 +56,8 @@ class Operations:
             ),
             strict=True,
         )
-        self._encoding = _both(encoding) / _SECONDS if hears or stage.by_clip else 0.0
-        self._connecting = _both(connecting) / _SECONDS if hears else 0.0
+        self._encoding = _both(encoding) / _SECONDS if uses_audio or stage.by_clip else 0.0
+        self._connecting = _both(connecting) / _SECONDS if uses_audio else 0.0
         tokens = [stream.lengths[0] / _SECONDS for stream in streams]
         grad = any(stream.x_BAE.requires_grad for stream in streams)
 
@@ -74,7 +74,7 @@ class Operations:
                 recompute=False,
                 autocast=stage.precision == "bf16",
             )
-            routes = zip(model.integration.routes(), tokens, strict=True) if hears else ()
+            routes = zip(model.integration.routes(), tokens, strict=True) if uses_audio else ()
             added = [route_cost(route, step, round(per_second * seconds), model.llm) for route, per_second in routes]
             return _both([decoder(model.llm, step, added)])
 
@@ -86,7 +86,7 @@ class Operations:
         self._llm = not stage.by_clip
 
     def __call__(self, micro_batches: Sequence[MicroBatch]) -> float:
-        """Of a step of this process."""
+        """FLOPs of this process's part of a step."""
         return sum(self._of(micro_batch.batch) for micro_batch in micro_batches)
 
     def _of(self, batch: Batch) -> float:
@@ -104,7 +104,7 @@ class Operations:
 
 
 class _Polynomial:
-    """A polynomial of second degree through the values of a function, at `base` and at sums of two steps of it."""
+    """Second-degree polynomial that interpolates a function, at `base` plus up to two steps of its coordinates."""
 
     def __init__(self, function: Callable[..., float], base: Sequence[float]) -> None:
         size = len(base)
@@ -115,7 +115,7 @@ class _Polynomial:
         self._weights = np.linalg.solve(_monomials(points), values)
 
     def __call__(self, rows: Sequence[Sequence[float]]) -> float:
-        """Sum of the values at some points."""
+        """Sum of the values at the points."""
         return float((_monomials(np.array(rows).reshape(-1, len(self._base)) / self._base) @ self._weights).sum())
 
 
@@ -131,7 +131,7 @@ def _both(costs: Sequence[Cost]) -> float:
 
 
 def product_rate(device: torch.device, width: int = 4096, times: int = 20) -> float | None:
-    """Operations a second of square bfloat16 products of this width, measured; None where there is no CUDA device."""
+    """Measured FLOP/s of square bfloat16 matrix products of this width; None without CUDA."""
     if device.type != "cuda":
         return None
     generator = torch.Generator(device).manual_seed(0)

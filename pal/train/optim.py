@@ -1,4 +1,4 @@
-"""AdamW with a group per part, the learning rate's schedule, and the optimizer's state as plain tensors."""
+"""AdamW with a parameter group for each part, learning-rate schedules, and the optimizer's state as plain tensors."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from pal.errors import BundleError
 from pal.train.recipe import Stage
 
 _MASTER = "master"
-"""Entry of a parameter that no model holds: a float32 copy of a weight that has fewer bits."""
+"""State entry of a float32 master weight, which is no parameter of the model."""
 
 
 def parameter_groups(trained: Mapping[str, Mapping[str, nn.Parameter]], stage: Stage) -> list[dict[str, Any]]:
-    """Groups for AdamW: for each part, its matrices with weight decay and its vectors without.
+    """Parameter groups for AdamW: for each part, matrices with weight decay and vectors without.
 
     Args:
-        trained: part -> name -> parameter. A part without an own learning rate ("head") takes the
-            highest of the others.
+        trained: part -> name -> parameter. A part without a learning rate of its own ("head") takes
+            the highest of the others.
     """
     groups = []
     for part, parameters in trained.items():
         lr = stage.lr.get(part, max(stage.lr.values())) if isinstance(stage.lr, dict) else stage.lr
-        # Norms and biases are vectors; pulling them to zero helps nothing.
+        # Vectors are norms and biases, which weight decay would not help.
         for decays in (True, False):
             names = [name for name, p in parameters.items() if (p.ndim > 1) == decays]
             if names:
@@ -43,12 +43,12 @@ def parameter_groups(trained: Mapping[str, Mapping[str, nn.Parameter]], stage: S
 
 
 def adamw(groups: list[dict[str, Any]], stage: Stage) -> torch.optim.AdamW:
-    """AdamW over `groups`, fused: that one can leave everything as it is where the device says so (`found_inf`)."""
+    """Fused AdamW over `groups`, which can skip an update by a flag on the device (`found_inf`)."""
     return torch.optim.AdamW(groups, betas=stage.betas, fused=True)
 
 
 def lr_factor(step: int, steps: int, warmup: int, schedule: str) -> float:
-    """Part of the highest learning rate that holds at a step (0-based): a straight rise, then the schedule to 0."""
+    """Learning rate at a step (0-based) relative to the highest: linear warm-up, then the schedule down to 0."""
     if step < warmup:
         return (step + 1) / (warmup + 1)
     progress = (step - warmup) / max(1, steps - warmup)
@@ -61,7 +61,7 @@ def lr_factor(step: int, steps: int, warmup: int, schedule: str) -> float:
 
 
 def set_lr(optimizer: torch.optim.Optimizer, factor: float) -> dict[str, float]:
-    """Set every group's learning rate; gives that of each part."""
+    """Set the learning rate of every group; returns that of each part."""
     for group in optimizer.param_groups:
         group["lr"] = group["peak_lr"] * factor
     return {group["part"]: group["lr"] for group in optimizer.param_groups}
@@ -74,7 +74,7 @@ def optimizer_tensors(
 
     Args:
         names: id of each parameter -> its name.
-        masters: parameters that are kept themselves, as the entry `master`.
+        masters: float32 master weights, saved as the entry `master`.
     """
     tensors: dict[str, Tensor] = {f"{names[id(parameter)]}/{_MASTER}": parameter for parameter in masters}
     for parameter, entries in optimizer.state.items():
@@ -87,7 +87,7 @@ def optimizer_tensors(
 def load_optimizer_tensors(
     optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter], tensors: Mapping[str, Tensor]
 ) -> None:
-    """Put back what `optimizer_tensors` gave.
+    """Restore the state from `optimizer_tensors`.
 
     Raises:
         BundleError: the state belongs to other parameters.
@@ -105,5 +105,5 @@ def load_optimizer_tensors(
             with torch.no_grad():
                 parameter.copy_(entries.pop(_MASTER))
         if entries:
-            # AdamW counts its steps in a tensor, which is with the parameter if fused
+            # AdamW's step count is a tensor, on the parameter's device if fused
             optimizer.state[parameter] = {entry: value.to(parameter.device).clone() for entry, value in entries.items()}

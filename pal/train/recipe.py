@@ -1,4 +1,4 @@
-"""A recipe: everything a run depends on, in one strict YAML file."""
+"""Recipe: the training configuration, in one strict YAML file."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from pal.errors import ConfigError
 from pal.model_config import ModelConfig
 
 PARTS = ("encoder", "connector", "projectors", "llm")
-"""The parts a stage can train, as `PalModel.parts` names them."""
+"""Parts that a stage can train, as in `PalModel.parts`."""
 
 _WORDS = {"full": True, "none": False}
 _Switch = Annotated[bool, BeforeValidator(lambda value: _WORDS.get(value, value) if isinstance(value, str) else value)]
@@ -29,7 +29,7 @@ _LLM = Annotated[
 
 
 class SynthSource(StrictConfig):
-    """Scenes made into the run's folder before training, the same for the same seed."""
+    """Synthetic scenes, generated into the run's folder before training, the same for the same seed."""
 
     scenes: int = Field(gt=0)
     seed: int = 0
@@ -39,42 +39,42 @@ class SynthSource(StrictConfig):
 
 
 class PrepareSource(StrictConfig):
-    """A public data set turned into a manifest in the run's folder, as `pal data prepare` does."""
+    """Public data set, prepared as a manifest in the run's folder as by `pal data prepare`."""
 
     name: str
     root: Path
     """Folder of the data set."""
     options: dict[str, Any] = Field(default_factory=dict)
-    """Such as `folds` or `speakers`."""
+    """Options of the data set's reader, such as `folds` or `speakers`."""
 
 
 class Source(StrictConfig):
-    """One named source of records: a manifest, or how to make one."""
+    """Data source: a manifest, or options to generate or prepare one."""
 
     manifest: Path | None = None
     synth: SynthSource | None = None
     prepare: PrepareSource | None = None
     root: Path | None = None
-    """Folder that relative audio paths start from; that of the manifest when not given."""
+    """Base folder of relative audio paths; default: the manifest's folder."""
     weight: float | None = Field(default=None, gt=0)
-    """Share in the clips drawn from all sources of a stage; all of them have one or none."""
+    """Relative share of the clips of a stage; set it for all sources of the stage or for none."""
     repeat: float = Field(default=1.0, gt=0)
-    """Times an epoch goes through the source; 0.5 is every second clip. Without weights only."""
+    """Passes over the source in an epoch; 0.5 takes every second clip. Only without weights."""
     tasks: list[str] | None = None
     """Only records of these tasks."""
     datasets: list[str] | None = None
     """Only records of these datasets."""
     augment: dict[str, Any] | None = None
-    """Options of `pal.data.augment.Augment`, which says what each may do to a sound. What cuts, `crop_seconds` and
-    `time_shift` without `wrap`, is refused but in stages with objective 'tags' whose records all have one clip and
-    tags with start and end: an answer may be about what is cut off."""
+    """Options of `pal.data.augment.Augment`. Options that cut (`crop_seconds`, and `time_shift` without `wrap`) are
+    allowed only with objective 'tags' and records of one clip whose tags have start and end: elsewhere an answer may
+    be about the part that is cut off."""
     optional: bool = False
     """Leave the source out, with a line in the log, where its files are missing."""
     skip_clips: Path | None = None
-    """File with one path a line of clips that cannot be used, as `pal data check --write-bad FILE` writes it, without
-    comments. Records about them are skipped, and the log says how many."""
+    """File that lists unusable clips, one path a line without comments, as from `pal data check --write-bad FILE`.
+    Records with these clips are skipped, and their number is logged."""
     read_to_end: bool = False
-    """Take clips whose end cannot be known (a WAV written to a stream) as far as they go, with a warning for each."""
+    """Read clips of unknown length (such as a streamed WAV) to the end of the file, with a warning for each."""
 
     @model_validator(mode="after")
     def _one_origin(self) -> Source:
@@ -84,42 +84,42 @@ class Source(StrictConfig):
 
 
 class Trained(StrictConfig):
-    """What a stage trains; the rest is frozen."""
+    """Trainable parts of a stage; the rest is frozen."""
 
     encoder: _Switch | list[int] = False
-    """All encoders, or some of them by number, counted from 0."""
+    """All encoders, or a list of encoder indices, from 0."""
     connector: _Switch = False
     projectors: _Switch = False
     """The integration's own weights."""
     llm: _LLM = "none"
-    """"no_ffn" leaves the feed-forward networks frozen, "attention" everything but the attention layers."""
+    """"no_ffn" freezes the feed-forward networks, "attention" everything but the attention layers."""
     lora: LoRA = LoRA()
 
     def part(self, name: str) -> bool:
-        """Whether anything of the part is trained."""
+        """Whether the part is trained, in whole or in part."""
         return self.llm != "none" if name == "llm" else bool(getattr(self, name))
 
 
 class BatchSize(StrictConfig):
-    """A batch takes clips, each with some of its rows, until one of the limits that are given is reached."""
+    """Batch limits. A batch takes clips, each with some of its rows, until it reaches one of the limits set."""
 
     rows: int | None = Field(default=None, gt=0)
-    """Conversations, over all processes."""
+    """Most conversations of a batch, over all processes."""
     clips: int | None = Field(default=None, gt=0)
-    """Distinct clips."""
+    """Most distinct clips of a batch."""
     seconds: float | None = Field(default=None, gt=0)
-    """Seconds of distinct audio."""
+    """Most seconds of distinct audio of a batch."""
     rows_per_clip: int | None = Field(default=None, gt=0)
-    """Questions of one clip that share its audio; without it every row is drawn on its own."""
+    """Most questions of one clip in a batch, which share its audio. Default: every row is drawn individually."""
     turns: int = Field(default=1, gt=0)
-    """Questions of one clip that become turns of one conversation, which then holds its audio only once."""
+    """Most questions of one clip joined as turns of one conversation, which holds the audio only once."""
     accumulate: int = Field(default=1, gt=0)
-    """Parts that a batch is cut into, one forward and backward each, to save memory."""
+    """Gradient accumulation: number of micro-batches of a batch, each with its own forward and backward pass."""
     bucket: int | None = Field(default=None, gt=1)
-    """Up to so many batches at a time have their clips sorted by length and are cut anew, so that clips of like length
-    meet and little of a batch is padding; then they are mixed. 100 leave some 3 % of padding where chance alone leaves
-    70 % (2000 clips of half a second to half a minute, 16 a batch). Lengths are those in the files' headers, before
-    augmentation. Without it the order is that of chance alone."""
+    """Length bucketing: the clips of every so many batches are sorted by length and cut into batches again, which are
+    then shuffled, so that little of a batch is padding. 100 gives some 3 % of padding where random order gives 70 %
+    (2000 clips of half a second to half a minute, 16 a batch). Lengths are those in the files' headers, before
+    augmentation. Default: random order."""
 
     @model_validator(mode="after")
     def _some_limit(self) -> BatchSize:
@@ -129,65 +129,65 @@ class BatchSize(StrictConfig):
 
     @property
     def grouped(self) -> bool:
-        """Whether a clip's rows are drawn together."""
+        """Whether rows of a clip are drawn together."""
         return self.rows_per_clip is not None or self.clips is not None
 
     @property
     def by_length(self) -> bool:
-        """Whether the lengths of the clips decide what is in a batch."""
+        """Whether batches depend on the lengths of the clips."""
         return self.seconds is not None or self.bucket is not None
 
 
 class Stage(StrictConfig):
-    """One stretch of training."""
+    """Training stage."""
 
     name: str = "stage"
     objective: Literal["answers", "text", "transcript", "tags"] = "answers"
     options: dict[str, Any] = Field(default_factory=dict)
-    """Of the objective; see `pal.train.objectives`."""
+    """Options of the objective, see `pal.train.objectives`."""
     train: Trained
     lr: float | dict[str, float]
-    """Highest learning rate, or one for each part (and "head", that of the objective's own weights)."""
+    """Highest learning rate, or one for each part (and for "head", the objective's own weights)."""
     weight_decay: float = Field(default=0.01, ge=0)
-    """Not on norms, biases and other vectors."""
+    """AdamW's weight decay of matrices; norms, biases and other vectors have none."""
     betas: tuple[float, float] = (0.9, 0.98)
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup: int = Field(default=0, ge=0)
-    """Steps in which the learning rate rises from 0."""
+    """Steps of linear warm-up of the learning rate from 0."""
     steps: int | None = Field(default=None, gt=0)
     epochs: float | None = Field(default=None, gt=0)
     """Passes over the stage's data, instead of `steps`."""
     batch: BatchSize
     data: list[str] | dict[str, float] | None = None
-    """Names of the sources, or name to weight; all of them when not given."""
+    """Names of the sources, or name -> weight; default: all sources."""
     clip_grad: float | None = Field(default=1.0, gt=0)
-    """Largest norm of the gradient."""
+    """Gradient clipping: largest norm of the gradient; None for none."""
     gradient_checkpointing: bool = False
-    """Keep only what goes into the LLM's layers, and compute each again in the backward pass."""
+    """Recompute the LLM's layers in the backward pass, from their saved inputs."""
     recompute_audio: bool = True
-    """Where layers are kept: drop what makes a layer's audio K/V, the projector's activations, and make it again in the
-    backward pass. `pal plan` says what that saves and costs."""
+    """Recompute projector activations and audio K/V in the backward pass, where layers are not recomputed as a whole
+    (`gradient_checkpointing`). `pal plan` shows the memory saved and the FLOPs added."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """Of the computation; weights and optimizer stay as they are stored."""
+    """Precision of the computation by autocast; weights and optimizer state keep their dtype."""
     compile: Literal["auto"] | bool = "auto"
     """Compile the LLM's layers in the first step, which then takes a while. "auto" does so on CUDA."""
     cuda_graphs: Literal["auto"] | bool = "auto"
-    """Replay training steps as CUDA graphs, one for each size of batch, which are rounded up. "auto" does so on CUDA in
-    one process."""
+    """Replay training steps as CUDA graphs, one for each batch size, rounded up. "auto" does so on CUDA in one
+    process."""
     master_weights: bool = False
-    """Weights that train and are stored in bfloat16 (`llm.dtype`) have a float32 copy beside them, which is what the
-    optimizer changes: an update that is too small for a weight's 8 bits is not lost. The optimizer then holds 12 bytes
-    a weight instead of 4, and checkpoints have the copies."""
+    """Float32 master weights for trained bfloat16 weights (`llm.dtype`), so that updates below the 8 bits of bfloat16
+    are not lost. The optimizer then holds 12 bytes a weight instead of 4, and checkpoints include the master
+    weights."""
     cache: Path | None = None
-    """Folder that keeps what the encoders make of each clip, so that none is encoded twice, in this run or in another
-    with the same encoders (`pal.features`). Where they are frozen and no source augments its clips. Losses then
-    differ from those without it in their last bits, as every clip is encoded by itself instead of in a batch."""
+    """Folder of the encoder feature cache (`pal.features`), shared by all runs with the same encoders: each clip is
+    encoded only once. Needs frozen encoders and sources without augmentation. Losses differ from those without the
+    cache in their last bits, since every clip is encoded alone instead of in a batch."""
     save_llm: bool = False
-    """Write the LLM as it is after the stage, with its tokenizer, as transformers' own folder `llm/` of the run."""
+    """Save the LLM and its tokenizer after the stage, in transformers' format, in the run's folder `llm/`."""
 
     @property
     def by_clip(self) -> bool:
-        """Whether the objective asks about clips, so that each is drawn once whatever the number of its rows."""
+        """Whether the objective trains on clips, so that each is drawn once whatever the number of its rows."""
         return self.objective == "tags"
 
     @model_validator(mode="after")
@@ -224,30 +224,30 @@ class CheckpointConfig(StrictConfig):
     """Intervals of checkpoints and log lines, and loader threads. Nothing here changes the result."""
 
     checkpoint_every: int = Field(default=200, gt=0)
-    """Steps between two checkpoints; also the most that a kill can lose."""
+    """Steps between two checkpoints: the most that a killed run loses."""
     checkpoint_seconds: float | None = Field(default=None, gt=0)
-    """Write one at the latest after this long, too."""
+    """Most seconds between two checkpoints."""
     checkpoints: int = Field(default=2, gt=0)
-    """Newest checkpoints that are kept."""
+    """Number of newest checkpoints to keep."""
     log_every: int = Field(default=10, gt=0)
-    """Steps that one line of the log sums up."""
+    """Steps averaged in one line of the log."""
     workers: int | None = Field(default=None, ge=0)
-    """Threads that load the next batches; 0 loads each when it is due. By default 2 beside an accelerator, and 0
-    where the CPU trains: there a thread only takes a core from the training (docs/experiments.md)."""
+    """Loader threads; 0 loads each batch in the training thread. Default: 2 with an accelerator, 0 on CPU, where a
+    thread only takes a core from the training (docs/experiments.md)."""
     prefetch: int = Field(default=3, gt=0)
     """Batches loaded ahead."""
 
 
 class Recipe(StrictConfig):
-    """What a run is made of."""
+    """Training configuration."""
 
     seed: int = 0
     model: ModelConfig | None = None
-    """The parts to attach to each other."""
+    """Configuration of a new model."""
     bundle: Path | None = None
-    """A saved model to go on from, instead of `model`."""
+    """Saved model to train further, instead of `model`."""
     start: dict[Literal["encoder", "connector", "projectors", "llm"], Path] = Field(default_factory=dict)
-    """Bundles that single parts of `model` take their weights from."""
+    """Part of `model` -> bundle with its initial weights."""
     data: dict[str, Source] = Field(min_length=1)
     stages: list[Stage] = Field(min_length=1)
     keep: CheckpointConfig = CheckpointConfig()
@@ -271,19 +271,19 @@ class Recipe(StrictConfig):
         return self
 
     def stage_sources(self, stage: Stage) -> dict[str, Source]:
-        """The sources a stage draws from, with the weights it gives them."""
-        # Sorted: the order in which a recipe names its sources must not change what is drawn.
+        """Sources of a stage, with the weights set by the stage."""
+        # Sorted: the order of the sources in a recipe must not change the batches.
         if isinstance(stage.data, dict):
             return {name: self.data[name].model_copy(update={"weight": w}) for name, w in sorted(stage.data.items())}
         names = stage.data if stage.data is not None else self.data
         return {name: self.data[name] for name in sorted(names)}
 
     def settings(self) -> dict[str, Any]:
-        """What decides the result, as plain JSON; `keep` and `notes` do not."""
+        """Settings that determine the result, as plain JSON; without `keep` and `notes`."""
         settings = self.model_dump(mode="json", exclude={"keep", "notes"})
         for source in settings["data"].values():
             if not source["read_to_end"]:
-                del source["read_to_end"]  # so that runs of versions without the key go on
+                del source["read_to_end"]  # so that runs of versions without the key can be resumed
             if source["skip_clips"] is None:
                 del source["skip_clips"]
         for stage in settings["stages"]:
@@ -302,10 +302,10 @@ class Recipe(StrictConfig):
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a recipe, and those that it extends.
+    """Read a recipe and the files that it extends.
 
-    `extends: other.yaml`, or a list of such, names files relative to the recipe's own. Later ones and the
-    recipe itself have the last word, key by key; a list, or a part with another `name`, replaces the whole.
+    `extends: other.yaml`, or a list, names files relative to the recipe. Later files override earlier ones and the
+    recipe overrides all, key by key; a list, or a part with another `name`, is replaced as a whole.
 
     Args:
         path: YAML file.
@@ -322,7 +322,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def _read(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
-    """The keys of a file and of what it extends; `above` are the files that led here."""
+    """Keys of a file merged with those it extends; `above` is the chain of files that extend it."""
     if path.resolve() in above:
         raise ConfigError(f"recipe {path}: extends itself; take one 'extends' out")
     try:
@@ -344,7 +344,7 @@ def _read(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
 
 
 def _merged(base: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
-    """`own` over `base`."""
+    """`base` overridden by `own`, key by key."""
     out = dict(base)
     for key, value in own.items():
         old = out.get(key)
@@ -373,7 +373,7 @@ def differences(a: Any, b: Any, path: str = "") -> list[str]:
 
 
 def _override(data: dict[str, Any], override: str) -> None:
-    """Set one dotted key of the data that YAML gave; the strict parser checks the outcome."""
+    """Set one dotted key of the parsed YAML, in place; the strict parser validates the result."""
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise ConfigError(f"override '{override}' is not of the form key=value, such as stages.0.lr=5e-4")

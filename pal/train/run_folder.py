@@ -1,4 +1,4 @@
-"""The folder of a run: whose it is, and the report of a finished one."""
+"""Output folder of a training run: the recipe it belongs to, and the report of a finished run."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from pal.train.recipe import Recipe
 
 
 def is_finished(out: Path) -> bool:
-    """Whether a run has ended in this folder."""
+    """Whether the folder holds a finished run."""
     return (out / "train.json").exists()
 
 
 def claim(out: Path, recipe: Recipe, resume: bool, overwrite: bool) -> None:
-    """Make `out` the folder of a recipe's run.
+    """Make `out` the output folder of a recipe's run.
 
     Raises:
-        ConfigError: it holds a run that is neither to be resumed nor overwritten, or one of another recipe.
+        ConfigError: it holds a run and neither `resume` nor `overwrite` is set, or a run of another recipe.
     """
     marker = out / "recipe.json"
     if marker.exists() and overwrite and not resume:
@@ -43,15 +43,15 @@ def claim(out: Path, recipe: Recipe, resume: bool, overwrite: bool) -> None:
 def write_report(
     out: Path, recipe: Recipe, state: checkpoint.State, seconds: float, parameters: dict[str, int], **machine: Any
 ) -> None:
-    """Write `train.json`, which also says that the run is finished.
+    """Write `train.json`; its presence means that the run is finished.
 
     Args:
         out: folder of the run.
-        recipe: what was done.
-        state: where the run ended, with the totals of its stages.
+        recipe: of the run.
+        state: final state, with the totals of the stages.
         seconds: of all stages.
-        parameters: part of the model -> its parameters.
-        machine: processes and device.
+        parameters: part of the model -> number of its parameters.
+        machine: number of processes, and device.
     """
     import torch
     import transformers

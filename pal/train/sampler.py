@@ -1,7 +1,6 @@
-"""Which records are in the batch of a step: a pure function of seed, stage and step.
+"""Stateless batch sampler: the batch of a step is a pure function of seed, stage and step.
 
-Nothing is remembered between steps, so that a run can be taken up anywhere, and neither threads nor
-processes can change what is drawn.
+So a run can resume at any step, and the number of threads and processes does not change the batches.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from pal.errors import ConfigError
 from pal.train.recipe import BatchSize
 
 ROUND = 1 << 16
-"""Groups that are mixed and cut into batches at once, so that millions need little memory."""
+"""Groups shuffled and batched together, so that millions of groups need little memory."""
 
 
 @dataclass(frozen=True)
@@ -31,15 +30,15 @@ class Group:
     rows: tuple[int, ...]
     """Indices into the source's records."""
     seed: int
-    """For everything random about these rows: augmentation."""
+    """Seed of the augmentation."""
 
 
 @dataclass(frozen=True)
 class Pool:
-    """What can be drawn from one source."""
+    """Sampling pool of one source."""
 
     groups: Sequence[Sequence[int]]
-    """Records of each clip; one record each where rows are drawn on their own."""
+    """Records of each clip; one record each where rows are drawn individually."""
     weight: float | None = None
     repeat: float = 1.0
     seconds: Callable[[int], float] | None = None
@@ -49,13 +48,13 @@ class Pool:
 class Sampler:
     """The batches of one stage.
 
-    An epoch draws a fixed number of groups from each source, mixes them and cuts the row of groups
-    into batches; large epochs are mixed and cut in rounds. Each source goes through all its groups
+    An epoch draws a fixed number of groups from each source, shuffles them and cuts the sequence of
+    groups into batches; large epochs are shuffled and cut in rounds. Each source visits all its groups
     before it repeats one, across rounds and epochs too.
 
-    With `bucket`, up to so many batches at a time are taken apart again, their groups sorted by length and
-    cut anew, and the new batches mixed: clips of like length meet, and which ones is still chance. What such
-    a stretch holds of each source stays.
+    With `bucket`, every so many consecutive batches form a bucket: their groups are sorted by length, cut into
+    batches again, and the batches shuffled. So a batch has clips of similar length, chosen at random. The number
+    of groups of each source in a bucket does not change.
     """
 
     def __init__(self, pools: Sequence[Pool], batch: BatchSize, seed: int, stage: int) -> None:
@@ -64,15 +63,15 @@ class Sampler:
         self.key = (seed, stage)
         self.counts = _draws_per_epoch(pools)
         self.rounds = -(-sum(self.counts) // ROUND)
-        """Of an epoch."""
+        """Number of rounds of an epoch."""
         self._round = lru_cache(maxsize=2)(self._plan)
         self._turn = lru_cache(maxsize=2 * len(pools))(self._order)
         self._starts = [0]
-        """First step of each round that was planned."""
+        """First step of each round planned so far."""
         self._lock = Lock()
 
     def __getitem__(self, step: int) -> list[Group]:
-        """The batch of a step, for all processes together."""
+        """Batch of a step, of all processes together."""
         with self._lock:
             number = 0
             while step >= self._start(number + 1):
@@ -80,7 +79,7 @@ class Sampler:
             return self._round(number)[step - self._starts[number]]
 
     def steps(self, epochs: float) -> int:
-        """Steps that a number of epochs takes, at least 1."""
+        """Number of steps of `epochs` epochs, at least 1."""
         rounds = epochs * self.rounds
         whole = int(rounds)
         steps = self._start(whole)
@@ -110,7 +109,7 @@ class Sampler:
         return [[groups[at] for at in batch] for batch in batches]
 
     def _cut(self, groups: Sequence[Group], lengths: Sequence[float], order: Sequence[int]) -> list[list[int]]:
-        """Groups, in this order and by number, as batches within the limits."""
+        """Batches within the limits: indices of `groups`, taken in the given order."""
         batches: list[list[int]] = []
         filling = _Filling(self.batch)
         for at in order:
@@ -124,22 +123,22 @@ class Sampler:
     def _bucketed(
         self, groups: Sequence[Group], lengths: Sequence[float], batches: list[list[int]], number: int
     ) -> list[list[int]]:
-        """The same groups in batches of like length."""
+        """Batches of the same groups, by similar length."""
         bucket = self.batch.bucket
         assert bucket is not None
-        # Even stretches, and no fewer than two: sorted in one piece, an epoch would be cut like the one before it.
+        # Buckets of equal size, at least two: with a single one, every epoch would have the same batches.
         stretches = max(2, -(-len(batches) // bucket))
         edges = [i * len(batches) // stretches for i in range(stretches + 1)]
         out = []
         for first, last in pairwise(edges):
             together = [at for batch in batches[first:last] for at in batch]
-            # the sort is stable: what is of one length stays in the order that chance gave it
+            # the sort is stable: groups of equal length stay in random order
             cut = self._cut(groups, lengths, sorted(together, key=lengths.__getitem__))
             out += [cut[i] for i in permutation(len(cut), *self.key, "bucket", number, first)]
         return out
 
     def _group_at(self, source: int, position: int) -> tuple[int, int]:
-        """(pass, group) at a position of the source's endless row of permutations."""
+        """(pass, group) at a position of the source's endless sequence of permutations."""
         size = len(self.pools[source].groups)
         turn, place = divmod(position, size)
         return turn, int(self._turn(source, turn)[place])
@@ -148,7 +147,7 @@ class Sampler:
         return permutation(len(self.pools[source].groups), *self.key, "source", source, turn)
 
     def _rows(self, source: int, index: int, turn: int) -> tuple[int, ...]:
-        """The rows of a clip for its `turn`-th visit: all, or the next few of a shuffled round."""
+        """Rows of a clip at its `turn`-th visit: all, or the next few of a shuffled pass over them."""
         rows = self.pools[source].groups[index]
         take = self.batch.rows_per_clip if self.batch.grouped else None
         if take is None or len(rows) <= take:
@@ -168,7 +167,7 @@ class Sampler:
 
 
 class _Filling:
-    """How full a batch is."""
+    """Contents of a batch, measured against its limits."""
 
     def __init__(self, size: BatchSize) -> None:
         self.size = size
@@ -177,7 +176,7 @@ class _Filling:
         self.seconds = 0.0
 
     def fits(self, group: Group, seconds: float) -> bool:
-        """Whether the group may be added; one that is too large by itself has a batch of its own."""
+        """Whether the group fits; a group above the limits gets a batch of its own."""
         size = self.size
         return not self.clips or not (
             (size.rows is not None and self.rows + len(group.rows) > size.rows)
@@ -192,18 +191,18 @@ class _Filling:
 
 
 def share(groups: list[Group], part: int, parts: int) -> tuple[list[Group], bool]:
-    """The groups that one of several processes (or accumulation steps) works on.
+    """Groups of one process or accumulation step.
 
     Returns:
-        The groups, and whether they count: where there are fewer groups than parts, a part without
-        any repeats the first one and its loss is multiplied by 0, so that all processes stay in step.
+        The groups, and whether they count. Where there are fewer groups than parts, an empty part
+        repeats the first group with its loss multiplied by 0, so that all processes stay in step.
     """
     mine = groups[part::parts]
     return (mine, True) if mine else (groups[:1], False)
 
 
 def _draws_per_epoch(pools: Sequence[Pool]) -> list[int]:
-    """Groups that an epoch takes from each source: by weights, or each source's size times `repeat`."""
+    """Number of groups of an epoch from each source: by weight, or the source's size times `repeat`."""
     weights = [pool.weight for pool in pools]
     given = [weight for weight in weights if weight is not None]
     if given and len(given) != len(weights):
@@ -219,7 +218,7 @@ def _hash(*key: object) -> int:
 
 
 def permutation(size: int, *key: object) -> np.ndarray:
-    """The numbers below `size` in an order that the key decides: int64 [size]."""
+    """Permutation of the numbers below `size`, determined by the key: int64 [size]."""
     if size < 32:
         # numpy's generators take longer to set up than a short list to shuffle.
         order = list(range(size))

@@ -1,4 +1,4 @@
-"""Seeds of a run, made from what they are for."""
+"""Seeding of random number generators by key."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 def seed_everything(*key: object) -> None:
     """Seed Python, numpy and torch from `key`.
 
-    Called before every step, so that dropout needs no saved generator states to go on as it would have.
+    Called before every step, so that a resumed run has the same dropout without saved generator states.
     """
     seed = int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=4).digest())
     random.seed(seed)

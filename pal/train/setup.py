@@ -1,4 +1,4 @@
-"""The model a run starts from."""
+"""Initial model of a run."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ if TYPE_CHECKING:
 
 
 def build_model(recipe: Recipe, manifests: dict[str, Manifest], out: Path) -> PalModel:
-    """The recipe's model on the CPU, with the weights of `bundle` or `start` where given.
+    """The recipe's model on the CPU, with the weights of `bundle` or `start` if set.
 
     Args:
-        manifests: their text teaches a fresh LLM's tokenizer, which is kept in `out/tokenizer`.
+        manifests: training text for the tokenizer of a fresh LLM, which is saved in `out/tokenizer`.
 
     Raises:
-        ConfigError, BundleError: a starting point does not fit.
+        ConfigError, BundleError: a bundle does not fit the recipe.
     """
     if recipe.bundle is not None:
         return PalModel.from_pretrained(recipe.bundle)
@@ -53,14 +53,14 @@ def build_model(recipe: Recipe, manifests: dict[str, Manifest], out: Path) -> Pa
         with torch.no_grad():
             for name, tensor in ours.items():
                 tensor.copy_(theirs[name])
-        # A bundle must hold these weights: they are no longer those of the part's own source.
+        # A bundle must hold these weights: they differ from those of the part's pretrained source.
         mine = {tensor.data_ptr() for tensor in ours.values()}
         model.trained |= {name for name, tensor in model.state_dict().items() if tensor.data_ptr() in mine}
     return model
 
 
 def _with_ids(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> ModelConfig:
-    """The fresh LLM gets the tokenizer's size and special tokens, where the recipe does not set them."""
+    """Configuration with the tokenizer's size and special tokens for a fresh LLM, unless the recipe sets them."""
     fields = {
         "vocab_size": len(tokenizer),
         "bos_token_id": None,
@@ -72,7 +72,7 @@ def _with_ids(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> ModelC
 
 
 def _own_tokenizer(folder: Path, manifests: Iterable[Manifest], vocabulary: int) -> PreTrainedTokenizerBase:
-    """The tokenizer in `folder`, learnt from the manifests' text and kept there if there is none."""
+    """The tokenizer in `folder`; trained on the manifests' text and saved there first if it is missing."""
     from transformers import AutoTokenizer
 
     if not folder.exists():

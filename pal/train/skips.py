@@ -1,4 +1,4 @@
-"""Bad clips of a source: those that its recipe leaves out by a list, and what an error at another one says."""
+"""Bad clips of a source: the list `skip_clips` of a recipe, and the remedies in errors at other clips."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ logger = logging.getLogger(__name__)
 
 
 def rows_to_skip(name: str, source: Source, manifest: Manifest) -> frozenset[int]:
-    """Numbers of the records about a clip that the source's list names; a line in the log says how many they are.
+    """Indices of the records whose clips are listed in the source's `skip_clips`; their number is logged.
 
     Args:
         name: of the source.
-        source: whose `skip_clips` names a file with one path a line, relative ones as in the manifest.
+        source: its `skip_clips` is a file with one path a line, relative as in the manifest.
         manifest: of the source.
 
     Raises:
@@ -63,7 +63,7 @@ def rows_to_skip(name: str, source: Source, manifest: Manifest) -> frozenset[int
 
 
 def digests(recipe: Recipe, manifests: Mapping[str, Manifest]) -> dict[str, str]:
-    """SHA-256 of each source's data: of its manifest, and of the list of clips that are skipped where there is one."""
+    """SHA-256 of each source's data: its manifest, combined with its `skip_clips` list if it has one."""
     found = {}
     for name, manifest in manifests.items():
         path = recipe.data[name].skip_clips
@@ -75,7 +75,7 @@ def digests(recipe: Recipe, manifests: Mapping[str, Manifest]) -> dict[str, str]
 
 @contextmanager
 def naming_remedies(name: str) -> Iterator[None]:
-    """While clips of a source are read: an error at one also says how to go on without it."""
+    """Add to an `AudioError` raised in the block how to leave its clip out of the source."""
     try:
         yield
     except AudioError as error:

@@ -1,7 +1,7 @@
 """`pal train RECIPE --smoke`: the recipe's own classes at toy size, every stage two steps, from random weights.
 
-What a run of days would find out on its last day is tried in seconds: that the parts fit together, that what trains
-changes and what is frozen does not, that a run goes on where it was cut, that its model can be read back and asked.
+Checks in seconds what would otherwise fail late in a run of days: that the parts fit together, that trained weights
+change and frozen ones do not, that an interrupted run resumes, and that its saved model can be loaded and answers.
 """
 
 from __future__ import annotations
@@ -26,32 +26,32 @@ from pal.train.recipe import PARTS, BatchSize, CheckpointConfig, Recipe, Source,
 from pal.train.trainer import run
 
 STEPS = 2
-"""Of each stage: the second step is the first whose gradient has passed weights that began at zero."""
+"""Steps of each stage: weights initialised to zero pass a gradient from the second step on."""
 SCENES = 6
-"""Of each source of data."""
+"""Scenes of each data source."""
 SECONDS = 2.0
 """Length of a scene."""
 QUESTION = "What do you hear?"
 
 
 class SmokeError(PalError):
-    """What a recipe's toy run has shown to be wrong."""
+    """Fault found by the toy run of a recipe."""
 
 
 @dataclass(frozen=True)
 class SmokeCheck:
-    """One thing that was found to be right."""
+    """Passed check of the toy run."""
 
     name: str
     found: str
-    """What exactly, in a few words."""
+    """Finding in a few words."""
 
 
 def smoke(recipe: Recipe, out: Path) -> Iterator[SmokeCheck]:
-    """Run the toy version of a recipe in the folder `out`, and say what was right as soon as it is known.
+    """Run the toy version of a recipe in the folder `out`; yields each check as soon as it has passed.
 
     Raises:
-        SmokeError: the first thing that was not.
+        SmokeError: the first check that failed.
         ConfigError: the recipe cannot be made small, or `out` is not empty.
     """
     if out.exists() and any(out.iterdir()):
@@ -59,11 +59,11 @@ def smoke(recipe: Recipe, out: Path) -> Iterator[SmokeCheck]:
     with _failing("the toy recipe"):
         small = toy_recipe(recipe)
     whole = out / "whole"
-    watch = _Watch(small.stages)
+    weight_checks = _WeightChecks(small.stages)
     with _failing("training"):
-        model = run(small, whole, watch=watch)
+        model = run(small, whole, on_stage=weight_checks)
     yield SmokeCheck("trained", f"{len(small.stages)} stages of {STEPS} steps")
-    yield from watch.checks
+    yield from weight_checks.checks
     with _failing("reading the bundle back"):
         again = PalModel.from_pretrained(whole / "model").to(model.device)
     _same(model.digest, again.digest, "the model's digest changes when it is saved and read back")
@@ -85,7 +85,7 @@ def smoke(recipe: Recipe, out: Path) -> Iterator[SmokeCheck]:
 
 
 def toy_recipe(recipe: Recipe) -> Recipe:
-    """The recipe with small parts and generated data; what its stages do stays."""
+    """The recipe with small parts and generated data, and otherwise the same stages."""
     if recipe.bundle is not None:
         model, _ = bundle.shape_of(recipe.bundle)
     else:
@@ -96,7 +96,7 @@ def toy_recipe(recipe: Recipe) -> Recipe:
         model=_toy_model(model),
         data={name: _toy_source(source, i) for i, (name, source) in enumerate(sorted(recipe.data.items()))},
         stages=[_toy_stage(stage) for stage in recipe.stages],
-        # every step is kept, so that any of them can be gone back to
+        # a checkpoint of every step, so that the run can resume from any of them
         keep=CheckpointConfig(checkpoint_every=1, checkpoints=STEPS * len(recipe.stages), log_every=1, workers=0),
     )
 
@@ -128,10 +128,10 @@ def _toy_source(source: Source, number: int) -> Source:
 
 
 def _toy_stage(stage: Stage) -> Stage:
-    # a long rise would keep the weights where they are
+    # a long warm-up would leave the weights almost unchanged
     changes = {"steps": STEPS, "epochs": None, "warmup": min(stage.warmup, 1), "batch": _toy_batch(stage.batch)}
     changes["cache"] = None  # the folder belongs to the real encoders
-    changes["compile"] = stage.compile is True  # which takes longer than all that is tried
+    changes["compile"] = stage.compile is True  # compiling takes longer than the whole smoke run
     changes["cuda_graphs"] = False
     return Stage(**{**stage.model_dump(), **changes})
 
@@ -139,8 +139,8 @@ def _toy_stage(stage: Stage) -> Stage:
 def _toy_batch(batch: BatchSize) -> BatchSize:
     accumulate = min(batch.accumulate, 2)
 
-    def least(given: float | None, size: float) -> Any:
-        return None if given is None else min(given, size)
+    def least(limit: float | None, size: float) -> Any:
+        return None if limit is None else min(limit, size)
 
     return BatchSize(
         rows=least(batch.rows, 2 * accumulate),
@@ -153,8 +153,8 @@ def _toy_batch(batch: BatchSize) -> BatchSize:
     )
 
 
-class _Watch:
-    """Looks at the weights between the stages."""
+class _WeightChecks:
+    """Checks after each stage that trained weights changed and frozen ones did not."""
 
     def __init__(self, plan: list[Stage]) -> None:
         self._stages = iter(plan)
@@ -169,7 +169,7 @@ class _Watch:
 
     def _compare(self, stage: Stage, model: PalModel, before: dict[str, Tensor], now: dict[str, Tensor]) -> None:
         free = {stages.lasting_name(name) for name, p in model.named_parameters() if p.requires_grad}
-        # adapters that the stage has put in have no weights before it
+        # adapters added by the stage have no weights before it
         changed = {name for name, tensor in now.items() if name not in before or not torch.equal(tensor, before[name])}
         trained, frozen = 0, 0
         for part, names in _names(model).items():
@@ -178,7 +178,7 @@ class _Watch:
             if not stage.train.part(part):
                 wrong = moved
             else:
-                # the buffers of what trains, such as batch statistics, may move
+                # buffers of trained modules, such as batch statistics, may change
                 wrong = {name for name in moved - free if name in dict(_frozen_parameters(model))}
                 if not moved & free:
                     raise SmokeError(f"stage '{stage.name}' trains the {part}, but none of its weights changed")
@@ -194,7 +194,7 @@ class _Watch:
 
 
 def _names(model: PalModel) -> dict[str, set[str]]:
-    """Part -> the lasting names of its weights and buffers, in the model."""
+    """Part -> checkpoint names of its weights and buffers."""
     own = {id(module): part for part, module in model.parts().items()}
     names: dict[str, set[str]] = {part: set() for part in PARTS}
     for prefix, module in model.named_modules():
@@ -212,7 +212,7 @@ def _frozen_parameters(model: PalModel) -> Iterator[tuple[str, Tensor]]:
 
 
 def _cut(whole: Path, folder: Path) -> int:
-    """Make of a finished run one that was cut after its last checkpoint but one; gives that checkpoint's step."""
+    """Copy a finished run without its end, up to its last checkpoint but one; returns that checkpoint's step."""
     shutil.copytree(whole, folder)
     shutil.rmtree(folder / "model")
     (folder / "train.json").unlink()
@@ -222,7 +222,7 @@ def _cut(whole: Path, folder: Path) -> int:
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:
-    """Bit for bit on a CPU; a GPU adds up in another order each time."""
+    """Equality bit for bit on a CPU, and to rounding on a GPU, whose order of summation varies."""
     if a.device.type == "cpu" or not a.is_floating_point():
         return torch.equal(a, b)
     return torch.allclose(a.float(), b.float(), rtol=1e-2, atol=1e-4)
@@ -235,11 +235,11 @@ def _same(before: object, after: object, fault: str) -> None:
 
 @contextmanager
 def _failing(doing: str) -> Iterator[None]:
-    """Whatever goes wrong inside becomes one line that says at what it did."""
+    """Turn any error in the block into a `SmokeError` of one line that starts with `doing`."""
     try:
         yield
     except PalError as error:
         raise SmokeError(f"{doing}: {error}") from error
-    except Exception as error:  # of any kind: to find it is what a smoke run is for
+    except Exception as error:  # any error is a finding of the smoke run
         first = (str(error).splitlines() or [""])[0]
         raise SmokeError(f"{doing}: {type(error).__name__}: {first}") from error

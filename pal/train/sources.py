@@ -1,4 +1,4 @@
-"""The data of a run: opened, made or prepared sources, and each stage's view of them."""
+"""Data of a run: opening, generating or preparing its sources, and the data set of each stage."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ logger = logging.getLogger(__name__)
 
 
 def open_sources(recipe: Recipe, made: Path) -> dict[str, Manifest]:
-    """The manifests of a recipe by name, without the optional ones whose files are missing.
+    """Manifests of a recipe by name, without optional ones whose files are missing.
 
     Args:
-        made: folder that scenes and prepared manifests are written to, once.
+        made: folder for generated scenes and prepared manifests, which are written once.
 
     Raises:
-        ConfigError, ManifestError: a source that is needed cannot be had.
+        ConfigError, ManifestError: a required source is missing or unusable.
     """
     manifests = {}
     for name, source in recipe.data.items():
@@ -56,7 +56,7 @@ def open_sources(recipe: Recipe, made: Path) -> dict[str, Manifest]:
 
 
 def _check_cuts(recipe: Recipe, manifests: dict[str, Manifest]) -> None:
-    """No augmentation cuts out what a label without a time is about; raises ConfigError at the first that may."""
+    """Raise ConfigError if an augmentation may cut out the sound of a label without times."""
     for stage in recipe.stages:
         for name, source in recipe.stage_sources(stage).items():
             if source.augment is None or name not in manifests or stage.objective == "text":
@@ -71,7 +71,7 @@ def _check_cuts(recipe: Recipe, manifests: dict[str, Manifest]) -> None:
 
 
 def _untimed(record: Record, tags_alone: bool) -> str | None:
-    """What of a record's labels has no time, in words; None where all have."""
+    """Words for a label of the record without times; None if all have times."""
     if not record.clips:
         return None
     if not tags_alone:
@@ -87,7 +87,7 @@ def _short(text: str) -> str:
 
 
 def _taken(record: Record, source: Source) -> bool:
-    """Whether `tasks` and `datasets` let a record through."""
+    """Whether `tasks` and `datasets` select the record."""
     return (source.tasks is None or record.task in source.tasks) and (
         source.datasets is None or record.dataset in source.datasets
     )
@@ -117,10 +117,10 @@ def _manifest_path(name: str, source: Source, made: Path) -> Path:
 
 
 class StageData:
-    """Data of one stage, as micro-batches of each step.
+    """Data set of one stage: the micro-batches of each step.
 
     Args:
-        manifests: of the whole recipe; absent optional sources are skipped.
+        manifests: of the whole recipe; missing optional sources are skipped.
         index: of the stage in the recipe.
     """
 
@@ -152,16 +152,16 @@ class StageData:
         self._prepare: Callable[[MicroBatch], MicroBatch] = lambda work: work
 
     def records(self) -> Iterator[Record]:
-        """Every record that can be drawn."""
+        """All records of the stage."""
         for manifest, pool in zip(self.manifests, self.pools, strict=True):
             for rows in pool.groups:
                 for row in rows:
                     yield manifest[row]
 
     def start(self, model: PalModel, objective: Objective, waveforms: WaveformCache) -> None:
-        """Get ready to load: the model's tokenizer and rate, each source's augmentation, the features kept.
+        """Set up loading: the model's tokenizer and rate, each source's augmentation, the feature cache.
 
-        What the objective can prepare of a batch is done where it is loaded, not in the thread that trains.
+        The objective's `prepare` runs in the loading threads, not in the training thread.
         """
         self._prepare = objective.prepare
         encode_clip = None
@@ -184,7 +184,7 @@ class StageData:
             self._collators.append(collator)
 
     def work(self, step: int, part: int, parts: int) -> list[MicroBatch]:
-        """What process `part` of `parts` does at a step, one item for each accumulation."""
+        """Micro-batches of process `part` of `parts` at a step, one for each accumulation."""
         groups, mine = share(self.sampler[step], part, parts)
         done = []
         for i in range(self.stage.batch.accumulate):
@@ -210,9 +210,9 @@ class StageData:
 
 
 def in_turns(records: Sequence[Record], turns: int) -> list[Record]:
-    """The same questions in conversations of up to `turns` records each, where neighbours are about the same clips.
+    """Conversations of up to `turns` consecutive records about the same clips.
 
-    Each later question then sees the answers before it, as in a real conversation.
+    A later question then sees the answers before it, as in a real conversation.
     """
     out: list[Record] = []
     joined = 0
@@ -227,7 +227,7 @@ def in_turns(records: Sequence[Record], turns: int) -> list[Record]:
 
 
 class _GroupSeconds:
-    """Length of a group's audio: that of its first record's clips."""
+    """Length of a group's audio in seconds: total of its first record's clips."""
 
     def __init__(self, name: str, manifest: Manifest, groups: Sequence[Sequence[int]], read_to_end: bool) -> None:
         self.name, self.manifest, self.groups, self.read_to_end = name, manifest, groups, read_to_end
@@ -238,7 +238,7 @@ class _GroupSeconds:
 
 
 def _groups(manifest: Manifest, source: Source, grouped: bool, skipped: frozenset[int]) -> Sequence[Sequence[int]]:
-    """Records of a manifest that a source lets through, by clip or one by one."""
+    """Selected records of a manifest, grouped by clip or individually."""
     if not grouped and source.tasks is None and source.datasets is None and not skipped:
         return _Singles(len(manifest))
     groups: dict[object, list[int]] = {}
@@ -255,7 +255,7 @@ def _seconds(path: str, read_to_end: bool) -> float:
 
 
 class _Singles(Sequence[Sequence[int]]):
-    """Every record on its own, without a list of millions of lists."""
+    """Groups of one record each, without a list of millions of lists."""
 
     def __init__(self, size: int) -> None:
         self.size = size
@@ -276,27 +276,27 @@ def _clip_datasets(batch: Batch, records: Sequence[Record]) -> list[str]:
 
 
 def join(batches: Sequence[Batch]) -> Batch:
-    """One batch of several: clips and rows in order, rows pointing at their moved clips."""
+    """Concatenation of batches: clips and rows in order, with the rows' clip indices shifted."""
     if len(batches) == 1:
         return batches[0]
     waveforms: list[Tensor] = []
-    heard: list[EncodedClip] = []
+    encoded: list[EncodedClip] = []
     rows: list[Tokens] = []
     records: list[str] = []
     for batch in batches:
-        first = len(heard) + len(waveforms)
+        first = len(encoded) + len(waveforms)
         rows += [Tokens(row.ids, [first + clip for clip in row.clips], row.labels) for row in batch.conversations]
         waveforms += batch.waveforms
-        heard += batch.encoded
+        encoded += batch.encoded
         records += batch.records
     tags = None
     if any(batch.tags is not None for batch in batches):
         tags = [spans for batch in batches for spans in batch.tags or [None] * len(batch.clips)]
-    return Batch(waveforms, rows, records, tags, heard)
+    return Batch(waveforms, rows, records, tags, encoded)
 
 
 def trained_tokens(batch: Batch) -> int:
-    """Tokens that carry loss."""
+    """Number of labelled tokens."""
     return sum(sum(label != IGNORE for label in row.labels or ()) for row in batch.conversations)
 
 

@@ -1,4 +1,4 @@
-"""What a stage trains: freezing by part, adapters, and the names of the trained weights."""
+"""Trainable parts of a stage: freezing, adapters, and the names of the trained weights."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from pal.train.recipe import PARTS, Stage, Trained
 
 
 def freeze(model: PalModel, train: Trained) -> dict[str, dict[str, nn.Parameter]]:
-    """Let exactly what `train` names require gradients; adds the LLM's adapters where it asks for them.
+    """Require gradients for exactly the parts in `train`, and add the LLM's adapters if `train` sets them.
 
     Returns:
-        part -> name in the model -> parameter, of what is trained.
+        part -> name in the model -> trained parameter.
 
     Raises:
-        ConfigError: a part is to be trained that has no weights.
+        ConfigError: a part in `train` has no weights.
     """
     if train.llm == "lora" and model.llm.lora is None:
         model.llm.add_lora(train.lora)
@@ -44,7 +44,7 @@ def freeze(model: PalModel, train: Trained) -> dict[str, dict[str, nn.Parameter]
 
 
 def set_modes(model: PalModel, stage: Stage) -> None:
-    """Training mode for what trains, evaluation mode for the rest."""
+    """Set training mode for trained parts and evaluation mode for the rest."""
     model.train()
     if stage.gradient_checkpointing:
         # transformers checkpoints layers in training mode only, and a frozen LLM holds activations, too.
@@ -52,39 +52,39 @@ def set_modes(model: PalModel, stage: Stage) -> None:
 
 
 def compiles(stage: Stage, device: torch.device) -> bool:
-    """Whether a stage compiles the LLM's layers: `auto` does on CUDA, and a stage without the LLM never does."""
+    """Whether a stage compiles the LLM's layers: with `auto` on CUDA, and never in a stage without the LLM."""
     wanted = device.type == "cuda" if stage.compile == "auto" else stage.compile
     return wanted and not stage.by_clip
 
 
 def captures(stage: Stage, device: torch.device, processes: int) -> bool:
-    """Whether a stage replays its steps as CUDA graphs: `auto` does on CUDA in one process.
+    """Whether a stage replays its steps as CUDA graphs: with `auto` on CUDA in one process.
 
     Raises:
-        ConfigError: where the stage insists and it cannot be.
+        ConfigError: the stage has `cuda_graphs: true` where they are not possible.
     """
     possible = device.type == "cuda" and processes == 1 and not stage.by_clip
     if stage.cuda_graphs is True and not possible:
         raise ConfigError(
             f"stage '{stage.name}': cuda_graphs: true needs CUDA, one process and an objective with the LLM; "
-            "leave the key out to have graphs where they can be had"
+            "leave the key out to use graphs only where possible"
         )
     return possible and stage.cuda_graphs is not False
 
 
 def lasting_name(name: str) -> str:
-    """A weight's name as it was before adapters were put around its layer: what checkpoints call it."""
+    """A weight's name in checkpoints: the one before adapters were put around its layer."""
     return name.replace(".base_layer.", ".")
 
 
 def named_weights(model: PalModel) -> dict[str, Tensor]:
-    """All parameters, and the buffers that a bundle would hold, by their lasting names."""
+    """All parameters and persistent buffers, by checkpoint name."""
     held = model.state_dict()
     buffers = {name: buffer for name, buffer in model.named_buffers() if name in held}
     return {lasting_name(name): tensor for name, tensor in [*model.named_parameters(), *buffers.items()]}
 
 
 def trained_weights(model: PalModel, trained: set[str]) -> dict[str, Tensor]:
-    """Of `named_weights`, the parameters in `trained` and all buffers."""
+    """The parameters in `trained` and all buffers, by checkpoint name."""
     parameters = {lasting_name(name) for name, _ in model.named_parameters()}
     return {name: t for name, t in named_weights(model).items() if name in trained or name not in parameters}

@@ -1,8 +1,8 @@
-"""One update of the weights after the other, without waiting for the device that computes them.
+"""Optimizer steps without host synchronisation.
 
-What a step finds out (its loss, its gradient's norm, what was right) stays on the device until `meter` reads it; only
-numbers that the host knows anyway, such as how many tokens were trained, decide how a step goes. So the host can hand
-over a step while the device is still busy with the one before.
+A step's results (loss, gradient norm, hits) stay on the device until `meter` reads them; its control flow depends only
+on numbers known on the host, such as the count of trained tokens. So the host can launch a step while the device still
+computes the one before.
 """
 
 from __future__ import annotations
@@ -20,29 +20,29 @@ from pal.train.recipe import Stage
 
 
 class StepResult(NamedTuple):
-    """What a step leaves behind, over all processes."""
+    """Results of a step, over all processes."""
 
     numbers_4: Tensor
-    """On the device: the sum of the losses, the gradient's norm before it was clipped, hits, tries."""
+    """On the device: summed loss, gradient norm before clipping, hits, tries."""
     items: int
-    """Trained tokens, or clips, that the sum is over."""
+    """Number of summands of the loss: trained tokens, answers or clips."""
     flags: list[bool]
-    """Whether any process raised each of its flags."""
+    """For each flag, whether any process has set it."""
 
 
 class Update:
-    """The step of a stage: `update(works)` changes the weights once.
+    """Optimizer step of a stage: `update(micro_batches)` changes the weights once.
 
-    A step whose loss or gradient is not finite changes nothing: neither weights nor the optimizer's state nor the
-    batch statistics of what trains. Nor does any step after it, so that what is there when the fault is read is what
-    was there before it. All this is decided on the device.
+    A step with a NaN or infinite loss or gradient changes nothing: neither weights, nor the optimizer's state, nor
+    batch statistics of trained modules. Steps after it change nothing either, so the state found when the fault is
+    read is the state before it. The decision is made on the device.
 
     Args:
-        objective: as the accelerator prepared it.
-        optimizer: over the parameters of `masters`, fused, with gradients of zero or none.
-        masters: what is trained, float32 copies included.
-        stage: says how gradients are clipped, and the precision.
-        accelerator: `accelerate.Accelerator`, or what has its methods.
+        objective: as prepared by the accelerator.
+        optimizer: fused, over the parameters of `masters`, with gradients of zero or none.
+        masters: trained weights with their float32 master weights.
+        stage: sets gradient clipping and precision.
+        accelerator: `accelerate.Accelerator` or an object with its methods.
         host_reduce: sums over the processes.
     """
 
@@ -69,11 +69,10 @@ class Update:
             for buffer in layer.buffers(recurse=False)
         ]
         self.failed = torch.zeros((), device=accelerator.device)
-        """1 once a step was not finite: what torch's fused optimizers take as `found_inf`, and then leave all as it is.
-        """
+        """1 after a step that was not finite. torch's fused optimizers take it as `found_inf` and skip the update."""
 
     def __call__(self, micro_batches: list[MicroBatch], *flags: bool) -> StepResult:
-        """One step; `flags` are told to all processes."""
+        """Run one step; `flags` are combined over all processes."""
         accelerator, alone = self.accelerator, self.accelerator.num_processes == 1
         before = [buffer.clone() for buffer in self.statistics]
         sums = torch.zeros((), device=accelerator.device)
@@ -83,7 +82,7 @@ class Update:
         for i, micro_batch in enumerate(micro_batches):
             with (
                 autocast(accelerator.device, self.stage.precision),
-                # Gradients of several processes are averaged once, after the last part.
+                # DDP averages gradients over processes once, after the last micro-batch.
                 accelerator.no_sync(self.objective) if i + 1 < len(micro_batches) else nullcontext(),
             ):
                 outcome: LossOutput = self.objective(micro_batch)
@@ -97,10 +96,10 @@ class Update:
         counted, *raised = self.host_reduce.sum(items, *flags)
         told_3 = torch.stack([_number(x, sums.device) for x in (sums, hits, tries)])
         told_3 = accelerator.reduce(told_3, reduction="sum")
-        # Each process has the gradient of its sum, and DDP took the mean: make it that of the mean over all tokens.
+        # DDP gave the mean over processes of the gradients of their sums: scale to the mean over all items.
         scale = accelerator.num_processes / max(1.0, counted)
         gradients = [p.grad for p in self.parameters if p.grad is not None]
-        for dtype in {gradient.dtype for gradient in gradients}:  # of one type they take one kernel
+        for dtype in {gradient.dtype for gradient in gradients}:  # one kernel for each dtype
             torch._foreach_mul_([gradient for gradient in gradients if gradient.dtype == dtype], scale)
         norm = nn.utils.clip_grad_norm_(self.parameters, self.stage.clip_grad or float("inf")).to(sums.device)
         self._apply(told_3[0], norm, before)
@@ -109,7 +108,7 @@ class Update:
 
     @torch.no_grad()
     def _apply(self, loss: Tensor, norm: Tensor, before: list[Tensor]) -> None:
-        """Change the weights, unless this step or one before it was not finite."""
+        """Update the weights unless this step or an earlier one was not finite."""
         finite = loss.isfinite() & norm.isfinite()
         self.failed = torch.maximum(self.failed, (~finite).to(self.failed.dtype))
         for buffer, old in zip(self.statistics, before, strict=True):
@@ -121,11 +120,11 @@ class Update:
 
 
 def _number(x: Tensor | float, device: torch.device) -> Tensor:
-    """In float64 where the device has it; numbers of the host get there with the kernel that fills them in."""
+    """Scalar tensor on the device, float64 if the device supports it; host numbers need no copy, only a fill kernel."""
     dtype = torch.float32 if device.type == "mps" else torch.float64
     return x.to(device, dtype) if isinstance(x, Tensor) else torch.full((), x, dtype=dtype, device=device)
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """Matrix products in bfloat16, or as the numbers are stored."""
+    """Autocast of matrix products to bfloat16; disabled for other precisions."""
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")

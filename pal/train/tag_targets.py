@@ -1,4 +1,4 @@
-"""Tags of a clip as numbers at its tokens."""
+"""Tagging targets of a clip, overall and for each token."""
 
 import torch
 from torch import Tensor
@@ -9,7 +9,7 @@ from pal.types import TagSpan
 def tag_targets(
     spans: list[TagSpan], index: dict[str, int], tokens: int, seconds_per_token: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What holds in a clip [J], what at each token [A, J], and for which labels the times are known [J]."""
+    """Targets of the clip [J], targets of each token [A, J], and mask of the labels with known times [J]."""
     clip_J = torch.zeros(len(index))
     frames_AJ = torch.zeros(tokens, len(index))
     timed_J = torch.ones(len(index), dtype=torch.bool)

@@ -1,4 +1,4 @@
-"""What an LLM can learn of sounds from text alone: to answer about clips whose tags it reads in the audio's place."""
+"""Integration of tag embeddings in place of audio, to train an LLM on sounds from text alone."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from pal.types import AudioFeatures, Batch
 
 
 class TranscriptRoute(Route):
-    """Rows that sum the embeddings of the labels that hold at a time: what a perfect encoder would say.
+    """Rows of summed label embeddings, one for each time step: the output of an ideal encoder.
 
-    Positions are those of audio, one row to a few of its tokens, so that the LLM learns distances that
-    it will meet again. It has no weights of its own and is no way for audio to enter.
+    Rows have the positions of audio tokens, one row for several tokens, so that the LLM learns the
+    distances of real audio. Has no weights and takes no audio.
     """
 
     class Config(StrictConfig):
@@ -50,25 +50,25 @@ class TranscriptRoute(Route):
         self.tokens = max(1, round(config.seconds_per_row / self._seconds_per_token))
 
     def features(self, batch: Batch) -> AudioFeatures:
-        """A batch's tags, [U, S, J]: 1 where a label holds; a label without times holds throughout.
+        """Tags of a batch, [U, S, J]: 1 where a label is active; a label without times is active throughout.
 
         Raises:
-            ConfigError: a clip of which nothing is known, about which the LLM could only learn to guess.
+            ConfigError: a clip has no tags, so that the LLM could only learn to guess.
         """
-        given = batch.tags or [None] * len(batch.waveforms)
-        if any(spans is None for spans in given):
+        known_tags = batch.tags or [None] * len(batch.waveforms)
+        if any(spans is None for spans in known_tags):
             raise ConfigError("objective 'transcript': a clip has no tags; leave its source out of the stage's data")
         seconds = self.tokens * self._seconds_per_token
         rows = tuple(math.ceil(clip / seconds) for clip in batch.durations(self._rate))
         S = max(rows)
         held = []
-        for spans in given:
+        for spans in known_tags:
             clip_J, held_SJ, timed_J = tag_targets(list(spans or ()), self.numbers, S, seconds)
             held.append(torch.where(timed_J, held_SJ, clip_J))
         return AudioFeatures(torch.stack(held), rows, seconds)
 
     def inject(self, features: AudioFeatures, llm: Backbone) -> IntegrationOutput:
-        """One row for every few tokens."""
+        """One row for each `seconds_per_row` of the clip."""
         embedded_XD = llm.embed(to_device(self._ids_X, llm.device))
         sums_JD = embedded_XD.new_zeros(len(self.numbers), llm.width)
         counts_J = to_device(self._counts_J, llm.device)

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pal.config import parse
-from pal.data.augment import Augment, equalise, heard_within, loudness, lowpass, noise, warp
+from pal.data.augment import Augment, equalise, audible_tags, loudness, lowpass, noise, warp
 from pal.errors import ConfigError
 from pal.types import TagSpan
 
@@ -295,8 +295,8 @@ def test_no_tag_is_left_too_short_or_too_faint():
     # loud for 0.2 s, then 25 dB lower: a cut within the tail alone would leave a label of what is hardly there
     x_N = torch.cat([burst(0, 0.2, 0.2), burst(0, 1.8, 1.8) * 10 ** (-25 / 20)])
     tag, kept, gone = TagSpan("bark", 0.0, 2.0), 0, 0
-    assert heard_within(x_N.numpy(), RATE, [tag], 0, RATE) == [tag]
-    assert heard_within(x_N.numpy(), RATE, [tag], RATE, 2 * RATE) is None
+    assert audible_tags(x_N.numpy(), RATE, [tag], 0, RATE) == [tag]
+    assert audible_tags(x_N.numpy(), RATE, [tag], RATE, 2 * RATE) is None
     for seed in range(30):
         y_N, after = augment(crop_seconds=0.5)(x_N, RATE, np.random.default_rng(seed), [tag])
         kept += bool(after)
@@ -304,8 +304,8 @@ def test_no_tag_is_left_too_short_or_too_faint():
         assert loudness(y_N.numpy(), RATE) > loudness(x_N.numpy(), RATE) * 10 ** (-10 / 20)
     assert (kept, gone) == (30, 0)
     short = TagSpan("click", 1.0, 1.2)
-    for last, heard in ((0.99, []), (1.02, None), (1.06, [short])):
-        assert heard_within(burst(1.0, 1.2).numpy(), RATE, [short], 0, round(last * RATE)) == heard
+    for last, audible in ((0.99, []), (1.02, None), (1.06, [short])):
+        assert audible_tags(burst(1.0, 1.2).numpy(), RATE, [short], 0, round(last * RATE)) == audible
 
 
 def test_a_clip_without_a_place_to_cut_stays_whole(monkeypatch):

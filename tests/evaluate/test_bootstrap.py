@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from pal.evaluate.bootstrap import DrawnMetric, Groups, bootstrap_ci, draw, interval, redraw, wilson
+from pal.evaluate.bootstrap import DrawnMetric, Groups, bootstrap_ci, draw, interval, resample, wilson
 from pal.evaluate.metrics import Ratio, Support
 
 OVER = [1.0, 0.0, 3.0, 2.0, 0.0, 1.0]
@@ -21,13 +21,13 @@ def test_value_of_all_and_of_some():
     rows = np.asarray([0, 3, 3])
     assert ratio().value() == pytest.approx(7 / 14)
     assert ratio().value(rows) == pytest.approx(5 / 6)
-    assert ratio().of_some(rows).value() == pytest.approx(5 / 6)
-    assert ratio().of_some(rows).value(np.asarray([1])) == 1.0
+    assert ratio().subset(rows).value() == pytest.approx(5 / 6)
+    assert ratio().subset(rows).value(np.asarray([1])) == 1.0
     assert np.isnan(ratio().value(np.asarray([4])))
 
 
 def test_groups_are_drawn_whole_and_alike_for_all_metrics():
-    drawn_RM = redraw([ratio(), ratio()], Groups(KEYS), seed=3, resamples=200)
+    drawn_RM = resample([ratio(), ratio()], Groups(KEYS), seed=3, resamples=200)
     assert drawn_RM.shape == (200, 2)
     assert drawn_RM[:, 0].tolist() == drawn_RM[:, 1].tolist()
     # the same by hand, from the same generator
@@ -39,7 +39,7 @@ def test_groups_are_drawn_whole_and_alike_for_all_metrics():
 
 def test_the_interval_of_a_mean_is_bootstrap_cis():
     right = [1.0, 0.0, 1.0, 1.0, 0.0, 1.0]
-    drawn_RM = redraw([Ratio.mean(right)], Groups(KEYS), seed=7)
+    drawn_RM = resample([Ratio.mean(right)], Groups(KEYS), seed=7)
     assert interval(drawn_RM[:, 0], 4 / 6) == pytest.approx(bootstrap_ci(right, KEYS, seed=7))
 
 

@@ -52,12 +52,12 @@ def test_whole_parts_and_redrawn_data_sets_are_scikit_learns(seed):
         some = np.asarray([0, 3, 4, 7, 9])
         assert metric.value() == pytest.approx(known(np.arange(len(truth_NL))), nan_ok=True)
         assert metric.value(some) == pytest.approx(known(some), nan_ok=True)
-        assert metric.of_some(some).value() == pytest.approx(known(some), nan_ok=True)
+        assert metric.subset(some).value() == pytest.approx(known(some), nan_ok=True)
         twice = np.asarray([0, 0, 3, 3, 3])
         assert metric.value(twice) == pytest.approx(known(twice), nan_ok=True)
         groups = Groups(keys)
         drawn_RG = np.random.default_rng(seed).integers(len(groups), size=(6, len(groups)))
-        for found, drawn_G in zip(metric.redrawn(groups, drawn_RG), drawn_RG, strict=True):
+        for found, drawn_G in zip(metric.resampled(groups, drawn_RG), drawn_RG, strict=True):
             rows = np.concatenate([[2 * g, 2 * g + 1] for g in drawn_G])
             assert found == pytest.approx(known(rows), nan_ok=True)
 
@@ -66,9 +66,9 @@ def test_redrawing_in_pieces_changes_nothing(monkeypatch):
     truth_NL, _, scores_NL = data_set(1)
     metric, groups = MeanAveragePrecision(truth_NL, scores_NL), Groups(range(12))
     drawn_RG = np.random.default_rng(0).integers(12, size=(20, 12))
-    whole_R = metric.redrawn(groups, drawn_RG)
+    whole_R = metric.resampled(groups, drawn_RG)
     monkeypatch.setattr("pal.evaluate.label_metrics._CHUNK", 40)
-    np.testing.assert_array_equal(metric.redrawn(groups, drawn_RG), whole_R)
+    np.testing.assert_array_equal(metric.resampled(groups, drawn_RG), whole_R)
 
 
 def test_weighted_average_precision_is_scikit_learns():

@@ -280,8 +280,8 @@ def test_audio_is_made_again_in_the_backward_pass_where_a_stage_says_so(
     told = []
     checkpoint = Backbone.checkpoint_gradients
 
-    def noted(self: Backbone, on: bool, audio: bool = True) -> None:
-        checkpoint(self, on, audio)
+    def noted(self: Backbone, on: bool, recompute_audio: bool = True) -> None:
+        checkpoint(self, on, recompute_audio)
         told.append(self.recomputes_audio)
 
     monkeypatch.setattr(Backbone, "checkpoint_gradients", noted)

@@ -1,6 +1,6 @@
-"""Manifests of public data sets, from the folders they are distributed as: one file a data set.
+"""Readers of public data sets, one file each: manifests from their distributed folders.
 
-A data set is a function that yields records, with one decorator line that gives its name and options.
+A reader is a function that yields records, registered by one decorator line with its name and options.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ _READERS: dict[str, tuple[Reader, type[StrictConfig]]] = {}
 
 
 def dataset(name: str, options: type[StrictConfig]) -> Callable[[Reader], Reader]:
-    """Function decorator: make a reader known to `prepare` as `name`."""
+    """Function decorator that registers a reader as `name`."""
 
     def add(reader: Reader) -> Reader:
         assert name not in _READERS, f"data set '{name}' is registered twice"
@@ -44,7 +44,7 @@ def read(name: str, root: str | Path, **options: Any) -> list[Record]:
     Args:
         name: one of `names()`.
         root: the data set's folder.
-        options: the data set's own; strings are understood, as they come from a command line.
+        options: of the reader; strings are parsed, as from a command line.
 
     Raises:
         ConfigError: unknown data set or option, with the known ones.
@@ -65,16 +65,16 @@ def read(name: str, root: str | Path, **options: Any) -> list[Record]:
 
 
 def prepare(name: str, root: str | Path, out: str | Path, **options: Any) -> Path:
-    """Write the manifest of a data set and return its path; `read` says what is taken and what is raised.
+    """Write the manifest of a data set and return its path. Arguments and errors are those of `read`.
 
-    Audio below the folder of `out`, a JSON Lines file, is written relative to it.
+    Audio paths below the folder of `out`, a JSON Lines file, are written relative to it.
     """
     write_manifest(out, read(name, root, **options))
     return Path(out)
 
 
 def question_for(record_id: str, questions: Sequence[str], paraphrase: bool) -> str:
-    """The first of the questions, or with `paraphrase` the one that the id's digest picks."""
+    """The first of the questions, or with `paraphrase` one chosen by the id's digest."""
     if not paraphrase:
         return questions[0]
     digest = hashlib.sha256(record_id.encode()).digest()
@@ -82,7 +82,7 @@ def question_for(record_id: str, questions: Sequence[str], paraphrase: bool) -> 
 
 
 def choose(option: str | None, known: Sequence[str], what: str) -> list[str]:
-    """A comma-separated option as a list, all of it among the known values; None means all of them."""
+    """Parse a comma-separated option of known values; None means all of them."""
     if option is None:
         return list(known)
     chosen = [value.strip() for value in option.split(",") if value.strip()]

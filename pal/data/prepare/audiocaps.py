@@ -20,14 +20,14 @@ QUESTIONS = (
 
 
 class AudioCapsOptions(StrictConfig):
-    """Which clips, and how they are asked about."""
+    """Options: clips and questions."""
 
     split: Literal["train", "val", "test"] = "train"
     """The table `SPLIT.csv`; in `val` and `test` a clip has several captions."""
     paraphrase: bool = False
     """Vary the question from caption to caption, for training."""
     missing: Literal["error", "skip"] = "error"
-    """What to do about listed clips that are not there; some videos can no longer be had."""
+    """Handling of listed clips whose files are missing; some videos are no longer available."""
 
 
 @dataset("audiocaps", AudioCapsOptions)

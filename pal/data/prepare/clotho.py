@@ -13,7 +13,7 @@ from pal.data.tables import find_clip
 
 
 class ClothoOptions(StrictConfig):
-    """Which clips, and how they are asked about."""
+    """Options: clips and questions."""
 
     split: Literal["development", "validation", "evaluation"] = "development"
     """The table `clotho_captions_SPLIT.csv` and the folder `SPLIT/`."""

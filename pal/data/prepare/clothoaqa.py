@@ -15,17 +15,17 @@ from pal.data.tables import find_clip
 
 
 class ClothoAQAOptions(StrictConfig):
-    """Which questions."""
+    """Options: questions."""
 
     split: Literal["train", "val", "test"] = "train"
     """The table `clotho_aqa_SPLIT.csv`."""
     agreement: int = Field(default=3, ge=1, le=3)
-    """How many of the three must have given the answer; questions with less are left out."""
+    """Fewest of the three annotators who gave the answer; other questions are left out."""
 
 
 @dataset("clothoaqa", ClothoAQAOptions)
 def clothoaqa(root: Path, options: ClothoAQAOptions) -> Iterator[Record]:
-    """One record a question that enough people answered alike, with their answer; the audio is in `audio_files/`."""
+    """One record a question with enough agreement of the annotators; the audio is in `audio_files/`."""
     table = root / f"clotho_aqa_{options.split}.csv"
     columns = ("file_name", "QuestionText", "answer", "confidence")
     asked: dict[tuple[str, str], list[str]] = {}
@@ -36,7 +36,7 @@ def clothoaqa(root: Path, options: ClothoAQAOptions) -> Iterator[Record]:
     for (file, question), answers in asked.items():
         numbers[file] += 1
         answer, votes = Counter(answers).most_common(1)[0]
-        # a tie of one vote each has no answer that is right
+        # a tie of one vote each has no correct answer
         if votes < options.agreement or (votes == 1 and len(set(answers)) > 1) or not answer:
             continue
         yield Record(

@@ -29,17 +29,17 @@ _FOLDED = {label.lower().replace(",", ""): label for label in LABELS}
 
 
 class DCASE2017Options(StrictConfig):
-    """Which clips, and how they are asked about."""
+    """Options: clips and questions."""
 
     split: Literal["training", "testing", "evaluation"] = "training"
-    """Of the challenge."""
+    """Split of the challenge."""
     paraphrase: bool = False
     """Vary the question from clip to clip, for training."""
 
 
 @dataset("dcase2017", DCASE2017Options)
 def dcase2017(root: Path, options: DCASE2017Options) -> Iterator[Record]:
-    """One record a clip: its labels, joined by "; " in the order of `LABELS`, and when each sounds where that is known.
+    """One record a clip: its labels, joined by "; " in the order of `LABELS`, with their times in strong labels.
 
     The table is `groundtruth_{strong,weak}_label_SPLIT_set.csv`, in the folder or in `metadata/`: tab
     lines of file, start, end and label without a heading. The audio lies in `SPLIT/` or `audio/SPLIT/`.
@@ -57,7 +57,7 @@ def dcase2017(root: Path, options: DCASE2017Options) -> Iterator[Record]:
         if label is None:
             raise ManifestError(f"{table}, line {number}: '{row['label']}' is none of the 17 classes")
         try:
-            # weak labels hold for the clip; the times beside them are the clip's place in its video
+            # weak labels are of the whole clip; the times beside them are the clip's position in its video
             span = TagSpan(label, float(row["start"]), float(row["end"])) if strong else TagSpan(label)
         except ValueError:
             raise ManifestError(f"{table}, line {number}: start and end must be seconds") from None

@@ -22,7 +22,7 @@ _COLUMNS = ("filename", "fold", "category")
 
 
 class ESC50Options(StrictConfig):
-    """Which clips, and how they are asked about."""
+    """Options: clips and questions."""
 
     folds: str | None = None
     """Comma-separated folds, such as "1,2,3"; all by default."""

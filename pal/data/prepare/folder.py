@@ -1,4 +1,4 @@
-"""A folder of your own: one folder of clips for each label."""
+"""User's data set: one folder of clips for each label."""
 
 import hashlib
 import unicodedata
@@ -17,25 +17,25 @@ from pal.types import TagSpan
 
 
 class FolderOptions(StrictConfig):
-    """What is asked, and which share of the clips is taken."""
+    """Options: question and split."""
 
     question: str = "What sound is this?"
-    """Asked about every clip; its answer is the name of the clip's folder, with spaces for underscores."""
+    """Question about every clip; its answer is the name of the clip's folder, with spaces for underscores."""
     part: Literal["all", "train", "test"] = "all"
-    """A clip is in `test` or `train` by the digest of its path below the root, so it never changes sides."""
+    """Split of a clip, by the digest of its path below the root, so that it never changes."""
     test_share: float = Field(default=0.2, gt=0, lt=1)
-    """Of the clips, about."""
+    """Approximate share of the clips in `test`."""
 
 
 @dataset("folder", FolderOptions)
 def folder(root: Path, options: FolderOptions) -> Iterator[Record]:
-    """One record a clip: which label its folder has."""
+    """One record a clip, labelled by its folder."""
     clips = files_in(root, "*/*", SUFFIXES)
     labels = tuple(sorted({_label(path) for path in clips}))
     if len(labels) < 2:
         raise ManifestError(f"{root}: {len(labels)} folders with audio; give one folder of clips for each label")
     for path in clips:
-        # one form of the letters, so that a copy by way of another system keeps ids and sides
+        # Unicode normalised, so that a copy from another system keeps ids and split
         place = unicodedata.normalize("NFC", path.relative_to(root).as_posix())
         share = int.from_bytes(hashlib.sha256(place.encode()).digest()[:8], "big") / 2**64
         if options.part != "all" and (share < options.test_share) != (options.part == "test"):

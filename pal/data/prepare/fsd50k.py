@@ -20,7 +20,7 @@ QUESTIONS = (
 
 
 class FSD50KOptions(StrictConfig):
-    """Which clips, and how they are asked about."""
+    """Options: clips and questions."""
 
     split: Literal["train", "val", "eval"] = "train"
     """`train` and `val` are the two parts of the development set."""

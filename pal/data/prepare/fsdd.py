@@ -25,7 +25,7 @@ _NAME = re.compile(r"(\d)_([^_]+)_(\d+)")
 
 
 class FSDDOptions(StrictConfig):
-    """Which clips, and how they are asked about."""
+    """Options: clips and questions."""
 
     speakers: str | None = None
     """Comma-separated speakers to take; all by default."""

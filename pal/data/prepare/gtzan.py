@@ -20,7 +20,7 @@ QUESTIONS = (
 
 
 class GTZANOptions(StrictConfig):
-    """How the clips are asked about."""
+    """Options: questions."""
 
     paraphrase: bool = False
     """Vary the question from clip to clip, for training."""

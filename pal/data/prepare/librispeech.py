@@ -17,7 +17,7 @@ QUESTIONS = (
 
 
 class LibriSpeechOptions(StrictConfig):
-    """Which utterances, and how they are asked about."""
+    """Options: utterances and questions."""
 
     split: str = "train-clean-100"
     """Comma-separated folders, such as "train-clean-100,train-clean-360"."""

@@ -19,14 +19,14 @@ QUESTIONS = (
 
 
 class MusicCapsOptions(StrictConfig):
-    """Which clips, and how they are asked about."""
+    """Options: clips and questions."""
 
     split: Literal["train", "eval"] = "train"
     """`eval` are the clips of AudioSet's evaluation set, as the table says."""
     paraphrase: bool = False
     """Vary the question from clip to clip, for training."""
     missing: Literal["error", "skip"] = "error"
-    """What to do about listed clips that are not there; some videos can no longer be had."""
+    """Handling of listed clips whose files are missing; some videos are no longer available."""
 
 
 @dataset("musiccaps", MusicCapsOptions)

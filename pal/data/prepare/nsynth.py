@@ -33,12 +33,12 @@ _CHOICES = {"family": FAMILIES, "source": SOURCES}
 
 
 class NSynthOptions(StrictConfig):
-    """Which notes, and what is asked about them."""
+    """Options: notes and questions."""
 
     split: Literal["train", "valid", "test"] = "train"
     """The folder `nsynth-SPLIT`."""
     about: Literal["family", "source"] = "family"
-    """What is asked."""
+    """Property that the question is about."""
     paraphrase: bool = False
     """Vary the question from note to note, for training."""
 

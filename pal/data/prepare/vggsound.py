@@ -15,16 +15,16 @@ from pal.types import TagSpan
 
 
 class VGGSoundOptions(StrictConfig):
-    """Which clips, and how they are asked about."""
+    """Options: clips and questions."""
 
     split: Literal["train", "test"] = "train"
-    """Of the table."""
+    """Split in the table."""
     choices: bool = False
     """Put the 309 labels into every record, for likelihood ranking."""
     paraphrase: bool = False
     """Vary the question from clip to clip, for training."""
     missing: Literal["error", "skip"] = "error"
-    """What to do about listed clips that are not there; many videos can no longer be had."""
+    """Handling of listed clips whose files are missing; many videos are no longer available."""
 
 
 @dataset("vggsound", VGGSoundOptions)

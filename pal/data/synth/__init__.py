@@ -1,8 +1,7 @@
-"""Seeded scenes of made-up sounds with questions: endless data whose answers are known.
+"""Seeded synthetic scenes with questions: unlimited data with known answers.
 
-`waves` are the building blocks of sounds, `events` says how each kind sounds, `scene` what happens when,
-`questions` what is asked about it.
-`synthesise` writes audio and manifest.
+`waves` has the building blocks of sounds, `events` a synthesiser for each kind, `scene` the plan of events,
+`questions` the questions about it. `synthesise` writes audio and manifest.
 """
 
 from __future__ import annotations
@@ -20,9 +19,9 @@ if TYPE_CHECKING:
 # Workers import this package without torch, hence the imports inside functions.
 
 _CHUNK = 32
-"""Scenes that a worker renders between two steps of the progress bar."""
+"""Scenes rendered by a worker between two steps of the progress bar."""
 _ALONE = 200
-"""Up to this many scenes, starting workers costs more than it saves."""
+"""Most scenes rendered without workers, whose start would cost more than it saves."""
 
 
 def synthesise(
@@ -41,10 +40,10 @@ def synthesise(
 
     Args:
         out: folder to write into; made if missing.
-        scenes: how many, at least 1.
+        scenes: number of scenes, at least 1.
         seed: at least 0.
         seconds: length of a scene, 1.5 to 60; at most one event begins per second of it.
-        questions_per_scene: how many records share a scene's audio; a scene with few events may have fewer.
+        questions_per_scene: most records of a scene; one with few events may have fewer.
         workers: processes; None takes every core this process may use.
 
     Returns:

@@ -1,4 +1,4 @@
-"""How each kind of event sounds: one function per kind, every parameter drawn anew, numpy alone.
+"""Synthesis of each kind of event: one function per kind with random parameters, in numpy alone.
 
 Each function takes a generator, a length in samples and a fundamental in Hz (musical kinds) and returns
 [N] float64 at no particular level; `render` sets the level.
@@ -33,7 +33,7 @@ from pal.data.synth.waves import (
 
 
 def partials_below(hz: float, most: int, limit: float = 7600.0) -> int:
-    """How many harmonics of `hz` fit under `limit` Hz, at most `most`."""
+    """Number of harmonics of `hz` below `limit` Hz, at most `most`."""
     return int(min(most, max(1, limit // hz)))
 
 
@@ -325,7 +325,7 @@ def thunder(rng: Rng, n: int, hz: float) -> Signal:
 
 @dataclass(frozen=True)
 class SoundKind:
-    """One kind of event: its noun, how to speak of it, and how it sounds."""
+    """Class of synthetic sound: its label, its words in questions, and its synthesis."""
 
     name: str
     """The plain noun: label and answer."""
@@ -339,7 +339,7 @@ class SoundKind:
     longest: float
     """Seconds."""
     musical: bool = False
-    """Has a pitch that questions are asked about."""
+    """Whether it has a pitch for questions."""
     plural: bool = False
     """As in "When do the footsteps start?"."""
     countable: bool = True

@@ -1,9 +1,9 @@
-"""Questions and captions about a scene, chosen so that the wording never gives the answer away.
+"""Questions and captions about a scene, balanced so that the wording does not reveal the answer.
 
-A *form* is one way of asking ("which of two comes first"), with paraphrases. For every scene all
-questions that have a clear answer are candidates; `Chooser` takes some of them so that tasks are about
-equally frequent and, within a form, answers are too. It sees plans only, in the order of the scenes,
-so its choice does not depend on who renders the audio.
+A *form* is one kind of question ("which of two comes first"), with paraphrases. For every scene all
+questions with a clear answer are candidates; `Chooser` samples some of them so that tasks, and answers
+within a form, are about equally frequent. It uses only the plans, in the order of the scenes, so its
+choice does not depend on the rendering of the audio.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ COUNTS = ("one", "two", "three", "four")
 THIRDS = ("beginning", "middle", "end")
 HALVES = ("first half", "second half")
 BORDER = 0.15
-"""Seconds that an onset keeps from the border between two answers."""
+"""Smallest distance in seconds of an onset from the border between two answers."""
 SEMITONES = 5
-"""Notes that are compared are this far apart at least."""
+"""Smallest interval between compared notes."""
 LOUDER_DB = 8.0
-"""Levels that are compared are this far apart at least."""
+"""Smallest difference between compared levels."""
 TASKS = ("what", "order", "count", "presence", "timing", "pitch", "loudness", "caption")
 
 PARAPHRASES: dict[str, tuple[str, ...]] = {
@@ -65,7 +65,7 @@ PARAPHRASES: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class SceneQuestion:
-    """A question with its one right answer."""
+    """Question with its one correct answer."""
 
     task: str
     text: str
@@ -76,21 +76,21 @@ class SceneQuestion:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A question that could be asked; its wording is not chosen yet."""
+    """Possible question about a scene, before its wording is chosen."""
 
     task: str
     form: str
     answer: str
     choices: tuple[str, ...] | None
     first: str = ""
-    """The kind asked about, or the one mentioned first."""
+    """Kind of event in the question, or the one mentioned first."""
     second: str = ""
     balance: str = ""
-    """What must be equally frequent within the form: the answer, or its place among those mentioned."""
+    """Value balanced within the form: the answer, or its position among the kinds mentioned."""
 
     @property
     def subject(self) -> tuple[str, ...]:
-        """Two candidates with the same subject are the same question."""
+        """Identity of the question: equal subjects are the same question."""
         return (self.form, *sorted((self.first, self.second)))
 
 
@@ -105,9 +105,9 @@ def candidates(scene: Scene) -> Iterator[Candidate]:
     if most_events(scene.seconds) > 1:
         counts = COUNTS[: most_events(scene.seconds)]
         yield Candidate("count", "count", counts[len(events) - 1], counts, balance=counts[len(events) - 1])
-    heard = {event.kind for event in events}
+    present = {event.kind for event in events}
     for kind in kinds:
-        answer = "yes" if kind in heard else "no"
+        answer = "yes" if kind in present else "no"
         yield Candidate("presence", "presence", answer, ("yes", "no"), kind, balance=answer)
     for one, two in combinations(events, 2):
         yield from _comparison("order", "earlier", one, two)
@@ -121,7 +121,7 @@ def candidates(scene: Scene) -> Iterator[Candidate]:
 
 
 def _comparison(task: str, form: str, right: Event, wrong: Event) -> Iterator[Candidate]:
-    """Both orders of mention."""
+    """Candidates of a comparison, in both orders of mention."""
     for place, (a, b) in (("first", (right.kind, wrong.kind)), ("second", (wrong.kind, right.kind))):
         yield Candidate(task, form, right.kind, (a, b), a, b, balance=place)
 
@@ -153,7 +153,7 @@ def _phrase(event: Event) -> str:
 
 
 class Chooser:
-    """Takes questions scene by scene, keeping tasks and answers balanced over all scenes so far."""
+    """Balanced sampling of questions, scene by scene, over tasks and answers of all scenes so far."""
 
     def __init__(self) -> None:
         self.tasks: Counter[str] = Counter()
@@ -164,7 +164,7 @@ class Chooser:
     def choose(self, scene: Scene, number: int, rng: Rng) -> list[SceneQuestion]:
         """Up to `number` different questions about the scene, in random order."""
         pool = list(candidates(scene))
-        pool = [pool[i] for i in rng.permutation(len(pool))]  # ties fall to chance
+        pool = [pool[i] for i in rng.permutation(len(pool))]  # random order of ties
         chosen: list[Candidate] = []
         while pool and len(chosen) < number:
             fair = [candidate for candidate in pool if self._is_fair(candidate)]
@@ -179,7 +179,7 @@ class Chooser:
         return [worded(candidate, int(rng.integers(len(PARAPHRASES[candidate.form])))) for candidate in chosen]
 
     def _is_fair(self, candidate: Candidate) -> bool:
-        """Whether asking it keeps the answers of a form with few answers about equally frequent."""
+        """Whether the candidate keeps the answers of a form with few answers about equally frequent."""
         answers = _answers(candidate)
         if len(answers) > len(COUNTS):
             return True
@@ -217,7 +217,7 @@ def worded(candidate: Candidate, paraphrase: int = 0) -> SceneQuestion:
 
 
 def spans(scene: Scene) -> list[tuple[str, float, float]]:
-    """What is known to sound and when: kind, level and register of every event, with start and end in seconds."""
+    """Tags of every event: kind, level and register, with start and end in seconds."""
     out = []
     for event in scene.events:
         labels = [event.kind, "loud" if event.loud else "quiet"]

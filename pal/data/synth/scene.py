@@ -1,4 +1,4 @@
-"""What happens when in a scene (the plan), and the scene's waveform."""
+"""Plan of a scene (its events in time), and the scene's waveform."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from pal.data.synth.waves import RATE, Rng, Signal, shaped_noise
 
 MOST_EVENTS = 4
 ONSET_GAP = 0.3
-"""Seconds that onsets are apart at least, so that the order is beyond doubt."""
+"""Smallest distance of two onsets in seconds, so that the order is unambiguous."""
 OVERLAP = 0.4
-"""Most of the shorter of two neighbours that may sound at the same time."""
+"""Largest overlap of two neighbours, as a share of the shorter one."""
 NOTE_WEIGHT = 2.0
-"""How much likelier a musical kind is drawn than another, so that most scenes have a pitch to ask about."""
+"""Relative probability of musical kinds, so that most scenes have a pitch for questions."""
 REGISTERS = {"low": (40, 48), "middle": (58, 66), "high": (76, 84)}
 """MIDI notes of each register, both ends included; the gaps between them keep the answer clear."""
 LOUD_DB, QUIET_DB, JITTER_DB = -14.0, -28.0, 2.0
-"""Levels in dBFS (active rms): the centres, and how far an event strays from its own."""
+"""Levels in dBFS (active rms): the two centres, and the largest deviation of an event from its centre."""
 BACKGROUNDS = ("floor", "pink", "brown", "white", "hum")
 
 # Streams of random numbers of one scene. None is 0, which a seed sequence would not tell from nothing.
@@ -33,7 +33,7 @@ _WEIGHTS = np.array([NOTE_WEIGHT if kind.musical else 1.0 for kind in KINDS.valu
 
 @dataclass(frozen=True)
 class Event:
-    """One sound of a scene; times in seconds from its start."""
+    """Sound event of a scene; times in seconds from its start."""
 
     kind: str
     start: float
@@ -70,12 +70,12 @@ class Scene:
 
 
 def most_events(seconds: float) -> int:
-    """How many events a scene of this length may have: one a second, at most four."""
+    """Most events of a scene of this length: one a second, at most four."""
     return min(MOST_EVENTS, max(1, int(seconds)))
 
 
 def plan(seed: int, index: int, seconds: float) -> Scene:
-    """Decide what sounds in scene `index` of `seed`; depends on nothing else."""
+    """Plan of scene `index` of `seed`; a pure function of its arguments."""
     # blocks of four scenes have one to four events in random order: exactly balanced
     most = most_events(seconds)
     block = np.random.default_rng((seed, index // most, COUNT)).permutation(most)
@@ -143,7 +143,7 @@ def sound(scene: Scene) -> NDArray[np.float32]:
         part = render(event.kind, rng, event.end - event.start, event.level_db, event.hz)
         first = round(event.start * RATE)
         x_N[first : first + len(part)] += part[: n - first]
-    # peaks bend instead of clipping; what stays below the knee is untouched, so levels keep their meaning
+    # soft clipping: samples below the knee are unchanged, so levels keep their meaning
     knee = 0.8
     over_N = np.abs(x_N) - knee
     bent_N = np.sign(x_N) * (knee + (1 - knee) * np.tanh(over_N / (1 - knee)))

@@ -1,1 +1,1 @@
-"""How answers become numbers: one file a rule, as the benchmarks' own scripts do it."""
+"""Scoring rules, one file each, as in the benchmarks' own scripts."""

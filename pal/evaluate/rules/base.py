@@ -1,4 +1,4 @@
-"""The contract of a rule, and what several of them share."""
+"""Interface of scoring rules, and shared helpers."""
 
 from __future__ import annotations
 
@@ -16,50 +16,50 @@ from pal.evaluate.metrics import Metric, Ratio
 
 @dataclass
 class Verdict:
-    """What a rule makes of the answers to some items."""
+    """Output of a scoring rule for the answers to some items."""
 
     parsed: list[Any]
-    """What was read out of each answer, as JSON can hold it; None where nothing could be."""
+    """Parsed answer of each item, JSON-compatible; None if it could not be parsed."""
     correct: list[bool | None]
-    """Whether the item is right; None where the rule knows no such thing, as for captions."""
+    """Whether the item is correct; None if the rule has no right and wrong, as for captions."""
     value: list[float]
-    """What each item is worth, for comparing two models item by item: 1 or 0, or the item's own score."""
+    """Score of each item, for paired comparisons of two models: 1 or 0, or the item's own score."""
     metrics: dict[str, Metric]
-    """Name -> metric; the first one is the benchmark's own."""
+    """Name -> metric; the first is the benchmark's own."""
     single: dict[str, float] = field(default_factory=dict)
-    """Metrics of the whole set that have no interval, such as corpus BLEU."""
+    """Metrics of the whole set without interval, such as corpus BLEU."""
     facts: dict[str, Any] = field(default_factory=dict)
-    """Counts worth knowing, such as how many answers could not be read, and what was not computed and why."""
+    """Further counts, such as unparsed answers, and metrics that were not computed with the reason."""
 
 
 class Rule(ABC):
-    """Scores answers. A concrete rule has a nested `Config` and is registered as a "rule"."""
+    """Scoring rule. A concrete rule has a nested `Config` and is registered as a "rule"."""
 
-    says: str
-    """The rule in words, for score files."""
+    description: str
+    """Description of the rule, for score files."""
     quirks: tuple[str, ...] = ()
-    """Where the official script does what one would not expect; kept."""
+    """Unexpected behaviour of the official script that the rule reproduces or deviates from."""
     lower_is_better: bool = False
 
     @abstractmethod
     def judge(self, items: Sequence[Item], texts: Sequence[str | None]) -> Verdict:
-        """Score raw answers; None is an item that raised, which counts as wrong."""
+        """Score raw answers; None stands for an item that raised, which counts as wrong."""
 
     def describe(self) -> dict[str, Any]:
-        """What a score file says of the rule."""
-        return {"says": self.says, "quirks": list(self.quirks), "lower_is_better": self.lower_is_better}
+        """Description of the rule in a score file."""
+        return {"says": self.description, "quirks": list(self.quirks), "lower_is_better": self.lower_is_better}
 
 
 class NoOptions(StrictConfig):
-    """Options of a rule that has none."""
+    """Options of a rule without options."""
 
 
 def right_or_wrong(name: str, parsed: list[Any], correct: Sequence[bool], **facts: Any) -> Verdict:
-    """The verdict of a rule that says right or wrong of each item."""
+    """Verdict of a rule with a right or wrong for each item."""
     values = [float(right) for right in correct]
     return Verdict(parsed, list(correct), values, {name: Ratio.right(correct)}, facts=facts)
 
 
 def share(over: Sequence[float], under: Sequence[float]) -> Ratio:
-    """A share from lists: what is right by what there is."""
+    """Ratio metric that is a share, from lists of numerators and denominators."""
     return Ratio(np.asarray(over, dtype=float), np.asarray(under, dtype=float), share=True)

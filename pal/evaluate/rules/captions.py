@@ -29,15 +29,15 @@ Captions = dict[str, list[str]]
 
 @register("rule", "captions")
 class CaptionScores(Rule):
-    """COCO's caption metrics, which AudioCaps, Clotho and MusicCaps are scored with.
+    """COCO's caption metrics, used for AudioCaps, Clotho and MusicCaps.
 
-    The tokenizer, METEOR and SPICE are Java programs. Without Java the rest is computed on plain words
-    in lower case, under names that say so, since it differs a little. SPICE needs Stanford's parser
-    beside the package, which is never downloaded here.
+    The tokenizer, METEOR and SPICE are Java programs. Without Java the other metrics are computed on
+    plain words in lower case, under other names, since the values differ a little. SPICE needs
+    Stanford's parser in the package's folder, which is never downloaded here.
     """
 
     Config = NoOptions
-    says = "COCO caption metrics (pycocoevalcap) after the Penn Treebank tokenizer, punctuation removed"
+    description = "COCO caption metrics (pycocoevalcap) after the Penn Treebank tokenizer, punctuation removed"
     quirks = ("document frequencies of CIDEr-D are those of this set's references, so its value depends on the set",)
 
     def __init__(self, config: NoOptions) -> None:
@@ -48,21 +48,21 @@ class CaptionScores(Rule):
         self.java = shutil.which("java") is not None
         self.spice = self.java and (Path(package.submodule_search_locations[0]) / _PARSER).is_file()
         if not self.java:
-            self.says = "COCO caption metrics (pycocoevalcap) on plain words in lower case; no Java here"
+            self.description = "COCO caption metrics (pycocoevalcap) on plain words in lower case; no Java here"
 
     def judge(self, items: Sequence[Item], texts: Sequence[str | None]) -> Verdict:
-        """CIDEr-D first; an item that raised is an empty caption."""
+        """Caption metrics with CIDEr-D first; an item that raised is an empty caption."""
         from pycocoevalcap.bleu.bleu import Bleu
         from pycocoevalcap.cider.cider import Cider
         from pycocoevalcap.rouge.rouge import Rouge
 
         ids = [str(index) for index in range(len(items))]
-        said = self._tokens({key: [text or ""] for key, text in zip(ids, texts, strict=True)})
+        predictions = self._tokens({key: [text or ""] for key, text in zip(ids, texts, strict=True)})
         right = self._tokens({key: list(item.references) for key, item in zip(ids, items, strict=True)})
         note = "" if self.java else " (plain words)"
-        _, each_cider = Cider().compute_score(right, said)
-        _, each_rouge = Rouge().compute_score(right, said)
-        bleu, _ = Bleu(4).compute_score(right, said, verbose=0)
+        _, each_cider = Cider().compute_score(right, predictions)
+        _, each_rouge = Rouge().compute_score(right, predictions)
+        bleu, _ = Bleu(4).compute_score(right, predictions, verbose=0)
         metrics: dict[str, Metric] = {
             f"CIDEr-D{note}": Ratio.mean(each_cider),
             f"ROUGE-L{note}": Ratio.mean(each_rouge),
@@ -70,25 +70,25 @@ class CaptionScores(Rule):
         single = {f"BLEU-{n}{note}": float(score) for n, score in enumerate(bleu, start=1)}
         missing: dict[str, str] = {}
         if self.java:
-            score, _ = self._meteor.compute_score(right, said)
+            score, _ = self._meteor.compute_score(right, predictions)
             single["METEOR"] = float(score)
         else:
             missing["METEOR"] = _NO_JAVA
         if self.spice:
-            each_spice = _spice(right, said)
+            each_spice = _spice(right, predictions)
             metrics["SPICE"] = Ratio.mean(each_spice)
             metrics["SPIDEr"] = Ratio.mean([(c + s) / 2 for c, s in zip(each_cider, each_spice, strict=True)])
         else:
             missing["SPICE"] = missing["SPIDEr"] = (
                 f"needs {_NO_PARSER}" if self.java else f"{_NO_JAVA}, and {_NO_PARSER}"
             )
-        parsed = [None if text is None else said[key][0] for key, text in zip(ids, texts, strict=True)]
+        parsed = [None if text is None else predictions[key][0] for key, text in zip(ids, texts, strict=True)]
         values = [float(score) for score in each_cider]
         return Verdict(parsed, [None] * len(items), values, metrics, single, {"not_computed": missing})
 
     @cached_property
     def _meteor(self) -> Any:
-        """One process for all sets that are scored: it takes seconds and a gigabyte to start."""
+        """One METEOR process for all sets: its start takes seconds and a gigabyte."""
         from pycocoevalcap.meteor.meteor import Meteor
 
         return Meteor()
@@ -98,16 +98,16 @@ class CaptionScores(Rule):
             return {key: [" ".join(_PLAIN_WORD.findall(c.lower())) for c in some] for key, some in captions.items()}
         from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 
-        # the tokenizer takes a line a caption
+        # the tokenizer takes one caption a line
         lines = {key: [{"caption": " ".join(c.split())} for c in some] for key, some in captions.items()}
         found: Captions = PTBTokenizer().tokenize(lines)
         return found
 
 
-def _spice(right: Captions, said: Captions) -> list[float]:
+def _spice(right: Captions, predictions: Captions) -> list[float]:
     from pycocoevalcap.spice.spice import Spice
 
-    _, each = Spice().compute_score(right, said)
-    # sorted by key as text; put back into the items' order
+    _, each = Spice().compute_score(right, predictions)
+    # SPICE sorts by key as text: restore the items' order
     of_key: dict[str, Any] = dict(zip(sorted(right), each, strict=True))
     return [float(of_key[key]["All"]["f"]) for key in right]

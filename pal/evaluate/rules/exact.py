@@ -1,4 +1,4 @@
-"""Exact match after a stated normalisation."""
+"""Exact match after normalisation."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from pal.registry import register
 
 @register("rule", "exact")
 class Exact(Rule):
-    """The answer equals one of the references after `text.normalise`."""
+    """Exact match with one of the references after `text.normalise`."""
 
     Config = NoOptions
-    says = f"the answer equals a reference after: {NORMALISATION}"
+    description = f"the answer equals a reference after: {NORMALISATION}"
 
     def __init__(self, config: NoOptions) -> None:
         del config

@@ -1,4 +1,4 @@
-"""Free text to labels by the similarity of embeddings, as LTU, GAMA and PAL classify."""
+"""Zero-shot classification of free text by embedding similarity, as in LTU, GAMA and PAL."""
 
 from __future__ import annotations
 
@@ -20,34 +20,34 @@ from pal.registry import register
 
 @register("rule", "labels")
 class NearestLabel(Rule):
-    """The label whose embedding is nearest to the answer's.
+    """Classification by the label whose embedding is nearest to the answer's.
 
-    F1 and mAP are scikit-learn's, over the labels that are there. An item that raised has no label, and the lowest
-    score for all.
+    F1 and mAP are scikit-learn's, over the labels that occur. An item that raised has no predicted label, and the
+    lowest score for all labels.
     """
 
     class Config(StrictConfig):
-        """How texts are compared, and what is made of the similarities."""
+        """Options of the rule: texts to embed, embedding and metric."""
 
         metric: Literal["accuracy", "f1", "map"] = "accuracy"
         """Accuracy and F1 take the most similar label; mAP ranks by the similarity to each."""
         answer: str = "sound of {}"
-        """What is embedded of an answer, in lower case (LTU's)."""
+        """Template of an answer's embedded text, in lower case (LTU's)."""
         label: str = "sound of {}"
-        """What is embedded of a label, in lower case (LTU's)."""
+        """Template of a label's embedded text, in lower case (LTU's)."""
         embedding: str = NGRAMS
-        """A folder or Hub id of a sentence-transformers model (pal-audio[embeddings]), or "ngrams": no download, and it
-        compares spelling, not meaning, so that a puppy is no dog to it."""
+        """Folder or Hub id of a sentence-transformers model (pal-audio[embeddings]), or "ngrams", which needs no
+        download and compares spelling, not meaning: "puppy" is not similar to "dog"."""
 
     def __init__(self, config: Config, embedder: TextEmbedder | None = None) -> None:
         self.config = config
         self.embedder = embedder if embedder is not None else open_embedder(config.embedding)
-        self.says = (
+        self.description = (
             f"cosine similarity of '{config.answer}' and '{config.label}' in lower case, by {self.embedder.name}"
         )
 
     def describe(self) -> dict[str, Any]:
-        """With the embedding that stands in for the original's."""
+        """Description with the embedding used in place of the original."""
         return {
             **super().describe(),
             "embedding": {"name": self.embedder.name, "digest": self.embedder.digest},
@@ -65,36 +65,36 @@ class NearestLabel(Rule):
         nearest = scores_NL.argmax(1)
         truth_NL = np.asarray([[label in item.references for label in labels] for item in items])
         parsed = [None if text is None else labels[best] for text, best in zip(texts, nearest, strict=True)]
-        heard = np.asarray([text is not None for text in texts])
-        correct = [bool(truth_NL[row, best]) and bool(heard[row]) for row, best in enumerate(nearest)]
+        answered = np.asarray([text is not None for text in texts])
+        correct = [bool(truth_NL[row, best]) and bool(answered[row]) for row, best in enumerate(nearest)]
         values = [float(right) for right in correct]
         if self.config.metric == "map":
-            scores_NL = np.where(heard[:, None], scores_NL, -1.0)  # the lowest cosine there is
+            scores_NL = np.where(answered[:, None], scores_NL, -1.0)  # the lowest possible cosine
             metrics: dict[str, Metric] = {"mAP": MeanAveragePrecision(truth_NL, scores_NL)}
             empty = int((~truth_NL.any(0)).sum())
             return Verdict(parsed, list(correct), values, metrics, facts={"labels_without_items": empty})
         if self.config.metric == "accuracy":
             return Verdict(parsed, list(correct), values, {"accuracy": Ratio.right(correct)})
-        said_NL = (np.arange(len(labels)) == nearest[:, None]) & heard[:, None]
-        hits = 2.0 * (said_NL & truth_NL).sum(1)
+        predicted_NL = (np.arange(len(labels)) == nearest[:, None]) & answered[:, None]
+        hits = 2.0 * (predicted_NL & truth_NL).sum(1)
         metrics = {
-            # pooled over labels: 2 TP by the number of labels said and held
-            "micro_f1": share(hits.tolist(), (said_NL.sum(1) + truth_NL.sum(1)).tolist()),
-            "macro_f1": MacroF1(truth_NL, said_NL),
+            # pooled over labels: 2 TP / (predicted + true)
+            "micro_f1": share(hits.tolist(), (predicted_NL.sum(1) + truth_NL.sum(1)).tolist()),
+            "macro_f1": MacroF1(truth_NL, predicted_NL),
         }
         return Verdict(parsed, list(correct), values, metrics)
 
     def _similarities(self, labels: Sequence[str], texts: Sequence[str | None]) -> NDArray[np.float64]:
         of_label = self.embedder.embed([self.config.label.format(label.lower()) for label in labels])
-        # each different answer once: models repeat themselves
-        said = [self.config.answer.format(_caption(text or "").lower()) for text in texts]
-        different = list(dict.fromkeys(said))
+        # each distinct answer is embedded once
+        sentences = [self.config.answer.format(_caption(text or "").lower()) for text in texts]
+        different = list(dict.fromkeys(sentences))
         places = {text: place for place, text in enumerate(different)}
         of_text = self.embedder.embed(different)
-        similarities: NDArray[np.float64] = (of_text @ of_label.T)[[places[text] for text in said]]
+        similarities: NDArray[np.float64] = (of_text @ of_label.T)[[places[text] for text in sentences]]
         return similarities
 
 
 def _caption(answer: str) -> str:
-    """The answer without the heading that models trained on LTU's data put before a caption."""
+    """The answer without the heading "Audio caption:" of models trained on LTU's data."""
     return answer.rpartition("Audio caption:")[2].strip()

@@ -1,4 +1,4 @@
-"""The letter rules of AIR-Bench Foundation, MMSU and MuChoMusic."""
+"""Letter rules of AIR-Bench Foundation, MMSU and MuChoMusic."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pal.config import StrictConfig
 from pal.evaluate.items import Item
 from pal.evaluate.metrics import Ratio
 from pal.evaluate.rules.base import Rule, Verdict, share
-from pal.evaluate.rules.options import REPAIR, meant
+from pal.evaluate.rules.options import REPAIR, chosen_option
 from pal.registry import register
 
 LETTERS = "ABCD"
@@ -59,26 +59,26 @@ _QUIRKS = {
 
 @register("rule", "letters")
 class Letters(Rule):
-    """Accuracy over options by their letters."""
+    """Multiple-choice accuracy by option letter."""
 
     class Config(StrictConfig):
-        """Whose script."""
+        """Options of the rule: the benchmark whose script is followed."""
 
         of: Literal["air_bench", "mmsu", "muchomusic"]
         """`air_bench` and `mmsu` read the first or second-last character, `muchomusic` any capital letter."""
 
     def __init__(self, config: Config) -> None:
         self.of = config.of
-        self.says = f"{_SAYS[config.of]}; {REPAIR}"
+        self.description = f"{_SAYS[config.of]}; {REPAIR}"
         self.quirks = _QUIRKS[config.of]
 
     def judge(self, items: Sequence[Item], texts: Sequence[str | None]) -> Verdict:
-        """The official accuracy, the same over all items, and the repaired one."""
+        """Official accuracy, the same over all items, and the accuracy by `chosen_option`."""
         pairs = list(zip(items, texts, strict=True))
         letters = [None if text is None else self._letter(text, item) for item, text in pairs]
         correct = [self._right(letter, item) for letter, item in zip(letters, items, strict=True)]
         counted = [self._counts(letter, text) for letter, text in zip(letters, texts, strict=True)]
-        chosen = [None if text is None else meant(text, item.choices or ()) for item, text in pairs]
+        chosen = [None if text is None else chosen_option(text, item.choices or ()) for item, text in pairs]
         repaired = [
             index is not None and (item.choices or ())[index] in item.references
             for index, item in zip(chosen, items, strict=True)
@@ -100,7 +100,7 @@ class Letters(Rule):
         return index < len(choices) and choices[index] in item.references
 
     def _counts(self, letter: str | None, text: str | None) -> float:
-        """Whether the item is in the official denominator. One that raised always is."""
+        """Whether the item is in the official denominator, as an item that raised always is."""
         empty = text is not None and text.strip().replace("\n", "") in ("", "None")
         kept = self.of == "muchomusic" or text is None or letter is not None or (self.of == "mmsu" and empty)
         return float(kept)

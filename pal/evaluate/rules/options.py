@@ -1,4 +1,4 @@
-"""Reading which option an answer means, by common sense: the repaired score beside the official ones."""
+"""Lenient parsing of the chosen option, for the repaired accuracy beside the official ones."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ REPAIR = (
     "repaired: an option's text alone; else a letter alone, bracketed, before '.', ')' or ':', or after 'answer is' "
     "and the like; else the only option whose text is in the answer; else none, which is wrong"
 )
-"""What `meant` does, for score files."""
+"""Description of `chosen_option`, for score files."""
 
 _LEADING = re.compile(r"^\W*([A-J])\s*(?:[.):\]]|$)")
 _NAMED = re.compile(r"\b(?:answer|option|choice)(?:\s+is)?\s*:?\s*[(\[]?([A-J])\b(?!\s+[a-z])", re.IGNORECASE)
 _BRACKETED = re.compile(r"\(([A-J])\)")
 
 
-def meant(answer: str, choices: Sequence[str]) -> int | None:
-    """Index of the option that an answer means; see `REPAIR`. None where it means none or several."""
-    said = normalise(answer)
+def chosen_option(answer: str, choices: Sequence[str]) -> int | None:
+    """Index of the option that an answer chooses; see `REPAIR`. None if it chooses none or several."""
+    text = normalise(answer)
     plain = [normalise(choice) for choice in choices]
-    alone = [index for index, choice in enumerate(plain) if choice == said]
+    alone = [index for index, choice in enumerate(plain) if choice == text]
     if len(alone) == 1:
         return alone[0]
     for pattern in (_LEADING, _NAMED, _BRACKETED):
@@ -30,7 +30,7 @@ def meant(answer: str, choices: Sequence[str]) -> int | None:
         if len(letters) == 1:
             index = ord(letters.pop()) - ord("A")
             return index if index < len(choices) else None
-    inside = [index for index, choice in enumerate(plain) if choice and f" {choice} " in f" {said} "]
-    # "lead guitar" holds "guitar": the longer one is meant where the other is a part of it
+    inside = [index for index, choice in enumerate(plain) if choice and f" {choice} " in f" {text} "]
+    # "lead guitar" contains "guitar": an option inside a longer matching option does not count
     longest = [i for i in inside if not any(i != j and f" {plain[i]} " in f" {plain[j]} " for j in inside)]
     return longest[0] if len(longest) == 1 else None

@@ -1,4 +1,4 @@
-"""Likelihood ranking: the choice that the LLM itself finds likeliest."""
+"""Multiple choice by log-likelihood of the choices."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from pal.registry import register
 
 @register("rule", "rank")
 class Rank(Rule):
-    """Right if the likeliest choice is among the references. The model does not generate."""
+    """Correct if the choice of highest log-likelihood is among the references. The model does not generate."""
 
     Config = NoOptions
-    says = "argmax over the choices of the answer's summed log-likelihood, end of turn included"
+    description = "argmax over the choices of the answer's summed log-likelihood, end of turn included"
 
     def __init__(self, config: NoOptions) -> None:
         del config
 
     def judge(self, items: Sequence[Item], texts: Sequence[str | None]) -> Verdict:
-        """Accuracy; an answer is one of the item's choices."""
+        """Accuracy; each answer is one of the item's choices."""
         correct = [text in item.references for item, text in zip(items, texts, strict=True)]
         return right_or_wrong("rank_accuracy", list(texts), correct)

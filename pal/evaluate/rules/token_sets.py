@@ -1,4 +1,4 @@
-"""MMAU's rule: words of the right option against words of the others; MMAR took it over."""
+"""Token-set rule of MMAU, also used by MMAR: words of the right option against words of the others."""
 
 from __future__ import annotations
 
@@ -8,30 +8,30 @@ from collections.abc import Sequence
 from pal.evaluate.items import Item
 from pal.evaluate.metrics import Ratio
 from pal.evaluate.rules.base import NoOptions, Rule, Verdict, right_or_wrong
-from pal.evaluate.rules.options import REPAIR, meant
+from pal.evaluate.rules.options import REPAIR, chosen_option
 from pal.registry import register
 
 _WORD = re.compile(r"\b\w+\b")
 
 
 def words(text: str) -> set[str]:
-    """The different words of a text, in lower case."""
+    """Set of the words of a text, in lower case."""
     return set(_WORD.findall(text.lower()))
 
 
 def matches(answer: str, reference: str, choices: Sequence[str]) -> bool:
-    """Every word of the reference is in the answer, and no word that only other choices have."""
-    said, right = words(answer), words(reference)
+    """Whether the answer has every word of the reference, and no word that only other choices have."""
+    found, right = words(answer), words(reference)
     others = {word for choice in choices for word in words(choice)} - right
-    return bool(said) and right <= said and not said & others
+    return bool(found) and right <= found and not found & others
 
 
 @register("rule", "token_sets")
 class TokenSets(Rule):
-    """Accuracy by `matches`, as MMAU's and MMAR's evaluation scripts have it."""
+    """Accuracy by `matches`, as in MMAU's and MMAR's evaluation scripts."""
 
     Config = NoOptions
-    says = f"official: all words of the right option are in the answer, and none that only others have; {REPAIR}"
+    description = f"official: all words of the right option are in the answer, and none that only others have; {REPAIR}"
     quirks = (
         "an answer such as '(B) text' fails where a wrong option has the word 'b', and '(A) text' where one has 'a'",
         "an answer that names a wrong option to rule it out is wrong",
@@ -42,10 +42,10 @@ class TokenSets(Rule):
         del config
 
     def judge(self, items: Sequence[Item], texts: Sequence[str | None]) -> Verdict:
-        """Accuracy, and the repaired one beside it."""
+        """Official accuracy, and the repaired accuracy by `chosen_option`."""
         pairs = list(zip(items, texts, strict=True))
         correct = [text is not None and matches(text, item.references[0], item.choices or ()) for item, text in pairs]
-        chosen = [None if text is None else meant(text, item.choices or ()) for item, text in pairs]
+        chosen = [None if text is None else chosen_option(text, item.choices or ()) for item, text in pairs]
         parsed = [
             None if index is None else (item.choices or ())[index] for index, item in zip(chosen, items, strict=True)
         ]

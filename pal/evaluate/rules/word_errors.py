@@ -1,4 +1,4 @@
-"""Word error rate after Whisper's normalisation of English."""
+"""Word error rate (WER) after Whisper's normalisation of English."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from pal.registry import register
 
 @register("rule", "word_errors")
 class WordErrors(Rule):
-    """Insertions, deletions and substitutions of all utterances by the words of all references, by jiwer."""
+    """Word error rate by jiwer: insertions, deletions and substitutions / words of the references, over all items."""
 
     Config = NoOptions
-    says = "word error rate (jiwer) after Whisper's English normaliser (whisper-normalizer) on both sides"
+    description = "word error rate (jiwer) after Whisper's English normaliser (whisper-normalizer) on both sides"
     lower_is_better = True
 
     def __init__(self, config: NoOptions) -> None:
@@ -34,20 +34,20 @@ class WordErrors(Rule):
         self.normalise = EnglishTextNormalizer()
 
     def judge(self, items: Sequence[Item], texts: Sequence[str | None]) -> Verdict:
-        """WER; an item that raised is an empty transcript. References that normalise to nothing are left out."""
-        said = [self.normalise(text or "") for text in texts]
-        wanted = [self.normalise(item.references[0]) for item in items]
+        """WER; an item that raised is an empty transcript. References empty after normalisation are left out."""
+        predictions = [self.normalise(text or "") for text in texts]
+        references = [self.normalise(item.references[0]) for item in items]
         errors, lengths = [], []
-        for heard, right in zip(said, wanted, strict=True):
+        for predicted, right in zip(predictions, references, strict=True):
             if not right:
                 errors.append(0)
                 lengths.append(0)
                 continue
-            found = self.count(right, heard)
+            found = self.count(right, predicted)
             errors.append(found.substitutions + found.deletions + found.insertions)
             lengths.append(len(right.split()))
         rates = [wrong / max(1, length) for wrong, length in zip(errors, lengths, strict=True)]
-        parsed = [None if text is None else one for one, text in zip(said, texts, strict=True)]
+        parsed = [None if text is None else one for one, text in zip(predictions, texts, strict=True)]
         correct: list[bool | None] = [
             wrong == 0 and text is not None for wrong, text in zip(errors, texts, strict=True)
         ]

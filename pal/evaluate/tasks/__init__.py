@@ -1,1 +1,1 @@
-"""Benchmarks: one file each. A task says what is asked of which clips, and by which rule answers are scored."""
+"""Benchmarks, one file each: clips, prompts and scoring rule."""

@@ -15,7 +15,7 @@ from pal.registry import register
 
 @register("task", "air_bench")
 class AirBench(Task):
-    """The letter rule of its script, without the step in which GPT-3.5 maps free answers to letters."""
+    """AIR-Bench Foundation by its script's letter rule, without the step in which GPT-3.5 maps answers to letters."""
 
     Config = ByLetter
     rule = {"name": "letters", "of": "air_bench"}
@@ -24,9 +24,9 @@ class AirBench(Task):
         self.config = config
 
     def items(self, root: Path) -> Iterator[Item]:
-        """One a question, with its task and the task's data set. The clips lie in `TASK_DATASET/`.
+        """One item a question, by task and by data set of the task. The clips lie in `TASK_DATASET/`.
 
-        Options that an item lacks are not shown; the official loop writes "C. None".
+        Missing options are not shown; the official script writes "C. None".
         """
         path = json_file(root, ("Foundation_meta.json",), "AIR-Bench Foundation's folder as it was unpacked")
         keys = ("uniq_id", "path", "question", "choice_a", "choice_b", "answer_gt", "task_name", "dataset_name")
@@ -35,7 +35,7 @@ class AirBench(Task):
             if str(one["answer_gt"]) not in choices:
                 raise ManifestError(f"{path}, item {number}: the answer '{one['answer_gt']}' is not among the choices")
             task = f"{one['task_name']}_{one['dataset_name']}"
-            # the clips of Audio_Grounding are FLAC under names in .wav, which find_clip sees
+            # the clips of Audio_Grounding are FLAC but listed as .wav, which find_clip handles
             clip = find_clip([root / task], [one["path"]], path)
             prompt = ask_by_letter(self.config.prompt, str(one["question"]), choices)
             category = {"task": (str(one["task_name"]),), "task and data set": (task,)}

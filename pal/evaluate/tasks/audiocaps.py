@@ -16,12 +16,12 @@ class AudioCaps(Task):
     """CIDEr-D, SPICE and SPIDEr over the test split's clips."""
 
     class Config(Prompted):
-        """Which clips, and what is asked."""
+        """Options: clips and prompt."""
 
         prompt: str = CAPTION
         split: Literal["train", "val", "test"] = "test"
         missing: Literal["error", "skip"] = "error"
-        """What to do about listed clips that are not there; with "skip" the score is of a smaller set."""
+        """Handling of listed clips whose files are missing; with "skip" the score is of a smaller set."""
 
     rule = {"name": "captions"}
     max_new_tokens = 64
@@ -30,6 +30,6 @@ class AudioCaps(Task):
         self.config = config
 
     def items(self, root: Path) -> list[Item]:
-        """One a clip."""
+        """One item a clip."""
         records = read("audiocaps", root, split=self.config.split, missing=self.config.missing)
         return all_captions(records, self.config.prompt)

@@ -1,4 +1,4 @@
-"""The contract of a benchmark, and the prompts that several share."""
+"""Interface of benchmarks, and shared prompts."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ DESCRIBE = "Close-ended question: Write an audio caption describing the sound."
 CAPTION = "Describe the audio in one sentence."
 
 CHOOSE = "{question}\nChoose the right option and answer with its text:\n{choices}"
-"""For rules that read the option's text; `{choices}` is one a line."""
+"""Prompt for rules that parse the option's text; `{choices}` has one a line."""
 
 
 class Task(ABC):
-    """A benchmark. A concrete one has a nested `Config` and is registered as a "task"."""
+    """Benchmark definition. A concrete one has a nested `Config` and is registered as a "task"."""
 
     rule: ClassVar[Mapping[str, Any]]
     """The official rule with its options, as `registry.build` takes it."""
     max_new_tokens: ClassVar[int] = 32
-    """Of an answer."""
+    """Most tokens of an answer."""
 
     @abstractmethod
     def items(self, root: Path) -> Iterable[Item]:
-        """The questions, in the data set's own order, from the folder that it was unpacked to.
+        """Questions in the data set's order, read from its unpacked folder.
 
         Raises:
             ManifestError: the folder is not laid out as expected; names the file and the fault.
@@ -39,26 +39,26 @@ class Task(ABC):
 
 
 class Prompted(StrictConfig):
-    """Options of a task that asks the same of every clip."""
+    """Options of a benchmark with one prompt for all clips."""
 
     prompt: str
-    """What is asked."""
+    """Prompt for every clip."""
 
 
 class Choosing(StrictConfig):
-    """Options of a task whose questions have options of their own."""
+    """Options of a multiple-choice benchmark."""
 
     prompt: str = CHOOSE
-    """What is asked; {question} and {choices} stand for the item's."""
+    """Prompt template with {question} and {choices}."""
 
 
 def ask(template: str, question: str, choices: Sequence[str]) -> str:
-    """A prompt out of its template, one choice a line with a hyphen."""
+    """Prompt from a template, with one choice a line after a hyphen."""
     return _filled(template, question, "\n".join(f"- {choice}" for choice in choices))
 
 
 def ask_by_letter(template: str, question: str, choices: Sequence[str]) -> str:
-    """The same with a letter before each choice, `A. ` for the first; ValueError where the alphabet ends."""
+    """Prompt from a template, with a letter before each choice, from `A. `; ValueError beyond the alphabet."""
     lines = (f"{letter}. {choice}" for letter, choice in zip(ascii_uppercase[: len(choices)], choices, strict=True))
     return _filled(template, question, "\n".join(lines))
 

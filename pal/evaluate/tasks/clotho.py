@@ -16,7 +16,7 @@ class Clotho(Task):
     """CIDEr-D, SPICE and SPIDEr over the evaluation split."""
 
     class Config(Prompted):
-        """Which clips, and what is asked."""
+        """Options: clips and prompt."""
 
         prompt: str = CAPTION
         split: Literal["development", "validation", "evaluation"] = "evaluation"
@@ -28,5 +28,5 @@ class Clotho(Task):
         self.config = config
 
     def items(self, root: Path) -> list[Item]:
-        """One a clip."""
+        """One item a clip."""
         return all_captions(read("clotho", root, split=self.config.split), self.config.prompt)

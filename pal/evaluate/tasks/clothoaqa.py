@@ -1,4 +1,4 @@
-"""ClothoAQA: answers of one word, exactly."""
+"""ClothoAQA: one-word answers by exact match."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ class ClothoAqa(Task):
     """Exact match over the questions that all three annotators answered alike."""
 
     class Config(StrictConfig):
-        """Which questions, and how they are put."""
+        """Options: questions and prompt."""
 
         prompt: str = "{question} Answer with one word."
         split: Literal["train", "val", "test"] = "test"
         agreement: int = Field(default=3, ge=1, le=3)
-        """How many of the three must have given the answer."""
+        """Fewest of the three annotators who gave the answer."""
 
     rule = {"name": "exact"}
 
@@ -33,7 +33,7 @@ class ClothoAqa(Task):
         self.config = config
 
     def items(self, root: Path) -> Iterator[Item]:
-        """One a question; yes and no apart from other words."""
+        """One item a question, with yes/no and other words as categories."""
         for record in read("clothoaqa", root, split=self.config.split, agreement=self.config.agreement):
             prompt = self.config.prompt.replace("{question}", record.turns[0].question)
             yield one_reference(record, prompt, {"answers": (record.task,)})

@@ -15,10 +15,10 @@ from pal.registry import register
 
 @register("task", "dcase2017")
 class Dcase2017(Task):
-    """The challenge's metric is the micro F1 over labels; free text gives one label a clip, as LTU scores it."""
+    """Micro F1 over labels, the challenge's metric; free text gives one label a clip, as in LTU."""
 
     class Config(Prompted):
-        """Which clips, and what is asked."""
+        """Options: clips and prompt."""
 
         prompt: str = DESCRIBE
         split: Literal["training", "testing", "evaluation"] = "evaluation"
@@ -31,7 +31,7 @@ class Dcase2017(Task):
         self.config = config
 
     def items(self, root: Path) -> Iterator[Item]:
-        """One a clip, with all labels that hold."""
+        """One item a clip, with all its labels."""
         for record in read("dcase2017", root, split=self.config.split):
             held = {tag.label for tag in record.tags or ()}
             references = tuple(label for label in LABELS if label in held)

@@ -17,7 +17,7 @@ class Esc50(Task):
     """Accuracy over 50 classes. Five-fold: one run for each fold with its own model, joined by `pal eval --join`."""
 
     class Config(Prompted):
-        """Which clips, and what is asked."""
+        """Options: clips and prompt."""
 
         prompt: str = DESCRIBE
         folds: str | None = None
@@ -32,7 +32,7 @@ class Esc50(Task):
         self.config = config
 
     def items(self, root: Path) -> Iterator[Item]:
-        """One a clip, with its fold."""
+        """One item a clip, with its fold."""
         options = {"folds": self.config.folds, "esc10": self.config.esc10}
         table = tables.first_file(root, ("esc50.csv", "meta/esc50.csv"), "ESC-50's main folder")
         folds = {Path(row["filename"]).stem: row["fold"] for row in tables.rows(table, ("filename", "fold"), "ESC-50")}

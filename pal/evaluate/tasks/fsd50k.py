@@ -15,10 +15,10 @@ from pal.registry import register
 
 @register("task", "fsd50k")
 class Fsd50k(Task):
-    """Labels ranked by their similarity to the answer; the whole vector of similarities counts."""
+    """Mean average precision of the labels, ranked by their similarity to the answer."""
 
     class Config(Prompted):
-        """Which clips, and what is asked."""
+        """Options: clips and prompt."""
 
         prompt: str = DESCRIBE
         split: Literal["train", "val", "eval"] = "eval"
@@ -30,7 +30,7 @@ class Fsd50k(Task):
         self.config = config
 
     def items(self, root: Path) -> Iterator[Item]:
-        """One a clip, with all its labels."""
+        """One item a clip, with all its labels."""
         labels = vocabulary(root)
         for record in read("fsd50k", root, split=self.config.split):
             references = tuple(tag.label for tag in record.tags or ())

@@ -13,10 +13,10 @@ from pal.registry import register
 
 @register("task", "gtzan")
 class Gtzan(Task):
-    """The nearest genre, with GAMA's words around the label."""
+    """Accuracy of the nearest genre, with GAMA's template for the label."""
 
     class Config(Prompted):
-        """What is asked."""
+        """Options: prompt."""
 
         prompt: str = "What is the music genre of this audio?"
 
@@ -26,6 +26,6 @@ class Gtzan(Task):
         self.config = config
 
     def items(self, root: Path) -> Iterator[Item]:
-        """One a clip."""
+        """One item a clip."""
         for record in read("gtzan", root):
             yield one_reference(record, self.config.prompt)

@@ -13,10 +13,10 @@ from pal.registry import register
 
 @register("task", "librispeech")
 class LibriSpeech(Task):
-    """WER over the folders of `split`, each one also by itself."""
+    """WER over the folders of `split`, and of each folder."""
 
     class Config(Prompted):
-        """Which utterances, and what is asked."""
+        """Options: utterances and prompt."""
 
         prompt: str = "Transcribe the speech."
         split: str = "test-clean"
@@ -29,6 +29,6 @@ class LibriSpeech(Task):
         self.config = config
 
     def items(self, root: Path) -> Iterator[Item]:
-        """One an utterance."""
+        """One item an utterance."""
         for record in read("librispeech", root, split=self.config.split):
             yield one_reference(record, self.config.prompt, {"split": (record.task.removeprefix("transcript "),)})

@@ -14,7 +14,7 @@ from pal.registry import register
 
 @register("task", "mmar")
 class Mmar(Task):
-    """MMAU's token-set rule, whose script MMAR's was made from."""
+    """MMAR by MMAU's token-set rule, on whose script MMAR's is based."""
 
     Config = Choosing
     rule = {"name": "token_sets"}
@@ -23,7 +23,7 @@ class Mmar(Task):
         self.config = config
 
     def items(self, root: Path) -> Iterator[Item]:
-        """One a question, with modality, category, sub-category and language."""
+        """One item a question, with modality, category, sub-category and language."""
         path = json_file(root, ("MMAR-meta.json",), "the folder of MMAR as it was unpacked")
         for number, one in enumerate(records(path, ("audio_path", "question", "choices", "answer"), "MMAR"), 1):
             name = str(one.get("id") or f"mmar/{number}")

@@ -15,13 +15,13 @@ from pal.registry import register
 
 @register("task", "mmau")
 class Mmau(Task):
-    """The token-set rule over the 1000 questions of test-mini."""
+    """MMAU by the token-set rule, on the 1000 questions of test-mini."""
 
     class Config(Choosing):
-        """Which questions, and how they are put."""
+        """Options: questions and prompt."""
 
         file: str = "mmau-test-mini.json"
-        """Another list of the same form; the large test set has no answers and cannot be scored here."""
+        """File of the questions; the large test set has no answers and cannot be scored here."""
 
     rule = {"name": "token_sets"}
 
@@ -29,14 +29,14 @@ class Mmau(Task):
         self.config = config
 
     def items(self, root: Path) -> Iterator[Item]:
-        """One a question, with its task, category, sub-category and difficulty."""
+        """One item a question, with its task, category, sub-category and difficulty."""
         path = json_file(root, (self.config.file,), "the folder of MMAU as it was unpacked")
         for number, one in enumerate(records(path, ("id", "audio_id", "question", "choices", "answer"), "MMAU"), 1):
             yield item_of(one, one["id"], one["audio_id"], f"{path}, item {number}", path, self.config.prompt)
 
 
 def item_of(one: dict[str, Any], name: str, audio: str, where: str, listed_in: Path, prompt: str) -> Item:
-    """An item of MMAU's form, which MMAR took over; `category` may be a list."""
+    """Item from an entry in MMAU's format, also used by MMAR; `category` may be a list."""
     choices = tuple(str(choice) for choice in one["choices"])
     answer = str(one["answer"])
     if answer not in choices:

@@ -16,19 +16,19 @@ PROMPT = (
     "Choose the most suitable answer from options A, B, C, and D to respond the question in next line, "
     "you may only choose A or B or C or D.\n{question}\n{choices}"
 )
-"""AIR-Bench's and MMSU's own words."""
+"""Prompt of AIR-Bench and MMSU."""
 
 
 class ByLetter(StrictConfig):
-    """How questions are put whose answer is a letter."""
+    """Options of a benchmark answered by option letter."""
 
     prompt: str = PROMPT
-    """What is asked; {question} and {choices} stand for the item's."""
+    """Prompt template with {question} and {choices}."""
 
 
 @register("task", "mmsu")
 class Mmsu(Task):
-    """AIR-Bench's letter rule in MMSU's version."""
+    """MMSU by AIR-Bench's letter rule, in MMSU's version."""
 
     Config = ByLetter
     rule = {"name": "letters", "of": "mmsu"}
@@ -37,7 +37,7 @@ class Mmsu(Task):
         self.config = config
 
     def items(self, root: Path) -> Iterator[Item]:
-        """One a question, with category, sub-category and task."""
+        """One item a question, with category, sub-category and task."""
         path = json_file(root, ("question/mmsu.jsonl", "mmsu.jsonl"), "the folder of MMSU")
         keys = ("id", "audio_path", "question", "choice_a", "choice_b", "answer_gt")
         for number, one in enumerate(records(path, keys, "MMSU"), 1):

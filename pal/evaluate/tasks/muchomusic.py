@@ -22,13 +22,14 @@ _COLUMNS = ("question", "dataset", "dataset_identifier", *_OPTIONS)
 
 @register("task", "muchomusic")
 class MuChoMusic(Task):
-    """Its script's letter rule."""
+    """MuChoMusic by its script's letter rule."""
 
     class Config(StrictConfig):
-        """How the questions are put."""
+        """Options: prompt."""
 
         example: str = ""
-        """A question with its answer to stand before each one; the official default has one, ours none."""
+        """In-context example, a question with its answer, before each question; the official default has one, ours
+        none."""
 
     rule = {"name": "letters", "of": "muchomusic"}
 
@@ -36,13 +37,13 @@ class MuChoMusic(Task):
         self.config = config
 
     def items(self, root: Path) -> Iterator[Item]:
-        """One a question, with genre, and what knowledge and reasoning it needs.
+        """One item a question, with genre and with the knowledge and reasoning it needs.
 
         `muchomusic.csv`, with `sdd/` (song_describer.csv and audio/) and `musiccaps/`
         (musiccaps-public.csv and audio/) beside it.
         """
         path = root / "muchomusic.csv"
-        # the two collections' own tables are read once, and only where a question needs them
+        # the tables of the two collections are read once, and only if a question needs them
         songs, videos = cache(partial(_songs, root / "sdd")), cache(partial(_videos, root / "musiccaps"))
         for number, row in enumerate(tables.rows(path, _COLUMNS, "MuChoMusic", optional=True), start=1):
             name = f"muchomusic/{number}"
@@ -50,7 +51,7 @@ class MuChoMusic(Task):
             if row["dataset"] == "sdd":
                 clip = find_clip([root / "sdd/audio"], _known(identifier, songs(), path, number), path)
             elif row["dataset"] == "musiccaps":
-                # an identifier ends in a number of its own
+                # an identifier ends in a number
                 video = identifier.rpartition("_")[0]
                 clip = find_clip([root / "musiccaps/audio"], _known(video, videos(), path, number), path)
             else:
@@ -72,14 +73,14 @@ class MuChoMusic(Task):
 
 
 def shuffled(options: Sequence[str], name: str) -> tuple[str, ...]:
-    """The options in an order that hangs on the item's name alone; the official script draws it anew each time."""
+    """Options in an order determined by the item's name; the official script shuffles them in every run."""
     return tuple(
         sorted(options, key=lambda option: hashlib.sha256(f"{name}\n{options.index(option)}".encode()).digest())
     )
 
 
 def _songs(folder: Path) -> dict[str, tuple[str, ...]]:
-    """Track -> names of its clip in the Song Describer data set; the official ones are the first two minutes."""
+    """Track -> file names of its clip in the Song Describer data set; the official clips are the first two minutes."""
     rows = tables.rows(
         folder / "song_describer.csv", ("track_id", "path"), "the Song Describer data set", optional=True
     )
@@ -87,7 +88,7 @@ def _songs(folder: Path) -> dict[str, tuple[str, ...]]:
 
 
 def _videos(folder: Path) -> dict[str, tuple[str, ...]]:
-    """Video -> names of its clip in MusicCaps."""
+    """Video -> file names of its clip in MusicCaps."""
     columns = ("ytid", "start_s", "end_s")
     rows = tables.rows(folder / "musiccaps-public.csv", columns, "MusicCaps", optional=True)
     return {
@@ -103,7 +104,7 @@ def _known(key: str, clips: dict[str, tuple[str, ...]], path: Path, number: int)
 
 
 def _names(cell: str | None, path: Path, number: int) -> tuple[str, ...]:
-    """A list as Python writes it, such as "['genre and style']"."""
+    """Parse a list in Python syntax, such as "['genre and style']"."""
     if not cell:
         return ()
     try:

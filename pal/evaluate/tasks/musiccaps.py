@@ -16,12 +16,12 @@ class MusicCaps(Task):
     """Caption metrics over the clips of AudioSet's evaluation set."""
 
     class Config(Prompted):
-        """Which clips, and what is asked."""
+        """Options: clips and prompt."""
 
         prompt: str = "Describe this music in detail."
         split: Literal["train", "eval"] = "eval"
         missing: Literal["error", "skip"] = "error"
-        """What to do about listed clips that are not there; with "skip" the score is of a smaller set."""
+        """Handling of listed clips whose files are missing; with "skip" the score is of a smaller set."""
 
     rule = {"name": "captions"}
     max_new_tokens = 128
@@ -30,6 +30,6 @@ class MusicCaps(Task):
         self.config = config
 
     def items(self, root: Path) -> list[Item]:
-        """One a clip."""
+        """One item a clip."""
         records = read("musiccaps", root, split=self.config.split, missing=self.config.missing)
         return all_captions(records, self.config.prompt)

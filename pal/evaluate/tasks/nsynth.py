@@ -19,13 +19,13 @@ _PROMPTS = {
 
 @register("task", "nsynth")
 class NSynth(Task):
-    """The nearest of 11 families, or of 3 sources."""
+    """Accuracy of the nearest of 11 families or 3 sources."""
 
     class Config(Prompted):
-        """Which notes, and what is asked."""
+        """Options: notes and prompt."""
 
         prompt: str = ""
-        """By default one that fits `about`."""
+        """Prompt for every clip; default: one that fits `about`."""
         about: Literal["family", "source"] = "family"
         split: Literal["train", "valid", "test"] = "test"
 
@@ -35,7 +35,7 @@ class NSynth(Task):
         self.config = config
 
     def items(self, root: Path) -> Iterator[Item]:
-        """One a note."""
+        """One item a note."""
         prompt = self.config.prompt or _PROMPTS[self.config.about]
         for record in read("nsynth", root, split=self.config.split, about=self.config.about):
             yield one_reference(record, prompt)

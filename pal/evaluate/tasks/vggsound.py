@@ -14,15 +14,15 @@ from pal.registry import register
 
 @register("task", "vggsound")
 class VggSound(Task):
-    """The nearest of the 309 labels."""
+    """Accuracy of the nearest of 309 labels."""
 
     class Config(Prompted):
-        """Which clips, and what is asked."""
+        """Options: clips and prompt."""
 
         prompt: str = DESCRIBE
         split: Literal["train", "test"] = "test"
         missing: Literal["error", "skip"] = "error"
-        """What to do about listed clips that are not there; with "skip" the score is of a smaller set."""
+        """Handling of listed clips whose files are missing; with "skip" the score is of a smaller set."""
 
     rule = {"name": "labels"}
     max_new_tokens = 64
@@ -31,6 +31,6 @@ class VggSound(Task):
         self.config = config
 
     def items(self, root: Path) -> Iterator[Item]:
-        """One a clip."""
+        """One item a clip."""
         for record in read("vggsound", root, split=self.config.split, missing=self.config.missing, choices=True):
             yield one_reference(record, self.config.prompt)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from pal.evaluate.items import Item
 from pal.evaluate.rules.letters import first_or_second_last, only_letter
-from pal.evaluate.rules.options import meant
+from pal.evaluate.rules.options import chosen_option
 from pal.evaluate.rules.token_sets import matches
 from pal.registry import build
 
@@ -181,12 +181,12 @@ def test_muchomusic_counts_unread_answers_as_wrong():
     ],
 )
 def test_meant(answer, index):
-    assert meant(answer, CHOICES) == index
+    assert chosen_option(answer, CHOICES) == index
 
 
 def test_meant_takes_the_longer_of_nested_options():
-    assert meant("it is a lead guitar", ("guitar", "lead guitar", "bass")) == 1
-    assert meant("a guitar, a lead guitar and a bass", ("guitar", "lead guitar", "bass")) is None
+    assert chosen_option("it is a lead guitar", ("guitar", "lead guitar", "bass")) == 1
+    assert chosen_option("a guitar, a lead guitar and a bass", ("guitar", "lead guitar", "bass")) is None
 
 
 @given(
@@ -196,4 +196,4 @@ def test_meant_understands_every_usual_form(choices, data):
     index = data.draw(st.integers(0, len(choices) - 1))
     letter, choice = "ABCD"[index], choices[index]
     for form in ("{c}", "({l}) {c}", "{l}. {c}", "{l}", "{l})", "The answer is ({l})", "Answer: {l}."):
-        assert meant(form.format(l=letter, c=choice), choices) == index, form
+        assert chosen_option(form.format(l=letter, c=choice), choices) == index, form

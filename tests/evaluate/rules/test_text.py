@@ -92,7 +92,7 @@ def test_the_default_needs_no_download_and_is_named():
     said = rule.describe()
     assert said["embedding"] == {"name": "character n-grams", "digest": None}
     assert "text-embedding-ada-002" in said["deviations"][0]
-    assert "character n-grams" in said["deviations"][0] and "character n-grams" in rule.says
+    assert "character n-grams" in said["deviations"][0] and "character n-grams" in rule.description
     asked = items(("dog", "rain", "car horn"), ("dog",), ("rain",), ("car horn",))
     verdict = rule.judge(asked, ["A dog is barking.", "it rains on a roof", "someone honks a car's horn"])
     assert verdict.parsed == ["dog", "rain", "car horn"]
