@@ -15,10 +15,14 @@ _BEGUN = pytest.StashKey[float]()
 _totals: dict[str, float] = defaultdict(float)
 
 
+gc.disable()  # until all tests are imported: nothing of that is garbage, and rewriting asserts makes millions of objects
+
+
 def pytest_collection_finish() -> None:
     """Leave what the imports made out of later collections; `accelerate` asks for one after each training."""
     gc.collect()
     gc.freeze()
+    gc.enable()
 
 
 def _cpu_seconds() -> float:
