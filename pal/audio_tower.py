@@ -92,11 +92,11 @@ class AudioTower(nn.Module):
         """Features of one encoder."""
         return self.encoder(index).encode(clips if isinstance(clips, Frames) else self._resampled(index, clips))
 
-    def connect(self, heard: list[AudioFeatures]) -> list[AudioFeatures]:
+    def connect(self, encoded: list[AudioFeatures]) -> list[AudioFeatures]:
         """Encoder outputs -> the features of each stream, [B, A, E]."""
         streams = []
         for connector, takes in zip(self.connectors, self.takes, strict=True):
-            streams.append(connector(*(heard[i] for i in takes)))
+            streams.append(connector(*(encoded[i] for i in takes)))
         return streams
 
     def _resampled(self, index: int, waveforms: Sequence[Tensor]) -> Sequence[Tensor]:

@@ -144,8 +144,8 @@ class PalModel(nn.Module):
         indexed = ClipBatch.of(clips).indexed
         if indexed or not len(clips):
             return ClipFeatures(indexed, [clip.seconds for clip in indexed])
-        heard = self.ears.encode(clips)
-        return ClipFeatures.encoded(self.ears.connect(heard), heard)
+        encoded = self.ears.encode(clips)
+        return ClipFeatures.encoded(self.ears.connect(encoded), encoded)
 
     def inputs(
         self,

@@ -80,7 +80,7 @@ class AttentionMetadata:
             if context.repeats_BT is None
             else of_prompt(context.repeats_BT, valid_BK, beams)[:, -position_ids.shape[1] :]
         )
-        heard = {(i, windows[layer]) for layer in range(len(windows)) for i in context.joined(layer)}
+        joined = {(i, windows[layer]) for layer in range(len(windows)) for i in context.joined(layer)}
         device = position_ids.device
         apart = not context.llm.dropout and supports_split_attention(device)
         return cls(
@@ -97,8 +97,8 @@ class AttentionMetadata:
             else None,
             keys_seen={}
             if apart and context.observer is None
-            else {(i, w): context.keys[i].seen(w, position_ids, beams, ahead_BQ) for i, w in heard},
-            key_tiles={(i, w): context.keys[i].tiles(w, position_ids, beams, ahead_BQ) for i, w in heard}
+            else {(i, w): context.keys[i].seen(w, position_ids, beams, ahead_BQ) for i, w in joined},
+            key_tiles={(i, w): context.keys[i].tiles(w, position_ids, beams, ahead_BQ) for i, w in joined}
             if apart
             else {},
             # a block looks at whole clips, however short the windows of the layer after it

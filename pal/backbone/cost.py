@@ -221,8 +221,8 @@ def _layer(
     keys = sum(part.keys for part in joined)
     pairs = sum((length - step.before) * part.keys if part.pairs is None else part.pairs for part in joined)
     keys_grad = any(part.grad for part in joined)
-    attended, heard = _attention_block(llm, step, step.rows, length, keys, rows, x_grad, keys_grad, pairs)
-    middle = x_grad or heard
+    attended, needs_grad = _attention_block(llm, step, step.rows, length, keys, rows, x_grad, keys_grad, pairs)
+    middle = x_grad or needs_grad
     normed = middle or step.rest
     D, F = llm.width, llm.ffn_width
     gate, gate_grad = _matrix(llm, step, "gate_proj", rows, D, F, normed)
@@ -252,15 +252,15 @@ def _attention_block(
     q, q_grad = _matrix(llm, step, "q_proj", rows, D, inner, normed)
     k, k_grad = _matrix(llm, step, "k_proj", rows, D, shared, normed, kept=True)
     v, v_grad = _matrix(llm, step, "v_proj", rows, D, shared, normed, kept=True)
-    heard = q_grad or k_grad or v_grad or keys_grad
-    mixed = attention(batch, llm.heads, 1, length * length + pairs, llm.head_width, heard)
+    needs_grad = q_grad or k_grad or v_grad or keys_grad
+    mixed = attention(batch, llm.heads, 1, length * length + pairs, llm.head_width, needs_grad)
     # attention's output has the memory layout that the output projection takes
-    out, out_grad = _matrix(llm, step, "o_proj", rows, inner, D, heard, kept=True)
+    out, out_grad = _matrix(llm, step, "o_proj", rows, inner, D, needs_grad, kept=True)
     size = _size(llm, step)
     kept = batch * (2 * length * inner + 2 * (length + keys) * shared) * size + 4 * batch * llm.heads * length
     if llm.key_norm:
         kept += rows * (inner + shared) * 4 * (1 + step.rest)
-    parts = [_norm(llm, step, rows, x_grad), q, k, v, mixed, out, Cost(saved=kept * heard)]
+    parts = [_norm(llm, step, rows, x_grad), q, k, v, mixed, out, Cost(saved=kept * needs_grad)]
     return total(parts), out_grad
 
 
