@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pal.config import parse
-from pal.data.augment import Augment, equalise, audible_tags, loudness, lowpass, noise, warp
+from pal.data.augment import Augment, audible_tags, equalise, loudness, lowpass, noise, warp
 from pal.errors import ConfigError
 from pal.types import TagSpan
 
