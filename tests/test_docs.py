@@ -1,6 +1,7 @@
 """What the documentation says holds: its programs run, its files and commands are there, its import table is true."""
 
 import ast
+import functools
 import os
 import re
 import subprocess
@@ -56,9 +57,13 @@ def files(page: str) -> list[str]:
     return named + [target for target in _LINK.findall(_FENCE.sub("", page)) if "://" not in target]
 
 
+get_command = functools.cache(typer.main.get_command)
+"""Commands and options of a typer app; half a second each time for ours."""
+
+
 def fault_of(command: str) -> str | None:
     """Why a command line would not be understood: no such command or option."""
-    at = typer.main.get_command(app)
+    at = get_command(app)
     words = re.findall(r"--?[A-Za-z][\w-]*|[^\s\[\]]+", command)
     while words and hasattr(at, "commands") and not words[0].startswith("-"):
         if words[0] not in at.commands:
@@ -69,6 +74,7 @@ def fault_of(command: str) -> str | None:
     return f"no option '{unknown[0]}'" if unknown else None
 
 
+@functools.cache
 def imports() -> dict[str, set[str]]:
     """Folder or file of `pal` -> the others that it imports, for types and inside functions too."""
     found: dict[str, set[str]] = {}
@@ -92,20 +98,25 @@ def is_private(name: str) -> bool:
     return name.startswith("_") and not name.startswith("__")
 
 
+def called(call: ast.Call) -> str:
+    """The last name of what is called: `setattr` of `monkeypatch.setattr`."""
+    return getattr(call.func, "attr", getattr(call.func, "id", ""))
+
+
 def private_names(text: str) -> list[str]:
     """Private names of other files of `pal` that a program imports, or looks up in a module or class from there."""
     found, ours = [], set()
-    tree = ast.parse(text)
-    for node in ast.walk(tree):
+    nodes = list(ast.walk(ast.parse(text)))
+    for node in nodes:
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "pal":
             found += [f"{node.module}.{alias.name}" for alias in node.names if is_private(alias.name)]
             ours |= {alias.asname or alias.name for alias in node.names}
         elif isinstance(node, ast.Import):
             ours |= {alias.asname or alias.name for alias in node.names if alias.name.split(".")[0] == "pal"}
-    for node in ast.walk(tree):
+    for node in nodes if ours else ():
         if isinstance(node, ast.Attribute) and is_private(node.attr) and ast.unparse(node.value) in ours:
             found.append(ast.unparse(node))
-        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("setattr") and len(node.args) > 1:
+        elif isinstance(node, ast.Call) and called(node).endswith("setattr") and len(node.args) > 1:
             # in a test, by its name as a string
             where, name = node.args[0], node.args[1]
             if ast.unparse(where) in ours and isinstance(name, ast.Constant) and is_private(str(name.value)):
