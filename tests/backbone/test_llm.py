@@ -210,26 +210,6 @@ def test_lora_errors():
         llm.add_lora(LoRA())
 
 
-@pytest.mark.parametrize("name, checkpointing", [("plits", False), ("lal", False), ("pal", True)])
-def test_compiled_it_gives_the_same_loss_and_gradients(name, checkpointing):
-    """Traced only, which is quick; test_regions.py goes through the compiler."""
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    found = []
-    for compiled in (False, True):
-        llm = make_backbone("qwen3", layers=2).train()
-        integration = make_integration(name, llm)
-        llm.checkpoint_gradients(checkpointing)
-        if compiled:
-            llm.compile(backend="eager")
-        # packed, as layers are compiled; padded ones run as they are
-        total, _ = llm.loss(labelled(llm, integration, "none" if compiled else "right"))
-        total.backward()
-        found.append([total] + [p.grad for p in [*llm.parameters(), *integration.parameters()]])
-    torch.testing.assert_close(*found)
-    assert not torch._dynamo.utils.counters["graph_break"]
-
-
 def test_facts():
     llm, _ = shared("gemma3", "lal")
     assert (llm.width, llm.n_layers, llm.vocab, llm.kv_heads, llm.head_width) == (32, 3, VOCAB, 2, 8)

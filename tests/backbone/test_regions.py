@@ -31,7 +31,7 @@ def batch(seed, hears=True, clips=(17, 60)):
     return (features(*lengths) if hears else None), rows
 
 
-def made(name, layers=3, family="llama"):
+def made(name, layers=1, family="llama"):
     torch._dynamo.reset()
     counters.clear()
     llm = make_backbone(family, layers)
@@ -48,56 +48,60 @@ def step(llm, integration, audio, rows):
     return [loss.detach(), *(p.grad for p in parameters)]
 
 
-KINDS = {"text": 1, "plits": 1, "lal": 1, "lal_first": 2, "pal": 2, "flamingo": 1}
+KINDS = {"text": 1, "plits": 1, "lal": 1, "pal": 2, "flamingo": 1}
 """Kinds of layers: with audio keys, and without."""
 
 
 @pytest.mark.parametrize("name", KINDS)
 def test_one_graph_for_each_kind_of_layer(name):
-    """Eight batches of other lengths, ragged, then equal ones; none of them makes a graph anew, none breaks one."""
-    llm, integration = made(name)
+    """Batches of other lengths, ragged, then equal ones; none of them makes a graph anew, none breaks one."""
+    llm, integration = made(name, layers=3)
     llm.compile(backend="eager")
-    for seed in range(8):
+    for seed in range(6):
         step(llm, integration, *batch(seed, name != "text"))
     assert counters["stats"]["unique_graphs"] == KINDS[name] and not counters["graph_break"]
     audio, rows = batch(0, name != "text")
     step(llm, integration, features(*[40] * len(rows)) if audio else None, rows)
     assert counters["stats"]["unique_graphs"] == KINDS[name]
-
-
-def test_short_clips_cost_at_most_two_graphs_more():
-    llm, integration = made("pal")
-    llm.compile(backend="eager")
-    for seed in range(20):
-        step(llm, integration, *batch(seed, clips=(1, 40)))
-    assert counters["stats"]["unique_graphs"] <= KINDS["pal"] + 2
+    if name == "pal":  # short clips cost at most two graphs more
+        for seed in range(20):
+            step(llm, integration, *batch(seed, clips=(1, 40)))
+        assert counters["stats"]["unique_graphs"] <= KINDS["pal"] + 2
 
 
 def test_the_same_losses_and_gradients():
-    """Of layers with and without audio keys; an LLM with norms of queries and keys."""
+    """Of layers with and without audio keys, made again in the backward pass or not; with norms of queries and keys.
+
+    Traced only; the two tests below go through more of the compiler.
+    """
     llm, integration = made("pal", layers=2, family="qwen3")
+    llm.train()
     batches = [batch(seed) for seed in range(2)]
     expected = [step(llm, integration, *one) for one in batches]
-    llm.compile(backend="aot_eager")
-    for one, right in zip(batches, expected, strict=True):
-        torch.testing.assert_close(step(llm, integration, *one), right, rtol=1e-5, atol=1e-5)
+    llm.compile(backend="eager")
+    for checkpointing in (False, True):
+        llm.checkpoint_gradients(checkpointing)
+        for one, right in zip(batches, expected, strict=True):
+            torch.testing.assert_close(step(llm, integration, *one), right, rtol=1e-5, atol=1e-5)
     assert "forward" in vars(llm.layers[0])
     llm.uncompile()
     assert "forward" not in vars(llm.layers[0])
 
 
 def test_by_the_compiler_that_users_get():
-    llm, integration = made("lal", layers=1)
-    one = batch(0)
-    expected = step(llm, integration, *one)
+    """Of a layer with audio keys."""
+    llm, integration = made("lal")
+    batches = [batch(seed) for seed in range(2)]
+    expected = [step(llm, integration, *one) for one in batches]
     llm.compile()
-    torch.testing.assert_close(step(llm, integration, *one), expected, rtol=1e-5, atol=1e-5)
+    for one, right in zip(batches, expected, strict=True):
+        torch.testing.assert_close(step(llm, integration, *one), right, rtol=1e-5, atol=1e-5)
     assert counters["stats"]["unique_graphs"] == 1
 
 
 def test_what_is_trained_may_change():
-    """Weights that are trained after a graph was made with them frozen get their gradients."""
-    llm, integration = made("lal", layers=1)
+    """Weights that are trained after a graph was made with them frozen get their gradients; a layer without keys."""
+    llm, integration = made("plits")
     one = batch(0)
     expected = step(llm, integration, *one)
     weight = llm.layers[0].mlp.up_proj.weight
@@ -114,13 +118,13 @@ def test_what_is_trained_may_change():
 
 
 def test_dropout_of_adapters_ends_with_training():
-    llm, integration = made("lal", layers=1)
+    llm, integration = made("text")
     llm.add_lora(LoRA(dropout=0.9, r=2))
     with torch.no_grad():
         for name, parameter in llm.named_parameters():
             if "lora_B" in name:
                 parameter.normal_()
-    one = batch(0)
+    one = batch(0, hears=False)
     llm.eval()
     expected = step(llm, integration, *one)[0]
     llm.compile(backend="eager")
@@ -133,7 +137,7 @@ def test_dropout_of_adapters_ends_with_training():
 
 def test_under_autocast():
     """As a GPU trains float32 weights: what is attended to is in 16 bits, in the one graph."""
-    llm, integration = made("lal", layers=1)
+    llm, integration = made("lal")
     one = batch(0)
     found = []
     for _ in range(2):
@@ -145,8 +149,8 @@ def test_under_autocast():
 
 
 def test_a_copy_computes_with_its_own_weights():
-    llm, integration = made("lal", layers=1)
-    one = batch(0)
+    llm, integration = made("text")
+    one = batch(0, hears=False)
     llm.compile(backend="eager")
     step(llm, integration, *one)
     for other in (copy.deepcopy(llm), pickle.loads(pickle.dumps(llm))):
@@ -161,12 +165,12 @@ def test_a_copy_computes_with_its_own_weights():
 
 def test_a_forward_of_somebody_elses_stays():
     """accelerate puts its hooks into a layer's own forward."""
-    llm, integration = made("lal", layers=2)
+    llm, integration = made("text", layers=2)
     layer, seen = llm.layers[0], []
     plain = layer.forward
     layer.forward = lambda *args, **kwargs: seen.append(1) or plain(*args, **kwargs)
     llm.compile(backend="eager")
-    step(llm, integration, *batch(0))
+    step(llm, integration, *batch(0, hears=False))
     llm.uncompile()
-    step(llm, integration, *batch(0))
+    step(llm, integration, *batch(0, hears=False))
     assert len(seen) == 2 and "forward" in vars(layer) and "forward" not in vars(llm.layers[1])
