@@ -19,37 +19,48 @@ from pal.hf import PalConfig, PalForConditionalGeneration, PalProcessor
 from tests.hf.chats import QUESTION, chat, new_ids, one_kind, tensors
 from tests.models import LLM, noise, pal, tiny_model
 
+IMPORTS = """
+import os, sys
+import pal
+assert not {"torch", "transformers"} & set(sys.modules), "import pal is heavy"
 
-@pytest.mark.parametrize(
-    ("first", "then", "autos"),
-    [
-        ("import pal", "", "AutoModelForMultimodalLM, AutoConfig, AutoProcessor, AutoModel"),
-        (
-            "import transformers.models.auto.modeling_auto, transformers.models.auto.processing_auto",
-            "import pal",
-            "AutoProcessor, AutoConfig, AutoModelForMultimodalLM",
-        ),
-    ],
-)
-def test_auto_classes_know_a_bundle_after_import_pal_alone(first, then, autos):
-    """Whichever is imported first, and without importing transformers before it is asked for."""
-    program = """
-import sys
-{first}
-assert not {{"torch", "transformers"}} & set(sys.modules) or "{first}" != "import pal", "import pal is heavy"
-from transformers import AutoConfig, AutoProcessor, AutoModel, AutoModelForMultimodalLM
-{then}
-for auto in ({autos}):
-    print(type(auto.from_pretrained(pal.SHIPPED)).__name__)
-# and the modules look as if nobody had watched them
-module = sys.modules["transformers.models.auto.configuration_auto"]
-assert type(module.__loader__).__name__ == type(module.__spec__.loader).__name__ == "SourceFileLoader"
+# what both orders need and nobody watches, imported once
+import scipy.optimize, torch._dynamo, torch.distributed.tensor, transformers.models
+assert not [name for name in sys.modules if name.startswith("transformers.models.auto")]
+
+def pal_first():
+    from transformers import AutoModelForMultimodalLM, AutoConfig, AutoProcessor, AutoModel
+    return pal.SHIPPED, AutoModelForMultimodalLM, AutoConfig, AutoProcessor, AutoModel
+
+def transformers_first():
+    for name in [name for name in sys.modules if name.split(".")[0] == "pal"]:
+        del sys.modules[name]
+    sys.meta_path[:] = [finder for finder in sys.meta_path if not type(finder).__module__.startswith("pal.")]
+    import transformers.models.auto.modeling_auto, transformers.models.auto.processing_auto
+    from transformers import AutoProcessor, AutoConfig, AutoModelForMultimodalLM
+    assert "pal" not in sys.modules
+    import pal
+    return pal.SHIPPED, AutoProcessor, AutoConfig, AutoModelForMultimodalLM
+
+for imported in (pal_first, transformers_first):
+    if child := os.fork():
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0, imported
+        continue
+    folder, *autos = imported()
+    print(*[type(auto.from_pretrained(folder)).__name__ for auto in autos])
+    # and the modules look as if nobody had watched them
+    module = sys.modules["transformers.models.auto.configuration_auto"]
+    assert type(module.__loader__).__name__ == type(module.__spec__.loader).__name__ == "SourceFileLoader"
+    break
 """
-    text = program.format(first=first, then=then, autos=autos)
-    done = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True)
+
+
+def test_auto_classes_know_a_bundle_after_import_pal_alone():
+    """Whichever is imported first, and without importing transformers before it is asked for."""
+    done = subprocess.run([sys.executable, "-c", IMPORTS], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    names = {"AutoProcessor": "PalProcessor", "AutoConfig": "PalConfig"}
-    assert done.stdout.split() == [names.get(auto, "PalForConditionalGeneration") for auto in autos.split(", ")]
+    model = "PalForConditionalGeneration"
+    assert done.stdout.splitlines() == [f"{model} PalConfig PalProcessor {model}", f"PalProcessor PalConfig {model}"]
 
 
 def test_both_ways_of_loading_give_one_model(pair):
