@@ -13,6 +13,7 @@ from pal.backbone.llm import Backbone
 from pal.hf import PalForConditionalGeneration, PalProcessor
 from tests.hf.chats import KINDS, chat, model_of, tensors
 from tests.models import LLM, noise, tiny_model
+from tests.processes import fresh
 
 CLIP = (noise(0.4).numpy(), 16_000)
 
@@ -70,12 +71,11 @@ def shares(wrapped, inputs, queue):
 
 
 def test_another_process_takes_it():
-    """A spawned one, which has imported nothing of ours before."""
+    """One that has imported nothing of ours before."""
     wrapped = PalForConditionalGeneration.wrap(tiny_model())
     inputs = dict(tensors(PalProcessor.of(wrapped.pal), chat(0.3)))
-    context = torch.multiprocessing.get_context("spawn")
-    queue = context.SimpleQueue()
-    process = context.Process(target=shares, args=(wrapped, inputs, queue))
+    queue = fresh().SimpleQueue()
+    process = fresh().Process(target=shares, args=(wrapped, inputs, queue))
     process.start()
     found = queue.get()
     process.join()

@@ -3,8 +3,6 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -15,7 +13,8 @@ from pal.model import PalModel
 from pal.train import Trainer, run
 from pal.train.curves import read_log
 from pal.train.step import Update
-from tests.train.tiny import failing_after, recipe
+from tests.processes import fresh
+from tests.train.tiny import failing_after, recipe, run_elsewhere
 
 STEPS = 3 + 3 + 5
 
@@ -100,16 +99,14 @@ def test_a_caller_steps_stops_and_goes_on(manifest: Path, whole: Path, tmp_path:
 
 def test_kill(manifest: Path, whole: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    settings = tmp_path / "recipe.json"
-    settings.write_text(recipe(manifest).model_dump_json())
-    command = [sys.executable, "-m", "tests.train.tiny", str(settings), str(out)]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE)
+    process = fresh().Process(target=run_elsewhere, args=(recipe(manifest).model_dump_json(), out, {}))
+    process.start()
     deadline = time.monotonic() + 60
     while len(read_log(out / "log.jsonl")) < 6:
-        assert process.poll() is None and time.monotonic() < deadline
+        assert process.exitcode is None and time.monotonic() < deadline
         time.sleep(0.005)
     process.kill()
-    process.communicate()
+    process.join()
     assert not (out / "train.json").exists()
     run(recipe(manifest), out, resume=True)
     assert_same_run(out, whole)

@@ -1,11 +1,8 @@
 """What a stage changes, what stops a run, and that cutting a batch up does not change the step."""
 
 import json
-import os
 import shutil
 import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +16,8 @@ from pal.model import PalModel
 from pal.train import Trainer, run
 from pal.train.curves import read_log
 from pal.train.trainer import TrainingError
-from tests.train.tiny import LLM, MODEL, recipe
+from tests.processes import fresh
+from tests.train.tiny import LLM, MODEL, recipe, run_elsewhere
 
 ALL = {"encoder": True, "connector": True, "projectors": True, "llm": "full"}
 
@@ -101,8 +99,6 @@ def test_two_processes_do_what_one_does(manifest: Path, tmp_path: Path, base: Pa
     made = recipe(manifest, stages, model=None, bundle=base, data=data)
     one = run(made, tmp_path / "one").state_dict()
     shutil.rmtree(tmp_path / "cache")  # for the two to fill it at once
-    settings = tmp_path / "recipe.json"
-    settings.write_text(made.model_dump_json())
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -114,11 +110,12 @@ def test_two_processes_do_what_one_does(manifest: Path, tmp_path: Path, base: Pa
             "OMP_NUM_THREADS": "1",
             **{key: str(value) for key, value in place.items()},
         }
-        command = [sys.executable, "-m", "tests.train.tiny", str(settings), str(tmp_path / "two")]
-        processes.append(subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | env))
+        given = (made.model_dump_json(), tmp_path / "two", env)
+        processes.append(fresh().Process(target=run_elsewhere, args=given))
+        processes[-1].start()
     for process in processes:
-        _, errors = process.communicate(timeout=120)
-        assert process.returncode == 0, errors[-3000:]
+        process.join(timeout=120)
+        assert process.exitcode == 0
     assert json.loads((tmp_path / "two" / "train.json").read_text())["processes"] == 2
     two = load_file(tmp_path / "two" / "model" / "model.safetensors")
     for name, tensor in two.items():

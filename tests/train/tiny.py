@@ -1,7 +1,6 @@
-"""A recipe that trains a very small model in a second or two. Run as a script to train it in a process of its own."""
+"""A recipe that trains a very small model in a second or two."""
 
-import json
-import sys
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -63,5 +62,7 @@ def failing_after(steps: int) -> Callable[..., StepResult]:
     return failing
 
 
-if __name__ == "__main__":
-    run(Recipe(**json.loads(Path(sys.argv[1]).read_text())), sys.argv[2], resume="--resume" in sys.argv)
+def run_elsewhere(settings: str, out: Path, environment: dict[str, str]) -> None:
+    """What a process of its own does: train by a recipe given as JSON."""
+    os.environ.update(environment)
+    run(Recipe.model_validate_json(settings), out)
