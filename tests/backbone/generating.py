@@ -6,7 +6,7 @@ from transformers import DynamicCache
 from pal.backbone.generate import padded_left
 from pal.types import AUDIO
 from tests.identities.models import (
-    INTEGRATIONS,
+    CROSSED,
     PLACEMENTS,
     conversation,
     features,
@@ -20,8 +20,7 @@ RAGGED = [
     conversation(PLACEMENTS["none"]),
     conversation(PLACEMENTS["end"]),
 ]
-every_integration = pytest.mark.parametrize("name", INTEGRATIONS)
-every_family = pytest.mark.parametrize("family", OURS)
+crossed = pytest.mark.parametrize(("family", "name"), [pair for pair in CROSSED if pair[0] in OURS])
 
 
 def inputs_of(llm, integration, side="left", rows=RAGGED):

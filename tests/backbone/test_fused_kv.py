@@ -219,8 +219,16 @@ NARROW = {
 }
 
 
-@pytest.mark.parametrize("change", CHANGES)
-@pytest.mark.parametrize("name", NARROW)
+CHANGED = [
+    (name, change)
+    for number, change in enumerate(CHANGES)
+    for i, name in enumerate(NARROW)
+    if name == "lal" or change == "a projector hooked" or number % 3 == i - 1
+]
+"""Each change with LAL and with one of the others in turn."""
+
+
+@pytest.mark.parametrize(("name", "change"), CHANGED)
 def test_whatever_changes_the_answer_is_that_of_the_layers(name, change):
     made = [tiny_model({"name": name, **NARROW[name]}, warm=False) for _ in range(2)]
     assert made[0].fold() == len(made[0].integration.layers)

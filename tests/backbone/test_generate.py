@@ -5,7 +5,7 @@ import torch
 
 from pal.backbone import generate as generation
 from pal.types import AUDIO, Tokens
-from tests.backbone.generating import GREEDY, RAGGED, every_family, every_integration, inputs_of, plain
+from tests.backbone.generating import GREEDY, RAGGED, crossed, inputs_of, plain
 from tests.identities.models import (
     features,
     make_backbone,
@@ -24,8 +24,7 @@ def is_greedy(llm, integration, made, rows=RAGGED):
     return True
 
 
-@every_integration
-@every_family
+@crossed
 @torch.no_grad()
 def test_each_token_is_the_best_by_every_cache_and_layout(family, name, monkeypatch):
     monkeypatch.setattr(generation, "ROOM", 3)  # so that the storage grows twice
@@ -38,8 +37,7 @@ def test_each_token_is_the_best_by_every_cache_and_layout(family, name, monkeypa
         assert torch.equal(llm.generate(given, max_new_tokens=14, cache_implementation="static", **GREEDY), made)
 
 
-@every_integration
-@every_family
+@crossed
 @torch.no_grad()
 def test_beams_over_one_prompt_are_beams_over_copies(family, name, monkeypatch):
     monkeypatch.setattr(generation, "ROOM", 3)

@@ -121,7 +121,7 @@ def gpu(monkeypatch):
 def test_a_graph_is_made_once_and_gives_the_same_tokens(gpu, name):
     llm = make_backbone("llama")
     integration = make_integration(name, llm)
-    growing = {"max_new_tokens": 40, **GREEDY}
+    growing = {"max_new_tokens": 20, **GREEDY}
     options = {**growing, "cache_implementation": "static"}
     for rows in (RAGGED, [RAGGED[1], *RAGGED[:3]]):  # of like length: one plan
         watch, plain_watch = Watch(True), Watch(True)
@@ -143,7 +143,7 @@ def test_a_graph_is_made_once_and_gives_the_same_tokens(gpu, name):
     replays = FakeGraph.replays
     llm.generate(given, **options)
     hook.remove()
-    assert len(seen) == 40 and FakeGraph.made == 2 and FakeGraph.replays == replays
+    assert len(seen) == 20 and FakeGraph.made == 2 and FakeGraph.replays == replays
     llm.add_lora(LoRA(r=2))
     llm.eval()
     llm.generate(given, **options)
