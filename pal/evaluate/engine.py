@@ -119,9 +119,11 @@ def evaluate(
         return _result(questions, items, texts, errors, rule, settings)
 
     from accelerate import PartialState
+    from accelerate.utils import parse_flag_from_env
 
     questions.check_ids()
-    state = PartialState()
+    # unlike `Accelerator`, it leaves the launcher's choice of the CPU to its caller, and counts one process there
+    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
     model.to(state.device)
     run_folder = RunFolder(folder)
     settings = {}

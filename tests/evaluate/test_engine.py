@@ -6,6 +6,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -162,8 +163,9 @@ def test_killed_anywhere_it_ends_with_the_same_files(model, benchmark, tmp_path,
 
 
 FORKED = """
-import os, random, sys, time
+import os, random, socket, sys, time
 import torch
+from accelerate import PartialState
 from dataclasses import replace
 from pathlib import Path
 from tests.evaluate.scripted import made
@@ -186,19 +188,58 @@ for number in range(4):
     os.kill(child, 9)
     kills += os.WTERMSIG(os.waitpid(child, 0)[1]) == 9
 print(kills, (folder / "score.json").exists())
+with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    port = str(free.getsockname()[1])
+children = []
+for rank in ("0", "1"):
+    children.append(os.fork())
+    if not children[-1]:
+        # what `accelerate launch --cpu` and `torchrun` set
+        os.environ.update(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+        os.environ["ACCELERATE_USE_CPU"] = "true"
+        PartialState._reset_state()
+        evaluate(model, benchmark, root / "two", progress=False)
+        assert (PartialState().num_processes, PartialState().process_index) == (2, int(rank))
+        sys.stdout.flush()
+        os._exit(0)
+print([os.waitpid(child, 0)[1] for child in children])
 """
 
 
-def test_killed_again_and_again_by_the_system(model, benchmark, tmp_path):
-    """Processes of their own, forked from one that has imported everything, since that takes the longest."""
-    benchmark = replace(benchmark, max_new_tokens=4)
-    evaluate(model, benchmark, tmp_path / "whole", progress=False)
+@pytest.fixture(scope="module")
+def forked(model, tmp_path_factory):
+    """Processes of their own, forked from one that has imported everything, since that takes the longest.
+
+    The folder of their runs, that of a run in this process, the benchmark, and what was printed.
+    """
+    folder = tmp_path_factory.mktemp("forked")
     here = str(Path(__file__).parents[2])
-    done = subprocess.run([sys.executable, "-c", FORKED, str(tmp_path)], cwd=here, capture_output=True, text=True)
-    assert (done.returncode, done.stdout.split()) == (0, ["4", "False"]), done.stderr[-2000:]
-    evaluate(model, benchmark, tmp_path / "killed", progress=False)
-    for name in ("items.jsonl", "score.json"):
-        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    done = subprocess.run(
+        [sys.executable, "-c", FORKED, str(folder)], cwd=here, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    benchmark = replace(made(folder), max_new_tokens=4)
+    evaluate(model, benchmark, folder / "whole", progress=False)
+    return SimpleNamespace(folder=folder, benchmark=benchmark, printed=done.stdout.splitlines(), errors=done.stderr)
+
+
+def same_files(folder, name):
+    return all(
+        (folder / name / file).read_bytes() == (folder / "whole" / file).read_bytes()
+        for file in ("items.jsonl", "score.json")
+    )
+
+
+def test_killed_again_and_again_by_the_system(model, forked):
+    assert forked.printed[0] == "4 False"
+    evaluate(model, forked.benchmark, forked.folder / "killed", progress=False)
+    assert same_files(forked.folder, "killed")
+
+
+def test_several_processes_give_the_same_files(forked):
+    assert forked.printed[1] == "[0, 0]", forked.errors[-2000:]
+    assert same_files(forked.folder, "two")
 
 
 def counted(asked, model, clips, rows, options):
@@ -297,29 +338,3 @@ def test_a_line_that_a_kill_cut_is_dropped(tmp_path):
         journal.add([])
     folder = RunFolder(tmp_path)
     assert folder.answers() == {("a", True): "x\u2028y"}
-
-
-@pytest.mark.parametrize("processes", [2])
-def test_several_processes_give_the_same_files(model, benchmark, tmp_path, processes):
-    evaluate(model, benchmark, tmp_path / "one", progress=False)
-    program = tmp_path / "program.py"
-    program.write_text(
-        "import sys\nfrom pathlib import Path\nfrom tests.evaluate.scripted import made\n"
-        "from tests.models import tiny_model\nfrom pal.evaluate import evaluate\n"
-        "root = Path(sys.argv[1])\nevaluate(tiny_model('lal'), made(root), root / 'two', progress=False)\n"
-    )
-    arguments = ["--cpu", "--num_processes", str(processes), "--num_machines", "1", "--mixed_precision", "no"]
-    arguments += ["--dynamo_backend", "no", "--main_process_port", "0"]
-    import os
-
-    here = str(Path(__file__).parents[2])
-    done = subprocess.run(
-        [sys.executable, "-m", "accelerate.commands.launch", *arguments, str(program), str(tmp_path)],
-        cwd=here,
-        env={**os.environ, "PYTHONPATH": here, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    for name in ("items.jsonl", "score.json"):
-        assert (tmp_path / "two" / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
