@@ -36,6 +36,13 @@ INTEGRATIONS = {
     "flamingo": {"name": "flamingo", "every": 2, "ffn": 24},
     "lal_audio_query": {"name": "lal_audio_query"},
 }
+CROSSED = [
+    (family, name)
+    for family in FAMILIES
+    for name in INTEGRATIONS
+    if family in ("llama", "mistral") or name in ("lal", "pal")
+]
+"""For costly tests: each integration with and without windows, each family with two integrations."""
 PLACEMENTS = {
     "before": [AUDIO, 5, 6, 7, 8],
     "middle": [5, 6, 7, AUDIO, 8, 9, 10],

@@ -17,7 +17,7 @@ from pal.errors import PalError
 from pal.integrations.base import Route
 from pal.registry import build
 from pal.types import AUDIO, IGNORE, Tokens
-from tests.identities.models import FAMILIES, INTEGRATIONS, PLACEMENTS, E, features, make_backbone, shared
+from tests.identities.models import CROSSED, INTEGRATIONS, PLACEMENTS, E, features, make_backbone, shared
 
 SAME = {"rtol": 1e-5, "atol": 1e-5}
 
@@ -50,8 +50,7 @@ def loss_and_gradients(llm, integration, audio, rows, side):
     return inputs, total.detach(), {name: grad for name, grad in zip(names, grads, strict=True) if grad is not None}
 
 
-@pytest.mark.parametrize("name", INTEGRATIONS)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "name"), CROSSED)
 def test_losses_and_gradients(family, name):
     llm, integration = shared(family, name)
     windowed = any(llm.windows)
