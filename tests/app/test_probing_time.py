@@ -20,6 +20,7 @@ def test_time(shipped, tmp_path, monkeypatch):
     few = {name: replace(sweep, points=sweep.points[-2:]) for name, sweep in sweeps.SWEEPS.items()}
     for module in (sweeps, time):
         monkeypatch.setattr(module, "SWEEPS", few)
+    monkeypatch.setattr("pal.probe.threshold.RESAMPLES", 50)
     out = tmp_path / "found"
     result = run("time", "tiny", "--pairs", 2, "--out", out)
     assert result.exit_code == 0, result.output

@@ -54,8 +54,9 @@ def test_the_same_seed_gives_the_same_interval():
     assert threshold(POINTS, *data, seed=3) == threshold(POINTS, *data, seed=3)
 
 
-def test_an_interval_holds_its_threshold():
+def test_an_interval_holds_its_threshold(monkeypatch):
     """Few units, answered by chance: most draws have their crossing elsewhere."""
+    monkeypatch.setattr("pal.probe.threshold.RESAMPLES", 50)
     rng, crossed = np.random.default_rng(0), 0
     for seed in range(40):
         units = int(rng.integers(1, 4))

@@ -95,6 +95,12 @@ def page(source):
     return Page(source)
 
 
+@pytest.fixture
+def small_plots(monkeypatch):
+    """A tenth of the pixels in each direction, where nothing is asked of the plots that the page draws."""
+    monkeypatch.setattr("pal.plots.DPI", 11)
+
+
 def cells(page, first, columns):
     return next(row for row in page.rows if row[0] == first and len(row) == columns)
 
@@ -260,7 +266,7 @@ def test_the_command(root, tmp_path):
         ("runs/lal/recipe.json", None),
     ],
 )
-def test_half_finished_folders_are_named_and_the_rest_is_shown(root, tmp_path, file, said):
+def test_half_finished_folders_are_named_and_the_rest_is_shown(root, tmp_path, small_plots, file, said):
     shutil.copytree(root, tmp_path / "all")
     (tmp_path / "all" / file).unlink()
     done = command(tmp_path / "all", "--out", tmp_path / "page.html")
@@ -285,7 +291,7 @@ def test_half_finished_folders_are_named_and_the_rest_is_shown(root, tmp_path, f
         ("bench/bench.json", "[]"),
     ],
 )
-def test_damaged_files_are_named_and_the_rest_is_shown(root, tmp_path, file, content):
+def test_damaged_files_are_named_and_the_rest_is_shown(root, tmp_path, small_plots, file, content):
     shutil.copytree(root, tmp_path / "all")
     (tmp_path / "all" / file).write_text(content)
     done = command(tmp_path / "all", "--out", tmp_path / "page.html", "--json")
@@ -335,7 +341,7 @@ def test_one_thing_given_twice_is_shown_once(root, tmp_path):
     assert len(made.found) == 1
 
 
-def test_the_same_folders_give_the_same_page(root, tmp_path):
+def test_the_same_folders_give_the_same_page(root, tmp_path, small_plots):
     torch.manual_seed(0)
     pages = []
     for name in ("a", "b"):
