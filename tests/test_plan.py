@@ -16,7 +16,7 @@ from pal.bench.flops import flop_counter
 from pal.bench.measure import saved_bytes
 from pal.config import parse
 from pal.errors import ConfigError, PalError
-from pal.hub_configs import CONFIGS, config_of
+from pal.hub_configs import config_of
 from pal.integrations.base import Route
 from pal.integrations.cost import route_cost
 from pal.model import PalModel
@@ -418,24 +418,6 @@ def test_faults_are_one_line(change: dict[str, Any], message: str) -> None:
     with pytest.raises(PalError, match=message) as caught:
         plan(Recipe(**one))
     assert "\n" not in str(caught.value)
-
-
-def test_a_folder_and_a_bundle_say_their_shape(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(json.dumps(LLM | {"num_hidden_layers": 2}))
-    assert config_of(str(tmp_path))["num_hidden_layers"] == 2
-    (tmp_path / "config.json").write_text("{")
-    with pytest.raises(ConfigError, match="cannot be read"):
-        config_of(str(tmp_path))
-    assert config_of("openai/whisper-small")["encoder_layers"] == 12
-    assert all(config_of(name) for name in CONFIGS)
-    stage = {"train": {"projectors": True}, "lr": 1, "steps": 1, "batch": {"rows": 1}}
-    on = Recipe(bundle=ROOT / "pal" / "assets" / "tiny", data={"x": {"manifest": "x"}}, stages=[stage])
-    import pal
-
-    parts = {part: sum(p.numel() for p in module.parameters()) for part, module in pal.load().parts().items()}
-    assert plan(on, seconds=1).parameters == parts
-    with pytest.raises(PalError, match="no such folder"):
-        plan(on.model_copy(update={"bundle": tmp_path / "none"}))
 
 
 def test_the_command(tmp_path: Path) -> None:
