@@ -111,7 +111,7 @@ def test_an_ogg_file_with_a_page_left_out_or_a_second_stream_is_refused() -> Non
     other = bytearray(data)
     for start, end in itertools.pairwise([*starts, len(data)]):
         other[start + 14] ^= 1
-        other[start:end] = ogg.Page(bytes(other[start:end]), 0).changed().data
+        other[start:end] = ogg.OggPage(bytes(other[start:end]), 0).changed().data
     links = [data[: starts[1]] + bytes(other[: starts[1]]) + data[starts[1] :] + bytes(other[starts[1] :])]
     with pytest.raises(AudioError, match="several streams"):
         load(links[0], RATE)
