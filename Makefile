@@ -9,7 +9,7 @@ STAMP := .venv/.installed
 demo: $(STAMP)
 	$(BIN)/pal demo --out runs/demo
 
-# Linters beside the tests: mypy keeps one core busy for most of a minute.
+# Linters beside the tests: mypy keeps one core busy for half a minute.
 test: $(STAMP)
 	$(MAKE) --no-print-directory --jobs=2 lint tests
 
