@@ -385,7 +385,7 @@ def test_half_precision_takes_less() -> None:
 
 def test_an_integration_that_does_not_say() -> None:
     class Silent(Route):
-        def spans(self, features: Any, llm: Any) -> Any:
+        def inject(self, features: Any, llm: Any) -> Any:
             raise NotImplementedError
 
     with pytest.raises(
