@@ -92,7 +92,7 @@ def test_it_can_be_joined_with_others(out, results, tmp_path):
         assert question["question"] in text
     accuracy = results["integrations"]["lal"]["accuracy"]["score"]
     assert next(row for row in page.rows if row[0] == "lal" and len(row) == 8)[1] == f"{accuracy:.3f}"
-    assert page.tags.count("img") == 4  # losses, scores of all and by task, the fresh scene
+    assert page.tags.count("img") == 5  # losses; scores of all, by task and by duration; the fresh scene
 
 
 def test_a_second_run_does_nothing_again(out, small, results, monkeypatch):

@@ -42,7 +42,7 @@ def test_a_row_is_the_sum_of_what_holds_then(model):
     batch = Batch([clip(0.8), clip(0.3)], [], tags=[SPANS, [TagSpan("dog")]])
     features = transcript.features(batch)
     assert features.lengths == (4, 2)
-    rows_USD = transcript.spans(features, model.llm).rows_USD
+    rows_USD = transcript.inject(features, model.llm).rows_USD
     cat, dog = embedded(model, "cat"), embedded(model, "dog")
     expected = torch.stack([dog, dog + cat, cat, 0 * cat])
     torch.testing.assert_close(rows_USD[0], expected)
