@@ -69,5 +69,5 @@ $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt \
 		-e '.[plots,av,scores,embeddings,test,dev]'
-	$(BIN)/python -m compileall -q -j 0 -x '/tests/' .venv/lib || true
+	$(BIN)/python -m compileall -qq -j 0 -x '/tests/' .venv/lib || true
 	touch $@
