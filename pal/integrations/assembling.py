@@ -93,7 +93,9 @@ def _packed(
     labelled = any(one.labels is not None for one in conversations)
     real = len(placed)
     more: tuple[int, ...] = (0,) * len(streams)
-    fills = llm.captures and labelled and torch.is_grad_enabled() and not uniform(placed)
+    # only for steps that can become graphs: not with keys that are made outside of the layers (`LossGraphs.total`)
+    captured = llm.captures and labelled and torch.is_grad_enabled() and all(streams[i].packs for i in joining)
+    fills = captured and not uniform(placed)
     if fills:
         totals = [int(output.firsts[-1]) if output.packs else None for output in streams]
         last, more = filler(placed, len(streams[0].lengths) if streams else 0, totals)
