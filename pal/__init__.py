@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def _version() -> str:
-    """Of the installed package; of a source tree that is only on the path, what its pyproject.toml says."""
+    """Version of the installed package, or that in pyproject.toml for a source tree that is not installed."""
     try:
         return version("pal-audio")
     except PackageNotFoundError:
@@ -32,12 +32,12 @@ def _version() -> str:
 
 __version__ = _version()
 
-lazy.watch()
+lazy.register_on_import()
 
 SHIPPED = Path(__file__).parent / "assets" / "tiny"
-"""The small model that comes with the package."""
+"""Folder of the small model that ships with the package."""
 TEXT_LLM = SHIPPED.with_name("tiny-lm")
-"""Its text-only LLM, from before training on audio, with its tokenizer, as a folder of transformers."""
+"""Its text-only LLM before training on audio, with the tokenizer: a folder that transformers loads."""
 
 
 def load(path: str | Path | None = None) -> PalModel:
@@ -61,11 +61,11 @@ def attach(
     integration: str | Mapping[str, object] = "pal",
     **options: str | None,
 ) -> PalModel:
-    """Attach audio encoders to an LLM: a model whose connector and projectors are untrained.
+    """Attach audio encoders to an LLM; connectors and projectors are untrained.
 
     Args:
         llm: Hub id or folder of a causal LM, or the fields of `pal.model_config.LLMConfig`.
-        encoders: names (`"tiny"`), Hub ids (a Whisper), or `{"name": ..., option: value}`.
+        encoders: names (`"tiny"`), Hub ids (`"openai/whisper-small"`), or `{"name": ..., option: value}`.
         connector: name or `{"name": ..., option: value}`; a list makes several streams.
         integration: name or `{"name": ..., option: value}`.
         options: the other fields of `pal.model_config.ModelConfig`: `system` and `notice`.
@@ -88,7 +88,7 @@ def attach(
 
 
 def _plain(part: object) -> Any:
-    """Mappings and sequences as the dicts and lists of a recipe."""
+    """Convert mappings and sequences to dicts and lists, as a recipe has them."""
     if isinstance(part, Mapping):
         return dict(part)
     return part if isinstance(part, str) or not isinstance(part, Sequence) else [_plain(one) for one in part]

@@ -1,4 +1,4 @@
-"""Answers: options of transformers' `generate`, checked before anything is generated, and what an answer cost."""
+"""Answers with their timings; generation options, checked before anything is generated."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class DetailedAnswer:
-    """One answer, what it is based on, and what it cost."""
+    """One answer with its clips' length, its number of audio tokens, and its timings."""
 
     text: str
     audio_seconds: float
-    """Length of the clips given."""
+    """Length of the conversation's clips."""
     audio_seconds_used: float
-    """Length that the encoders' tokens cover; equal to the seconds given, since nothing is cut."""
+    """Length that the encoders' tokens cover; equal to `audio_seconds`, since clips are never cut."""
     audio_tokens: int
-    """Audio tokens that the integration was given."""
+    """Audio tokens of the clips, of all streams together."""
     seconds: dict[str, float] = field(default_factory=dict)
-    """Time of each step: encode, prefill, generate."""
+    """Seconds of each step: `encode`, `prefill`, `generate`."""
     notes: tuple[str, ...] = ()
     """With `read_to_end`: clips whose length could not be checked, each with the reason."""
 
@@ -43,13 +43,13 @@ class FirstTokenTimer:
 
     read_only = True
     at = 0.0
-    """By `time.perf_counter`."""
+    """Time of the first logits by `time.perf_counter`; 0 before."""
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """The scores as they are."""
+        """Record the time at the first call; return the scores unchanged."""
         if not self.at:
             if scores.device.type == "cuda":
-                torch.cuda.synchronize(scores.device)  # until then their kernels may still run
+                torch.cuda.synchronize(scores.device)  # wait for the kernels that compute the scores
             self.at = time.perf_counter()
         return scores
 
@@ -58,11 +58,11 @@ def default_options(tokenizer: PreTrainedTokenizerBase, vocab: int) -> dict[str,
     """Default options of `generate`: greedy search, ids that end an answer, padding id.
 
     Args:
-        tokenizer: of the model; it may have entries that the LLM has no embedding for, as Gemma3's has.
-        vocab: the LLM's embeddings.
+        tokenizer: of the model; may have entries without an embedding in the LLM, as Gemma3's has.
+        vocab: number of the LLM's embeddings.
     """
     ends = [token for token in end_of_answer(tokenizer) if token < vocab]
-    # Generation needs some id for padding; which one is never seen.
+    # Generation needs a padding id; it never appears in an answer.
     pad = tokenizer.pad_token_id
     if pad is None or pad >= vocab:
         pad = (ends or [0])[0]
@@ -72,16 +72,16 @@ def default_options(tokenizer: PreTrainedTokenizerBase, vocab: int) -> dict[str,
 def generation_options(
     options: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, stream: bool = False, several: bool = False
 ) -> dict[str, Any]:
-    """The options as `generate` takes them: `stop_strings` become the criterion that transformers makes of them.
+    """Check generation options, and replace `stop_strings` by transformers' stopping criterion.
 
     Args:
-        options: of one call.
+        options: transformers' generation options of one call.
         tokenizer: of the model, for `stop_strings`.
-        stream: whether the answer is given in pieces.
+        stream: whether the answer is streamed.
         several: whether a conversation may have several answers.
 
     Raises:
-        PalError: an unknown option or value, or one that gives something else than one text a conversation.
+        PalError: an unknown option, an invalid value, or one without support here, such as beams with `stream`.
     """
     from transformers import GenerationConfig, GenerationMixin
     from transformers.generation import StopStringCriteria
@@ -119,15 +119,15 @@ def generation_options(
             "`generate` of the transformers interface"
         )
     if stream and (config.num_beams or 1) > 1:
-        raise PalError("generate: num_beams cannot be used with stream=True, since beams may change what was said")
+        raise PalError("generate: num_beams cannot be used with stream=True: beam search may change earlier text")
     streamer = given.get("streamer")
     if streamer is not None and (stream or not hasattr(streamer, "put")):
-        raise PalError("generate: streamer is not one of transformers', or stands beside stream=True; leave it out")
+        raise PalError("generate: streamer must be one of transformers', without stream=True; leave it out")
     return given
 
 
 def _validate(config: GenerationConfig) -> None:
-    """Raise what transformers says of values, its TypeError or ValueError."""
+    """Let transformers check the values; raises its TypeError or ValueError."""
     from transformers.generation import logits_process as rules
 
     config.validate(user_set_attributes=set())

@@ -1,4 +1,4 @@
-"""`AudioTower`: encoders and connectors, from waveforms to streams of tokens."""
+"""`AudioTower`: encoders and connectors, from waveforms to streams of features."""
 
 from __future__ import annotations
 
@@ -31,19 +31,19 @@ class AudioTower(nn.Module):
         super().__init__()
         self.encoders = nn.ModuleList(build("encoder", part) for part in config.encoders)
         self.connectors = nn.ModuleList()
-        self.takes: list[list[int]] = []
-        """For each connector, the numbers of the encoders that it takes."""
+        self.encoder_indices: list[list[int]] = []
+        """For each connector, the indices of its encoders."""
         self.streams: list[Stream] = []
-        for part, takes in _connections(config):
-            widths = [self.encoder(i).width for i in takes]
-            context: dict[str, Any] = {"in_width": widths[0]} if len(takes) == 1 else {"in_widths": tuple(widths)}
+        for part, indices in _connections(config):
+            widths = [self.encoder(i).width for i in indices]
+            context: dict[str, Any] = {"in_width": widths[0]} if len(indices) == 1 else {"in_widths": tuple(widths)}
             connector: Connector = build("connector", part, **context)
             self.connectors.append(connector)
-            self.takes.append(takes)
-            names = tuple(config.encoders[i]["name"] for i in takes)
+            self.encoder_indices.append(indices)
+            names = tuple(config.encoders[i]["name"] for i in indices)
             self.streams.append(Stream(width=connector.width, encoders=names))
         self.sampling_rate = max(self.encoder(i).sampling_rate for i in range(len(self.encoders)))
-        """Hz of the waveforms: the highest of the encoders' rates; for the others, waveforms are resampled."""
+        """Rate of the waveforms in Hz: the highest of the encoders' rates. Waveforms are resampled for the others."""
 
     def encoder(self, index: int) -> Encoder:
         """One of the encoders."""
@@ -52,18 +52,18 @@ class AudioTower(nn.Module):
         return found
 
     def prepare(self, clips: Clips) -> PreparedClips:
-        """Waveforms [N] at `sampling_rate`, or encoded clips -> the input of the encoders.
+        """Preprocess waveforms [N] at `sampling_rate`, or encoded clips, for `encode`.
 
-        This part needs no device: front-end frames, or padded features, in pinned memory if the encoders are on a CUDA
-        device. Any thread may call it.
+        Runs on the host, in any thread: makes front-end frames or padded features, in pinned memory if the encoders are
+        on a CUDA device.
 
         Raises:
-            PalError: clips that another model's encoders encoded.
+            PalError: the widths of encoded clips are not those of the encoders.
         """
         batch = ClipBatch.of(clips)
         if batch.prepared is not None:
             return batch.prepared
-        assert not batch.indexed, "keys and values are behind the encoders"
+        assert not batch.indexed, "a clip given as keys and values has no encoder input"
         self._check(batch.encoded)
         parts: list[Frames | AudioFeatures] = []
         for i in range(len(self.encoders) if len(clips) else 0):
@@ -75,28 +75,28 @@ class AudioTower(nn.Module):
         return PreparedClips(tuple(parts), len(clips))
 
     def prepare_with(self, index: int, waveforms: Sequence[Tensor]) -> Frames:
-        """Input of `encode_with` for waveforms, computed without the device."""
+        """Front-end frames of waveforms at `sampling_rate` for one encoder, computed on the host."""
         return self.encoder(index).prepare(self._resampled(index, waveforms))
 
     def encode(self, clips: Clips) -> list[AudioFeatures]:
-        """Waveforms [N] at `sampling_rate`, encoded clips, or either prepared -> each encoder's features [B, A, E]."""
-        return [self._heard(i, part) for i, part in enumerate(self.prepare(clips).parts)]
+        """Features [B, A, E] of each encoder, from waveforms [N] at `sampling_rate`, encoded or prepared clips."""
+        return [self._encode_part(i, part) for i, part in enumerate(self.prepare(clips).parts)]
 
     def encode_one(self, samples_N: Tensor) -> EncodedClip:
-        """A waveform at `sampling_rate`, encoded by itself."""
-        # copies, since a view would keep the padding, too
+        """Encode one waveform at `sampling_rate` in a batch of its own."""
+        # copies, since views would keep the padded tensors in memory
         real = tuple(stream.x_BAE[0, : stream.lengths[0]].clone() for stream in self.encode([samples_N]))
         return EncodedClip(real, waveform_seconds(samples_N, self.sampling_rate))
 
     def encode_with(self, index: int, clips: Sequence[Tensor] | Frames) -> AudioFeatures:
-        """Features of one encoder."""
+        """Features [B, A, E] of one encoder, from waveforms at `sampling_rate` or its frames."""
         return self.encoder(index).encode(clips if isinstance(clips, Frames) else self._resampled(index, clips))
 
     def connect(self, encoded: list[AudioFeatures]) -> list[AudioFeatures]:
-        """Encoder outputs -> the features of each stream, [B, A, E]."""
+        """Features [B, A, E] of each stream, from those of each encoder."""
         streams = []
-        for connector, takes in zip(self.connectors, self.takes, strict=True):
-            streams.append(connector(*(encoded[i] for i in takes)))
+        for connector, indices in zip(self.connectors, self.encoder_indices, strict=True):
+            streams.append(connector(*(encoded[i] for i in indices)))
         return streams
 
     def _resampled(self, index: int, waveforms: Sequence[Tensor]) -> Sequence[Tensor]:
@@ -112,7 +112,7 @@ class AudioTower(nn.Module):
             if found != widths:
                 raise PalError(f"an encoded clip has features of widths {found}, not {widths}; encode it anew")
 
-    def _heard(self, index: int, part: Frames | AudioFeatures) -> AudioFeatures:
+    def _encode_part(self, index: int, part: Frames | AudioFeatures) -> AudioFeatures:
         encoder = self.encoder(index)
         if isinstance(part, Frames):
             return encoder.encode(part)
@@ -120,7 +120,7 @@ class AudioTower(nn.Module):
 
 
 def check_audio_tower(config: ModelConfig) -> None:
-    """Raises ConfigError for a fault in encoders and connectors, before anything is built."""
+    """Check the options of encoders and connectors without building them. Raises ConfigError."""
     for part in config.encoders:
         check("encoder", part)
     for part, _ in _connections(config):
@@ -136,21 +136,20 @@ def _padded(encoder: Encoder, clips: Sequence[Tensor]) -> AudioFeatures:
 
 
 def _connections(config: ModelConfig) -> list[tuple[Part, list[int]]]:
-    """Each connector, and the numbers of the encoders that it takes."""
+    """(connector, indices of its encoders) for each stream."""
     count = len(config.encoders)
     if not isinstance(config.connector, list):
-        takes = _takes(config.connector)
-        if takes == 1:
+        if _n_encoders(config.connector) == 1:
             return [(config.connector, [i]) for i in range(count)]
         return [_checked(config.connector, list(range(count)))]
     found = []
     for place, part in enumerate(config.connector):
         options = dict(part)
-        takes = options.pop("encoders", [place])
-        if not isinstance(takes, list) or not all(isinstance(i, int) for i in takes):
+        indices = options.pop("encoders", [place])
+        if not isinstance(indices, list) or not all(isinstance(i, int) for i in indices):
             raise ConfigError(f"connector '{part.get('name')}': 'encoders' takes a list of numbers, such as [0, 2]")
-        found.append(_checked(options, takes))
-    used = [i for _, takes in found for i in takes]
+        found.append(_checked(options, indices))
+    used = [i for _, indices in found for i in indices]
     if sorted(set(used)) != list(range(count)):
         raise ConfigError(
             f"connectors take the encoders {used}, but there are {count}, counted from 0; each must be taken by one"
@@ -158,12 +157,12 @@ def _connections(config: ModelConfig) -> list[tuple[Part, list[int]]]:
     return found
 
 
-def _checked(part: Part, takes: list[int]) -> tuple[Part, list[int]]:
-    if len(takes) != _takes(part):
-        raise ConfigError(f"connector '{part['name']}' takes {_takes(part)} encoders, not {len(takes)}")
-    return part, takes
+def _checked(part: Part, indices: list[int]) -> tuple[Part, list[int]]:
+    if len(indices) != _n_encoders(part):
+        raise ConfigError(f"connector '{part['name']}' takes {_n_encoders(part)} encoders, not {len(indices)}")
+    return part, indices
 
 
-def _takes(part: Part) -> int:
+def _n_encoders(part: Part) -> int:
     connector: type[Connector] = lookup("connector", part.get("name", ""))
-    return connector.takes
+    return connector.n_encoders

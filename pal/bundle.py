@@ -1,8 +1,8 @@
 """Bundles: a model as a folder of safetensors, configuration and tokenizer, with digests checked on load.
 
-A bundle holds the parts that were trained, or everything (`full`). What it leaves out it names by
-source and SHA-256, so that it cannot be joined to another LLM or encoder by mistake. transformers'
-Auto classes read and write the same folder through `pal.hf`.
+A bundle holds the weights that were trained, or all weights (`full`). Weights left out are listed with their SHA-256
+and loaded from their source, so that another LLM or encoder is noticed. transformers' Auto classes read and write the
+same folder through `pal.hf`.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ _WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 _ENCODERS = "ears.encoders."
 _TRANSFORMERS = {"model_type": "pal", "architectures": ["PalForConditionalGeneration"]}
-"""What transformers' Auto classes look for."""
+"""Keys of `config.json` by which transformers' Auto classes find the model class."""
 _WRAPPED = "pal."
-"""What the names of weights begin with in `pal.hf.PalForConditionalGeneration`. transformers compares those of an index
-with its model's before anything of ours runs, so files with an index have such names."""
+"""Prefix of weight names in `pal.hf.PalForConditionalGeneration`. transformers compares the names in an index with the
+model's before it calls our code, so weights in several files have this prefix."""
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", re.IGNORECASE)
 
 
@@ -55,18 +55,18 @@ def save(
 
     Args:
         model: any model.
-        folder: where; a bundle already there is replaced.
-        full: also write the parts that have a source of their own and were not trained.
-        dtype: of floating-point weights on disk; they come back in the model's own.
-        max_shard_size: bytes of a file of weights at most, or a number with a unit ("5GB"); no tensor is cut.
-        extra: more files, name and text.
+        folder: folder of the bundle; an existing bundle is replaced.
+        full: also write untrained weights that could be loaded from their source.
+        dtype: type of floating-point weights on disk; `load` restores the model's own type.
+        max_shard_size: largest file of weights, in bytes or with a unit ("5GB"); tensors are not split.
+        extra: name and text of further files.
 
     Raises:
-        BundleError: a size that is none.
+        BundleError: `max_shard_size` is no size.
     """
     largest = _bytes(max_shard_size)
     state = model.state_dict()
-    # By memory, not by name alone: tied weights have two names, of which only one was trained.
+    # Compare memory, not only names: tied weights have two names, and only one is in `trained`.
     ours = {tensor.data_ptr() for name, tensor in state.items() if full or _is_ours(model, name)}
     kept = {name: tensor for name, tensor in state.items() if tensor.data_ptr() in ours}
     description = {**describe(model), "left_out": _left_out(model, set(kept))}
@@ -80,12 +80,12 @@ def save(
 
 
 def describe(model: PalModel) -> dict[str, Any]:
-    """What `config.json` says of a model, with all of its weights in the bundle."""
+    """Content of `config.json` for a model whose weights are all in the bundle."""
     dtypes = {tensor.dtype for tensor in model.state_dict().values() if tensor.is_floating_point()}
     model.llm.note_ties()
     return {
         **_TRANSFORMERS,
-        # where there are several, each part's source says its own
+        # None for several types: each part then has that of its source
         "dtype": str(dtypes.pop()).removeprefix("torch.") if len(dtypes) == 1 else None,
         "format": FORMAT,
         "model": model.config.model_dump(mode="json"),
@@ -103,12 +103,12 @@ def load(path: str | Path, dtype: torch.dtype | None = None, **hub: Any) -> PalM
     """Read a bundle, in evaluation mode on the CPU.
 
     Args:
-        path: its folder, the folder of the training run that made it, or a Hub id.
-        dtype: of the weights in memory; without it, as they were when they were saved.
+        path: folder of the bundle or of the training run that made it, or a Hub id.
+        dtype: type of the weights in memory; by default, the type they had when they were saved.
         hub: options of huggingface_hub's snapshot_download, such as `revision` and `token`.
 
     Raises:
-        BundleError: missing, damaged, of another format, or its LLM is not the one it was made with.
+        BundleError: missing, damaged, of another format, or with another LLM or encoder at the source.
     """
     from transformers import AutoTokenizer
 
@@ -123,22 +123,22 @@ def load(path: str | Path, dtype: torch.dtype | None = None, **hub: Any) -> PalM
     _fill(model, weights, description["left_out"], folder)
     if dtype is not None:
         cast(model, dtype)
-    # what is here instead of at its source has to be written again
+    # weights that differ from their source must be in the next bundle, too
     model.trained = {name for name in weights if _part_of(name) == "llm" or name.startswith(_ENCODERS)}
     model.source = str(path) if folder.name != "tiny" else "tiny"
     return model.eval()
 
 
 def untrained(description: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> PalModel:
-    """A model such as `describe` says, with random weights in all its parts."""
+    """A model built from a description of `describe`, with random weights."""
     return _build(description, set(), tokenizer, _CONFIG)
 
 
 def cast(model: PalModel, dtype: torch.dtype) -> None:
-    """Give all weights a floating-point type; what is no weight, such as a table of RoPE's, keeps its own.
+    """Convert all weights to a floating-point type; buffers outside the state dict, such as RoPE's, keep theirs.
 
     Raises:
-        ConfigError: a type that no LLM is held in.
+        ConfigError: a type that `LLMConfig.dtype` does not allow.
     """
     name = str(dtype).removeprefix("torch.")
     llm = parse(LLMConfig, {**model.config.llm.model_dump(), "dtype": name}, where="dtype")
@@ -155,7 +155,7 @@ def cast(model: PalModel, dtype: torch.dtype) -> None:
 
 
 def upgrade(folder: str | Path) -> None:
-    """Give a bundle of an earlier version what transformers' Auto classes look for; its weights stay as they are.
+    """Add the files of transformers' Auto classes to a bundle of an earlier version; its weights stay the same.
 
     Raises:
         BundleError: as `load`.
@@ -166,8 +166,8 @@ def upgrade(folder: str | Path) -> None:
     amend(folder, {_CONFIG: _json(description).encode(), _PROCESSOR: _json(_processor(model)).encode()})
 
 
-def shape_of(path: str | Path) -> tuple[ModelConfig, LoRA | None]:
-    """What a bundle on this machine is made of, so that it could be built with other weights; and its LoRA options.
+def read_architecture(path: str | Path) -> tuple[ModelConfig, LoRA | None]:
+    """Configuration of a local bundle, changed to build it with random weights, and its LoRA options.
 
     Raises:
         BundleError: no bundle, or one of another format.
@@ -184,10 +184,10 @@ def shape_of(path: str | Path) -> tuple[ModelConfig, LoRA | None]:
 
 
 def find(path: str | Path, **hub: Any) -> Path:
-    """The folder of a bundle: itself, that below a run's folder, or a copy of what the Hub has.
+    """Folder of a bundle: `path` itself, `model/` in a run folder, or a download from the Hub.
 
     Raises:
-        BundleError: there is none.
+        BundleError: no such bundle.
     """
     folder = Path(path)
     for candidate in (folder, folder / "model"):
@@ -209,7 +209,7 @@ def find(path: str | Path, **hub: Any) -> Path:
 
 
 def read_description(folder: Path) -> dict[str, Any]:
-    """What the `config.json` of a bundle says; see `describe`.
+    """Content of a bundle's `config.json`; see `describe`.
 
     Raises:
         BundleError: another format.
@@ -223,7 +223,7 @@ def read_description(folder: Path) -> dict[str, Any]:
 
 
 def _processor(model: PalModel) -> dict[str, Any]:
-    """What `pal.hf.PalProcessor` needs to know of a model."""
+    """Content of `processor_config.json`: the options of `pal.hf.PalProcessor`."""
     return {
         "processor_class": "PalProcessor",
         "sampling_rate": model.sampling_rate,
@@ -238,12 +238,12 @@ def _json(value: Any) -> str:
 def _build(
     description: Mapping[str, Any], from_source: set[str], tokenizer: PreTrainedTokenizerBase, where: str
 ) -> PalModel:
-    """The model that a description stands for; parts that are not in `from_source` get random weights."""
+    """Build the model of a description; parts in `from_source` load their weights, others get random ones."""
     from pal.model import PalModel
 
     config = parse(ModelConfig, description["model"], where=where)
     sources: dict[str, Any] = {}
-    # Where every weight of a part is here, only its shape is needed, not its source.
+    # A part with all its weights in the bundle is built without its source.
     if "llm" not in from_source:
         sources["llm"] = LLMConfig(fresh=description["llm"], dtype=config.llm.dtype)
     sources["encoders"] = [
@@ -252,7 +252,7 @@ def _build(
     ]
     model = PalModel.from_config(config.model_copy(update=sources), tokenizer)
     model.config = config
-    # What an LLM was made of may be younger than its source: more rows, or a head that was trained apart.
+    # Training may have changed the source's architecture: more embeddings, or an untied LM head.
     if model.llm.vocab != description["llm"]["vocab_size"]:
         model.llm.resize_vocab(description["llm"]["vocab_size"], mean_resizing=False)
     if model.llm.lm.config.tie_word_embeddings and not description["llm"].get("tie_word_embeddings", True):
@@ -264,7 +264,7 @@ def _build(
 
 
 def _lora_of(description: Mapping[str, Any], where: str) -> LoRA | None:
-    """The options of the LLM's adapters; None where it has none. Earlier bundles call `r` `rank`."""
+    """LoRA options; None without LoRA. Earlier bundles say `rank` for `r`."""
     options = description["lora"]
     if not options:
         return None
@@ -295,7 +295,7 @@ def _write_weights(kept: Mapping[str, Tensor], folder: Path, dtype: torch.dtype 
 
 
 def _read_weights(folder: Path, checked: set[str]) -> dict[str, Tensor]:
-    """The weights of one file or of all shards; a file that the manifest does not name is not read."""
+    """Weights of the single file, or of all shards; only files in the manifest are read."""
     files = [_WEIGHTS]
     if _INDEX in checked:
         files = sorted(set(json.loads((folder / _INDEX).read_text())["weight_map"].values()))
@@ -324,12 +324,12 @@ def _is_hub_id(path: str) -> bool:
 
 
 def _part_of(name: str) -> str:
-    """`llm`, `ears.encoders.0`, ...: what has a source of its own."""
+    """Prefix of a weight's part, such as `llm` or `ears.encoders.0`; a part has one source."""
     return ".".join(name.split(".")[: 3 if name.startswith(_ENCODERS) else 1])
 
 
 def _is_ours(model: PalModel, name: str) -> bool:
-    """Whether the tensor exists nowhere else: made or trained here."""
+    """Whether the tensor exists nowhere else, since it was initialised or trained here."""
     if _part_of(name) == "llm":
         return model.config.llm.path is None or name in model.trained or "lora_" in name
     if name.startswith(_ENCODERS):
@@ -339,8 +339,8 @@ def _is_ours(model: PalModel, name: str) -> bool:
     return True
 
 
-def from_source(model: PalModel, names: Collection[str]) -> dict[str, Tensor]:
-    """Weights as the LLM or encoder that they belong to has them, whatever was trained since."""
+def source_weights(model: PalModel, names: Collection[str]) -> dict[str, Tensor]:
+    """Weights as in their source (LLM or encoder), without later training."""
     description = describe(model)
     fresh = _build(description, {_part_of(name) for name in names}, model.tokenizer, _CONFIG)
     if description["dtype"]:
@@ -350,7 +350,7 @@ def from_source(model: PalModel, names: Collection[str]) -> dict[str, Tensor]:
 
 
 def source_digests(model: PalModel) -> dict[str, str]:
-    """Name and SHA-256 of each weight that has a source of its own and that nothing trained has changed."""
+    """Name and SHA-256 of each weight that can be loaded from its source, since training has not changed it."""
     return _left_out(model, {name for name in model.state_dict() if _is_ours(model, name)})
 
 
@@ -365,7 +365,7 @@ def digest(tensor: Tensor) -> str:
 
 
 def _for_disk(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-    # A copy, because safetensors refuses tensors that share memory, such as tied embeddings.
+    # Copy: safetensors refuses tensors that share memory, such as tied embeddings.
     tensor = tensor.detach().cpu()
     return (tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor).clone().contiguous()
 

@@ -1,4 +1,4 @@
-"""`card`: a bundle's model card, from what the bundle says, what its training wrote and what `pal eval` measured."""
+"""Model cards, from a bundle's configuration, its `train.json` and its scores of `pal eval`."""
 
 from __future__ import annotations
 
@@ -62,10 +62,11 @@ _UNMEASURED = "Nothing yet. `pal eval` measures it, and `pal card --scores` puts
 
 @dataclass(frozen=True)
 class ModelCard:
-    """A card's Markdown, and the file it was written to."""
+    """A model card as Markdown."""
 
     text: str
     out: str | None
+    """File it was written to; None if it was not."""
 
 
 def write_card(
@@ -75,22 +76,22 @@ def write_card(
     license_name: str | None = None,
     into_bundle: bool = False,
 ) -> ModelCard:
-    """The card of a bundle.
+    """Make the card of a bundle.
 
     Args:
-        path: the bundle, or the run that made it, whose `train.json` then says what it was trained on.
+        path: the bundle, or the run that made it; the run's `train.json` names the training data.
         scores: files that `pal eval --json` wrote, or run folders of `pal eval`, of this model.
-        data: what it was trained on, in words.
-        license_name: of the weights, as the Hub names it.
-        into_bundle: write it there as `README.md`, into the manifest, too.
+        data: descriptions of further training data.
+        license_name: licence of the weights, by the Hub's identifier.
+        into_bundle: write the card into the bundle as `README.md`, and list it in the manifest.
 
     Raises:
         BundleError: no bundle, or a file that is no score.
-        ConfigError: another model's score.
+        ConfigError: a score of another model.
     """
     folder = bundle.find(path)
     model = bundle.load(folder)
-    read = [_score_of(Path(file), model.digest) for file in scores]
+    read = [_read_score(Path(file), model.digest) for file in scores]
     run = folder.parent / "train.json"
     report = json.loads(run.read_text(encoding="utf-8")) if folder.name == "model" and run.is_file() else {}
     title = (folder.parent if folder.name == "model" else folder).resolve().name
@@ -114,11 +115,11 @@ def card(
     Args:
         model: the model.
         title: its name.
-        scores: what was measured.
-        data: what it was trained on, in words.
-        license_name: of the weights.
-        report: `train.json`.
-        left_out: the weights that its bundle takes from their source.
+        scores: results of `pal eval`.
+        data: descriptions of further training data.
+        license_name: licence of the weights.
+        report: content of `train.json`.
+        left_out: weights that the bundle loads from their source.
     """
     config = model.config
     trained = [*data, *_trained_on(report or {})]
@@ -137,7 +138,7 @@ def card(
     )
 
 
-def _score_of(path: Path, digest: str) -> Result:
+def _read_score(path: Path, digest: str) -> Result:
     result = load_result(path)
     if result.settings.get("model_digest") != digest:
         raise ConfigError(f"{path}: the score of another model; evaluate this one")
@@ -146,7 +147,7 @@ def _score_of(path: Path, digest: str) -> Result:
 
 def _header(model: PalModel, title: str, scores: Sequence[Result], license_name: str | None) -> dict[str, Any]:
     named = [model.config.llm.path, *(part.get("path") for part in model.config.encoders)]
-    # a folder of somebody's machine is no model that the Hub could link to
+    # the Hub cannot link to a local folder
     bases = [name for name in named if name and not Path(name).exists() and not Path(name).is_absolute()]
     header: dict[str, Any] = {"license": license_name} if license_name else {}
     header |= {"pipeline_tag": "audio-text-to-text", "library_name": "pal-audio"}
@@ -233,8 +234,8 @@ def _table(scores: Sequence[Result]) -> str:
 
 
 def _categories(score: Result) -> list[tuple[str, MetricValue]]:
-    """Name and value of each category with an interval, where there is more than one."""
-    # the task is the one axis that every manifest has, so that its values go without its name
+    """Name and value of each category with an interval; none if there is only one."""
+    # every manifest has the axis "task", so its values need no prefix
     parts = [
         (name if axis == "task" else f"{axis} {name}", value)
         for axis, of in score.categories.items()

@@ -9,14 +9,14 @@ from pal.errors import ConfigError
 
 
 class StrictConfig(BaseModel):
-    """Base of every configuration class. The help of a field stands under it as a string."""
+    """Base of every configuration class. The string below a field is its help."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     def toy(self) -> Self:
-        """A small version of what this configures, built from random weights alone; for `pal train --smoke`.
+        """Options of a small version with random weights, for `pal train --smoke`.
 
-        Parts that are large, or read weights, say here what a small one looks like; the others stay as they are.
+        Parts that are large or load weights override this; the default is the same options.
         """
         return self
 
@@ -25,15 +25,15 @@ C = TypeVar("C", bound=StrictConfig)
 
 
 def parse(cls: type[C], data: Mapping[str, Any], where: str) -> C:
-    """Check `data` against `cls`.
+    """Validate `data` as a `cls`.
 
     Args:
         cls: the configuration class.
         data: what the user wrote.
-        where: what the data is, for the message ("recipe r.yaml", "encoder 'tiny'").
+        where: name of the data in the message ("recipe r.yaml", "encoder 'tiny'").
 
     Raises:
-        ConfigError: one line with the first fault, where it is, and the known keys.
+        ConfigError: one line with the first fault, its key, and for an unknown key the known ones.
     """
     try:
         return cls.model_validate(data)
@@ -49,7 +49,7 @@ def parse(cls: type[C], data: Mapping[str, Any], where: str) -> C:
 
 
 def _known_keys(cls: type[BaseModel], path: tuple[int | str, ...]) -> list[str]:
-    """Field names of the model that `path` leads to inside `cls`."""
+    """Field names of the configuration class at `path` inside `cls`."""
     for part in path:
         if isinstance(part, int):
             continue

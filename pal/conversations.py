@@ -1,4 +1,4 @@
-"""Users' questions about clips to conversations of token ids."""
+"""Conversion of users' questions about clips to conversations of token ids."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 ChatTurns = list[dict[str, str]]
-"""`[{"role": ..., "content": ...}, ...]`, with `<audio>` in a content where a clip stands."""
+"""`[{"role": ..., "content": ...}, ...]`, with `<audio>` in a content for each clip."""
 
 Question = str | list[str] | tuple[str, ...] | ChatTurns
 """A text, several texts, or the turns of a chat."""
@@ -24,27 +24,27 @@ Question = str | list[str] | tuple[str, ...] | ChatTurns
 
 @dataclass(frozen=True)
 class Conversations:
-    """One conversation for each answer."""
+    """Token ids of the conversations that a question becomes, one for each answer."""
 
     tokens: list[Tokens]
     single: bool
-    """The answer is returned alone, not in a list."""
+    """True if the answer is returned alone, not in a list."""
 
 
 def read_question(
     question: Question, clips: int, tokenizer: PreTrainedTokenizerBase, system: str | None
 ) -> Conversations:
-    """Conversations about clips.
+    """Tokenise the conversations that a question about clips becomes.
 
     Args:
         question: a text, several texts, or the turns of a chat.
-        clips: how many there are. One is asked all the questions. Several are asked one question each, or stand all in
-            the one question that has as many `<audio>`, or in the chat.
+        clips: number of clips. All questions are about a single clip. Several clips get one question each (one string
+            is asked about each), or all are in one conversation: a chat, or a question with as many `<audio>`.
         tokenizer: of the model.
-        system: put before conversations that bring no system message.
+        system: system prompt for conversations without a system message.
 
     Raises:
-        PromptError: neither texts nor turns, or clips and placeholders do not match.
+        PromptError: neither texts nor chat turns, or clips and placeholders do not match.
     """
     given: Any = list(question) if isinstance(question, tuple) else question
     if isinstance(given, list) and given and isinstance(given[0], dict):

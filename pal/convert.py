@@ -1,7 +1,7 @@
-"""Published checkpoints into folders of safetensors that our encoders read.
+"""Conversion of published checkpoints to folders of safetensors, which the encoders read.
 
-The only place that opens a `.pt`. It is read with `weights_only`, so that no code in it can run;
-what needs more than that is refused.
+No other module opens a `.pt` file. It is loaded with `weights_only`, so that no code in it can run; a checkpoint that
+needs more is refused.
 """
 
 import json
@@ -20,23 +20,23 @@ from pal.errors import ConfigError
 from pal.files import atomic_folder
 
 Converted = tuple[StrictConfig, dict[str, Tensor]]
-"""Sizes for `config.json`, and the tensors by their names in the folder."""
+"""Hyperparameters for `config.json`, and the tensors by their names in the folder."""
 
 
 def convert(source: str | Path, out: str | Path, layout: str) -> dict[str, Any]:
-    """Write the encoder in a checkpoint as a folder, whole or not at all.
+    """Write the encoder of a checkpoint as a folder, atomically.
 
     Args:
         source: a file that `torch.save` wrote.
         out: the folder to make.
-        layout: whose names the checkpoint has, one of `LAYOUTS`.
+        layout: naming scheme of the checkpoint, one of `LAYOUTS`.
 
     Returns:
-        The facts: `out`, `layout`, `numbers` (written), and `left_out` (tensors that
-        the encoder does not need).
+        `out`, `layout`, `numbers` (count of the weights written) and `left_out` (count of the tensors
+        that the encoder does not need).
 
     Raises:
-        ConfigError: unknown layout, `out` exists, or a file that is not what the layout says.
+        ConfigError: unknown layout, `out` exists, or the file is damaged or of another layout.
     """
     source, out = Path(source), Path(out)
     if layout not in LAYOUTS:
@@ -61,20 +61,20 @@ def convert(source: str | Path, out: str | Path, layout: str) -> dict[str, Any]:
 
 
 def _load(source: Path) -> dict[str, Any]:
-    """The checkpoint, with a "model" of named tensors. Raises ConfigError where it is none, or is not safe to read."""
+    """The checkpoint, with the tensors by name in "model". Raises ConfigError if it is invalid or unsafe to load."""
     if not source.is_file():
         raise ConfigError(f"{source}: no such file; give the checkpoint as it was published")
     try:
         with warnings.catch_warnings():
-            # what torch thinks of an odd file is said in one line below
+            # the errors below replace torch's warnings
             warnings.simplefilter("ignore")
             found = torch.load(source, map_location="cpu", weights_only=True)
-    # A file that is no checkpoint, or half of one, fails in whatever way its bytes lead to.
+    # An invalid or truncated file can raise any exception.
     except Exception as error:
         refused = re.search(r"GLOBAL ([\w.]+)", str(error))
         if refused:
             raise ConfigError(
-                f"{source}: holds an object of {refused[1]}, not only weights, and reading it could run code; where "
+                f"{source}: holds an object of {refused[1]}, not only weights, and loading it could run code; where "
                 "it comes from, save it anew with only 'cfg' and 'model' in plain dictionaries"
             ) from None
         raise ConfigError(f"{source}: not a file of torch.save, or damaged; fetch it again") from None
@@ -88,11 +88,11 @@ def _load(source: Path) -> dict[str, Any]:
 
 
 def _sslam(checkpoint: dict[str, Any], where: str) -> Converted:
-    """EAT's and SSLAM's fairseq checkpoints, pre-trained or fine-tuned, into the layout of the Hub."""
+    """Convert fairseq checkpoints of EAT and SSLAM, pre-trained or fine-tuned, to the layout on the Hub."""
     image = "modality_encoders.IMAGE."
     renamed = {}
     for name, tensor in checkpoint["model"].items():
-        # fine-tuned ones hold the whole model as a part of theirs
+        # a fine-tuned checkpoint has the pre-trained model as its submodule `model`
         name = name.removeprefix("model.").removeprefix(image)
         renamed[name.replace("context_encoder.norm.", "pre_norm.")] = tensor
     shapes = {
@@ -122,7 +122,7 @@ def _sslam(checkpoint: dict[str, Any], where: str) -> Converted:
 
 
 def _heads(checkpoint: dict[str, Any], width: int) -> int:
-    """Attention heads as the configuration in a fairseq checkpoint says; without it 64 wide ones, as all ViT have."""
+    """Number of attention heads by a checkpoint's configuration; without one, heads are 64 wide, as in ViT."""
     fields = checkpoint.get("cfg")
     model = fields.get("model") if isinstance(fields, dict) else None
     heads = model.get("num_heads") if isinstance(model, dict) else None
@@ -130,7 +130,7 @@ def _heads(checkpoint: dict[str, Any], width: int) -> int:
 
 
 def _beats(checkpoint: dict[str, Any], where: str) -> Converted:
-    """The official checkpoints, pre-trained or fine-tuned."""
+    """Convert official checkpoints of BEATs, pre-trained or fine-tuned."""
     fields = checkpoint.get("cfg")
     if not isinstance(fields, dict):
         raise _lacks(where, "the dictionary 'cfg'")
@@ -138,9 +138,9 @@ def _beats(checkpoint: dict[str, Any], where: str) -> Converted:
         raise _lacks(where, "'patch_embedding.weight'")
     if any(name.startswith("quantize.") for name in checkpoint["model"]):
         raise ConfigError(f"{where}: is a tokenizer of BEATs; give the checkpoint of a model")
-    # Where a cfg is silent, what the official code takes, which is not what the published models have.
-    silent = {"deep_norm": False, "max_distance": 1280, "relative_position_embedding": False, "gru_rel_pos": False}
-    fields = silent | fields
+    # The official code's defaults for keys missing in cfg; they differ from the values of the published models.
+    defaults = {"deep_norm": False, "max_distance": 1280, "relative_position_embedding": False, "gru_rel_pos": False}
+    fields = defaults | fields
     beats.check_kind(fields, where)
     known = {name: value for name, value in fields.items() if name in beats.BeatsArchitecture.model_fields}
     sizes = parse(beats.BeatsArchitecture, known, f"{where}: cfg")
@@ -154,7 +154,7 @@ def _checked(
     where: str,
     published: dict[str, str],
 ) -> dict[str, Tensor]:
-    """The network's tensors, all there and in shape; `published` has the beginnings of names that were changed."""
+    """The network's tensors, checked by name and shape; `published` maps prefixes to the checkpoint's, for errors."""
     with torch.device("meta"):
         empty = network(sizes)
     missing = [name for name in empty.state_dict() if name not in tensors]
@@ -174,4 +174,4 @@ def _lacks(where: str, what: str) -> ConfigError:
 
 
 LAYOUTS: dict[str, Callable[[dict[str, Any], str], Converted]] = {"beats": _beats, "sslam": _sslam}
-"""Known layouts, by name."""
+"""Converter of each layout: (checkpoint, its file for messages) -> hyperparameters and tensors."""

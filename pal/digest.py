@@ -1,4 +1,4 @@
-"""What says that tensors are the same, whatever file or machine they come from."""
+"""Digests of weights: equal for equal tensors, whatever file or machine they come from."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_RUN = 1000
-"""Words of 8 bytes that one checksum is the sum of: checksums take a thousandth of the weights' memory."""
+_BLOCK = 1000
+"""Words of 8 bytes in one checksum, so that checksums take a thousandth of the weights' memory."""
 
 
 def digest(tensors: Mapping[str, Tensor], about: str = "") -> str:
@@ -35,26 +35,26 @@ def model_digest(state: Mapping[str, Tensor]) -> str:
 class CachedModelDigest:
     """`model_digest`, computed again only when a weight may have changed.
 
-    Torch's version counters alone do not tell: writing through `.data` (as PEFT's merging does), through numpy, and
-    the fused optimizers leave them as they were, and tensors made in inference mode have none. So the weights are also
-    summed up, in one pass over memory: a tenth of the time of SHA-256 or less, and nothing but one comparison waits for
-    the device. What could go unnoticed is a write past the counters that leaves the sum of every 8 kB the same.
+    Torch's version counters miss some changes: writes through `.data` (as in PEFT's merging) or numpy, and steps of
+    fused optimizers; tensors made in inference mode have no counter. So the weights are also summed in blocks of 8 kB,
+    which takes at most a tenth of the time of SHA-256 and waits for the device only once, to compare the sums. A change
+    is missed only if no counter and no sum changes.
     """
 
     def __init__(self) -> None:
-        self._last: tuple[_Stamp, str] | None = None
+        self._last: tuple[_Fingerprint, str] | None = None
 
     def of(self, state: Mapping[str, Tensor]) -> str:
         """The digest of a state dict."""
-        stamp = _Stamp(state)
+        fingerprint = _Fingerprint(state)
         last = self._last
-        if last is None or not stamp.equals(last[0]):
-            last = self._last = (stamp, model_digest(state))
+        if last is None or not fingerprint.equals(last[0]):
+            last = self._last = (fingerprint, model_digest(state))
         return last[1]
 
 
-class _Stamp:
-    """Tensors as far as can be told without hashing them."""
+class _Fingerprint:
+    """Metadata and checksums of tensors, which show most changes without hashing."""
 
     def __init__(self, state: Mapping[str, Tensor]) -> None:
         self.facts = [(name, _facts(x)) for name, x in sorted(state.items())]
@@ -63,8 +63,8 @@ class _Stamp:
             by_device.setdefault(x.device, []).append(_checksums(x))
         self.sums = {device: torch.cat(sums) for device, sums in by_device.items()}
 
-    def equals(self, other: _Stamp) -> bool:
-        """Whether nothing changed between the two."""
+    def equals(self, other: _Fingerprint) -> bool:
+        """Whether no tensor seems to have changed between the two."""
         return self.facts == other.facts and all(torch.equal(x, other.sums[device]) for device, x in self.sums.items())
 
 
@@ -75,12 +75,12 @@ def _facts(x: Tensor) -> tuple[Any, ...]:
 
 @torch.no_grad()
 def _checksums(x: Tensor) -> Tensor:
-    """Sums, modulo 2^64, of each run of a tensor's bytes: int64 [X]."""
+    """Sum modulo 2^64 of each block of a tensor's bytes: int64 [X]."""
     bytes_N = x.detach().contiguous().flatten().view(torch.uint8)
     if bytes_N.storage_offset() % 8:
         bytes_N = bytes_N.clone()
     whole = len(bytes_N) // 8 * 8
     words_N = bytes_N[:whole].view(torch.int64)
-    runs = len(words_N) // _RUN * _RUN
-    parts = (words_N[:runs].view(-1, _RUN).sum(1), words_N[runs:].sum()[None], bytes_N[whole:].sum()[None])
+    in_blocks = len(words_N) // _BLOCK * _BLOCK
+    parts = (words_N[:in_blocks].view(-1, _BLOCK).sum(1), words_N[in_blocks:].sum()[None], bytes_N[whole:].sum()[None])
     return torch.cat(parts)

@@ -1,14 +1,14 @@
-"""Errors that a user can mend: one line, what is wrong and the remedy."""
+"""Errors that a user can mend: one line with the fault and the remedy."""
 
 _LONGEST = 290
-"""Characters of an error's text; with the command line's "error: " before it, the line stays below 300."""
+"""Most characters of an error's text, so that it stays below 300 behind the command line's "error: "."""
 
 
 class PalError(ValueError):
-    """Base of every error caused by input; the command line prints it as one line and exits with 1.
+    """Base class of errors caused by input; the command line prints it as one line and exits with 1.
 
-    Whatever a message quotes, it stays one printable line of at most 290 characters: the middle of a longer one is
-    left out, where "…" stands, since the name is at its start and the remedy at its end.
+    The message becomes one printable line of at most 290 characters. A longer one gets "…" in place of its middle,
+    since the name is at its start and the remedy at its end.
     """
 
     def __init__(self, message: object = "") -> None:
@@ -16,7 +16,7 @@ class PalError(ValueError):
 
 
 class AudioWarning(UserWarning):
-    """A clip whose end could not be checked, taken as far as it goes because that was asked for."""
+    """A clip of unknown length was read to the end of its file, because `read_to_end` was set."""
 
 
 class AudioError(PalError):
@@ -40,9 +40,9 @@ class PromptError(PalError):
 
 
 def shortened(text: str, longest: int, space: str = " ") -> str:
-    """The text on one printable line of at most `longest` characters, "…" for the middle of a longer one.
+    """The text on one printable line of at most `longest` characters, with "…" for the middle of a longer one.
 
-    White space other than a blank becomes `space`, and what cannot be printed a question mark.
+    White space other than a blank becomes `space`; other characters that cannot be printed become "?".
     """
     if len(text) > longest:
         end = longest // 2

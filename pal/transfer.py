@@ -1,4 +1,4 @@
-"""Moving what was made on the host to a device without waiting for the device."""
+"""Asynchronous copies from host to device."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 _ALIGNED = 16
-"""Numbers whose bytes are a multiple of what kernels want addresses to be."""
+"""Each array begins at a multiple of this many int32 (64 bytes), so that kernels find it aligned."""
 
 
 def to_device(x: Tensor, device: torch.device | str) -> Tensor:
-    """A tensor on `device`; the host goes on at once, since a copy from pinned memory is only queued."""
+    """Copy a tensor to `device`, from pinned memory, so that the host does not wait for the copy."""
     device = torch.device(device)
     if device.type != "cuda" or x.device.type != "cpu":
         return x.to(device)
@@ -22,9 +22,9 @@ def to_device(x: Tensor, device: torch.device | str) -> Tensor:
 
 
 def move(arrays: Sequence[NDArray[np.generic]], device: torch.device | str) -> list[Tensor]:
-    """Arrays of whole numbers as int32 tensors on `device`, all in one copy.
+    """Copy integer arrays to `device` as int32 tensors, all in one transfer.
 
-    They share memory; none may be changed in place.
+    The tensors share memory and must not be changed in place.
     """
     starts, total = [], 0
     for array in arrays:
@@ -37,7 +37,7 @@ def move(arrays: Sequence[NDArray[np.generic]], device: torch.device | str) -> l
     return [moved[start : start + array.size].view(array.shape) for start, array in zip(starts, arrays, strict=True)]
 
 
-def real_ones(lengths: Sequence[int], size: int, device: torch.device | str) -> Tensor:
-    """[B, size] on `device`: True for the first `lengths[b]` of each row."""
+def length_mask(lengths: Sequence[int], size: int, device: torch.device | str) -> Tensor:
+    """Boolean mask [B, size] on `device`: True for the first `lengths[b]` entries of row b."""
     lengths_B = to_device(torch.tensor(lengths, dtype=torch.long), device)
     return torch.arange(size, device=device) < lengths_B[:, None]

@@ -1,4 +1,4 @@
-"""The values that travel between the parts, and the legend of the shape suffixes.
+"""Types passed between the parts, and the legend of the shape suffixes.
 
 Every tensor name ends in its axes:
 
@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from pal.transfer import real_ones
+from pal.transfer import length_mask
 
 if TYPE_CHECKING:
     from pal.backbone.context import AudioContext
@@ -37,7 +37,7 @@ IGNORE = -100
 
 @dataclass(frozen=True)
 class AudioFeatures:
-    """Output of an encoder or a connector for some clips: tokens, their numbers, and their time scale."""
+    """Output of an encoder or a connector for some clips: padded tokens, lengths and time scale."""
 
     x_BAE: Tensor
     lengths: tuple[int, ...]
@@ -56,9 +56,9 @@ class AudioFeatures:
 
     @cached_property
     def mask_BA(self) -> Tensor:  # noqa: N802
-        """True where a token is real; on the tokens' device, computed without waiting for it."""
-        with torch.inference_mode(False):  # it is cached, and may be used later where gradients are needed
-            return real_ones(self.lengths, self.x_BAE.shape[1], self.x_BAE.device)
+        """True where a token is real; computed on the tokens' device, without a synchronisation."""
+        with torch.inference_mode(False):  # a tensor of inference mode, once cached, could not be used for gradients
+            return length_mask(self.lengths, self.x_BAE.shape[1], self.x_BAE.device)
 
 
 @dataclass(frozen=True)
@@ -71,10 +71,10 @@ class Tokens:
     labels: list[int] | None = None
     """The id itself for trained tokens, `IGNORE` elsewhere; as long as `ids`."""
     predicts_after: frozenset[int] | None = None
-    """Indices in `ids` of clips whose next token is predicted; None: those before a trained id. A clip that ends the
-    conversation always is one."""
+    """Indices in `ids` of clips whose next token is predicted; None: clips directly before a labelled token. A clip at
+    the end always counts."""
     columns: list[int] | None = None
-    """The caller's number for each of `ids`, returned in `LLMInputs.columns_BT`."""
+    """A number of the caller's choice for each of `ids`, returned in `LLMInputs.columns_BT`."""
 
     def __post_init__(self) -> None:
         assert self.ids.count(AUDIO) == len(self.clips)
@@ -121,7 +121,7 @@ class PreparedClips:
     """Clips preprocessed on the host, ready for the encoders; any thread may make them."""
 
     parts: tuple[Frames | AudioFeatures, ...]
-    """Front-end frames for each of the model's encoders, or its features, if encoded before."""
+    """For each of the model's encoders: front-end frames, or features if the clips are already encoded."""
     clips: int
 
     def __len__(self) -> int:
@@ -141,9 +141,8 @@ class Batch:
     """Sound events of each clip; None for clips without annotation."""
     encoded: list[EncodedClip] = field(default_factory=list)
     """Encoder features of each clip, instead of the waveforms."""
-
     prepared: PreparedClips | None = None
-    """The same clips preprocessed ahead; if given, the model uses these."""
+    """The same clips, preprocessed; used instead of `waveforms` and `encoded` if given."""
 
     @property
     def clips(self) -> list[Tensor] | list[EncodedClip] | PreparedClips:
@@ -151,11 +150,11 @@ class Batch:
         return self.prepared or self.encoded or self.waveforms
 
     def durations(self, rate: int) -> list[float]:
-        """Seconds of each clip, given the waveforms' rate."""
+        """Seconds of each clip; `rate` is that of the waveforms in Hz."""
         return [clip.seconds for clip in self.encoded] or [waveform_seconds(x_N, rate) for x_N in self.waveforms]
 
     def seconds(self, rate: int) -> float:
-        """Length of all clips, given the waveforms' rate."""
+        """Seconds of all clips together; `rate` is that of the waveforms in Hz."""
         return sum(self.durations(rate))
 
 
@@ -174,28 +173,30 @@ class Targets:
     """The labelled tokens of a batch and the rows that predict them; N tokens in order."""
 
     rows_N: Tensor
-    """Index of the row that predicts each, among all rows of the batch, padding included."""
+    """Index of the row that predicts each token, among all rows of the batch, padding included."""
     labels_N: Tensor
+    """Token ids."""
     conversations_N: Tensor
     """Index of each token's conversation."""
     lengths: tuple[int, ...]
-    """Tokens of each answer, a run of labelled tokens."""
+    """Number of tokens of each answer (consecutive labelled tokens)."""
     conversations: int
+    """Number of conversations in the batch."""
 
 
 @dataclass(frozen=True)
 class LLMInputs:
-    """The LLM's inputs, made by an integration; nothing after it knows which one."""
+    """The LLM's inputs, made by an integration; code after it does not depend on which one."""
 
     inputs_embeds_BTD: Tensor
     position_ids_BT: Tensor
     attention_mask_BT: Tensor
     audio_context: AudioContext | PackedContext | None
-    """Audio keys and values; None without. With a `PackedContext` rows are packed: B is 1 unless all conversations are
-    equally long and without audio keys."""
+    """Audio keys and values; None if there are none. With a `PackedContext`, rows are packed: B is 1 unless all
+    conversations are equally long and have no audio keys."""
     labels_BT: Tensor | None
     targets: Targets | None = None
-    """Labelled tokens and the rows that predict them, from the host; None: to be read from `labels_BT`."""
+    """Labelled tokens and the rows that predict them, computed on the host; None: derived from `labels_BT`."""
     columns_BT: Tensor | None = None
     """`Tokens.columns` of each text row, on the host; `IGNORE` for padding, audio rows and repeated rows. Only with
     padded rows, if all conversations have columns."""

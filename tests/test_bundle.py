@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pal.backbone.finetuning import LoRA
-from pal.bundle import cast, from_source, source_digests
+from pal.bundle import cast, source_digests, source_weights
 from pal.errors import BundleError
 from pal.files import amend
 from pal.model import PalModel
@@ -223,7 +223,7 @@ def test_a_source_gives_weights_in_the_models_dtype(tmp_path):
     model = tiny_model(encoders=[{"name": "whisper", "path": whisper_folder(tmp_path / "whisper")}], warm=False)
     cast(model, torch.bfloat16)
     name = next(name for name in source_digests(model) if name.startswith("ears.encoders."))
-    again = from_source(model, {name})[name]
+    again = source_weights(model, {name})[name]
     assert again.dtype == torch.bfloat16 and again.equal(model.state_dict()[name])
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pal.integrations.keys import zeroed
-from pal.transfer import move, real_ones, to_device
+from pal.transfer import length_mask, move, to_device
 from pal.types import AudioFeatures
 
 
@@ -18,11 +18,11 @@ def features(*lengths: int, size: int = 4) -> AudioFeatures:
 
 
 def test_ones_are_the_first_of_each_row() -> None:
-    mask_BA = real_ones((3, 0, 4), 4, "cpu")
+    mask_BA = length_mask((3, 0, 4), 4, "cpu")
     assert mask_BA.tolist() == [[True, True, True, False], [False] * 4, [True] * 4]
-    assert real_ones([9], 2, "cpu").tolist() == [[True, True]]
-    assert real_ones([1, 2], 3, "meta").shape == (2, 3)
-    assert real_ones([], 3, "cpu").shape == (0, 3)
+    assert length_mask([9], 2, "cpu").tolist() == [[True, True]]
+    assert length_mask([1, 2], 3, "meta").shape == (2, 3)
+    assert length_mask([], 3, "cpu").shape == (0, 3)
 
 
 def test_a_tensor_moves_as_it_is() -> None:

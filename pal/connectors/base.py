@@ -15,8 +15,8 @@ class Connector(nn.Module, ABC):
     Masked-out tokens must not influence real ones.
     """
 
-    takes: int = 1
-    """Encoders that it makes one stream of."""
+    n_encoders: int = 1
+    """Number of encoders whose features it takes."""
     width: int
     """E of what comes out."""
 

@@ -29,7 +29,7 @@ class LFST(Connector):
     language-aligned one; any two do.
     """
 
-    takes = 2
+    n_encoders = 2
 
     class Config(StrictConfig):
         """Options of the connector `lfst`."""

@@ -10,7 +10,7 @@ from pal.connectors.attention import MultiHeadAttention, heads_of, sinusoids
 from pal.connectors.base import Connector
 from pal.errors import ConfigError
 from pal.registry import register
-from pal.transfer import real_ones, to_device
+from pal.transfer import length_mask, to_device
 from pal.types import AudioFeatures
 
 
@@ -101,7 +101,7 @@ class QFormer(Connector):
         # a window of padding alone may look at it, as nothing to look at makes NaN; its tokens are padding themselves
         starts = range(0, windows * size, size)
         seen = [min(n - start, size) if start < n else size for n in features.lengths for start in starts]
-        visible_WA = real_ones(seen, size, audio_WAE.device) if min(seen) < size else None
+        visible_WA = length_mask(seen, size, audio_WAE.device) if min(seen) < size else None
         s_WSE = self.query_norm(self.queries_SE).expand(len(audio_WAE), -1, -1)
         for block in self.blocks:
             s_WSE = block(s_WSE, audio_WAE, visible_WA)

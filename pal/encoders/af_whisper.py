@@ -9,7 +9,7 @@ from pal.encoders.log_mel import WhisperLogMel
 from pal.encoders.padding_mask import padded, use_padding_mask
 from pal.encoders.pretrained import PretrainedEncoder, PretrainedOptions
 from pal.registry import register
-from pal.transfer import real_ones
+from pal.transfer import length_mask
 from pal.types import AudioFeatures
 
 _FRAMES_PER_TOKEN = 4
@@ -69,7 +69,7 @@ class AFWhisper(PretrainedEncoder):
         """Frames as `frontend` makes them, zero-padded, and how many of each -> tokens [W, A, E]."""
         windows_WFM = self._log_mel.fill(frames_WFM, lengths)
         real = self._log_mel.real(lengths)
-        real_WF = real_ones(real, windows_WFM.shape[1], windows_WFM.device)
+        real_WF = length_mask(real, windows_WFM.shape[1], windows_WFM.device)
         with padded(min(real) < windows_WFM.shape[1]):
             x_WAE = self.network(windows_WFM.transpose(1, 2), input_features_mask=real_WF).last_hidden_state
 

@@ -24,7 +24,7 @@ from pal.encoders.fbank import HOP, RATE, fbanks
 from pal.encoders.patches import Frequency, to_features, tokens_per_step
 from pal.errors import ConfigError
 from pal.registry import register
-from pal.transfer import real_ones
+from pal.transfer import length_mask
 from pal.types import AudioFeatures
 
 _MELS = 128
@@ -177,7 +177,7 @@ class Beats(Encoder):
         steps = [n // self._sizes.input_patch_size for n in lengths]
         patches = frames_WFM.shape[1] // self._sizes.input_patch_size * self._patches
         real = [self._patches * n for n in steps]
-        mask_WA = real_ones(real, patches, frames_WFM.device) if min(real) < patches else None
+        mask_WA = length_mask(real, patches, frames_WFM.device) if min(real) < patches else None
         x_WSPE = self.network(frames_WFM, mask_WA).unflatten(1, (-1, self._patches))
         return to_features(x_WSPE, steps, self.config.frequency, self._step_seconds)
 

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from pal.config import StrictConfig
 from pal.encoders.base import Encoder
 from pal.registry import register
-from pal.transfer import real_ones
+from pal.transfer import length_mask
 from pal.types import AudioFeatures
 
 _RATE = 16_000
@@ -164,7 +164,7 @@ def hide_bands(frames_WFM: Tensor, most: int) -> Tensor:
 def _mask(lengths: Sequence[int], x_WAE: Tensor) -> Tensor | None:
     """Which of the tokens are real; None where all are."""
     size = x_WAE.shape[1]
-    return real_ones(lengths, size, x_WAE.device) if min(lengths) < size else None
+    return length_mask(lengths, size, x_WAE.device) if min(lengths) < size else None
 
 
 @cache

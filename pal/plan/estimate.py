@@ -221,8 +221,8 @@ class _AudioSide:
         )
         streams, made = zip(
             *(
-                connected(one, [features[i] for i in takes])
-                for one, takes in zip(ears.connectors, ears.takes, strict=True)
+                connected(one, [features[i] for i in indices])
+                for one, indices in zip(ears.connectors, ears.encoder_indices, strict=True)
                 if isinstance(one, Connector)
             ),
             strict=True,

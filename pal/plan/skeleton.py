@@ -25,7 +25,7 @@ def skeleton(recipe: Recipe) -> PalModel:
     """
     lora = None
     if recipe.bundle is not None:
-        config, lora = bundle.shape_of(recipe.bundle)
+        config, lora = bundle.read_architecture(recipe.bundle)
     else:
         assert recipe.model is not None
         config = recipe.model

@@ -50,8 +50,8 @@ class Operations:
         features, encoding = zip(*(encoded(ears.encoder(i), _SECONDS) for i in range(len(ears.encoders))), strict=True)
         streams, connecting = zip(
             *(
-                connected(one, [features[i] for i in takes])
-                for one, takes in zip(ears.connectors, ears.takes, strict=True)
+                connected(one, [features[i] for i in indices])
+                for one, indices in zip(ears.connectors, ears.encoder_indices, strict=True)
                 if isinstance(one, Connector)
             ),
             strict=True,

@@ -87,7 +87,7 @@ def smoke(recipe: Recipe, out: Path) -> Iterator[SmokeCheck]:
 def toy_recipe(recipe: Recipe) -> Recipe:
     """The recipe with small parts and generated data, and otherwise the same stages."""
     if recipe.bundle is not None:
-        model, _ = bundle.shape_of(recipe.bundle)
+        model, _ = bundle.read_architecture(recipe.bundle)
     else:
         assert recipe.model is not None
         model = recipe.model
