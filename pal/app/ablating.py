@@ -1,4 +1,4 @@
-"""The command `pal ablate`: a grid of trainings, their answers to the same questions, a table and pictures."""
+"""The command `pal ablate`: trains a grid of recipe variants and compares their answers to the same questions."""
 
 from __future__ import annotations
 
@@ -19,27 +19,30 @@ def ablate(
         typer.Option(
             "--axis",
             metavar="NAME[=VALUES]",
-            help="integration, queries, connector, depth, stride, width or ffn; VALUES is a YAML list. Several make "
-            "every combination; the first is what the others are compared with.",
+            help="What to vary: integration, queries, connector, depth, stride, width or ffn; VALUES is a YAML list. "
+            "Several axes give every combination; the first combination is the baseline.",
         ),
     ],
-    seeds: Annotated[int, typer.Option(min=1, help="Runs of each cell, with the seeds 1, 2, ...")] = 3,
+    seeds: Annotated[int, typer.Option(min=1, help="Number of runs of each combination, with seeds 1, 2, ...")] = 3,
     on: Annotated[
-        list[Path] | None, typer.Option("--on", metavar="MANIFEST", help="Ask from it; made-up scenes without any.")
+        list[Path] | None,
+        typer.Option("--on", metavar="MANIFEST", help="Manifest with the questions; default: synthetic scenes."),
     ] = None,
     settings: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Change one value in all cells: stages.0.steps=50."),
+        typer.Option(
+            "--set", metavar="KEY=VALUE", help="Override one key of the recipe in all runs: stages.0.steps=50."
+        ),
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option("--out", "-o", help="Folder of the runs; runs/ablate-NAME without.", show_default=False),
+        typer.Option("--out", "-o", help="Folder of the runs; default: runs/ablate-NAME.", show_default=False),
     ] = None,
     limit: Limit = 1000,
-    batch: Annotated[int, typer.Option(min=1, help="Conversations in a forward pass while evaluating.")] = 32,
+    batch: Annotated[int, typer.Option(min=1, help="Batch size of the evaluation, in conversations.")] = 32,
     as_json: AsJson = False,
 ) -> None:
-    """Train a recipe's variants with shared seeds, compare them, and go on where it was stopped."""
+    """Train variants of a recipe with shared seeds and compare them; an interrupted ablation resumes."""
     import logging
 
     from pal.probe import ablate as probe
@@ -48,11 +51,11 @@ def ablate(
     logging.getLogger("pal").setLevel(logging.INFO)
     folder = out or Path("runs") / f"ablate-{recipe.stem}"
     try:
-        finding = probe.ablate(recipe, axes, folder, settings or [], seeds, on or [], limit, batch, shows_progress())
+        result = probe.ablate(recipe, axes, folder, settings or [], seeds, on or [], limit, batch, shows_progress())
     except SystemExit:
-        note("the same command goes on from there, whatever the line above says of --resume")
+        note("run the same command again to resume the ablation; it needs no --resume")
         raise
-    finish(finding, recipe.stem, folder, as_json)
-    if finding.details["errors"]:
-        typer.echo(f"error: {finding.details['errors']} answers raised and count as wrong", err=True)
+    finish(result, recipe.stem, folder, as_json)
+    if result.details["errors"]:
+        typer.echo(f"error: {result.details['errors']} answers raised an error and count as wrong", err=True)
         raise typer.Exit(1)

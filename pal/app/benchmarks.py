@@ -1,4 +1,4 @@
-"""What `pal eval` can be given: a manifest, or a benchmark's or data set's name and folder."""
+"""Opening of what `pal eval` evaluates on: a manifest, or a benchmark or data set by its name and folder."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ _RULE = "rule."
 
 
 def names() -> list[str]:
-    """The known benchmarks, sorted."""
+    """Names of all benchmarks, sorted."""
     return registered("task")
 
 
 def rule_of(options: dict[str, Any], scoring: str | None) -> dict[str, Any]:
-    """The rule that is asked for: its name unless it is the official one, and options out of `rule.KEY`.
+    """Scoring rule from the command line: `scoring` as its name, and the `rule.KEY` entries as its options.
 
-    They are taken out of `options`, whose other keys are the benchmark's.
+    Removes these entries from `options`; the others are options of the benchmark. No name means the official rule.
     """
     rule = {key.removeprefix(_RULE): options.pop(key) for key in list(options) if key.startswith(_RULE)}
     return rule if scoring in (None, "official") else {"name": scoring, **rule}
 
 
 def options_of(settings: Sequence[str], **named: str | None) -> dict[str, Any]:
-    """A data set's options from `KEY=VALUE` texts and from named ones that are given.
+    """Options of a data set, from `KEY=VALUE` strings and from the named options that are not None.
 
     Raises:
-        ConfigError: a text without '='.
+        ConfigError: a string without '='.
     """
     options: dict[str, Any] = {key: value for key, value in named.items() if value is not None}
     for setting in settings:
@@ -50,16 +50,16 @@ def options_of(settings: Sequence[str], **named: str | None) -> dict[str, Any]:
 def open_benchmark(
     benchmark: str, data: Path | None, options: dict[str, Any], rule: Mapping[str, Any]
 ) -> Iterator[Benchmark]:
-    """What is asked, while the block lasts.
+    """Open a benchmark; its clips exist as long as the block lasts.
 
     Args:
-        benchmark: a manifest file, the name of a benchmark, or that of a data set which is none.
-        data: the folder of the benchmark or data set, or the root of the manifest's audio paths.
-        options: the benchmark's or data set's own.
-        rule: what `rule_of` says; manifests and data sets have exact match by default.
+        benchmark: a manifest file, or the name of a benchmark or of another data set.
+        data: the folder of the benchmark or data set, or the base folder of the manifest's audio paths.
+        options: options of the benchmark or data set.
+        rule: from `rule_of`; the default for manifests and data sets is exact match.
 
     Raises:
-        ConfigError: unknown rule or option, options for a manifest, or a benchmark without its folder.
+        ConfigError: unknown rule or option, options for a manifest, or no folder for a benchmark.
         ManifestError: no such manifest or data set, or a folder that is not laid out as expected.
     """
     if benchmark not in {*names(), *data_sets.names()}:

@@ -22,11 +22,11 @@ if TYPE_CHECKING:
     from pal.train.recipe import Recipe
 
 INTERRUPTED = 130
-"""Exit status after Ctrl-C, as shells have it."""
+"""Exit status after Ctrl-C, as in shells."""
 
 
 class _Commands(TyperGroup):
-    """Ends in one line and a status where the user, not the program, has something to mend."""
+    """Command group that prints errors which the user can fix as one line, and exits with a status."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -48,7 +48,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    help="Ears for language models: ask questions about audio, train and compare the ways to attach it.",
+    help="Audio for language models: ask questions about audio, and train and compare ways to attach audio encoders.",
 )
 app.add_typer(data_app, name="data")
 app.add_typer(probe_app, name="probe")
@@ -76,12 +76,12 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
 def ask(
     items: Annotated[list[str], typer.Argument(metavar='AUDIO... "QUESTION"', help="Clips, then one question.")],
     model: Model = "tiny",
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 64,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum length of the answer, in tokens.")] = 64,
     allow_urls: AllowUrls = False,
     read_to_end: ReadToEnd = False,
     as_json: AsJson = False,
 ) -> None:
-    """Answer a question about audio files, or about a FILE.safetensors that `pal index` wrote."""
+    """Answer a question about audio files, or about clips that `pal index` wrote (.safetensors)."""
     *clips, question = items
     if not clips:
         raise PromptError(f"no clip for the question '{question}'; write: pal ask AUDIO... \"QUESTION\"")
@@ -128,7 +128,7 @@ def index(
     read_to_end: ReadToEnd = False,
     as_json: AsJson = False,
 ) -> None:
-    """Make a clip's keys and values once, for many questions (models with LAL)."""
+    """Precompute the attention keys and values of a clip, to ask many questions about it (models with LAL)."""
     if out.suffix != ".safetensors":
         raise typer.BadParameter(f"'{out}' must end in .safetensors", param_hint="--out")
     import pal
@@ -154,17 +154,18 @@ def index(
 def train(
     recipe: Annotated[Path, typer.Argument(help="A YAML file; see recipes/.")],
     settings: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one value: stages.0.steps=50.")
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Override one key of the recipe: stages.0.steps=50."),
     ] = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder of the run; default: runs/NAME.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Forget another run in the folder.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Resume from the newest checkpoint.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete another run in the folder.")] = False,
     smoke: Annotated[
-        bool, typer.Option("--smoke", help="Try it in seconds: small parts, random weights, made-up audio.")
+        bool, typer.Option("--smoke", help="Test the recipe in seconds: small parts, random weights, synthetic audio.")
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Train in stages, as a recipe says."""
+    """Train a model in stages by a recipe."""
     import logging
 
     from pal.train import run
@@ -173,11 +174,11 @@ def train(
     parsed = load_recipe(recipe, settings or [])
     if smoke:
         if resume or overwrite:
-            raise typer.BadParameter("goes with neither --resume nor --overwrite", param_hint="--smoke")
+            raise typer.BadParameter("cannot be combined with --resume or --overwrite", param_hint="--smoke")
         _smoke(parsed, out, as_json)
         return
     folder = out or Path("runs") / recipe.stem
-    # What is left out, made or taken up again is worth a line on stderr; other packages' chatter is not.
+    # log messages of this package go to stderr, those of others do not
     logging.basicConfig(format="%(message)s")
     logging.getLogger("pal").setLevel(logging.INFO)
     model = run(parsed, folder, resume=resume, overwrite=overwrite)
@@ -189,7 +190,7 @@ def train(
 
 
 def _smoke(recipe: Recipe, out: Path | None, as_json: bool) -> None:
-    """Try a recipe at toy size, in a folder that is kept if one is given."""
+    """Test a recipe at toy size, in `out`, or in a temporary folder."""
     from tempfile import TemporaryDirectory
 
     from pal.train.smoke import smoke
@@ -212,14 +213,15 @@ def _smoke(recipe: Recipe, out: Path | None, as_json: bool) -> None:
 def plan(
     recipe: Annotated[Path, typer.Argument(help="A YAML file; see recipes/.")],
     settings: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one value: stages.0.batch.rows=64.")
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Override one key of the recipe: stages.0.batch.rows=64."),
     ] = None,
-    gpu: Annotated[str, typer.Option(help="For which one: H100, H200, A100-80, A100-40, L40S, 4090 or T4.")] = "H100",
-    seconds: Annotated[float, typer.Option(min=0.1, help="Length of a clip.")] = 10.0,
+    gpu: Annotated[str, typer.Option(help="GPU to plan for: H100, H200, A100-80, A100-40, L40S, 4090 or T4.")] = "H100",
+    seconds: Annotated[float, typer.Option(min=0.1, help="Length of a clip in seconds.")] = 10.0,
     text_tokens: Annotated[int, typer.Option(min=2, help="Tokens of a question and its answer.")] = 128,
     as_json: AsJson = False,
 ) -> None:
-    """Say what a recipe takes before anything is loaded: parameters, FLOPs, memory, and whether it fits."""
+    """Estimate parameters, FLOPs and memory of a recipe, and whether it fits on a GPU; loads no weights."""
     from pal.plan import plan as make_plan
     from pal.plan.report import to_dict, to_text
     from pal.train.recipe import load_recipe
@@ -233,20 +235,30 @@ def plan(
 
 @app.command()
 def bench(
-    preset: Annotated[str, typer.Option(help="cpu-small (counts only), cpu, gpu-quick, gpu or gpu-3b.")] = "cpu",
-    variants: Annotated[str | None, typer.Option(help="Which, with commas: plits,lal.")] = None,
-    tokens: Annotated[str | None, typer.Option(help="Audio tokens, with commas: 750,1500,ragged.")] = None,
-    phases: Annotated[str | None, typer.Option(help="Of prefill,decode,train,decode_graph.")] = None,
-    scopes: Annotated[str | None, typer.Option(help="Of llm,end_to_end.")] = None,
-    batch: Annotated[str | None, typer.Option(help="Conversations at once, with commas.")] = None,
-    repeats: Annotated[int | None, typer.Option(help="Timed rounds; 0 only counts.")] = None,
-    train: Annotated[str | None, typer.Option(help="What a step trains: joint (with the LLM) or projectors.")] = None,
+    preset: Annotated[
+        str, typer.Option(help="Sizes to measure: cpu-small (counts only), cpu, gpu-quick, gpu or gpu-3b.")
+    ] = "cpu",
+    variants: Annotated[str | None, typer.Option(help="Comma-separated variants: plits,lal.")] = None,
+    tokens: Annotated[
+        str | None, typer.Option(help="Comma-separated numbers of audio tokens: 750,1500,ragged.")
+    ] = None,
+    phases: Annotated[
+        str | None, typer.Option(help="Comma-separated phases, of prefill,decode,train,decode_graph.")
+    ] = None,
+    scopes: Annotated[str | None, typer.Option(help="Comma-separated scopes, of llm,end_to_end.")] = None,
+    batch: Annotated[str | None, typer.Option(help="Comma-separated batch sizes, in conversations.")] = None,
+    repeats: Annotated[
+        int | None, typer.Option(help="Number of timed rounds; 0 counts operations without timing.")
+    ] = None,
+    train: Annotated[
+        str | None, typer.Option(help="Trained parts of a step: joint (with the LLM) or projectors.")
+    ] = None,
     json_file: Annotated[
-        Path | None, typer.Option("--json", metavar="FILE", help="Write the numbers here; '-' prints them.")
+        Path | None, typer.Option("--json", metavar="FILE", help="File for the numbers; '-' prints them.")
     ] = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder for JSON, tables and pictures.")] = None,
 ) -> None:
-    """Measure time, memory and operations of every integration and of peers, in one run."""
+    """Measure time, memory and operations of all integrations and of comparable models, in one run."""
     from pal.bench.presets import preset_of
     from pal.bench.report import to_json, to_markdown, write, write_numbers
     from pal.bench.run import run
@@ -271,7 +283,7 @@ def bench(
         for path in write(result, out):
             typer.echo(f"written: {path}", err=True)
     if result.interrupted:
-        raise KeyboardInterrupt("interrupted; what had been measured by then is above")
+        raise KeyboardInterrupt("interrupted; the measurements so far are above")
 
 
 def _listed(text: str | None) -> list[str] | None:
@@ -286,12 +298,12 @@ app.command()(reporting.report)
 
 @app.command()
 def convert(
-    source: Annotated[Path, typer.Argument(help="A published checkpoint, .pt.")],
-    out: Annotated[Path, typer.Argument(help="The folder to make, for the encoder's option 'path'.")],
-    layout: Annotated[str, typer.Option("--layout", help="Whose checkpoint: beats or sslam (EAT too).")],
+    source: Annotated[Path, typer.Argument(help="A published checkpoint (.pt).")],
+    out: Annotated[Path, typer.Argument(help="Folder to write, for the encoder's option 'path'.")],
+    layout: Annotated[str, typer.Option("--layout", help="Format of the checkpoint: beats, or sslam (also for EAT).")],
     as_json: AsJson = False,
 ) -> None:
-    """Turn an encoder's checkpoint into a folder of safetensors; no code in it is run."""
+    """Convert an encoder's checkpoint to safetensors, without running code from the checkpoint."""
     from pal.convert import convert as convert_checkpoint
 
     facts = convert_checkpoint(source, out, layout)
@@ -303,14 +315,15 @@ def convert(
 
 @app.command()
 def demo(
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the results.")] = Path("runs/demo"),
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the results.")] = Path("runs/demo"),
     quick: Annotated[
-        bool, typer.Option("--quick", help="Minutes instead of a quarter of an hour; no scores to trust.")
+        bool,
+        typer.Option("--quick", help="Train for minutes instead of a quarter of an hour; the scores mean nothing."),
     ] = False,
-    seed: Annotated[int, typer.Option(help="Of scenes, weights and order.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of scenes, weights and order of the data.")] = 0,
     as_json: AsJson = False,
 ) -> None:
-    """Train PLITS, LAL and PAL on the same scenes, compare them and write report.html."""
+    """Train PLITS, LAL and PAL on the same synthetic scenes, compare them and write report.html."""
     from pal.app.demo import run_demo
 
     results = run_demo(out, quick=quick, seed=seed)
@@ -320,15 +333,15 @@ def demo(
 
 @app.command()
 def doctor(as_json: AsJson = False) -> None:
-    """Say what works on this machine, and the remedy for what does not."""
+    """Check the installation on this machine, with a remedy for each fault."""
     from pal.app.doctor import examine, report
 
-    findings = examine()
+    diagnoses = examine()
     if as_json:
-        print_json({"ok": all(f.ok or not f.required for f in findings), "checks": [f.to_dict() for f in findings]})
+        print_json({"ok": all(d.ok or not d.required for d in diagnoses), "checks": [d.to_dict() for d in diagnoses]})
     else:
-        typer.echo(report(findings))
-    if any(f.required and not f.ok for f in findings):
+        typer.echo(report(diagnoses))
+    if any(d.required and not d.ok for d in diagnoses):
         raise typer.Exit(1)
 
 
@@ -337,18 +350,18 @@ def card(
     bundle: Annotated[str, typer.Argument(help="Bundle folder, or the folder of the run that made it.")],
     scores: Annotated[
         list[Path] | None,
-        typer.Option(
-            "--scores", metavar="FILE", help="A file of `pal eval --json`, or a folder of its --out; may come often."
-        ),
+        typer.Option("--scores", metavar="FILE", help="A file or folder that `pal eval` wrote; can be repeated."),
     ] = None,
     data: Annotated[
-        list[str] | None, typer.Option("--data", metavar="TEXT", help="What it was trained on; may come often.")
+        list[str] | None, typer.Option("--data", metavar="TEXT", help="Description of training data; can be repeated.")
     ] = None,
-    license_: Annotated[str | None, typer.Option("--license", help="Of the weights, as the Hub names it.")] = None,
-    write: Annotated[bool, typer.Option("--write", help="Put it into the bundle as README.md.")] = False,
+    license_: Annotated[
+        str | None, typer.Option("--license", help="License of the weights, as an identifier of the Hub.")
+    ] = None,
+    write: Annotated[bool, typer.Option("--write", help="Write the card into the bundle as README.md.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Write a model card: what the model is made of, what it was trained on, its scores and its limits."""
+    """Write a model card: parts of the model, training data, scores and limits."""
     from pal.card import write_card
 
     made = write_card(bundle, scores or [], data=data or [], license_name=license_, into_bundle=write)
@@ -361,12 +374,12 @@ def card(
 @app.command()
 def push(
     bundle: Annotated[str, typer.Argument(help="Bundle folder, or the folder of the run that made it.")],
-    repo: Annotated[str, typer.Argument(help="Hub id, as in me/my-model; made where there is none.")],
-    private: Annotated[bool, typer.Option("--private", help="Make it a private one.")] = False,
-    message: Annotated[str | None, typer.Option("--message", help="Of the commit.")] = None,
+    repo: Annotated[str, typer.Argument(help="Hub id, such as me/my-model; created if it does not exist.")],
+    private: Annotated[bool, typer.Option("--private", help="Make the repository private.")] = False,
+    message: Annotated[str | None, typer.Option("--message", help="Commit message.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Check a bundle's digests and upload it to the Hugging Face Hub."""
+    """Verify a bundle and upload it to the Hugging Face Hub."""
     from pal.hub import push as upload
 
     pushed = upload(bundle, repo, private=True if private else None, message=message)
@@ -377,7 +390,7 @@ def push(
 
 
 def _clip(path: str) -> Any:
-    """What `ask` takes for a path: an indexed clip where it is one."""
+    """The indexed clip in a .safetensors file, or the path of any other file."""
     if not path.endswith(".safetensors"):
         return path
     if not Path(path).is_file():

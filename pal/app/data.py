@@ -1,4 +1,4 @@
-"""The commands `pal data ...`: manifests of data sets and of made-up scenes, and what is wrong with one."""
+"""The commands `pal data ...`: make manifests of data sets and of synthetic scenes, and check manifests."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ data_app = typer.Typer(no_args_is_help=True, help="Make and check manifests.")
 @data_app.command("prepare")
 def data_prepare(
     name: Annotated[
-        str, typer.Argument(help="The data set, such as esc50, clotho or librispeech; an unknown one lists all.")
+        str, typer.Argument(help="Name of the data set, such as esc50 or clotho; an unknown name lists all.")
     ],
-    root: Annotated[Path, typer.Option("--root", help="Its folder.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="The manifest to write, .jsonl.")],
+    root: Annotated[Path, typer.Option("--root", help="Folder of the data set.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Manifest to write (.jsonl).")],
     folds: Folds = None,
     speakers: Speakers = None,
     exclude: Exclude = None,
     settings: Settings = None,
     as_json: AsJson = False,
 ) -> None:
-    """Write the manifest of a data set that is on this machine."""
+    """Write the manifest of a data set that is already on this machine."""
     from pal.app.benchmarks import options_of
     from pal.data.manifest import Manifest
     from pal.data.prepare import prepare
@@ -44,11 +44,11 @@ def data_prepare(
 @data_app.command("synth")
 def data_synth(
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write.")],
-    scenes: Annotated[int, typer.Option(min=1, help="How many.")] = 1000,
+    scenes: Annotated[int, typer.Option(min=1, help="Number of scenes.")] = 1000,
     seed: Annotated[int, typer.Option(help="The same seed gives the same scenes.")] = 0,
     as_json: AsJson = False,
 ) -> None:
-    """Make scenes of known sounds, with questions and answers."""
+    """Generate synthetic scenes, with questions and answers."""
     from pal.data.manifest import Manifest
     from pal.data.synth import synthesise
 
@@ -62,25 +62,30 @@ def data_synth(
 
 @data_app.command("check")
 def data_check(
-    file: Annotated[Path, typer.Argument(help="A manifest: .jsonl, or LTU's .json.")],
-    root: Annotated[Path | None, typer.Option("--root", help="Root of its audio paths.")] = None,
+    file: Annotated[Path, typer.Argument(help="Manifest (.jsonl, or LTU's .json).")],
+    root: Annotated[
+        Path | None, typer.Option("--root", help="Base folder of relative audio paths; default: the manifest's folder.")
+    ] = None,
     tokenizer: Annotated[
-        str, typer.Option(help="Whose tokens to show: a bundle, a folder or a Hub id; 'tiny' ships with the package.")
+        str,
+        typer.Option(help="Tokenizer for the example: a bundle, a folder or a Hub id; 'tiny' ships with the package."),
     ] = "tiny",
     read_to_end: ReadToEnd = False,
     write_clean: Annotated[
         Path | None,
-        typer.Option("--write-clean", metavar="FILE", help="Write the manifest here without what is bad."),
+        typer.Option("--write-clean", metavar="FILE", help="Write a manifest without the bad records and clips."),
     ] = None,
     write_bad: Annotated[
         Path | None,
-        typer.Option("--write-bad", metavar="FILE", help="List the bad clips here, for skip_clips of a recipe."),
+        typer.Option(
+            "--write-bad", metavar="FILE", help="Write a list of the bad clips, for the key skip_clips of a recipe."
+        ),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Read every clip of a manifest; list the bad ones and show what a model would be trained on.
+    """Read every clip of a manifest, list the bad ones, and show a training example as tokens.
 
-    The exit status is 1 where anything is bad, also where it was left out of another file.
+    The exit status is 1 if anything is bad, also with --write-clean.
     """
     from transformers import AutoTokenizer
 
@@ -92,7 +97,7 @@ def data_check(
         if out is not None:
             clean.check_out(out, file)
     if write_clean is not None and write_clean == write_bad:
-        raise ConfigError(f"{write_bad}: is given for two files; give --write-bad another one")
+        raise ConfigError(f"{write_bad}: --write-clean and --write-bad name the same file; give two files")
     source = str(pal.SHIPPED) if tokenizer == "tiny" else tokenizer
     words = AutoTokenizer.from_pretrained(source)
     report = check(file, words, root=root, progress=shows_progress(), read_to_end=read_to_end)
@@ -101,7 +106,7 @@ def data_check(
         typer.echo(report.to_text())
     fault = None
     if not report.complete and (write_bad or write_clean):
-        fault = ManifestError(f"{file}: the check was interrupted, so nothing is written; check it again")
+        fault = ManifestError(f"{file}: the check was interrupted and wrote nothing; run it again")
     if write_bad is not None and fault is None:
         count = clean.write_bad(report, write_bad)
         facts["list"] = {"out": str(write_bad), "clips": count}

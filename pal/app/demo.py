@@ -1,4 +1,4 @@
-"""`pal demo`: trains PLITS, LAL and PAL alike on made-up scenes, compares them and shows what came of it."""
+"""`pal demo`: trains PLITS, LAL and PAL on the same synthetic scenes, compares them and writes a report."""
 
 from __future__ import annotations
 
@@ -39,26 +39,26 @@ METHODS = ("plits", "lal", "pal")
 RECIPE = SHIPPED.with_name("demo.yaml")
 
 _HELD_OUT_SEED, _FRESH_SEED = 900_001, 950_001
-"""Far from the seeds that recipes train on; the demo's own seed is added."""
-_HELD_OUT = {"scenes": 600, "questions_per_scene": 4}
+"""Seeds of scenes, far from those of training scenes; the demo's seed is added."""
+HELD_OUT = {"scenes": 600, "questions_per_scene": 4}
 _QUICK = {"scenes": 24, "questions_per_scene": 4}
 _QUICK_SHARE = 0.04
-"""Part of the recipe's steps and scenes that `--quick` takes."""
-_MEASURED_CLIPS = 16
-"""Clips in the batch on which costs are measured."""
+"""Share of the recipe's steps and scenes with `--quick`."""
+MEASURED_CLIPS = 16
+"""Number of clips of the batch on which costs are measured."""
 
 
 def run_demo(out: Path, quick: bool = False, seed: int = 0, recipe_path: Path = RECIPE) -> dict[str, Any]:
-    """The whole demo; what is finished in `out` is not done again.
+    """Run the demo. Finished parts in `out` are not repeated.
 
     Args:
         out: folder of the runs, `results.json` and `report.html`.
-        quick: a fraction of the training, for checks.
-        seed: of scenes, weights and order.
-        recipe_path: the curriculum that all integrations share.
+        quick: train for a fraction of the steps, to check that everything works.
+        seed: seed of scenes, weights and order of the data.
+        recipe_path: recipe that all integrations share.
 
     Returns:
-        What `results.json` holds.
+        Content of `results.json`.
 
     Raises:
         PalError: `out` holds a demo with other options, or the shipped model is damaged.
@@ -67,11 +67,11 @@ def run_demo(out: Path, quick: bool = False, seed: int = 0, recipe_path: Path = 
     started = time.perf_counter()
     for folder in (SHIPPED, TEXT_LLM):
         if not (folder / "config.json").is_file():
-            raise BundleError(f"{folder}: missing; `pal doctor` says what to do")
+            raise BundleError(f"{folder}: missing; run `pal doctor` for the remedy")
     console.rule("1/5 scenes")
-    recipe = _with_scenes(_scaled(load_recipe(recipe_path), quick), out / "scenes", seed)
-    asked = _QUICK if quick else _HELD_OUT
-    held_out = Manifest(_scenes(out / "held-out", seed=_HELD_OUT_SEED + seed, **asked))
+    recipe = _with_scenes(scaled(load_recipe(recipe_path), quick), out / "scenes", seed)
+    scene_options = _QUICK if quick else HELD_OUT
+    held_out = Manifest(_scenes(out / "held-out", seed=_HELD_OUT_SEED + seed, **scene_options))
 
     models: dict[str, PalModel] = {}
     for name in METHODS:
@@ -81,7 +81,7 @@ def run_demo(out: Path, quick: bool = False, seed: int = 0, recipe_path: Path = 
     scores = {name: _evaluate(model, held_out, out / name / "score.json") for name, model in models.items()}
     console.rule("4/5 measuring costs")
     stage = [stage for stage in recipe.stages if stage.objective == "answers"][-1]
-    batch_records = _of_clips(held_out, _MEASURED_CLIPS)
+    batch_records = _first_clips(held_out, MEASURED_CLIPS)
     measured = _costs(models, batch_records, stage)
     console.rule("5/5 a fresh scene")
     fresh_manifest = Manifest(_scenes(out / "fresh", scenes=12, seed=_FRESH_SEED + seed, questions_per_scene=8))
@@ -94,10 +94,10 @@ def run_demo(out: Path, quick: bool = False, seed: int = 0, recipe_path: Path = 
         "machine": _machine(),
         "seconds": round(time.perf_counter() - started, 1),
         "data": {
-            "held_out_scenes": asked["scenes"],
+            "held_out_scenes": scene_options["scenes"],
             "held_out_questions": scores["plits"].n,
             "held_out_digest": held_out.digest,
-            "measured_batch": {"clips": _MEASURED_CLIPS, "questions": len(batch_records)},
+            "measured_batch": {"clips": MEASURED_CLIPS, "questions": len(batch_records)},
         },
         "integrations": {
             name: {
@@ -122,7 +122,8 @@ def run_demo(out: Path, quick: bool = False, seed: int = 0, recipe_path: Path = 
 # The recipe
 
 
-def _scaled(recipe: Recipe, quick: bool) -> Recipe:
+def scaled(recipe: Recipe, quick: bool) -> Recipe:
+    """The recipe, with fewer steps and scenes if `quick`."""
     if not quick:
         return recipe
     fields = recipe.model_dump(mode="json", exclude_unset=True)
@@ -139,7 +140,7 @@ def _scaled(recipe: Recipe, quick: bool) -> Recipe:
 
 
 def _with_scenes(recipe: Recipe, folder: Path, seed: int) -> Recipe:
-    """The recipe with its scenes made, once for all integrations."""
+    """The recipe with generated scenes as manifests, shared by all integrations."""
     fields = recipe.model_dump(mode="json", exclude_unset=True)
     for name, source in fields["data"].items():
         synth = recipe.data[name].synth
@@ -152,8 +153,8 @@ def _with_scenes(recipe: Recipe, folder: Path, seed: int) -> Recipe:
     return parse(Recipe, fields, where="the demo")
 
 
-def _recipe_of(recipe: Recipe, integration: str) -> Recipe:
-    """The same for one integration, from the shipped encoder and text-only LLM and from nothing else."""
+def _with_integration(recipe: Recipe, integration: str) -> Recipe:
+    """The recipe for one integration, which starts from the shipped encoder and text-only LLM."""
     fields = recipe.model_dump(mode="json", exclude_unset=True)
     shipped = json.loads((SHIPPED / "config.json").read_text(encoding="utf-8"))["model"]
     fields["model"] = {
@@ -167,7 +168,7 @@ def _recipe_of(recipe: Recipe, integration: str) -> Recipe:
 
 
 def _scenes(folder: Path, **options: Any) -> Path:
-    """The manifest of some scenes; made unless a run before this one has made the same."""
+    """Manifest of synthetic scenes, generated unless an earlier run has generated the same ones."""
     manifest, made = folder / "manifest.jsonl", folder / "made.json"
     if manifest.is_file() and made.is_file() and json.loads(made.read_text(encoding="utf-8")) == options:
         return manifest
@@ -178,31 +179,31 @@ def _scenes(folder: Path, **options: Any) -> Path:
 
 def _train(recipe: Recipe, name: str, folder: Path) -> PalModel:
     try:
-        return train.run(_recipe_of(recipe, name), folder, resume=True)
+        return train.run(_with_integration(recipe, name), folder, resume=True)
     except SystemExit:
-        print("the demo goes on from there when it is run again with the same options", file=sys.stderr)
+        print("run the demo again with the same options to resume it", file=sys.stderr)
         raise
 
 
-# What comes out
+# The results
 
 
 def _evaluate(model: PalModel, held_out: Manifest, path: Path) -> Result:
-    """The result, from a run before this one where model and data are the same."""
-    asked = from_records(held_out, "held-out scenes")
+    """Evaluation result; the saved one if model and data are the same."""
+    benchmark = from_records(held_out, "held-out scenes")
     if path.is_file():
-        with suppress(BundleError):  # of an earlier version
+        with suppress(BundleError):  # written by an earlier version
             kept = Result.load(path)
             same = (kept.settings.get("model_digest"), kept.settings.get("data_digest"))
-            if same == (model.digest, asked.digest):
+            if same == (model.digest, benchmark.digest):
                 return kept
-    result = evaluate(model, asked, batch=64)
+    result = evaluate(model, benchmark, batch=64)
     result.save(path)
     return result
 
 
 def _accuracy(score: Result, baseline: Result) -> dict[str, Any]:
-    """Accuracies, and the paired difference to another model's on the same questions."""
+    """Accuracy, and the paired difference to a baseline on the same questions."""
     right = {item.id: bool(item.correct) for item in baseline.items}
     gains = [float(bool(item.correct)) - float(right[item.id]) for item in score.items]
     return {
@@ -226,8 +227,8 @@ def _training(folder: Path) -> dict[str, Any]:
     }
 
 
-def _of_clips(manifest: Manifest, clips: int) -> list[Record]:
-    """The records of the first so many clips."""
+def _first_clips(manifest: Manifest, clips: int) -> list[Record]:
+    """Records about the first `clips` clips."""
     seen: dict[tuple[str, ...], None] = {}
     records = []
     for record in manifest:
@@ -255,11 +256,11 @@ def _costs(models: Mapping[str, PalModel], records: list[Record], stage: Stage) 
 
 
 def _fresh_scene(models: Mapping[str, PalModel], manifest: Manifest) -> dict[str, Any]:
-    """Five questions of different kinds about one scene, with the truth and each integration's answers."""
+    """Five questions about one scene, of different tasks, with reference answers and the answers of each model."""
     by_clip: dict[str, list[Record]] = {}
     for record in manifest:
         by_clip.setdefault(record.clips[0], []).append(record)
-    # A scene with several sounds and many kinds of question shows most.
+    # the scene with questions of the most tasks
     clip, records = max(by_clip.items(), key=lambda pair: len({record.task for record in pair[1]}))
     first_of_task = {record.task: record for record in reversed(records)}
     chosen = [*first_of_task.values(), *(record for record in records if record not in first_of_task.values())][:5]
@@ -283,7 +284,7 @@ def _fresh_scene(models: Mapping[str, PalModel], manifest: Manifest) -> dict[str
 
 
 def _events(record: Record) -> list[dict[str, Any]]:
-    """What sounds when: tags of one stretch belong together, the kind first."""
+    """Sound events of a scene by onset; tags with equal times, kind first, describe one event."""
     by_time: dict[tuple[float, float], list[str]] = {}
     for tag in record.tags or ():
         if tag.start is not None and tag.end is not None:

@@ -1,4 +1,4 @@
-"""What works on this machine and the remedy for what does not, without importing torch or transformers."""
+"""`pal doctor`: checks of the installation with remedies, without importing torch or transformers."""
 
 from __future__ import annotations
 
@@ -20,46 +20,46 @@ from pal.files import verify
 
 DISTRIBUTION = "pal-audio"
 _FREE_GB = 2.0
-"""Disk that a demo run with its checkpoints and scenes needs."""
+"""Disk space of a demo run with its checkpoints and scenes."""
 _MEMORY_GB = 3.0
-"""Memory that training the small models takes."""
+"""Memory for training the small models."""
 _REINSTALL = f"pip install --force-reinstall --no-deps {DISTRIBUTION}"
 _FORMATS = ("WAV", "FLAC", "OGG", "MP3")
 
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """One check."""
+    """Result of one check."""
 
     name: str
     ok: bool
     detail: str
     remedy: str = ""
-    """What to type or do; empty where nothing is wrong."""
+    """Command or action that fixes the fault; empty without a fault."""
     required: bool = True
-    """Whether the main job fails without it."""
+    """True if training, evaluating and answering fail without it."""
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON."""
+        """JSON-compatible values."""
         return asdict(self)
 
 
 def examine() -> list[Diagnosis]:
-    """All checks, in the order in which a reader would mend them."""
-    findings = [_python(), *_packages(), _codecs(), _gpu(), _machine(), _disk()]
-    return [*findings, _shipped("shipped model", SHIPPED), _shipped("its text-only LLM", TEXT_LLM)]
+    """Run all checks, in the order in which faults should be fixed."""
+    diagnoses = [_python(), *_packages(), _codecs(), _gpu(), _machine(), _disk()]
+    return [*diagnoses, _shipped("shipped model", SHIPPED), _shipped("its text-only LLM", TEXT_LLM)]
 
 
-def report(findings: list[Diagnosis]) -> str:
-    """The findings as lines of text, each fault with its remedy under it."""
+def report(diagnoses: list[Diagnosis]) -> str:
+    """The results as lines of text, each fault with its remedy below it."""
     lines = []
-    for finding in findings:
-        mark = "ok  " if finding.ok else ("FAIL" if finding.required else "no  ")
-        lines.append(f"{mark}  {finding.name}: {finding.detail}")
-        if finding.remedy:
-            lines.append(f"      remedy: {finding.remedy}")
-    faults = sum(f.required and not f.ok for f in findings)
-    lines.append("everything that the main job needs works" if not faults else f"{faults} to mend")
+    for diagnosis in diagnoses:
+        mark = "ok  " if diagnosis.ok else ("FAIL" if diagnosis.required else "no  ")
+        lines.append(f"{mark}  {diagnosis.name}: {diagnosis.detail}")
+        if diagnosis.remedy:
+            lines.append(f"      remedy: {diagnosis.remedy}")
+    faults = sum(d.required and not d.ok for d in diagnoses)
+    lines.append("all required parts work" if not faults else f"faults to fix: {faults}")
     return "\n".join(lines)
 
 
@@ -72,7 +72,7 @@ def _python() -> Diagnosis:
 
 
 def _packages() -> Iterator[Diagnosis]:
-    """One finding for each requirement in the package's own metadata, so that ranges stand in one place."""
+    """Check each requirement of the package's metadata, the only place that states version ranges."""
     for line in metadata.requires(DISTRIBUTION) or []:
         requirement, _, marker = (part.strip() for part in line.partition(";"))
         match = re.match(r"([A-Za-z0-9._-]+)\s*(.*)", requirement)
@@ -93,7 +93,7 @@ def _packages() -> Iterator[Diagnosis]:
 
 
 def satisfies(version: str, wanted: str) -> bool:
-    """Whether a version fits a list such as ">=5.17,<6". Local and pre-release marks are not looked at."""
+    """True if a version satisfies a specifier such as ">=5.17,<6". Local and pre-release suffixes are ignored."""
     have = _numbers(version)
     for clause in filter(None, (part.strip() for part in wanted.split(","))):
         match = re.match(r"(>=|<=|==|!=|<|>|~=)\s*(.+)", clause)
@@ -144,14 +144,14 @@ def _gpu() -> Diagnosis:
     build = _torch_cuda()
     if driver and build is None:
         remedy = "install a CUDA build of torch: see https://pytorch.org/get-started/locally"
-        return Diagnosis("gpu", False, "an NVIDIA driver is here, but this torch is built for the CPU", remedy, False)
+        return Diagnosis("gpu", False, "NVIDIA driver found, but torch is built for the CPU only", remedy, False)
     if driver:
         return Diagnosis("gpu", True, f"NVIDIA driver found, torch built for CUDA {build}", required=False)
     return Diagnosis("gpu", True, "none found; the CPU is used", required=False)
 
 
 def _torch_cuda() -> str | None:
-    """CUDA version that torch was built for, from its version file: importing torch takes seconds."""
+    """CUDA version that torch was built for, read from its version file, since importing torch takes seconds."""
     spec = find_spec("torch")
     if spec is None or spec.origin is None:
         return None
@@ -171,7 +171,13 @@ def _machine() -> Diagnosis:
         return Diagnosis("machine", True, detail)
     detail += f", {memory:.1f} GB memory"
     if memory < _MEMORY_GB:
-        return Diagnosis("machine", False, detail, f"{_MEMORY_GB:.0f} GB of memory are needed to train", required=False)
+        return Diagnosis(
+            "machine",
+            False,
+            detail,
+            f"use a machine with at least {_MEMORY_GB:.0f} GB of memory for training",
+            required=False,
+        )
     return Diagnosis("machine", True, detail)
 
 
@@ -186,12 +192,12 @@ def _disk() -> Diagnosis:
 
 
 def _shipped(name: str, folder: Path) -> Diagnosis:
-    """A folder of the package's data, every byte of it."""
+    """Check the SHA-256 of every file in a folder of the package's data."""
     try:
         digests = verify(folder)
     except BundleError as error:
         return Diagnosis(name, False, str(error), _REINSTALL)
-    return Diagnosis(name, True, f"{len(digests)} files, {_megabytes(folder):.1f} MB, every SHA-256 as it should be")
+    return Diagnosis(name, True, f"{len(digests)} files, {_megabytes(folder):.1f} MB, all SHA-256 digests correct")
 
 
 def _megabytes(folder: Path) -> float:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from pal.model import PalModel
 
 _SHOWN = 5
-"""Errors that are printed; the files hold all."""
+"""Number of errors to print; the files hold all."""
 
 
 def eval_(
@@ -27,49 +27,63 @@ def eval_(
     ] = None,
     benchmark: Annotated[
         str | None,
-        typer.Argument(help="A manifest file, or with --data a benchmark or data set.", show_default=False),
+        typer.Argument(
+            help="A manifest file, or the name of a benchmark or data set (needs --data).", show_default=False
+        ),
     ] = None,
     data: Annotated[
-        Path | None, typer.Option("--data", help="Root of the manifest's paths, or the benchmark's folder.")
+        Path | None,
+        typer.Option(
+            "--data", help="Folder of the benchmark or data set, or base folder of the manifest's audio paths."
+        ),
     ] = None,
     out: Annotated[
         Path | None,
         typer.Option(
-            "--out", "-o", help="Folder of the run, which goes on where it was. Benchmarks: runs/eval/...; else none."
+            "--out",
+            "-o",
+            help="Run folder; an interrupted run resumes. Default: runs/eval/... for benchmarks, else none.",
         ),
     ] = None,
     json_file: Annotated[
         Path | None,
-        typer.Option("--json", metavar="FILE", help="Write score and answers here; '-' prints them."),
+        typer.Option("--json", metavar="FILE", help="File for score and answers; '-' prints them."),
     ] = None,
     scoring: Annotated[
         str | None,
-        typer.Option(help="exact (generate and compare), rank (likelihood), official, or another rule's name."),
+        typer.Option(
+            help="Scoring rule: exact (generate and compare), rank (by likelihood), official, or another rule's name."
+        ),
     ] = None,
-    no_audio: Annotated[bool, typer.Option("--no-audio/--only-audio", help="The same model without audio too.")] = True,
-    limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many questions.")] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Rows in a forward pass.")] = 32,
+    no_audio: Annotated[
+        bool, typer.Option("--no-audio/--only-audio", help="Also evaluate the same model without audio.")
+    ] = True,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Number of questions to evaluate, from the first on.")
+    ] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Batch size: rows of a forward pass.")] = 32,
     cache: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Keep here what the encoders make of each clip, for later runs.")
+        Path | None, typer.Option(metavar="DIR", help="Folder to cache encoder features of clips, for later runs.")
     ] = None,
     folds: Folds = None,
     speakers: Speakers = None,
     exclude: Exclude = None,
     settings: Settings = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Forget another run in the folder.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete another run in the folder.")] = False,
     rescore: Annotated[
-        Path | None, typer.Option("--rescore", metavar="FOLDER", help="Score a run's answers again, without a model.")
+        Path | None,
+        typer.Option("--rescore", metavar="FOLDER", help="Score the answers of a run again, without the model."),
     ] = None,
     join: Annotated[
         list[Path] | None,
         typer.Option(
-            "--join", metavar="FOLDER", help="Runs on different questions, as one in --out; give it for each."
+            "--join", metavar="FOLDER", help="Join runs on different questions into --out; give it once for each run."
         ),
     ] = None,
 ) -> None:
-    """Score a model, with intervals and beside the same model without audio.
+    """Evaluate a model, with confidence intervals and the baseline without audio.
 
-    Options of a benchmark go by --set KEY=VALUE, those of its rule by --set rule.KEY=VALUE.
+    Set options of a benchmark by --set KEY=VALUE, those of its scoring rule by --set rule.KEY=VALUE.
     """
     from pal.app.benchmarks import names, open_benchmark, options_of, rule_of
 
@@ -81,16 +95,16 @@ def eval_(
         from pal.evaluate import rescoring
 
         if rescore is not None:
-            rule = {"name": "official", **rule} if scoring == "official" else rule  # not the one of its last scoring
+            rule = {"name": "official", **rule} if scoring == "official" else rule  # instead of the last rule used
             _finish(rescoring.rescore(rescore, rule), str(rescore), json_file)
         elif out is None:
-            raise typer.BadParameter("needs the folder to make: --out", param_hint="--join")
+            raise typer.BadParameter("needs a folder to write: --out", param_hint="--join")
         else:
             _finish(rescoring.join(join or [], out, overwrite), str(out), json_file)
         return
     if model is None or benchmark is None:
         raise typer.BadParameter("give a model and a benchmark", param_hint="MODEL BENCHMARK")
-    if out is None and benchmark in names():  # published ones take hours, so that a kill must lose nothing
+    if out is None and benchmark in names():  # published benchmarks take hours, so a kill must lose nothing
         out = Path("runs/eval") / f"{benchmark}-{Path(model).name}"
     with open_benchmark(benchmark, data, options, rule) as opened:
         import pal
@@ -108,17 +122,17 @@ def eval_(
             features=_cached(cache, loaded),
             overwrite=overwrite,
         )
-    if result is not None:  # the first of several processes
+    if result is not None:  # None in all processes but the first
         _finish(result, str(out or benchmark), json_file)
 
 
 def compare(
     folders: Annotated[
-        list[Path], typer.Argument(help="Folders of pal eval, or --json files; the first is the baseline.")
+        list[Path], typer.Argument(help="Folders or --json files of pal eval; the first is the baseline.")
     ],
     as_json: AsJson = False,
 ) -> None:
-    """Compare runs on the same questions, with paired significance."""
+    """Compare runs on the same questions, with paired significance tests."""
     from pal.evaluate.compare import compare as compared
 
     found = compared(folders)
@@ -135,7 +149,10 @@ def _cached(folder: Path | None, model: PalModel) -> FeatureCache | None:
 
 
 def _finish(result: Result, where: str, json_file: Path | None) -> None:
-    """Write, print and end the command; `where` the result lies, or what it is of."""
+    """Print and save the result, and exit with status 1 if a question raised an error.
+
+    `where` names the run in the last line: its folder or its benchmark.
+    """
     if json_file is not None and str(json_file) == "-":
         print_json(result.to_dict())
     else:
@@ -162,8 +179,8 @@ def _print_result(result: Result, where: str) -> None:
         for name, part in parts.items():
             table.add_row(f"  {axis}: {name} ({part.n})", *_cells(part))
     Console().print(table)
-    for what, why in result.facts.get("not_computed", {}).items():
-        note(f"no {what}: {why}")
+    for metric, why in result.facts.get("not_computed", {}).items():
+        note(f"no {metric}: {why}")
     _print_errors([f"{error['id']}: {error['error']}" for error in result.errors])
     typer.echo(f"{where}: {result.metric} {_number(result.score)}, {len(result.errors)} errors")
 
@@ -188,9 +205,9 @@ def _print_comparison(found: Comparison) -> None:
 
 def _print_errors(lines: Sequence[str]) -> None:
     for line in lines[:_SHOWN]:
-        note(f"wrong because it raised: {line}")
+        note(f"counts as wrong because of an error: {line}")
     if len(lines) > _SHOWN:
-        note(f"and {len(lines) - _SHOWN} more that raised")
+        note(f"and {len(lines) - _SHOWN} more errors")
 
 
 def _number(value: float | None) -> str:

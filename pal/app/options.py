@@ -1,17 +1,21 @@
-"""Options that several commands have."""
+"""Options shared by several commands."""
 
 from typing import Annotated
 
 import typer
 
-Folds = Annotated[str | None, typer.Option(help="esc50: folds to take, with commas.")]
-Speakers = Annotated[str | None, typer.Option(help="fsdd: speakers to take, with commas.")]
-Exclude = Annotated[str | None, typer.Option(help="fsdd: speakers to leave out, with commas.")]
+Folds = Annotated[str | None, typer.Option(help="esc50: comma-separated folds to include.")]
+Speakers = Annotated[str | None, typer.Option(help="fsdd: comma-separated speakers to include.")]
+Exclude = Annotated[str | None, typer.Option(help="fsdd: comma-separated speakers to leave out.")]
 Settings = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Another option of the data set.")
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Other option of the data set; can be repeated.")
 ]
-AllowUrls = Annotated[bool, typer.Option("--allow-urls", help="Follow http, https and file addresses of clips.")]
+AllowUrls = Annotated[bool, typer.Option("--allow-urls", help="Allow clips to be http, https and file URLs.")]
 ReadToEnd = Annotated[
-    bool, typer.Option("--read-to-end", help="Take a clip whose end cannot be known as far as it goes, and say so.")
+    bool,
+    typer.Option(
+        "--read-to-end",
+        help="Read clips of unknown length, such as a streamed WAV, to the end of the file, with a note.",
+    ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]

@@ -1,4 +1,4 @@
-"""How commands speak: JSON on stdout, notes on stderr, progress where somebody looks."""
+"""Output of the commands: JSON on stdout, notes on stderr, progress bars on terminals."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ import typer
 
 
 def print_json(value: Any) -> None:
-    """JSON on stdout."""
+    """Print JSON on stdout."""
     text = json.dumps(value, indent=1, ensure_ascii=False)
     try:
         text.encode()
-    except UnicodeEncodeError:  # half a surrogate pair, as in the name of a file that is not UTF-8
+    except UnicodeEncodeError:  # a lone surrogate, as in a file name that is not UTF-8
         text = json.dumps(value, indent=1)
     typer.echo(text)
 
 
 def note(text: str) -> None:
-    """One line on stderr."""
+    """Print a note as one line on stderr."""
     typer.echo(f"note: {one_line(text)}", err=True)
 
 
 def one_line(text: str) -> str:
-    """The text with its white space joined."""
+    """The text with each run of white space replaced by one space."""
     return " ".join(text.split())
 
 
 def shows_progress() -> bool:
-    """Whether stderr is a terminal."""
+    """True if stderr is a terminal."""
     return sys.stderr.isatty()

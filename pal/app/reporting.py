@@ -16,18 +16,18 @@ def report(
     folders: Annotated[
         list[Path],
         typer.Argument(
-            metavar="FOLDER...", help="Of pal train, eval, bench, probe or demo, or folders that hold such."
+            metavar="FOLDER...", help="Outputs of pal train, eval, bench, probe or demo, or folders with such outputs."
         ),
     ],
-    out: Annotated[Path, typer.Option("--out", "-o", help="The page to write.")] = Path("report.html"),
-    title: Annotated[str | None, typer.Option(help="Of the page.", show_default=False)] = None,
+    out: Annotated[Path, typer.Option("--out", "-o", help="HTML file to write.")] = Path("report.html"),
+    title: Annotated[str | None, typer.Option(help="Title of the page.", show_default=False)] = None,
     data: Annotated[
         list[Path] | None,
-        typer.Option("--data", metavar="DIR", help="Where clips lie, if not where they were; may come often."),
+        typer.Option("--data", metavar="DIR", help="Folder of the clips, if they have been moved; can be repeated."),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Join runs into one page of HTML that needs nothing else: curves, scores, cost, pictures and sounds."""
+    """Write one self-contained HTML page about any runs: curves, scores, costs, pictures and sounds."""
     from pal.report.embed import MediaEmbedder
     from pal.report.join import make
 

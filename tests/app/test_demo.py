@@ -16,8 +16,8 @@ def small(assets):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(demo, "SHIPPED", assets.bundle)
         patch.setattr(demo, "TEXT_LLM", assets.llm)
-        patch.setattr(demo, "_HELD_OUT", {"scenes": 4, "questions_per_scene": 2, "seconds": 1.5})
-        patch.setattr(demo, "_MEASURED_CLIPS", 2)
+        patch.setattr(demo, "HELD_OUT", {"scenes": 4, "questions_per_scene": 2, "seconds": 1.5})
+        patch.setattr(demo, "MEASURED_CLIPS", 2)
         yield assets
 
 
@@ -119,15 +119,15 @@ def test_quick_scales_the_recipe(small):
     from pal.train.recipe import load_recipe
 
     full = load_recipe(small.demo, ["stages.0.steps=1000", "stages.0.warmup=100", "data.scenes.synth.scenes=2000"])
-    quick = demo._scaled(full, quick=True)
+    quick = demo.scaled(full, quick=True)
     assert (quick.stages[0].steps, quick.stages[0].warmup) == (40, 4)
     assert quick.data["scenes"].synth.scenes == 80
-    assert demo._scaled(full, quick=False) == full
+    assert demo.scaled(full, quick=False) == full
 
 
 @pytest.mark.parametrize("missing", ["SHIPPED", "TEXT_LLM"])
 def test_missing_model_is_said_at_once(small, tmp_path, monkeypatch, missing):
     monkeypatch.setattr(demo, missing, tmp_path / "nowhere")
-    with pytest.raises(BundleError, match="missing; `pal doctor` says what to do"):
+    with pytest.raises(BundleError, match="missing; run `pal doctor` for the remedy"):
         demo.run_demo(tmp_path / "out", recipe_path=small.demo)
     assert not (tmp_path / "out").exists()

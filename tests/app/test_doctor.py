@@ -1,5 +1,6 @@
 """The doctor's findings: version ranges against packaging's own rules, and each fault with its remedy."""
 
+import importlib.machinery
 import shutil
 
 import pytest
@@ -16,14 +17,20 @@ def test_ranges_agree_with_packaging(version, wanted):
     assert doctor.satisfies(version, wanted) is SpecifierSet(wanted).contains(version.partition("+")[0])
 
 
-def names(findings):
-    return {finding.name: finding for finding in findings}
-
-
-def test_this_machine_passes(assets, monkeypatch):
+@pytest.fixture
+def small(assets, monkeypatch):
+    """Models of the tests in place of the shipped ones."""
     monkeypatch.setattr(doctor, "SHIPPED", assets.bundle)
     monkeypatch.setattr(doctor, "TEXT_LLM", assets.llm)
-    found = names(doctor.examine())
+    return assets
+
+
+def examined():
+    return {finding.name: finding for finding in doctor.examine()}
+
+
+def test_this_machine_passes(small):
+    found = examined()
     assert all(finding.ok for finding in found.values() if finding.required)
     assert {
         "python",
@@ -37,10 +44,10 @@ def test_this_machine_passes(assets, monkeypatch):
         "its text-only LLM",
     } <= set(found)
     assert not {"pytest", "ruff"} & set(found)
-    assert doctor.report(list(found.values())).endswith("everything that the main job needs works")
+    assert doctor.report(list(found.values())).endswith("all required parts work")
 
 
-def test_old_and_missing_packages_have_remedies(monkeypatch):
+def test_old_and_missing_packages_have_remedies(small, monkeypatch):
     versions = {"torch": "2.0.1", "av": None}
     real = doctor.metadata.version
 
@@ -50,50 +57,64 @@ def test_old_and_missing_packages_have_remedies(monkeypatch):
         return versions.get(name) or real(name)
 
     monkeypatch.setattr(doctor.metadata, "version", version)
-    found = names(doctor._packages())
+    found = examined()
     assert (found["torch"].ok, found["torch"].required) == (False, True)
     assert found["torch"].remedy.startswith("pip install 'torch>=")
     assert (found["av"].ok, found["av"].required) == (False, False)
     assert found["av"].remedy == "pip install 'pal-audio[av]'"
     text = doctor.report(list(found.values()))
     assert "FAIL  torch: 2.0.1, wanted >=" in text
-    assert text.endswith("1 to mend")
+    assert text.endswith("faults to fix: 1")
 
 
-def test_flipped_byte_in_the_shipped_model(assets, tmp_path):
+def test_flipped_byte_in_the_shipped_model(small, tmp_path, monkeypatch):
     folder = tmp_path / "tiny"
-    shutil.copytree(assets.bundle, folder)
-    assert doctor._shipped("shipped model", folder).ok
+    shutil.copytree(small.bundle, folder)
+    monkeypatch.setattr(doctor, "SHIPPED", folder)
+    assert examined()["shipped model"].ok
     weights = folder / "model.safetensors"
     data = bytearray(weights.read_bytes())
     data[-1] ^= 1
     weights.write_bytes(data)
-    finding = doctor._shipped("shipped model", folder)
+    finding = examined()["shipped model"]
     assert not finding.ok
     assert "SHA-256" in finding.detail
     assert "pip install" in finding.remedy
-    assert not doctor._shipped("shipped model", tmp_path / "nowhere").ok
+    monkeypatch.setattr(doctor, "TEXT_LLM", tmp_path / "nowhere")
+    assert not examined()["its text-only LLM"].ok
 
 
-def test_cpu_torch_beside_a_driver(monkeypatch):
+@pytest.fixture
+def driver(small, monkeypatch):
+    """Linux with an NVIDIA driver."""
     monkeypatch.setattr(doctor.sys, "platform", "linux")
     monkeypatch.setattr(doctor.shutil, "which", lambda name: "/usr/bin/nvidia-smi")
-    monkeypatch.setattr(doctor, "_torch_cuda", lambda: None)
-    finding = doctor._gpu()
-    assert (finding.ok, finding.required) == (False, False)
-    assert "CUDA build of torch" in finding.remedy
-    monkeypatch.setattr(doctor, "_torch_cuda", lambda: "13.0")
-    assert doctor._gpu().detail == "NVIDIA driver found, torch built for CUDA 13.0"
 
 
-def test_torch_build_is_read_without_importing_torch():
+def built_for(cuda):
+    return "built for the CPU" if cuda is None else f"NVIDIA driver found, torch built for CUDA {cuda}"
+
+
+@pytest.mark.parametrize("cuda", [None, "13.0"])
+def test_torch_of_a_build_beside_a_driver(driver, tmp_path, monkeypatch, cuda):
+    (tmp_path / "version.py").write_text(f"__version__ = '2.12.0'\ncuda: Optional[str] = {cuda!r}\nhip = None\n")
+    find_spec = doctor.find_spec
+    torch = importlib.machinery.ModuleSpec("torch", None, origin=str(tmp_path / "__init__.py"))
+    monkeypatch.setattr(doctor, "find_spec", lambda name: torch if name == "torch" else find_spec(name))
+    finding = examined()["gpu"]
+    assert (finding.ok, finding.required) == (cuda is not None, False)
+    assert built_for(cuda) in finding.detail
+    assert ("CUDA build of torch" in finding.remedy) == (cuda is None)
+
+
+def test_torch_build_is_read_without_importing_torch(driver):
     import torch
 
-    assert doctor._torch_cuda() == torch.version.cuda
+    assert built_for(torch.version.cuda) in examined()["gpu"].detail
 
 
-def test_full_disk(monkeypatch):
+def test_full_disk(small, monkeypatch):
     monkeypatch.setattr(doctor.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1))
-    finding = doctor._disk()
+    finding = examined()["disk"]
     assert not finding.ok
     assert finding.remedy

@@ -103,7 +103,7 @@ def test_errors_are_counted_and_end_the_command_with_a_status(shipped, mmau, tmp
     (mmau / "test-mini-audios/4a.wav").write_bytes(b"no audio")
     result = run("eval", "tiny", "mmau", "--data", mmau, "--out", tmp_path / "run")
     assert result.exit_code == 1
-    assert "wrong because it raised: 4a: AudioError" in result.stderr
+    assert "counts as wrong because of an error: 4a: AudioError" in result.stderr
     assert "1 errors" in result.stdout
     score = json.loads((tmp_path / "run/score.json").read_text())
     assert (score["n"], score["errors"]["count"]) == (2, 1)
@@ -133,7 +133,7 @@ def test_join(shipped, tmp_path):
         (("eval", "tiny", "mmau", "--data", ".", "--set", "x=1"), 1, "unknown key 'x'"),
         (("eval", "--rescore", "nowhere"), 1, "give a folder that pal eval wrote"),
         (("eval", "tiny", "--rescore", "nowhere"), 2, "takes no model"),
-        (("eval", "--join", "nowhere"), 2, "needs the folder to make"),
+        (("eval", "--join", "nowhere"), 2, "needs a folder to write"),
         (("compare", "nowhere"), 1, "at least two folders"),
         (("compare", "nowhere", "neither"), 1, "nowhere: no such folder or file"),
     ],

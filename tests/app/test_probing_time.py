@@ -48,7 +48,7 @@ def test_layers(shipped, tmp_path):
 
 def test_a_model_that_is_given_twice():
     result = run("time", "tiny", "tiny")
-    assert (result.exit_code, result.stderr) == (1, "error: a model is given twice; give each once\n")
+    assert (result.exit_code, result.stderr) == (1, "error: a model is given twice; give each model once\n")
 
 
 @pytest.mark.parametrize(
