@@ -1,19 +1,19 @@
-"""Audio clips: `read_clip` tells apart all forms in which one is given; what follows has types of its own.
+"""Audio clips: `read_clip` accepts every input form and returns one of three types.
 
-A clip is a `Waveform`, an `EncodedClip` (encoder features) or an `AudioKV` (its keys and values). As input it is one
-of these, or
+These are `Waveform`, `EncodedClip` (encoder features) and `AudioKV` (audio keys and values). As input, a clip is one of
+them or
 
-| form | |
+| form | meaning |
 |---|---|
 | path, bytes, file object | of an audio file |
-| address | http, https, file (both only where they are allowed) and data |
+| address | URL: http, https and file (with `allow_urls`), and data |
 | `(array, rate)`, `(rate, array)` | see `pal.audio.arrays`; numpy, torch on any device, lists |
-| array or tensor | the same at a rate that is given beside it |
-| `{"array", "sampling_rate"}` | datasets 1 to 3, transformers; also `raw` or `waveform`, and `sample_rate` |
+| array or tensor | samples at the rate in `source_rate` |
+| `{"array", "sampling_rate"}` | as in datasets 1 to 3 and transformers; also `raw` or `waveform`, and `sample_rate` |
 | `{"bytes", "path"}` | datasets' undecoded audio; either may be None |
-| decoder | torchcodec's `AudioDecoder`, as datasets 4 and 5 give it, and what its `get_all_samples` gives |
+| decoder | torchcodec's `AudioDecoder` (datasets 4 and 5) or `AudioSamples` |
 
-and in a message of a chat an audio part (`part_clip`):
+In a chat message, an audio part holds a clip (`part_clip`):
 
 | part | its clip |
 |---|---|
@@ -51,7 +51,7 @@ from pal.errors import AudioError, AudioWarning, shortened
 from pal.types import AudioFeatures, EncodedClip, PreparedClips
 
 Clip = Waveform | EncodedClip | AudioKV
-"""One clip as the model takes it; each has its length as `seconds`."""
+"""One clip as the model takes it; `seconds` is its length."""
 AudioInput = (
     str
     | os.PathLike[str]
@@ -68,20 +68,20 @@ AudioInput = (
     | DecodedSamples
     | Clip
 )
-"""One clip as users and other libraries give it."""
+"""One clip in any input form, as users and other libraries give it."""
 Clips = (
     PreparedClips | Sequence[Tensor] | Sequence[Waveform] | Sequence[EncodedClip] | Sequence[AudioKV] | Sequence[Clip]
 )
 """The clips of a batch, all of one kind; tensors are waveforms [N] at the model's rate."""
 
 _ARRAYS, _RATES = ("array", "raw", "waveform"), ("sampling_rate", "sample_rate")
-"""Keys of a clip given as a dict."""
+"""Keys of samples, and of their rate, in a clip given as a dict."""
 _LIMITS = Limits()
 _PART_CLIPS = ("audio", "url", "path", "audio_url", "input_audio")
 """Keys of a chat's audio part that hold a clip or its address."""
 _PART_BASE64 = ("base64", "data")
 _PART_CUTS = ("audio_start", "audio_end", "start", "end", "offset", "duration")
-"""Keys that ask for a piece of a clip elsewhere."""
+"""Keys with which other libraries select a part of a clip; they are refused."""
 
 
 def read_clip(
@@ -93,14 +93,14 @@ def read_clip(
     limits: Limits = _LIMITS,
     read_to_end: bool = False,
 ) -> Clip:
-    """A clip of any form, whole or not at all; audio becomes a waveform at `rate`.
+    """Read a clip of any input form; audio becomes a waveform at `rate`, never shortened.
 
     Args:
-        clip: see above.
-        rate: Hz of the result.
-        source_rate: of a bare array; None means `rate`, as transformers has it.
-        allow_urls: whether http, https and file addresses are followed.
-        limits: what to refuse.
+        clip: see the module's tables.
+        rate: sampling rate of the result in Hz.
+        source_rate: sampling rate of a bare array; None means `rate`, as in transformers.
+        allow_urls: whether http, https and file URLs are read.
+        limits: input limits.
         read_to_end: see `pal.audio.load`.
 
     Raises:
@@ -137,10 +137,10 @@ def read_waveform(
     limits: Limits = _LIMITS,
     read_to_end: bool = False,
 ) -> Waveform:
-    """`read_clip` where samples are needed.
+    """`read_clip` for callers that need samples.
 
     Raises:
-        AudioError: also for a clip that no longer has them.
+        AudioError: as `read_clip`, and for an `EncodedClip` or `AudioKV`.
     """
     found = read_clip(
         clip, rate, source_rate=source_rate, allow_urls=allow_urls, limits=limits, read_to_end=read_to_end
@@ -151,16 +151,16 @@ def read_waveform(
 
 
 def is_clip(value: object) -> bool:
-    """Whether a value has one of the forms; what it holds is not looked at."""
+    """Whether a value has the type of an input form; its content is not checked."""
     known = str | os.PathLike | bytes | bytearray | memoryview | tuple | Mapping | Waveform | EncodedClip | AudioKV
     return isinstance(value, known) or is_array(value) or is_decoder(value) or callable(getattr(value, "read", None))
 
 
 def is_clip_list(clips: object) -> bool:
-    """Whether a value is several clips: a list, or a column of a data set; not a tuple, which is one clip.
+    """Whether a value is several clips: a list or another sequence. A tuple is one clip, (array, rate).
 
     Raises:
-        AudioError: a list of numbers.
+        AudioError: a list of numbers, which is neither.
     """
     if not isinstance(clips, Sequence) or isinstance(clips, str | bytes | bytearray | memoryview | tuple):
         return False
@@ -182,20 +182,20 @@ def clip_notes(clips: Sequence[Clip]) -> tuple[str, ...]:
 
 
 def warn_of(notes: Sequence[str], stacklevel: int = 3) -> None:
-    """An `AudioWarning` for each note, at the line that called the caller."""
+    """Issue an `AudioWarning` for each note, located at the caller's caller by default."""
     for line in notes:
         warnings.warn(line, AudioWarning, stacklevel=stacklevel)
 
 
-def of_one_kind(
+def to_one_kind(
     clips: Sequence[Clip], encode: Callable[[Waveform], EncodedClip], index: Callable[[Clip], AudioKV]
 ) -> list[Clip]:
-    """Clips of several kinds as those of one, since a batch is of one: the kind of which the most was made before.
+    """Convert the clips of a batch to one type: the most processed one among them (`AudioKV`, then `EncodedClip`).
 
     Args:
-        clips: in any mixture.
-        encode: runs the encoders.
-        index: makes keys and values, and checks those that are there.
+        clips: of any types.
+        encode: runs the encoders on a waveform.
+        index: computes audio keys and values; checks those of an `AudioKV`.
     """
     if any(isinstance(clip, AudioKV) for clip in clips):
         return [index(clip) for clip in clips]
@@ -206,18 +206,18 @@ def of_one_kind(
 
 @dataclass(frozen=True)
 class ClipBatch:
-    """Clips of a batch, all of one kind: the field of this kind has them."""
+    """Clips of a batch, all of one type, in the field of that type; the other fields are empty."""
 
     waveforms: tuple[Tensor, ...] = ()
     """[N] at the model's rate."""
     encoded: tuple[EncodedClip, ...] = ()
     prepared: PreparedClips | None = None
-    """Waveforms or encoded clips, as the encoders' device takes them."""
+    """Waveforms or encoded clips after preprocessing (`AudioTower.prepare`)."""
     indexed: tuple[AudioKV, ...] = ()
 
     @classmethod
     def of(cls, clips: Clips) -> ClipBatch:
-        """Clips of one kind."""
+        """Sort clips into the field of their type."""
         if isinstance(clips, PreparedClips):
             return cls(prepared=clips)
         batch = cls(
@@ -240,11 +240,11 @@ class ClipFeatures:
     features: Sequence[AudioFeatures] | Sequence[AudioKV]
     """Features [B, A, E] of each stream, or each clip's keys and values; empty without clips."""
     seconds: Sequence[float] = ()
-    """Seconds of each clip that the encoders' tokens cover; a connector's tokens may have no time."""
+    """Seconds of each clip that the encoders' tokens cover. (A connector's tokens may have no time scale.)"""
 
     @classmethod
     def encoded(cls, features: Sequence[AudioFeatures], encoders: Sequence[AudioFeatures]) -> ClipFeatures:
-        """`ClipFeatures` from the features of each stream and of each encoder."""
+        """`ClipFeatures` from the features of each stream, with the seconds of each encoder's tokens."""
         counts = zip(*(part.lengths for part in encoders), strict=True)
         scales = [part.seconds_per_token for part in encoders]
         return cls(features, [min(n * scale for n, scale in zip(own, scales, strict=True)) for own in counts])
@@ -258,10 +258,10 @@ class ClipFeatures:
 
 
 def part_clip(part: Mapping[str, Any]) -> Any:
-    """What an audio part of a chat's message holds, as `read_clip` takes it; None where it only marks a place.
+    """Clip in an audio part of a chat message, as `read_clip` takes it; None if the part is only a placeholder.
 
     Raises:
-        AudioError: two clips, a piece of one, or base64 that is none.
+        AudioError: two clips, a selected part of one, or invalid base64.
     """
     cuts = [key for key in _PART_CUTS if part.get(key) is not None]
     if cuts:
@@ -296,7 +296,7 @@ def part_clip(part: Mapping[str, Any]) -> Any:
 
 
 def _of_mapping(clip: Mapping[str, Any]) -> tuple[Any, str | None]:
-    """What a dict holds, and what messages call it; decoded samples go before the file that they come from."""
+    """(clip in a dict, its name for messages); decoded samples are preferred to the file that they come from."""
     path = clip.get("path")
     path = os.fsdecode(path) if isinstance(path, bytes) else path
     name = os.fsdecode(path) if isinstance(path, str | os.PathLike) else None

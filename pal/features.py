@@ -1,12 +1,12 @@
-"""`FeatureCache`: what frozen encoders make of clips, kept in a folder, so that no clip is encoded twice.
+"""`FeatureCache`: a folder with the features of frozen encoders, so that no clip is encoded twice.
 
 DIR/
-    encoders.safetensors     whose features these are: options, digest of the weights, and the front-ends' frames
-                             of a test sound
-    3f/3f8a...safetensors    one clip: the tokens of each encoder, named by the SHA-256 of the audio file
+    encoders.safetensors     identity of the encoders: options, digest of the weights, and the front-ends' frames of a
+                             test sound
+    3f/3f8a...safetensors    one clip: features of each encoder, named by the SHA-256 of the audio file
 
-A file a clip: an entry is there whole or not at all, any number of runs and processes can add to a folder, and
-reading a batch reads just its clips. Files are spread over 256 folders by the start of their names.
+Each clip is one file, written atomically, so any number of runs and processes can add to a folder. Files are spread
+over 256 folders by the start of their names.
 """
 
 from __future__ import annotations
@@ -32,26 +32,25 @@ from pal.files import sha256, write_bytes
 from pal.types import EncodedClip
 
 _FORMAT = 1
-_ABOUT = "encoders.safetensors"
+_IDENTITY = "encoders.safetensors"
 _REMAKE = "delete it and it is made anew"
-_CLOSE = 1e-3
-"""Largest difference, absolute and relative, of a front-end's frames that is round-off of another machine."""
+_TOLERANCE = 1e-3
+"""Largest absolute and relative difference of a front-end's frames between machines, from round-off."""
 
 
 class FeatureCache:
-    """On-disk cache of encoder features; a clip that is missing is encoded into it.
+    """On-disk cache of encoder features; missing clips are encoded and added.
 
-    Every clip is encoded by itself, so what it sounds like does not depend on which batch it was first met in.
-    In a padded batch the same sums are done in another order: features then differ in their last bits.
+    Each clip is encoded in a batch of its own, so its features do not depend on its first batch. (Padding changes the
+    order of sums, and so the last bits of features.)
 
     Args:
-        folder: made when it is not there; several runs may share it.
-        ears: whose encoders, which are frozen and in evaluation mode while the cache is in use.
-        precision: "fp32" or "bf16", in which the encoders compute.
+        folder: created if it does not exist; several runs may share it.
+        ears: the audio tower; its encoders must be frozen and in evaluation mode.
+        precision: "fp32" or "bf16", the precision of the encoders.
 
     Raises:
-        BundleError: the folder holds something else, or features that other encoders, front-ends or
-            another precision gave.
+        BundleError: the folder holds other files, or features of other encoders, front-ends or precision.
     """
 
     def __init__(self, folder: Path, ears: AudioTower, precision: str = "fp32") -> None:
@@ -67,20 +66,20 @@ class FeatureCache:
         }
         self.about = json.dumps(about, sort_keys=True)
         self.digest = hashlib.sha256(self.about.encode()).hexdigest()
-        """Of encoders, front-ends' options and precision; every entry names it."""
+        """SHA-256 of the encoders, their options and the precision; every entry has it."""
         self._encoding = Lock()
         self._name = lru_cache(maxsize=1 << 16)(lambda path, size, changed: sha256(Path(path)))
         self._open({str(i): _test_frames(encoder) for i, encoder in enumerate(encoders)})
 
     def __call__(self, path: str, read_to_end: bool = False) -> EncodedClip:
-        """One clip; encoded where the folder does not have it yet.
+        """Features of one clip; encodes and adds it if it is missing.
 
-        With `read_to_end`, one whose end cannot be known is taken as far as it goes, with an `AudioWarning`, under a
-        name of its own.
+        With `read_to_end`, a clip of unknown length is read to the end of the file, with an `AudioWarning`, and stored
+        under another name.
 
         Raises:
-            AudioError: a file that cannot be used.
-            BundleError: an entry that is damaged or was put there by other encoders.
+            AudioError: an unusable audio file.
+            BundleError: an entry that is damaged or of other encoders.
         """
         try:
             status = Path(path).stat()
@@ -91,17 +90,17 @@ class FeatureCache:
             name += "-to-end"
         entry = self.folder / name[:2] / f"{name}.safetensors"
         if not entry.exists():
-            # One after the other: the loading threads share the encoders' device, and may meet the same new clip.
+            # One at a time: loading threads share the encoders' device, and several may need the same new clip.
             with self._encoding:
                 if not entry.exists():
                     self._add(entry, name, path, read_to_end)
-        # Read back even when just made, so that a clip's first visit has what all others have.
+        # Read back even if just written, so that the first use of a clip equals all others.
         return self._read(entry, name)
 
     def _open(self, frames: dict[str, Tensor]) -> None:
-        """Check whose folder it is, or make it that of these encoders."""
-        file = self.folder / _ABOUT
-        # Listed before looking for the file, which is there before any entry is.
+        """Compare the folder's encoders with these, or write the identity of these into an empty folder."""
+        file = self.folder / _IDENTITY
+        # List first: another run writes the identity before any entry.
         found = sorted(path.name for path in self.folder.glob("[!.]*"))
         if not file.exists():
             if found:
@@ -111,8 +110,7 @@ class FeatureCache:
         difference = _difference(json.loads(about), json.loads(self.about))
         if difference is None:
             for name, ours in frames.items():
-                same = theirs[name].shape == ours.shape and torch.allclose(theirs[name], ours, atol=_CLOSE, rtol=_CLOSE)
-                if not same:
+                if not _are_close(theirs[name], ours):
                     difference = f"encoder {name} with another front-end"
         if difference is not None:
             raise BundleError(
@@ -139,22 +137,26 @@ class FeatureCache:
 
 
 def _identity(encoder: Encoder) -> dict[str, Any]:
-    """What an encoder's features depend on, but for the code of its front-end."""
+    """Everything that an encoder's features depend on, except for the code of its front-end."""
     options = encoder.standalone_config().model_dump(mode="json")
-    # The weights say what they are, wherever they came from.
+    # The digest identifies the weights, so their source does not matter.
     options = {name: value for name, value in options.items() if name not in ("path", "revision")}
     return {"class": type(encoder).__qualname__, "options": options, "weights": digest(encoder.state_dict())}
 
 
+def _are_close(x_FM: Tensor, y_FM: Tensor) -> bool:
+    return x_FM.shape == y_FM.shape and torch.allclose(x_FM, y_FM, atol=_TOLERANCE, rtol=_TOLERANCE)
+
+
 def _test_frames(encoder: Encoder) -> Tensor:
-    """Frames [F, M] of a second of a rising tone: what a front-end does to it changes when its code does."""
+    """Frames [F, M] of a rising tone of one second; they change with the code of the front-end."""
     seconds_N = torch.arange(encoder.sampling_rate, dtype=torch.float64) / encoder.sampling_rate
     frames_FM = encoder.frontend((0.5 * torch.sin(2 * torch.pi * (100 + 1500 * seconds_N) * seconds_N)).float())
     return frames_FM.float().cpu()
 
 
 def _difference(theirs: dict[str, Any], ours: dict[str, Any]) -> str | None:
-    """What is not the same, in words."""
+    """First difference of two identities, in words; None if they are equal."""
     for what in ("format", "precision", "sampling_rate"):
         if theirs.get(what) != ours[what]:
             return f"{what} {theirs.get(what)}, not {ours[what]}"
@@ -177,7 +179,7 @@ def _write(file: Path, tensors: dict[str, Tensor], about: str) -> None:
 
 
 def _load(file: Path, remedy: str) -> tuple[str, dict[str, Tensor]]:
-    """What `_write` wrote; raises BundleError unless it is that, byte for byte."""
+    """Read a file of `_write`. Raises BundleError if it is damaged."""
     try:
         with safe_open(file, framework="pt") as opened:
             metadata = opened.metadata() or {}

@@ -1,4 +1,4 @@
-"""Folders that are written whole or not at all, and notice when a byte changes."""
+"""Atomic writing of files and folders, and folders with a manifest of SHA-256 digests."""
 
 import hashlib
 import json
@@ -17,18 +17,17 @@ MANIFEST = "manifest.json"
 
 
 def sha256(path: Path) -> str:
-    """Hex digest of a file."""
+    """SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextmanager
 def atomic_folder(folder: Path) -> Iterator[Path]:
-    """Give a temporary folder that takes the name of `folder` once it is complete and on disk.
+    """Context manager of a temporary folder, which replaces `folder` at the end, complete and on disk.
 
-    A SHA-256 manifest of the files is added. Killed at any moment, either the old folder or the new
-    one is there: between the two renames the old one stands beside under a name ending in `.old`,
-    which `recover` puts back.
+    A manifest of its files is added. If the process is killed, either the old or the new folder remains. Between two
+    renames, the old one is only at NAME.old, from where `recover` restores it.
     """
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -57,21 +56,21 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
 
 
 def recover(folder: Path) -> None:
-    """Undo a replacement that was killed between its two renames."""
+    """Undo a replacement by `atomic_folder` that was killed between its two renames."""
     old = folder.with_name(f"{folder.name}.old")
     if old.is_dir() and not folder.exists():
         old.rename(folder)
 
 
 def verify(folder: Path, suffixes: Iterable[str] | None = None) -> dict[str, str]:
-    """Check every file of a folder against its manifest; gives the digests of them all.
+    """Check a folder against its manifest; returns the digests of all files in it, by name.
 
     Args:
-        folder: one that `atomic_folder` wrote.
-        suffixes: check only files that end so.
+        folder: a folder of `atomic_folder`.
+        suffixes: check only files with these endings; None for all.
 
     Raises:
-        BundleError: no manifest, a missing file or one whose bytes changed.
+        BundleError: no manifest, a missing file, or a changed file.
     """
     endings = None if suffixes is None else tuple(suffixes)
     recover(folder)
@@ -93,10 +92,10 @@ def verify(folder: Path, suffixes: Iterable[str] | None = None) -> dict[str, str
 
 
 def amend(folder: Path, files: Mapping[str, bytes]) -> None:
-    """Add or replace files of a folder with a manifest, and say so there.
+    """Add or replace files of a folder with a manifest, and update the manifest.
 
     Raises:
-        BundleError: a file of the folder has changed before; see `verify`.
+        BundleError: a file has changed since the manifest was written; see `verify`.
     """
     digests = verify(folder)
     for name, data in files.items():
@@ -105,19 +104,20 @@ def amend(folder: Path, files: Mapping[str, bytes]) -> None:
     write_text(folder / MANIFEST, json.dumps({"sha256": dict(sorted(digests.items()))}, indent=1) + "\n")
 
 
-def strangers(folder: Path) -> set[str]:
-    """What lies in a folder and is none of the files its manifest names; everything where there is none."""
-    return _inside(folder) - _own(folder)
+def unlisted_files(folder: Path) -> set[str]:
+    """Files in a folder that its manifest does not list; all files if there is no manifest."""
+    return _files_in(folder) - _listed(folder)
 
 
 def move_into(source: Path, folder: Path) -> None:
-    """Move the files of a folder with a manifest beside others' files, in place of an older manifest's.
+    """Move the files of a folder with a manifest into `folder`, and remove those of the manifest that was there.
 
-    The manifest goes first and comes last, so that what is there half is no bundle.
+    Other files in `folder` stay. The old manifest is removed first and the new one moved last, so that an incomplete
+    result has no manifest.
     """
-    new = _own(source)
-    # only what lies inside: a manifest from elsewhere could name anybody's file
-    old = _own(folder) & _inside(folder)
+    new = _listed(source)
+    # only files inside the folder: a forged manifest could name any path
+    old = _listed(folder) & _files_in(folder)
     (folder / MANIFEST).unlink(missing_ok=True)
     for name in old - new - {MANIFEST}:
         (folder / name).unlink()
@@ -127,29 +127,30 @@ def move_into(source: Path, folder: Path) -> None:
     _sync(folder)
 
 
-def _own(folder: Path) -> set[str]:
+def _listed(folder: Path) -> set[str]:
+    """Files that the manifest lists, and the manifest itself; empty without a valid manifest."""
     try:
         return {MANIFEST, *json.loads((folder / MANIFEST).read_text())["sha256"]}
     except (OSError, ValueError, KeyError, TypeError):
         return set()
 
 
-def _inside(folder: Path) -> set[str]:
+def _files_in(folder: Path) -> set[str]:
     return {str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir()}
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file so that it is there whole or not at all."""
+    """Write a text file atomically."""
     write_bytes(path, text.encode())
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write `jsonable(value)` as JSON, whole or not at all."""
+    """Write `jsonable(value)` as a JSON file, atomically."""
     write_text(path, json.dumps(jsonable(value), indent=1, ensure_ascii=False) + "\n")
 
 
 def jsonable(value: Any) -> Any:
-    """`value` with tuples as lists and NaN or infinity as null, which JSON has no words for."""
+    """`value` with JSON types only: tuples become lists; NaN and infinity become None."""
     if isinstance(value, dict):
         return {str(key): jsonable(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -160,14 +161,14 @@ def jsonable(value: Any) -> Any:
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Write a file so that it is there whole or not at all, by any number of threads and machines at once."""
+    """Write a file atomically; several threads or machines may write it at once."""
     with writing(path) as file:
         file.write(data)
 
 
 @contextmanager
 def writing(path: Path) -> Iterator[BinaryIO]:
-    """A file to write, which takes the place of `path` once the block has ended without an error, and it is on disk."""
+    """Context manager of a temporary file, which replaces `path` at the end, unless the block raises an error."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:

@@ -1,4 +1,4 @@
-"""`push`: a bundle goes to the Hugging Face Hub, checked before."""
+"""`push`: upload of a verified bundle to the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _CARD = "README.md"
 
 @dataclass(frozen=True)
 class Pushed:
-    """What was uploaded, and where it is."""
+    """Result of an upload: repository, commit and files."""
 
     repo: str
     url: str
@@ -32,17 +32,17 @@ class Pushed:
 def push(
     path: str | Path, repo: str, private: bool | None = None, message: str | None = None, token: str | None = None
 ) -> Pushed:
-    """Upload a bundle; the repository is made where there is none. Only the bundle's own files go there.
+    """Upload the files of a bundle's manifest; the repository is created if it does not exist.
 
     Args:
-        path: its folder, or that of the run that made it.
+        path: folder of the bundle, or of the run that made it.
         repo: Hub id.
-        private: of a new repository; None leaves it to the account's settings.
-        message: of the commit.
-        token: of the Hub; without it, the one `hf auth login` saved.
+        private: visibility of a new repository; None for the default of the account.
+        message: commit message.
+        token: access token of the Hub; by default, the one saved by `hf auth login`.
 
     Raises:
-        BundleError: a changed file, a bundle that nobody else could load, or a Hub that refuses.
+        BundleError: a changed file, a bundle that needs a local folder, or a refusal of the Hub.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
@@ -81,7 +81,7 @@ def _is_refusal(error: Exception) -> bool:
 
 
 def _check_sources(folder: Path) -> None:
-    """Raises BundleError where a part is to come from a folder of this machine."""
+    """Raise BundleError if the weights of a part would be loaded from a local folder, which others lack."""
     description = bundle.read_description(folder)
     left_out = {".".join(name.split(".")[:3]) for name in description["left_out"]}
     model = description["model"]

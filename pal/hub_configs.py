@@ -1,8 +1,7 @@
-"""Shapes of public models, for what must know a model's size before anything of it is downloaded.
+"""Configurations of public models, to plan with their sizes before any download.
 
-Each entry has the fields of the model's `config.json` that decide its shape, as its authors publish them; an audio
-encoder that is part of a larger model stands below `audio_config`, as it does there. What is not here is that
-architecture's default.
+Each entry has those fields of the published `config.json` that decide the model's shape; other fields have the defaults
+of the architecture. An audio encoder of a larger model is in `audio_config`, as published.
 """
 
 from __future__ import annotations
@@ -111,12 +110,12 @@ CONFIGS: dict[str, dict[str, Any]] = {
 
 
 def config_of(path: str, revision: str | None = None) -> dict[str, Any]:
-    """The fields of a model's `config.json`: a folder's own, else the local cache's, else those known here.
+    """Fields of a model's `config.json`, from its folder, else the local Hub cache, else `CONFIGS`.
 
     Nothing is downloaded.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: none of the three has it, or the file is damaged.
     """
     file = Path(path) / "config.json"
     if not file.is_file():

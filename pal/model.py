@@ -29,9 +29,9 @@ from pal.clips import (
     Clips,
     clip_list,
     clip_notes,
-    of_one_kind,
     read_clip,
     read_waveform,
+    to_one_kind,
     warn_of,
 )
 from pal.conversations import ChatTurns, Question, check_ids, read_question
@@ -49,11 +49,11 @@ if TYPE_CHECKING:
 
 
 class Loss(NamedTuple):
-    """Cross-entropy of a batch, kept apart so that means can be taken over several processes."""
+    """Summed cross-entropy and its number of items, from which means over several processes are computed."""
 
     sum: Tensor
     items: int
-    """Trained tokens, or answers, that the sum is over."""
+    """Number of labelled tokens, or of answers."""
 
 
 class PalModel(nn.Module):
@@ -71,20 +71,19 @@ class PalModel(nn.Module):
         self.integration: Integration = build_integration(config.integration, self.ears.streams, llm)
         self._digest = CachedModelDigest()
         self.source = "untrained"
-        """What the model is called in answers and scores."""
-        self._hidden: tuple[AudioMask, ...] = ()
-        self._located = False
+        """Name of the model in answers and scores."""
+        self._masks: tuple[AudioMask, ...] = ()
+        self._with_spans = False
         self.trained: set[str] = set()
-        """Names of the parameters that training has changed since they came from their source."""
+        """Names of the parameters that differ from their source because of training."""
 
     @classmethod
     def from_config(cls, config: ModelConfig, tokenizer: PreTrainedTokenizerBase | None = None) -> PalModel:
-        """A model with the LLM and encoder weights that `config` names and everything else untrained.
+        """Build a model in evaluation mode, with the LLM and encoder weights that `config` names, the rest untrained.
 
-        It is in evaluation mode. A tokenizer may have more entries than the LLM has embeddings, as Gemma3's has;
-        `place` refuses their use.
+        A tokenizer may have more entries than the LLM has embeddings, as Gemma3's has; `inputs` refuses their ids.
         """
-        # An LLM can take minutes to load; a misspelt name is said before that.
+        # An LLM can take minutes to load; report misspelt names before.
         check_audio_tower(config)
         check("integration", config.integration)
         llm = config.llm
@@ -102,16 +101,16 @@ class PalModel(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the LLM is."""
+        """Device of the LLM."""
         return next(self.llm.parameters()).device
 
     @property
     def sampling_rate(self) -> int:
-        """Hz of the waveforms that the model takes."""
+        """Sampling rate of the waveforms in Hz."""
         return self.ears.sampling_rate
 
     def parts(self) -> dict[str, nn.Module]:
-        """The parts that a training stage can name."""
+        """Parts of the model, by their names in a training stage."""
         return {
             "encoder": self.ears.encoders,
             "connector": self.ears.connectors,
@@ -120,7 +119,7 @@ class PalModel(nn.Module):
         }
 
     def train(self, mode: bool = True) -> PalModel:
-        """Training mode for the parts that train; frozen ones stay in evaluation mode."""
+        """Set training mode; frozen parts stay in evaluation mode."""
         super().train(mode)
         keep_frozen_in_evaluation((*self.ears.encoders, *self.ears.connectors, self.integration, self.llm))
         return self
@@ -129,18 +128,18 @@ class PalModel(nn.Module):
 
     @torch.inference_mode()
     def encode_clip(self, clip: AudioInput) -> EncodedClip:
-        """One clip, encoded by itself, for many questions in any batches."""
+        """Encode one clip in a batch of its own, to be used for any number of questions."""
         found = read_clip(clip, self.sampling_rate)
         if isinstance(found, EncodedClip):
             return found
         return self.ears.encode_one(read_waveform(found, self.sampling_rate).samples_N)
 
     def features(self, clips: Clips) -> list[AudioFeatures]:
-        """Waveforms [N] at `sampling_rate`, encoded clips, or either prepared -> each stream's features [B, A, E]."""
+        """Features [B, A, E] of each stream, from waveforms [N] at `sampling_rate`, encoded or prepared clips."""
         return self.ears.connect(self.ears.encode(clips))
 
     def encode(self, clips: Clips) -> ClipFeatures:
-        """The clips of a batch as the integration takes them."""
+        """Features of the clips of a batch, as the integration takes them; audio keys and values are passed on."""
         indexed = ClipBatch.of(clips).indexed
         if indexed or not len(clips):
             return ClipFeatures(indexed, [clip.seconds for clip in indexed])
@@ -154,16 +153,16 @@ class PalModel(nn.Module):
         padding_side: Literal["left", "right", "none"] = "right",
         with_spans: bool = False,
     ) -> LLMInputs:
-        """Everything the LLM needs for a batch of conversations.
+        """Inputs of the LLM for a batch of conversations.
 
-        All that is asked or scored goes through here, so that what `hiding` names is hidden from all of it.
+        Generation, scoring and training all call this, so the masks of `hiding` apply to all of them.
 
         Args:
-            clips: of the batch, or what `encode` made of them.
+            clips: clips of the batch, or the result of `encode`.
             conversations: token ids; `Tokens.clips` are indices into `clips`.
-            padding_side: "left" for generation; for training and scoring "right", or "none", which lays conversations
-                one after the other (`Integration.forward`), quicker on a GPU.
-            with_spans: also say whose audio each row and key is, and when it sounds.
+            padding_side: "left" for generation; "right" for training and scoring; "none" for packed rows
+                (`Integration.forward`), which are faster on a GPU.
+            with_spans: add stream, clip and time span of each row and key (`TokenSpans`).
 
         Raises:
             PromptError: an id that the LLM has no embedding for.
@@ -171,41 +170,41 @@ class PalModel(nn.Module):
         check_ids(conversations, self.llm.vocab, self.tokenizer)
         features = (clips if isinstance(clips, ClipFeatures) else self.encode(clips)).features or None
         inputs = self.integration(
-            features, conversations, self.llm, padding_side, with_spans=with_spans or self._located
+            features, conversations, self.llm, padding_side, with_spans=with_spans or self._with_spans
         )
-        for what in self._hidden if inputs.audio_context is not None else ():
-            inputs = replace(inputs, audio_context=inputs.audio_context.without(what))
+        for mask in self._masks if inputs.audio_context is not None else ():
+            inputs = replace(inputs, audio_context=inputs.audio_context.without(mask))
         return inputs
 
     @contextmanager
-    def hiding(self, *what: AudioMask, with_spans: bool = False) -> Iterator[None]:
-        """While the block lasts, some of the audio is hidden from every query, in whatever is asked or scored.
+    def hiding(self, *masks: AudioMask, with_spans: bool = False) -> Iterator[None]:
+        """Context manager that hides audio from all queries in generation, scoring and training.
 
         Args:
-            what: to hide.
-            with_spans: have inputs say whose audio each row and key is, and when it sounds, though nothing be hidden.
+            masks: audio to hide, by stream, layer or time.
+            with_spans: add `TokenSpans` to all inputs, with or without masks.
 
         Raises:
-            ConfigError: a stream or a layer that the model does not have, or an empty time.
+            ConfigError: a mask of a stream or a layer that the model does not have, or of no time.
         """
-        for one in what:
-            one.check(len(self.ears.streams), self.llm.n_layers)
-        before = self._hidden, self._located
-        self._hidden, self._located = (*self._hidden, *what), self._located or with_spans or bool(what)
+        for mask in masks:
+            mask.check(len(self.ears.streams), self.llm.n_layers)
+        before = self._masks, self._with_spans
+        self._masks, self._with_spans = (*self._masks, *masks), self._with_spans or with_spans or bool(masks)
         try:
             yield
         finally:
-            self._hidden, self._located = before
+            self._masks, self._with_spans = before
 
     def forward(self, batch: Batch, per: Per = "token") -> Loss:
-        """Cross-entropy over the trained tokens of a batch (answers only); `per` says what counts alike."""
+        """Cross-entropy on the answers of a batch; `per` weights all tokens or all answers equally."""
         return Loss(*self.llm.loss(self.inputs(batch.clips, batch.conversations, self.llm.side), per))
 
     loss = forward
 
     @torch.inference_mode()
     def answer_scores(self, clips: Clips, conversations: list[Tokens]) -> Tensor:
-        """Log-likelihood of each row's labelled tokens, summed -> [B]."""
+        """Log-likelihood [B] of each conversation: the sum over its labelled tokens."""
         return self.llm.label_scores(self.inputs(clips, conversations, self.llm.side))
 
     # Answers
@@ -218,9 +217,9 @@ class PalModel(nn.Module):
         max_new_tokens: int = 64,
         **options: Any,
     ) -> list[str]:
-        """One answer a conversation, or `num_return_sequences` one after the other.
+        """Answer each conversation, once or `num_return_sequences` times in a row.
 
-        `options` are transformers' generation options; greedy without any.
+        `options` are transformers' generation options; the default is greedy search.
         """
         options = generation_options({"max_new_tokens": max_new_tokens, **options}, self.tokenizer, several=True)
         if not conversations:
@@ -229,26 +228,26 @@ class PalModel(nn.Module):
         ids_BT = self.llm.generate(self.inputs(clips, conversations, self.llm.prompt_side(**options)), **options)
         return [text.strip() for text in self.tokenizer.batch_decode(ids_BT, skip_special_tokens=True)]
 
-    def stream(self, clips: Clips, row: Tokens, max_new_tokens: int = 64, **options: Any) -> Iterator[str]:
-        """The answer to one conversation, in pieces as they are made."""
+    def stream(self, clips: Clips, conversation: Tokens, max_new_tokens: int = 64, **options: Any) -> Iterator[str]:
+        """Answer one conversation, piece by piece during generation."""
         options = generation_options({"max_new_tokens": max_new_tokens, **options}, self.tokenizer, stream=True)
-        with torch.inference_mode():  # at once, so that what is hidden now stays hidden while it is read
+        with torch.inference_mode():  # not in the iterator, so that the masks of `hiding` apply
             options = {**default_options(self.tokenizer, self.llm.vocab), **options}
-            inputs = self.inputs(clips, [row], self.llm.prompt_side(**options))
+            inputs = self.inputs(clips, [conversation], self.llm.prompt_side(**options))
         return self.llm.stream(inputs, self.tokenizer, **options)
 
     def fold(self) -> int:
-        """Prepare for many answers: put together what can be done in one product; in how many layers that was.
+        """Fuse linear layers for faster inference; returns the number of layers in which that was possible.
 
-        Where projectors are narrower inside than the LLM, a layer's norm and k and v projections go into the
-        projector's last linear layer, equal to 1e-5. It takes a moment, is used as long as the weights, compared each
-        time, are what they were, and never in training.
+        If a projector is narrower inside than the LLM, its last linear layer is fused with the norm and the k and v
+        projections of the LLM's layer; results are equal to 1e-5. Fused weights are used in inference only, and only
+        while the original weights are unchanged, which each use checks.
         """
         return sum(route.fold(self.llm) for route in self.integration.routes())
 
     @torch.inference_mode()
     def index(self, audio: AudioInput, allow_urls: bool = False, read_to_end: bool = False) -> AudioKV:
-        """A clip's audio as the keys and values of all injected layers, made once for many questions.
+        """Audio keys and values of a clip for all layers with audio, computed once for any number of questions.
 
         The options are those of `ask`.
         """
@@ -333,21 +332,21 @@ class PalModel(nn.Module):
             question: a string, a list of strings, or chat turns (`[{"role", "content"}, ...]`) with
                 `<audio>` where each clip stands.
             stream: yield the text of a single answer piece by piece.
-            allow_urls: follow http, https and file addresses of clips.
-            read_to_end: take clips whose end cannot be known, such as a WAV written to a stream, as far as they go;
-                an `AudioWarning` says which.
+            allow_urls: read clips from http, https and file URLs.
+            read_to_end: read clips of unknown length, such as a WAV written to a stream, to the end of the file, with
+                an `AudioWarning` for each.
             options: transformers' generation options, such as `max_new_tokens` or `do_sample`.
 
         Returns:
-            A string for one clip and one question. A list of strings for a list of questions about
-            one clip (its audio is encoded once), or for one question about each clip of a list.
-            Several clips go into one conversation where the question says so by as many `<audio>`.
+            A string for one conversation; a list of strings for a list of questions about one clip (which is encoded
+            once), and for a list of clips with one question each. Several clips are in one conversation if the question
+            has as many `<audio>`, or is a chat.
 
         Raises:
             AudioError: a clip cannot be used.
             PromptError: clips and placeholders do not match.
         """
-        generation_options(options, self.tokenizer, stream)  # said before a clip is decoded
+        generation_options(options, self.tokenizer, stream)  # raise before a clip is decoded
         given = clip_list(audio)
         asked = read_question(question, len(given), self.tokenizer, self.config.system)
         clips, notes = self._read(given, allow_urls, read_to_end)
@@ -369,9 +368,9 @@ class PalModel(nn.Module):
         read_to_end: bool = False,
         **options: object,
     ) -> list[DetailedAnswer]:
-        """As `ask`, with seconds used, audio tokens and the time of each step; always a list."""
+        """As `ask`, but returns a list of answers with audio seconds, token counts and timings."""
         watched: dict[str, Any] = {"max_new_tokens": max_new_tokens, **options}
-        generation_options(watched, self.tokenizer)  # said before a clip is decoded
+        generation_options(watched, self.tokenizer)  # raise before a clip is decoded
         given = clip_list(audio)
         asked = read_question(question, len(given), self.tokenizer, self.config.system)
         clips, notes = self._read(given, allow_urls, read_to_end)
@@ -400,25 +399,25 @@ class PalModel(nn.Module):
     def _read(
         self, given: Sequence[AudioInput], allow_urls: bool, read_to_end: bool
     ) -> tuple[list[Clip], tuple[str, ...]]:
-        """Clips in any forms, all of one kind, and what could not be checked."""
+        """Clips of any input forms as one type, and the notes on clips of unknown length."""
         clips = [read_clip(clip, self.sampling_rate, allow_urls=allow_urls, read_to_end=read_to_end) for clip in given]
-        return of_one_kind(clips, self.encode_clip, self._indexed), clip_notes(clips)
+        return to_one_kind(clips, self.encode_clip, self._indexed), clip_notes(clips)
 
     # Identity
 
     @property
     def digest(self) -> str:
-        """SHA-256 of all weights, cached until one changes; equal for equal models, whatever file they came from."""
+        """SHA-256 of all weights, cached until one changes; equal for equal weights from different files."""
         return self._digest.of(self.state_dict())
 
     def merge_adapters(self) -> None:
-        """Fold adapters into the weights beside them, which a bundle then holds."""
+        """Merge LoRA adapters into their base weights, which the next bundle then holds."""
         changed = {f"llm.{name}" for name in self.llm.merge_adapters()} | adapters.merge(self)
         self.trained = {name for name in self.trained if not {"base_layer", "lora_A", "lora_B"} & set(name.split("."))}
         self.trained |= changed
 
     def generation_options(self) -> dict[str, Any]:
-        """What transformers' `generate` is told where nobody says otherwise: greedy, and how an answer ends."""
+        """Default options of transformers' `generate`: greedy search, and the ids that end an answer."""
         return {"max_new_tokens": 64, **default_options(self.tokenizer, self.llm.vocab)}
 
     def save_pretrained(

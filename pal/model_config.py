@@ -1,4 +1,4 @@
-"""What a model is made of, as a recipe or a bundle writes it."""
+"""Configuration of a model, as in a recipe or a bundle."""
 
 from typing import Any, Literal
 
@@ -29,7 +29,7 @@ _KEPT = {
     "use_sliding_window",
     "query_pre_attn_scalar",
 }
-"""What makes an LLM of its kind without saying how large it is."""
+"""Fields of an LLM's configuration that do not decide its size; `toy` keeps them."""
 
 
 class LLMConfig(StrictConfig):
@@ -40,13 +40,13 @@ class LLMConfig(StrictConfig):
     revision: str | None = None
     """Branch, tag or commit of `path` on the Hub."""
     fresh: dict[str, Any] | None = None
-    """A transformers configuration: `model_type` and whatever differs from that type's defaults."""
+    """A transformers configuration: `model_type` and the fields that differ from its defaults."""
     tokenizer: str | None = None
-    """Hub id or local folder of the tokenizer; without it, that of `path`."""
+    """Hub id or local folder of the tokenizer; the default is that of `path`."""
     vocabulary: int | None = None
-    """With `fresh` and no `tokenizer`: entries of a byte-level BPE trained on the recipe's own text."""
+    """With `fresh` and no `tokenizer`: size of a byte-level BPE vocabulary, trained on the recipe's text."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Of the LLM's weights in memory."""
+    """Type of the LLM's weights in memory."""
 
     @model_validator(mode="after")
     def _one_source(self) -> "LLMConfig":
@@ -66,13 +66,13 @@ class LLMConfig(StrictConfig):
         return hub_configs.config_of(self.path, self.revision)
 
     def toy(self) -> "LLMConfig":
-        """A fresh LLM of the same family, four layers of 32, whose tokenizer learns from the recipe's text."""
+        """A fresh LLM of the same family with four layers of width 32 and a tokenizer trained on the recipe's text."""
         kept = {name: value for name, value in self.fields().items() if name in _KEPT}
         return LLMConfig(fresh=kept | _TOY, vocabulary=320, dtype=self.dtype)
 
 
 Part = dict[str, Any]
-"""`{"name": ..., option: value}`; the options are checked by the class that the name stands for."""
+"""`{"name": ..., option: value}`; the options are checked against the `Config` of the class."""
 
 
 class ModelConfig(StrictConfig):
@@ -81,17 +81,17 @@ class ModelConfig(StrictConfig):
     llm: LLMConfig
     """A string is short for `{path: ...}`."""
     encoders: list[Part] = Field(min_length=1)
-    """The audio encoders, by name and options. A Hub id alone is short for the encoder that is published so, and for
-    a Whisper where none is known."""
+    """Audio encoders, by name and options. A Hub id alone is short for the encoder class with this id in its `hub_ids`,
+    or for `whisper` if there is none."""
     connector: Part | list[Part] = {"name": "mlp"}
-    """What stands between encoders and integration: one for all of them, or a list, of which each may say by
-    `encoders: [0, 2]` which it takes, and else takes the one in its place. Each makes a stream of tokens."""
+    """Connectors between encoders and integration; each makes one stream. A single one is used for each encoder, or
+    fuses all of them (`lfst`). In a list, each takes the encoder of its index, or those of `encoders: [0, 2]`."""
     integration: Part = {"name": "pal"}
-    """How the audio enters the LLM."""
+    """Fusion method: how audio enters the LLM."""
     system: str | None = None
-    """System prompt put before conversations that bring none."""
+    """System prompt of conversations without one."""
     notice: str | None = None
-    """What a user must know before trusting an answer; shown by `pal ask`."""
+    """Warning about the model's limits, shown by `pal ask`."""
 
     @field_validator("llm", mode="before")
     @classmethod

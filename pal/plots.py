@@ -1,6 +1,6 @@
-"""Plots: the one place that asks for matplotlib, an optional dependency (`pip install 'pal-audio[plots]'`).
+"""Plots with matplotlib, an optional dependency that no other module imports (`pip install 'pal-audio[plots]'`).
 
-A plot is a function that draws into an empty figure. `render` makes a PNG of it, the same bytes for the same numbers.
+A plot is a function that draws into an empty figure. `render` makes a PNG of it: equal data give equal bytes.
 """
 
 from __future__ import annotations
@@ -17,42 +17,41 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 Draw = Callable[["Figure"], None]
-"""Draws into an empty matplotlib figure."""
+"""Function that draws a plot into an empty matplotlib figure."""
 
 MISSING = "plots need matplotlib: pip install 'pal-audio[plots]'"
 TIME = "time"
-"""Group id (`set_gid`) of axes whose x are the seconds of a clip: `Rendered.time_axes` says where they lie."""
+"""Group id (`set_gid`) of axes whose x axis is the time of a clip in seconds; `Rendered.time_axes` locates them."""
 DPI = 120
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
-"""Okabe and Ito's palette, those that are dark enough for lines: told apart by colour-blind eyes."""
+"""Okabe and Ito's palette for colour-blind readers, without the colours too light for lines."""
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-"""One for each colour, for prints in grey."""
+"""Marker of each colour, for prints in grey."""
 _DASHES = ("-", "--", ":", "-.")
 
 
 @dataclass(frozen=True)
 class Rendered:
-    """A plot as a picture."""
+    """Rendered plot."""
 
     png: bytes
     time_axes: list[dict[str, float]]
-    """Of each axes with the group id `TIME` its sides, `left`, `right`, `top` and `bottom`, as fractions of the
-    picture's width and height from the upper left corner, and the seconds at its left and right side, `start` and
-    `end`."""
+    """For each axes with the group id `TIME`: `left`, `right`, `top` and `bottom` as fractions of the picture's width
+    or height from the upper left corner, and `start` and `end`, the seconds at its left and right side."""
 
 
 def render(draw: Draw, size: tuple[float, float] = (8.0, 4.5)) -> Rendered | None:
-    """The plot as PNG; None, with a line in the log, where matplotlib is missing.
+    """Render a plot as PNG; without matplotlib, log a warning and return None.
 
     Args:
-        draw: what to draw.
+        draw: the plot.
         size: width and height in inches.
     """
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        logger.warning("no %s", MISSING)
+        logger.warning("%s", MISSING)
         return None
     figure = Figure(figsize=size, dpi=DPI, layout="constrained")
     draw(figure)
@@ -73,18 +72,18 @@ def style_of(place: int) -> dict[str, Any]:
 
 
 def plain(text: str) -> str:
-    """Text of a user as a label: matplotlib takes `$` for mathematics, and hides what begins with `_` from legends."""
+    """Escape text as a label: matplotlib parses `$` as mathematics, and legends omit labels that begin with `_`."""
     shown = printable(text).replace("$", r"\$")
     return f" {shown}" if shown.startswith("_") else shown
 
 
 def printable(text: str) -> str:
-    """The text with a dot for each control character, for which fonts have no picture."""
+    """The text with a dot for each control character, for which fonts have no glyph."""
     return "".join(letter if letter.isprintable() else "·" for letter in text)
 
 
 def _time_axes(figure: Figure) -> list[dict[str, float]]:
-    """Of a figure that has been drawn, which is when its layout is known."""
+    """`Rendered.time_axes` of a figure; drawing it first fixes its layout."""
     found = []
     for axes in figure.axes:
         if axes.get_gid() == TIME:

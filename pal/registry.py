@@ -27,7 +27,7 @@ _CLASSES: dict[str, dict[str, type]] = {kind: {} for kind in _PACKAGES}
 
 
 def register(kind: str, name: str) -> Callable[[T], T]:
-    """Class decorator: make the class buildable as `name` among the parts of its kind."""
+    """Class decorator that registers a part of a kind under a name."""
 
     def add(cls: T) -> T:
         config = getattr(cls, "Config", None)
@@ -40,7 +40,7 @@ def register(kind: str, name: str) -> Callable[[T], T]:
 
 
 def unregister(kind: str, name: str) -> None:
-    """Forget a part, such as one that a test registered; nothing where there is none."""
+    """Remove a part, such as one that a test registered; ignores unknown names."""
     _CLASSES[kind].pop(name, None)
 
 
@@ -55,7 +55,7 @@ def names(kind: str) -> list[str]:
 
 @cache
 def _load_others(group: str) -> None:
-    """Import the modules that other distributions name as entry points of the group `pal.encoders`, ..."""
+    """Import the entry points of other distributions in a group such as `pal.encoders`, which register parts."""
     for entry in entry_points(group=f"pal.{group}"):
         try:
             entry.load()
@@ -73,15 +73,15 @@ def lookup(kind: str, name: str) -> type:
 
 
 def check(kind: str, options: Mapping[str, Any] | str) -> None:
-    """What `build` would check, without building: the name and the options."""
+    """Check name and options as `build` does, without building."""
     _resolve(kind, options)
 
 
 def build(kind: str, options: Mapping[str, Any] | str, **context: Any) -> Any:
     """Build the part that `options` describes: a name, or `{"name": ..., option: value}`.
 
-    `context` is what the surrounding model knows and a recipe should not repeat, such as widths; it
-    is passed to the class beside the checked `config`.
+    `context` has arguments that follow from the rest of the model, such as widths; the class gets them beside the
+    checked `config`.
     """
     cls, config = _resolve(kind, options)
     return cls(config, **context)
@@ -97,9 +97,9 @@ def _resolve(kind: str, options: Mapping[str, Any] | str) -> tuple[type, StrictC
 
 
 def toy(kind: str, options: Mapping[str, Any] | str) -> dict[str, Any]:
-    """The options of a small version of a part, which reads no weights; see `StrictConfig.toy`."""
+    """Options of a small version of a part with random weights; see `StrictConfig.toy`."""
     _, config = _resolve(kind, options)
     name = options if isinstance(options, str) else options["name"]
     small = config.toy()
-    # with its defaults a part would name a `path` of None, and a bundle would take it for one that has a source
+    # without defaults: with a `path`, even None, a bundle would expect a source of weights
     return {"name": name, **small.model_dump(mode="json", exclude_defaults=True)}

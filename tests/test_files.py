@@ -6,7 +6,7 @@ import math
 import pytest
 
 from pal.errors import BundleError
-from pal.files import MANIFEST, amend, atomic_folder, jsonable, move_into, recover, strangers, verify, write_text
+from pal.files import MANIFEST, amend, atomic_folder, jsonable, move_into, recover, unlisted_files, verify, write_text
 
 
 def write(folder, text="one"):
@@ -106,11 +106,11 @@ def test_files_move_beside_others(tmp_path):
     manifest = json.loads((tmp_path / "f" / MANIFEST).read_text())
     manifest["sha256"]["../outside.txt"] = ""
     (tmp_path / "f" / MANIFEST).write_text(json.dumps(manifest))
-    assert strangers(tmp_path / "f") == {"notes/mine.txt"}
+    assert unlisted_files(tmp_path / "f") == {"notes/mine.txt"}
     write(tmp_path / "new")
     move_into(tmp_path / "new", tmp_path / "f")
     assert set(verify(tmp_path / "f")) == {"a.txt", "sub/b.txt"}
-    assert strangers(tmp_path / "f") == {"notes/mine.txt"}
+    assert unlisted_files(tmp_path / "f") == {"notes/mine.txt"}
     assert not (tmp_path / "f" / "old.txt").exists()
     assert (tmp_path / "outside.txt").read_text() == "somebody's"
 

@@ -43,7 +43,7 @@ def answered(monkeypatch, right):
         return SimpleNamespace(
             items=[
                 SimpleNamespace(
-                    id=one.id, task=one.task, correct=right(one, model._hidden), no_audio_correct=False, error=None
+                    id=one.id, task=one.task, correct=right(one, model._masks), no_audio_correct=False, error=None
                 )
                 for one in records
             ]
