@@ -1,4 +1,4 @@
-"""The contract of audio encoders: waveforms in, `AudioFeatures` out, nothing cut."""
+"""The contract of audio encoders: waveforms in, `AudioFeatures` out, nothing truncated."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
@@ -13,34 +13,34 @@ from pal.transfer import to_device
 from pal.types import AudioFeatures, Frames
 
 WINDOWS_AT_ONCE = 16
-"""That a network takes: an hour in windows of 30 s is a batch of 120, and more at once would only take more memory."""
+"""Windows in one forward pass of a network. An hour has 120 windows of 30 s; a larger batch only takes more memory."""
 SAMPLES_AT_ONCE = 1 << 22
-"""That a front-end takes: its spectra in double precision need some 60 bytes for each."""
+"""Samples in one call of a front-end, whose spectra in double precision need about 60 bytes a sample."""
 
 
 class Encoder(nn.Module, ABC):
-    """Turns clips of any length into tokens.
+    """Audio encoder: clips of any length to tokens.
 
-    A concrete encoder says how one window becomes a front-end matrix (`frontend`) and how a batch
-    of them becomes tokens (`forward`). `prepare` and `encode` do the rest: clips longer than the
-    encoder's window are taken window by window and their tokens joined in order. `prepare` needs neither weights nor
-    the device, so that the threads that load data can do it ahead.
+    A concrete encoder computes the front-end frames of one window (`frontend`) and the tokens of a batch of windows
+    (`forward`). `prepare` and `encode` do the rest: they split clips that are longer than the encoder's window and join
+    the tokens of the windows in order. `prepare` needs neither weights nor the device, so that the threads that load
+    data can call it ahead.
     """
 
     hub_ids: tuple[str, ...] = ()
-    """How the Hub ids of its published weights begin: such an id alone names the encoder."""
+    """Prefixes of the Hub ids of its published weights; such an id can be given in place of the encoder's name."""
     config: Any
-    """The checked options it was built from."""
+    """Options that the encoder was built from."""
     sampling_rate: int
-    """Hz that `frontend` expects."""
+    """Hz of the samples that `frontend` takes."""
     width: int
     """E, the width of a token."""
     seconds_per_token: float
     window_seconds: float | None = None
-    """Longest stretch the network takes at once; None when any length goes."""
+    """Longest window that the network takes; None: any length."""
 
     def standalone_config(self) -> Any:
-        """A configuration that builds this network without reading weights, for bundles that hold them all."""
+        """Configuration that builds this network without reading weights, for bundles that contain all of them."""
         return self.config
 
     @abstractmethod
@@ -48,25 +48,25 @@ class Encoder(nn.Module, ABC):
         """Mono samples of at most one window, float32 [N] -> frames [F, M] on the CPU, deterministic."""
 
     def frontends(self, windows: Sequence[Tensor]) -> list[Tensor]:
-        """What `frontend` makes of each window; an encoder that can do several in one call says so here."""
+        """`frontend` of several windows; override it to compute them in one call."""
         return [self.frontend(samples_N) for samples_N in windows]
 
     @abstractmethod
     def forward(self, frames_WFM: Tensor, lengths: Sequence[int]) -> AudioFeatures:
-        """Zero-padded frames and the number of real ones of each window -> tokens [W, A, E].
+        """Zero-padded frames and the number of real frames of each window -> tokens [W, A, E].
 
-        How many tokens are real is worked out from `lengths`: reading a tensor would make the host wait for the device.
+        The number of real tokens is computed from `lengths`: reading a tensor would make the host wait for the device.
         """
 
     def prepare(self, waveforms: Sequence[Tensor]) -> Frames:
-        """Waveforms [N] at `sampling_rate`, one a clip -> the frames of all their windows, on the host.
+        """Waveforms [N] at `sampling_rate`, one for each clip -> front-end frames of all their windows, on the host.
 
-        They are in pinned memory where the encoder is on a CUDA device.
+        The frames are in pinned memory if the encoder is on a CUDA device.
         """
         pinned = next(self.parameters()).is_cuda
         cut = [self._windows(samples_N) for samples_N in waveforms]
         frames: list[Tensor] = []
-        with torch.autocast("cpu", enabled=False):  # spectra in half precision are not those of the papers
+        with torch.autocast("cpu", enabled=False):  # half precision would change the frames
             for group in _groups([window_N for clip in cut for window_N in clip]):
                 frames += self.frontends(group)
         most = len(frames) if self.window_seconds is None else WINDOWS_AT_ONCE
@@ -79,8 +79,7 @@ class Encoder(nn.Module, ABC):
         )
 
     def encode(self, clips: Sequence[Tensor] | Frames) -> AudioFeatures:
-        """Waveforms as `prepare` takes them, or what it made of them -> features [B, A, E], with padding behind the
-        shorter ones."""
+        """Waveforms, or their frames from `prepare` -> features [B, A, E], padded at the end."""
         frames = clips if isinstance(clips, Frames) else self.prepare(clips)
         weight = next(self.parameters())
         parts = [
@@ -96,7 +95,7 @@ class Encoder(nn.Module, ABC):
 
 
 def _groups(windows: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """Neighbouring windows that a front-end takes at once."""
+    """Split windows, in order, into groups of at most `SAMPLES_AT_ONCE` samples or one window."""
     group: list[Tensor] = []
     for samples_N in windows:
         if group and sum(map(len, group)) + len(samples_N) > SAMPLES_AT_ONCE:
@@ -108,7 +107,7 @@ def _groups(windows: Sequence[Tensor]) -> Iterator[list[Tensor]]:
 
 
 def _one_batch(parts: list[AudioFeatures]) -> AudioFeatures:
-    """Features of several forward passes as if they were of one."""
+    """Concatenate the features of several forward passes."""
     if len(parts) == 1:
         return parts[0]
     longest = max(part.x_BAE.shape[1] for part in parts)
@@ -118,15 +117,15 @@ def _one_batch(parts: list[AudioFeatures]) -> AudioFeatures:
 
 
 def join_windows(features: AudioFeatures, counts: Sequence[int]) -> AudioFeatures:
-    """The real tokens of each clip's windows, in order of time.
+    """Join the real tokens of each clip's windows, in order of time.
 
     Args:
-        features: of all windows, clip after clip.
-        counts: windows of each clip.
+        features: features of all windows, clip after clip.
+        counts: number of windows of each clip.
     """
     if all(count == 1 for count in counts):
         return features
-    # taken apart at once: the gradient of each slice alone would be as large as all of them
+    # unbind once: the gradient of each single slice would be as large as the whole tensor
     windows = [x_AE[:n] for x_AE, n in zip(features.x_BAE.unbind(), features.lengths, strict=True)]
     clips = []
     for count in counts:

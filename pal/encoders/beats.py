@@ -1,11 +1,10 @@
-"""BEATs (Chen et al. 2022, arXiv 2212.09058): a transformer over patches with gated relative positions.
+"""`beats`: BEATs (Chen et al. 2022, arXiv 2212.09058), a transformer over patches with gated relative positions.
 
-Written from the paper and the published description of the architecture; the names of the weights
-are those of the official checkpoints. What was checked: every step against an independent
-implementation in plain matrix products, and the relative positions against those of transformers'
-WavLM, which BEATs took them from (with one difference: the gate sees the projected query, where
-WavLM's sees the layer's input). What was not: no official weights could be had, so nothing was
-compared with the original's own output.
+Written from the paper and the published description of the architecture; weights have the names of the official
+checkpoints. Every step was checked against an independent implementation in plain matrix products, and the relative
+positions against transformers' WavLM, from which BEATs has them (with one difference: the gate's input is the projected
+query, in WavLM the layer's input). Nothing was compared with the original's own output, since the official weights were
+not available.
 """
 
 import math
@@ -31,7 +30,7 @@ _MELS = 128
 _MEAN = 15.41663
 _STD = 6.55582
 _SCALE = 2.0**15
-"""To 16-bit integers, as Kaldi has them."""
+"""Factor to 16-bit integers, which Kaldi expects."""
 
 
 class BeatsArchitecture(StrictConfig):
@@ -42,25 +41,25 @@ class BeatsArchitecture(StrictConfig):
     embed_dim: int = Field(default=512, ge=1)
     """Width of a patch before the transformer."""
     conv_bias: bool = False
-    """Whether the patch embedding has a bias."""
+    """True if the patch embedding has a bias."""
     encoder_layers: int = Field(default=12, ge=1, le=1_000)
-    """Layers."""
+    """Number of layers."""
     encoder_embed_dim: int = Field(default=768, ge=1)
-    """E."""
+    """E, width of the transformer."""
     encoder_ffn_embed_dim: int = Field(default=3072, ge=1)
     """Width of the feed-forward network."""
     encoder_attention_heads: int = Field(default=12, ge=1)
-    """H."""
+    """H, attention heads."""
     deep_norm: bool = True
-    """Whether residuals weigh (2 * layers) ** 0.25 (DeepNet, Wang et al. 2022)."""
+    """Scale residuals by (2 * layers) ** 0.25 (DeepNet, Wang et al. 2022)."""
     conv_pos: int = Field(default=128, ge=1)
-    """Patches that the convolutional positions span."""
+    """Kernel of the positional convolution, in patches."""
     conv_pos_groups: int = Field(default=16, ge=1)
-    """Groups of that convolution."""
+    """Groups of the positional convolution."""
     num_buckets: int = Field(default=320, ge=4)
-    """Buckets of relative positions, half of them for each direction."""
+    """Buckets of relative positions, half of them for either direction."""
     max_distance: int = Field(default=800, ge=1)
-    """Patches from which on all positions are the same."""
+    """Distance in patches from which on all distances share a bucket."""
 
     @model_validator(mode="after")
     def _fits(self) -> "BeatsArchitecture":
@@ -70,12 +69,12 @@ class BeatsArchitecture(StrictConfig):
         if _MELS % self.input_patch_size:
             raise ValueError(f"{_MELS} mel bins are no multiple of input_patch_size {self.input_patch_size}")
         if self.max_distance <= self.num_buckets // 4:
-            raise ValueError(f"max_distance {self.max_distance} is within the {self.num_buckets // 4} single distances")
+            raise ValueError(f"max_distance {self.max_distance} is not above num_buckets / 4 = {self.num_buckets // 4}")
         return self
 
 
 class BeatsNetwork(nn.Module):
-    """The network; its parts and their names are the official ones."""
+    """Network of BEATs; modules and their names are the official ones."""
 
     def __init__(self, sizes: BeatsArchitecture) -> None:
         super().__init__()
@@ -86,7 +85,7 @@ class BeatsNetwork(nn.Module):
         self.encoder = _Transformer(sizes)
 
     def forward(self, frames_WFM: Tensor, mask_WA: Tensor | None) -> Tensor:
-        """Normalised frames, a multiple of the patch, which patches are real -> [W, A, E], A = step * P + patch."""
+        """Normalised frames [W, F, M] of whole patches, mask of real patches -> [W, A, E], A = step * P + patch."""
         x_WAE = self.layer_norm(self.patch_embedding(frames_WFM[:, None]).flatten(2).mT)
         if self.post_extract_proj is not None:
             x_WAE = self.post_extract_proj(x_WAE)
@@ -97,8 +96,8 @@ class BeatsNetwork(nn.Module):
 class Beats(Encoder):
     """Patches of 16 mel bins by 160 ms: 8 a step, 50 a second, in order of time and from low to high frequency.
 
-    A window may be of any length up to `window_seconds`; its last patch is filled up with silence.
-    There is no dropout, in training neither.
+    A window may have any length up to `window_seconds`; its last patches are padded with silence. There is no dropout,
+    not even in training.
     """
 
     class Config(StrictConfig):
@@ -109,17 +108,17 @@ class Beats(Encoder):
         revision: str | None = None
         """Branch, tag or commit on the Hub."""
         architecture: BeatsArchitecture | None = None
-        """Sizes. Where given, nothing is read from `path`: the network is built with random weights, for
-        a caller that then loads its own. `{}` is the published models'."""
+        """Sizes of the network; `{}` has those of the published models. If given, `path` is not read: the network is
+        built with random weights, for callers that load weights afterwards."""
         frequency: Frequency = "tokens"
-        """`tokens`: every patch is a token, 50 a second. `mean`: one token a step of 160 ms, the mean over
-        its 8 frequencies."""
+        """`tokens`: each patch is a token, 50 a second. `mean`: one token a step of 160 ms, the mean over its 8
+        patches."""
         window_seconds: float = 10.24
-        """Longest stretch taken at once; a multiple of a patch's 0.16 s. BEATs was trained on clips of up
-        to 10 s. The cost of attention grows with its square."""
+        """Longest window; a multiple of a patch's 0.16 s. BEATs was trained on clips of up to 10 s. The cost of
+        attention grows with its square."""
 
         def toy(self) -> "Beats.Config":
-            """One layer."""
+            """Toy size, with one layer."""
             sizes = BeatsArchitecture(
                 embed_dim=8,
                 encoder_embed_dim=16,
@@ -154,26 +153,25 @@ class Beats(Encoder):
             self.network.load_state_dict(weights.check(self.network, tensors, f"encoder 'beats': {config.path}"))
 
     def standalone_config(self) -> Config:
-        """A config that builds the same network without reading `path`, for bundles with all weights."""
+        """Options that build the same network without reading `path`, for bundles that contain all weights."""
         return self.config.model_copy(update={"architecture": self._sizes})
 
     def frontend(self, samples_N: Tensor) -> Tensor:
-        """Samples at 16 kHz [N] -> normalised log-mel frames of 10 ms, as many as whole patches take [F, M].
+        """Samples at 16 kHz [N] -> normalised log-mel frames of 10 ms [F, M], for a whole number of patches.
 
-        Silence behind the clip fills the last patch up, as it does in the original for the shorter
-        clips of a batch.
+        The last patches are padded with silence, as the original does for the shorter clips of a batch.
         """
         return self.frontends([samples_N])[0]
 
     def frontends(self, windows: Sequence[Tensor]) -> list[Tensor]:
-        """The same of several windows in one transform."""
+        """`frontend` of several windows, in one FFT."""
         size = self._sizes.input_patch_size
         frames = [size * -(-len(samples_N) // (size * HOP)) for samples_N in windows]
         made = fbanks(windows, mels=_MELS, window="povey", scale=_SCALE, frames=frames)
         return [(frames_FM - _MEAN) / (2 * _STD) for frames_FM in made]
 
     def forward(self, frames_WFM: Tensor, lengths: Sequence[int]) -> AudioFeatures:
-        """Frames as `frontend` makes them, zero-padded, and how many of each -> tokens [W, A, E]."""
+        """Zero-padded frames from `frontend` and their number in each window -> tokens [W, A, E]."""
         steps = [n // self._sizes.input_patch_size for n in lengths]
         patches = frames_WFM.shape[1] // self._sizes.input_patch_size * self._patches
         real = [self._patches * n for n in steps]
@@ -187,7 +185,7 @@ class _Transformer(nn.Module):
         super().__init__()
         self.pos_conv = nn.ModuleList([_PositionalConv(sizes)])
         self.layer_norm = nn.LayerNorm(sizes.encoder_embed_dim)
-        # The bias is the first layer's and serves all of them.
+        # The first layer has the bias that all layers use.
         self.layers = nn.ModuleList(_Layer(sizes, has_bias=at == 0) for at in range(sizes.encoder_layers))
 
     def forward(self, x_WAE: Tensor, mask_WA: Tensor | None) -> Tensor:
@@ -202,7 +200,7 @@ class _Transformer(nn.Module):
 
 
 class _PositionalConv(nn.Module):
-    """A convolution over the patches in their order, its weight stored as direction and length of each tap."""
+    """Convolution over the sequence of patches, with weight normalisation for each tap."""
 
     def __init__(self, sizes: BeatsArchitecture) -> None:
         super().__init__()
@@ -237,7 +235,7 @@ class _Layer(nn.Module):
 
 
 class _BeatsAttention(nn.Module):
-    """Attention with a bias for each relative position, which each query scales by a gate of its own."""
+    """Attention with a bias for each relative position, scaled by a gate that each query computes."""
 
     def __init__(self, sizes: BeatsArchitecture, has_bias: bool) -> None:
         super().__init__()
@@ -269,21 +267,25 @@ class _BeatsAttention(nn.Module):
         scores_WHAK = gate_WHA1 * bias_HAK
         if mask_WA is not None:
             scores_WHAK = scores_WHAK.masked_fill(~mask_WA[:, None, None], -torch.inf)
-        heard_WHAC = F.scaled_dot_product_attention(q_WHAC, k_WHAC, v_WHAC, attn_mask=scores_WHAK)
-        return self.out_proj(heard_WHAC.transpose(1, 2).flatten(2))
+        mixed_WHAC = F.scaled_dot_product_attention(q_WHAC, k_WHAC, v_WHAC, attn_mask=scores_WHAK)
+        return self.out_proj(mixed_WHAC.transpose(1, 2).flatten(2))
 
 
 def _bucket(distance_AK: Tensor, buckets: int, max_distance: int) -> Tensor:
-    """Signed distances -> buckets: one each for the first half, then wider ones; keys ahead have the upper set."""
+    """Bucket of each signed distance, key minus query.
+
+    Small distances have a bucket each; larger ones share buckets of logarithmic width. Positive distances use the
+    second set of `buckets` buckets.
+    """
     exact = buckets // 2
-    # clamped, because the logarithm of 0 is no integer
+    # clamped, since log(0) cannot be converted to an integer
     growth_AK = torch.log(distance_AK.abs().clamp_min(exact).float() / exact) / math.log(max_distance / exact)
     far_AK = (exact + (growth_AK * (buckets - exact)).long()).clamp_max(buckets - 1)
     return torch.where(distance_AK.abs() < exact, distance_AK.abs(), far_AK) + buckets * (distance_AK > 0)
 
 
 def own_layout(tensors: dict[str, Tensor], where: str) -> dict[str, Tensor]:
-    """Official tensors by the names of `BeatsNetwork`: without the copies of the bias that each further layer has.
+    """Official tensors with the names of `BeatsNetwork`, without the copies of the position bias in later layers.
 
     Raises:
         ConfigError: the copies differ.
@@ -292,20 +294,20 @@ def own_layout(tensors: dict[str, Tensor], where: str) -> dict[str, Tensor]:
     first = tensors.get(f"encoder.layers.0.{bias}")
     copies = [name for name in tensors if name.endswith(f".{bias}") and not name.startswith("encoder.layers.0.")]
     if first is not None and not all(torch.equal(first, tensors[name]) for name in copies):
-        raise ConfigError(f"{where}: its layers have relative positions of their own; this encoder shares them")
+        raise ConfigError(f"{where}: its layers have different relative position biases, and this encoder shares one")
     return {name: tensor for name, tensor in tensors.items() if name not in copies}
 
 
 def check_kind(fields: dict[str, Any], where: str) -> None:
-    """Raise ConfigError where a `cfg` asks for what this network does not do."""
+    """Raise `ConfigError` if the official `cfg` has an option that this network does not support."""
     needed = {"layer_norm_first": False, "relative_position_embedding": True, "gru_rel_pos": True}
     for name, value in (needed | {"activation_fn": "gelu"}).items():
         if fields.get(name, value) != value:
-            raise ConfigError(f"{where}: '{name}' is {fields[name]}, and this encoder only does {value}")
+            raise ConfigError(f"{where}: '{name}' is {fields[name]}, and this encoder supports only {value}")
 
 
 def _read(config: Beats.Config) -> tuple[BeatsArchitecture, dict[str, Tensor]]:
-    """Sizes and tensors of a folder or Hub id. Raises ConfigError where there are none."""
+    """Read sizes and tensors from a folder or the Hub; `ConfigError` if there are none."""
     if config.path is None:
         raise ConfigError(
             "encoder 'beats': missing key 'path'; make a folder with: pal convert BEATs.pt FOLDER --layout beats"

@@ -1,4 +1,4 @@
-"""One network out of a checkpoint that may hold much more, from a Hub id or a folder, safetensors only."""
+"""Load an encoder's network from a checkpoint of it, or of a larger model; safetensors only."""
 
 import json
 from collections.abc import Mapping
@@ -17,21 +17,21 @@ _WEIGHTS = "model.safetensors"
 
 @dataclass(frozen=True)
 class EncoderCheckpoint:
-    """Where an encoder's weights are. Every error is a ConfigError of one line that says so."""
+    """Location of an encoder's pretrained weights. All errors are `ConfigError`s that name it."""
 
     encoder: str
-    """The registered name, for messages."""
+    """Registered name of the encoder, for error messages."""
     path: str
     """Hub id or folder."""
     revision: str | None
     """Branch, tag or commit on the Hub."""
 
-    def fields(self, places: Mapping[str, str | None]) -> dict[str, Any]:
-        """The network's configuration.
+    def fields(self, config_keys: Mapping[str, str | None]) -> dict[str, Any]:
+        """Fields of the network's configuration.
 
         Args:
-            places: for each `model_type` that can be read, the field of config.json that holds the
-                network's configuration, or None where it is the whole of it.
+            config_keys: for each supported `model_type`, the key of config.json that holds the network's
+                configuration; None: the whole file.
         """
         from transformers import PreTrainedConfig
 
@@ -40,36 +40,36 @@ class EncoderCheckpoint:
         except OSError as error:
             raise self._unreadable(error) from None
         found = fields.get("model_type", "none")
-        if found not in places:
-            wanted = " or ".join(f"'{name}'" for name in places)
+        if found not in config_keys:
+            wanted = " or ".join(f"'{name}'" for name in config_keys)
             raise self._error(f"holds no model of type {wanted} (found: {found}); give a Hub id or a folder")
-        place = places[found]
-        return fields if place is None else dict(fields.get(place) or {})
+        key = config_keys[found]
+        return fields if key is None else dict(fields.get(key) or {})
 
-    def load(self, network: Any, config: Any, part: str, computed: tuple[str, ...] = ()) -> Any:
-        """The network in float32, in evaluation mode.
+    def load(self, network: Any, config: Any, submodule: str, computed: tuple[str, ...] = ()) -> Any:
+        """Load the network in float32, in evaluation mode.
 
-        Only its own tensors are read, and only the files that hold some of them are fetched.
+        Only its own tensors are read, and only the files that contain them are downloaded.
 
         Args:
             network: a model class of transformers.
             config: its configuration.
-            part: what the network is called inside of a larger model; `part.x` and `model.part.x` are
-                then its tensor `x`. Where no tensor has such a name, the checkpoint is the network.
-            computed: last parts of names that need not be there, because the class fills them itself.
+            submodule: name of the network within a larger model: tensors `{submodule}.x` and `model.{submodule}.x` are
+                loaded as `x`. If no tensor has such a name, all tensors are the network's.
+            computed: endings of the names of tensors that may be missing, because the class computes them.
         """
         from safetensors import SafetensorError
 
         try:
-            tensors = self._tensors(part)
-        except (OSError, SafetensorError, ValueError, KeyError) as error:  # the last two: a damaged index
+            tensors = self._tensors(submodule)
+        except (OSError, SafetensorError, ValueError, KeyError) as error:  # ValueError and KeyError: a damaged index
             raise self._unreadable(error) from None
         model, report = network.from_pretrained(
             None,
             config=config,
             state_dict=tensors,
             dtype=torch.float32,
-            ignore_mismatched_sizes=True,  # they are an error below, in one line
+            ignore_mismatched_sizes=True,  # reported below, in one line
             output_loading_info=True,
         )
         missing = sorted(name for name in report["missing_keys"] if not name.endswith(computed))
@@ -80,11 +80,11 @@ class EncoderCheckpoint:
             raise self._error(f"has '{name}' in another shape than its config.json says; fetch it again")
         return model
 
-    def _tensors(self, part: str) -> dict[str, Tensor]:
+    def _tensors(self, submodule: str) -> dict[str, Tensor]:
         from safetensors import safe_open
 
         files = self._files()
-        own = _own_names(files, part)
+        own = _own_names(files, submodule)
         tensors = {}
         for file in sorted({files[name] for name in own}):
             with safe_open(self._file(file), framework="pt") as reader:
@@ -94,12 +94,12 @@ class EncoderCheckpoint:
         return tensors
 
     def _files(self) -> dict[str, str]:
-        """Name of each tensor -> the file that holds it."""
+        """File of each tensor, by the tensor's name."""
         from safetensors import safe_open
 
         try:
             index = self._file(_INDEX)
-        except OSError:  # one file then
+        except OSError:  # not sharded: all tensors are in one file
             with safe_open(self._file(_WEIGHTS), framework="pt") as reader:
                 return dict.fromkeys(reader.keys(), _WEIGHTS)
         return dict(json.loads(Path(index).read_text())["weight_map"])
@@ -108,7 +108,7 @@ class EncoderCheckpoint:
         from transformers.utils import cached_file
 
         found = cached_file(self.path, name, revision=self.revision)
-        assert found is not None  # it raises
+        assert found is not None  # it raises if there is no such file
         return found
 
     def _unreadable(self, error: Exception) -> ConfigError:
@@ -119,8 +119,8 @@ class EncoderCheckpoint:
         return ConfigError(f"encoder '{self.encoder}': {self.path} {message}")
 
 
-def _own_names(files: Mapping[str, str], part: str) -> dict[str, str]:
-    """Name in the checkpoint -> name in the network, of the tensors of `part`, or of all where there is none."""
-    split = {name: f".{name}".partition(f".{part}.") for name in files}
+def _own_names(files: Mapping[str, str], submodule: str) -> dict[str, str]:
+    """Name in the checkpoint -> name in the network, of the submodule's tensors, or of all if it has none."""
+    split = {name: f".{name}".partition(f".{submodule}.") for name in files}
     inside = {name: rest for name, (_, found, rest) in split.items() if found}
     return inside or {name: name for name in files}

@@ -2,7 +2,7 @@
 
 Numbers as in Kaldi's `compute-fbank-feats` at 16 kHz, which is also what torchaudio's
 `compliance.kaldi.fbank` and the numpy path of transformers' `ASTFeatureExtractor` compute: frames of
-25 ms every 10 ms, the mean of each frame taken off, pre-emphasis 0.97, an FFT of 512 points,
+25 ms every 10 ms, the mean of each frame subtracted, pre-emphasis 0.97, an FFT of 512 points,
 triangles from 20 Hz to 8 kHz on Kaldi's mel scale, natural logarithm, no dither, no energy.
 """
 
@@ -16,15 +16,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 RATE = 16_000
-"""Hz."""
+"""Sampling rate in Hz."""
 HOP = 160
-"""Samples from one frame to the next: 10 ms."""
+"""Samples between the starts of frames: 10 ms."""
 
 _LENGTH = 400
 _FFT = 512
 _PREEMPHASIS = 0.97
 _FLOOR = torch.finfo(torch.float32).eps
-"""Energy that counts as silence."""
+"""Lowest energy of a mel bin, before the logarithm."""
 
 
 def fbank(
@@ -41,10 +41,10 @@ def fbank(
         mels: M.
         window: `hanning`, or Kaldi's own `povey`, which is hanning to the power of 0.85.
         scale: factor on the samples; 2 ** 15 gives the 16-bit integers that Kaldi expects.
-        frames: F; without it, the fewest that leave no sample out.
+        frames: F; None: the smallest number that covers all samples.
 
-    Kaldi leaves out the up to 159 samples at the end that fill no frame. Here zeros are put behind
-    the clip so that the last frame holds them; all other frames are Kaldi's.
+    Kaldi drops up to 159 samples at the end, which do not fill a frame. Here the clip is padded with zeros, so that
+    the last frame contains them; all other frames are Kaldi's.
     """
     return fbanks([samples_N], mels, window, scale, None if frames is None else [frames])[0]
 
@@ -56,7 +56,7 @@ def fbanks(
     scale: float = 1.0,
     frames: Sequence[int] | None = None,
 ) -> list[Tensor]:
-    """`fbank` of each of some clips of any lengths; all their frames go through one transform."""
+    """`fbank` of several clips of any lengths, in one FFT."""
     if frames is None:
         frames = [whole_frames(len(samples_N)) for samples_N in clips]
     framed = []
@@ -73,12 +73,12 @@ def fbanks(
 
 
 def whole_frames(samples: int) -> int:
-    """The fewest frames that hold all of so many samples."""
+    """Smallest number of frames that cover all samples."""
     return 1 + max(0, -(-(samples - _LENGTH) // HOP))
 
 
-def begun_frames(samples: int) -> int:
-    """The 10 ms steps that so many samples begin; at most two more than `whole_frames`."""
+def hops(samples: int) -> int:
+    """Number of 10 ms steps, rounded up; 0 to 2 more than `whole_frames`."""
     return -(-samples // HOP)
 
 
@@ -95,7 +95,7 @@ def _filters(mels: int) -> Tensor:
     from transformers.audio_utils import mel_filter_bank
 
     with warnings.catch_warnings():
-        # With 128 bins, one of the lowest lies between two points of the FFT and is always silent, as in Kaldi.
+        # With 128 mel bins, one of the lowest lies between two FFT bins and is always silent, as in Kaldi.
         warnings.filterwarnings("ignore", message="At least one mel filter has all zero values")
         filters_XM = mel_filter_bank(
             num_frequency_bins=_FFT // 2 + 1,

@@ -1,7 +1,7 @@
-"""transformers' mask of padding for encoders, made without asking the device whether any token is padding.
+"""Padding mask for transformers encoders, made without waiting for the device.
 
-transformers leaves a mask away where nothing is masked, and finds out by reading it: the host then waits for the device
-at every batch. Here the caller says so, who knows the lengths.
+transformers leaves the mask out if nothing is padding. To find out, it reads the mask, so that the host waits for the
+device in each batch. Here the caller, who knows the lengths, says whether a batch has padding.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from typing import Any
 
 _NAME = "pal_encoder"
 
-_padded: ContextVar[bool] = ContextVar("padded", default=True)
+_has_padding: ContextVar[bool] = ContextVar("has_padding", default=True)
 
 
 def use_padding_mask(network: Any) -> None:
-    """Padding mask of a transformers network made from known lengths, without asking the device."""
+    """Let a transformers network make its padding masks by `has_padding`, without reading them."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -27,16 +27,16 @@ def use_padding_mask(network: Any) -> None:
 
 
 @contextmanager
-def padded(batch: bool) -> Iterator[None]:
-    """Within it, whether some token of the batch is padding; without it, some may be."""
-    token = _padded.set(batch)
+def has_padding(value: bool) -> Iterator[None]:
+    """Context in which all batches have padding, or none has; outside of it, a batch may have some."""
+    token = _has_padding.set(value)
     try:
         yield
     finally:
-        _padded.reset(token)
+        _has_padding.reset(token)
 
 
 def _mask(*sizes: Any, **options: Any) -> Any:
     from transformers.masking_utils import sdpa_mask
 
-    return sdpa_mask(*sizes, **{**options, "allow_is_bidirectional_skip": False}) if _padded.get() else None
+    return sdpa_mask(*sizes, **{**options, "allow_is_bidirectional_skip": False}) if _has_padding.get() else None

@@ -23,7 +23,7 @@ def tokens_per_step(patches: int, frequency: Frequency) -> int:
 
 
 def pad_windows(frames_WFM: Tensor, lengths: Sequence[int], frames: int, value: float) -> Tensor:
-    """Pad windows [W, F, M] to `frames` frames; all frames of a window after its real ones, `lengths`, become `value`."""
+    """Pad windows [W, F, M] to `frames` frames; all frames after the first `lengths` of a window become `value`."""
     frames_WFM = F.pad(frames_WFM, (0, 0, 0, frames - frames_WFM.shape[1]))
     if min(lengths) >= frames:
         return frames_WFM

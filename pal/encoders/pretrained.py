@@ -1,4 +1,4 @@
-"""What encoders share whose network is a class of transformers."""
+"""Base class of encoders that wrap a transformers network, and its options."""
 
 from __future__ import annotations
 
@@ -13,38 +13,38 @@ from pal.errors import ConfigError
 
 
 class PretrainedOptions(StrictConfig):
-    """Where the network comes from: `path`, or `architecture`, or both."""
+    """Source of the network: `path`, or `architecture`, or both."""
 
     path: str | None = None
     """Hub id, or local folder with safetensors."""
     revision: str | None = None
     """Branch, tag or commit on the Hub."""
     architecture: dict[str, Any] | None = None
-    """Fields of the network's configuration in transformers. Where given, nothing is read from `path`: the network is
-    built with random weights, for a caller that then loads its own."""
+    """Fields of the network's configuration in transformers. If given, `path` is not read: the network is built with
+    random weights, for callers that load weights afterwards."""
 
     def with_architecture(self, **fields: Any) -> Self:
-        """The same options for a network of these sizes that is read from nowhere."""
+        """These options for a network of the given sizes with random weights."""
         return self.model_copy(update={"path": None, "revision": None, "architecture": fields})
 
 
 class PretrainedEncoder(Encoder):
-    """An encoder around a network of transformers, which is its submodule `network`, in float32.
+    """Encoder around a transformers network, the submodule `network`, in float32.
 
     Raises:
-        ConfigError: neither `path` nor `architecture`, or a checkpoint that does not hold the network.
+        ConfigError: neither `path` nor `architecture`, or a checkpoint without the network.
     """
 
     name: ClassVar[str]
-    """As it is registered, for messages."""
+    """Registered name, for error messages."""
     example: ClassVar[str]
-    """A Hub id, for messages."""
-    places: ClassVar[Mapping[str, str | None]]
-    """`model_type` of a checkpoint -> the field of its config.json with the network's configuration; None: all."""
-    part: ClassVar[str]
-    """What the network is called within a larger model's checkpoint."""
+    """Hub id of a checkpoint, for error messages."""
+    config_keys: ClassVar[Mapping[str, str | None]]
+    """Key of config.json with the network's configuration, by the checkpoint's `model_type`; None: the whole file."""
+    submodule: ClassVar[str]
+    """Name of the network within the checkpoint of a larger model."""
     computed: ClassVar[tuple[str, ...]] = ()
-    """Ends of names of tensors that the class fills itself, so that a checkpoint need not have them."""
+    """Endings of the names of tensors that the class computes, so that checkpoints may lack them."""
 
     def __init__(self, config: Any) -> None:
         super().__init__()
@@ -54,10 +54,10 @@ class PretrainedEncoder(Encoder):
     @classmethod
     @abstractmethod
     def classes(cls) -> tuple[Any, Any]:
-        """The network's configuration and model classes; imported in here, since transformers takes a second."""
+        """Configuration and model class of the network; imported in this method, since transformers takes a second."""
 
     def standalone_config(self) -> Any:
-        """Options that build the same network without reading `path`, for bundles with all weights."""
+        """Options that build the same network without reading `path`, for bundles that contain all weights."""
         return self.config.model_copy(update={"architecture": self.network.config.to_diff_dict()})
 
     def _network(self, options: PretrainedOptions) -> Any:
@@ -68,5 +68,5 @@ class PretrainedEncoder(Encoder):
             return network(configuration(**options.architecture))
         assert options.path is not None
         checkpoint = EncoderCheckpoint(self.name, options.path, options.revision)
-        fields = checkpoint.fields(self.places)
-        return checkpoint.load(network, configuration(**fields), part=self.part, computed=self.computed)
+        fields = checkpoint.fields(self.config_keys)
+        return checkpoint.load(network, configuration(**fields), submodule=self.submodule, computed=self.computed)

@@ -1,8 +1,8 @@
-"""SSLAM (Alex et al., ICLR 2025), which is EAT's ViT-B/16 (Chen et al. 2024) with weights of its own.
+"""`sslam`: SSLAM (Alex et al., ICLR 2025), which is EAT's ViT-B/16 (Chen et al. 2024) with other weights.
 
-Written from the published description, github.com/ta012/SSLAM and its configuration; no weights of
-SSLAM could be had while it was written. What the tests hold it to: an independent implementation in
-plain matrix products, the number of parameters, and the names of both published layouts.
+Written from the published description and configuration (github.com/ta012/SSLAM), without access to SSLAM's weights.
+Tests compare it with an independent implementation in plain matrix products, with the published number of parameters,
+and with the names of weights in both published layouts.
 """
 
 from collections.abc import Sequence
@@ -16,14 +16,14 @@ from torch.nn import functional as F
 from pal.config import StrictConfig, parse
 from pal.encoders import weights
 from pal.encoders.base import Encoder
-from pal.encoders.fbank import HOP, RATE, begun_frames, fbanks
+from pal.encoders.fbank import HOP, RATE, fbanks, hops
 from pal.encoders.patches import Frequency, pad_windows, to_features, tokens_per_step
 from pal.errors import ConfigError
 from pal.registry import register
 from pal.types import AudioFeatures
 
 PREFIX = "model."
-"""Before every weight's name on the Hub."""
+"""Prefix of the names of weights on the Hub."""
 
 _POSITIONS = "fixed_positional_encoder.positions"
 _MEAN = -4.268
@@ -34,19 +34,19 @@ class SslamArchitecture(StrictConfig):
     """Sizes of the network, named as in the `config.json` on the Hub. The defaults are SSLAM's: 85.25M parameters."""
 
     embed_dim: int = Field(default=768, ge=4)
-    """E."""
+    """E, width of a token."""
     depth: int = Field(default=12, ge=0, le=1_000)
-    """Blocks."""
+    """Number of blocks."""
     num_heads: int = Field(default=12, ge=1)
-    """H."""
+    """H, attention heads."""
     mlp_ratio: float = Field(default=4.0, gt=0)
-    """Width of the feed-forward network by E."""
+    """Width of the feed-forward network, divided by E."""
     patch_size: int = Field(default=16, ge=1)
     """Frames and mel bins of a patch."""
     img_size: tuple[int, int] = (1024, 128)
-    """Frames of a window, and M."""
+    """Frames and mel bins of a window."""
     norm_eps: float = 1e-6
-    """Of all layer norms."""
+    """Epsilon of all layer norms."""
 
     @model_validator(mode="after")
     def _fits(self) -> "SslamArchitecture":
@@ -58,7 +58,7 @@ class SslamArchitecture(StrictConfig):
 
 
 class SslamNetwork(nn.Module):
-    """The network; its parts and their names are those of the Hub's layout without the prefix."""
+    """Network of SSLAM; modules have the names of the Hub's layout, without the prefix."""
 
     def __init__(self, sizes: SslamArchitecture) -> None:
         super().__init__()
@@ -82,8 +82,8 @@ class SslamNetwork(nn.Module):
 class Sslam(Encoder):
     """Patches of 16 mel bins by 160 ms: 8 a step, 50 a second, in order of time and from low to high frequency.
 
-    The network always sees 1024 frames, 10.24 s, as it was trained to, and that is the window. What
-    comes after a clip is the padding it was trained with and is left out of the result.
+    The network always sees a window of 1024 frames, 10.24 s, as in training. Shorter clips are padded as in training;
+    the patches of padding are left out.
     """
 
     class Config(StrictConfig):
@@ -94,14 +94,14 @@ class Sslam(Encoder):
         revision: str | None = None
         """Branch, tag or commit on the Hub."""
         architecture: SslamArchitecture | None = None
-        """Sizes. Where given, nothing is read from `path`: the network is built with random weights, for
-        a caller that then loads its own. `{}` is SSLAM's."""
+        """Sizes of the network; `{}` has those of SSLAM. If given, `path` is not read: the network is built with random
+        weights, for callers that load weights afterwards."""
         frequency: Frequency = "tokens"
-        """`tokens`: every patch is a token, 50 a second. `mean`: one token a step of 160 ms, the mean over
-        its 8 frequencies, as LTU and GAMA do."""
+        """`tokens`: each patch is a token, 50 a second. `mean`: one token a step of 160 ms, the mean over its 8
+        patches, as in LTU and GAMA."""
 
         def toy(self) -> "Sslam.Config":
-            """One block, windows of two and a half seconds."""
+            """Toy size, with one block and windows of 2.56 s."""
             sizes = SslamArchitecture(embed_dim=16, depth=1, num_heads=2, img_size=(256, 128))
             return self.model_copy(update={"path": None, "revision": None, "architecture": sizes})
 
@@ -124,27 +124,27 @@ class Sslam(Encoder):
             self.network.load_state_dict(weights.check(self.network, tensors, f"encoder 'sslam': {config.path}"))
 
     def standalone_config(self) -> Config:
-        """A config that builds the same network without reading `path`, for bundles with all weights."""
+        """Options that build the same network without reading `path`, for bundles that contain all weights."""
         return self.config.model_copy(update={"architecture": self._sizes})
 
     def frontend(self, samples_N: Tensor) -> Tensor:
         """Samples at 16 kHz [N] -> normalised log-mel frames of 10 ms [ceil(N / 160), M].
 
-        The window's mean is taken off, then Kaldi's filter bank with a hanning window. The steps of
-        10 ms in which no frame begins have the network's padding.
+        The window's mean is subtracted first; the filter bank is Kaldi's, with a hanning window. The last 10 ms steps,
+        where no further frame fits, have the padding value.
         """
         return self.frontends([samples_N])[0]
 
     def frontends(self, windows: Sequence[Tensor]) -> list[Tensor]:
-        """The same of several windows in one transform."""
+        """`frontend` of several windows, in one FFT."""
         made = fbanks([samples_N - samples_N.mean() for samples_N in windows], mels=self._sizes.img_size[1])
         return [
-            F.pad(_normalise(frames_FM), (0, 0, 0, begun_frames(len(samples_N)) - len(frames_FM)), value=self._padding)
+            F.pad(_normalise(frames_FM), (0, 0, 0, hops(len(samples_N)) - len(frames_FM)), value=self._padding)
             for samples_N, frames_FM in zip(windows, made, strict=True)
         ]
 
     def forward(self, frames_WFM: Tensor, lengths: Sequence[int]) -> AudioFeatures:
-        """Frames as `frontend` makes them, zero-padded, and how many of each -> tokens [W, A, E]."""
+        """Zero-padded frames from `frontend` and their number in each window -> tokens [W, A, E]."""
         padded_WFM = pad_windows(frames_WFM, lengths, self._sizes.img_size[0], self._padding)
         x_WSPE = self.network(padded_WFM)[:, 1:].unflatten(1, (-1, self._patches))
         steps = [-(-n // self._sizes.patch_size) for n in lengths]
@@ -158,7 +158,7 @@ class _LocalEncoder(nn.Module):
 
 
 class _Positions(nn.Module):
-    """Sines and cosines: the first half of the width says at which frequency a patch is, the second at which step."""
+    """Fixed sinusoidal positions: the first half of the width encodes a patch's frequency, the second half its step."""
 
     positions: Tensor
 
@@ -172,14 +172,14 @@ class _Positions(nn.Module):
 
 
 def _waves(at_A: Tensor, width: int) -> Tensor:
-    """Places [A] -> sines, then cosines, of wavelengths from 2 pi to nearly 20,000 pi [A, width]."""
+    """Indices [A] -> sines, then cosines, of wavelengths from 2 pi to nearly 20,000 pi [A, width]."""
     rate_C = 10_000 ** -(torch.arange(width // 2, dtype=torch.float64) / (width // 2))
     angle_AC = at_A[:, None] * rate_C
     return torch.cat([angle_AC.sin(), angle_AC.cos()], 1).float()
 
 
 class _SslamBlock(nn.Module):
-    """Self-attention and a feed-forward network, each with the norm after its sum (`post-norm`)."""
+    """Self-attention and a feed-forward network, post-norm."""
 
     def __init__(self, sizes: SslamArchitecture) -> None:
         super().__init__()
@@ -202,8 +202,8 @@ class _SslamAttention(nn.Module):
 
     def forward(self, x_WAE: Tensor) -> Tensor:
         q_WHAC, k_WHAC, v_WHAC = self.qkv(x_WAE).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        heard_WHAC = F.scaled_dot_product_attention(q_WHAC, k_WHAC, v_WHAC)
-        return self.proj(heard_WHAC.transpose(1, 2).flatten(2))
+        mixed_WHAC = F.scaled_dot_product_attention(q_WHAC, k_WHAC, v_WHAC)
+        return self.proj(mixed_WHAC.transpose(1, 2).flatten(2))
 
 
 class _MLP(nn.Module):
@@ -222,7 +222,7 @@ def _normalise(frames: Any) -> Any:
 
 
 def _read(config: Sslam.Config) -> tuple[SslamArchitecture, dict[str, Tensor]]:
-    """Sizes and tensors of a Hub id or folder. Raises ConfigError where there are none."""
+    """Read sizes and tensors from a folder or the Hub; `ConfigError` if there are none."""
     if config.path is None:
         raise ConfigError("encoder 'sslam': missing key 'path'; give a Hub id such as ta012/SSLAM_pretrain")
     where = f"encoder 'sslam': {config.path}"
@@ -232,9 +232,9 @@ def _read(config: Sslam.Config) -> tuple[SslamArchitecture, dict[str, Tensor]]:
 
 
 def own_layout(tensors: dict[str, Tensor], sizes: SslamArchitecture) -> dict[str, Tensor]:
-    """Tensors by the names of `SslamNetwork`, with the positions of one window.
+    """Tensors with the names of `SslamNetwork`, and with the positions of one window.
 
-    The published table of positions goes on for two minutes. Without one, the sines and cosines are the same.
+    The published table of positions is for two minutes. Without a table, the positions are computed.
     """
     own = _Positions(sizes).positions
     table = tensors.get(_POSITIONS, own)
@@ -244,7 +244,7 @@ def own_layout(tensors: dict[str, Tensor], sizes: SslamArchitecture) -> dict[str
 def _sizes(fields: dict[str, Any], where: str) -> SslamArchitecture:
     known = {name: value for name, value in fields.items() if name in SslamArchitecture.model_fields}
     if fields.get("layer_norm_first"):
-        raise ConfigError(f"{where} has its norms before the attention; this encoder has them after, as SSLAM")
+        raise ConfigError(f"{where} is pre-norm; this encoder is post-norm, as SSLAM")
     if fields.get("stride", known.get("patch_size", 16)) != known.get("patch_size", 16):
-        raise ConfigError(f"{where} has patches that overlap; this encoder has them side by side, as SSLAM")
+        raise ConfigError(f"{where} has overlapping patches; those of this encoder do not overlap, as in SSLAM")
     return parse(SslamArchitecture, known, f"{where}: {weights.CONFIG}")

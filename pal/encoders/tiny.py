@@ -1,6 +1,6 @@
-"""`tiny`: log-mel and a small convolutional network, trained from scratch, no download.
+"""`tiny`: log-mel frames and a small convolutional network, trained from scratch, without any download.
 
-Every operation is local in time, so a clip of any length goes at once and the cost is linear in it.
+Every operation is local in time, so that a clip of any length needs no windows, and the cost is linear in its length.
 """
 
 from collections.abc import Sequence
@@ -22,16 +22,16 @@ _HOP = 160
 _FFT = 512
 _WINDOW = 400
 _BETWEEN = -(-(_FFT - _HOP) // _HOP)
-"""Hops behind a clip's frames, so that its last one ends before the next clip begins."""
+"""Hops of silence between clips, so that the last frame of a clip ends before the next clip begins."""
 _FLOOR = 1e-8
-"""Power under which a mel bin counts as silence; about the noise of 16-bit samples."""
+"""Lowest power of a mel bin, before the logarithm; about the noise of 16-bit samples."""
 _SILENCE = -1.0
-"""What `_FLOOR` is after scaling."""
+"""Scaled logarithm of `_FLOOR`."""
 
 
 @register("encoder", "tiny")
 class Tiny(Encoder):
-    """About 25 tokens a second: 100 frames a second, halved twice in time, four times in frequency."""
+    """About 25 tokens a second: 100 frames a second, halved twice in time and four times in frequency."""
 
     class Config(StrictConfig):
         """Options of the encoder `tiny`."""
@@ -47,16 +47,15 @@ class Tiny(Encoder):
         mels: int = 64
         """M, mel bins from 40 Hz to 8 kHz."""
         dropout: float = 0.1
-        """On the residual branches, in training."""
+        """Dropout on the residual branches."""
         margin: int = 4
         """Tokens of silence that are added before and after a clip."""
         mask_bins: int = 8
-        """In training, two bands of up to so many mel bins of each clip are hidden (SpecAugment, Park et al. 2019): a
-        quarter of all at most, by default. A tone within them goes unheard in that step, and its label stays; 0 hides
-        nothing."""
+        """Largest width, in mel bins, of the two random bands of each clip that are masked in training (SpecAugment,
+        Park et al. 2019); the default masks at most a quarter of all bins. A masked tone keeps its label. 0: none."""
 
         def toy(self) -> "Tiny.Config":
-            """Some thousand weights."""
+            """Toy size, with a few thousand weights."""
             return self.model_copy(update={"width": 12, "channels": (2, 3, 4, 6), "blocks": 1})
 
     sampling_rate = _RATE
@@ -82,9 +81,9 @@ class Tiny(Encoder):
         return self.frontends([samples_N])[0]
 
     def frontends(self, windows: Sequence[Tensor]) -> list[Tensor]:
-        """The same of several clips in one transform: one after the other, with silence between them."""
+        """`frontend` of several clips, in one STFT over all of them with silence between."""
         counts = [-(-len(samples_N) // _HOP) for samples_N in windows]
-        # Frame f is centred on sample 160 f + 80, so that the last frame is real whatever the length.
+        # Frame f is centred on sample 160 f + 80, so that the last frame overlaps the clip, whatever its length.
         before = _FFT // 2 - _HOP // 2
         padded = []
         for samples_N, count in zip(windows, counts, strict=True):
@@ -102,8 +101,8 @@ class Tiny(Encoder):
         """Frames [W, F, M] -> tokens [W, ceil(F / 4), E]."""
         if self.training and self.config.mask_bins:
             frames_WFM = hide_bands(frames_WFM, self.config.mask_bins)
-        # Silence on both sides, whose tokens are dropped again: a clip that was cut tight sounds as it would
-        # amid silence, where a convolution's own zeros would be a noise of -40 dB.
+        # Clips are padded with silence on both sides, whose tokens are dropped again. Zero padding of the convolutions
+        # would be a noise of -40 dB at the borders of the clip.
         margin = 4 * self.config.margin
         mask_WF = _mask(lengths, frames_WFM)
         if mask_WF is not None:
@@ -114,8 +113,8 @@ class Tiny(Encoder):
         mask_WF = _mask(lengths, frames_WFM)
         # Channels last: the memory order in which CPU convolutions are fastest, up to 10 times here.
         x_WCFM = frames_WFM[:, None].to(memory_format=torch.channels_last)
-        # Padding is set to zero before every convolution, which is what it finds past a clip's own
-        # end: so a padded batch gives what its clips give alone.
+        # Padding is set to zero before every convolution, as is the convolution's own padding: so a clip has the same
+        # tokens in a padded batch as alone.
         for conv, norm, halves in zip(self.convs, self.norms, (True, True, False, False), strict=True):
             if mask_WF is not None:
                 x_WCFM = x_WCFM * mask_WF[:, None, :, None]
@@ -134,7 +133,7 @@ class Tiny(Encoder):
 
 
 class _TinyBlock(nn.Module):
-    """Depthwise convolution over time and a feed-forward network, one residual branch each (ConvNeXt's order)."""
+    """ConvNeXt block: depthwise convolution over time, norm, feed-forward network, in one residual branch."""
 
     def __init__(self, config: Tiny.Config) -> None:
         super().__init__()
@@ -146,15 +145,15 @@ class _TinyBlock(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x_WAE: Tensor, mask_WA: Tensor | None) -> Tensor:
-        heard_WAE = x_WAE if mask_WA is None else x_WAE * mask_WA[..., None]
-        y_WAE = self.conv(heard_WAE.mT).mT
+        real_WAE = x_WAE if mask_WA is None else x_WAE * mask_WA[..., None]
+        y_WAE = self.conv(real_WAE.mT).mT
         return x_WAE + self.dropout(self.contract(F.gelu(self.expand(self.norm(y_WAE)))))
 
 
-def hide_bands(frames_WFM: Tensor, most: int) -> Tensor:
-    """Set two random bands of up to `most` mel bins to -40 dB, for each clip its own."""
+def hide_bands(frames_WFM: Tensor, max_bins: int) -> Tensor:
+    """Set two random bands of each clip, of up to `max_bins` mel bins, to -40 dB."""
     W, _, M = frames_WFM.shape
-    size_W2 = torch.randint(0, most + 1, (W, 2), device=frames_WFM.device)
+    size_W2 = torch.randint(0, max_bins + 1, (W, 2), device=frames_WFM.device)
     first_W2 = (torch.rand(W, 2, device=frames_WFM.device) * (M - size_W2 + 1)).long()
     bin_M = torch.arange(M, device=frames_WFM.device)
     hidden_W2M = (bin_M >= first_W2[..., None]) & (bin_M < (first_W2 + size_W2)[..., None])
@@ -162,7 +161,7 @@ def hide_bands(frames_WFM: Tensor, most: int) -> Tensor:
 
 
 def _mask(lengths: Sequence[int], x_WAE: Tensor) -> Tensor | None:
-    """Which of the tokens are real; None where all are."""
+    """True for real tokens [W, A]; None if all are real."""
     size = x_WAE.shape[1]
     return length_mask(lengths, size, x_WAE.device) if min(lengths) < size else None
 

@@ -1,4 +1,4 @@
-"""Reading the weights of encoders that transformers has no class for: a `config.json` and one safetensors file."""
+"""Read weights of encoders that transformers has no class for: a `config.json` and one safetensors file."""
 
 import json
 from pathlib import Path
@@ -13,15 +13,15 @@ WEIGHTS = "model.safetensors"
 
 
 def read(path: str, revision: str | None, where: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Configuration and tensors of a folder or Hub id.
+    """Read configuration and tensors from a folder or the Hub.
 
     Args:
         path: a folder with both files, or a Hub id.
         revision: branch, tag or commit on the Hub.
-        where: whose weights they are, for the message.
+        where: encoder and source, for error messages.
 
     Raises:
-        ConfigError: a file is missing, or not what its name says.
+        ConfigError: a file that is missing or damaged.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -41,12 +41,13 @@ def read(path: str, revision: str | None, where: str) -> tuple[dict[str, Any], d
 
 
 def check(network: nn.Module, tensors: dict[str, Tensor], where: str) -> dict[str, Tensor]:
-    """The tensors that `network` takes, as float32, when there is every one of them in the right shape.
+    """Select the tensors of `network`, in float32; all must be there, in the right shape.
 
-    What belongs to none of its parts, such as a classifier, is left out; more layers than it has are an error.
+    Tensors of other modules, such as a classifier, are left out. Unknown tensors of the network's own modules, such as
+    further layers, are an error.
 
     Raises:
-        ConfigError: missing, wrong shape, or more layers; names the first.
+        ConfigError: a tensor that is missing, unknown or of another shape; the message names the first.
     """
     own = network.state_dict()
     missing = sorted(set(own) - set(tensors))

@@ -1,4 +1,4 @@
-"""Whisper's encoder from transformers, any size, on the real part of a clip only."""
+"""`whisper`: the Whisper encoder of transformers, any size; the padding of a clip gives no tokens."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -13,28 +13,28 @@ from pal.types import AudioFeatures
 
 @register("encoder", "whisper")
 class Whisper(PretrainedEncoder):
-    """Tokens of 20 ms, equal to those transformers' WhisperModel gives for the same 30 s window.
+    """Tokens of 20 ms, equal to those of transformers' WhisperModel for the same 30 s window.
 
-    The network always sees 30 s, as it was trained to; what comes after the clip is its own silence
-    and is left out of the result. Longer clips are taken in windows of 30 s by `encode`.
+    The network always sees 30 s, as in training: shorter clips are padded with silence, whose tokens are left out.
+    `encode` splits longer clips into windows of 30 s.
     """
 
     class Config(PretrainedOptions):
         """Options of the encoder `whisper`."""
 
         def toy(self) -> "Whisper.Config":
-            """Windows of four seconds."""
+            """Toy size, with windows of four seconds."""
             sizes = {"d_model": 16, "encoder_layers": 1, "encoder_attention_heads": 2, "encoder_ffn_dim": 32}
             return self.with_architecture(**sizes, max_source_positions=200)
 
     name = "whisper"
     example = "openai/whisper-small"
-    places = {"whisper": None}
-    part = "encoder"
+    config_keys = {"whisper": None}
+    submodule = "encoder"
 
     @classmethod
     def classes(cls) -> tuple[Any, Any]:
-        """Those of transformers."""
+        """`WhisperConfig` and `WhisperEncoder`."""
         from transformers import WhisperConfig
         from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
@@ -50,15 +50,15 @@ class Whisper(PretrainedEncoder):
         self.window_seconds = self._log_mel.window_seconds
 
     def frontend(self, samples_N: Tensor) -> Tensor:
-        """Samples at 16 kHz [N] -> log-mel frames of 10 ms [F, M], a few more than the real ones."""
+        """Samples at 16 kHz [N] -> log-mel frames of 10 ms [F, M], the real ones and a few more."""
         return self._log_mel([samples_N])[0]
 
     def frontends(self, windows: Sequence[Tensor]) -> list[Tensor]:
-        """The same of several windows, those of like length in one transform."""
+        """`frontend` of several windows; those of similar length share a call of the extractor."""
         return self._log_mel(windows)
 
     def forward(self, frames_WFM: Tensor, lengths: Sequence[int]) -> AudioFeatures:
-        """Frames as `frontend` makes them, zero-padded, and how many of each -> tokens [W, A, E]."""
+        """Zero-padded frames from `frontend` and their number in each window -> tokens [W, A, E]."""
         windows_WFM = self._log_mel.fill(frames_WFM, lengths)
         x_WAE = self.network(windows_WFM.transpose(1, 2)).last_hidden_state
 

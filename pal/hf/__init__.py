@@ -1,7 +1,7 @@
-"""The model as Hugging Face packages them: configuration, model and processor for transformers' Auto classes.
+"""Bundles as transformers models: configuration, model and processor for the Auto classes.
 
 `import pal` is enough for `AutoConfig`, `AutoProcessor`, `AutoModel` and `AutoModelForMultimodalLM` to read bundles;
-see `pal.hf.lazy`. Names are imported when they are asked for, so that this costs nothing before.
+see `pal.hf.lazy`. The classes are imported on first access, since importing transformers takes seconds.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Enters the model and the processor in the tables of transformers' Auto classes."""
+"""Register configuration, model and processor with transformers' Auto classes."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from pal.hf.processor import PalProcessor
 
 
 def register() -> None:
-    """All of them; again does no harm."""
+    """Register all classes; calling it again changes nothing."""
     AutoConfig.register(PalConfig.model_type, PalConfig, exist_ok=True)
     AutoProcessor.register(PalConfig, PalProcessor, exist_ok=True)
     for auto in (AutoModel, AutoModelForMultimodalLM):
         auto.register(PalConfig, PalForConditionalGeneration, exist_ok=True)
-    # the Trainer looks the class up here to see that column t predicts id t + 1, when it makes a smoothed loss itself
+    # with label smoothing, Trainer computes the loss itself, and shifts labels only for the classes of this table
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[PalConfig.model_type] = PalForConditionalGeneration.__name__

@@ -1,7 +1,8 @@
-"""Chats as clients write them: messages whose contents are texts or lists of parts, and the clips that these hold.
+"""Parse chats in the formats of common clients: text and audio parts of messages.
 
-A part is a string, `{"type": "text", "text": ...}` (also `input_text` and `output_text`), or audio in one of the forms
-of `pal.clips`. A part without `type` is what its keys say. An audio part without a clip marks a place.
+The content of a message is a string or a list of parts. A part is a string, `{"type": "text", "text": ...}` (also
+`input_text` and `output_text`), or audio in one of the forms of `pal.clips`. If a part has no `type`, its keys decide.
+An audio part without a clip is a placeholder; its clip is given separately.
 """
 
 from __future__ import annotations
@@ -23,15 +24,17 @@ _AUDIO = ("audio", "audio_url", "input_audio")
 
 
 def read_chat(messages: Any, system: str | None) -> tuple[Conversation, list[Any]]:
-    """A chat as `pal.data.prompts` takes it, and what each of its audio parts holds, None for a bare place.
+    """Parse a chat: the conversation as `pal.data.prompts` takes it, and the clip of each audio part.
+
+    The clip is as in the part (a path, an array, ...), and None for a placeholder.
 
     Args:
-        messages: with `role` and `content`.
-        system: put before a chat that brings no system message.
+        messages: dicts with `role` and `content`.
+        system: system prompt, for a chat without one.
 
     Raises:
-        PromptError: no chat, or a part of an unknown kind.
-        AudioError: an audio part that does not say which clip it is.
+        PromptError: not a chat, or a part of unknown type.
+        AudioError: see `pal.clips.part_clip`.
     """
     if not isinstance(messages, Sequence) or isinstance(messages, str | bytes) or not messages:
         raise PromptError("a chat is a list of messages with 'role' and 'content'")
@@ -41,7 +44,7 @@ def read_chat(messages: Any, system: str | None) -> tuple[Conversation, list[Any
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str) or "content" not in message:
             raise PromptError(f"a message needs 'role' and 'content', not {reprlib.repr(message)}")
         if message.get("tool_calls") or message["role"] in ("tool", "function"):
-            raise PromptError("calls of tools are not supported; write what they gave into a message of the user")
+            raise PromptError("tool calls are not supported; write the tool's result into a user message")
         if message["role"] not in ROLES:
             raise PromptError(f"unknown role '{message['role']}'; known: {', '.join(ROLES)}")
         if message["content"] is None:
@@ -58,7 +61,7 @@ def _content(content: Any) -> tuple[str, list[Any]]:
     if isinstance(content, str):
         return content, [None] * content.count(PLACEHOLDER)
     if not isinstance(content, Sequence) or isinstance(content, bytes | bytearray):
-        raise PromptError(f"a content is a text or a list of parts, not {reprlib.repr(content)}")
+        raise PromptError(f"content must be a string or a list of parts, not {reprlib.repr(content)}")
     text = ""
     sources: list[Any] = []
     for at, part in enumerate(content):

@@ -9,16 +9,16 @@ from transformers.configuration_utils import PreTrainedConfig
 
 
 class PalConfig(PreTrainedConfig):
-    """What `pal.bundle` writes, unchanged.
+    """transformers configuration that holds the fields of a bundle's `config.json`.
 
     Args:
         format: version of the bundle's format.
         model: the fields of `pal.model_config.ModelConfig`.
         llm: the LLM's own configuration.
         encoders: name and options of each encoder, enough to build it without its source.
-        lora: the adapters' options, where there are some.
-        left_out: name and SHA-256 of each weight that the bundle takes from its source.
-        kwargs: what transformers' configurations share.
+        lora: options of the LoRA adapters; None without adapters.
+        left_out: SHA-256 of each weight that is read from its source, not stored in the bundle; by name.
+        kwargs: fields of `PreTrainedConfig`.
     """
 
     model_type = "pal"

@@ -1,8 +1,8 @@
-"""The tensors between `PalProcessor` and `PalForConditionalGeneration`, and the conversations they stand for.
+"""Conversion of transformers' tensors to conversations and clips, and back.
 
-`input_ids` [B, T] have `AUDIO` where a clip stands; `input_values` [U, N] and `audio_lengths` [U] are the clips, in the
-order of their placeholders, conversation by conversation. The LLM's sequence has other columns: a clip is no row in
-it, one, or many.
+`input_ids` [B, T] contain `AUDIO` as the placeholder of a clip. `input_values` [U, N] and `audio_lengths` [U] are the U
+clips of the batch, in the order of their placeholders, conversation by conversation. The columns of `input_ids` are not
+the rows of the LLM's sequence: there a clip takes no row, one, or many.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pal.types import AUDIO, IGNORE, LLMInputs, Tokens
 
 @dataclass(frozen=True)
 class PromptColumns:
-    """Conversations and clips, as `PalModel` takes them, and the tensors they were in."""
+    """Conversations and clips as `PalModel` takes them, with the `input_ids` that they come from."""
 
     ids_BT: Tensor
     real_BT: Tensor
@@ -27,12 +27,12 @@ class PromptColumns:
     conversations: list[Tokens]
     clips: list[Tensor]
 
-    def numbered(self, predicts_after_BT: Tensor) -> list[Tokens]:
-        """The conversations, where the `columns` of each number its ids.
+    def with_columns(self, predicts_after_BT: Tensor) -> list[Tokens]:
+        """The conversations with `Tokens.columns`, the index of each id in its conversation.
 
         Args:
-            predicts_after_BT: [B, T], True for columns whose following id is predicted. There a row must
-                attend to the whole clip.
+            predicts_after_BT: [B, T], True for columns whose next id is predicted. For the column of a clip, this takes
+                a row that attends to the whole clip.
         """
         predicts_after_BT = predicts_after_BT & (self.ids_BT == AUDIO)
         return [
@@ -42,27 +42,27 @@ class PromptColumns:
             for one, flags, real in zip(self.conversations, predicts_after_BT, self.real_BT, strict=True)
         ]
 
-    def places(self, inputs: LLMInputs) -> tuple[Tensor, Tensor]:
+    def predicting_rows(self, inputs: LLMInputs) -> tuple[Tensor, Tensor]:
         """Row of the LLM's sequence that predicts the id after each column [B, T], and whether there is one [B, T].
 
         Args:
-            inputs: the LLM's inputs for `numbered`, padded on the right.
+            inputs: the LLM's inputs for `with_columns`, padded on the right.
         """
         assert inputs.columns_BT is not None
         ends = inputs.attention_mask_BT.sum(1).tolist()
         rows_BT = torch.zeros(self.ids_BT.shape, dtype=torch.long)
         has_row_BT = torch.zeros(self.ids_BT.shape, dtype=torch.bool)
         for b, (conversation, numbers) in enumerate(zip(self.conversations, inputs.columns_BT.tolist(), strict=True)):
-            text = {number: place for place, number in enumerate(numbers) if number != IGNORE}
+            row_of = {number: row for row, number in enumerate(numbers) if number != IGNORE}
             columns = self.real_BT[b].nonzero()[:, 0].tolist()
             following = ends[b]
             for number in reversed(range(len(conversation.ids))):
                 # the id after a clip is predicted by the row before it: the clip's last row, the repeated row, or
                 # else the text's last
-                place = text.get(number, following - 1)
-                rows_BT[b, columns[number]] = max(place, 0)
-                has_row_BT[b, columns[number]] = place >= 0
-                following = text.get(number, following)
+                row = row_of.get(number, following - 1)
+                rows_BT[b, columns[number]] = max(row, 0)
+                has_row_BT[b, columns[number]] = row >= 0
+                following = row_of.get(number, following)
         return rows_BT, has_row_BT
 
 
@@ -72,14 +72,14 @@ def read_prompts(
     """Conversations and clips from transformers' tensors.
 
     Args:
-        ids_BT: ids, with `AUDIO` at each clip's placeholder.
-        mask_BT: 0 for padding; None where there is none.
+        ids_BT: token ids, with `AUDIO` as the placeholder of each clip.
+        mask_BT: 0 for padding; None: no padding.
         values_UN: waveforms.
-        lengths_U: samples of each; None where all are as long as the tensor.
-        pad: the id of padding, which must not be there without a mask.
+        lengths_U: samples of each waveform; None: N for all.
+        pad: id of padding; ids that are padded without a mask are an error.
 
     Raises:
-        PromptError: the tensors do not fit each other.
+        PromptError: tensors that do not fit together.
     """
     ids_BT = ids_BT.cpu()
     if ids_BT.dim() != 2:
@@ -99,14 +99,14 @@ def read_prompts(
         placed += count
     if placed != len(clips):
         raise PromptError(
-            f"{len(clips)} clips but {placed} places for audio in input_ids; pass the input_ids and input_values "
+            f"{len(clips)} clips but {placed} placeholders in input_ids; pass the input_ids and input_values "
             "of one call of the processor"
         )
     return PromptColumns(ids_BT, real_BT, conversations, clips)
 
 
 def before_answers(ids_BT: Tensor, mask_BT: Tensor | None, labels_BT: Tensor) -> Tensor:
-    """A mask [B, T] that ends each row where the last of its labelled answers begins.
+    """Attention mask [B, T] of what comes before the last labelled answer of each conversation.
 
     Raises:
         PromptError: labels of another shape.

@@ -1,8 +1,8 @@
-"""Makes bundles known to transformers' Auto classes without importing transformers.
+"""Register bundles with transformers' Auto classes, without importing transformers.
 
-Importing it takes seconds, so `import pal` does not. Instead two of its modules are watched: right after transformers
-has run them, whoever asked for that, `PalConfig` and `PalProcessor` are entered in their tables. The model class needs
-most of transformers, so it waits until a `PalConfig` is made, which comes before every use.
+Importing transformers takes seconds, so `import pal` does not do it. Instead, an import hook watches two of its
+modules and registers `PalConfig` and `PalProcessor` as soon as these have been imported. The model class needs most of
+transformers; it is registered when the first `PalConfig` is made, since no model is loaded without one.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ _AFTER: dict[str, Callable[[], None]] = {
 }
 
 
-def watch() -> None:
-    """Register now what can be, and the rest when its module is imported."""
+def register_on_import() -> None:
+    """Register with the modules of transformers that are imported already; with the others once they are."""
     for name, register in _AFTER.items():
         if name in sys.modules:
             register()
@@ -47,7 +47,7 @@ def watch() -> None:
 
 
 class _Finder(MetaPathFinder):
-    """Lets the others find the watched modules, and looks on when they are run."""
+    """Import hook: lets the other finders find a watched module, and replaces its loader by a `_CallbackLoader`."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -57,13 +57,13 @@ class _Finder(MetaPathFinder):
         for finder in sys.meta_path:
             spec = None if isinstance(finder, _Finder) else finder.find_spec(fullname, path, target)
             if spec is not None and spec.loader is not None:
-                spec.loader = _Then(spec.loader, _AFTER[fullname])
+                spec.loader = _CallbackLoader(spec.loader, _AFTER[fullname])
                 return spec
         return None
 
 
-class _Then(Loader):
-    """Another loader, and something to do when it is done."""
+class _CallbackLoader(Loader):
+    """Loader that runs another loader, then a function."""
 
     def __init__(self, loader: Loader, after: Callable[[], None]) -> None:
         self.loader = loader
@@ -73,7 +73,7 @@ class _Then(Loader):
         return self.loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
-        # the module is to look as if nobody had watched
+        # the module should look as if it had been loaded without the hook
         module.__loader__ = self.loader
         if module.__spec__ is not None:
             module.__spec__.loader = self.loader

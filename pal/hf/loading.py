@@ -15,11 +15,11 @@ from pal.backbone.attention import NAME
 from pal.errors import BundleError, PalError
 
 _HUB = ("revision", "token", "cache_dir", "local_files_only", "force_download")
-_MEANINGLESS = {
+_WITHOUT_EFFECT = {
     *("trust_remote_code", "use_safetensors", "low_cpu_mem_usage", "weights_only", "code_revision", "proxies"),
     *("_from_auto", "_from_pipeline", "_commit_hash", "subfolder"),
 }
-"""Options of transformers that change nothing here: no code is downloaded, and no weights but safetensors are read."""
+"""Options of transformers that change nothing here: no code is downloaded, and only safetensors are read."""
 _ADAPTER = "adapter_model.safetensors"
 
 
@@ -28,21 +28,22 @@ class LoadOptions:
     """Options of `from_pretrained`, checked."""
 
     hub: dict[str, Any]
-    """For the Hub's downloads."""
+    """Options of downloads from the Hub."""
     dtype: torch.dtype | None
-    """Of all weights; None leaves them as they were saved."""
+    """Dtype of all weights; None: as they were saved."""
     device: torch.device | None
-    """None leaves the model on the CPU."""
+    """Device of the model; None: the CPU."""
     adapter: str | None
     """Folder or Hub id of a PEFT adapter."""
     adapter_hub: dict[str, Any]
+    """Options of the adapter's download from the Hub."""
 
     @classmethod
     def of(cls, dtype: torch.dtype | str | None, device_map: Any, kwargs: Mapping[str, Any]) -> LoadOptions:
-        """From what transformers' callers give.
+        """Check the arguments of `from_pretrained`.
 
         Raises:
-            PalError: an option that cannot be followed.
+            PalError: an option that is not supported.
         """
         given = dict(kwargs)
         adapter = dict(given.pop("adapter_kwargs", None) or {})
@@ -50,7 +51,7 @@ class LoadOptions:
         old_dtype = given.pop("torch_dtype", None)
         if given.pop("attn_implementation", None) not in (None, NAME):
             raise PalError(f"attn_implementation must be '{NAME}', since others ignore audio; leave it out")
-        other = [name for name, value in given.items() if name not in {*_HUB, *_MEANINGLESS} and value is not None]
+        other = [name for name, value in given.items() if name not in {*_HUB, *_WITHOUT_EFFECT} and value is not None]
         if given.get("subfolder"):
             other.append("subfolder")
         for name in other:
@@ -67,10 +68,16 @@ class LoadOptions:
 
 
 def load_adapter(model: nn.Module, path: str, hub: Mapping[str, Any], device: torch.device) -> None:
-    """Put the adapter of a PEFT folder beside the weights; read as safetensors only, on the device of the model.
+    """Load a PEFT adapter into a model and move both to `device`; only safetensors are read.
+
+    Args:
+        model: the model; its LLM or encoders get the adapter's layers.
+        path: folder or Hub id of the adapter.
+        hub: options of the download.
+        device: device of the model.
 
     Raises:
-        BundleError: no adapter in safetensors, or one of another model.
+        BundleError: no adapter in safetensors, or an adapter of another model.
     """
     from huggingface_hub import snapshot_download
     from peft import PeftConfig, inject_adapter_in_model, set_peft_model_state_dict
@@ -79,7 +86,7 @@ def load_adapter(model: nn.Module, path: str, hub: Mapping[str, Any], device: to
     if not folder.is_dir():
         folder = Path(snapshot_download(path, allow_patterns=["adapter_config.json", _ADAPTER], **hub))
     if not (folder / _ADAPTER).is_file():
-        raise BundleError(f"{path}: an adapter without {_ADAPTER}; save it again with PEFT")
+        raise BundleError(f"{path}: the adapter has no {_ADAPTER}; save it again with PEFT")
     options = PeftConfig.from_pretrained(str(folder))
     options.inference_mode = True
     inject_adapter_in_model(options, model)
@@ -88,7 +95,7 @@ def load_adapter(model: nn.Module, path: str, hub: Mapping[str, Any], device: to
         model, {name.removeprefix("base_model.model."): weight for name, weight in weights.items()}
     )
     if found.unexpected_keys:
-        raise BundleError(f"{path}: an adapter of another model (first: '{sorted(found.unexpected_keys)[0]}')")
+        raise BundleError(f"{path}: an adapter of another model; this one has no '{sorted(found.unexpected_keys)[0]}'")
     model.requires_grad_(False).eval().to(device)
 
 
@@ -111,7 +118,7 @@ def _device(device_map: Any) -> torch.device | None:
     if isinstance(device_map, dict):
         devices = {str(device) for device in device_map.values()}
         if len(devices) != 1:
-            raise PalError(f"device_map names {len(devices)} devices; a model lies on one, give that")
+            raise PalError(f"device_map names {len(devices)} devices, but a model is never split; give one device")
         device_map = next(iter(device_map.values()))
     if device_map in ("auto", "balanced", "balanced_low_0", "sequential"):
         accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None

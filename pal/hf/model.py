@@ -16,23 +16,23 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from pal import bundle
 from pal.backbone import adapters
 from pal.errors import BundleError, ConfigError, PalError, PromptError
-from pal.files import move_into, strangers
+from pal.files import move_into, unlisted_files
 from pal.hf.config import PalConfig
 from pal.hf.inputs import PromptColumns, before_answers, read_prompts
 from pal.hf.loading import LoadOptions, load_adapter
 from pal.model import PalModel
 from pal.types import AUDIO, IGNORE
 
-_SAVED = "generation_config.json"
+_GENERATION_CONFIG = "generation_config.json"
 _NOT_OPTIONS = {"transformers_version", "_from_model_config", "_commit_hash"}
 
 
 class PalForConditionalGeneration(PreTrainedModel, GenerationMixin):
-    """Text from audio and text.
+    """transformers model that generates text from audio and text; its submodule `pal` is the `PalModel`.
 
-    It takes what `PalProcessor` makes: `input_ids` [B, T] with `pal.types.AUDIO` (-1) where a clip stands,
-    `attention_mask` [B, T], `input_values` [U, N] with one zero-padded waveform a clip in the order of their
-    places, and `audio_lengths` [U], their samples. The model itself is `pal`, a `PalModel`.
+    Its inputs are those that `PalProcessor` makes: `input_ids` [B, T] with `pal.types.AUDIO` (-1) as the placeholder of
+    a clip, `attention_mask` [B, T], `input_values` [U, N] with one zero-padded waveform for each placeholder, in their
+    order, and `audio_lengths` [U], the samples of each.
     """
 
     config_class = PalConfig
@@ -42,23 +42,23 @@ class PalForConditionalGeneration(PreTrainedModel, GenerationMixin):
     supports_gradient_checkpointing = True
 
     def __init__(self, config: PalConfig, pal: PalModel | None = None) -> None:
-        """From the configuration of a bundle, with random weights unless its model is given."""
+        """Build the model that a bundle's configuration describes, with random weights, or wrap `pal` if given."""
         super().__init__(config)
         self.pal = _untrained(config) if pal is None else pal
         self.generation_config = GenerationConfig(**self.pal.generation_options())
         self._digests: dict[str, str] | None = None
         self.post_init()
-        self._note_ties()
+        self._copy_ties()
 
     @classmethod
     def wrap(cls, model: PalModel) -> PalForConditionalGeneration:
-        """The same model, not a copy, behind transformers' interface."""
+        """Wrap a model; the wrapper shares its weights."""
         wrapped = cls(PalConfig(**bundle.describe(model)), model).train(model.training)
         wrapped._digests = bundle.source_digests(model)
         return wrapped
 
-    def _note_ties(self) -> None:
-        """Say which weights are one, as the LLM says it: PEFT looks for that here."""
+    def _copy_ties(self) -> None:
+        """Copy the LLM's list of tied weights to this class, where PEFT looks for it."""
         lm = self.pal.llm.lm
         tied = getattr(lm, "all_tied_weights_keys", None) or {}
         self.all_tied_weights_keys = {f"pal.llm.lm.{a}": f"pal.llm.lm.{b}" for a, b in tied.items()}
@@ -66,13 +66,13 @@ class PalForConditionalGeneration(PreTrainedModel, GenerationMixin):
         self.config.tie_word_embeddings = lm.config.tie_word_embeddings
 
     def train(self, mode: bool = True) -> PalForConditionalGeneration:
-        """Training mode for the parts that train; see `PalModel.train`."""
+        """Set training mode for the parts that are trained; see `PalModel.train`."""
         super().train(mode)
-        self._note_ties()
+        self._copy_ties()
         return self
 
     def init_weights(self) -> None:
-        """Nothing: `pal` has its weights already."""
+        """Do nothing: `pal` initialises its own weights."""
 
     # Reading and writing
 
@@ -86,19 +86,19 @@ class PalForConditionalGeneration(PreTrainedModel, GenerationMixin):
         device_map: Any = None,
         **kwargs: Any,
     ) -> PalForConditionalGeneration:
-        """Read a bundle from a folder or the Hub, its digests checked, in evaluation mode.
+        """Load a bundle from a folder or the Hub and check its digests; the model is in evaluation mode.
 
         Args:
-            pretrained_model_name_or_path: as `pal.load` takes it.
-            model_args: none.
-            config: the bundle's own, where it was read before.
-            dtype: of all weights; without it, or with "auto", as they were saved.
-            device_map: a device, "auto" for the accelerator where there is one, or a dict that names one device.
-            kwargs: transformers' options for the Hub.
+            pretrained_model_name_or_path: folder or Hub id, as in `pal.load`.
+            model_args: not supported.
+            config: the bundle's configuration, if it was read before.
+            dtype: dtype of all weights; None or "auto": as they were saved.
+            device_map: a device, "auto" for the accelerator if there is one, or a dict that names one device.
+            kwargs: transformers' options of downloads from the Hub.
 
         Raises:
             BundleError: see `pal.bundle.load`.
-            PalError: an option that cannot be followed.
+            PalError: an option that is not supported.
         """
         if model_args:
             raise PalError("from_pretrained: arguments by position are not supported; give them by name")
@@ -110,7 +110,7 @@ class PalForConditionalGeneration(PreTrainedModel, GenerationMixin):
         config.name_or_path = str(pretrained_model_name_or_path)
         config.dtype = next(model.parameters()).dtype
         loaded = cls(config, model).eval()
-        if (folder / _SAVED).is_file():
+        if (folder / _GENERATION_CONFIG).is_file():
             loaded.generation_config = GenerationConfig.from_pretrained(folder)
         left_out = config.left_out
         if options.dtype is not None:
@@ -135,32 +135,32 @@ class PalForConditionalGeneration(PreTrainedModel, GenerationMixin):
         dtype: torch.dtype | None = None,
         **kwargs: Any,
     ) -> None:
-        """Write a bundle, the same that `PalModel.save_pretrained` writes.
+        """Write the same bundle as `PalModel.save_pretrained`.
 
         Args:
-            save_directory: a bundle there is replaced; others' files in it stay.
+            save_directory: folder of the bundle. A bundle in it is replaced; other files stay.
             is_main_process: False writes nothing.
-            state_dict: not looked at; the weights are the model's.
-            push_to_hub: also upload it, under `repo_id` or the folder's name.
-            max_shard_size: of a file of weights.
-            full: also parts that have a source of their own and were not trained.
-            dtype: of the weights on disk.
-            kwargs: `repo_id` and `private` of the upload; transformers' other options change nothing.
+            state_dict: ignored; the model's own weights are written.
+            push_to_hub: also upload the bundle, as `repo_id` or the folder's name.
+            max_shard_size: largest size of a file of weights, in bytes or such as "2GB".
+            full: also write weights that were not trained and can be read from their source.
+            dtype: dtype of the weights on disk.
+            kwargs: `repo_id` and `private` of the upload; other options of transformers are ignored.
         """
         if not is_main_process:
             return
         adapters.drop_empty(self)
         if self.pal.llm.lora is None and adapters.has_adapters(self):
             if getattr(self, "_hf_peft_config_loaded", False) and not push_to_hub:
-                # as transformers does it for an adapter that its own `add_adapter` or `load_adapter` put here
+                # as in transformers, whose `add_adapter` or `load_adapter` put it here: the adapter is saved alone
                 super().save_pretrained(save_directory)
                 return
             raise BundleError("the model has PEFT adapters; call merge_adapters() first, or save them alone with PEFT")
         self.pal.trained |= self._changed()
         options = self.generation_config.to_diff_dict()
-        extra = {_SAVED: json.dumps(options, indent=1) + "\n"} if options != self._usual_options() else {}
+        extra = {_GENERATION_CONFIG: json.dumps(options, indent=1) + "\n"} if options != self._default_options() else {}
         target = Path(save_directory).absolute()
-        if target.exists() and strangers(target):
+        if target.exists() and unlisted_files(target):
             with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
                 made = Path(scratch) / "bundle"
                 bundle.save(self.pal, made, full=full, dtype=dtype, max_shard_size=max_shard_size, extra=extra)
@@ -181,20 +181,20 @@ class PalForConditionalGeneration(PreTrainedModel, GenerationMixin):
             return push(Path(scratch) / "bundle", repo_id, private=private)
 
     def merge_adapters(self) -> None:
-        """Fold adapters, the bundle's or those PEFT loaded, into the weights beside them."""
+        """Merge LoRA adapters, the bundle's or those that PEFT loaded, into the weights that they adapt."""
         self.pal.merge_adapters()
         if getattr(self, "_hf_peft_config_loaded", False):
             self._hf_peft_config_loaded = False
             del self.peft_config
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Fill in weights under the names of `state_dict()`, or under those of a bundle's file.
+        """Load weights named as in `state_dict()`, or as in a bundle's file of weights.
 
-        transformers' Trainer gives the file of a checkpoint and is content with any names. What a bundle leaves out
-        becomes again what its source has.
+        Weights that a bundle leaves out are restored from their source. Wrong names and shapes are errors even with
+        `strict=False`, with which transformers' Trainer loads the file of a checkpoint.
 
         Raises:
-            BundleError: names or shapes of another model; in a bundle's file, weights that are missing.
+            BundleError: names or shapes of another model; weights that are missing in a bundle's file.
         """
         parts = {name for name, _ in self.pal.named_children()}
         of_bundle = any(name.split(".")[0] in parts for name in state_dict)
@@ -204,7 +204,7 @@ class PalForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if wrapped is not None:
             prefix = wrapped.split(".")[0]
             raise BundleError(
-                f"weights of a wrapped model: their names begin with '{prefix}.'; take that from the names, or save "
+                f"weights of a wrapped model: their names begin with '{prefix}.'; remove that prefix, or save "
                 "the model that accelerate's unwrap_model gives"
             )
         if strict and not of_bundle:
@@ -213,7 +213,9 @@ class PalForConditionalGeneration(PreTrainedModel, GenerationMixin):
         own = self.state_dict()
         for name, tensor in given.items():
             if name not in own:
-                raise BundleError(f"weights of another model: '{name}' is none of this one's; load its own checkpoint")
+                raise BundleError(
+                    f"weights of another model: this one has no '{name}'; load a checkpoint of this model"
+                )
             if own[name].shape != tensor.shape:
                 raise BundleError(
                     f"weights of another model: '{name}' has shape {tuple(tensor.shape)}, not {tuple(own[name].shape)}"
@@ -225,25 +227,27 @@ class PalForConditionalGeneration(PreTrainedModel, GenerationMixin):
         return found
 
     def _left_out(self, own: Mapping[str, Tensor], given: Mapping[str, Any]) -> dict[str, Tensor]:
-        """The weights that a bundle's file leaves to their source, as the source has them."""
+        """Weights that a bundle's file leaves out, with the values of their source."""
         absent = {name.removeprefix("pal.") for name in own if name not in given} & set(self._digests or ())
         changed = {name for name in absent if bundle.digest(own[f"pal.{name}"]) != (self._digests or {})[name]}
-        again = bundle.from_source(self.pal, changed) if changed else {}
+        again = bundle.source_weights(self.pal, changed) if changed else {}
         for name, tensor in again.items():
             if bundle.digest(tensor) != (self._digests or {})[name]:
-                raise BundleError(f"'{name}' of the source is no longer what it was; load the checkpoint by its folder")
+                raise BundleError(
+                    f"'{name}' has changed in its source since the bundle; load the checkpoint by its folder"
+                )
         return {name: again.get(name, own[f"pal.{name}"]) for name in absent}
 
     def _changed(self) -> set[str]:
-        """Names in `pal` of the weights that no longer are what their source gave."""
+        """Names in `pal` of the weights that differ from those of their source."""
         if self._digests is None:
             return set(self.pal.state_dict())
         state = self.pal.state_dict()
-        # what is gone was folded into another weight, which `merge_adapters` notes
-        there = {name: digest for name, digest in self._digests.items() if name in state}
-        return {name for name, digest in there.items() if bundle.digest(state[name]) != digest}
+        # weights that are gone were merged into others, which `PalModel.merge_adapters` records
+        present = {name: digest for name, digest in self._digests.items() if name in state}
+        return {name for name, digest in present.items() if bundle.digest(state[name]) != digest}
 
-    def _usual_options(self) -> dict[str, Any]:
+    def _default_options(self) -> dict[str, Any]:
         return GenerationConfig(**self.pal.generation_options()).to_diff_dict()
 
     # Running
@@ -259,24 +263,24 @@ class PalForConditionalGeneration(PreTrainedModel, GenerationMixin):
         return_dict: bool | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast | tuple[Tensor, ...]:
-        """Logits [B, T, vocab] in the columns of `input_ids`, and the loss where there are labels.
+        """Logits [B, T, vocab] for the columns of `input_ids`, and the loss if there are labels.
 
-        Column t predicts id t + 1. A clip's column does, too, from a row that sees the whole clip, however many rows
-        the clip has; with labels, only for clips whose next id is trained, and for the last one. Logits are 0 for
-        padding, and for a clip without audio rows at the start of a conversation.
+        The logits of column t predict id t + 1. Those of a clip's column come from a row that sees the whole clip,
+        however many rows the clip takes in the LLM. With labels, this holds only for clips whose next id is labelled,
+        and for a clip at the end. Logits are 0 for padding, and for a clip that starts a conversation and has no rows.
 
         Args:
             input_ids: [B, T], with -1 for a clip.
-            attention_mask: [B, T], 0 for padding on either side.
-            input_values: [U, N].
-            audio_lengths: [U].
-            labels: [B, T]; -100, clips and padding are not trained.
-            logits_to_keep: only the last so many columns, or those.
-            return_dict: False gives a tuple.
-            kwargs: `num_items_in_batch`, which the summed loss is divided by.
+            attention_mask: [B, T], 0 for padding, which may be on either side.
+            input_values: [U, N], waveforms.
+            audio_lengths: [U], samples of each waveform.
+            labels: [B, T]; no loss on -100, clips and padding.
+            logits_to_keep: number of columns at the end, or indices of columns, to compute logits for; 0: all.
+            return_dict: False returns a tuple.
+            kwargs: `num_items_in_batch` divides the summed loss, in place of the number of labels.
 
         Raises:
-            PromptError: clips and their places do not match.
+            PromptError: numbers of clips and placeholders differ.
         """
         for name in ("inputs_embeds", "past_key_values", "position_ids"):
             if kwargs.get(name) is not None:
@@ -285,8 +289,10 @@ class PalForConditionalGeneration(PreTrainedModel, GenerationMixin):
         prompts = self._prompts(input_ids, attention_mask, input_values, audio_lengths)
         kept = slice(None) if isinstance(logits_to_keep, int) and not logits_to_keep else logits_to_keep
         kept = slice(-kept, None) if isinstance(kept, int) else kept
-        inputs = self.pal.inputs(prompts.clips, prompts.numbered(_asked(prompts, labels, kept)), padding_side="right")
-        rows_BT, has_row_BT = (tensor.to(self.device) for tensor in prompts.places(inputs))
+        inputs = self.pal.inputs(
+            prompts.clips, prompts.with_columns(_used_columns(prompts, labels, kept)), padding_side="right"
+        )
+        rows_BT, has_row_BT = (tensor.to(self.device) for tensor in prompts.predicting_rows(inputs))
         logits = self.pal.llm.logits_at(inputs, rows_BT[:, kept])
         logits = logits.masked_fill(~has_row_BT[:, kept, None], 0.0)
         loss = None
@@ -320,17 +326,17 @@ class PalForConditionalGeneration(PreTrainedModel, GenerationMixin):
         audio_lengths: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        """The ids given and those that follow them [B (times returned sequences), T + new], as transformers has it.
+        """Prompts with the generated ids behind them: [B x returned sequences, T + new], as in transformers.
 
-        Greedy and at most 64 new ids unless `generation_config` or `kwargs`, which are those of transformers'
-        `generate`, say otherwise. A clip is one id where lengths are counted.
+        `generation_config` and `kwargs` are those of transformers' `generate`. By default, decoding is greedy and ends
+        after 64 new ids. In `max_length` and `min_length`, a clip counts as one id.
 
-        With `labels` [B, T], as `Seq2SeqTrainer` gives them, each row is continued from where its last labelled answer
-        begins; the ids from there on become padding.
+        With `labels` [B, T], as `Seq2SeqTrainer` passes them, generation starts where the last labelled answer of each
+        prompt begins; the ids from there on become padding.
 
         Raises:
-            PromptError: clips and their places do not match.
-            PalError: an option that cannot be followed.
+            PromptError: numbers of clips and placeholders differ.
+            PalError: an option that is not supported.
         """
         self.pal.llm.check_attention()
         labels = kwargs.pop("labels", None)
@@ -359,43 +365,43 @@ class PalForConditionalGeneration(PreTrainedModel, GenerationMixin):
         return read_prompts(ids, mask, values, lengths, self.generation_config.pad_token_id)
 
     def _options(self, given: GenerationConfig | None, kwargs: dict[str, Any], width: int) -> dict[str, Any]:
-        """`generate`'s options for rows that begin after `width` ids."""
-        asked = {**(given.to_diff_dict() if given is not None else {}), **kwargs}
-        options = {**self.pal.generation_options(), **self.generation_config.to_diff_dict(), **asked}
-        # the LLM's own sequence is longer or shorter, by what a clip is in it
+        """Options for `Backbone.generate`, for prompts of `width` ids."""
+        explicit = {**(given.to_diff_dict() if given is not None else {}), **kwargs}
+        options = {**self.pal.generation_options(), **self.generation_config.to_diff_dict(), **explicit}
+        # limits become numbers of new ids, since clips take another number of rows in the LLM's sequence
         for limit, new in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
             wanted = options.pop(limit, None)
-            if wanted is None or asked.get(new) is not None or (limit == "max_length" and limit not in asked):
+            if wanted is None or explicit.get(new) is not None or (limit == "max_length" and limit not in explicit):
                 continue
             if limit == "max_length" and wanted <= width:
                 raise PalError(f"max_length {wanted} leaves no room after {width} ids; give max_new_tokens")
             options[new] = max(0, wanted - width)
         return {name: value for name, value in options.items() if name not in _NOT_OPTIONS}
 
-    # What transformers asks of its models
+    # Other methods of transformers' models
 
     def get_input_embeddings(self) -> nn.Module:
-        """The LLM's."""
+        """Embedding table of the LLM."""
         module: nn.Module = self.pal.llm.lm.get_input_embeddings()
         return module
 
     def get_output_embeddings(self) -> nn.Module:
-        """The LLM's head."""
+        """LM head of the LLM."""
         module: nn.Module = self.pal.llm.lm.get_output_embeddings()
         return module
 
     def tie_weights(self, *args: Any, **kwargs: Any) -> None:
-        """Nothing: the LLM's head and embeddings are one matrix where they were made so."""
+        """Do nothing: the LLM ties its head and embeddings itself."""
 
     def resize_token_embeddings(
         self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
     ) -> nn.Embedding:
-        """Give the LLM's embeddings and head another number of rows, for tokens that were added to the tokenizer.
+        """Resize the LLM's embeddings and head, for tokens that were added to the tokenizer.
 
         Args:
-            new_num_tokens: rows; None leaves them.
-            pad_to_multiple_of: round up to.
-            mean_resizing: new rows are drawn around the mean of the others.
+            new_num_tokens: number of rows; None: as it is.
+            pad_to_multiple_of: round the number of rows up to a multiple.
+            mean_resizing: sample new rows around the mean of the others.
         """
         self.pal.llm.resize_vocab(new_num_tokens, pad_to_multiple_of=pad_to_multiple_of, mean_resizing=mean_resizing)
         self.config.llm = self.pal.llm.lm.config.to_dict()
@@ -411,12 +417,12 @@ class PalForConditionalGeneration(PreTrainedModel, GenerationMixin):
         self.pal.llm.checkpoint_gradients(True)
 
     def gradient_checkpointing_disable(self) -> None:
-        """Keep the layers' activations."""
+        """Keep the layers' activations for the backward pass."""
         self.pal.llm.checkpoint_gradients(False)
 
 
-def _asked(prompts: PromptColumns, labels: Tensor | None, kept: slice | Tensor) -> Tensor:
-    """The columns [B, T] of which it matters what they predict."""
+def _used_columns(prompts: PromptColumns, labels: Tensor | None, kept: slice | Tensor) -> Tensor:
+    """True for the columns whose predictions are used, by the loss or the caller: [B, T]."""
     predicts_after_BT = torch.zeros_like(prompts.real_BT)
     if labels is None:
         predicts_after_BT[:, kept if isinstance(kept, slice) else kept.cpu()] = True
@@ -431,5 +437,5 @@ def _untrained(config: PalConfig) -> PalModel:
     if not config.model:
         raise ConfigError("a PalConfig without a model; read it from a bundle with PalConfig.from_pretrained")
     if not config.name_or_path:
-        raise ConfigError("the configuration names no bundle whose tokenizer to take; use from_pretrained")
+        raise ConfigError("the configuration names no bundle to read the tokenizer from; use from_pretrained")
     return bundle.untrained(config.description(), AutoTokenizer.from_pretrained(config.name_or_path))

@@ -1,4 +1,4 @@
-"""`PalProcessor`: chats and clips to tensors, and ids to text."""
+"""`PalProcessor`: chats and clips to tensors, and generated ids to text."""
 
 from __future__ import annotations
 
@@ -26,31 +26,31 @@ if TYPE_CHECKING:
     from pal.data.prompts import Conversation
     from pal.model import PalModel
 
-_SMALL = (".json", ".jinja", ".txt", ".model")
-"""How the names of files end that a processor reads; a bundle's weights are checked by who reads them."""
+_PROCESSOR_FILES = (".json", ".jinja", ".txt", ".model")
+"""Endings of the names of files that a processor reads; weights are checked when the model is loaded."""
 _IGNORED = {"images_kwargs", "videos_kwargs", "common_kwargs", "return_mm_token_type_ids"}
-"""Options of other processors that mean nothing here."""
+"""Options of other processors that have no effect here."""
 
 
 class PalInputs(BatchFeature):
-    """A processor's tensors. Moving them to a half-precision type leaves the waveforms as exact as they are."""
+    """Tensors of a processor; `to` keeps waveforms in float32 when it converts the others to half precision."""
 
     def to(self, *args: Any, **kwargs: Any) -> PalInputs:
         """As in transformers."""
-        exact = self.data.get("input_values")
+        waveforms = self.data.get("input_values")
         super().to(*args, **kwargs)
-        if isinstance(exact, Tensor):
-            self.data["input_values"] = exact.to(self.data["input_ids"].device)
+        if isinstance(waveforms, Tensor):
+            self.data["input_values"] = waveforms.to(self.data["input_ids"].device)
         return self
 
 
 class PalProcessor(ProcessorMixin):
-    """Makes what `PalForConditionalGeneration` takes; nothing is ever cut, neither text nor audio.
+    """Processor of `PalForConditionalGeneration`. It never truncates anything, neither text nor audio.
 
     Attributes:
-        sampling_rate: Hz of the waveforms the model takes.
-        system: system prompt put before conversations that bring none.
-        allow_urls: whether addresses of clips are fetched. It is never saved.
+        sampling_rate: Hz of the waveforms that the model takes.
+        system: system prompt, for conversations without one.
+        allow_urls: True to fetch clips from http, https and file addresses. It is never saved.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class PalProcessor(ProcessorMixin):
 
     @classmethod
     def of(cls, model: PalModel) -> PalProcessor:
-        """The processor of a model."""
+        """Processor of a model."""
         template = getattr(model.tokenizer, "chat_template", None)
         return cls(model.tokenizer, template, model.sampling_rate, model.config.system)
 
@@ -75,12 +75,12 @@ class PalProcessor(ProcessorMixin):
     def from_pretrained(  # type: ignore[override]
         cls, pretrained_model_name_or_path: str | Path, *args: Any, allow_urls: bool = False, **kwargs: Any
     ) -> PalProcessor:
-        """Read it from a bundle, or from a folder that `save_pretrained` wrote, or the Hub.
+        """Load a processor from a bundle, a folder that `save_pretrained` wrote, or the Hub.
 
         Args:
             pretrained_model_name_or_path: folder or Hub id.
             args: as in transformers.
-            allow_urls: fetch clips by address.
+            allow_urls: fetch clips from addresses.
             kwargs: transformers' options.
 
         Raises:
@@ -88,13 +88,13 @@ class PalProcessor(ProcessorMixin):
         """
         folder = Path(pretrained_model_name_or_path)
         if (folder / MANIFEST).is_file():
-            verify(folder, _SMALL)
+            verify(folder, _PROCESSOR_FILES)
         made: PalProcessor = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         made.allow_urls = allow_urls
         return made
 
     def save_pretrained(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs: Any) -> list[str]:
-        """Write it; in the folder of a bundle, into its manifest, too."""
+        """Save the processor to a folder; if that is a bundle, update its `manifest.json`, too."""
         folder = Path(save_directory)
         if push_to_hub:
             raise ConfigError("a processor is uploaded with its model: model.push_to_hub(...), or pal push")
@@ -117,32 +117,32 @@ class PalProcessor(ProcessorMixin):
         videos: Any = None,
         **kwargs: Any,
     ) -> PalInputs:
-        """Prompts with `<audio>` where clips stand, as they are, and the clips.
+        """Convert prompts, with `<audio>` as the placeholder of each clip, and clips to tensors.
 
         Args:
-            text: a prompt or several. Chats are made into prompts by `apply_chat_template`.
-            audio: a clip, or a list of clips in the order of their places, or a list of such lists for each prompt.
+            text: one prompt or several, used as they are; `apply_chat_template` is for chats.
+            audio: one clip, a list of clips in the order of their placeholders, or one such list for each prompt.
                 A clip is in any of the forms of `pal.clips`; a bare array is at `sampling_rate`.
-            images: none.
-            videos: none.
-            kwargs: `sampling_rate` of bare arrays, `padding`, `padding_side`, `max_length` (at least so wide, with
-                `padding="max_length"`), `return_tensors` ("pt" or "np"), `allow_urls`, `read_to_end` (clips whose end
-                cannot be known are taken as far as they go, with an `AudioWarning` each).
+            images: not supported.
+            videos: not supported.
+            kwargs: `sampling_rate` of bare arrays, `padding`, `padding_side`, `max_length` (smallest width, with
+                `padding="max_length"`), `return_tensors` ("pt" or "np"), `allow_urls`, `read_to_end` (use all samples
+                of a clip whose length cannot be checked, with an `AudioWarning`).
 
         Raises:
-            PromptError: clips and places differ in number, or something would have to be cut.
+            PromptError: numbers of clips and placeholders differ, or something would have to be truncated.
             AudioError: a clip cannot be used.
         """
         if images is not None or videos is not None:
             raise PromptError("the model takes text and audio only; leave images and videos out")
         if text is None:
-            raise PromptError(f"no text; give a prompt with {PLACEHOLDER} where a clip stands")
+            raise PromptError(f"no text; give a prompt with {PLACEHOLDER} in place of each clip")
         texts = [text] if isinstance(text, str) else list(text)
         clips = _flat(audio)
         conversations: list[Tokens] = []
-        for part, count in zip(texts, _shares(texts, len(clips)), strict=True):
-            placed = sum(len(one.clips) for one in conversations)
-            conversations.append(prompts.encode_text(self.tokenizer, part, list(range(placed, placed + count))))
+        for part, count in zip(texts, _clips_of_texts(texts, len(clips)), strict=True):
+            first = sum(len(one.clips) for one in conversations)
+            conversations.append(prompts.encode_text(self.tokenizer, part, list(range(first, first + count))))
         return self._tensors(conversations, clips, kwargs)
 
     def apply_chat_template(  # type: ignore[override]
@@ -159,29 +159,30 @@ class PalProcessor(ProcessorMixin):
         audio: AudioInput | Sequence[AudioInput] | Sequence[Sequence[AudioInput]] | None = None,
         **kwargs: Any,
     ) -> Any:
-        """A chat or several as text, or with `tokenize=True, return_dict=True` as all the tensors the model takes.
+        """Render one chat or several as text, or with `tokenize=True, return_dict=True` as the model's inputs.
 
         Args:
-            conversation: messages with `role` and `content`, a string or a list of parts as in `pal.hf.chats`.
-            chat_template: in place of the tokenizer's.
-            add_generation_prompt: end where the answer begins.
+            conversation: messages with `role` and `content`, a string or a list of parts as in `pal.hf.chats`; or a
+                list of such chats.
+            chat_template: replaces the tokenizer's.
+            add_generation_prompt: end with the tokens that begin an answer.
             continue_final_message: not supported.
-            tokenize: ids, not text.
-            return_dict: all tensors, not the ids alone.
+            tokenize: return ids instead of text.
+            return_dict: return all tensors instead of ids only.
             return_tensors: "pt" or "np".
-            return_assistant_tokens_mask: add `assistant_masks`, 1 where an answer stands with its end.
+            return_assistant_tokens_mask: add `assistant_masks`, 1 for the tokens of answers, end of turn included.
             processor_kwargs: options of `__call__`.
-            audio: the clips, where the messages only mark their places.
+            audio: the clips, if the messages contain placeholders only.
             kwargs: options of `__call__`, too.
 
         Raises:
-            PromptError: clips and places differ in number, or the messages are none.
+            PromptError: numbers of clips and placeholders differ, or the messages are invalid.
             AudioError: a clip cannot be used.
         """
         if continue_final_message:
             raise PromptError("continue_final_message is not supported; end the chat with a question")
         if isinstance(conversation, Mapping):
-            raise PromptError("a chat is a list of messages with 'role' and 'content', not a dict; give the list in it")
+            raise PromptError("a chat is a list of messages with 'role' and 'content', not a dict; give that list")
         if kwargs.pop("tools", None) or kwargs.pop("documents", None):
             raise PromptError("tools and documents are not supported; write them into a message")
         options = {**kwargs, **(processor_kwargs or {}), "return_tensors": return_tensors}
@@ -191,21 +192,21 @@ class PalProcessor(ProcessorMixin):
         if not tokenize:
             texts = [prompts.render(tokenizer, talk, add_generation_prompt) for talk, _ in talks]
             return texts if batched else texts[0]
-        own = [source for _, sources in talks for source in sources]
-        bare = [source is None for source in own]
+        in_parts = [source for _, sources in talks for source in sources]
+        bare = [source is None for source in in_parts]
         clips = _flat(audio)
         if not all(bare) if clips else any(bare):
             raise PromptError(
-                f"{bare.count(False)} of {len(own)} audio parts hold a clip, and audio= gives {len(clips)}; "
+                f"{bare.count(False)} of {len(in_parts)} audio parts hold a clip, and audio= gives {len(clips)}; "
                 "put all clips into the parts, or all into audio="
             )
-        clips = clips or own
-        counts = _shares([" ".join(turn["content"] for turn in talk) for talk, _ in talks], len(clips))
+        clips = clips or in_parts
+        counts = _clips_of_texts([" ".join(turn["content"] for turn in talk) for talk, _ in talks], len(clips))
         conversations: list[Tokens] = []
         for (talk, _), count in zip(talks, counts, strict=True):
-            placed = sum(len(one.clips) for one in conversations)
-            conversations.append(_encode(tokenizer, talk, list(range(placed, placed + count)), add_generation_prompt))
-        made = self._tensors(conversations, clips, options, masks=return_assistant_tokens_mask)
+            first = sum(len(one.clips) for one in conversations)
+            conversations.append(_encode(tokenizer, talk, list(range(first, first + count)), add_generation_prompt))
+        made = self._tensors(conversations, clips, options, with_answer_mask=return_assistant_tokens_mask)
         return made if return_dict else made["input_ids"]
 
     def _tokenizer(self, chat_template: str | None) -> Any:
@@ -221,9 +222,9 @@ class PalProcessor(ProcessorMixin):
         conversations: list[Tokens],
         clips: Sequence[AudioInput],
         options: Mapping[str, Any],
-        masks: bool = False,
+        with_answer_mask: bool = False,
     ) -> PalInputs:
-        """`options` are those of `__call__`, also in transformers' groups by modality."""
+        """Tensors of conversations and clips. `options` of `__call__`, also nested in `text_kwargs`, `audio_kwargs`."""
         given = {name: value for name, value in options.items() if name not in _IGNORED}
         given |= {**given.pop("text_kwargs", {}), **given.pop("audio_kwargs", {})}
         kind = given.pop("return_tensors", None) or "pt"
@@ -231,7 +232,9 @@ class PalProcessor(ProcessorMixin):
         side = given.pop("padding_side", None) or "left"
         padding, width = given.pop("padding", True), given.pop("max_length", None)
         if given.pop("truncation", None):
-            raise PromptError("nothing is cut, since half a conversation has another answer; shorten it yourself")
+            raise PromptError(
+                "truncation is not supported, since it changes the answer; shorten the conversation yourself"
+            )
         source_rate = given.pop("sampling_rate", None)
         allow_urls = bool(given.pop("allow_urls", self.allow_urls))
         read_to_end = bool(given.pop("read_to_end", False))
@@ -245,15 +248,17 @@ class PalProcessor(ProcessorMixin):
             raise PromptError("conversations of different lengths need padding; leave padding=False out")
         width = width if padding == "max_length" and width else 0
         if width and any(len(one.ids) > width for one in conversations):
-            raise PromptError(f"a conversation has more than max_length {width} ids, and nothing is cut; raise it")
+            raise PromptError(
+                f"a conversation has more than max_length {width} ids and is never truncated; raise max_length"
+            )
         reading: dict[str, Any] = {"source_rate": source_rate, "allow_urls": allow_urls, "read_to_end": read_to_end}
         read = [read_waveform(clip, self.sampling_rate, **reading) for clip in clips]
         warn_of(clip_notes(read))
         waves = [wave.samples_N for wave in read]
         ids_BT, mask_BT = stack_prompts(conversations, self._pad(), side, width)
         data = {"input_ids": ids_BT, "attention_mask": mask_BT}
-        if masks:
-            data["assistant_masks"] = _answers(conversations, mask_BT)
+        if with_answer_mask:
+            data["assistant_masks"] = _answer_mask(conversations, mask_BT)
         if waves:
             data["input_values"] = torch.nn.utils.rnn.pad_sequence(waves, batch_first=True)
             data["audio_lengths"] = torch.tensor([len(wave) for wave in waves])
@@ -268,13 +273,13 @@ class PalProcessor(ProcessorMixin):
 
     @property
     def model_input_names(self) -> list[str]:
-        """What the model takes."""
+        """Names of the model's inputs."""
         return ["input_ids", "attention_mask", "input_values", "audio_lengths"]
 
     # To text
 
     def decode(self, token_ids: Any, *args: Any, **kwargs: Any) -> Any:
-        """The tokenizer's, without the ids that stand for clips; of rows of ids, a list."""
+        """Decode ids with the tokenizer, placeholders of clips left out; a list of texts if there are rows of ids."""
         values = token_ids.tolist() if hasattr(token_ids, "tolist") else token_ids
         if isinstance(values, list) and values and isinstance(values[0], list):
             return self.batch_decode(values, *args, **kwargs)
@@ -288,38 +293,44 @@ class PalProcessor(ProcessorMixin):
     def post_process_image_text_to_text(
         self, generated_outputs: Any, skip_special_tokens: bool = True, **kwargs: Any
     ) -> list[str]:
-        """What transformers' pipelines call to decode."""
+        """Decode generated ids; transformers' pipelines call this."""
         kwargs.pop("generation_mode", None)
         return self.batch_decode(generated_outputs, skip_special_tokens=skip_special_tokens, **kwargs)
 
 
-def _encode(tokenizer: Any, talk: Conversation, clips: list[int], prompt: bool) -> Tokens:
+def _encode(tokenizer: Any, talk: Conversation, clips: list[int], add_generation_prompt: bool) -> Tokens:
     last = talk[-1]["role"]
-    if prompt and last == "user":
+    if add_generation_prompt and last == "user":
         return prompts.encode(tokenizer, talk, clips)
-    if not prompt and last == "assistant":
+    if not add_generation_prompt and last == "assistant":
         return prompts.encode(tokenizer, talk, clips, train=True)
-    return prompts.encode_as_is(tokenizer, talk, clips, prompt)
+    return prompts.encode_as_is(tokenizer, talk, clips, add_generation_prompt)
 
 
-def _answers(conversations: Sequence[Tokens], mask_BT: Tensor) -> Tensor:
-    """1 where a trained token stands [B, T]."""
+def _answer_mask(conversations: Sequence[Tokens], mask_BT: Tensor) -> Tensor:
+    """1 for the tokens of answers: [B, T]."""
     answers_BT = torch.zeros_like(mask_BT)
     for b, conversation in enumerate(conversations):
         if conversation.labels is None:
-            raise PromptError("only a chat that ends with an answer has a mask of answers")
+            raise PromptError(
+                "assistant_masks needs chats that end with an answer; add it, or leave return_assistant_tokens_mask out"
+            )
         answers_BT[b, mask_BT[b] != 0] = torch.tensor([int(label != IGNORE) for label in conversation.labels])
     return answers_BT
 
 
 def _flat(audio: AudioInput | Sequence[AudioInput] | Sequence[Sequence[AudioInput]] | None) -> list[AudioInput]:
-    """Clips given alone, in a list, or in a list for each prompt."""
+    """All clips in one list, given one clip, a list of clips, or a list for each prompt."""
     given: Any = audio
     return [] if audio is None else [clip for part in clip_list(given) for clip in clip_list(part)]
 
 
-def _shares(texts: Sequence[str], clips: int) -> list[int]:
-    """How many of the clips belong to each text."""
+def _clips_of_texts(texts: Sequence[str], clips: int) -> list[int]:
+    """Number of clips of each text; `clips` is the number of all.
+
+    Raises:
+        PromptError: the texts have another number of placeholders.
+    """
     counts = [text.count(PLACEHOLDER) for text in texts]
     if sum(counts) != clips:
         raise PromptError(

@@ -1,4 +1,4 @@
-"""lmms-eval's interface of a model (its version 0.7.3), filled by a `PalModel`."""
+"""A `PalModel` behind the model interface of lmms-eval (version 0.7.3)."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from pal.data.prompts import encode, user_turn
 from pal.errors import ConfigError
 from pal.types import IGNORE, Tokens
 
-_IGNORED = frozenset({"until", "max_new_tokens", "image_aspect_ratio"})
-"""Keys of generation that are handled here, or about images."""
+_NOT_FOR_GENERATE = frozenset({"until", "max_new_tokens", "image_aspect_ratio"})
+"""Generation options that are handled in this file, or that concern images."""
 
 
 class Pal(lmms):
-    """A bundle or run folder as a model of lmms-eval.
+    """lmms-eval model of a bundle or run folder.
 
     Args:
-        pretrained: what `pal.load` takes: a folder or Hub id, or "tiny" for the one that ships with the package.
-        batch_size: questions in a forward pass.
-        device: torch's name of it; by default the process's own under accelerate.
+        pretrained: folder or Hub id, as in `pal.load`; "tiny" is the model that ships with the package.
+        batch_size: questions that are answered in one batch.
+        device: torch device; by default the one that accelerate gives the process.
     """
 
     is_simple = True
@@ -41,40 +41,41 @@ class Pal(lmms):
         self.model = pal.load(pretrained).eval().to(device or state.device)
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
-        """One answer a request (context, generation options, doc_to_visual, doc_id, task, split), cut at `until`."""
+        """Answer to each request (context, generation options, doc_to_visual, doc_id, task, split), cut at `until`."""
         arguments = [request.args for request in requests]
         answers = [""] * len(arguments)
-        # one set of options a batch; questions about one document stand together and share its clip
+        # a batch has one set of options; sorting puts questions about a document together, so that they share its clip
         order = sorted(range(len(arguments)), key=lambda at: (repr(arguments[at][1]), *map(str, arguments[at][3:6])))
-        with tqdm(total=len(order), desc="pal", unit="question", disable=self._rank != 0) as bar:
+        with tqdm(total=len(order), desc="pal", unit="question", disable=self._rank != 0) as progress:
             for part in self._batches(order, arguments):
                 options = dict(arguments[part[0]][1])
-                for at, answer in zip(part, self._answer([arguments[at] for at in part], options), strict=True):
+                for at, answer in zip(part, self._answers([arguments[at] for at in part], options), strict=True):
                     answers[at] = answer
                     self.cache_hook.add_partial("generate_until", (arguments[at][0], options), answer)
-                bar.update(len(part))
+                progress.update(len(part))
         return answers
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
-        """Of each continuation (context, target, doc_to_visual, doc_id, task, split): its sum, and if it is greedy.
+        """Log-likelihood of each request's continuation, and True if greedy decoding generates the continuation.
 
-        The continuation is an answer of the conversation, its end of turn included.
+        A request is (context, target, doc_to_visual, doc_id, task, split). The continuation is the assistant's answer,
+        with the tokens that end its turn.
         """
-        found = []
+        scores = []
         for request in requests:
             context, target, to_visual, doc_id, task, split = request.args
             document = self.task_dict[task][split][doc_id]
             continuation = target if isinstance(target, str) else target(document)
             clips = self._clips(to_visual, document)
             conversation = self._conversation(context, list(range(len(clips))), continuation)
-            found.append(self._scored(clips, conversation))
-        return found
+            scores.append(self._score(clips, conversation))
+        return scores
 
     def generate_until_multi_round(self, requests: Sequence[Any]) -> list[str]:
-        """Not offered: lmms-eval's rounds are about images."""
-        raise NotImplementedError("pal answers single questions in lmms-eval; choose a task of one round")
+        """Not supported: lmms-eval's tasks with several rounds are about images."""
+        raise NotImplementedError("pal supports no lmms-eval task with several rounds; choose a task with one round")
 
-    def _answer(self, arguments: list[Any], options: dict[str, Any]) -> list[str]:
+    def _answers(self, arguments: list[Any], options: dict[str, Any]) -> list[str]:
         waveforms: list[Tensor] = []
         conversations = []
         spans: dict[tuple[str, str, str], list[int]] = {}
@@ -88,20 +89,23 @@ class Pal(lmms):
         until = options.get("until", [])
         stops = [until] if isinstance(until, str) else list(until)
         answers = self.model.generate(
-            waveforms, conversations, max_new_tokens=int(options.get("max_new_tokens", 256)), **_generation(options)
+            waveforms,
+            conversations,
+            max_new_tokens=int(options.get("max_new_tokens", 256)),
+            **_generation_options(options),
         )
         return [_cut(answer, stops) for answer in answers]
 
     @torch.inference_mode()
-    def _scored(self, clips: list[Tensor], conversation: Tokens) -> tuple[float, bool]:
+    def _score(self, clips: list[Tensor], conversation: Tokens) -> tuple[float, bool]:
         total = float(self.model.answer_scores(clips, [conversation])[0])
         assert conversation.labels is not None
-        wanted = [label for label in conversation.labels if label != IGNORE]
+        target = [label for label in conversation.labels if label != IGNORE]
         first = next(place for place, label in enumerate(conversation.labels) if label != IGNORE)
-        asked = Tokens(conversation.ids[:first], conversation.clips)
-        inputs = self.model.inputs(clips, [asked], padding_side="left")
-        said = self.model.llm.generate(inputs, max_new_tokens=len(wanted), do_sample=False, pad_token_id=0)
-        return total, said[0].tolist()[: len(wanted)] == wanted
+        prompt = Tokens(conversation.ids[:first], conversation.clips)
+        inputs = self.model.inputs(clips, [prompt], padding_side="left")
+        greedy = self.model.llm.generate(inputs, max_new_tokens=len(target), do_sample=False, pad_token_id=0)
+        return total, greedy[0].tolist()[: len(target)] == target
 
     def _conversation(self, context: str, clips: list[int], answer: str | None = None) -> Tokens:
         system = self.model.config.system
@@ -112,12 +116,12 @@ class Pal(lmms):
         return encode(self.model.tokenizer, talk, clips, train=answer is not None)
 
     def _clips(self, to_visual: Any, document: Any) -> list[Tensor]:
-        """A document's audio at the model's rate, in whatever form its data set gives it."""
+        """Waveforms of a document's clips, at the model's rate."""
         clips = []
         for clip in to_visual(document) or []:
             if not is_clip(clip):
                 raise ConfigError(
-                    f"a document's medium is a {type(clip).__name__}, not audio with array and sampling_rate; "
+                    f"doc_to_visual gives a {type(clip).__name__}, not audio with array and sampling_rate; "
                     "choose a task about audio"
                 )
             clips.append(read_waveform(clip, self.model.sampling_rate).samples_N)
@@ -132,9 +136,9 @@ class Pal(lmms):
         return batches
 
 
-def _generation(options: dict[str, Any]) -> dict[str, Any]:
-    """lmms-eval's options as transformers' own; a temperature of 0 is greedy decoding."""
-    kept = {key: value for key, value in options.items() if key not in _IGNORED and value is not None}
+def _generation_options(options: dict[str, Any]) -> dict[str, Any]:
+    """Convert lmms-eval's generation options to those of transformers; a temperature of 0 means greedy decoding."""
+    kept = {key: value for key, value in options.items() if key not in _NOT_FOR_GENERATE and value is not None}
     if not kept.get("do_sample") or not kept.get("temperature"):
         for key in ("temperature", "top_p", "top_k", "do_sample"):
             kept.pop(key, None)

@@ -301,10 +301,10 @@ def test_what_is_no_beats_is_refused(tmp_path: Path) -> None:
         ({"encoder_layers": 2}, r"has 19 weights that .* no place for, such as 'encoder.layers.2"),
         ({"num_buckets": 40}, r"has shape \(20, 2\), its configuration asks for \(40, 2\)"),
         ({"conv_pos_groups": 3}, "encoder_embed_dim 16 is no multiple of conv_pos_groups"),
-        ({"max_distance": 5}, "max_distance 5 is within the 5 single distances"),
-        ({"layer_norm_first": True}, "'layer_norm_first' is True, and this encoder only does False"),
-        ({"gru_rel_pos": False}, "'gru_rel_pos' is False, and this encoder only does True"),
-        ({"activation_fn": "glu"}, "'activation_fn' is glu, and this encoder only does gelu"),
+        ({"max_distance": 5}, "max_distance 5 is not above num_buckets / 4 = 5"),
+        ({"layer_norm_first": True}, "'layer_norm_first' is True, and this encoder supports only False"),
+        ({"gru_rel_pos": False}, "'gru_rel_pos' is False, and this encoder supports only True"),
+        ({"activation_fn": "glu"}, "'activation_fn' is glu, and this encoder supports only gelu"),
     ]:
         save_beats(tmp_path, beats_tensors(), **fields)
         with pytest.raises(ConfigError, match=message):
@@ -312,5 +312,5 @@ def test_what_is_no_beats_is_refused(tmp_path: Path) -> None:
     tensors = beats_tensors()
     tensors["encoder.layers.1.self_attn.relative_attention_bias.weight"] = torch.zeros(20, 2)
     save_beats(tmp_path, tensors)
-    with pytest.raises(ConfigError, match="relative positions of their own"):
+    with pytest.raises(ConfigError, match="different relative position biases"):
         read()

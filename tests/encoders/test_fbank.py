@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.testing import assert_close
 from transformers import ASTFeatureExtractor
 
-from pal.encoders.fbank import begun_frames, fbank, whole_frames
+from pal.encoders.fbank import fbank, hops, whole_frames
 
 EXTRACTOR = ASTFeatureExtractor(do_normalize=False, max_length=1024)
 
@@ -94,5 +94,5 @@ def test_counts_of_frames() -> None:
         whole = whole_frames(length)
         assert 160 * (whole - 1) + 400 >= length  # holds all
         assert whole == 1 or 160 * (whole - 2) + 400 < length  # and one fewer would not
-        assert 0 <= begun_frames(length) - whole <= 2
-        assert 160 * (begun_frames(length) - 1) < length <= 160 * begun_frames(length)
+        assert 0 <= hops(length) - whole <= 2
+        assert 160 * (hops(length) - 1) < length <= 160 * hops(length)

@@ -246,8 +246,8 @@ def test_what_is_no_sslam_is_refused(tmp_path: Path) -> None:
         ({"embed_dim": 32}, r"has shape \(.*16.*\), its configuration asks for \(.*32.*\)"),
         ({"num_heads": 3}, "embed_dim 16 is no multiple of 4 and of num_heads 3"),
         ({"img_size": [1000, 128]}, r"img_size \(1000, 128\) is no multiple of patch_size 16"),
-        ({"layer_norm_first": True}, "norms before the attention"),
-        ({"stride": 10}, "patches that overlap"),
+        ({"layer_norm_first": True}, "is pre-norm"),
+        ({"stride": 10}, "overlapping patches"),
     ]:
         save_sslam(tmp_path / "s", sslam_tensors(), **fields)
         with pytest.raises(ConfigError, match=message):

@@ -108,9 +108,9 @@ def test_system_and_assistant_may_be_lists_of_parts(processor):
     ("content", "says"),
     [
         (None, "the content of a message of role 'user' is None"),
-        (5, "a content is a text or a list of parts, not 5"),
-        ({"type": "text", "text": "x"}, "a content is a text or a list of parts"),
-        (b"bytes", "a content is a text or a list of parts"),
+        (5, "content must be a string or a list of parts, not 5"),
+        ({"type": "text", "text": "x"}, "content must be a string or a list of parts"),
+        (b"bytes", "content must be a string or a list of parts"),
         ([None], "a part of type 'NoneType' is unknown"),
         ([5], "a part of type 'int' is unknown"),
         ([{}], "a part of type 'None' is unknown"),
@@ -217,5 +217,5 @@ def test_base64_and_paths_may_be_bytes(processor, tmp_path):
 
 
 def test_chats_that_are_none_are_one_line(processor):
-    with pytest.raises(PromptError, match="not a dict; give the list in it"):
+    with pytest.raises(PromptError, match="not a dict; give that list"):
         processor.apply_chat_template({"messages": [{"role": "user", "content": "a"}]}, tokenize=True)
