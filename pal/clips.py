@@ -34,7 +34,7 @@ import numpy as np
 from torch import Tensor
 
 from pal.audio import Limits, Waveform, load
-from pal.audio.addresses import from_base64, is_address, read_address, shown
+from pal.audio.addresses import from_base64, is_address, read_address, redacted
 from pal.audio.arrays import (
     Array,
     DecodedSamples,
@@ -114,7 +114,7 @@ def read_clip(
         if isinstance(given, Mapping):
             given, name = _of_mapping(given)
         elif isinstance(given, str) and is_address(given):
-            name = shown(given)
+            name = redacted(given)
         if isinstance(given, str) and is_address(given):
             given = read_address(given, allow_urls, limits.max_bytes)
         elif is_decoder(given):
@@ -309,7 +309,7 @@ def _of_mapping(clip: Mapping[str, Any]) -> tuple[Any, str | None]:
             raise DecodeError(f"its 'bytes' are of type {type(clip['bytes']).__name__}", "give the bytes of a file")
         return clip["bytes"], name
     if not arrays and path is not None:
-        return path, None if name is None or not is_address(name) else shown(name)
+        return path, None if name is None or not is_address(name) else redacted(name)
     if not arrays and ("bytes" in clip or "path" in clip):
         raise DecodeError("it holds neither bytes nor a path", "leave the record out")
     raise DecodeError("a clip given as a dict needs 'array' and 'sampling_rate'", "or give 'bytes' or 'path' of a file")
@@ -317,5 +317,5 @@ def _of_mapping(clip: Mapping[str, Any]) -> tuple[Any, str | None]:
 
 def _name(clip: object) -> str:
     if isinstance(clip, str):
-        return shown(clip)
+        return redacted(clip)
     return "array" if isinstance(clip, tuple) or is_array(clip) else "clip"

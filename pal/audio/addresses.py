@@ -16,8 +16,8 @@ from urllib.parse import SplitResult, quote, unquote, unquote_to_bytes, urlsplit
 from pal.audio.declared import DecodeError
 from pal.errors import shortened
 
-SECONDS = 30.0
-"""Timeout of a server's answer, and of its next bytes."""
+TIMEOUT = 30.0
+"""Seconds to wait for a server's answer, and for further bytes of it."""
 
 _SCHEME = re.compile(r"\s*(data|file):", re.IGNORECASE)
 _PATH_KEPT, _QUERY_KEPT = "%/:@!$&'()*+,;=~[]|\\^", "%/:@!$&()*+,;=~[]|\\^?{}`"
@@ -31,7 +31,7 @@ def is_address(text: str) -> bool:
     return "://" in text or _SCHEME.match(text) is not None
 
 
-def shown(address: str) -> str:
+def redacted(address: str) -> str:
     """URL for messages, without password and without the content of a data: URL."""
     if address.lstrip()[:5].lower() == "data:":
         return shortened(address.strip().partition(",")[0], 60) + ",..."
@@ -44,7 +44,7 @@ def read_address(address: str, allowed: bool, limit: int) -> bytes | Path:
     Args:
         address: http, https, file or data URL. Blanks and non-ASCII letters are quoted as browsers do.
         allowed: whether URLs may be fetched or read; a data: URL is always allowed.
-        limit: most bytes.
+        limit: most bytes of the content.
 
     Raises:
         DecodeError: not allowed, another scheme, or an incomplete response.
@@ -134,7 +134,7 @@ def _fetched(address: str, limit: int) -> bytes:
     if parts.username is not None:
         login = f"{unquote(parts.username)}:{unquote(parts.password or '')}".encode()
         request.add_unredirected_header("Authorization", f"Basic {base64.b64encode(login).decode()}")
-    with urllib.request.build_opener(_Redirects).open(request, timeout=SECONDS) as answer:
+    with urllib.request.build_opener(_Redirects).open(request, timeout=TIMEOUT) as answer:
         if answer.status not in (200, 203):
             raise ValueError(f"the server answers {answer.status} {answer.reason}")
         lengths = {length.strip() for length in answer.headers.get_all("Content-Length", [])}
@@ -152,7 +152,7 @@ def _fetched(address: str, limit: int) -> bytes:
 
 def _check_scheme(parts: SplitResult) -> None:
     if parts.scheme not in ("http", "https"):
-        raise ValueError(f"it leads to {parts.scheme}:, only http and https are fetched")
+        raise ValueError(f"it leads to {parts.scheme}:, but only http and https are fetched")
 
 
 def _quoted(parts: SplitResult) -> str:
@@ -181,7 +181,7 @@ def _uncompressed(data: bytes, encoding: str, limit: int) -> bytes:
                 raise zlib.error("it ends early")
             data = decoder.unused_data
     except zlib.error as error:
-        raise DecodeError(f"what its server compressed is damaged ({error})", _AGAIN) from None
+        raise DecodeError(f"its compressed data are damaged ({error})", _AGAIN) from None
     if len(whole) > limit:
         raise _too_large(limit)
     return whole

@@ -4,8 +4,8 @@ import struct
 from collections.abc import Iterator
 from math import ldexp
 
-from pal.audio.declared import Declared, DecodeError
-from pal.audio.samples import MAX_CHUNKS, Samples, cut, is_placeholder, no_length, pcm, too_many_chunks
+from pal.audio.declared import CONVERT, Declared, DecodeError
+from pal.audio.samples import MAX_CHUNKS, SampleFormat, cut, is_placeholder, no_length, pcm, too_many_chunks
 
 _FIXED = {
     b"in24": ("PCM_24", "BIG"),
@@ -22,7 +22,6 @@ _FIXED = {
 _BY_BITS = {b"none": "BIG", b"twos": "BIG", b"sowt": "LITTLE"}
 _PACKED = (b"ima4", b"gsm ", b"dwvw")
 """Codecs whose header may count packets instead of samples."""
-_CONVERT = "convert it: ffmpeg -i IN OUT.wav"
 
 
 def declared(data: bytes) -> Declared:
@@ -51,7 +50,7 @@ def declared(data: bytes) -> Declared:
     channels, frames, bits, exponent, mantissa = struct.unpack_from(">HIHHQ", comm)
     rate = ldexp(mantissa, (exponent & 0x7FFF) - 16383 - 63) if exponent & 0x7FFF < 16383 + 40 else 0.0
     if rate < 1:
-        raise DecodeError(f"its rate of {rate:g} Hz is no rate of sound", _CONVERT)
+        raise DecodeError(f"its rate of {rate:g} Hz is not a sampling rate", CONVERT)
     codec = comm[18:22].lower() if data[8:12] == b"AIFC" else b"none"
 
     start, size = sound
@@ -62,18 +61,18 @@ def declared(data: bytes) -> Declared:
         if size > held:
             raise cut(size, held)
         return Declared(None, int(rate), channels)  # libsndfile's, which cuts the fraction off
-    samples = Samples(int(rate + 0.5), channels, *_kind(codec, bits))
-    needed = frames * samples.align
+    sample_format = SampleFormat(int(rate + 0.5), channels, *_kind(codec, bits))
+    needed = frames * sample_format.align
     if not channels:
         raise DecodeError("its 0 channels are not 1 to 8")
-    unknown = is_placeholder(needed, held, samples.align) or (frames and is_placeholder(frames, held))
+    unknown = is_placeholder(needed, held, sample_format.align) or (frames and is_placeholder(frames, held))
     if unknown and (size <= 0 or size == needed or is_placeholder(size, held)):
-        return samples.declared(start, held, no_length(needed, held))
+        return sample_format.declared(start, held, no_length(needed, held))
     if needed > held:
         raise cut(needed, max(0, held))
-    if 0 < size < needed or (size - needed >= samples.align and not is_placeholder(size, held)):
+    if 0 < size < needed or (size - needed >= sample_format.align and not is_placeholder(size, held)):
         raise DecodeError(f"it contradicts itself: {frames} samples are {needed} bytes, its sound chunk says {size}")
-    return samples.declared(start, needed)
+    return sample_format.declared(start, needed)
 
 
 def _kind(codec: bytes, bits: int) -> tuple[str, str]:
@@ -85,7 +84,7 @@ def _kind(codec: bytes, bits: int) -> tuple[str, str]:
     if codec == b"raw ":
         return pcm(bits, unsigned_8=True), "BIG"
     shown = "".join(chr(byte) if 32 <= byte < 127 else "?" for byte in codec).strip()
-    raise DecodeError(f"it is an AIFF-C file whose codec is not read ({shown})", _CONVERT)
+    raise DecodeError(f"it is an AIFF-C file whose codec is not supported ({shown})", CONVERT)
 
 
 def _chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:

@@ -2,11 +2,11 @@
 
 import struct
 
-from pal.audio.declared import Declared, DecodeError
-from pal.audio.samples import Samples, cut, is_placeholder, no_length
+from pal.audio.declared import CONVERT, Declared, DecodeError
+from pal.audio.samples import SampleFormat, cut, is_placeholder, no_length
 
 _KINDS = {1: "ULAW", 2: "PCM_S8", 3: "PCM_16", 4: "PCM_24", 5: "PCM_32", 6: "FLOAT", 7: "DOUBLE", 27: "ALAW"}
-_UNREAD = {23: "G.721", 24: "G.722", 25: "G.723", 26: "G.723"}
+_UNSUPPORTED = {23: "G.721", 24: "G.722", 25: "G.723", 26: "G.723"}
 """Unsupported codecs. For G.721 and G.723, libsndfile, FFmpeg and SoX each decode different samples."""
 
 
@@ -33,6 +33,6 @@ def declared(data: bytes) -> Declared:
     elif size > held:
         raise cut(size, held)
     if encoding not in _KINDS:
-        codec = _UNREAD.get(encoding, f"number {encoding}")
-        raise DecodeError(f"it is an AU file whose codec is not read ({codec})", "convert it: ffmpeg -i IN OUT.wav")
-    return Samples(rate, channels, _KINDS[encoding], name).declared(start, size, doubt)
+        codec = _UNSUPPORTED.get(encoding, f"number {encoding}")
+        raise DecodeError(f"it is an AU file whose codec is not supported ({codec})", CONVERT)
+    return SampleFormat(rate, channels, _KINDS[encoding], name).declared(start, size, doubt)

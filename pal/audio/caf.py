@@ -2,12 +2,20 @@
 
 import struct
 
-from pal.audio.declared import Declared, DecodeError
-from pal.audio.samples import MAX_CHUNKS, Samples, between_headers, cut, is_placeholder, no_length, pcm, too_many_chunks
+from pal.audio.declared import CONVERT, Declared, DecodeError
+from pal.audio.samples import (
+    MAX_CHUNKS,
+    SampleFormat,
+    between_headers,
+    cut,
+    is_placeholder,
+    no_length,
+    pcm,
+    too_many_chunks,
+)
 
 _FLOAT, _LITTLE = 1, 2
 _LAWS = {b"ulaw": "ULAW", b"alaw": "ALAW"}
-_CONVERT = "convert it: ffmpeg -i IN OUT.wav"
 _VARINT = 5
 """Most bytes of a number in the packet table, seven bits in each: no packet needs more than 32 bits."""
 _UNKNOWN = (1 << 64) - 1
@@ -24,7 +32,7 @@ def declared(data: bytes) -> Declared:
         DecodeError: truncated, or an unsupported codec.
     """
     if len(data) < 8 or data[4:6] != b"\0\1":
-        raise DecodeError("it is a CAF file of a version that is not known", _CONVERT)
+        raise DecodeError("it is a CAF file of an unknown version", CONVERT)
     chunks: dict[bytes, tuple[int, int]] = {}
     start = 8
     for _ in range(MAX_CHUNKS):
@@ -47,7 +55,7 @@ def declared(data: bytes) -> Declared:
         raise DecodeError("it is cut in its description")
     rate, codec, flags, packet_bytes, packet_frames, channels, bits = struct.unpack_from(">d4sIIIII", data, at)
     if not 1 <= rate < 1 << 32:  # or no number
-        raise DecodeError(f"its rate of {rate:g} Hz is no rate of sound", _CONVERT)
+        raise DecodeError(f"its rate of {rate:g} Hz is not a sampling rate", CONVERT)
     rate = int(rate + 0.5)
     start, size = chunks[b"data"]
     held = len(data) - start
@@ -71,13 +79,13 @@ def declared(data: bytes) -> Declared:
         subtype = _LAWS[codec]
     else:
         shown = "".join(chr(byte) if 32 <= byte < 127 else "?" for byte in codec).strip()
-        raise DecodeError(f"it is a CAF file whose codec is not read ({shown})", _CONVERT)
-    samples = Samples(rate, channels, subtype, "LITTLE" if flags & _LITTLE else "BIG")
-    if not subtype or packet_frames != 1 or packet_bytes != samples.align:
+        raise DecodeError(f"it is a CAF file whose codec is not supported ({shown})", CONVERT)
+    sample_format = SampleFormat(rate, channels, subtype, "LITTLE" if flags & _LITTLE else "BIG")
+    if not subtype or packet_frames != 1 or packet_bytes != sample_format.align:
         raise DecodeError(
             f"its description contradicts itself: {channels} channels of {bits} bits, {packet_bytes} bytes a sample"
         )
-    return samples.declared(start + 4, max(0, size - 4), doubt)
+    return sample_format.declared(start + 4, max(0, size - 4), doubt)
 
 
 def _alac(data: bytes, chunks: dict[bytes, tuple[int, int]], rate: int, channels: int) -> Declared:
@@ -101,7 +109,7 @@ def _alac(data: bytes, chunks: dict[bytes, tuple[int, int]], rate: int, channels
     depth = config[24 + 5 : 24 + 6] if config[4:8] == b"frma" else config[5:6]
     flags = {b"\x10": 1, b"\x14": 2, b"\x18": 3, b"\x20": 4}.get(depth)
     if flags is None:
-        raise DecodeError("its ALAC sound has no configuration that is known", _CONVERT)
+        raise DecodeError("its ALAC sound has no known configuration", CONVERT)
     if flags == 4:  # libsndfile decodes uncompressed packets of this depth to other samples
         return Declared(frames, rate, channels, bits=32, av_format="caf")
     place = chunks[b"desc"][0] + 12

@@ -3,10 +3,9 @@
 from collections.abc import Callable
 
 from pal.audio import aiff, au, caf, headerless, legacy, nist, riff, w64, wavpack
-from pal.audio.declared import Declared, DecodeError
+from pal.audio.declared import CONVERT, Declared, DecodeError
 from pal.audio.wave_format import RIFF_64
 
-_CONVERT = "convert it: ffmpeg -i IN OUT.wav"
 _RIFF = (b"RIFF", b"RIFX", b"RF64", b"BW64")
 _STARTS = {
     legacy.VOC: legacy.voc,
@@ -17,7 +16,7 @@ _STARTS = {
     b"fap ": headerless.paf,
     b"wvpk": wavpack.declared,
 }
-_UNREAD = (
+_UNSUPPORTED = (
     (b"MAC ", "a Monkey's Audio file"),
     (b"TTA1", "a True Audio file"),
     (b"TTA2", "a True Audio file"),
@@ -89,22 +88,22 @@ def reader(data: bytes) -> Callable[[bytes], Declared] | None:
     return legacy.htk if legacy.is_htk(data) else None
 
 
-def named(data: bytes) -> DecodeError | None:
+def unsupported(data: bytes) -> DecodeError | None:
     """Error for a file of a known unsupported kind; None for other files."""
     if data[:4] == b"RIFF" and len(data) > 11:
-        return _named("an AVI video" if data[8:12] == b"AVI " else "a RIFF file that is no WAV")
-    for start, name in _UNREAD:
+        return _unsupported("an AVI video" if data[8:12] == b"AVI " else "a RIFF file that is no WAV")
+    for start, name in _UNSUPPORTED:
         if data[: len(start)] == start:
-            return _named(name)
+            return _unsupported(name)
     return None
 
 
-def unread(data: bytes) -> DecodeError:
+def unknown(data: bytes) -> DecodeError:
     """Error for a file of unknown kind."""
     if not data[:].strip(b"\0"):
         return DecodeError("it holds zeros only", "fetch it again")
-    return DecodeError("it is no WAV, FLAC, MP3, Ogg, Opus, AIFF, AU, CAF, m4a or webm file", _CONVERT)
+    return DecodeError("it is no WAV, FLAC, MP3, Ogg, Opus, AIFF, AU, CAF, m4a or webm file", CONVERT)
 
 
-def _named(name: str) -> DecodeError:
-    return DecodeError(f"it is {name}, which is not read", _REMEDIES.get(name, _CONVERT))
+def _unsupported(name: str) -> DecodeError:
+    return DecodeError(f"it is {name}, which is not supported", _REMEDIES.get(name, CONVERT))

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 
 REENCODE = "fetch it again, or if it plays to its end re-encode it: ffmpeg -i IN OUT.wav"
 """Remedy for damage that players conceal."""
+CONVERT = "convert it: ffmpeg -i IN OUT.wav"
+"""Remedy for a format or codec that is not supported."""
 TO_THE_END = "fetch it again, or take it as far as it goes: read_to_end=True, --read-to-end"
 """Remedy for a length that cannot be verified."""
 

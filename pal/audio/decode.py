@@ -232,8 +232,8 @@ def _kind(data: bytes) -> tuple[bytes, Callable[[bytes], Declared] | None]:
     is_adts = len(head) > 1 and head[0] == 0xFF and head[1] & 0xF6 == 0xF0
     if head[4:8] == b"ftyp" or head[:4] == b"\x1a\x45\xdf\xa3" or is_adts:
         return body, None
-    if not start and (named := containers.named(data)) is not None:
-        raise named
+    if not start and (error := containers.unsupported(data)) is not None:
+        raise error
     if start or mpeg.looks_like_frames(data):
         return data, mpeg.declared
-    raise containers.unread(data)
+    raise containers.unknown(data)

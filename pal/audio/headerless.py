@@ -6,10 +6,9 @@ The layouts are those that libsndfile reads and writes (its `ircam.c`, `pvf.c`, 
 import re
 import struct
 
-from pal.audio.declared import Declared, DecodeError
-from pal.audio.samples import Samples, cut, pcm
+from pal.audio.declared import CONVERT, Declared, DecodeError
+from pal.audio.samples import SampleFormat, cut, pcm
 
-_CONVERT = "convert it: ffmpeg -i IN OUT.wav"
 _IRCAM = {2: "PCM_16", 4: "FLOAT", 0x10001: "ALAW", 0x20001: "ULAW", 0x40004: "PCM_32"}
 _PAF = {0: 16, 2: 8}
 
@@ -26,8 +25,8 @@ def ircam(data: bytes) -> Declared:
     order = "LITTLE" if 1 <= struct.unpack_from("<I", data, 8)[0] <= 256 else "BIG"
     rate, channels, codec = struct.unpack_from("<fII" if order == "LITTLE" else ">fII", data, 4)
     if codec not in _IRCAM or not 1 <= rate < 1 << 32:
-        raise DecodeError("it is an IRCAM file whose codec is not read", _CONVERT)
-    return _to_the_end(data, Samples(int(rate), channels, _IRCAM[codec], order), 1024)
+        raise DecodeError("it is an IRCAM file whose codec is not supported", CONVERT)
+    return _to_the_end(data, SampleFormat(int(rate), channels, _IRCAM[codec], order), 1024)
 
 
 def pvf(data: bytes) -> Declared:
@@ -36,7 +35,7 @@ def pvf(data: bytes) -> Declared:
     if found is None:
         raise DecodeError("its PVF header is damaged")
     channels, rate, bits = map(int, found.groups())
-    return _to_the_end(data, Samples(rate, channels, pcm(bits)), found.end())
+    return _to_the_end(data, SampleFormat(rate, channels, pcm(bits)), found.end())
 
 
 def paf(data: bytes) -> Declared:
@@ -46,10 +45,10 @@ def paf(data: bytes) -> Declared:
     order = ">" if data[:4] == b" paf" else "<"
     little, rate, kind, channels = struct.unpack_from(order + "4I", data, 8)
     if kind not in _PAF:
-        raise DecodeError("it is an Ensoniq PARIS (PAF) file whose codec is not read", _CONVERT)
-    return _to_the_end(data, Samples(rate, channels, pcm(_PAF[kind]), "LITTLE" if little else "BIG"), 2048)
+        raise DecodeError("it is an Ensoniq PARIS (PAF) file whose codec is not supported", CONVERT)
+    return _to_the_end(data, SampleFormat(rate, channels, pcm(_PAF[kind]), "LITTLE" if little else "BIG"), 2048)
 
 
-def _to_the_end(data: bytes, samples: Samples, start: int) -> Declared:
+def _to_the_end(data: bytes, sample_format: SampleFormat, start: int) -> Declared:
     doubt = "its header gives no length (its format has none), so a cut could not be noticed"
-    return samples.declared(start, len(data) - start, doubt)
+    return sample_format.declared(start, len(data) - start, doubt)

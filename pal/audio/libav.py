@@ -9,13 +9,12 @@ import numpy as np
 
 from pal.audio import opus
 from pal.audio.boxes import check
-from pal.audio.declared import TO_THE_END, Declared, DecodeError
+from pal.audio.declared import CONVERT, TO_THE_END, Declared, DecodeError
 from pal.audio.pcm import to_float
 from pal.audio.sndfile import Md5
 
 _PACKETS = 2
 """Largest difference of a container's duration from its samples in packets: encoders pad the first and the last."""
-_CONVERT = "convert it: ffmpeg -i IN OUT.wav"
 _NEED = "m4a, mp4 and webm need the av package"
 _PLANES = 8
 """Fewest channels of planar frames that are packed before they are read."""
@@ -64,7 +63,7 @@ class Track:
         context = self._stream.codec_context
         if context is None:
             self._container.close()
-            raise DecodeError("its sound is in a codec that FFmpeg does not know", _CONVERT)
+            raise DecodeError("its sound is in a codec that FFmpeg does not know", CONVERT)
         self.rate: int = context.sample_rate
         self.channels: int = context.channels
         self.seconds: float | None = None

@@ -2,10 +2,8 @@
 
 from dataclasses import dataclass
 
-from pal.audio.declared import DecodeError
+from pal.audio.declared import CONVERT, DecodeError
 from pal.audio.pcm import Mixer
-
-_CONVERT = "convert it: ffmpeg -i IN OUT.wav"
 
 
 @dataclass(frozen=True)
@@ -24,15 +22,15 @@ class Limits:
     """Samples of each channel that are decoded at a time; the result does not depend on it."""
 
     def check(self, source_rate: int, channels: int, frames: int | None) -> tuple[int, DecodeError]:
-        """Most samples of each channel, and the error for more.
+        """Check a header; returns the most samples of each channel that may be decoded, and the error for more.
 
         Raises:
-            DecodeError: the header is beyond the limits (`frames` is None if it has no length).
+            DecodeError: beyond the limits. `frames` is None if the header has no length.
         """
         if not self.min_rate <= source_rate <= self.max_rate:
-            raise DecodeError(f"its rate of {source_rate} Hz is not in {self.min_rate}..{self.max_rate}", _CONVERT)
+            raise DecodeError(f"its rate of {source_rate} Hz is not in {self.min_rate}..{self.max_rate}", CONVERT)
         if not 1 <= channels <= self.max_channels:
-            raise DecodeError(f"its {channels} channels are not 1 to {self.max_channels}", _CONVERT + " -ac 1")
+            raise DecodeError(f"its {channels} channels are not 1 to {self.max_channels}", CONVERT + " -ac 1")
         seconds = "" if frames is None else f" ({frames / source_rate:.0f} s)"
         too_long = DecodeError(f"it is longer than {self.max_seconds:.0f} s{seconds}", "split it, or raise max_seconds")
         max_frames = int(self.max_seconds * source_rate)

@@ -3,7 +3,7 @@
 import re
 
 from pal.audio.declared import Declared, DecodeError
-from pal.audio.samples import Samples, cut, pcm
+from pal.audio.samples import SampleFormat, cut, pcm
 
 _LAWS = {"ulaw": "ULAW", "mu-law": "ULAW", "mulaw": "ULAW", "alaw": "ALAW", "a-law": "ALAW"}
 
@@ -23,16 +23,16 @@ def declared(data: bytes) -> Declared:
     coding = fields.get("sample_coding", "pcm").strip()
     if coding not in _LAWS and coding != "pcm":
         shown = coding if coding.isprintable() and len(coding) < 40 else "unknown"
-        what = f"it is a NIST SPHERE file whose codec is not read ({shown})"
+        what = f"it is a NIST SPHERE file whose codec is not supported ({shown})"
         raise DecodeError(what, "convert it: sph2pipe IN OUT.wav")
     rate, channels = _number(fields, "sample_rate"), _number(fields, "channel_count", 1)
     frames, width = _number(fields, "sample_count"), _number(fields, "sample_n_bytes", 1 if coding in _LAWS else 2)
     subtype = _LAWS[coding] if coding in _LAWS else pcm(8 * width)
     order = "LITTLE" if fields.get("sample_byte_format", "").strip() == "01" else "BIG"
-    samples = Samples(rate, channels, subtype, order)
-    if start + frames * samples.align > len(data):
-        raise cut(frames * samples.align, max(0, len(data) - start))
-    return samples.declared(start, frames * samples.align)
+    sample_format = SampleFormat(rate, channels, subtype, order)
+    if start + frames * sample_format.align > len(data):
+        raise cut(frames * sample_format.align, max(0, len(data) - start))
+    return sample_format.declared(start, frames * sample_format.align)
 
 
 def _number(fields: dict[str, str], name: str, default: int | None = None) -> int:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from pal.audio import flac, opus
-from pal.audio.declared import Declared, DecodeError
+from pal.audio.declared import CONVERT, Declared, DecodeError
 
 _FIRST, _LAST = 2, 4
 _NO_PACKET = (1 << 64) - 1
@@ -171,7 +171,7 @@ def _of_link(pages: list[OggPage]) -> Declared:
         )
     if not sounds:
         what = ", ".join(sorted(set(names.values())))
-        raise DecodeError(f"it holds no sound that is known, only {what}", "convert it: ffmpeg -i IN OUT.wav")
+        raise DecodeError(f"it holds no sound of a known codec, only {what}", CONVERT)
     own, name = streams[sounds[0]], names[sounds[0]]
     for before, page in itertools.pairwise(own):
         if page.number != before.number + 1 & 0xFFFFFFFF:
@@ -204,7 +204,7 @@ def _of_stream(pages: list[OggPage], name: str) -> Declared:
         return _of_opus(pages)
     if name == "Vorbis":
         return _of_vorbis(pages)
-    raise DecodeError(f"its codec {name} is not read", "convert it: ffmpeg -i IN OUT.wav")
+    raise DecodeError(f"its codec {name} is not supported", CONVERT)
 
 
 def _of_vorbis(pages: list[OggPage]) -> Declared:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from pal.audio.declared import DecodeError
+from pal.audio.declared import CONVERT, DecodeError
 
 RATE = 48_000
 """Decoding rate of Opus in Hz, in which positions and packets are counted."""
@@ -26,9 +26,9 @@ def read_head(packet: bytes) -> Head:
     if len(packet) < 19:
         raise DecodeError("its Opus header is cut")
     if packet[8] >> 4:
-        raise DecodeError(f"it is of a version of Opus that is not known ({packet[8]})", "convert it with opusdec")
+        raise DecodeError(f"it is of an unknown version of Opus ({packet[8]})", "convert it with opusdec")
     if packet[18] == 3:
-        raise DecodeError("its channels are ambisonics by matrix (family 3)", "convert it: ffmpeg -i IN OUT.wav")
+        raise DecodeError("its channels are ambisonics by matrix (family 3)", CONVERT)
     at_48_khz = packet[:12] + RATE.to_bytes(4, "little") + packet[16:]
     return Head(packet[9], int.from_bytes(packet[10:12], "little"), at_48_khz)
 

@@ -20,7 +20,7 @@ def to_float(block: np.ndarray) -> np.ndarray:
     if np.issubdtype(block.dtype, np.floating):
         with np.errstate(over="ignore"):  # overflow becomes infinite, which is refused later
             return block.astype(np.float32, copy=False)
-    raise DecodeError(f"samples of type {block.dtype} are no sound", "pass float32 in -1..1 or int16")
+    raise DecodeError(f"samples of type {block.dtype} are not supported", "pass float32 in -1..1 or int16")
 
 
 class Mixer:

@@ -55,7 +55,7 @@ def declared(data: bytes) -> Declared:
 def _sound(data: bytes, start: int, size: int, outer: int, fmt: wave_format.Format) -> Declared:
     """Check the data chunk, whose content begins at `start`, and what follows it."""
     held, end = len(data) - start, start + size
-    align = 1 if fmt.samples is None else fmt.align
+    align = 1 if fmt.sample_format is None else fmt.align
     if size == 0 and _is_chunk(data, start):
         return fmt.declared(data, start, 0)
     same = size > held and end - 8 <= outer <= end + 1 + _SLACK  # the outer size was computed from this one

@@ -14,7 +14,7 @@ MAX_CHUNKS = 10_000
 
 
 @dataclass(frozen=True)
-class Samples:
+class SampleFormat:
     """PCM sample format: interleaved samples of a fixed size."""
 
     rate: int
@@ -51,7 +51,7 @@ def pcm(bits: int, unsigned_8: bool = False) -> str:
         DecodeError: not 1 to 32 bits.
     """
     if not 1 <= bits <= 32:
-        raise DecodeError(f"its samples of {bits} bits are of no known kind")
+        raise DecodeError(f"its samples of {bits} bits are not supported")
     return ("PCM_U8" if unsigned_8 else "PCM_S8", "PCM_16", "PCM_24", "PCM_32")[(bits - 1) // 8]
 
 

@@ -51,7 +51,7 @@ def opened(data: bytes, declared: Declared) -> Iterator[soundfile.SoundFile]:
     try:
         with _Forward(source, **raw) as file:
             if declared.rate not in (None, file.samplerate) or declared.channels not in (None, file.channels):
-                raise DecodeError("its header is read in two ways")
+                raise DecodeError("its header is ambiguous: libsndfile reads another rate or number of channels")
             yield file
     except soundfile.SoundFileError as error:
         if not raw and os.path.lexists(_FORK):

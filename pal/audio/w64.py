@@ -50,6 +50,6 @@ def _sound(data: bytes, start: int, size: int, held: int, fmt: wave_format.Forma
     if size - _HEAD > held:
         raise DecodeError(f"it is cut: its data chunk claims {size - _HEAD} bytes, the file holds {held}")
     size = max(0, size - _HEAD)
-    if fmt.samples is not None and size % 8 == 0:
+    if fmt.sample_format is not None and size % 8 == 0:
         size -= size % fmt.align if size % fmt.align < 8 else 0  # FFmpeg counts the padding
     return fmt.declared(data, start, size)

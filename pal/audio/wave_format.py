@@ -4,8 +4,8 @@ import struct
 from dataclasses import dataclass, replace
 
 from pal.audio import mpeg
-from pal.audio.declared import Declared, DecodeError
-from pal.audio.samples import Samples, pcm
+from pal.audio.declared import CONVERT, Declared, DecodeError
+from pal.audio.samples import SampleFormat, pcm
 
 TAIL_64 = b"\xf3\xac\xd3\x11\x8c\xd1\x00\xc0\x4f\x8e\xdb\x8a"
 """Bytes after the four letters of a chunk's name in Wave64, except for the outermost chunk."""
@@ -17,7 +17,7 @@ _MPEG = (0x50, 0x55)
 _GSM = 0x31
 _BLOCKS = {0x02: 7, 0x11: 4, _GSM: 65}
 """Block codecs (Microsoft's and IMA's ADPCM, GSM 6.10) -> fewest bytes of a block for each channel."""
-_UNREAD = {
+_UNSUPPORTED = {
     0x05: "IBM CVSD", 0x10: "OKI ADPCM", 0x14: "G.723", 0x20: "Yamaha ADPCM", 0x22: "TrueSpeech",
     0x28: "LPC10", 0x38: "NMS ADPCM", 0x40: "G.721", 0x42: "G.723.1",
     0x45: "G.726", 0x64: "G.726", 0x65: "G.722", 0x69: "Voxware", 0x92: "Dolby AC-3", 0xFF: "AAC", 0x130: "Sipro ACELP",
@@ -46,7 +46,7 @@ class Format:
     """Bytes of the chunk in the file."""
     order: str
     """Byte order for struct, ">" or "<"."""
-    samples: Samples | None
+    sample_format: SampleFormat | None
     """Sample format; None for block codecs."""
 
     def declared(self, data: bytes, start: int, size: int, doubt: str | None = None) -> Declared:
@@ -55,8 +55,8 @@ class Format:
         Raises:
             DecodeError: not a whole number of samples, or a fault of MPEG audio inside.
         """
-        if self.samples is not None:
-            return self.samples.declared(start, size, doubt)
+        if self.sample_format is not None:
+            return self.sample_format.declared(start, size, doubt)
         sound = data[start : start + size]
         if self.tag in _MPEG:
             inside = mpeg.declared(sound)
@@ -103,9 +103,7 @@ def read(chunk: bytes, order: str) -> Format:
     if tag in _MPEG:
         return Format(tag, channels, rate, align, chunk, order, None)
     if tag in _BLOCKS and order == ">":
-        raise DecodeError(
-            f"it is a RIFX file whose codec is not read (format {tag})", "convert it: ffmpeg -i IN OUT.wav"
-        )
+        raise DecodeError(f"it is a RIFX file whose codec is not supported (format {tag})", CONVERT)
     if tag in _BLOCKS:
         per_block = struct.unpack_from(order + "H", chunk, 18)[0] if len(chunk) >= 20 else 0
         _check_blocks(tag, channels, rate, byte_rate, align, per_block)
@@ -117,29 +115,29 @@ def read(chunk: bytes, order: str) -> Format:
     elif tag == _PCM:
         subtype = pcm(bits, unsigned_8=True)
     elif tag == _FLOAT:
-        raise DecodeError(f"its floating-point samples of {bits} bits are of no known kind")
+        raise DecodeError(f"its floating-point samples of {bits} bits are not supported")
     else:
-        codec = f"{_UNREAD[tag]}, format {tag}" if tag in _UNREAD else f"format {tag}"
-        raise DecodeError(f"it is a WAV file whose codec is not read ({codec})", "convert it: ffmpeg -i IN OUT.wav")
-    samples = Samples(rate, channels, subtype, "BIG" if order == ">" else "LITTLE")
-    _check(samples, bits, byte_rate, align)
-    return Format(tag, channels, rate, samples.align, chunk, order, samples)
+        codec = f"{_UNSUPPORTED[tag]}, format {tag}" if tag in _UNSUPPORTED else f"format {tag}"
+        raise DecodeError(f"it is a WAV file whose codec is not supported ({codec})", CONVERT)
+    sample_format = SampleFormat(rate, channels, subtype, "BIG" if order == ">" else "LITTLE")
+    _check(sample_format, bits, byte_rate, align)
+    return Format(tag, channels, rate, sample_format.align, chunk, order, sample_format)
 
 
-def _check(samples: Samples, bits: int, byte_rate: int, align: int) -> None:
+def _check(sample_format: SampleFormat, bits: int, byte_rate: int, align: int) -> None:
     """Refuse a contradictory header whose wrong field cannot be identified.
 
     The byte rate and the bytes of a sample follow from the other fields, and players ignore them. If both agree on
     other values, rather channels or bits are wrong; if the byte rate fits a common sampling rate and the rate is not a
     common one, the rate is wrong.
     """
-    rate = samples.rate
-    both_other = align != samples.align and byte_rate == rate * align and align > 0
-    implied = byte_rate / samples.align
-    rate_other = rate not in _USUAL and implied in _USUAL and align == samples.align
+    rate = sample_format.rate
+    both_other = align != sample_format.align and byte_rate == rate * align and align > 0
+    implied = byte_rate / sample_format.align
+    rate_other = rate not in _USUAL and implied in _USUAL and align == sample_format.align
     if both_other or rate_other:
         raise DecodeError(
-            f"its format chunk contradicts itself: {samples.channels} channels of {bits} bits at {rate} Hz"
+            f"its format chunk contradicts itself: {sample_format.channels} channels of {bits} bits at {rate} Hz"
             f" are not {align} bytes a sample and {byte_rate} a second"
         )
 

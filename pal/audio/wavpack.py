@@ -2,7 +2,7 @@
 
 import struct
 
-from pal.audio.declared import Declared, DecodeError
+from pal.audio.declared import CONVERT, Declared, DecodeError
 from pal.audio.samples import cut
 
 _HEADER = 32
@@ -35,7 +35,7 @@ def declared(data: bytes) -> Declared:
     if not counted or (rest and not rest.startswith(_TAGS) and rest.strip(b"\0")):
         raise DecodeError(f"it is damaged: no WavPack block stands at byte {start} of {len(data)}")
     if flags & _DSD:
-        raise DecodeError("it is a WavPack file of DSD, which is not read", "convert it: ffmpeg -i IN OUT.wav")
+        raise DecodeError("it is a WavPack file of DSD, which is not supported", CONVERT)
     doubt = None
     if total == 0xFFFFFFFF:
         doubt = "its header gives no length (a WavPack written to a stream), so a cut could not be noticed"
@@ -43,8 +43,6 @@ def declared(data: bytes) -> Declared:
         raise DecodeError(f"it is cut: it declares {total} samples, its blocks hold {counted}")
     index = flags >> 23 & 15
     if index == len(_RATES):
-        raise DecodeError(
-            "it is a WavPack file of an unusual rate, which is not read", "convert it: ffmpeg -i IN OUT.wav"
-        )
+        raise DecodeError("it is a WavPack file of an unusual rate, which is not supported", CONVERT)
     bits = 8 * (1 + (flags & 3))
     return Declared(counted, _RATES[index], None, bits=bits, span=(0, start), av_format="wv", doubt=doubt)

@@ -188,8 +188,8 @@ def test_without_a_length_the_end_is_the_clips_own(server, path):
         ("/part", "it cannot be fetched (the server answers 206 Partial Content)"),
         ("/nothing", "it cannot be fetched (the server answers 204 No Content)"),
         ("/cut-chunks", "it cannot be fetched (IncompleteRead"),
-        ("/cut.gz", "what its server compressed is damaged (it ends early)"),
-        ("/none.gz", "what its server compressed is damaged"),
+        ("/cut.gz", "its compressed data are damaged (it ends early)"),
+        ("/none.gz", "its compressed data are damaged"),
         ("/brotli", "its server sends it compressed as 'br'"),
         ("/404", "it cannot be fetched (Not Found); download it and give its path"),
         ("/page", "it is"),
@@ -216,11 +216,11 @@ def test_redirects_lead_to_http_only(server, tmp_path):
 
 def test_a_redirect_to_ftp_is_not_begun(server):
     target = b"ftp://127.0.0.1/a.wav".hex()
-    assert "it cannot be fetched (it leads to ftp:, only http and https are fetched)" in fault(f"{server}/to/{target}")
+    assert "it cannot be fetched (it leads to ftp:, but only http and https are fetched)" in fault(f"{server}/to/{target}")
 
 
 def test_a_server_that_does_not_answer(server, monkeypatch):
-    monkeypatch.setattr(addresses, "SECONDS", 0.2)
+    monkeypatch.setattr(addresses, "TIMEOUT", 0.2)
     assert "it cannot be fetched (timed out)" in fault(f"{server}/hangs")
     assert "it cannot be fetched (" in fault("http://127.0.0.1:1/a.wav")
 
@@ -228,8 +228,8 @@ def test_a_server_that_does_not_answer(server, monkeypatch):
 @pytest.mark.parametrize(
     ("address", "says"),
     [
-        ("ftp://127.0.0.1/a.wav", "it leads to ftp:, only http and https are fetched"),
-        ("hf://datasets/a.wav", "it leads to hf:, only http and https are fetched"),
+        ("ftp://127.0.0.1/a.wav", "it leads to ftp:, but only http and https are fetched"),
+        ("hf://datasets/a.wav", "it leads to hf:, but only http and https are fetched"),
         ("zip://a.wav::https://x.org/a.zip", "only http and https"),
         ("http://", "it cannot be fetched"),
         ("http://[x/a.wav", "it cannot be fetched"),

@@ -1,4 +1,4 @@
-"""AIFF, AU, CAF, NIST SPHERE and older containers: samples, lengths, cuts, and true names of what is not read."""
+"""AIFF, AU, CAF, NIST SPHERE and older containers: samples, lengths, cuts, and names of unsupported files."""
 
 import io
 import re
@@ -113,7 +113,10 @@ def test_aiff_floats(codec: bytes, kind: str) -> None:
         (aiff(ssnd()), "no chunk that describes its sound"),
         (aiff(comm()), "it is cut: it has no sound"),
         (aiff(chunk(b"COMM", bytes(10)), ssnd()), "no chunk that describes its sound"),
-        (aiff(comm(codec=b"QDM2"), ssnd(), form=b"AIFC"), r"AIFF-C file whose codec is not read \(qdm2\); convert it"),
+        (
+            aiff(comm(codec=b"QDM2"), ssnd(), form=b"AIFC"),
+            r"AIFF-C file whose codec is not supported \(qdm2\); convert it",
+        ),
         (aiff(comm(bits=40), ssnd()), "samples of 40 bits"),
         (aiff(comm(channels=0), ssnd()), "0 channels"),
         (aiff(comm(0x7F000000 // 2), ssnd(size=0x7F000008)), "its header gives no length"),
@@ -173,7 +176,7 @@ def test_au_refused() -> None:
     assert "it is cut: its header should take 24 bytes" in refusal(au()[:20])
     assert "should begin at byte 99999 of 3224" in refusal(au()[:4] + struct.pack(">I", 99_999) + au()[8:])
     for encoding, name in ((23, "G.721"), (24, "G.722"), (25, "G.723"), (99, "number 99")):
-        assert f"it is an AU file whose codec is not read ({name}); convert it" in refusal(au(encoding=encoding))
+        assert f"it is an AU file whose codec is not supported ({name}); convert it" in refusal(au(encoding=encoding))
     assert "no whole number of 2-byte samples" in refusal(au(BIG[:-1]))
 
 
@@ -207,12 +210,12 @@ def test_caf_refused() -> None:
     assert "it is cut: its sound should take 3204 bytes, the file holds 3104" in refusal(caf()[:-100])
     assert "(its size of -1 bytes is a placeholder, 3204 are there)" in refusal(caf(size=-1))
     same(caf(size=-1), read_to_end=True)
-    assert "it is a CAF file whose codec is not read (aac)" in refusal(caf(codec=b"aac "))
+    assert "it is a CAF file whose codec is not supported (aac)" in refusal(caf(codec=b"aac "))
     assert "contradicts itself: 1 channels of 24 bits" in refusal(
         caf(bits=24)[:36] + struct.pack(">I", 2) + caf(bits=24)[40:]
     )
     assert "no description" in refusal(caf()[:30])
-    assert "version that is not known" in refusal(b"caff\0\2\0\0" + caf()[8:])
+    assert "a CAF file of an unknown version" in refusal(b"caff\0\2\0\0" + caf()[8:])
 
 
 @pytest.mark.parametrize("depth", [16, 20, 24, 32])
@@ -251,7 +254,7 @@ def test_nist(tmp_path: Path) -> None:
     assert "it is cut: its sound should take 3200 bytes, the file holds 3100" in refusal(nist()[:-100])
     assert "NIST header gives no sample_count" in refusal(nist(sample_count=""))
     line = refusal(nist(sample_coding="-s26 pcm,embedded-shorten-v2.00"))
-    assert "codec is not read (pcm,embedded-shorten-v2.00); convert it: sph2pipe" in line
+    assert "codec is not supported (pcm,embedded-shorten-v2.00); convert it: sph2pipe" in line
     path = tmp_path / "a.wav"
     path.write_bytes(nist())
     assert seconds(path) == 0.1
@@ -293,9 +296,12 @@ def test_containers_that_give_no_length(format: str, endian: str) -> None:
         (b"MATLAB 5.0 MAT-file" + bytes(200), "a MATLAB file"),
         (b"Extended Instrument: a" + bytes(400), "a FastTracker instrument"),
         (b"MThd" + bytes(40), "a MIDI file"),
-        (b"PK\x03\x04" + bytes(40), "a zip archive, which is not read; unpack it"),
-        (b"<!DOCTYPE html><html>", "a web page, which is not read; download the file itself"),
-        (b"version https://git-lfs.github.com/spec/v1\noid", "a pointer of Git LFS, which is not read; fetch the file"),
+        (b"PK\x03\x04" + bytes(40), "a zip archive, which is not supported; unpack it"),
+        (b"<!DOCTYPE html><html>", "a web page, which is not supported; download the file itself"),
+        (
+            b"version https://git-lfs.github.com/spec/v1\noid",
+            "a pointer of Git LFS, which is not supported; fetch the file",
+        ),
     ],
 )
 def test_what_is_not_read_is_called_by_its_name(data: bytes, name: str) -> None:
@@ -346,7 +352,7 @@ def test_a_fractional_rate_is_rounded_to_the_nearest(tmp_path: Path) -> None:
         assert seconds(path) == 1600 / 22255
         assert torch.equal(load(data, 22255).samples_N, WANTED)
     for rate in (float("nan"), float("inf"), 0.0, -8000.0):
-        assert "Hz is no rate of sound" in refusal(caf()[:20] + struct.pack(">d", rate) + caf()[28:])
+        assert "Hz is not a sampling rate" in refusal(caf()[:20] + struct.pack(">d", rate) + caf()[28:])
 
 
 @pytest.mark.parametrize("frames", [0x7F000000 // 12, 0x7FFFF000 // 12, 0x7FFFF000, 0xFFFFFFFF])

@@ -6,7 +6,7 @@ import re
 from fnmatch import fnmatch
 
 _LENGTH = "its header gives no length"
-_CODEC = "whose codec is not read"
+_CODEC = "whose codec is not supported"
 REFUSED = {
     # a stream does not know its length: read_to_end reads these
     "stream_*.wav": _LENGTH,
@@ -25,10 +25,10 @@ REFUSED = {
     "wild_more_claimed_*": "it is cut: its sound should take",
     "wild_too_little_claimed_*": "is followed by .* that are no chunk",
     # codecs that nothing here reads, or that libsndfile, FFmpeg and SoX each read in another way
-    "soundfile_AU_G72*": r"whose codec is not read \(G.72",
-    "soundfile_WAV_G721*": r"whose codec is not read \(G.721",
-    "soundfile_WAV_NMS*": r"whose codec is not read \(NMS",
-    "soundfile_WAV_*_big.wav": "it is a RIFX file whose codec is not read",
+    "soundfile_AU_G72*": r"whose codec is not supported \(G.72",
+    "soundfile_WAV_G721*": r"whose codec is not supported \(G.721",
+    "soundfile_WAV_NMS*": r"whose codec is not supported \(NMS",
+    "soundfile_WAV_*_big.wav": "it is a RIFX file whose codec is not supported",
     "ffmpeg_*.wav": _CODEC,
     "ffmpeg_*.au": _CODEC,
     "ffmpeg_*.caf": _CODEC,
