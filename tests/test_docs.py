@@ -200,25 +200,10 @@ def test_nothing_depends_on_the_laboratory():
     assert users - laboratory == {"app"}
 
 
-PRIVATE_IN_TESTS = {
-    "tests/app/test_demo.py",
-    "tests/app/test_doctor.py",
-    "tests/audio/test_mpeg.py",
-    "tests/backbone/test_graphs.py",
-    "tests/backbone/test_traps.py",
-    "tests/backbone/test_varlen.py",
-    "tests/bench/test_bench.py",
-    "tests/bench/test_gpu.py",
-    "tests/probe/test_layers.py",
-    "tests/probe/test_linear.py",
-}
-"""Tests that still use what is private; nothing is to be added."""
-
-
 def test_no_file_needs_a_private_name_of_another():
     files = [path for root in ("pal", "tests", "examples", "recipes") for path in (ROOT / root).rglob("*.py")]
     found = {str(path.relative_to(ROOT)): private_names(path.read_text(encoding="utf-8")) for path in files}
-    assert {name: names for name, names in found.items() if names and name not in PRIVATE_IN_TESTS} == {}
+    assert {name: names for name, names in found.items() if names} == {}
 
 
 def test_the_checks_can_fail():

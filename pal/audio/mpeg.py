@@ -18,7 +18,7 @@ _NEAR = 2
 """Most changed bits of a damaged frame header; of the 19 compared, random bytes change nine."""
 _TAGS = 1000
 """Most ID3 tags before the sound; files have one or two."""
-_TRIES = 1 << 16
+TRIES = 1 << 16
 """Most frame candidates before a search ends; random bytes have one in some 5000."""
 _MAYBE = re.compile(
     rb"\xff[%s][%s]"
@@ -163,8 +163,8 @@ def _search(data: bytes, start: int, end: int, stream: tuple[int, int, int] | No
         found = _MAYBE.search(data, start, end + 2)
         if found is None or found.start() >= end:
             return None
-        if tries == _TRIES:
-            raise DecodeError(f"{_TRIES} places behind byte {first} look like MP3 frames, and none is one")
+        if tries == TRIES:
+            raise DecodeError(f"{TRIES} places behind byte {first} look like MP3 frames, and none is one")
         if _is_sure(data, found.start(), stream):
             return found.start()
         start = found.start() + 1

@@ -90,11 +90,11 @@ def _masked_attention(
                 q_BHQC, k_BGKC, v_BGKC, attn_mask=mask_B1QK, dropout_p=dropout, scale=scaling, enable_gqa=G != H
             )
         else:
-            out_BHQC = _folded_attention(q_BHQC, k_BGKC, v_BGKC, mask_B1QK, dropout, scaling)
+            out_BHQC = folded_attention(q_BHQC, k_BGKC, v_BGKC, mask_B1QK, dropout, scaling)
     return out_BHQC.transpose(1, 2).contiguous()
 
 
-def _folded_attention(
+def folded_attention(
     q_BHQC: Tensor, k_BGKC: Tensor, v_BGKC: Tensor, mask_B1QK: Tensor, dropout: float, scaling: float | None
 ) -> Tensor:
     """The same where masked kernels know no groups: the queries of a group lie one after the other -> [B, H, Q, C]."""

@@ -188,7 +188,7 @@ def _compare(case: Case, size: Size, device: torch.device) -> Compared | None:
         loss, gradients = _replayed(llm, integration, training)
     else:
         loss, gradients = _step(llm, integration, training, case.rows)
-    errors = _errors(gradients, exact.gradients)
+    errors = gradient_errors(gradients, exact.gradients)
     worst = max(errors, key=lambda name: errors[name])
     logits = tokens = None
     if case.rows != "right" and not case.graph:  # of which nothing can be asked
@@ -346,8 +346,8 @@ def _written(llm: Backbone, integration: Integration, given: Given, rows: Rows, 
     return llm.generate(inputs, max_new_tokens=tokens, do_sample=False, cache_implementation=cache)
 
 
-def _errors(found: dict[str, Tensor], exact: dict[str, Tensor]) -> dict[str, float]:
-    """Of each weight's gradient; infinite where one has none that should, or the other way round."""
+def gradient_errors(found: dict[str, Tensor], exact: dict[str, Tensor]) -> dict[str, float]:
+    """Relative error of each weight's gradient; infinite where one has none that should, or the other way round."""
     whole = torch.stack([x.norm() for x in exact.values()]).norm()
     names = found.keys() | exact.keys()
     return {

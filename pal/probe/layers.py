@@ -103,11 +103,11 @@ def probe_layers(
     with records_to_ask(manifests, 4 * clips, seed) as records:
         chosen = _chosen(records, clips)
         sets = {title: labels_of(title, part) for title, part in chosen.items()}
-        found: dict[str, _Found] = {}
+        found: dict[str, LayerScores] = {}
         for title, labels in sets.items():
             paths = [record.clips[0] for record in chosen[title]]
             rows = collect(model, paths, question, batch, progress)
-            found[title] = _found(rows, labels, paths, progress)
+            found[title] = score_states(rows, labels, paths, progress)
     n_layers = model.llm.n_layers
     return ProbeResult(
         probe="layers",
@@ -123,7 +123,7 @@ def probe_layers(
             "seed": seed,
             "intervals": INTERVALS,
         },
-        reading=[sentence for one in found.values() for sentence in _reading(one, n_layers)],
+        reading=[sentence for one in found.values() for sentence in reading(one, n_layers)],
         tables={f"{title}: {one.labels.metric}": list(_table(one)) for title, one in found.items()},
         details={title: _details(one) for title, one in found.items()},
         pictures=_pictures(found),
@@ -234,7 +234,7 @@ def _means(streams: list[AudioFeatures]) -> Tensor:
 
 
 @dataclass(frozen=True)
-class _Found:
+class LayerScores:
     """Probe scores on one data set."""
 
     labels: ProbeLabels
@@ -246,7 +246,8 @@ class _Found:
     """The largest difference of rows before the audio between two clips, by the size of the rows."""
 
 
-def _found(rows: LayerStates, labels: ProbeLabels, groups: Sequence[str], progress: bool) -> _Found:
+def score_states(rows: LayerStates, labels: ProbeLabels, groups: Sequence[str], progress: bool = False) -> LayerScores:
+    """Probe every layer's states for the labels, and for shuffled ones; clips of a group are held out together."""
     from tqdm import tqdm
 
     shuffled = labels.shuffled(SHUFFLE_SEED)
@@ -257,7 +258,7 @@ def _found(rows: LayerStates, labels: ProbeLabels, groups: Sequence[str], progre
             bar.update()
             return probed(x_ND, truth, groups)
 
-        return _Found(
+        return LayerScores(
             labels,
             {name: [of(x_ND, labels) for x_ND in layers] for name, layers in rows.by_layer.items()},
             {name: [of(x_ND, shuffled) for x_ND in layers] for name, layers in rows.by_layer.items()},
@@ -271,7 +272,7 @@ def _difference(x_ND: NDArray[np.float32]) -> float:
     return float(np.abs(x_ND - x_ND[0]).max()) / size if size else 0.0
 
 
-def _table(one: _Found) -> Iterator[dict[str, Any]]:
+def _table(one: LayerScores) -> Iterator[dict[str, Any]]:
     for name, layers in one.by_layer.items():
         for layer, (real, control) in enumerate(zip(layers, one.control[name], strict=True)):
             yield {
@@ -293,7 +294,7 @@ def _table(one: _Found) -> Iterator[dict[str, Any]]:
         }
 
 
-def _details(one: _Found) -> dict[str, Any]:
+def _details(one: LayerScores) -> dict[str, Any]:
     return {
         "chance": one.labels.chance,
         "clips_with_label": dict(zip(one.labels.names, one.labels.truth_NK.sum(0).tolist(), strict=True)),
@@ -313,7 +314,8 @@ def first_above(real: Sequence[Probed], control: Sequence[Probed]) -> int | None
     return next((layer for layer, (one, other) in pairs if one.ci95[0] > other.ci95[1]), None)
 
 
-def _reading(one: _Found, n_layers: int) -> Iterator[str]:
+def reading(one: LayerScores, n_layers: int) -> Iterator[str]:
+    """Sentences that say where the labels appear in an LLM of `n_layers` layers, and whether the controls hold."""
     title, metric, chance = one.labels.title, one.labels.metric, one.labels.chance
     for name, layers in one.by_layer.items():
         if name in _CONTROL_ROWS:
@@ -348,7 +350,7 @@ def _at(chance: float, real: Probed) -> bool:
     return abs(real.score - chance) < 1e-9  # equal but for the order of summation
 
 
-def _pictures(found: Mapping[str, _Found]) -> dict[str, Plot]:
+def _pictures(found: Mapping[str, LayerScores]) -> dict[str, Plot]:
     pictures = {}
     for number, (title, one) in enumerate(found.items(), start=1):
         tail = f"-{number}" if len(found) > 1 else ""
@@ -367,7 +369,7 @@ def _pictures(found: Mapping[str, _Found]) -> dict[str, Plot]:
     return pictures
 
 
-def _draw(figure: Figure, one: _Found) -> None:
+def _draw(figure: Figure, one: LayerScores) -> None:
     axes: Axes = figure.add_subplot()
     names = {"last": "last row of the prompt", "after": "text behind the audio", "before": "text before the audio"}
     for place, (name, words) in enumerate(names.items()):
@@ -392,7 +394,7 @@ def _draw(figure: Figure, one: _Found) -> None:
     axes.legend(fontsize=8, framealpha=0.95)
 
 
-def _draw_labels(figure: Figure, one: _Found) -> None:
+def _draw_labels(figure: Figure, one: LayerScores) -> None:
     axes: Axes = figure.add_subplot()
     score_LK = np.array([real.by_label for real in one.by_layer["after"]])
     order_K = np.argsort(-score_LK[-1], kind="stable")

@@ -83,14 +83,14 @@ def probed(x_ND: NDArray[Any], labels: ProbeLabels, groups: Sequence[str], seed:
         seed: seed of the bootstrap.
     """
     scores_NK = held_out(x_ND, labels, groups)
-    by_label_K = _scores(scores_NK, labels, np.ones((1, len(x_ND))))[0]
+    by_label_K = label_scores(scores_NK, labels, np.ones((1, len(x_ND))))[0]
     weights_RN = (
         np.random.default_rng(seed)
         .multinomial(len(x_ND), np.full(len(x_ND), 1 / len(x_ND)), size=RESAMPLES)
         .astype(float)
     )
     score = float(mean_over_labels(by_label_K[None])[0])
-    drawn_R = mean_over_labels(_scores(scores_NK, labels, weights_RN))
+    drawn_R = mean_over_labels(label_scores(scores_NK, labels, weights_RN))
     drawn = DrawnMetric(score, drawn_R, evidence(labels.truth_NK, Groups(range(len(x_ND)))))
     return Probed(score, drawn.interval(), tuple(by_label_K.tolist()))
 
@@ -108,7 +108,7 @@ def held_out(x_ND: NDArray[Any], labels: ProbeLabels, groups: Sequence[str]) -> 
             for fit, hold in GroupKFold(INNER_FOLDS).split(train, groups=group_N[train]):
                 inner_NK[hold] = _fitted(x_ND[train[fit]], truth_NK[train[fit]], x_ND[train[hold]], strength)
             part = ProbeLabels(labels.title, labels.names, truth_NK[train], labels.exclusive)
-            score = float(np.nanmean(_scores(inner_NK, part, np.ones((1, len(train))))))
+            score = float(np.nanmean(label_scores(inner_NK, part, np.ones((1, len(train))))))
             if score > best_score:
                 best, best_score = strength, score
         scores_NK[test] = _fitted(x_ND[train], truth_NK[train], x_ND[test], best)
@@ -134,7 +134,7 @@ def _fitted(x_ND: NDArray[Any], truth_NK: NDArray[np.bool_], new_MD: NDArray[Any
     return scores_MK
 
 
-def _scores(scores_NK: Floats, labels: ProbeLabels, weights_RN: Floats) -> Floats:
+def label_scores(scores_NK: Floats, labels: ProbeLabels, weights_RN: Floats) -> Floats:
     """The score of each label [R, K] with each clip counting `weights_RN` times; NaN where no clip has the label."""
     if labels.exclusive:
         return _recall(scores_NK, labels.truth_NK, weights_RN)

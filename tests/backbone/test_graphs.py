@@ -202,14 +202,22 @@ class Reads(TorchDispatchMode):
 def test_few_buffers_are_kept_and_none_while_training(gpu):
     llm = make_backbone("llama")
     integration = make_integration("lal", llm)
+    options = {"max_new_tokens": 40, "cache_implementation": "static", **GREEDY}
+
+    def answer(rows):
+        llm.generate(inputs_of(llm, integration, rows=RAGGED[:rows]), **options)
+
     for rows in (1, 2, 3, 2):
-        llm.generate(
-            inputs_of(llm, integration, rows=RAGGED[:rows]), max_new_tokens=40, cache_implementation="static", **GREEDY
-        )
+        answer(rows)
     assert FakeGraph.made == 3
-    assert len(graphs._kept[llm]) == graphs.KEPT
+    assert graphs.KEPT == 2
+    for rows, made in ((3, 3), (1, 4)):  # the third is kept, the first is not
+        answer(rows)
+        assert FakeGraph.made == made
     llm.train()
-    assert llm not in graphs._kept
+    llm.eval()
+    answer(1)
+    assert FakeGraph.made == 5
 
 
 @torch.no_grad()
@@ -239,11 +247,18 @@ def test_two_threads_have_buffers_of_their_own():
 
 
 @torch.no_grad()
-def test_kept_buffers_forget_the_prompts_before():
+def test_kept_buffers_forget_the_prompts_before(monkeypatch):
     """Where those lay, which a window counts by, and what was stored of them, finite or not."""
     llm = make_backbone("mistral")
     integration = make_integration("lal", llm)
     options = {"max_new_tokens": 12, "cache_implementation": "static", **GREEDY}
+    states, give_back = [], graphs.give_back
+
+    def remembered(llm, plan, options, state, stepper):
+        states.append(state)
+        give_back(llm, plan, options, state, stepper)
+
+    monkeypatch.setattr(graphs, "give_back", remembered)
     for rows in (RAGGED, RAGGED[::-1], RAGGED):
         watch, plain_watch = Watch(True), Watch(True)
         given = inputs_of(llm, integration, rows=rows)
@@ -251,8 +266,8 @@ def test_kept_buffers_forget_the_prompts_before():
         llm.generate(given, logits_processor=[plain_watch], **options | {"cache_implementation": "dynamic"})
         for (_, logits), (_, wanted) in zip(watch.seen, plain_watch.seen, strict=True):
             torch.testing.assert_close(logits, wanted, atol=1e-4, rtol=1e-4)
-        (kept,) = graphs._kept[llm].values()
-        for layer in kept.state.cache.stores:
+        assert all(state is states[0] for state in states)  # used again
+        for layer in states[0].cache.stores:
             layer.keys.fill_(torch.nan)
             layer.values.fill_(torch.nan)
 

@@ -183,7 +183,7 @@ def test_no_mask_of_all_keys():
 @torch.no_grad()
 def test_grouping_by_laying_queries_in_a_row_equals_repeating_heads():
     # what runs where the masked kernel knows no groups, tried here on the CPU
-    from pal.backbone.attention import _folded_attention
+    from pal.backbone.attention import folded_attention
 
     torch.manual_seed(0)
     for Q in (1, 5):
@@ -192,7 +192,7 @@ def test_grouping_by_laying_queries_in_a_row_equals_repeating_heads():
         theirs = F.scaled_dot_product_attention(
             q, k.repeat_interleave(2, 1), v.repeat_interleave(2, 1), attn_mask=mask, scale=0.3
         )
-        torch.testing.assert_close(_folded_attention(q, k, v, mask, 0.0, 0.3), theirs)
+        torch.testing.assert_close(folded_attention(q, k, v, mask, 0.0, 0.3), theirs)
 
 
 def test_audio_is_projected_once_for_all_steps_and_beams_of_generate():

@@ -9,8 +9,9 @@ import torch
 from typer.testing import CliRunner
 
 from pal.app.cli import app
+from pal.backbone.varlen import segment_attention
 from pal.bench.checks import checks
-from pal.bench.flops import _packed, _packed_backward, flop_counter
+from pal.bench.flops import flop_counter
 from pal.bench.measure import counts, peak_bytes, round_seconds, saved_bytes
 from pal.bench.models import AttachedModel
 from pal.bench.presets import PHASES, PRESETS, VARIANTS, preset_of
@@ -365,11 +366,17 @@ def test_attention_counts_in_full_on_the_cpu() -> None:
 
 
 def test_packed_sequences_count_one_by_one() -> None:
-    q_NHC = torch.zeros(7, 4, 8)
+    q_NHC, k_NHC = torch.zeros(7, 4, 8, requires_grad=True), torch.zeros(13, 4, 8)
     first_q, first_k = torch.tensor([0, 3, 7]), torch.tensor([0, 3, 13])
     product = 2 * (3 * 3 + 4 * 10) * 4 * 8
-    assert _packed(q_NHC, q_NHC, q_NHC, first_q, first_k, 4, 10) == 2 * product
-    assert _packed_backward(q_NHC, q_NHC, q_NHC, q_NHC, q_NHC, q_NHC, first_q, first_k, 4, 10) == 5 * product
+    with flop_counter() as counter:
+        out = segment_attention(q_NHC, k_NHC, k_NHC, first_q, first_k, 4, 10)
+        forward = counter.get_total_flops()
+        out.sum().backward()
+    assert (forward, counter.get_total_flops()) == (2 * product, 7 * product)
+    # the kernel of GPUs, by its formula alone
+    formula = counter.flop_registry[torch.ops.torch_attn._varlen_attn_backward]
+    assert formula(*[q_NHC] * 6, first_q, first_k, 4, 10) == 5 * product
 
 
 @pytest.mark.parametrize(

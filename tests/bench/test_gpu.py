@@ -14,8 +14,9 @@ from pal.bench import gpu, values
 from pal.bench.launches import Dispatched, StepCount, waits
 from pal.bench.place import eager, training
 from pal.bench.presets import PRESETS, BenchPoint
-from pal.bench.run import opened
+from pal.bench.run import Bench, opened
 from pal.bench.values import Case, Compared, Size
+from pal.integrations.base import Integration
 
 TOY = ["--device", "cpu", "--toy"]
 GOOD = Compared(Case("lal", "llama", torch.bfloat16, "equal", "none", True), 1e-3, 2e-2, "x", 1e-2)
@@ -64,12 +65,16 @@ def test_what_was_written_before_a_kill_stays(tmp_path: Path, monkeypatch: pytes
         done(GOOD)
         raise RuntimeError("the driver is gone")
 
-    def killed(run: gpu.GpuRun, bench: Any) -> None:
+    def one(bench: Bench, subjects: Any, places: Any, in_time: Any, done: Any) -> Any:
+        done(StepCount("lal", "train", 12, 2, False))
+        return [], 0
+
+    def killed(bench: Bench, scope: str) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(gpu, "compare", some)
-    monkeypatch.setattr(gpu, "_counts", lambda run, bench: run.counts.append(StepCount("lal", "train", 12, 2, False)))
-    monkeypatch.setattr(gpu, "_speed", killed)
+    monkeypatch.setattr(gpu, "count_steps", one)
+    monkeypatch.setattr(Bench, "measure", killed)
     with pytest.raises(KeyboardInterrupt):
         gpu.main(["--out", str(tmp_path), *TOY])
     found = json.loads((tmp_path / "gpu.json").read_text())
@@ -125,10 +130,10 @@ def test_float32_may_be_off_by_rounding_alone(quantity: str, off: float, ok: boo
 
 def test_a_wrong_gradient_is_off() -> None:
     exact = {"a": torch.ones(100), "b": torch.ones(100)}
-    assert max(values._errors(exact, exact).values()) == 0
-    assert values._errors({**exact, "a": exact["a"] * 1.1}, exact)["a"] == pytest.approx(0.1, rel=0.02)
-    assert values._errors({"a": exact["a"]}, exact)["b"] == float("inf")
-    assert values._errors({**exact, "b": exact["b"] * float("nan")}, exact)["b"] == float("inf")
+    assert max(values.gradient_errors(exact, exact).values()) == 0
+    assert values.gradient_errors({**exact, "a": exact["a"] * 1.1}, exact)["a"] == pytest.approx(0.1, rel=0.02)
+    assert values.gradient_errors({"a": exact["a"]}, exact)["b"] == float("inf")
+    assert values.gradient_errors({**exact, "b": exact["b"] * float("nan")}, exact)["b"] == float("inf")
 
 
 def test_a_mistake_on_the_device_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -138,35 +143,41 @@ def test_a_mistake_on_the_device_is_noticed(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(values, "cases", lambda size, device: [one])
     (right,), left = values.compare(torch.device("cpu"), size)
     assert right.ok and left == 0
-    given = values._given
+    forward = Integration.forward
 
-    def shorter(case: Case, *args: Any, **kwargs: Any) -> Any:
-        (audio,), rows = given(case, *args, **kwargs)
-        if case.rows == "none":
+    def shorter(self: Integration, features: Any, rows: Any, llm: Any, padding_side: Any) -> Any:
+        (audio,) = features
+        if padding_side == "none":
             audio = type(audio)(audio.x_BAE, tuple(n - 1 for n in audio.lengths), audio.seconds_per_token)
-        return [audio], rows
+        return forward(self, [audio], rows, llm, padding_side)
 
-    monkeypatch.setattr(values, "_given", shorter)
+    monkeypatch.setattr(Integration, "forward", shorter)
     (wrong,), _ = values.compare(torch.device("cpu"), size)
     assert not wrong.ok and wrong.gradients is not None and wrong.gradients > 1e-2
 
 
 def test_a_case_that_fails_is_said_and_the_next_one_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fails(case: Case, size: Size, device: torch.device) -> Compared:
-        if case.batch == "equal":
+    forward = Integration.forward
+
+    def fails(self: Integration, features: Any, *others: Any) -> Any:
+        if features[0].lengths == (40, 40, 40):
             raise RuntimeError("no kernel image\nis there")
-        return Compared(case, 0.0, 0.0, "x")
+        return forward(self, features, *others)
 
-    monkeypatch.setattr(values, "_compare", fails)
-    found, left = values.compare(torch.device("cpu"), Size(families=("llama",), integrations=("lal",)))
-    assert left == 0 and {one.ok for one in found} == {True, False}
-    failed = [one.failed for one in found if one.case.batch == "equal"]
-    assert failed[0] is not None and failed[0].startswith("RuntimeError: no kernel image (values.py:")
+    both = [Case("lal", "llama", torch.float32, batch, "none", False) for batch in ("equal", "ragged")]
+    monkeypatch.setattr(Integration, "forward", fails)
+    monkeypatch.setattr(values, "cases", lambda size, device: both)
+    (failed, right), left = values.compare(torch.device("cpu"), values.TOY)
+    assert left == 0 and right.ok and not failed.ok
+    assert failed.failed is not None and failed.failed.startswith("RuntimeError: no kernel image (values.py:")
 
 
-def test_on_a_gpu_packed_rows_in_float32_are_not_tried() -> None:
+def test_on_a_gpu_packed_rows_in_float32_are_not_tried(monkeypatch: pytest.MonkeyPatch) -> None:
     one = Case("lal", "llama", torch.float32, "equal", "none", False)
-    assert values._pointless(one, torch.device("cuda")) and not values._pointless(one, torch.device("cpu"))
+    monkeypatch.setattr(values, "cases", lambda size, device: [one])
+    assert values.compare(torch.device("cuda"), values.TOY) == ([], 0)
+    (found,), left = values.compare(torch.device("cpu"), values.TOY)
+    assert found.ok and left == 0
 
 
 def test_waits_name_the_line() -> None:
@@ -251,15 +262,15 @@ def test_lines_say_what_was_asked_and_found(tmp_path: Path) -> None:
     assert "base.py:7 (1)" in text and "out of memory / of all" in text
 
 
-def test_goals_are_said_as_they_were_set() -> None:
+def test_goals_are_said_as_they_were_set(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     check: Any = SimpleNamespace(
         ratio=0.25, at_most=1 / 4.5, at_least=None, quantity="seconds", variant="lal", phase="train",
         audio_tokens=1500, batch=8, against="plits", ok=False,
     )  # fmt: skip
-    assert gpu._goal_line(check) == (
-        "lal, train, 1500, batch 8: seconds, times faster than plits", 4.0, ">= 4.5", False,
-    )  # fmt: skip
+    monkeypatch.setattr(gpu.GpuRun, "goals", lambda run: [check])
+    run = gpu.GpuRun(tmp_path, gpu.toy()[0], 100.0)
+    assert run.lines() == [("lal, train, 1500, batch 8: seconds, times faster than plits", 4.0, ">= 4.5", False)]
     check.at_most, check.ratio = 1.1, 1.05
-    assert gpu._goal_line(check)[1:3] == (1.05, "<= 1.1")
+    assert run.lines()[0][1:3] == (1.05, "<= 1.1")
     check.at_most, check.at_least, check.quantity = None, 0.45, "rate"
-    assert gpu._goal_line(check)[2] == ">= 0.45"
+    assert run.lines()[0][2] == ">= 0.45"

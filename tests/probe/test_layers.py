@@ -1,16 +1,17 @@
 """`pal probe layers`: rows are found whatever the integration, and labels are read where they were put."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import soundfile
 import torch
 
 from pal.backbone.observers import residual_stream
-from pal.data.manifest import Record, Turn
+from pal.data.manifest import Record, Turn, write_manifest
 from pal.data.prompts import encode, user_turn
 from pal.errors import ManifestError
-from pal.probe import layers
-from pal.probe.layers import LayerStates, _found, collect, first_above, labels_of
+from pal.probe.layers import LayerStates, collect, first_above, labels_of, probe_layers, reading, score_states
 from pal.probe.linear import Probed, ProbeLabels
 from pal.types import TagSpan
 from tests.models import noise, tiny_model, tone
@@ -56,6 +57,10 @@ def test_rows_are_those_of_transformers_one_clip_at_a_time(clips, integration):
                 torch.testing.assert_close(torch.as_tensor(rows.by_layer[name][layer][i]), known, **close)
 
 
+def rms(x):
+    return np.sqrt(np.mean(x.astype(float) ** 2))
+
+
 @pytest.mark.parametrize("integration", KINDS)
 def test_only_rows_behind_the_audio_differ_between_clips(clips, integration):
     model = tiny_model(integration)
@@ -66,10 +71,10 @@ def test_only_rows_behind_the_audio_differ_between_clips(clips, integration):
     rows = collect(model, clips, "What sound is this?", batch=3)
     for name in ("before", "no audio"):
         for layer in rows.by_layer[name]:
-            assert layers._difference(layer) < 1e-5
+            assert np.ptp(layer, axis=0).max() < 1e-5 * rms(layer)
     for name in ("last", "after"):
-        assert layers._difference(rows.by_layer[name][0]) == 0
-        assert layers._difference(rows.by_layer[name][-1]) > 1e-3
+        assert np.ptp(rows.by_layer[name][0], axis=0).max() == 0
+        assert np.ptp(rows.by_layer[name][-1], axis=0).max() > 1e-3 * rms(rows.by_layer[name][-1])
 
 
 @torch.no_grad()
@@ -106,18 +111,21 @@ def planted(layer, of, n=48, width=4):
 @pytest.mark.parametrize("layer", [1, 2])
 def test_the_layer_where_a_label_was_put_is_found(layer):
     rows, labels = planted(layer, of=3)
-    found = _found(rows, labels, [str(i) for i in range(48)], progress=False)
+    found = score_states(rows, labels, [str(i) for i in range(48)])
     assert first_above(found.by_layer["last"], found.control["last"]) == layer
     assert first_above(found.by_layer["before"], found.control["before"]) is None
-    said = list(layers._reading(found, 2))
+    said = list(reading(found, 2))
     assert f"first says what sounds after layer {layer} of 2" in said[0]
     assert "the row before the audio is at chance in every layer" in said[-1]
+    assert found.differing == 0
 
 
 def test_a_leak_is_said():
     rows, labels = planted(0, of=1)
-    found = _found(LayerStates({"before": rows.by_layer["last"]}), labels, [str(i) for i in range(48)], progress=False)
-    assert any("rows 'before' are not at chance in layers [0]" in sentence for sentence in layers._reading(found, 0))
+    found = score_states(LayerStates({"before": rows.by_layer["last"]}), labels, [str(i) for i in range(48)])
+    (x,) = rows.by_layer["last"]
+    assert found.differing == pytest.approx(np.abs(x - x[0]).max() / rms(x))
+    assert any("rows 'before' are not at chance in layers [0]" in sentence for sentence in reading(found, 0))
 
 
 def test_first_above_needs_intervals_apart():
@@ -140,5 +148,10 @@ def test_labels_are_tags_or_else_answers():
     assert (labels.names, labels.exclusive, labels.chance) == (("a", "b"), True, 0.5)
     with pytest.raises(ManifestError, match="give more clips"):
         labels_of("d", answers[:10])
+
+
+def test_clips_without_labels_are_said(clips, tmp_path):
+    manifest = tmp_path / "manifest.jsonl"
+    write_manifest(manifest, [replace(record(0), clips=(clips[0],))])
     with pytest.raises(ManifestError, match="no clip has labels"):
-        layers._chosen([record(0)], 5)
+        probe_layers(tiny_model(), [manifest])

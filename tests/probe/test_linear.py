@@ -8,7 +8,7 @@ from sklearn.metrics import average_precision_score, balanced_accuracy_score
 
 from pal.errors import ConfigError
 from pal.probe import linear
-from pal.probe.linear import ProbeLabels, _scores, check, probed
+from pal.probe.linear import ProbeLabels, check, label_scores, probed
 
 RNG = np.random.default_rng(0)
 N, D = 60, 6
@@ -28,7 +28,7 @@ def test_average_precision_is_scikit_learns_with_ties_and_weights():
     labels = tags()
     scores = RNG.integers(0, 5, (N, 2)).astype(float)  # many ties
     weights = RNG.integers(0, 4, (3, N)).astype(float)
-    found = _scores(scores, labels, weights)
+    found = label_scores(scores, labels, weights)
     for r in range(3):
         for k in range(2):
             known = average_precision_score(labels.truth_NK[:, k], scores[:, k], sample_weight=weights[r])
@@ -38,7 +38,7 @@ def test_average_precision_is_scikit_learns_with_ties_and_weights():
 def test_recall_is_that_of_balanced_accuracy():
     labels, scores = classes(), RNG.standard_normal((N, 3))
     known = balanced_accuracy_score(labels.truth_NK.argmax(1), scores.argmax(1))
-    assert _scores(scores, labels, np.ones((1, N))).mean() == pytest.approx(known)
+    assert label_scores(scores, labels, np.ones((1, N))).mean() == pytest.approx(known)
 
 
 @pytest.mark.parametrize("labels", [tags(), classes()], ids=["tags", "classes"])
