@@ -252,9 +252,9 @@ def _print_tables(result: ProbeResult) -> None:
 
 def _cell(row: Mapping[str, Any], heading: str) -> str:
     """Text of a value, with its interval if the row has one: at the key "X ci95", or "ci95" right after X."""
-    from pal.lab.numbers import shown
+    from pal.lab.numbers import format_value
 
     headings = list(row)
     after = headings[headings.index(heading) + 1 : headings.index(heading) + 2]
     ends = row.get(f"{heading} ci95", row["ci95"] if after == ["ci95"] else None)
-    return shown(row[heading]) if ends is None else f"{shown(row[heading])} ({shown(ends)})"
+    return format_value(row[heading]) if ends is None else f"{format_value(row[heading])} ({format_value(ends)})"

@@ -1,5 +1,5 @@
-"""What probes, benchmarks and reports share: records to ask about, numbers and tables in words, names of runs.
+"""Helpers shared by `probe`, `bench` and `report`: records to ask about, number formats, tables, names of runs.
 
-Those three are a laboratory. It uses the package, and nothing of the package uses it but the commands in `pal/app/`.
-How plots become pictures is `pal/plots.py`, since training draws one as well.
+Together they are the laboratory of the package: they may use all of it, and only the commands in `pal/app/` use them.
+Plots are rendered by `pal/plots.py`, which is not part of it, since training draws a plot as well.
 """

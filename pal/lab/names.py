@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def distinct_names(paths: Sequence[Path]) -> list[str]:
-    """What tells paths apart: each without the parts that all end with or begin with; of one path its last part."""
+    """Short distinct names of paths, without the leading and trailing parts that all share; one path: its last part."""
     parts = [list(path.parts) for path in paths]
     if len(parts) == 1:
         return [paths[0].name]

@@ -1,4 +1,4 @@
-"""Records to ask a model about, of manifests or made-up scenes; and the kind of sound of each."""
+"""Records to ask a model about, from manifests or synthetic scenes, and their domain."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from pal.data.synth import synthesise
 from pal.errors import ManifestError
 
 DOMAINS = ("sound", "music", "speech")
-"""The paper's three."""
+"""The paper's three domains."""
 
 SCENES_SEED = 930_001
-"""Far from the seeds that recipes train on."""
+"""Seed of scenes, far from those of training scenes."""
 
-_OF_DATASET = {
+_DATASET_DOMAINS = {
     **dict.fromkeys(("fsdd", "librispeech", "speech"), "speech"),
     **dict.fromkeys(("gtzan", "nsynth", "musiccaps", "music"), "music"),
     **dict.fromkeys(("esc50", "vggsound", "fsd50k", "dcase2017", "audiocaps", "clotho", "clothoaqa", "synth"), "sound"),
@@ -25,28 +25,30 @@ _OF_DATASET = {
 
 
 def domain_of(record: Record) -> str:
-    """Sound, music or speech: the record's task where it is one, notes of scenes as music, else by its data set.
+    """Domain of a record: "sound", "music" or "speech", from its task if that is one, else from its data set.
 
-    The name of the data set itself where that is not known.
+    Questions about the pitch of synthetic notes are music. An unknown data set is its own domain.
     """
     if record.task in DOMAINS:
         return record.task
     if record.dataset == "synth" and record.task == "pitch":
         return "music"
-    return _OF_DATASET.get(record.dataset.lower(), record.dataset or "unknown")
+    return _DATASET_DOMAINS.get(record.dataset.lower(), record.dataset or "unknown")
 
 
 @contextmanager
 def records_to_ask(manifests: Sequence[Path], limit: int, seed: int = SCENES_SEED) -> Iterator[list[Record]]:
-    """Records of some manifests, while the block lasts: only those with allowed answers, where a manifest has any.
+    """Records of manifests; synthetic scenes exist as long as the block lasts.
+
+    If some records of a manifest have choices, those without are left out.
 
     Args:
-        manifests: files; made-up scenes where there are none.
-        limit: most records of one manifest; they are taken evenly from all of it.
-        seed: of the scenes.
+        manifests: manifest files; none: synthetic scenes.
+        limit: maximum number of records of a manifest, spread evenly over it.
+        seed: seed of the scenes.
 
     Raises:
-        ManifestError: a file that is none, or has nothing to ask.
+        ManifestError: a manifest is missing, invalid or empty.
     """
     with TemporaryDirectory(prefix="pal-") as folder:
         files = list(manifests) or [synthesise(folder, scenes=-(-limit // 4), seed=seed, questions_per_scene=4)]
@@ -63,6 +65,6 @@ def records_to_ask(manifests: Sequence[Path], limit: int, seed: int = SCENES_SEE
 
 
 def spread(records: Sequence[Record], limit: int) -> list[Record]:
-    """At most `limit` of them, evenly from first to last."""
+    """At most `limit` of the records, spread evenly from first to last."""
     count = min(limit, len(records))
     return [records[i * len(records) // count] for i in range(count)]

@@ -1,5 +1,5 @@
-"""Pages of HTML that stand alone: the demo's, and the one that `pal report` joins from any runs.
+"""Self-contained HTML pages: the report of `pal demo`, and the report on any runs by `pal report`.
 
-`page` says what a page is made of, `look/` how it looks. `demo`, `training`, `evaluation`, `cost` and `probe` each turn
-one kind of folder into sections; `join` finds the folders and puts the sections together.
+`page` defines the elements of a page, `look/` has its template, style and script. `demo`, `training`, `evaluation`,
+`cost` and `probe` each turn one kind of run folder into sections; `join` finds the folders and assembles the page.
 """

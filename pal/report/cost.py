@@ -1,4 +1,4 @@
-"""Results of `pal bench`: time, memory and operations of each variant beside PLITS."""
+"""Sections on results of `pal bench`: time, memory and operations of each variant relative to PLITS."""
 
 from __future__ import annotations
 
@@ -30,20 +30,23 @@ _HEADINGS = (
 
 @dataclass(frozen=True)
 class BenchRun:
-    """One run, checked."""
+    """Validated results of one benchmark run."""
 
     path: Path
     machine: Mapping[str, Any]
     rows: Sequence[Mapping[str, Any]]
     ratios: Sequence[Mapping[str, Any]]
-    """Of each row."""
+    """Ratios to PLITS, one entry for each of `rows`."""
     missed: Sequence[str]
+    """Goals that are not met, in words."""
     goals: int
+    """Number of all goals."""
     left_out: Sequence[str]
+    """Measurements that were left out, with the reason."""
 
 
 def find(path: Path) -> list[Path]:
-    """Files `bench*.json` of a folder, or the file itself if it is one of `pal bench --json`."""
+    """Files `bench*.json` in a folder, or the path itself if it is a file of `pal bench --json`."""
     if path.is_dir():
         return sorted(path.glob("bench*.json"))
     try:
@@ -54,7 +57,7 @@ def find(path: Path) -> list[Path]:
 
 
 def read(path: Path) -> BenchRun:
-    """What `pal bench` wrote. Raises BundleError where it is damaged."""
+    """Read a file of `pal bench`. Raises BundleError if it is damaged."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except ValueError:
@@ -75,7 +78,7 @@ def read(path: Path) -> BenchRun:
 
 
 def chapter(found: Sequence[tuple[str, BenchRun]], embed: MediaEmbedder) -> tuple[list[Section], list[dict[str, Any]]]:
-    """A section for each run."""
+    """One section for each run."""
     sections, facts = [], []
     for name, bench in found:
         sections.append(Section(name, _parts(bench, embed)))
@@ -89,13 +92,13 @@ def _parts(bench: BenchRun, embed: MediaEmbedder) -> list[Part]:
         Prose(
             f"{machine['shape']}; {machine['dtype']}, training stage “{machine['train']}”. {machine['device']}, "
             f"{machine['threads']} threads; torch {machine['torch']}, transformers {machine['transformers']}, "
-            f"pal {machine['pal']}; {machine['date']}. × PLITS is how many times faster, % of PLITS the share of its "
-            "saved activations."
+            f"pal {machine['pal']}; {machine['date']}. × PLITS is the speed-up over PLITS, % of PLITS the saved "
+            "activations relative to PLITS."
         )
     ]
     if bench.goals:
         parts.append(Prose(f"{bench.goals - len(bench.missed)} of {bench.goals} goals are met."))
-        parts += [Fold("The others", [Points(bench.missed)])] if bench.missed else []
+        parts += [Fold("Goals that are not met", [Points(bench.missed)])] if bench.missed else []
     for scope, batch in dict.fromkeys((row["scope"], row["batch"]) for row in bench.rows):
         picture = bench.path.parent / f"{scope.replace('_', '-')}-batch{batch}.png"
         if picture.is_file():

@@ -1,4 +1,4 @@
-"""What the demo shows: one table for the terminal, one page, and its part of a page that joins runs."""
+"""Results of `pal demo`: a table for the terminal, a page of their own, and sections of a joint report."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from pal.audio import load
 from pal.errors import BundleError
 from pal.files import write_text
-from pal.lab.numbers import milliseconds, size, times
+from pal.lab.numbers import format_bytes, format_milliseconds, format_ratio
 from pal.plots import colour_of
 from pal.report.embed import RATE, MediaEmbedder
 from pal.report.page import (
@@ -39,25 +39,24 @@ TITLE = "The demo"
 UNDERSTANDS = "demos (results.json)"
 
 _NOTES = (
-    "LAL's audio makes no queries and never enters the feed-forward network. So a training step computes less and "
-    "remembers fewer activations; the longer the audio and the larger the language model, the more this shows.",
-    "It does not shrink what decoding keeps: with LAL in every layer, the audio keys and values of a clip are about as "
-    "many as those that PLITS leaves in the cache. LAL in the first third of the layers keeps a third of them, PAL "
-    "about two thirds. The saving in training is not a saving in cache.",
-    "The encoder and connector run the same way in all three, and at this size they and the fixed cost of each "
-    "operation are a large part of a step. The factors here are those of a toy on this machine, not those of a "
-    "model with a billion parameters.",
-    "One seed and one data set of made-up sounds. Where two intervals overlap, or that of the difference holds 0, this "
-    "run does not say which integration is better.",
+    "LAL's audio makes no queries and skips the feed-forward network. So a training step computes less and saves "
+    "fewer activations; the longer the audio and the larger the language model, the larger the difference.",
+    "LAL does not shrink the KV cache: with LAL in every layer, a clip has about as many audio keys and values as with "
+    "PLITS. LAL in the first third of the layers keeps a third of them, PAL about two thirds.",
+    "Encoder and connector are the same in all three. At this size, they and the fixed cost of each operation are a "
+    "large part of a step. So the factors here hold for a toy on this machine, not for a model with a billion "
+    "parameters.",
+    "There is one seed and one data set of synthetic sounds. If two intervals overlap, or the interval of a difference "
+    "contains 0, this run does not show which integration is better.",
 )
-"""What a reader must know before quoting a number from the page."""
+"""Limits of the demo's numbers, for readers who quote them."""
 
 Row = tuple[str, list[str]]
-"""What a row says, and its cell for each integration."""
+"""Label of a row, and its cell for each integration."""
 
 
 def rows(results: Mapping[str, Any]) -> list[tuple[str, list[Row]]]:
-    """The comparison as text: (section, rows), a cell for each integration in order."""
+    """The comparison as text: (title, rows) of each group, with a cell for each integration."""
     each = list(results["integrations"].values())
 
     def row(label: str, cell: Callable[[dict[str, Any]], str]) -> Row:
@@ -73,17 +72,17 @@ def rows(results: Mapping[str, Any]) -> list[tuple[str, list[Row]]]:
     ]
     reference = each[0]["cost"]
 
-    def cost(label: str, key: str, shown: Callable[[float], str]) -> Row:
-        return row(label, lambda one: f"{shown(one['cost'][key])} {times(one['cost'][key], reference[key])}")
+    def cost(label: str, key: str, text: Callable[[float], str]) -> Row:
+        return row(label, lambda one: f"{text(one['cost'][key])} {format_ratio(one['cost'][key], reference[key])}")
 
     costs = [
-        cost("training step", "step_seconds", milliseconds),
-        cost("peak memory", "peak_bytes", size),
-        cost("saved activations", "saved_bytes", size),
-        cost("K/V of one clip", "audio_kv_bytes", size),
+        cost("training step", "step_seconds", format_milliseconds),
+        cost("peak memory", "peak_bytes", format_bytes),
+        cost("saved activations", "saved_bytes", format_bytes),
+        cost("K/V of one clip", "audio_kv_bytes", format_bytes),
     ]
     training = [
-        row("median step", lambda one: milliseconds(one["training"]["step_seconds"])),
+        row("median step", lambda one: format_milliseconds(one["training"]["step_seconds"])),
         row("training in all", lambda one: f"{one['training']['seconds']:.0f} s"),
         row("steps", lambda one: f"{one['training']['steps']:,}"),
         row("parameters", lambda one: f"{one['cost']['parameters']:,}"),
@@ -93,14 +92,14 @@ def rows(results: Mapping[str, Any]) -> list[tuple[str, list[Row]]]:
 
 
 def table(results: Mapping[str, Any]) -> TerminalTable:
-    """The comparison for the terminal."""
+    """Table of the comparison, for the terminal."""
     from rich import box
     from rich.table import Table as TerminalTable
 
     data = results["data"]
     title = f"{data['held_out_questions']:,} questions on {data['held_out_scenes']:,} held-out scenes"
     out = TerminalTable(
-        title=title + (" (quick: not to be trusted)" if results["quick"] else ""), box=box.SIMPLE, pad_edge=False
+        title=title + (" (quick run: scores mean nothing)" if results["quick"] else ""), box=box.SIMPLE, pad_edge=False
     )
     out.add_column("", no_wrap=True)
     for name in results["integrations"]:
@@ -118,15 +117,15 @@ def write_page(path: Path, results: Mapping[str, Any], clip: Path) -> None:
     """Write `report.html`.
 
     Args:
-        path: of the page.
-        results: as in `results.json`.
+        path: file to write.
+        results: content of `results.json`.
         clip: audio file of the fresh scene.
     """
     lead: list[Part] = [
         Prose(
-            "PLITS puts audio tokens into the text. LAL lets the text look at the audio and nothing more. PAL does "
-            "both, on a diet. Same encoder, same language model, same data, same order of training steps: only the "
-            "integration differs.",
+            "PLITS puts audio tokens into the text. With LAL, text only attends to audio. PAL does both, with fewer "
+            "audio tokens in the text. Encoder, language model, data and order of training steps are the same: only "
+            "the integration differs.",
             "lead",
         )
     ]
@@ -140,11 +139,11 @@ def write_page(path: Path, results: Mapping[str, Any], clip: Path) -> None:
         _accuracy(results, embed),
         _learning(results, embed),
         _fresh_scene(results, clip, embed),
-        Section("What LAL saves, and what it does not", [Points(_NOTES)]),
+        Section("What LAL saves and what it does not save", [Points(_NOTES)]),
     ]
     page = HtmlPage(
         title="PLITS, LAL and PAL compared",
-        heading="Three ways to give a language model ears",
+        heading="Three ways to attach audio to a language model",
         lead=[*lead, Cards(cards)],
         chapters=[Chapter("", sections)],
         footer=_footer(results),
@@ -152,12 +151,12 @@ def write_page(path: Path, results: Mapping[str, Any], clip: Path) -> None:
     write_text(path, render(page))
 
 
-# Its part of a joined page
+# Sections of a joint report
 
 
 @dataclass(frozen=True)
 class DemoPart:
-    """A finished demo."""
+    """Results of a finished demo."""
 
     results: Mapping[str, Any]
     clip: Path
@@ -166,12 +165,12 @@ class DemoPart:
 
 
 def find(path: Path) -> list[Path]:
-    """The folder, if a demo left its results there."""
+    """The folder, if it holds results of a demo."""
     return [path] if (path / "results.json").is_file() else []
 
 
 def read(path: Path) -> DemoPart:
-    """What `pal demo` wrote. Raises BundleError where it is damaged."""
+    """Read the results of a demo. Raises BundleError if they are damaged."""
     file = path / "results.json"
     try:
         results = json.loads(file.read_text(encoding="utf-8"))
@@ -182,7 +181,7 @@ def read(path: Path) -> DemoPart:
 
 
 def chapter(found: Sequence[tuple[str, DemoPart]], embed: MediaEmbedder) -> tuple[list[Section], list[dict[str, Any]]]:
-    """The comparison and the fresh scene. Curves and accuracies are those of the runs that lie in the demo's folder."""
+    """Comparison and fresh scene of each demo; the runs in its folder have chapters of their own."""
     sections, facts = [], []
     for name, demo in found:
         first = [_quick()] if demo.results["quick"] else []
@@ -195,18 +194,20 @@ def chapter(found: Sequence[tuple[str, DemoPart]], embed: MediaEmbedder) -> tupl
 
 
 def _quick() -> Prose:
-    text = "A quick run: it shows that everything works. The models are hardly trained, so the scores mean nothing."
+    text = (
+        "This was a quick run, to check that everything works. The models are hardly trained, so scores mean nothing."
+    )
     return Prose(text, "warning")
 
 
 def _comparison(results: Mapping[str, Any]) -> Section:
     data = results["data"]
     caption = (
-        f"{data['held_out_questions']:,} questions on {data['held_out_scenes']:,} scenes that no model has met; an "
-        "answer counts if it is the right one word for word. In brackets: 95\u202f% intervals over scenes. “Without "
-        "audio” is the same model asked the same questions with nothing to hear, so what matters is the gain over it. "
-        f"Costs are of one training step on the same {data['measured_batch']['clips']} clips with "
-        f"{data['measured_batch']['questions']} questions, measured in turns; × is relative to PLITS."
+        f"{data['held_out_questions']:,} questions on {data['held_out_scenes']:,} held-out scenes, scored by exact "
+        "match. In brackets: 95\u202f% intervals over scenes. “Without audio” is the same model asked the same "
+        "questions without audio, so compare the gain over it. "
+        f"Costs are those of one training step on the same {data['measured_batch']['clips']} clips with "
+        f"{data['measured_batch']['questions']} questions, measured alternately; × is relative to PLITS."
     )
     headings = ["", *(name.upper() for name in results["integrations"])]
     groups = [(title, [[label, *cells] for label, cells in lines]) for title, lines in rows(results)]
@@ -220,8 +221,8 @@ def _accuracy(results: Mapping[str, Any], embed: MediaEmbedder) -> Section:
     scores["all"] = {name.upper(): one["accuracy"] for name, one in each.items()}
     alt = "Accuracy of each integration on each task, with 95 % intervals"
     caption = (
-        "Look for marks of one row whose bars do not overlap: only there do the integrations really differ. The "
-        "distance between a mark and its upright tick is what the model owes to its ears."
+        "Only rows in which bars do not overlap show a difference. The distance between a mark and its vertical tick "
+        "is the gain from audio."
     )
     picture = embed.plot(alt, partial(draw_scores, scores=scores), score_size(scores))
     return Section("Accuracy, task by task", [Prose(caption), picture])
@@ -233,8 +234,8 @@ def _learning(results: Mapping[str, Any], embed: MediaEmbedder) -> Section:
         for name, one in results["integrations"].items()
     }
     caption = (
-        "Loss on the answers while training; pale is every logged value, bold the running mean. A curve that bends "
-        "down earlier learned to listen earlier."
+        "Loss on the answers during training: logged values (pale) and their running mean (bold). A curve that falls "
+        "earlier learned earlier to use the audio."
     )
     draw = partial(draw_losses, curves=curves, borders={})
     picture = embed.plot("Training loss of each integration", draw, loss_size(len(curves)))
@@ -244,12 +245,12 @@ def _learning(results: Mapping[str, Any], embed: MediaEmbedder) -> Section:
 def _fresh_scene(results: Mapping[str, Any], clip: Path, embed: MediaEmbedder) -> Section:
     fresh = results["fresh_scene"]
     caption = (
-        "Made after training from another seed. Listen, look, and compare the answers with the truth. Sustained notes "
-        "show as level stripes, noise as clouds, knocks as upright lines."
+        "Generated after training from another seed. Listen, and compare the answers with the truth. Sustained notes "
+        "are horizontal stripes, noise is a cloud, knocks are vertical lines."
     )
     sound = embed.sound(clip)
     alt = "Spectrogram of the fresh scene, with its events underneath"
-    picture = PagePicture(alt, missing="no picture without its sound", sound=sound)
+    picture = PagePicture(alt, missing="no picture, since the sound is missing", sound=sound)
     if clip.is_file():
         samples_N = load(clip, RATE).samples_N.numpy()
         events = [(event["label"], event["start"], event["end"]) for event in fresh["events"]]
@@ -266,7 +267,7 @@ def _answers(fresh: Mapping[str, Any], names: Sequence[str]) -> Table:
         )
         lines.append([question["question"], question["truth"], *answers])
     headings = ["question", "truth", *(name.upper() for name in names)]
-    return Table("What each of them answered", headings, [("", lines)], words=True)
+    return Table("Answers of each integration", headings, [("", lines)], words=True)
 
 
 def _card(number: int, name: str, integrations: Mapping[str, Any]) -> ResultCard:
@@ -282,7 +283,7 @@ def _card(number: int, name: str, integrations: Mapping[str, Any]) -> ResultCard
         colour=colour_of(number),
         value=_share(one["accuracy"]["score"]),
         note=f"accuracy, 95\u202f% interval {_share(low)} to {_share(high)}",
-        facts=[(label, times(one["cost"][key], plits["cost"][key])) for key, label in labels.items()],
+        facts=[(label, format_ratio(one["cost"][key], plits["cost"][key])) for key, label in labels.items()],
     )
 
 

@@ -1,4 +1,4 @@
-"""Clips and pictures as part of the page, within a budget: what would exceed it is left out, and said."""
+"""Embedding of clips and pictures in a page, within a size budget; those beyond it are left out with a note."""
 
 from __future__ import annotations
 
@@ -12,34 +12,35 @@ import soundfile
 
 from pal.audio import load
 from pal.errors import AudioError
-from pal.lab.numbers import size
+from pal.lab.numbers import format_bytes
 from pal.plots import MISSING, Draw, render
 from pal.report.page import PagePicture, Sound, TimeAxis
 
 RATE = 16_000
-"""Most Hz of a clip in a page; mono, 16 bits a sample."""
+"""Highest sampling rate of an embedded clip in Hz; clips are mono with 16 bits a sample."""
 AUDIO_BYTES = 20_000_000
-"""Most that the clips of a page take as text. A minute takes 2.6 MB."""
+"""Maximum size of all clips of a page, in base64. A minute of audio takes 2.6 MB."""
 PICTURE_BYTES = 20_000_000
-"""The same for pictures."""
+"""Maximum size of all pictures of a page, in base64."""
 
 
 @dataclass
 class MediaEmbedder:
-    """Turns files into data URIs until the budget is spent, counted in characters of the page."""
+    """Embeds files as data URIs until the budget, in characters of the page, is used up."""
 
     audio_bytes: int = AUDIO_BYTES
-    """Left for clips."""
+    """Budget left for clips."""
     picture_bytes: int = PICTURE_BYTES
+    """Budget left for pictures."""
     roots: Sequence[Path] = ()
-    """Folders in which clips may lie that are not where they were."""
+    """Folders to search for clips that have been moved."""
     left_out: list[str] = field(default_factory=list)
-    """What did not fit, by name."""
+    """Names of files beyond the budget."""
     damaged: list[str] = field(default_factory=list)
-    """Pictures that are none, and what to do."""
+    """Messages about files that are no PNG."""
 
     def sound(self, path: str | Path) -> Sound:
-        """A clip, ready to play, or why not. Never a shortened one."""
+        """Embed a whole clip; if it is unusable or beyond the budget, without a source, with the reason."""
         name = Path(path).name
         try:
             rate = min(RATE, _rate(path))
@@ -56,17 +57,17 @@ class MediaEmbedder:
         return Sound(name, source)
 
     def picture(self, path: Path) -> tuple[str | None, str]:
-        """A PNG as data URI, or None and why."""
+        """Embed a PNG file: (data URI, ""), or (None, reason)."""
         if not path.is_file():
-            return None, f"{path.name} is not there; {MISSING}"
+            return None, f"{path.name} is missing; {MISSING}"
         data = path.read_bytes()
         if not data.startswith(b"\x89PNG\r\n\x1a\n"):
-            self.damaged.append(f"{path}: damaged, no PNG picture; make it again")
+            self.damaged.append(f"{path}: damaged, not a PNG picture; make it again")
             return None, f"{path.name} is damaged"
         return self._png(path.name, data)
 
     def plot(self, alt: str, draw: Draw, size: tuple[float, float], caption: str = "", title: str = "") -> PagePicture:
-        """A plot made here, within the same budget as pictures; or why it is not there."""
+        """Render and embed a plot, within the budget of pictures; if that fails, without a source, with the reason."""
         rendered = render(draw, size)
         if rendered is None:
             return PagePicture(alt, missing=MISSING, caption=caption, title=title)
@@ -78,13 +79,13 @@ class MediaEmbedder:
         source = _uri("image/png", data)
         if len(source) > self.picture_bytes:
             self.left_out.append(name)
-            return None, f"{name} ({size(len(data))}) is left out to keep this page small."
+            return None, f"{name} ({format_bytes(len(data))}) is left out to keep this page small."
         self.picture_bytes -= len(source)
         return source, ""
 
 
 def _rate(path: str | Path) -> int:
-    """Hz of a file; `RATE` where only decoding tells."""
+    """Sampling rate of a file in Hz; `RATE` if it is not in the header."""
     try:
         return int(soundfile.info(path).samplerate)
     except soundfile.SoundFileError:

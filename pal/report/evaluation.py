@@ -1,4 +1,4 @@
-"""Scores of `pal eval`: with intervals and without audio, by category and duration, run against run, and answers."""
+"""Sections on results of `pal eval`: scores by category and duration, comparison of runs, and example answers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pal.errors import ConfigError
 from pal.evaluate.compare import compare
 from pal.evaluate.folder import SETTINGS, load_result
 from pal.evaluate.result import ItemResult, MetricValue, Result
-from pal.lab.numbers import p_value, shown
+from pal.lab.numbers import format_value, p_value
 from pal.report.embed import MediaEmbedder
 from pal.report.page import AnsweredQuestion, Fold, Part, Points, Prose, Section, Sound, Table, TableCell
 from pal.report.plots import Scores, draw_scores, score_size, series_of
@@ -23,16 +23,16 @@ TITLE = "Scores"
 UNDERSTANDS = "evaluations (score.json, with or without settings.json and items.jsonl)"
 
 _SHOWN = 12
-"""Questions of each set that are shown with their answers."""
+"""Number of questions of a set shown with their answers."""
 _ROWS = 40
-"""Most rows of a plot; beyond, there is the table alone."""
+"""Maximum number of rows of a plot; with more, there is only a table."""
 _ERRORS = 20
-"""Most errors that are shown of a run."""
+"""Maximum number of errors shown of a run."""
 
 
 @dataclass(frozen=True)
 class EvaluationRun:
-    """One evaluation, of a folder or of a file."""
+    """One evaluation, read from a folder or a file."""
 
     path: Path
     benchmark: str
@@ -41,21 +41,21 @@ class EvaluationRun:
     n: int
     overall: Mapping[str, Any]
     metrics: Mapping[str, Mapping[str, Any]]
-    """The others that the rule gives."""
+    """Further metrics of the rule."""
     parts: Mapping[str, Mapping[str, Mapping[str, Any]]]
-    """Axis -> value -> the headline over its items."""
+    """Axis -> value -> the benchmark's own metric over the items of that value."""
     errors: Sequence[str]
     intervals: str
     items: Sequence[ItemResult]
     roots: Sequence[Path]
-    """What the clips' names may be relative to."""
+    """Folders that names of clips may be relative to."""
     key: str
-    """The same for runs on the same questions by the same rule."""
+    """Equal for runs on the same questions by the same rule."""
     settings: Mapping[str, Any]
 
 
 def find(path: Path) -> list[Path]:
-    """The run's folder, or files of `pal eval --json`: `score*.json` of a folder, or the file itself if it is one."""
+    """The path itself if it is a run folder or a file of `pal eval --json`, else files `score*.json` in the folder."""
     if path.is_dir():
         if _is_run(path):
             return [path]
@@ -70,7 +70,7 @@ def find(path: Path) -> list[Path]:
 
 
 def read(path: Path) -> EvaluationRun:
-    """What `pal eval` wrote.
+    """Read a run folder or file of `pal eval`.
 
     Raises:
         BundleError: the run is not complete, or a file is damaged.
@@ -81,7 +81,7 @@ def read(path: Path) -> EvaluationRun:
 def chapter(
     found: Sequence[tuple[str, EvaluationRun]], embed: MediaEmbedder
 ) -> tuple[list[Section], list[dict[str, Any]]]:
-    """A section for each set of questions, with all runs that were asked it."""
+    """One section for each set of questions, with all runs on it."""
     sets: dict[str, dict[str, EvaluationRun]] = {}
     for name, run in found:
         sets.setdefault(run.key, {})[name] = run
@@ -106,7 +106,7 @@ def chapter(
 
 
 def _is_run(path: Path) -> bool:
-    """Whether it is a folder of `pal eval --out`: other settings.json files have no benchmark, damaged ones count."""
+    """True for a folder of `pal eval --out`: its settings.json names a benchmark, or is damaged."""
     file = path / SETTINGS
     if not file.is_file():
         return False
@@ -145,7 +145,7 @@ def _parts_of(values: Mapping[str, MetricValue]) -> dict[str, dict[str, Any]]:
 
 
 def _list(value: str | Sequence[str | None] | None) -> list[str]:
-    """A setting that is one for each run where several were joined."""
+    """A setting as a list; joined runs have one value for each run."""
     return [one for one in ([value] if value is None or isinstance(value, str) else value) if one is not None]
 
 
@@ -156,7 +156,7 @@ def _key(result: Result) -> str:
     return hashlib.sha256(json.dumps(same).encode()).hexdigest()
 
 
-# Showing
+# Sections
 
 
 _KEYS = ("n", "score", "ci95", "no_audio_score", "no_audio_ci95", "gain", "gain_ci95")
@@ -164,10 +164,10 @@ _KEYS = ("n", "score", "ci95", "no_audio_score", "no_audio_ci95", "gain", "gain_
 
 def _parts(runs: Mapping[str, EvaluationRun], embed: MediaEmbedder) -> list[Part]:
     first = next(iter(runs.values()))
-    alt = f"{first.metric} of each run with its interval and without audio; the numbers are in the table"
+    alt = f"{first.metric} of each run, with interval and without audio; numbers are in the table"
     rows = [[name, *_cells(run.overall), f"{len(run.errors)}", run.model] for name, run in runs.items()]
     parts: list[Part] = [
-        Prose(f"{first.metric}, beside the same model asked without its audio. Intervals: {first.intervals}."),
+        Prose(f"{first.metric}, with the baseline of the same model without audio. Intervals: {first.intervals}."),
         Table.of("The score of each run", ["run", *_HEADINGS, "errors", "model"], rows),
     ]
     if len(runs) > 1:
@@ -188,10 +188,10 @@ def _parts(runs: Mapping[str, EvaluationRun], embed: MediaEmbedder) -> list[Part
         parts += _axis(axis, by_value, f"{first.metric} by {axis}; the numbers are in the table below", embed)
     for name, run in runs.items():
         if run.errors:
-            shown = list(run.errors[:_ERRORS])
-            more = len(run.errors) - len(shown)
-            shown += [f"and {more} more, in {run.path.name}"] if more else []
-            parts.append(Fold(f"{name}: {len(run.errors)} raised and count as wrong", [Points(shown)]))
+            points = list(run.errors[:_ERRORS])
+            more = len(run.errors) - len(points)
+            points += [f"and {more} more, in {run.path.name}"] if more else []
+            parts.append(Fold(f"{name}: {len(run.errors)} errors, which count as wrong", [Points(points)]))
     return parts + _sample(runs, embed)
 
 
@@ -199,7 +199,7 @@ _HEADINGS = ("score", "95 % interval", "without audio", "gain", "its 95 % interv
 
 
 def _cells(one: Mapping[str, Any]) -> list[str]:
-    return [shown(one[key]) for key in ("score", "ci95", "no_audio_score", "gain", "gain_ci95")]
+    return [format_value(one[key]) for key in ("score", "ci95", "no_audio_score", "gain", "gain_ci95")]
 
 
 def _axis(axis: str, by_value: Scores, alt: str, embed: MediaEmbedder) -> list[Part]:
@@ -215,7 +215,9 @@ def _table(caption: str, by_value: Scores) -> Table:
     groups = []
     lines: list[list[str]] = []
     for value, by_run in by_value.items():
-        of_value = [[name if several else value, shown(one.get("n")), *_cells(one)] for name, one in by_run.items()]
+        of_value = [
+            [name if several else value, format_value(one.get("n")), *_cells(one)] for name, one in by_run.items()
+        ]
         if several:
             groups.append((value, of_value))
         else:
@@ -224,7 +226,7 @@ def _table(caption: str, by_value: Scores) -> Table:
 
 
 def _compared(runs: Mapping[str, EvaluationRun]) -> list[Part]:
-    """Each run against the first one, paired by question."""
+    """Comparison of each run with the first one, paired by question."""
     names = list(runs)
     headings = ["run", "difference", "95 % interval"]
     title = f"Each run against {names[0]}, paired by question"
@@ -237,11 +239,11 @@ def _compared(runs: Mapping[str, EvaluationRun]) -> list[Part]:
     cells = [
         [
             name,
-            shown(row.difference),
-            shown(row.difference_ci95),
+            format_value(row.difference),
+            format_value(row.difference_ci95),
             p_value(row.p_bootstrap),
-            shown(row.only_first),
-            shown(row.only_this),
+            format_value(row.only_first),
+            format_value(row.only_this),
             p_value(row.p_mcnemar),
         ]
         for name, row in zip(names, found.rows, strict=True)
@@ -251,25 +253,25 @@ def _compared(runs: Mapping[str, EvaluationRun]) -> list[Part]:
 
 
 def _sample(runs: Mapping[str, EvaluationRun], embed: MediaEmbedder) -> list[Part]:
-    """Some questions with every run's answers, taken evenly from each way in which the runs were right or wrong."""
+    """Example questions with the answers of all runs, sampled evenly from each pattern of right and wrong answers."""
     with_items = {name: run for name, run in runs.items() if run.items}
     if not with_items:
         return []
     first = next(iter(with_items.values()))
-    ways: dict[tuple[bool | None, ...], list[int]] = {}
+    patterns: dict[tuple[bool | None, ...], list[int]] = {}
     for row in range(len(first.items)):
-        ways.setdefault(tuple(run.items[row].correct for run in with_items.values()), []).append(row)
-    chosen = _evenly(sorted(ways.values(), key=len), _SHOWN)
+        patterns.setdefault(tuple(run.items[row].correct for run in with_items.values()), []).append(row)
+    chosen = _evenly(sorted(patterns.values(), key=len), _SHOWN)
     questions = [_question(row, with_items, embed) for row in sorted(chosen)]
     note = Prose(
-        "Chosen so that right and wrong answers are among them, not in their true proportion. “Without audio” is the "
-        "same model with nothing to hear."
+        "Chosen to include right and wrong answers, not in their true proportion. “Without audio” is the same model "
+        "without audio."
     )
     return [Fold(f"{len(chosen)} of {len(first.items):,} questions with their answers", [note, *questions])]
 
 
 def _evenly(groups: Sequence[Sequence[int]], count: int) -> list[int]:
-    """So many members, as even as can be over the groups, smallest group first, and evenly from each."""
+    """`count` members of the groups, spread as evenly as possible; the smallest group comes first."""
     chosen: list[int] = []
     for place, group in enumerate(groups):
         take = min(len(group), (count - len(chosen)) // (len(groups) - place)) if count > len(chosen) else 0
@@ -284,9 +286,9 @@ def _question(row: int, runs: Mapping[str, EvaluationRun], embed: MediaEmbedder)
     for name, run in runs.items():
         asked = run.items[row]
         mark = "" if asked.correct is None else "right" if asked.correct else "wrong"
-        text = f"raised: {asked.error}" if asked.output is None else asked.output
+        text = f"error: {asked.error}" if asked.output is None else asked.output
         if asked.correct is None and asked.value is not None:
-            text += f" ({shown(asked.value)})"
+            text += f" ({format_value(asked.value)})"
         who, without = (name, f"{name}, without audio") if len(runs) > 1 else ("answer", "without audio")
         answers.append((who, TableCell(text, mark)))
         if asked.no_audio_output is not None:
@@ -299,4 +301,4 @@ def _sound(clip: str, roots: Sequence[Path], embed: MediaEmbedder) -> Sound:
     for path in (Path(clip), *(root / clip for root in roots)):
         if path.is_file():
             return embed.sound(path)
-    return Sound(clip, None, f"{clip} is not here; say where the clips lie with --data")
+    return Sound(clip, None, f"{clip} is missing; give the folder of the clips by --data")

@@ -1,4 +1,4 @@
-"""One page from any folders: what lies in them is found by its files, read, and shown chapter by chapter."""
+"""Joint report: finds runs of all kinds in folders by their files, reads them, and writes one page."""
 
 from __future__ import annotations
 
@@ -16,54 +16,54 @@ import pal
 from pal.errors import ConfigError, PalError
 from pal.files import write_text
 from pal.lab.names import distinct_names
-from pal.lab.numbers import joined, size
+from pal.lab.numbers import format_bytes, joined
 from pal.report import cost, demo, evaluation, probe, training
 from pal.report.embed import AUDIO_BYTES, PICTURE_BYTES, MediaEmbedder
 from pal.report.page import Chapter, HtmlPage, Part, Points, Prose, Section, render
 
 DEPTH = 3
-"""Levels of folders below a given one that are searched."""
+"""Number of folder levels searched below a given folder."""
 
 
 class FolderKind(Protocol):
-    """A module that knows one kind of folder."""
+    """Module that reads one kind of run folder."""
 
     TITLE: str
-    """Of its chapter."""
+    """Title of its chapter."""
     UNDERSTANDS: str
-    """What it takes, with the files by which it is known."""
+    """Description of the kind, with the files that identify it, for error messages."""
 
     def find(self, path: Path) -> list[Path]:
-        """What of its kind lies in a folder, not below; or the file itself, if it is one."""
+        """Paths of this kind directly in a folder; or the path itself, if it is a file or folder of this kind."""
 
     def read(self, path: Path) -> Any:
-        """One of those that `find` found, checked. Raises PalError where it is damaged or not complete."""
+        """Read and validate a path from `find`. Raises PalError if it is damaged or incomplete."""
 
     def chapter(
         self, found: Sequence[tuple[str, Any]], embed: MediaEmbedder
     ) -> tuple[list[Section], list[dict[str, Any]]]:
-        """The sections on all that was read, by name, and a summary of each."""
+        """Sections on all results of this kind, given by name, and a summary of each result."""
 
 
 KINDS = cast(list[FolderKind], [training, evaluation, cost, probe, demo])
-"""In the order of the page."""
+"""All kinds, in the order of the page."""
 _BY_NEED = cast(list[FolderKind], [demo, probe, training, cost, evaluation])
-"""In the order in which they take from the budget for sound: what is less without it comes first."""
+"""All kinds, in the order in which they use the budget for sound: those that need sound most come first."""
 
 
 @dataclass
 class JoinedReport:
-    """What went into a page."""
+    """Summary of a written page."""
 
     out: str
     title: str
     bytes: int
     found: list[dict[str, Any]]
-    """Each thing that was read: kind, name, path, and what its kind says of it."""
+    """For each result on the page: kind, name, path, and the summary by its kind."""
     faults: list[str]
-    """What could not be read, or is not finished."""
+    """Messages about results that are unreadable or unfinished."""
     left_out: list[str] = field(default_factory=list)
-    """Clips and pictures for which there was no room."""
+    """Clips and pictures beyond the size budget."""
 
 
 def make(
@@ -73,18 +73,17 @@ def make(
     embed: MediaEmbedder | None = None,
     progress: bool = False,
 ) -> JoinedReport:
-    """Write the page.
+    """Write a report on all runs in some folders.
 
     Args:
         paths: folders, searched `DEPTH` levels deep, or single files of `pal eval --json` and `pal bench --json`.
-        out: the page.
-        title: of the page.
-        embed: the room for clips and pictures, and where else clips may lie.
-        progress: show a bar.
+        out: HTML file to write.
+        title: title of the page; default: from the names of `paths`.
+        embed: embeds clips and pictures; sets their budget, and folders to search for moved clips.
+        progress: show a progress bar.
 
     Raises:
-        ConfigError: a path with nothing in it that is understood; or nothing that can be read in any. Nothing is
-            written then.
+        ConfigError: a path holds no run of any kind, or no run can be read; nothing is written.
     """
     embed = embed or MediaEmbedder()
     found: dict[str, dict[Path, Path]] = {kind.TITLE: {} for kind in KINDS}
@@ -94,7 +93,7 @@ def make(
             for one in ones:
                 found[of_kind].setdefault(one.resolve(), one)
         if not any(of_path.values()):
-            raise ConfigError(f"{path}: nothing to report; understood are {joined([k.UNDERSTANDS for k in KINDS])}")
+            raise ConfigError(f"{path}: nothing to report; known kinds: {joined([k.UNDERSTANDS for k in KINDS])}")
     faults: list[str] = []
     chapters: dict[str, Chapter] = {}
     facts: list[dict[str, Any]] = []
@@ -113,7 +112,7 @@ def make(
                 facts.append({"kind": kind.TITLE, "name": name, "path": str(path), **summary})
     faults += embed.damaged
     if not chapters:
-        raise ConfigError(f"nothing of it can be read: {faults[0]}")
+        raise ConfigError(f"no run can be read: {faults[0]}")
     title = title or (f"Report on {joined([path.resolve().name for path in paths])}" if len(paths) <= 3 else "Report")
     page = HtmlPage(
         title=title,
@@ -131,13 +130,13 @@ def make(
 
 
 def search(path: Path, kind: FolderKind, depth: int = DEPTH) -> list[Path]:
-    """What of a kind lies at a path and so many levels below it, sorted; each once, whatever links lead there.
+    """Paths of one kind at a path and up to `depth` levels below it, sorted, without duplicates through links.
 
     Raises:
         ConfigError: no such file or folder.
     """
     if not path.exists():
-        raise ConfigError(f"{path}: no such folder")
+        raise ConfigError(f"{path}: no such file or folder")
     found = {one.resolve(): one for one in kind.find(path)}
     if path.is_dir() and depth:
         below = sorted(Path(one) for one in os.scandir(path) if one.is_dir() and not one.name.startswith("."))
@@ -148,7 +147,7 @@ def search(path: Path, kind: FolderKind, depth: int = DEPTH) -> list[Path]:
 
 
 def labels(paths: Sequence[Path]) -> list[str]:
-    """A name for each path; a file that is called as its kind usually is goes by its folder."""
+    """Distinct names of paths; a file with the usual name of its kind has the name of its folder."""
     usual = ("score.json", "bench.json")
     named = (path.parent if path.name in usual else path.with_suffix("") if path.is_file() else path for path in paths)
     return distinct_names([path.resolve() for path in named])
@@ -173,9 +172,9 @@ def _readable(kind: FolderKind, paths: Sequence[Path], faults: list[str], bar: t
 def _lead(faults: Sequence[str], embed: MediaEmbedder) -> list[Part]:
     lead: list[Part] = []
     if faults:
-        lead += [Prose(f"Not everything could be read, or is finished ({len(faults)}):", "warning"), Points(faults)]
+        lead += [Prose(f"Some runs are unreadable or unfinished ({len(faults)}):", "warning"), Points(faults)]
     if embed.left_out:
-        room = f"{size(AUDIO_BYTES)} for sound and {size(PICTURE_BYTES)} for pictures"
-        text = f"{len(embed.left_out)} clips or pictures are left out, each where it would stand: a page has {room}."
+        budget = f"{format_bytes(AUDIO_BYTES)} of sound and {format_bytes(PICTURE_BYTES)} of pictures"
+        text = f"{len(embed.left_out)} clips or pictures are left out, with a note in their place: a page has {budget}."
         lead.append(Prose(text, "warning"))
     return lead

@@ -1,4 +1,4 @@
-"""What a page is made of, and how it becomes one HTML file. How that looks is in `look/`."""
+"""Elements of a page, and their rendering as one HTML file by the template in `look/`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _LOOK = Path(__file__).parent / "look"
 
 @dataclass(frozen=True)
 class Prose:
-    """A paragraph."""
+    """Paragraph."""
 
     kind: ClassVar = "prose"
     text: str
@@ -24,7 +24,7 @@ class Prose:
 
 @dataclass(frozen=True)
 class Points:
-    """A list of sentences."""
+    """Bullet list."""
 
     kind: ClassVar = "points"
     points: Sequence[str]
@@ -32,25 +32,25 @@ class Points:
 
 @dataclass(frozen=True)
 class TableCell:
-    """A table's cell whose answer was right or wrong."""
+    """Table cell, optionally marked as a right or wrong answer."""
 
     text: str
     mark: str = ""
-    """right, wrong or nothing."""
+    """right, wrong, or "" for no mark."""
 
 
 @dataclass(frozen=True)
 class Table:
-    """Rows under headings; the first cell of a row is its heading."""
+    """Table; the first cell of a row is its heading."""
 
     kind: ClassVar = "table"
     caption: str
-    """What it holds; shown above it."""
+    """Caption above the table."""
     headings: Sequence[str]
     groups: Sequence[tuple[str, Sequence[Sequence[str | TableCell]]]]
     """(title, rows); a title of "" is not shown."""
     words: bool = False
-    """Its cells are sentences, so they are broken into lines and stand left."""
+    """True for cells with text, which are wrapped and aligned left."""
 
     @classmethod
     def of(cls, caption: str, headings: Sequence[str], rows: Sequence[Sequence[str]], words: bool = False) -> Table:
@@ -60,20 +60,21 @@ class Table:
 
 @dataclass(frozen=True)
 class Sound:
-    """A clip to play, or why it cannot be played here."""
+    """Audio player, or the reason why there is none."""
 
     kind: ClassVar = "sound"
     name: str
     source: str | None
-    """A data URI."""
+    """Data URI of the clip."""
     missing: str = ""
+    """Reason for a missing source."""
 
 
 @dataclass(frozen=True)
 class TimeAxis:
-    """Where in a picture seconds run from left to right, so that a line can follow the sound.
+    """Area of a picture with time from left to right, over which a cursor follows the sound.
 
-    The sides are fractions of the picture's width and height, from its upper left corner.
+    Its sides are fractions of the picture's width and height, from the upper left corner.
     """
 
     left: float
@@ -81,20 +82,21 @@ class TimeAxis:
     top: float
     bottom: float
     start: float
-    """Second of the sound at the left side."""
+    """Time at the left side, in seconds."""
     end: float
+    """Time at the right side, in seconds."""
 
 
 @dataclass(frozen=True)
 class PagePicture:
-    """A picture, maybe with the sound that it shows."""
+    """Picture with caption, optionally with the sound that it shows."""
 
     kind: ClassVar = "picture"
     alt: str
     source: str | None = None
-    """A data URI."""
+    """Data URI of the picture."""
     missing: str = ""
-    """Why there is none."""
+    """Reason for a missing source."""
     title: str = ""
     caption: str = ""
     sound: Sound | None = None
@@ -102,17 +104,17 @@ class PagePicture:
 
     @property
     def axes(self) -> list[dict[str, float]]:
-        """For the script."""
+        """Time axes as dictionaries, for the script."""
         return [asdict(axis) for axis in self.time]
 
 
 @dataclass(frozen=True)
 class ResultCard:
-    """One subject's headline."""
+    """Card with a headline number."""
 
     title: str
     colour: str
-    """Its colour in the plots."""
+    """Colour of the card, as in the plots."""
     value: str
     note: str
     facts: Sequence[tuple[str, str]]
@@ -120,7 +122,7 @@ class ResultCard:
 
 @dataclass(frozen=True)
 class Cards:
-    """Headlines beside each other."""
+    """Row of cards."""
 
     kind: ClassVar = "cards"
     cards: Sequence[ResultCard]
@@ -128,19 +130,19 @@ class Cards:
 
 @dataclass(frozen=True)
 class AnsweredQuestion:
-    """A question about clips, and what was answered."""
+    """Question about clips, with its answers."""
 
     kind: ClassVar = "question"
     text: str
     sounds: Sequence[Sound]
     truth: str
     answers: Sequence[tuple[str, TableCell]]
-    """(who, what)."""
+    """(name of the model, answer)."""
 
 
 @dataclass(frozen=True)
 class Fold:
-    """Parts that are shown when they are asked for."""
+    """Collapsed section."""
 
     kind: ClassVar = "fold"
     title: str
@@ -152,7 +154,7 @@ Part = Prose | Points | Table | Sound | PagePicture | Cards | AnsweredQuestion |
 
 @dataclass(frozen=True)
 class Section:
-    """Parts under a heading."""
+    """Section with a heading."""
 
     title: str
     parts: Sequence[Part]
@@ -160,7 +162,7 @@ class Section:
 
 @dataclass(frozen=True)
 class Chapter:
-    """Sections of one kind; a page of one chapter without a title shows no chapters."""
+    """Chapter of a page; without a title, its sections have no heading above them."""
 
     title: str
     sections: Sequence[Section]
@@ -168,7 +170,7 @@ class Chapter:
 
 @dataclass(frozen=True)
 class HtmlPage:
-    """All of it."""
+    """HTML page."""
 
     title: str
     heading: str
@@ -176,12 +178,12 @@ class HtmlPage:
     chapters: Sequence[Chapter]
     footer: str
     contents: bool = False
-    """Whether it begins with a table of contents."""
+    """True for a table of contents at the top."""
     script: str = field(default_factory=lambda: (_LOOK / "script.js").read_text(encoding="utf-8"))
 
 
 def render(page: HtmlPage) -> str:
-    """The HTML. All text is escaped, and a content security policy keeps browsers from fetching or running more."""
+    """Render as HTML. All text is escaped, and a content security policy blocks other scripts and all requests."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     look = Environment(

@@ -1,4 +1,4 @@
-"""What pages plot beside the pictures that runs left: scores with their intervals, and a clip's spectrogram."""
+"""Plots drawn for pages: scores with intervals, and spectrograms of clips."""
 
 from __future__ import annotations
 
@@ -18,31 +18,31 @@ Scores = Mapping[str, Mapping[str, Mapping[str, Any]]]
 """Row -> series -> {"score", "ci95" or None, "no_audio_score" or None}."""
 
 RANGE_DB = 70
-"""Levels that a spectrogram shows, below its loudest."""
+"""Range of levels in a spectrogram, in dB below its maximum."""
 _WINDOW, _HOP = 512, 128
-"""Samples of a spectrogram's windows, and from one to the next."""
+"""Window length and hop of a spectrogram, in samples."""
 _LONGEST = 36
-"""Letters of a row's name; longer ones are cut, and are whole in the table below."""
+"""Maximum length of a row's name, in characters; longer names are cut, since the table has them in full."""
 
 
 def series_of(scores: Scores) -> list[str]:
-    """The series of all rows, in the order in which they come."""
+    """Names of all series, in order of appearance."""
     return list(dict.fromkeys(name for by_name in scores.values() for name in by_name))
 
 
 def score_size(scores: Scores) -> tuple[float, float]:
-    """Width and height in inches of what `draw_scores` draws."""
+    """Width and height in inches of the plot of `draw_scores`."""
     series = len(series_of(scores))
     return 8.0, 0.9 + len(scores) * max(0.3, 0.17 * (series + 1)) + 0.2 * math.ceil((series + 1) / 4)
 
 
 def draw_scores(figure: Figure, scores: Scores, strong: str = "all") -> None:
-    """The score of each series in each row: a mark with its interval, and an upright tick without audio.
+    """Plot the score of each series in each row: a mark with its interval, and a vertical tick for the baseline.
 
     Args:
-        figure: of the size that `score_size` says.
-        scores: none of them need be there but the score itself; a row or series without a score is left out.
-        strong: the row in bold.
+        figure: an empty one, of the size `score_size`.
+        scores: entries without a score are left out.
+        strong: name of the row in bold.
     """
     axes: Any = figure.subplots()
     names = series_of(scores)
@@ -59,7 +59,7 @@ def draw_scores(figure: Figure, scores: Scores, strong: str = "all") -> None:
         without = [(one["no_audio_score"], y) for y, one in rows if one.get("no_audio_score") is not None]
         if without:
             axes.plot(*zip(*without, strict=True), "|", color=style["color"], ms=9, mew=1.5, alpha=0.7)
-    axes.plot([], [], "|", color="0.4", ms=9, mew=1.5, label="the same model without the audio")
+    axes.plot([], [], "|", color="0.4", ms=9, mew=1.5, label="the same model without audio")
     drawn = [x for line in axes.lines for x in line.get_xdata()]
     if max(drawn, default=1.0) <= 1:
         axes.set_xlim(right=1.02)
@@ -78,12 +78,12 @@ def draw_scores(figure: Figure, scores: Scores, strong: str = "all") -> None:
 def draw_spectrogram(
     figure: Figure, samples_N: NDArray[np.float32], rate: int, events: Sequence[tuple[str, float, float]]
 ) -> None:
-    """Mel spectrogram of a clip over time, with what sounds in it marked underneath.
+    """Plot the mel spectrogram of a clip, with its sound events below.
 
     Args:
         figure: the upper axes get the group id `TIME`.
         samples_N: mono samples [N].
-        rate: Hz.
+        rate: sampling rate in Hz.
         events: (label, start, end) in seconds.
     """
     from matplotlib.mlab import specgram
@@ -91,7 +91,7 @@ def draw_spectrogram(
     seconds = len(samples_N) / rate
     lanes = event_lanes(events)
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[10, 1 + max(lanes, default=0)])
-    padded_N = np.pad(samples_N, _WINDOW // 2)  # a window around each time, the first and the last one too
+    padded_N = np.pad(samples_N, _WINDOW // 2)  # windows are centred, the first and the last one, too
     found: Any = specgram(padded_N, NFFT=_WINDOW, Fs=rate, noverlap=_WINDOW - _HOP)
     power_FX, hz_F, middle_X = found
     level_FX = 10 * np.log10(power_FX + 1e-12)
@@ -112,7 +112,7 @@ def draw_spectrogram(
 
 
 def event_lanes(events: Sequence[tuple[str, float, float]]) -> list[int]:
-    """The lane of each event (label, start, end), so that no two in a lane overlap and labels have room."""
+    """Lane of each event (label, start, end), such that events of a lane do not overlap and labels have room."""
     free: list[float] = []
     found = []
     for _, start, end in events:

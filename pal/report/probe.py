@@ -1,4 +1,4 @@
-"""Folders of `pal probe ...`: what was found in words, tables and pictures, with the clips that they show."""
+"""Sections on results of `pal probe ...`: sentences, tables, pictures, and their clips."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pal.lab.numbers import shown
+from pal.lab.numbers import format_value
 from pal.probe import probe_result
 from pal.report.embed import MediaEmbedder
 from pal.report.page import Fold, PagePicture, Part, Points, Prose, Section, Table, TimeAxis
@@ -19,7 +19,7 @@ UNDERSTANDS = f"probes ({probe_result.FILE})"
 
 @dataclass(frozen=True)
 class ProbePart:
-    """One finding, checked."""
+    """Validated result of one probe."""
 
     folder: Path
     name: str
@@ -33,12 +33,12 @@ class ProbePart:
 
 
 def find(path: Path) -> list[Path]:
-    """The folder, if a probe wrote it."""
+    """The folder, if it holds the result of a probe."""
     return [path] if (path / probe_result.FILE).is_file() else []
 
 
 def read(path: Path) -> ProbePart:
-    """What `ProbeResult.save` wrote. Raises BundleError where it is damaged."""
+    """Read a folder of `ProbeResult.save`. Raises BundleError if it is damaged."""
     found = probe_result.read(path)
     return ProbePart(
         folder=path,
@@ -59,7 +59,7 @@ def read(path: Path) -> ProbePart:
 
 
 def chapter(found: Sequence[tuple[str, ProbePart]], embed: MediaEmbedder) -> tuple[list[Section], list[dict[str, Any]]]:
-    """A section for each finding."""
+    """One section for each result."""
     sections, facts = [], []
     for name, probe in found:
         sections.append(Section(name if probe.name in name else f"{probe.name}: {name}", _parts(probe, embed)))
@@ -87,14 +87,14 @@ def _parts(probe: ProbePart, embed: MediaEmbedder) -> list[Part]:
         )
     parts += [embed.sound(probe.folder / clip) for clip in probe.clips if clip not in shown]
     parts += probe.tables
-    about = Table.of("What decides the result beside the model", ["setting", "value"], probe.settings, words=True)
+    about = Table.of("Settings that determine the result", ["setting", "value"], probe.settings, words=True)
     source = f"Model {probe.model.get('source')}, {str(probe.model.get('digest'))[:12]}; {probe.seconds:.0f} seconds."
     return [*parts, Fold("Settings", [Prose(source), about])]
 
 
 def _table(title: str, rows: Sequence[Mapping[str, Any]]) -> Table:
     headings = list(rows[0])
-    cells = [[shown(row[heading]) for heading in headings] for row in rows]
+    cells = [[format_value(row[heading]) for heading in headings] for row in rows]
     return Table.of(title, [heading.replace("_", " ") for heading in headings], cells)
 
 

@@ -7,7 +7,7 @@ import pytest
 from pal.data.manifest import Record, Turn
 from pal.errors import ManifestError
 from pal.lab.names import distinct_names
-from pal.lab.numbers import joined, shown, size, three_digits
+from pal.lab.numbers import format_bytes, format_value, joined, three_digits
 from pal.lab.records import domain_of, records_to_ask, spread
 from pal.lab.tables import markdown_table
 
@@ -28,12 +28,12 @@ def test_names_are_what_tells_paths_apart(paths, names):
 
 
 def test_numbers_in_words():
-    assert [shown(x) for x in (None, True, 1234, 0.12345, 123.4, (0.1, 2.0), "x")] == [
+    assert [format_value(x) for x in (None, True, 1234, 0.12345, 123.4, (0.1, 2.0), "x")] == [
         *("", "yes", "1,234", "0.123", "123", "0.100 to 2.000", "x")
     ]
     assert [three_digits(x) for x in (None, 1234.5, 0.012345)] == ["", "1,234", "0.0123"]
     assert three_digits(0.5, 1e3) == "500"
-    assert [size(x) for x in (12, 1.5e3, 2e6, 3.456e9)] == ["12 B", "1.5 kB", "2 MB", "3.46 GB"]
+    assert [format_bytes(x) for x in (12, 1.5e3, 2e6, 3.456e9)] == ["12 B", "1.5 kB", "2 MB", "3.46 GB"]
     assert [joined(x) for x in (["a"], ["a", "b", "c"])] == ["a", "a, b and c"]
 
 

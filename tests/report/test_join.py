@@ -37,7 +37,7 @@ AREA = (0.2, 0.1, 0.7, 0.6)
 """Of the heat-map: left, bottom, width and height in fractions of the picture."""
 
 
-def finding():
+def probe_result():
     def draw(figure):
         figure.set_layout_engine("none")
         axes = figure.add_axes(AREA, facecolor="red", xlim=(0.0, 0.5))
@@ -74,7 +74,7 @@ def root(tmp_path_factory):
         evaluate(tiny_model(name), benchmark, root / "runs" / name / "eval", progress=False)
     score = evaluate(tiny_model("pal"), from_records(Manifest(manifest), "scenes"), progress=False)
     score.save(root / "runs" / "score.json")
-    finding().save(root / "probe")
+    probe_result().save(root / "probe")
     shutil.copytree(BENCH, root / "bench")
     return root
 
@@ -238,7 +238,7 @@ def test_clips_that_have_moved_are_found_by_data(root, tmp_path):
     (tmp_path / "eval/settings.json").write_text(json.dumps({**settings, "root": "/nowhere"}))
     make([tmp_path / "eval"], tmp_path / "a.html")
     lost = Page((tmp_path / "a.html").read_text())
-    assert not sounds(lost) and "say where the clips lie with --data" in " ".join(lost.text)
+    assert not sounds(lost) and "give the folder of the clips by --data" in " ".join(lost.text)
     make([tmp_path / "eval"], tmp_path / "b.html", embed=MediaEmbedder(roots=[root / "audio"]))
     assert len(sounds(Page((tmp_path / "b.html").read_text()))) == 4
 
@@ -262,7 +262,7 @@ def test_the_command(root, tmp_path):
     [
         ("runs/lal/eval/score.json", "no score.json; the run is not complete"),
         ("runs/lal/eval/items.jsonl", "no items.jsonl; the run is not complete"),
-        ("runs/lal/train.json", "not finished, at step 4; go on with pal train --resume"),
+        ("runs/lal/train.json", "unfinished, at step 4; resume it with pal train --resume"),
         ("runs/lal/recipe.json", None),
     ],
 )
@@ -307,7 +307,7 @@ def test_a_damaged_picture_is_named(root, tmp_path):
     shutil.copytree(root / "probe", tmp_path / "probe")
     (tmp_path / "probe/map.png").write_bytes(b"no picture")
     done = command(tmp_path / "probe", "--out", tmp_path / "page.html")
-    assert done.exit_code == 1 and "probe/map.png: damaged, no PNG picture; make it again" in done.stderr
+    assert done.exit_code == 1 and "probe/map.png: damaged, not a PNG picture; make it again" in done.stderr
     page = Page((tmp_path / "page.html").read_text())
     assert page.tags.count("img") == 0
     assert "map.png is damaged" in page.text
@@ -318,11 +318,13 @@ def test_folders_with_nothing_to_report(root, tmp_path):
     out = tmp_path / "page.html"
     done = command(root / "probe", tmp_path / "empty", "--out", out)
     assert done.exit_code == 1 and not out.exists()
-    assert done.stderr.startswith(f"error: {tmp_path / 'empty'}: nothing to report; understood are training runs")
+    assert done.stderr.startswith(f"error: {tmp_path / 'empty'}: nothing to report; known kinds: training runs")
     assert len(done.stderr.splitlines()) == 1
-    assert command(tmp_path / "nowhere", "--out", out).stderr == f"error: {tmp_path / 'nowhere'}: no such folder\n"
+    assert (
+        command(tmp_path / "nowhere", "--out", out).stderr == f"error: {tmp_path / 'nowhere'}: no such file or folder\n"
+    )
     (tmp_path / "empty/probe.json").write_text("{")
-    with pytest.raises(ConfigError, match=r"nothing of it can be read: .*probe\.json: damaged"):
+    with pytest.raises(ConfigError, match=r"no run can be read: .*probe\.json: damaged"):
         make([tmp_path / "empty"], out)
     assert not out.exists()
 

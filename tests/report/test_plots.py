@@ -66,7 +66,7 @@ def test_scores_stand_where_they_belong():
     assert {round(lines[a, x][0], 3) for x in ((0.5,), (0.25, 1.0), (0.0,))} == {1.175}
     assert round(lines[b, (0.75,)][0], 3) == -0.175
     assert [label.get_text() for label in axes.get_xticklabels()][-1].endswith("%")
-    assert [text.get_text() for text in figure.legends[0].texts] == ["b", "a", "the same model without the audio"]
+    assert [text.get_text() for text in figure.legends[0].texts] == ["b", "a", "the same model without audio"]
 
 
 def test_a_metric_beyond_one_has_an_axis_of_its_own():
