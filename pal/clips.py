@@ -6,7 +6,7 @@ them or
 | form | meaning |
 |---|---|
 | path, bytes, file object | of an audio file |
-| address | URL: http, https and file (with `allow_urls`), and data |
+| URL | http, https and file (with `allow_urls`), and data |
 | `(array, rate)`, `(rate, array)` | see `pal.audio.arrays`; numpy, torch on any device, lists |
 | array or tensor | samples at the rate in `source_rate` |
 | `{"array", "sampling_rate"}` | as in datasets 1 to 3 and transformers; also `raw` or `waveform`, and `sample_rate` |
@@ -18,8 +18,8 @@ In a chat message, an audio part holds a clip (`part_clip`):
 | part | its clip |
 |---|---|
 | `{"type": "audio", ...}` | `audio`, `url`, `path`, `audio_url`, `base64` or `data`; or the keys of a clip as a dict |
-| `{"type": "audio_url", "audio_url": ...}` | an address, or `{"url": ...}` (Qwen, vLLM) |
-| `{"type": "input_audio", "input_audio": {"data": ..., "format": ...}}` | base64 (OpenAI), or an address |
+| `{"type": "audio_url", "audio_url": ...}` | a URL, or `{"url": ...}` (Qwen, vLLM) |
+| `{"type": "input_audio", "input_audio": {"data": ..., "format": ...}}` | base64 (OpenAI), or a URL |
 """
 
 from __future__ import annotations
@@ -34,7 +34,6 @@ import numpy as np
 from torch import Tensor
 
 from pal.audio import Limits, Waveform, load
-from pal.audio.addresses import from_base64, is_address, read_address, redacted
 from pal.audio.arrays import (
     Array,
     DecodedSamples,
@@ -46,6 +45,7 @@ from pal.audio.arrays import (
     read_pair,
 )
 from pal.audio.declared import DecodeError
+from pal.audio.urls import from_base64, is_url, read_url, redacted
 from pal.backbone.audio_kv import AudioKV
 from pal.errors import AudioError, AudioWarning, shortened
 from pal.types import AudioFeatures, EncodedClip, PreparedClips
@@ -78,7 +78,7 @@ _ARRAYS, _RATES = ("array", "raw", "waveform"), ("sampling_rate", "sample_rate")
 """Keys of samples, and of their rate, in a clip given as a dict."""
 _LIMITS = Limits()
 _PART_CLIPS = ("audio", "url", "path", "audio_url", "input_audio")
-"""Keys of a chat's audio part that hold a clip or its address."""
+"""Keys of a chat's audio part that hold a clip or its URL."""
 _PART_BASE64 = ("base64", "data")
 _PART_CUTS = ("audio_start", "audio_end", "start", "end", "offset", "duration")
 """Keys with which other libraries select a part of a clip; they are refused."""
@@ -113,10 +113,10 @@ def read_clip(
     try:
         if isinstance(given, Mapping):
             given, name = _of_mapping(given)
-        elif isinstance(given, str) and is_address(given):
+        elif isinstance(given, str) and is_url(given):
             name = redacted(given)
-        if isinstance(given, str) and is_address(given):
-            given = read_address(given, allow_urls, limits.max_bytes)
+        if isinstance(given, str) and is_url(given):
+            given = read_url(given, allow_urls, limits.max_bytes)
         elif is_decoder(given):
             given = decode_all(given)
         elif isinstance(given, tuple):
@@ -283,7 +283,7 @@ def part_clip(part: Mapping[str, Any]) -> Any:
             raise AudioError(f"the '{given[0]}' of an audio part needs 'data' or 'url'; give one of them")
     if given[0] == "path" and isinstance(clip, bytes):
         return os.fsdecode(clip)
-    if encoded and isinstance(clip, str | bytes) and not (isinstance(clip, str) and is_address(clip)):
+    if encoded and isinstance(clip, str | bytes) and not (isinstance(clip, str) and is_url(clip)):
         try:
             return from_base64(clip, _LIMITS.max_bytes)
         except DecodeError as error:
@@ -309,7 +309,7 @@ def _of_mapping(clip: Mapping[str, Any]) -> tuple[Any, str | None]:
             raise DecodeError(f"its 'bytes' are of type {type(clip['bytes']).__name__}", "give the bytes of a file")
         return clip["bytes"], name
     if not arrays and path is not None:
-        return path, None if name is None or not is_address(name) else redacted(name)
+        return path, None if name is None or not is_url(name) else redacted(name)
     if not arrays and ("bytes" in clip or "path" in clip):
         raise DecodeError("it holds neither bytes nor a path", "leave the record out")
     raise DecodeError("a clip given as a dict needs 'array' and 'sampling_rate'", "or give 'bytes' or 'path' of a file")

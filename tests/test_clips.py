@@ -205,8 +205,8 @@ class Failing:
         ("data:audio/wav;base64", "has a comma"),
         ("data:,", "it is empty"),
         ("data:text/plain,hello%20you", "it is no WAV"),
-        ("https://x.org/a.wav", "addresses are not fetched; pass allow_urls=True"),
-        ("file:///etc/a.wav", "addresses are not fetched; pass allow_urls=True or --allow-urls, or give its path"),
+        ("https://x.org/a.wav", "URLs are not fetched; pass allow_urls=True"),
+        ("file:///etc/a.wav", "URLs are not fetched; pass allow_urls=True or --allow-urls, or give its path"),
         ("/tmp/no\0file.wav", "no such file"),
         ("gone.wav", "no such file"),
     ],
@@ -253,42 +253,42 @@ def test_a_list_is_several_clips_and_a_pair_is_one():
     assert not is_clip(object()) and not is_clip(5)
 
 
-# Files by address
+# Files by URL
 
 
 @pytest.mark.parametrize("name", ["a b.wav", "é.wav", "100%.wav", "a#1?.wav", "\udce9.wav"])
 def test_file_addresses(tmp_path, name):
     path = tmp_path / name
     path.write_bytes(wav())
-    for address in (
+    for url in (
         path.as_uri(),
         path.as_uri().replace("file://", "file://localhost"),
         path.as_uri().replace("file://", "FILE:"),
         f"file://{path}",
         path.as_uri() + "#t=1",
     ):
-        with pytest.raises(AudioError, match="addresses are not fetched"):
-            read_clip(address, RATE)
-        if name == "\udce9.wav" and "\udce9" in address:
-            continue  # no address
-        assert_close(read_clip(address, RATE, allow_urls=True).samples_N, torch.from_numpy(SOUND_N))
-        assert_close(read_clip({"path": address}, RATE, allow_urls=True).samples_N, torch.from_numpy(SOUND_N))
+        with pytest.raises(AudioError, match="URLs are not fetched"):
+            read_clip(url, RATE)
+        if name == "\udce9.wav" and "\udce9" in url:
+            continue  # no URL
+        assert_close(read_clip(url, RATE, allow_urls=True).samples_N, torch.from_numpy(SOUND_N))
+        assert_close(read_clip({"path": url}, RATE, allow_urls=True).samples_N, torch.from_numpy(SOUND_N))
 
 
 @pytest.mark.parametrize(
-    ("address", "says"),
+    ("url", "says"),
     [
-        ("file://server/share/a.wav", "names a file of this machine; write file:///folder/clip.wav"),
-        ("file://a.wav", "names a file of this machine"),
-        ("file:a.wav", "names a file of this machine"),
+        ("file://server/share/a.wav", "names a local file; write file:///folder/clip.wav"),
+        ("file://a.wav", "names a local file"),
+        ("file:a.wav", "names a local file"),
         ("file:///none/a%20b.wav", "there is no such file"),
         ("file:///none/%00.wav", "there is no such file"),
         ("file:///" + "a" * 10_000, "no file has so long a name"),
         (f"file://{Path(__file__).parent}", "it is a folder"),
     ],
 )
-def test_file_addresses_that_lead_nowhere(address, says):
-    assert says in fault(address, allow_urls=True)
+def test_file_urls_that_lead_nowhere(url, says):
+    assert says in fault(url, allow_urls=True)
 
 
 def test_remedies_fit_what_was_given():

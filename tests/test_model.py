@@ -297,7 +297,7 @@ def test_every_form_of_a_clip_gives_the_same_answer(tmp_path):
         assert model.ask(model.index(form), QUESTION, max_new_tokens=4) == expected
     assert model.ask(forms, QUESTION, max_new_tokens=4) == [expected] * len(forms)
     for asking in (model.ask, model.ask_detailed, lambda address, _, **options: model.index(address, **options)):
-        with pytest.raises(AudioError, match="addresses are not fetched; pass allow_urls=True"):
+        with pytest.raises(AudioError, match="URLs are not fetched; pass allow_urls=True"):
             asking(path.as_uri(), QUESTION)
         assert asking(path.as_uri(), QUESTION, allow_urls=True)
 

@@ -83,7 +83,7 @@ def printable(name: str) -> str:
 def _opened(source: str | os.PathLike[str], limits: Limits) -> Iterator[IO[bytes]]:
     shown = os.fsdecode(source)
     if "://" in shown:
-        raise DecodeError("it is an address, not a file", "download it and give its path")
+        raise DecodeError("it is a URL, not a file", "download it and give its path")
     try:
         if not shown:
             raise DecodeError("the path is empty", "name a file")
@@ -100,7 +100,7 @@ def _opened(source: str | os.PathLike[str], limits: Limits) -> Iterator[IO[bytes
             yield stream
     except OSError as error:
         if error.errno == errno.ENAMETOOLONG:
-            raise DecodeError("no file has so long a name", "pass a path; base64 goes as a data: address") from None
+            raise DecodeError("no file has so long a name", "pass a path; base64 goes as a data: URL") from None
         raise DecodeError(f"it cannot be read ({error.strerror})", "check the path and its permissions") from None
     except ValueError:  # a zero byte in the path
         raise DecodeError("there is no such file", "check the path") from None

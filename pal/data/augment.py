@@ -206,16 +206,16 @@ class Augment:
 
 
 def cut_fault(option: str, label: str) -> str:
-    """Error message for a cut where `label`, in words, has no times."""
+    """Error message for an option that cuts clips; `label` names, in words, a label without times."""
     remedy = "set 'wrap: true'" if option == "time_shift" else "crop files beforehand"
     return (
-        f"'{option}' may cut out what {label} is about, and nothing says when that sounds; use it with objective "
-        f"'tags' and tags that have start and end, {remedy}, or leave it out"
+        f"'{option}' may cut out what {label} is about, since its time is unknown; use it with objective 'tags' "
+        f"and tags that have start and end, {remedy}, or leave it out"
     )
 
 
 def _untimed(tags: Tags) -> str | None:
-    """Words for a label without times; None if all have times."""
+    """Name of a label without times, in words; None if all labels have times."""
     if tags is None:
         return "the clip's label"
     return next((f"the label '{tag.label}'" for tag in tags if tag.start is None or tag.end is None), None)

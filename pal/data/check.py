@@ -128,7 +128,7 @@ class ManifestReport:
         elif self.records == 0:
             lines.append("not usable: no records")
         else:
-            lines.append("ok" if self.ok else "not usable as it is: mend or remove what is listed as bad")
+            lines.append("ok" if self.ok else "not usable as it is: mend or remove the items listed as bad")
         return "\n".join(lines)
 
 

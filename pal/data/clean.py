@@ -67,7 +67,7 @@ def write_clean(
     check_out(out, manifest)
     records = Manifest(manifest, root)
     if not report.complete or records.digest != report.digest:
-        raise ManifestError(f"{manifest}: was not checked to its end, or changed since; check it again")
+        raise ManifestError(f"{manifest}: the check was interrupted, or the file has changed since; check it again")
     bad, clips = set(report.bad_records), set(report.bad_clips)
     of_bad_clips = kept = 0
     moved = records.root is None and out.parent.resolve() != records.folder.resolve()
@@ -85,7 +85,7 @@ def write_clean(
                 file.write(line + b"\n")
             kept += 1
         if not kept:
-            raise ManifestError(f"{manifest}: no record can be used, so {out} is not written; mend what is listed")
+            raise ManifestError(f"{manifest}: no record can be used, so {out} is not written; mend the listed ones")
         if records.is_list:
             file.write(b"\n]\n")
     return Cleaned(str(out), kept, len(bad), of_bad_clips)

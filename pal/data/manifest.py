@@ -420,7 +420,7 @@ def _index_list(path: Path) -> tuple[array, array]:
                 raise ManifestError(f"{path}, item {len(starts) + 1}: the file ends in the middle; is it cut off?")
             if end is None or bool(comma) != bool(starts):
                 raise ManifestError(
-                    f"{path}, item {len(starts) + 1}: a list must hold objects divided by commas, and nothing else"
+                    f"{path}, item {len(starts) + 1}: a list must hold objects separated by commas, and nothing else"
                 )
             starts.append(gap.end() - 1)
             sizes.append(end - gap.end() + 1)

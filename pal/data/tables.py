@@ -64,7 +64,7 @@ def files_in(root: Path, pattern: str, suffixes: Iterable[str] = ()) -> list[Pat
 
 
 def text_of(path: Path) -> str:
-    """A file's text. Raises ManifestError where it is not UTF-8."""
+    """Text of a UTF-8 file. Raises ManifestError if it has another encoding."""
     data = path.read_bytes()
     if fault := not_utf_8(data):
         raise ManifestError(f"{path}: {fault}")
@@ -178,7 +178,7 @@ def find_clip(folders: Iterable[Path], names: Iterable[str], listed_in: Path) ->
     forms = dict.fromkeys(n for name in names for n in (name, *(unicodedata.normalize(f, name) for f in _FORMS)))
     places = [folder / name for folder in folders for name in forms if not is_metadata(Path(name))]
     if not places:
-        raise ManifestError(f"{listed_in}: lists '{next(iter(forms))}', which macOS put there; take it out")
+        raise ManifestError(f"{listed_in}: lists '{next(iter(forms))}', which macOS put there; remove the line")
     for place in places:
         if place.is_file():
             return place

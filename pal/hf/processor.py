@@ -50,7 +50,7 @@ class PalProcessor(ProcessorMixin):
     Attributes:
         sampling_rate: Hz of the waveforms that the model takes.
         system: system prompt, for conversations without one.
-        allow_urls: True to fetch clips from http, https and file addresses. It is never saved.
+        allow_urls: True to fetch clips from http, https and file URLs. It is never saved.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class PalProcessor(ProcessorMixin):
         Args:
             pretrained_model_name_or_path: folder or Hub id.
             args: as in transformers.
-            allow_urls: fetch clips from addresses.
+            allow_urls: fetch clips from URLs.
             kwargs: transformers' options.
 
         Raises:

@@ -130,7 +130,7 @@ def test_what_is_no_audio_file(tmp_path: Path) -> None:
     assert "it is a folder" in refusal(tmp_path)
     assert "there is no such file" in refusal(tmp_path / "missing.wav")
     assert "there is no such file" in refusal("a\0b.wav")
-    assert "it is an address" in refusal("https://example.org/a.wav")
+    assert "it is a URL" in refusal("https://example.org/a.wav")
     assert "open it with mode 'rb'" in refusal(io.StringIO("RIFF"))
     assert "no source of audio" in refusal(42)
     assert "free bit rate" in refusal(b"\xff\xfb\x00\x00" + bytes(1000))

@@ -161,8 +161,8 @@ def test_messages_that_cannot_be_used(processor, messages):
         ({"type": "input_audio", "input_audio": {"data": "@@@"}}, "its base64 is cut or holds other characters"),
         ({"type": "audio_url", "audio_url": {"uri": "x"}}, "needs 'data' or 'url'"),
         ({"type": "audio", "base64": "AAAAA"}, "its base64 is cut"),
-        ({"type": "audio_url", "audio_url": {"url": "https://x.org/a.wav"}}, "addresses are not fetched"),
-        ({"type": "input_audio", "input_audio": {"data": "https://x.org/a.wav"}}, "addresses are not fetched"),
+        ({"type": "audio_url", "audio_url": {"url": "https://x.org/a.wav"}}, "URLs are not fetched"),
+        ({"type": "input_audio", "input_audio": {"data": "https://x.org/a.wav"}}, "URLs are not fetched"),
         ({"type": "audio", "audio": b64(bytes(90_000))}, "no file has so long a name; pass a path; base64 goes as"),
         ({"type": "audio", "audio": {"array": noise(1.0).numpy()}}, "needs 'array' and 'sampling_rate'"),
         ({"type": "audio", "audio": {"data": noise(1.0).numpy(), "sampling_rate": 8000}}, "needs 'array'"),
@@ -178,7 +178,7 @@ def test_file_addresses_are_behind_the_switch_of_all(processor, tmp_path):
     path = tmp_path / "a clip.wav"
     path.write_bytes(wav())
     messages = [say({"type": "audio_url", "audio_url": {"url": path.as_uri()}}, QUESTION)]
-    with pytest.raises(AudioError, match="addresses are not fetched; pass allow_urls=True"):
+    with pytest.raises(AudioError, match="URLs are not fetched; pass allow_urls=True"):
         tensors(processor, messages)
     found = tensors(processor, messages, allow_urls=True)
     torch.testing.assert_close(found["input_values"][0], noise(0.2))

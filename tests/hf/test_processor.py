@@ -182,7 +182,7 @@ def address(tmp_path):
 
 def test_addresses_are_fetched_only_when_allowed(processor, address, tmp_path):
     messages = [say({"type": "audio", "url": f"{address}/a.wav"}, QUESTION)]
-    with pytest.raises(AudioError, match=r"a\.wav: addresses are not fetched; pass allow_urls=True"):
+    with pytest.raises(AudioError, match=r"a\.wav: URLs are not fetched; pass allow_urls=True"):
         tensors(processor, messages)
     found = tensors(processor, messages, allow_urls=True)
     torch.testing.assert_close(found["input_values"][0], noise(0.4))

@@ -1,4 +1,4 @@
-"""Clips by address, from a server that does what servers do: each is the whole clip, or an error of one line."""
+"""Clips by URL, from a server with real faults: each gives the whole clip, or an error of one line."""
 
 import gzip
 import http.server
@@ -12,7 +12,7 @@ import soundfile
 import torch
 from torch.testing import assert_close
 
-from pal.audio import addresses
+from pal.audio import urls
 from pal.clips import read_clip
 from pal.errors import AudioError
 
@@ -120,15 +120,15 @@ def server():
     running.server_close()
 
 
-def fetched(address):
-    found = read_clip(address, RATE, allow_urls=True)
+def fetched(url):
+    found = read_clip(url, RATE, allow_urls=True)
     assert_close(found.samples_N, torch.from_numpy(SOUND_N))
     return Server.seen[-1]
 
 
-def fault(address):
+def fault(url):
     with pytest.raises(AudioError) as caught:
-        read_clip(address, RATE, allow_urls=True)
+        read_clip(url, RATE, allow_urls=True)
     text = str(caught.value)
     assert "\n" not in text and len(text) <= 300 and "; " in text, text
     return text
@@ -150,7 +150,7 @@ def fault(address):
         ("  /ok.wav \n", None),
     ],
 )
-def test_addresses_are_quoted_as_browsers_do(server, given, sent):
+def test_urls_are_quoted_as_browsers_do(server, given, sent):
     if sent is None:
         assert fetched(f" {server}/ok.wav\n")[0] == "/ok.wav"
     else:
@@ -216,17 +216,19 @@ def test_redirects_lead_to_http_only(server, tmp_path):
 
 def test_a_redirect_to_ftp_is_not_begun(server):
     target = b"ftp://127.0.0.1/a.wav".hex()
-    assert "it cannot be fetched (it leads to ftp:, but only http and https are fetched)" in fault(f"{server}/to/{target}")
+    assert "it cannot be fetched (it leads to ftp:, but only http and https are fetched)" in fault(
+        f"{server}/to/{target}"
+    )
 
 
 def test_a_server_that_does_not_answer(server, monkeypatch):
-    monkeypatch.setattr(addresses, "TIMEOUT", 0.2)
+    monkeypatch.setattr(urls, "TIMEOUT", 0.2)
     assert "it cannot be fetched (timed out)" in fault(f"{server}/hangs")
     assert "it cannot be fetched (" in fault("http://127.0.0.1:1/a.wav")
 
 
 @pytest.mark.parametrize(
-    ("address", "says"),
+    ("url", "says"),
     [
         ("ftp://127.0.0.1/a.wav", "it leads to ftp:, but only http and https are fetched"),
         ("hf://datasets/a.wav", "it leads to hf:, but only http and https are fetched"),
@@ -239,13 +241,13 @@ def test_a_server_that_does_not_answer(server, monkeypatch):
         ("://x", "it cannot be fetched"),
     ],
 )
-def test_addresses_that_are_none(address, says):
-    assert says in fault(address)
+def test_invalid_urls(url, says):
+    assert says in fault(url)
 
 
 def test_more_than_the_limit_is_refused(server, monkeypatch):
     for path in ("/ok.wav", "/gzip", "/chunks"):
-        with pytest.raises(addresses.DecodeError, match="larger than 1000 bytes"):
-            addresses.read_address(server + path, True, 1000)
-    with pytest.raises(addresses.DecodeError, match="larger than 1000 bytes"):
-        addresses.from_base64("A" * 2000, 1000)
+        with pytest.raises(urls.DecodeError, match="larger than 1000 bytes"):
+            urls.read_url(server + path, True, 1000)
+    with pytest.raises(urls.DecodeError, match="larger than 1000 bytes"):
+        urls.from_base64("A" * 2000, 1000)

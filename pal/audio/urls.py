@@ -26,44 +26,44 @@ _DOWNLOAD = "download it and give its path"
 _AGAIN = "fetch it again, or download it and give its path"
 
 
-def is_address(text: str) -> bool:
+def is_url(text: str) -> bool:
     """Whether a string is a URL and not a path."""
     return "://" in text or _SCHEME.match(text) is not None
 
 
-def redacted(address: str) -> str:
+def redacted(url: str) -> str:
     """URL for messages, without password and without the content of a data: URL."""
-    if address.lstrip()[:5].lower() == "data:":
-        return shortened(address.strip().partition(",")[0], 60) + ",..."
-    return re.sub(r"(?<=://)[^/?#]*@", "", address)
+    if url.lstrip()[:5].lower() == "data:":
+        return shortened(url.strip().partition(",")[0], 60) + ",..."
+    return re.sub(r"(?<=://)[^/?#]*@", "", url)
 
 
-def read_address(address: str, allowed: bool, limit: int) -> bytes | Path:
+def read_url(url: str, allowed: bool, limit: int) -> bytes | Path:
     """Content of a URL as bytes, or the path of a local file.
 
     Args:
-        address: http, https, file or data URL. Blanks and non-ASCII letters are quoted as browsers do.
+        url: http, https, file or data URL. Blanks and non-ASCII letters are quoted as browsers do.
         allowed: whether URLs may be fetched or read; a data: URL is always allowed.
         limit: most bytes of the content.
 
     Raises:
         DecodeError: not allowed, another scheme, or an incomplete response.
     """
-    address = address.strip()
-    if address[:5].lower() == "data:":
-        return _data(address[5:], limit)
+    url = url.strip()
+    if url[:5].lower() == "data:":
+        return _data(url[5:], limit)
     if not allowed:
-        scheme = address.partition(":")[0]
+        scheme = url.partition(":")[0]
         if scheme.lower() not in ("http", "https", "file"):
             raise DecodeError(
-                f"addresses of {shortened(scheme, 40)}: are not followed, only http, https, file and data", _DOWNLOAD
+                f"URLs of {shortened(scheme, 40)}: are not followed, only http, https, file and data", _DOWNLOAD
             )
-        other = "give its path" if address[:5].lower() == "file:" else _DOWNLOAD
-        raise DecodeError("addresses are not fetched", f"pass allow_urls=True or --allow-urls, or {other}")
+        other = "give its path" if url[:5].lower() == "file:" else _DOWNLOAD
+        raise DecodeError("URLs are not fetched", f"pass allow_urls=True or --allow-urls, or {other}")
     try:
-        if address[:5].lower() == "file:":
-            return _file(address)
-        return _fetched(address, limit)
+        if url[:5].lower() == "file:":
+            return _file(url)
+        return _fetched(url, limit)
     except urllib.error.HTTPError as error:
         error.close()
         raise _unfetched(error.reason) from None
@@ -91,21 +91,21 @@ def _data(text: str, limit: int) -> bytes:
     """Decode a data: URL (RFC 2397), from the text after "data:"."""
     kind, comma, body = text.partition(",")
     if not comma:
-        raise DecodeError("a data: address has a comma before its data", "write data:audio/wav;base64,...")
+        raise DecodeError("a data: URL has a comma before its data", "write data:audio/wav;base64,...")
     if kind.rpartition(";")[2].strip().lower() == "base64":
         return from_base64(unquote_to_bytes(body), limit)
     return unquote_to_bytes(body)
 
 
-def _file(address: str) -> Path:
+def _file(url: str) -> Path:
     """Path of a file: URL (RFC 8089): file:///path, file://localhost/path or file:/path, percent-encoded."""
-    rest = address[5:]
+    rest = url[5:]
     host = ""
     if rest.startswith("//"):
         host, slash, rest = rest[2:].partition("/")
         rest = slash + rest
     if host.lower() not in ("", "localhost") or not rest.startswith("/"):
-        raise DecodeError("a file: address names a file of this machine", "write file:///folder/clip.wav")
+        raise DecodeError("a file: URL names a local file", "write file:///folder/clip.wav")
     # A file: URL has no fragment or query, unless they are part of a name that was not quoted.
     places = [unquote(re.split("[?#]", rest, maxsplit=1)[0], errors="surrogateescape")]
     places += [unquote(rest, errors="surrogateescape"), rest]
@@ -127,8 +127,8 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
         return super().redirect_request(*arguments)
 
 
-def _fetched(address: str, limit: int) -> bytes:
-    parts = urlsplit(address)
+def _fetched(url: str, limit: int) -> bytes:
+    parts = urlsplit(url)
     _check_scheme(parts)
     request = urllib.request.Request(_quoted(parts), headers={"User-Agent": "pal-audio"})
     if parts.username is not None:
