@@ -389,7 +389,7 @@ def test_an_integration_that_does_not_say() -> None:
             raise NotImplementedError
 
     with pytest.raises(
-        ConfigError, match=r"Silent does not say what it costs; register a closed form with .*route_cost"
+        ConfigError, match=r"Silent has no closed form of its cost; register one with .*route_cost"
     ):
         route_cost(Silent(), StepSize(1, 1, 1, 1), 1, skeleton(recipe()).llm)
 

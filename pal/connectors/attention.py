@@ -1,4 +1,4 @@
-"""What connectors with queries share: attention to tokens of another width, and sinusoids of time."""
+"""Shared parts of connectors with queries: cross-attention to tokens of another width, sinusoidal positions."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class MultiHeadAttention(nn.Module):
         self.out = nn.Linear(width, width)
 
     def forward(self, x_WQE: Tensor, keys_WKE: Tensor, mask: Tensor | None) -> Tensor:
-        """Queries [W, Q, E] look at keys [W, K, E'] where the mask, [W, K] or [W, Q, K], is True -> [W, Q, E]."""
+        """Queries [W, Q, E] attend to keys [W, K, E'] where the mask, [W, K] or [W, Q, K], is True -> [W, Q, E]."""
         q, k, v = (
             y.unflatten(2, (self.heads, -1)).transpose(1, 2)
             for y in (self.q(x_WQE), self.k(keys_WKE), self.v(keys_WKE))
@@ -32,13 +32,13 @@ class MultiHeadAttention(nn.Module):
         return self.out(mixed.transpose(1, 2).flatten(2))
 
 
-def heads_of(width: int) -> int:
-    """Heads of 64 where the width allows, else one."""
+def default_heads(width: int) -> int:
+    """Number of heads of width 64; 1 if `width` is not a multiple of 64."""
     return width // 64 if width % 64 == 0 else 1
 
 
 def sinusoids(times_X: Tensor, width: int) -> Tensor:
-    """Floating-point times [X] -> [X, width]: sines, then cosines, of wavelengths from 2 pi to 20,000 pi."""
+    """Times [X], floating point -> [X, width]: sines, then cosines, of wavelengths from 2 pi to 20,000 pi."""
     half = -(-width // 2)
     rates = torch.exp(
         -math.log(10_000.0) / max(1, half - 1) * torch.arange(half, device=times_X.device, dtype=times_X.dtype)

@@ -1,4 +1,4 @@
-"""The contract of connectors: what lies between an encoder and an integration."""
+"""The contract of connectors: encoder features in, features for the integration out."""
 
 from abc import ABC, abstractmethod
 from typing import Any
@@ -11,15 +11,15 @@ from pal.types import AudioFeatures
 class Connector(nn.Module, ABC):
     """Maps `AudioFeatures` to `AudioFeatures`; may change width, number of tokens and time scale.
 
-    Constructed as `cls(config, in_width=E)`, or, where it takes several encoders, as `cls(config, in_widths=(E, ...))`.
-    Masked-out tokens must not influence real ones.
+    Constructed as `cls(config, in_width=E)`, or, if it takes several encoders, as `cls(config, in_widths=(E, ...))`.
+    Padding must not influence real tokens.
     """
 
     n_encoders: int = 1
     """Number of encoders whose features it takes."""
     width: int
-    """E of what comes out."""
+    """E of the output."""
 
     @abstractmethod
     def forward(self, *features: Any, **options: Any) -> AudioFeatures:
-        """`AudioFeatures` [B, A, E_in], as many as `takes` -> [B, A', width]; no tensor is read, lengths are known."""
+        """`AudioFeatures` [B, A, E_in] of each encoder -> [B, A', width], without waiting for the device."""

@@ -1,4 +1,4 @@
-"""LFST: latents in order of time that gather from a fine-grained and a language-aligned encoder at once."""
+"""`lfst`: latents in order of time that attend to the tokens of a fine-grained and a language-aligned encoder."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from pal.config import StrictConfig
-from pal.connectors.attention import MultiHeadAttention, heads_of, sinusoids
+from pal.connectors.attention import MultiHeadAttention, default_heads, sinusoids
 from pal.connectors.base import Connector
 from pal.errors import ConfigError
 from pal.registry import register
@@ -17,16 +17,16 @@ from pal.transfer import to_device
 from pal.types import AudioFeatures
 
 _BLOCK = 64
-"""Latents that are taken at once; what they see lies near them in time, so the cost is linear in the clip."""
+"""Latents in one attention call; they see tokens near them in time, so the cost is linear in the clip's length."""
 
 
 @register("connector", "lfst")
 class LFST(Connector):
     """Language-aligned and Fine-grained Spatio-Temporal connector, the paper's default.
 
-    The paper gives three cross-attention layers, a local region on the fine tokens, and SSLAM and CLAP
-    as the encoders; all sizes here are our choice. The first encoder is the fine one, the second the
-    language-aligned one; any two do.
+    The paper gives three cross-attention layers, a local region on the fine tokens, and SSLAM and CLAP as encoders; all
+    sizes are our choice. The first encoder is the fine-grained one, the second the language-aligned one; any two can be
+    used.
     """
 
     n_encoders = 2
@@ -35,19 +35,19 @@ class LFST(Connector):
         """Options of the connector `lfst`."""
 
         seconds_per_latent: float = Field(default=0.32, gt=0)
-        """Time between two latents: 32 for ten seconds, as LTU and GAMA have tokens."""
+        """Time between latents; 0.32 gives 32 for ten seconds, as many as LTU and GAMA have tokens."""
         layers: int = Field(default=3, ge=1)
         """Cross-attention layers (paper: 3)."""
         fine_seconds: float = Field(default=0.96, gt=0)
-        """Length of the region around its own time that a latent sees of the fine tokens."""
+        """Length of the region, around its own time, in which a latent sees the fine tokens."""
         aligned_seconds: float = Field(default=10.0, gt=0)
-        """The same of the language-aligned tokens; CLAP's windows are ten seconds long."""
+        """Length of that region for the language-aligned tokens; CLAP's windows are ten seconds long."""
         width: int = Field(default=768, ge=1)
-        """E of the latents and of what comes out (SSLAM's and CLAP's)."""
+        """E of the latents and the output (that of SSLAM and CLAP)."""
         heads: int | None = Field(default=None, ge=1)
-        """Of attention; None makes them 64 wide where the width allows."""
+        """Attention heads; None: 64 wide if the width allows, else one head."""
         hidden: int | None = Field(default=None, ge=1)
-        """Width inside the feed-forward networks; None is four times the width."""
+        """Width inside the feed-forward networks; None: four times the width."""
 
         @model_validator(mode="after")
         def _fits(self) -> LFST.Config:
@@ -56,14 +56,14 @@ class LFST(Connector):
             return self
 
         def toy(self) -> LFST.Config:
-            """A width of 16."""
+            """Toy size, with a width of 16."""
             return self.model_copy(update={"width": 16, "heads": self.heads and 1, "hidden": self.hidden and 32})
 
     def __init__(self, config: Config, in_widths: tuple[int, int]) -> None:
         super().__init__()
         self.config = config
         self.width = config.width
-        heads = config.heads or heads_of(config.width)
+        heads = config.heads or default_heads(config.width)
         self.latent_E = nn.Parameter(torch.randn(config.width) * 0.02)
         self.enter = nn.ModuleList(nn.Sequential(nn.LayerNorm(w), nn.Linear(w, config.width)) for w in in_widths)
         self.layers = nn.ModuleList(
@@ -75,12 +75,12 @@ class LFST(Connector):
         """Fine [B, A, E] and aligned [B, A', E'] tokens -> latents [B, S, width] in order of time.
 
         Raises:
-            ConfigError: an encoder whose tokens stand for no time.
+            ConfigError: an encoder whose tokens have no time.
         """
         fine, aligned = features
         step = self.config.seconds_per_latent
         if not fine.seconds_per_token or not aligned.seconds_per_token:
-            raise ConfigError("connector 'lfst' needs encoders whose tokens have a time")
+            raise ConfigError("connector 'lfst' needs encoders whose tokens have a time; give others")
         seconds = [
             max(a * fine.seconds_per_token, b * aligned.seconds_per_token)
             for a, b in zip(fine.lengths, aligned.lengths, strict=True)
@@ -89,7 +89,7 @@ class LFST(Connector):
         S = max(lengths)
         device = fine.x_BAE.device
         tokens = [
-            _Tokens(enter, stream, reach / 2, step)
+            _TimedTokens(enter, stream, reach / 2, step)
             for enter, stream, reach in zip(
                 self.enter, features, (self.config.fine_seconds, self.config.aligned_seconds), strict=True
             )
@@ -102,7 +102,7 @@ class LFST(Connector):
             near = [stream.near(first, min(first + _BLOCK, S)) for stream in tokens]
             keys_BKE = torch.cat([x_BKE for x_BKE, _ in near], dim=1)
             seen_BQK = torch.cat([seen for _, seen in near], dim=2)
-            # a latent of padding sees everything, as nothing to look at makes NaN; it is masked out
+            # a latent that sees no token sees all, since attention to no key is NaN; such latents are padding
             seen_BQK = seen_BQK | ~seen_BQK.any(2, keepdim=True)
             x_BQE = start_SE[first : first + _BLOCK].expand(len(lengths), -1, -1)
             for layer in self.layers:
@@ -111,8 +111,8 @@ class LFST(Connector):
         return AudioFeatures(self.norm(torch.cat(blocks, dim=1)), tuple(lengths), step)
 
 
-class _Tokens:
-    """One encoder's tokens at the connector's width, with their time marked."""
+class _TimedTokens:
+    """Tokens of one encoder, at the connector's width, plus sinusoids of their time."""
 
     def __init__(self, enter: nn.Module, features: AudioFeatures, reach: float, step: float) -> None:
         x_BAE = features.x_BAE
@@ -126,10 +126,10 @@ class _Tokens:
         self.x_BAE = x_BAE + to_device(waves_AE, x_BAE.device)
         self.features = features
         self.reach = max(reach, self.seconds / 2)
-        """Seconds to either side that a latent sees, at least one token."""
+        """Seconds that a latent sees to either side; at least one token."""
 
     def near(self, first: int, last: int) -> tuple[Tensor, Tensor]:
-        """The tokens that some latent from `first` to before `last` may see [B, K, E], and which does [B, Q, K]."""
+        """Tokens [B, K, E] that the latents `first` to `last - 1` see, and which latent sees which: [B, Q, K]."""
         start = math.floor(((first + 0.5) * self.step - self.reach) / self.seconds) - 1
         end = math.ceil(((last - 0.5) * self.step + self.reach) / self.seconds) + 1
         part = slice(max(0, start), max(0, end))
@@ -141,12 +141,12 @@ class _Tokens:
 
 
 def _times(first: int, last: int, step: float) -> Tensor:
-    """Seconds of the middles of steps on the host; in float32 an hour is too long to tell what lies at a border."""
+    """Centres of steps in seconds, on the host; float32 would be too coarse at the borders of regions after an hour."""
     return (torch.arange(first, last, dtype=torch.float64) + 0.5) * step
 
 
 class _LFSTLayer(nn.Module):
-    """Cross-attention and a feed-forward network, norms before each."""
+    """Cross-attention and a feed-forward network, pre-norm."""
 
     def __init__(self, width: int, heads: int, hidden: int) -> None:
         super().__init__()

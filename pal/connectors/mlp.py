@@ -1,4 +1,4 @@
-"""Two linear layers on each token by itself, as LLaVA has them."""
+"""`mlp`: two linear layers on each token, as in LLaVA."""
 
 from torch import nn
 
@@ -10,20 +10,20 @@ from pal.types import AudioFeatures
 
 @register("connector", "mlp")
 class MLP(Connector):
-    """[LayerNorm,] Linear, GELU, Linear; number of tokens and time scale stay."""
+    """[LayerNorm,] Linear, GELU, Linear; number of tokens and time scale do not change."""
 
     class Config(StrictConfig):
         """Options of the connector `mlp`."""
 
         width: int | None = None
-        """Width of what comes out; None keeps the encoder's."""
+        """Output width; None: that of the encoder."""
         hidden: int | None = None
-        """Width between the two layers; None is the width of what comes out."""
+        """Width between the two layers; None: the output width."""
         norm: bool = True
         """LayerNorm before the first layer; encoders differ in scale by orders of magnitude."""
 
         def toy(self) -> "MLP.Config":
-            """Widths that were given become 16."""
+            """Toy size: given widths become 16."""
             return self.model_copy(update={"width": self.width and 16, "hidden": self.hidden and 16})
 
     def __init__(self, config: Config, in_width: int) -> None:

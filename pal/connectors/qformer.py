@@ -1,4 +1,4 @@
-"""Learned queries that gather from the audio tokens (BLIP-2's Q-Former, arXiv 2301.12597)."""
+"""`qformer`: learned queries that attend to the audio tokens (BLIP-2's Q-Former, arXiv 2301.12597)."""
 
 import torch
 from pydantic import Field, model_validator
@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pal.config import StrictConfig
-from pal.connectors.attention import MultiHeadAttention, heads_of, sinusoids
+from pal.connectors.attention import MultiHeadAttention, default_heads, sinusoids
 from pal.connectors.base import Connector
 from pal.errors import ConfigError
 from pal.registry import register
@@ -16,36 +16,35 @@ from pal.types import AudioFeatures
 
 @register("connector", "qformer")
 class QFormer(Connector):
-    """BERT layers over learned queries, with cross-attention to the audio in every k-th of them.
+    """BERT layers over learned queries; every k-th layer has cross-attention to the audio.
 
-    Without `window_seconds` a clip of any length becomes `queries` tokens, as in GAMA: they stand
-    for no time of their own, so `seconds_per_token` is 0. With it, each stretch of that length
-    becomes `queries` tokens that see only that stretch (SALMONN, arXiv 2310.13289), so their number
-    grows with the clip, `queries / window_seconds` a second, and they stay in order of time.
+    Without `window_seconds`, a clip of any length becomes `queries` tokens, as in GAMA. These tokens have no time, so
+    `seconds_per_token` is 0. With `window_seconds`, each window becomes `queries` tokens that see only this window
+    (SALMONN, arXiv 2310.13289): `queries / window_seconds` tokens a second, in order of time.
     """
 
     class Config(StrictConfig):
         """Options of the connector `qformer`; GAMA's values are those of BERT-base."""
 
         queries: int = Field(default=32, ge=1)
-        """Learned queries, of a clip or of a window (GAMA: 32; SALMONN: 1)."""
+        """Number of learned queries, for a clip or a window (GAMA: 32; SALMONN: 1)."""
         window_seconds: float | None = Field(default=None, gt=0)
-        """Length of the windows, rounded to whole audio tokens (SALMONN: 0.33); None is one for the clip."""
+        """Length of a window, rounded to whole audio tokens (SALMONN: 0.33); None: one window for the clip."""
         width: int | None = None
-        """Width of the queries and of what comes out (GAMA: 768); None keeps the encoder's."""
+        """Width of the queries and the output (GAMA: 768); None: that of the encoder."""
         layers: int = Field(default=4, ge=1)
-        """GAMA: 12, started from BERT's weights; nothing is loaded here, so fewer."""
+        """Number of layers. GAMA has 12, initialised from BERT; the default is lower, since nothing is loaded here."""
         cross_attention_every: int = Field(default=2, ge=1)
-        """k: layers 0, k, 2k... look at the audio (GAMA: 2)."""
+        """k: layers 0, k, 2k, ... have cross-attention to the audio (GAMA: 2)."""
         heads: int | None = Field(default=None, ge=1)
-        """Of attention; None makes them 64 wide where the width allows (GAMA: 12 of 64)."""
+        """Attention heads; None: 64 wide if the width allows, else one head (GAMA: 12 of 64)."""
         hidden: int | None = None
-        """Width inside the feed-forward network; None is four times the width, as in BERT."""
+        """Width inside the feed-forward network; None: four times the width, as in BERT."""
         dropout: float = Field(default=0.0, ge=0, lt=1)
-        """After each sub-layer (BERT: 0.1)."""
+        """Dropout after each sub-layer (BERT: 0.1)."""
         positions: bool = True
-        """Add sinusoids of time to the audio tokens. GAMA has none; without them an encoder that
-        does not mark positions itself loses the order of its tokens here."""
+        """Add sinusoidal positions to the audio tokens. GAMA has none; without them the order of the tokens is lost,
+        unless the encoder has encoded it."""
 
         @model_validator(mode="after")
         def _heads_divide_width(self) -> "QFormer.Config":
@@ -54,7 +53,7 @@ class QFormer(Connector):
             return self
 
         def toy(self) -> "QFormer.Config":
-            """Two layers of a few queries."""
+            """Toy size, with two layers and a few queries."""
             sizes = {"queries": min(self.queries, 4), "layers": min(self.layers, 2), "width": self.width and 16}
             return self.model_copy(update={**sizes, "heads": self.heads and 1, "hidden": self.hidden and 32})
 
@@ -63,7 +62,7 @@ class QFormer(Connector):
         self.width = config.width or in_width
         self.window_seconds = config.window_seconds
         self.positions = config.positions
-        heads = config.heads or heads_of(self.width)
+        heads = config.heads or default_heads(self.width)
         if self.width % heads:
             raise ConfigError(f"connector 'qformer': width {self.width} is not divisible by heads {heads}")
         hidden = config.hidden or 4 * self.width
@@ -82,7 +81,7 @@ class QFormer(Connector):
         )
 
     def forward(self, features: AudioFeatures) -> AudioFeatures:
-        """[B, A, E_in] -> [B, windows x queries, width]; one window where `window_seconds` is None."""
+        """[B, A, E_in] -> [B, windows x queries, width]; one window if `window_seconds` is None."""
         x_BAE = features.x_BAE
         batch, tokens = x_BAE.shape[:2]
         size = tokens
@@ -91,14 +90,14 @@ class QFormer(Connector):
             size = max(1, round(self.window_seconds / features.seconds_per_token))
             seconds = size * features.seconds_per_token / len(self.queries_SE)
         windows = -(-tokens // size)
-        rest = windows * size - tokens
-        x_WAE = F.pad(x_BAE, (0, 0, 0, rest)).reshape(batch * windows, size, -1)
+        missing = windows * size - tokens
+        x_WAE = F.pad(x_BAE, (0, 0, 0, missing)).reshape(batch * windows, size, -1)
 
         audio_WAE = self.audio_norm(x_WAE)
         if self.positions:
             waves_AE = sinusoids(torch.arange(size).float(), audio_WAE.shape[2]).to(audio_WAE.dtype)
             audio_WAE = audio_WAE + to_device(waves_AE, audio_WAE.device)
-        # a window of padding alone may look at it, as nothing to look at makes NaN; its tokens are padding themselves
+        # a window of padding only sees all of it, since attention to no key is NaN; its tokens are padding, too
         starts = range(0, windows * size, size)
         seen = [min(n - start, size) if start < n else size for n in features.lengths for start in starts]
         visible_WA = length_mask(seen, size, audio_WAE.device) if min(seen) < size else None
@@ -111,7 +110,7 @@ class QFormer(Connector):
 
 
 class _QFormerLayer(nn.Module):
-    """One BERT layer, norms after the sums: self-attention, cross-attention where it has one, feed-forward."""
+    """BERT layer, post-norm: self-attention, cross-attention in some layers, feed-forward network."""
 
     def __init__(self, width: int, heads: int, hidden: int, dropout: float, audio_width: int | None) -> None:
         super().__init__()

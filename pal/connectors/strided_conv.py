@@ -1,4 +1,4 @@
-"""Fewer tokens: one from every r, by a convolution over time."""
+"""`strided_conv`: one token from every r, by a convolution over time."""
 
 from pydantic import Field, model_validator
 from torch import nn
@@ -12,20 +12,20 @@ from pal.types import AudioFeatures
 
 @register("connector", "strided_conv")
 class StridedConv(Connector):
-    """[LayerNorm,] Conv1d of stride r: ceil(A / r) tokens of r times the length.
+    """[LayerNorm,] Conv1d of stride r: ceil(A / r) tokens, each for r times the time.
 
-    What lies before the first and after the last real token counts as zero, alone or in a batch.
+    A clip is padded with zeros before its first and after its last real token, alone and in a batch.
     """
 
     class Config(StrictConfig):
         """Options of the connector `strided_conv`."""
 
         stride: int = Field(default=3, ge=1)
-        """r, tokens that become one (paper: 3, for its summary tokens)."""
+        """r, the number of tokens that become one (paper: 3, for its summary tokens)."""
         kernel: int | None = Field(default=None, ge=1)
-        """Tokens that one result sees, at least r, centred on its r tokens; None is r."""
+        """Kernel width, at least r, centred on the r tokens; None: r."""
         width: int | None = None
-        """Width of what comes out; None keeps the encoder's."""
+        """Output width; None: that of the encoder."""
         norm: bool = True
         """LayerNorm before the convolution."""
 
@@ -36,7 +36,7 @@ class StridedConv(Connector):
             return self
 
         def toy(self) -> "StridedConv.Config":
-            """A width that was given becomes 16."""
+            """Toy size: a given width becomes 16."""
             return self.model_copy(update={"width": self.width and 16})
 
     def __init__(self, config: Config, in_width: int) -> None:
@@ -52,7 +52,7 @@ class StridedConv(Connector):
         size = features.x_BAE.shape[1]
         x_BAE = self.norm(features.x_BAE)
         if features.padded:
-            # after the norm, whose bias would make padding other than zero
+            # after the norm, whose bias makes padding differ from zero
             x_BAE = x_BAE.masked_fill(~features.mask_BA[:, :, None], 0.0)
         tokens = -(-size // self.stride)
         before = (self.kernel - self.stride) // 2

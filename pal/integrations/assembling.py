@@ -1,4 +1,4 @@
-"""`LLMInputs` from the layout of conversations and the outputs of routes: padded, or packed without padding."""
+"""`LLMInputs` from the layout of conversations and the output of each route: padded, or packed without padding."""
 
 from __future__ import annotations
 
@@ -51,12 +51,12 @@ class IntegrationOutput:
 
     @property
     def stream_layout(self) -> StreamLayout:
-        """The part that the layout depends on; on the host."""
+        """The part of this output that the layout depends on; on the host."""
         return StreamLayout(self.lengths, self.layout, self.rows_USD is not None, self.keys is not None)
 
     @property
     def firsts(self) -> Ints:
-        """Index of each clip's first key among all keys of `keys` for packed rows, and their total."""
+        """Index of each clip's first key among those that packed rows refer to, then the number of all."""
         if self.packs:
             return np.cumsum([0, *self.lengths])
         return np.arange(len(self.lengths) + 1) * self.width_A
@@ -76,58 +76,58 @@ def assemble(
 ) -> LLMInputs:
     """`LLMInputs` of conversations; see `Integration.forward`."""
     if not conversations:
-        raise PromptError("there is no conversation to place; give at least one")
-    placed = lay_out(conversations, [output.stream_layout for output in streams], with_spans)
-    inputs = _packed(placed, streams, conversations, llm) if side == "none" and not with_spans else None
-    return inputs or _padded(placed, streams, conversations, llm, "left" if side == "left" else "right", with_spans)
+        raise PromptError("there is no conversation; give at least one")
+    layouts = lay_out(conversations, [output.stream_layout for output in streams], with_spans)
+    inputs = _packed(layouts, streams, conversations, llm) if side == "none" and not with_spans else None
+    return inputs or _padded(layouts, streams, conversations, llm, "left" if side == "left" else "right", with_spans)
 
 
 # Packed
 
 
 def _packed(
-    placed: list[SequenceLayout], streams: Sequence[IntegrationOutput], conversations: Sequence[Tokens], llm: Backbone
+    layouts: list[SequenceLayout], streams: Sequence[IntegrationOutput], conversations: Sequence[Tokens], llm: Backbone
 ) -> LLMInputs | None:
-    """Packed inputs; None where some layer's attention does not fit into segments."""
+    """Packed inputs; None if attention in some layer does not fit into segments."""
     joining = [i for i, output in enumerate(streams) if output.keys is not None]
     labelled = any(one.labels is not None for one in conversations)
-    real = len(placed)
+    n_real = len(layouts)
     more: tuple[int, ...] = (0,) * len(streams)
-    # only for steps that can become graphs: not with keys that are made outside of the layers (`LossGraphs.total`)
-    captured = llm.captures and labelled and torch.is_grad_enabled() and all(streams[i].packs for i in joining)
-    fills = captured and not uniform(placed)
+    # only for steps that can become CUDA graphs: not if keys are computed outside of the layers (`LossGraphs.total`)
+    capturable = llm.captures and labelled and torch.is_grad_enabled() and all(streams[i].packs for i in joining)
+    fills = capturable and not uniform(layouts)
     if fills:
         totals = [int(output.firsts[-1]) if output.packs else None for output in streams]
-        last, more = filler(placed, len(streams[0].lengths) if streams else 0, totals)
-        placed = [*placed, last]
-    packed_conversations = [one.conversation() for one in placed]
-    lengths = tuple(len(one) for one in placed)
-    furthest = max(int(one.positions.max()) for one in placed)
+        last, more = filler(layouts, len(streams[0].lengths) if streams else 0, totals)
+        layouts = [*layouts, last]
+    packed_conversations = [one.conversation() for one in layouts]
+    lengths = tuple(len(one) for one in layouts)
+    furthest = max(int(one.positions.max()) for one in layouts)
     windows = tuple(None if window is None or window > furthest else window for window in llm.windows)
     has_keys = any(len(positions_A) for one in packed_conversations for positions_A in one.keys)
-    repeats = any(one.repeats.any() for one in placed)
+    repeats = any(one.repeats.any() for one in layouts)
     equal = len(set(lengths)) == 1 and not has_keys and not any(windows) and not repeats
     kinds = [(windows[layer], _joined(streams, layer) if has_keys else ()) for layer in range(llm.n_layers)]
-    laid: dict[tuple[int | None, tuple[int, ...]], Segments] = {}
+    segments_of_kind: dict[tuple[int | None, tuple[int, ...]], Segments] = {}
     for kind in () if equal else dict.fromkeys(kinds):
         segments = segments_of(packed_conversations, kind[1], kind[0])
         if segments is None:
             return None
-        laid[kind] = widened(segments, rounded) if fills else segments
+        segments_of_kind[kind] = widened(segments, rounded) if fills else segments
 
     moves = Moves()
-    index_N, back = _table_index(placed, streams)
-    token_ids = moves.add(_text_ids(conversations, len(placed[-1]) if fills else 0))
-    positions = moves.add(np.concatenate([one.positions for one in placed]))
+    index_N, back = _table_index(layouts, streams)
+    token_ids = moves.add(_text_ids(conversations, len(layouts[-1]) if fills else 0))
+    positions = moves.add(np.concatenate([one.positions for one in layouts]))
     table = None if index_N is None else (moves.add(index_N), [moves.add(x) for x in back])
-    targets = MovedTargets(placed[:real], list(np.cumsum([0, *lengths])[:real]), moves, lengths[real:])
+    targets = MovedTargets(layouts[:n_real], list(np.cumsum([0, *lengths])[:n_real]), moves, lengths[n_real:])
     size = rounded if fills else None
-    on_device = {kind: move_segments(segments, moves, size) for kind, segments in laid.items()}
+    on_device = {kind: move_segments(segments, moves, size) for kind, segments in segments_of_kind.items()}
     _ready(streams, more)
-    keys = [MovedKeys(i, streams[i], more[i], placed, packed_conversations, moves, size) for i in joining if has_keys]
+    keys = [MovedKeys(i, streams[i], more[i], layouts, packed_conversations, moves, size) for i in joining if has_keys]
     moves.go(llm.device)
 
-    shape = (len(placed), lengths[0]) if equal else (1, sum(lengths))
+    shape = (len(layouts), lengths[0]) if equal else (1, sum(lengths))
     if table is None:
         embeds_BTD = llm.embed(moves[token_ids].view(shape))
     else:
@@ -135,7 +135,7 @@ def _packed(
         table_XD = take_rows(table_XD, moves[table[0]], tuple(moves[at] for at in table[1]))
         # no view: torch.compile would compile one graph for views and another for layers' outputs
         embeds_BTD = table_XD.view(*shape, -1).clone()
-    order = {kind: number for number, kind in enumerate(laid)}
+    order = {kind: number for number, kind in enumerate(segments_of_kind)}
     return LLMInputs(
         inputs_embeds_BTD=embeds_BTD,
         position_ids_BT=moves[positions].long().view(shape),
@@ -143,8 +143,8 @@ def _packed(
         audio_context=PackedContext(
             llm=llm,
             lengths=lengths,
-            segments=tuple(device_segments(moves, on_device[kind]) for kind in laid),
-            kinds=tuple(order[kind] for kind in kinds) if laid else (),
+            segments=tuple(device_segments(moves, on_device[kind]) for kind in segments_of_kind),
+            kinds=tuple(order[kind] for kind in kinds) if segments_of_kind else (),
             conversations=tuple(packed_conversations),
             windows=windows,
             keys=tuple(one.keys(moves, llm) for one in keys),
@@ -155,14 +155,14 @@ def _packed(
 
 
 def _ready(streams: Sequence[IntegrationOutput], more: Sequence[int] | None) -> None:
-    """Compute what all layers share: with `more` filling tokens of each stream for packed rows; None: padded rows."""
+    """Compute what all layers share. `more`: filling tokens of each stream, for packed rows; None: padded rows."""
     for number, output in enumerate(streams):
         if isinstance(output.keys, PackedSource):
             output.keys.ready(None if more is None else more[number])
 
 
 def _joined(streams: Sequence[IntegrationOutput], layer: int) -> tuple[int, ...]:
-    """Numbers of the streams whose keys join a layer's own."""
+    """Streams, by number, whose keys the layer attends to together with its own."""
     return tuple(
         i
         for i, output in enumerate(streams)
@@ -174,49 +174,49 @@ def _joined(streams: Sequence[IntegrationOutput], layer: int) -> tuple[int, ...]
 
 
 def _padded(
-    placed: list[SequenceLayout],
+    layouts: list[SequenceLayout],
     streams: Sequence[IntegrationOutput],
     conversations: Sequence[Tokens],
     llm: Backbone,
     side: Literal["left", "right"],
     with_spans: bool,
 ) -> LLMInputs:
-    """Padded inputs, as long as the longest conversation."""
+    """Inputs padded to the longest conversation."""
     if any(output.bias is not None for output in streams):
-        raise PalError("a bias on the scores of audio needs packed rows; set llm.packs, and do not generate yet")
+        raise PalError("a bias on the scores of audio needs packed rows, and cannot be used to generate; set llm.packs")
     device, left = llm.device, side == "left"
     labelled = any(one.labels is not None for one in conversations)
-    longest = max(len(one) for one in placed)
-    index_N, _ = _table_index(placed, streams, always=True)
+    longest = max(len(one) for one in layouts)
+    index_N, _ = _table_index(layouts, streams, always=True)
     assert index_N is not None
-    lengths = [len(one) for one in placed]
+    lengths = [len(one) for one in layouts]
     starts = np.cumsum([0, *lengths])
     table_BT, real_BT = _stack([index_N[a:b] for a, b in pairwise(starts)], left, 0)
-    positions_BT, _ = _stack([one.positions for one in placed], left, 0)
-    labels_BT, _ = _stack([one.labels for one in placed], left, IGNORE)
+    positions_BT, _ = _stack([one.positions for one in layouts], left, 0)
+    labels_BT, _ = _stack([one.labels for one in layouts], left, IGNORE)
     moves = Moves()
     token_ids = moves.add(_text_ids(conversations))
     at_table, at_positions, at_real, at_labels = map(moves.add, (table_BT, positions_BT, real_BT, labels_BT))
     firsts = [b * longest + (longest - length if left else 0) for b, length in enumerate(lengths)]
-    targets = MovedTargets(placed, firsts, moves)
+    targets = MovedTargets(layouts, firsts, moves)
     moves.go(device)
     table_XD = _table(llm, moves[token_ids], streams)
 
     context = None
     _ready(streams, None)
     if any(output.keys is not None or with_spans for output in streams) and any(one.clips for one in conversations):
-        audio_rows_BT, _ = _stack([~one.is_text for one in placed], left, False)
-        repeats_BT, _ = _stack([one.repeats for one in placed], left, False)
+        audio_rows_BT, _ = _stack([~one.is_text for one in layouts], left, False)
+        repeats_BT, _ = _stack([one.repeats for one in layouts], left, False)
         context = AudioContext(
             llm=llm,
             keys=tuple(
-                _audio_keys(output, output.keys, i, placed, conversations, device)
+                _audio_keys(output, output.keys, i, layouts, conversations, device)
                 for i, output in enumerate(streams)
                 if output.keys is not None
             ),
             rows_BT=moves[at_positions].long(),
             audio_rows_BT=torch.tensor(audio_rows_BT).to(device),
-            token_spans=_places([one.about for one in placed], left, device) if with_spans else None,
+            token_spans=_token_spans([one.spans for one in layouts], left, device) if with_spans else None,
         )
         if repeats_BT.any():
             context = context.with_repeats(torch.tensor(repeats_BT).to(device))
@@ -227,14 +227,14 @@ def _padded(
         audio_context=context,
         labels_BT=moves[at_labels].long() if labelled else None,
         targets=targets.made(moves) if labelled else None,
-        columns_BT=_columns(placed, conversations, left),
+        columns_BT=_columns(layouts, conversations, left),
     )
 
 
-def _columns(placed: list[SequenceLayout], conversations: Sequence[Tokens], left: bool) -> Tensor | None:
-    """`Tokens.columns` of each text row, `IGNORE` for other rows; None where a conversation has no columns."""
+def _columns(layouts: list[SequenceLayout], conversations: Sequence[Tokens], left: bool) -> Tensor | None:
+    """`Tokens.columns` of each text row, `IGNORE` for other rows; None if a conversation has no columns."""
     made = []
-    for one, conversation in zip(placed, conversations, strict=True):
+    for one, conversation in zip(layouts, conversations, strict=True):
         if conversation.columns is None:
             return None
         columns_T = np.full(len(one), IGNORE)
@@ -248,17 +248,17 @@ def _audio_keys(
     output: IntegrationOutput,
     source: KeySource,
     stream: int,
-    placed: list[SequenceLayout],
+    layouts: list[SequenceLayout],
     conversations: Sequence[Tokens],
     device: torch.device,
 ) -> AudioKeys:
-    keys = [one.keys[stream] for one in placed]
+    keys = [one.keys[stream] for one in layouts]
     tokens_BA, mask_BA = _stack([one.clips * output.width_A + one.tokens for one in keys], False, 0)
     positions_BA, _ = _stack([one.positions for one in keys], False, 0)
     rope_positions_BA, _ = _stack([one.rope_positions for one in keys], False, 0)
     tokens, positions, rope_positions = (x.long() for x in move([tokens_BA, positions_BA, rope_positions_BA], device))
     one_each = [one.clips for one in conversations] == [[clip] for clip in range(len(output.lengths))]
-    abouts = [one.about for one in keys]
+    spans = [one.spans for one in keys]
     return AudioKeys(
         source=source,
         layers=output.layers,
@@ -267,14 +267,14 @@ def _audio_keys(
         rope_positions_BA=rope_positions,
         mask_BA=torch.tensor(mask_BA).to(device),
         blocks=output.blocks,
-        token_spans=None if abouts[0] is None else _places(abouts, False, device),
+        token_spans=None if spans[0] is None else _token_spans(spans, False, device),
     )
 
 
-def _places(abouts: Sequence[NDArray[np.float64] | None], left: bool, device: torch.device) -> TokenSpans:
+def _token_spans(spans: Sequence[NDArray[np.float64] | None], left: bool, device: torch.device) -> TokenSpans:
     columns = []
     for column, fill in enumerate((-1, -1, np.nan, np.nan)):
-        given = [about[:, column] for about in abouts if about is not None]
+        given = [one[:, column] for one in spans if one is not None]
         columns.append(torch.tensor(_stack(given, left, fill)[0], dtype=torch.long if column < 2 else torch.float32))
     stream, clip, start, end = (x.to(device) for x in columns)
     return TokenSpans(stream, clip, start, end)
@@ -310,13 +310,13 @@ def _table(llm: Backbone, ids_X: Tensor, streams: Sequence[IntegrationOutput]) -
 
 
 def _table_index(
-    placed: list[SequenceLayout], streams: Sequence[IntegrationOutput], always: bool = False
+    layouts: list[SequenceLayout], streams: Sequence[IntegrationOutput], always: bool = False
 ) -> tuple[Ints | None, tuple[Ints, ...]]:
     """Index of each row in the table of embeddings, and of each table entry in the rows; None if both are the same.
 
     Table entries without a row are padding of shorter clips.
     """
-    words = sum(int(one.is_text.sum()) for one in placed)
+    words = sum(int(one.is_text.sum()) for one in layouts)
     firsts, widths, total = [], [], words
     for output in streams:
         firsts.append(total)
@@ -324,7 +324,7 @@ def _table_index(
         total += 0 if output.rows_USD is None else output.rows_USD[..., 0].numel()
     first_S, width_S = np.array([*firsts, 0]), np.array([*widths, 0])  # text is stream -1
     index_N = np.concatenate(
-        [first_S[one.sources] + np.maximum(one.clips, 0) * width_S[one.sources] + one.numbers for one in placed]
+        [first_S[one.sources] + np.maximum(one.clips, 0) * width_S[one.sources] + one.numbers for one in layouts]
     )
     if not always and total == words and np.array_equal(index_N, np.arange(total)):
         return None, ()

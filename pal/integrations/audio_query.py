@@ -1,4 +1,4 @@
-"""`lal_audio_query`: LAL whose audio rows also make queries, an ablation of what LAL leaves out."""
+"""`lal_audio_query`: LAL whose audio tokens also make queries, an ablation of LAL."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from pal.types import AudioFeatures
 class LALAudioQuery(Route):
     """u_0 = P(a); u_{l+1} = u_l + attention_l(u_l), without the feed-forward network; K and V of layer l from u_l.
 
-    Audio tokens attend to their own clip, causally and within the layer's window, as audio rows do in PLITS.
-    They do not see the text before them, so that their K/V can be computed once for many questions (our choice;
-    the paper's LAL has no audio-to-audio attention, and this adds it).
+    Audio tokens attend to their own clip, causally and within the layer's window, as in PLITS; the paper's LAL has no
+    such attention. They do not see the text before them, so that their K/V can be computed once for many questions
+    (our choice).
     """
 
     class Config(ProjectorOptions):
         """Options of `lal_audio_query`, and those of its projector."""
 
         layers: Layers = "all"
-        """As in `lal`; the audio is updated in these layers only."""
+        """Layers that see the audio, as in `lal`; the audio tokens are updated in these layers only."""
 
         def toy(self) -> LALAudioQuery.Config:
-            """For few layers."""
+            """Toy size, for an LLM of few layers."""
             return super().toy().model_copy(update={"layers": toy_layers(self.layers)})
 
     def __init__(self, config: Config, in_width: int, llm: Backbone) -> None:
@@ -45,17 +45,17 @@ class LALAudioQuery(Route):
         return IntegrationOutput(
             lengths=features.lengths,
             layout=Layout(features.seconds_per_token, joint=True),
-            keys=_Updated(self.projector(zeroed(features)), features.mask_BA, self.layers, llm),
+            keys=_UpdatedKeys(self.projector(zeroed(features)), features.mask_BA, self.layers, llm),
             layers=self.layers,
             width_A=features.x_BAE.shape[1],
         )
 
 
-class _Updated:
-    """K/V of audio rows that earlier layers updated.
+class _UpdatedKeys:
+    """K/V of audio tokens that earlier layers updated.
 
-    The rows of all layers are computed at once, outside of the layers: gradient checkpointing would otherwise
-    reuse rows cached in a pass without gradients.
+    The inputs of all layers are computed at once, outside of the layers. If they were cached inside a layer, they could
+    come from the first pass of gradient checkpointing, which has no gradients.
     """
 
     def __init__(self, u_UAD: Tensor, mask_UA: Tensor, layers: tuple[int, ...], llm: Backbone) -> None:

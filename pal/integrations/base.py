@@ -1,4 +1,4 @@
-"""The one contract of integrations: audio features and conversations in, `LLMInputs` out."""
+"""The contract of integrations: audio features and conversations in, `LLMInputs` out."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ __all__ = ["Integration", "IntegrationOutput", "Route"]
 
 
 class Integration(nn.Module, ABC):
-    """Audio features and conversations to `LLMInputs`, the only thing that later parts see.
+    """Fusion method: turns audio features and conversations into `LLMInputs`, which is all that later parts see.
 
-    This base class places text, audio rows, positions, padding and labels, for all integrations; the routes of a
-    concrete class compute the rows, keys and values. It must not keep the LLM as a submodule: the LLM's weights
-    belong to the model.
+    This base class arranges text, audio rows, positions, padding and labels, for all integrations. The routes of a
+    concrete class compute audio rows, keys and values. An integration must not have the LLM as a submodule: the LLM's
+    weights belong to the model.
     """
 
     @abstractmethod
     def routes(self) -> Sequence[Route]:
-        """The route of each stream, in the streams' order."""
+        """Route of each stream, in the order of the streams."""
 
     def forward(
         self,
@@ -39,7 +39,7 @@ class Integration(nn.Module, ABC):
         padding_side: Literal["left", "right", "none"] = "right",
         with_spans: bool = False,
     ) -> LLMInputs:
-        """`LLMInputs` of conversations: clips placed among their text.
+        """Compute the `LLMInputs` of conversations.
 
         With several streams, a clip's tokens of the first stream come before those of the second, and so on.
 
@@ -51,15 +51,15 @@ class Integration(nn.Module, ABC):
         row's logits depend on which tokens are trained.
 
         Args:
-            features: the batch's clips: `AudioFeatures` [B, A, E] of each stream, or `AudioKV`, indexed before, of
-                each clip or of all; None without clips.
+            features: the batch's clips: `AudioFeatures` [B, A, E] of each stream, or indexed clips, one `AudioKV` for
+                each or one for all; None without clips.
             conversations: token ids; their `clips` are indices into the clips of `features`.
             llm: the backbone, for embeddings and K/V.
             padding_side: side of the padding of shorter conversations. "none": packed, one after the other without
-                padding; where attention does not fit into segments (a sliding window over positions without a row or
-                key, or `with_spans`), padded on the right instead.
+                padding. If attention does not fit into segments (a sliding window over positions without a row or key,
+                or `with_spans`), conversations are padded on the right instead.
             with_spans: add stream, clip and time span of each row and key (`TokenSpans`), which audio masks and
-                attention observers need. There is then an audio context wherever there is a clip.
+                attention observers need. A batch with clips then always has an audio context.
 
         Raises:
             PromptError: a conversation that is empty, names an unknown clip, or has no text beside a clip without
@@ -88,23 +88,23 @@ class Integration(nn.Module, ABC):
         digest: str,
         durations: Sequence[float] | None = None,
     ) -> AudioKV:
-        """`AudioKV` of clips, for many questions.
+        """Compute the `AudioKV` of clips, which any number of questions can use.
 
         Args:
-            features: of the clips, one for each stream.
+            features: features of the clips, for each stream.
             llm: the backbone.
-            digest: of the model's weights.
-            durations: seconds of each clip; without them, those of the first stream's tokens.
+            digest: digest of the model's weights.
+            durations: seconds of each clip; None: the time that the tokens of the first stream cover.
         """
         given = [features] if isinstance(features, AudioFeatures) else list(features)
         if durations is None:
             durations = [count * given[0].seconds_per_token for count in given[0].lengths]
-        streams = [_stored(output, llm) for output in self._outputs_of(given, llm)]
+        streams = [_stream_kv(output, llm) for output in self._outputs_of(given, llm)]
         return AudioKV(streams=tuple(streams), durations=tuple(durations), digest=digest)
 
 
 class Route(Integration):
-    """Integration of one stream; alone it is the integration of a model with one stream.
+    """Integration of one stream; a model with one stream uses it directly.
 
     Constructed as `cls(config, in_width=E, llm=backbone)`.
     """
@@ -118,18 +118,18 @@ class Route(Integration):
         return (self,)
 
     def blocks(self) -> Mapping[int, PackedBlock] | None:
-        """Cross-attention blocks before some layers, which attend to the keys in the layers' place, or None."""
+        """Cross-attention blocks by the layer that they precede, which does not see the keys itself; None without."""
         return None
 
     def fold(self, llm: Backbone) -> int:
-        """Fuse linear layers for inference; number of layers in which that was possible.
+        """Fuse linear layers for inference; returns the number of LLM layers in which that was possible.
 
-        Fused layers are used while weights and modules do not change; training never uses them.
+        Fused layers are used until weights or modules change; training never uses them.
         """
         return 0
 
     def stored(self, stream: StreamKV) -> IntegrationOutput:
-        """The output of `inject` for indexed clips."""
+        """`IntegrationOutput` of indexed clips, in place of `inject`."""
         return IntegrationOutput(
             lengths=stream.lengths,
             layout=stream.layout,
@@ -141,8 +141,8 @@ class Route(Integration):
         )
 
 
-def _stored(output: IntegrationOutput, llm: Backbone) -> StreamKV:
-    """All K/V and rows, computed now."""
+def _stream_kv(output: IntegrationOutput, llm: Backbone) -> StreamKV:
+    """Compute all keys, values and audio rows of a route's output."""
     clips = len(output.lengths)
     empty = torch.zeros(0, clips, llm.kv_heads, output.width_A, llm.head_width, device=llm.device, dtype=llm.dtype)
     k_LBGAC = v_LBGAC = empty

@@ -1,6 +1,6 @@
 """Closed-form cost of each integration in a training step: operations, saved bytes, rows and keys.
 
-Counted by the rules of `pal.backbone.cost`. An integration from elsewhere registers its own beside its class:
+Counted by the rules of `pal.backbone.cost`. An integration outside the package registers its cost beside its class:
 `@route_cost.register(MyRoute)`.
 """
 
@@ -39,17 +39,17 @@ def route_cost(route: Route, step: StepSize, tokens: int, llm: Backbone) -> Adde
     """Cost that a route adds to a training step, for clips of `tokens` tokens.
 
     Raises:
-        ConfigError: no closed form is registered for its class or one above it.
+        ConfigError: no closed form is registered for the class or a base class.
     """
     raise ConfigError(
-        f"{type(route).__name__} does not say what it costs; register a closed form with "
+        f"{type(route).__name__} has no closed form of its cost; register one with "
         "pal.integrations.cost.route_cost.register"
     )
 
 
 @route_cost.register(PLITS)
 def _plits(route: PLITS, step: StepSize, tokens: int, llm: Backbone) -> AddedCost:
-    """Cost of A more rows: A + T rows in all products and (A + T)^2 pairs in attention, in every layer."""
+    """Cost of A more rows: A + T rows in all products and (A + T)^2 pairs in attention, in each layer."""
     making = projector_cost(route.config, step, step.clips * tokens, route.in_width, llm.width)
     return AddedCost(rows=tokens, rows_grad=step.integration or step.features, making=making)
 
@@ -125,7 +125,7 @@ def _flamingo(route: Flamingo, step: StepSize, tokens: int, llm: Backbone) -> Ad
 def projector_cost(
     options: ProjectorOptions, step: StepSize, rows: int, in_width: int, out_width: int, kept: bool = False
 ) -> Cost:
-    """Cost of a projector on `rows` rows; `kept`: the features are saved for backward already, by something else."""
+    """Cost of a projector on `rows` rows; `kept`: True if another layer saves the features for backward already."""
     middle = {"linear": [], "low_rank": [options.rank]}.get(
         options.projector, [options.hidden or out_width] * (options.depth - 1)
     )
@@ -137,7 +137,7 @@ def projector_cost(
         # autocast copies the features for each product
         parts.append(linear(rows, a, b, x_grad, trained, size, kept=kept and i == 0 and not step.autocast))
         if options.projector == "mlp" and i > 0 and (trained or step.features):
-            parts.append(Cost(saved=rows * a * size))  # the input of the GELU before it
+            parts.append(Cost(saved=rows * a * size))  # input of the GELU before this layer
     return total(parts)
 
 

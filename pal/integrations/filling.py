@@ -1,7 +1,7 @@
 """Padding of packed batches to sizes that recur, so that one CUDA graph serves many batches.
 
-Nearly every ragged batch has other numbers of rows, keys and audio tokens, and a CUDA graph fixes all of them. So these
-numbers are rounded up, by one more conversation, whose rows have no labels, and by audio tokens that no row sees.
+A CUDA graph has fixed numbers of rows, keys and audio tokens, and nearly every ragged batch has others. So these
+numbers are rounded up: a filling conversation without labels is added, and audio tokens that no row sees.
 """
 
 from __future__ import annotations
@@ -23,41 +23,41 @@ def rounded(count: int) -> int:
     return -(-count // step) * step
 
 
-def uniform(placed: Sequence[SequenceLayout]) -> bool:
+def uniform(layouts: Sequence[SequenceLayout]) -> bool:
     """True if all conversations have equal numbers of rows and of keys, so that sizes recur without filling."""
-    return len({(len(one), *(len(keys.clips) for keys in one.keys)) for one in placed}) == 1
+    return len({(len(one), *(len(keys.clips) for keys in one.keys)) for one in layouts}) == 1
 
 
-def more_tokens(tokens: int, keys: int) -> int:
-    """Number of filling audio tokens of a stream with `tokens` tokens, of which the batch has `keys` keys."""
+def filling_tokens(tokens: int, keys: int) -> int:
+    """Number of filling audio tokens for a stream with `tokens` tokens, which `keys` keys of the batch refer to."""
     if not keys:
         return 0
     if keys == tokens:
         return rounded(tokens) - tokens
-    # enough tokens that none is used by more keys than `COPIES`, up to which gradients are gathered
+    # so many that at most `COPIES` keys refer to a token; beyond, its gradient would be scattered, not gathered
     return rounded(tokens - (-(rounded(keys) - keys) // COPIES)) - tokens
 
 
 def filler(
-    placed: Sequence[SequenceLayout], clips: int, tokens: Sequence[int | None]
+    layouts: Sequence[SequenceLayout], clips: int, tokens: Sequence[int | None]
 ) -> tuple[SequenceLayout, tuple[int, ...]]:
-    """The filling conversation of a batch, and the number of filling audio tokens of each stream.
+    """Filling conversation of a batch, and the number of filling audio tokens of each stream.
 
     Args:
-        placed: layouts of the batch's conversations.
+        layouts: layouts of the batch's conversations.
         clips: clips in the batch; the filling tokens belong to one more clip.
-        tokens: audio tokens of each stream; None where filling tokens are impossible, so that keys are not filled.
+        tokens: audio tokens of each stream; None if it cannot have filling tokens, so that its keys are not filled.
     """
-    rows = sum(len(one) for one in placed)
-    text = sum(int(one.is_text.sum()) for one in placed)
+    rows = sum(len(one) for one in layouts)
+    text = sum(int(one.is_text.sum()) for one in layouts)
     count = rounded(rows + 1) - rows
     more, keys = [], []
     for stream, total in enumerate(tokens):
-        used = sum(len(one.keys[stream].clips) for one in placed)
-        added = 0 if total is None else more_tokens(total, used)
-        extra = rounded(used) - used if added else 0
+        used = sum(len(one.keys[stream].clips) for one in layouts)
+        added = 0 if total is None else filling_tokens(total, used)
+        added_keys = rounded(used) - used if added else 0
         more.append(added)
-        keys.append(_keys(clips, added, extra, count))
+        keys.append(_keys(clips, added, added_keys, count))
     return (
         SequenceLayout(
             sources=np.full(count, -1),
@@ -66,7 +66,7 @@ def filler(
             positions=np.arange(count),
             labels=np.full(count, IGNORE),
             repeats=np.zeros(count, bool),
-            about=None,
+            spans=None,
             keys=tuple(keys),
         ),
         tuple(more),
@@ -81,5 +81,5 @@ def _keys(clip: int, tokens: int, count: int, after: int) -> KeyLayout:
         tokens=np.arange(count) % max(1, tokens),
         positions=positions,
         rope_positions=positions,
-        about=None,
+        spans=None,
     )

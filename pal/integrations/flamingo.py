@@ -1,4 +1,4 @@
-"""`flamingo`: gated cross-attention blocks with a feed-forward network of their own, every k layers."""
+"""`flamingo`: gated cross-attention blocks, each with a feed-forward network, every k layers."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ from pal.types import AudioFeatures
 class Flamingo(Route):
     """x + tanh(g) XAttn(x, a), then x + tanh(g') FFN(x), before every k-th layer (Alayrac et al. 2022, section 2.2).
 
-    The gates start at zero, so the untrained model equals the text LLM exactly. Audio reserves no position
-    ids, since the LLM's own attention never sees it. Three choices are ours: blocks, FFN included, do not change
-    rows before the audio; RoPE by index in the clip marks the keys' time, since encoders may not; and a row
-    sees all clips before it, not only the last one.
+    The gates start at zero, so the untrained model equals the text LLM exactly. Audio reserves no position ids, since
+    the LLM's own attention never sees it. Three choices are ours. Blocks, FFN included, do not change rows before the
+    audio. RoPE encodes the keys' index in the clip, since encoders may not encode time. A row sees all clips before it,
+    not only the last one.
     """
 
     class Config(StrictConfig):
@@ -39,10 +39,10 @@ class Flamingo(Route):
         every: int = Field(default=4, ge=1)
         """k: a block before each layer l with (l + 1) divisible by k (Flamingo: 1 to 7, by size of the LLM)."""
         ffn: int | None = Field(default=None, ge=1)
-        """Width inside the blocks' feed-forward networks; four times the LLM's width when left out."""
+        """Width inside the blocks' feed-forward networks; None: four times the LLM's width."""
 
         def toy(self) -> Flamingo.Config:
-            """A block at least every four layers."""
+            """Toy size, with a block at least every four layers."""
             return self.model_copy(update={"every": min(self.every, 4), "ffn": self.ffn and 32})
 
     def __init__(self, config: Config, in_width: int, llm: Backbone) -> None:
@@ -51,12 +51,14 @@ class Flamingo(Route):
         self.in_width = in_width
         self.layers = tuple(layer for layer in range(llm.n_layers) if (layer + 1) % config.every == 0)
         if not self.layers:
-            raise ConfigError(f"integration 'flamingo': every {config.every} layers is none of {llm.n_layers}")
+            raise ConfigError(
+                f"integration 'flamingo': every {config.every} exceeds the LLM's {llm.n_layers} layers; lower it"
+            )
         ffn = config.ffn or 4 * llm.width
         self.cross = nn.ModuleDict({str(layer): GatedBlock(in_width, llm, ffn) for layer in self.layers})
 
     def blocks(self) -> Mapping[int, PackedBlock]:
-        """The gated blocks, by the layer that they come before."""
+        """Gated blocks, by the layer that they precede."""
         return {layer: cast(GatedBlock, self.cross[str(layer)]) for layer in self.layers}
 
     def inject(self, features: AudioFeatures, llm: Backbone) -> IntegrationOutput:
@@ -84,7 +86,7 @@ class _Keys:
 
 
 class GatedBlock(nn.Module):
-    """Cross-attention and a feed-forward network, each behind a tanh gate; as many heads as the LLM has."""
+    """Cross-attention and a feed-forward network, each with a tanh gate; as many heads as the LLM."""
 
     def __init__(self, in_width: int, llm: Backbone, ffn: int) -> None:
         super().__init__()
@@ -116,7 +118,7 @@ class GatedBlock(nn.Module):
         dtype = self.q.weight.dtype
         q_BHQC = self._queries(x_BQD)
         sees_audio_B1Q1 = None if seen_B1QA is None else seen_B1QA.any(-1, keepdim=True)
-        # a row without any key would be NaN; its output is not used
+        # a row that sees no key sees all, since attention to no key is NaN; its output is not used
         mixed_BHQC = F.scaled_dot_product_attention(
             q_BHQC,
             k_BGAC.to(dtype),

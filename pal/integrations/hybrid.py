@@ -1,4 +1,4 @@
-"""PAL, the hybrid: summary tokens as rows through all layers, every token by LAL in the early ones."""
+"""`pal`, the hybrid: summary tokens as rows through all layers, every token by LAL in the early layers."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from pal.types import AudioFeatures
 
 @register("integration", "pal")
 class PAL(Route):
-    """s = MLP(Conv1d_stride_r(a)) as rows, a by LAL in the first third; s_i follows its r tokens (paper v3)."""
+    """s = MLP(Conv1d_stride_r(a)) as rows, a by LAL in the first third; s_i comes after its r tokens (paper v3)."""
 
     class Config(LayerProjectorOptions):
-        """Options of `pal`, and those of its projectors; the summary's is never shared."""
+        """Options of `pal` and of its projectors; that of summary tokens is never shared."""
 
         stride: int = Field(default=3, ge=1)
         """r, audio tokens per summary token (paper: 3)."""
@@ -29,7 +29,7 @@ class PAL(Route):
         """Layers with LAL, as in `lal` (paper: the first third)."""
 
         def toy(self) -> PAL.Config:
-            """For few layers."""
+            """Toy size, for an LLM of few layers."""
             return super().toy().model_copy(update={"layers": toy_layers(self.layers)})
 
     def __init__(self, config: Config, in_width: int, llm: Backbone) -> None:
@@ -53,11 +53,11 @@ class PAL(Route):
         )
 
     def fold(self, llm: Backbone) -> int:
-        """Its projectors."""
+        """Fuse the projectors of the layers with LAL."""
         return self.projectors.fold(llm, self.layers)
 
     def _summary(self, features: AudioFeatures) -> Tensor:
-        """Features [B, A, E] -> summary tokens [B, S, E], S = ceil(A / r); a clip's last group is padded with zeros."""
+        """Features [B, A, E] -> summary tokens [B, S, E], S = ceil(A / r); the last group is padded with zeros."""
         x_BAE = zeroed(features)
         missing = -x_BAE.shape[1] % self.config.stride
         x_BAE = F.pad(x_BAE, (0, 0, 0, missing))

@@ -1,4 +1,4 @@
-"""Audio keys and values computed inside the layers from projected features."""
+"""Audio keys and values that the layers compute from projected features."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pal.types import AudioFeatures
 
 
 class ProjectedKeys:
-    """K/V computed in the layer that attends to them: P_l(a), then the LLM's own norm and projections."""
+    """K/V that are computed in the layer that attends to them: P_l(a), then the layer's own norm and projections."""
 
     def __init__(self, features: AudioFeatures, projectors: LayerProjectors, llm: Backbone) -> None:
         self._features = features
@@ -31,14 +31,14 @@ class ProjectedKeys:
 
     @cached_property
     def _packed(self) -> Tensor:
-        """Features without padding: [M, E]."""
+        """Features without padding [M, E], filling tokens included."""
         return real_tokens(self._features, self._more)
 
     def ready(self, more: int | None) -> None:
-        """Compute what all layers share, ahead of them, since backward may recompute a layer.
+        """Compute what all layers share. Not done in a layer, since backward may recompute the layer.
 
         Args:
-            more: number of filling tokens, for packed rows; None for padded rows.
+            more: number of filling tokens, for packed rows; None: padded rows.
         """
         self._more = more or 0
         _ = self._padded if more is None else self._packed
@@ -59,7 +59,7 @@ def real_tokens(features: AudioFeatures, more: int = 0) -> Tensor:
     """Real tokens of all clips, one after the other, and `more` copies of the first one: [M, E]."""
     x_XE = features.x_BAE.flatten(0, 1)
     if not features.padded and not more:
-        return x_XE.clone()  # no view: torch.compile would compile one graph for views and another for the rest
+        return x_XE.clone()  # no view: torch.compile would compile one graph for views and another for other tensors
     width = features.x_BAE.shape[1]
     index_M = np.concatenate([clip * width + np.arange(count) for clip, count in enumerate(features.lengths)])
     filled_M = np.concatenate((index_M, np.full(more, index_M[0])))
@@ -70,5 +70,5 @@ def real_tokens(features: AudioFeatures, more: int = 0) -> Tensor:
 
 
 def zeroed(features: AudioFeatures) -> Tensor:
-    """Features [B, A, E] with zeros for padding, since even a masked key must be finite."""
+    """Features [B, A, E] with zeros for padding, since even masked keys must be finite."""
     return features.x_BAE.masked_fill(~features.mask_BA[..., None], 0.0) if features.padded else features.x_BAE

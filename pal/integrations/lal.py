@@ -1,4 +1,4 @@
-"""LAL: audio as keys and values only; text rows, and only they, make queries."""
+"""`lal`: audio as keys and values only; only text rows make queries."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from pal.types import AudioFeatures
 class LAL(Route):
     """u_l = P_l(a); keys and values by layer l's own norm and projections (paper, section on LAL).
 
-    With a range of layers that starts after some, it is the delayed injection of the paper's first version.
+    With a range of layers that does not start at 0, it is the delayed injection of the paper's first version.
     """
 
     class Config(LayerProjectorOptions):
-        """Options of `lal`, and those of its projectors."""
+        """Options of `lal` and of its projectors."""
 
         layers: Layers = "all"
-        """all, first_third, {first: share}, {last: share}, {range: [from, to]}, or a list of layer numbers."""
+        """Layers that see the audio: all, first_third, {first: share}, {last: share}, {range: [from, to]} or a list."""
 
         def toy(self) -> LAL.Config:
-            """For few layers."""
+            """Toy size, for an LLM of few layers."""
             return super().toy().model_copy(update={"layers": toy_layers(self.layers)})
 
     def __init__(self, config: Config, in_width: int, llm: Backbone) -> None:
@@ -46,5 +46,5 @@ class LAL(Route):
         )
 
     def fold(self, llm: Backbone) -> int:
-        """Its projectors."""
+        """Fuse the projectors."""
         return self.projectors.fold(llm, self.layers)

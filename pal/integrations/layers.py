@@ -1,4 +1,4 @@
-"""Layers of the LLM that attend to audio keys: the option `layers` of LAL and the hybrid."""
+"""Option `layers` of LAL and the hybrid: the layers of the LLM that attend to audio keys."""
 
 from typing import Annotated, Any, Literal
 
@@ -10,14 +10,14 @@ from pal.errors import ConfigError
 
 
 class LayerRange(StrictConfig):
-    """A stretch of layers; exactly one of the keys is given."""
+    """Consecutive layers, by exactly one of the keys."""
 
     first: float | None = Field(default=None, gt=0, le=1)
     """Share of the layers, counted from the input."""
     last: float | None = Field(default=None, gt=0, le=1)
     """Share of the layers, counted from the output."""
     range: tuple[int, int] | None = None
-    """From the first number to the second, which is not included, as in Python."""
+    """Number of the first layer, and of the layer after the last."""
 
 
 def _one_key(value: Any) -> Any:
@@ -34,10 +34,10 @@ A share is rounded to whole layers, at least one: a third of 16 layers is 5, of 
 
 
 def chosen_layers(layers: Layers, llm: Backbone) -> tuple[int, ...]:
-    """The layer numbers that `layers` means for this LLM, ascending.
+    """Layer numbers that `layers` means for this LLM, ascending.
 
     Raises:
-        ConfigError: none is left, or one the LLM does not have.
+        ConfigError: no layers, or a layer that the LLM does not have.
     """
     total = llm.n_layers
     if layers == "all":
@@ -61,11 +61,11 @@ def chosen_layers(layers: Layers, llm: Backbone) -> tuple[int, ...]:
 
 
 def share_of_layers(share: float, total: int) -> int:
-    """A share in whole layers, at least one."""
+    """Number of layers that are a share of `total`, rounded, at least one."""
     return max(1, round(share * total))
 
 
 def toy_layers(layers: Layers) -> Layers:
-    """The same for an LLM of few layers: numbers of layers that it may not have become the last half of them."""
-    numbered = isinstance(layers, list) or (isinstance(layers, LayerRange) and layers.range is not None)
-    return LayerRange(last=0.5) if numbered else layers
+    """`layers` for a toy LLM: layer numbers, which it may not have, become the last half of its layers."""
+    by_number = isinstance(layers, list) or (isinstance(layers, LayerRange) and layers.range is not None)
+    return LayerRange(last=0.5) if by_number else layers

@@ -1,4 +1,4 @@
-"""PLITS: audio takes the placeholder's place in the token sequence and runs through every layer."""
+"""`plits`: audio tokens replace the placeholder in the token sequence and run through all layers."""
 
 from pal.backbone.llm import Backbone
 from pal.backbone.stream_kv import Layout
@@ -13,7 +13,7 @@ class PLITS(Route):
     """u = MLP(a) as ordinary rows (the usual LLaVA way; the paper's baseline)."""
 
     class Config(ProjectorOptions):
-        """Options of `plits`: those of its projector."""
+        """Options of `plits`, which are those of its projector."""
 
     def __init__(self, config: Config, in_width: int, llm: Backbone) -> None:
         super().__init__()

@@ -16,14 +16,14 @@ from pal.config import StrictConfig
 
 
 class ProjectorOptions(StrictConfig):
-    """Shape of the projectors; the paper says only that P_l is a small MLP of the layer's own."""
+    """Shape of the projectors; the paper only says that each P_l is a small MLP."""
 
     projector: Literal["mlp", "low_rank", "linear"] = "mlp"
     """`mlp`: linear layers with GELUs between. `low_rank`: two linear layers, narrow between. `linear`: one."""
     hidden: int | None = Field(default=None, ge=1)
-    """Width between the layers of `mlp`; the LLM's width when left out."""
+    """Width between the layers of `mlp`; None: the LLM's width."""
     depth: int = Field(default=2, ge=2)
-    """Linear layers of `mlp`."""
+    """Number of linear layers of `mlp`."""
     rank: int = Field(default=64, ge=1)
     """Width between the layers of `low_rank`."""
 
@@ -36,20 +36,20 @@ class ProjectorOptions(StrictConfig):
         return self
 
     def toy(self) -> Self:
-        """Narrow where a width was given."""
+        """Toy size: given widths become small."""
         sizes = {"hidden": 24} if self.hidden else {}
         return self.model_copy(update={**sizes, "rank": min(self.rank, 4)} if self.projector == "low_rank" else sizes)
 
 
 class LayerProjectorOptions(ProjectorOptions):
-    """The same, for a projector in each of several layers."""
+    """Options of the projectors of several layers."""
 
     shared: bool = False
-    """One projector for all layers, in place of one each."""
+    """True: one projector for all layers; False: one for each."""
 
 
 def projector(options: ProjectorOptions, in_width: int, out_width: int) -> nn.Module:
-    """A projector of features [..., in_width] to [..., out_width]."""
+    """Build a projector of features [..., in_width] to [..., out_width]."""
     if options.projector == "linear":
         return nn.Linear(in_width, out_width)
     if options.projector == "low_rank":
@@ -63,7 +63,7 @@ def projector(options: ProjectorOptions, in_width: int, out_width: int) -> nn.Mo
 
 
 class LayerProjectors(nn.ModuleDict):
-    """P_l by the number of the layer; one for all where they are shared."""
+    """P_l by the number of the layer, or one for all layers."""
 
     def __init__(self, options: LayerProjectorOptions, layers: Sequence[int], in_width: int, out_width: int) -> None:
         names = ["shared"] if options.shared else [str(layer) for layer in layers]
@@ -83,7 +83,7 @@ class LayerProjectors(nn.ModuleDict):
         return whole[:-1] if isinstance(whole, nn.Sequential) else nn.Identity()
 
     def fold(self, llm: Backbone, layers: Sequence[int]) -> int:
-        """Fold each layer's norm and projections into P's last linear layer, where that pays; number of layers."""
+        """Fuse P's last linear layer with the layer's norm and projections where that saves work; returns how often."""
         self._folds = {}
         for layer in layers:
             last = self._last(layer)
@@ -93,13 +93,13 @@ class LayerProjectors(nn.ModuleDict):
         return len(self._folds)
 
     def folded(self, layer: int, llm: Backbone) -> FusedKV | None:
-        """The fused layer that `fold` made, if no gradients are needed and no fused weight or module has changed."""
+        """Fused layer from `fold`, if no gradients are needed and no fused weight or module has changed since."""
         found = None if torch.is_grad_enabled() else self._folds.get(layer)
         last = None if found is None else self._last(layer)
         return found if found is not None and last is not None and llm.holds(layer, found, last) else None
 
     def _last(self, layer: int) -> nn.Module | None:
-        """The last linear layer of P; None where P was replaced, or has hooks."""
+        """Last linear layer of P; None if P was replaced or has hooks."""
         whole = self.of(layer)
         if type(whole) is nn.Sequential and unhooked(whole):
             return whole[-1]

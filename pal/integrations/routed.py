@@ -1,4 +1,4 @@
-"""`pal_routed`: each encoder by a route of its own; also how any other integration takes several streams."""
+"""`pal_routed`: a route for each encoder. Models with several streams use it with any other integration, too."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Part = str | dict[str, Any]
 
 @dataclass(frozen=True)
 class Stream:
-    """Output of one connector: its width, and the names of the encoders that feed it."""
+    """Output of one connector: its width, and the names of the encoders whose features it contains."""
 
     width: int
     encoders: tuple[str, ...]
@@ -27,18 +27,18 @@ class Stream:
 
 @register("integration", "pal_routed")
 class Routed(Integration):
-    """Speech encoders by PLITS, the others by LAL, together in one forward pass (paper v2)."""
+    """Speech encoders by PLITS and the others by LAL, in one forward pass (paper v2)."""
 
     class Config(StrictConfig):
         """Options of `pal_routed`."""
 
         routes: dict[str, Part] = {"whisper": "plits", "af_whisper": "plits"}
-        """Name of an encoder -> the integration of its stream."""
+        """Integration of a stream, by the name of its encoder."""
         default: Part = "lal"
-        """The integration of streams without an entry."""
+        """Integration of streams without an entry in `routes`."""
 
         def toy(self) -> Routed.Config:
-            """Each route small."""
+            """Toy size of each route."""
             routes: dict[str, Part] = {name: toy("integration", part) for name, part in self.routes.items()}
             return Routed.Config(routes=routes, default=toy("integration", self.default))
 
@@ -52,12 +52,12 @@ class Routed(Integration):
         self.streams = nn.ModuleList(_route(part, stream, llm) for part, stream in zip(parts, streams, strict=True))
 
     def routes(self) -> Sequence[Route]:
-        """One for each stream."""
+        """Route of each stream, in the order of the streams."""
         return list(self.streams)  # type: ignore[arg-type]
 
 
 def build_integration(part: Part, streams: Sequence[Stream], llm: Backbone) -> Integration:
-    """The integration that `part` names; one made for a single stream gets a route for each of several."""
+    """Build the integration that `part` names; one for a single stream is built once for each of several streams."""
     name = part if isinstance(part, str) else part.get("name", "")
     if issubclass(lookup("integration", name), Route) and len(streams) > 1:
         return Routed(Routed.Config(routes={}, default=part), streams, llm)

@@ -1,6 +1,6 @@
 """Layout of a batch: positions, labels and sources of all rows and keys of each conversation, computed on the host.
 
-Nothing here touches a device, so a loader's thread can do it while the device is busy.
+Nothing here uses a device, so threads that load data can do it while the device is busy.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class StreamLayout:
-    """Lengths of one stream's clips, and whether they become rows, keys, or both."""
+    """Lengths of the clips of one stream, and what they become: rows, keys, or both."""
 
     lengths: Sequence[int]
     """Audio tokens of each clip."""
     layout: Layout
     """Offsets of keys and rows within the position ids that a clip reserves."""
     rows: bool
-    """The stream has audio rows."""
+    """True if the stream has audio rows."""
     keys: bool
-    """The stream has keys and values."""
+    """True if the stream has keys and values."""
 
 
 @dataclass(frozen=True)
@@ -43,11 +43,11 @@ class KeyLayout:
     tokens: Ints
     """Index of the token in its clip."""
     positions: Ints
-    """A row sees the keys at or before its own position."""
+    """Position of each key; a row sees the keys at or before its own position."""
     rope_positions: Ints
     """Positions that RoPE rotates the keys by."""
-    about: Floats | None
-    """[A, 4]: stream, number of the clip in the conversation, start and end in seconds; only with spans."""
+    spans: Floats | None
+    """[A, 4]: stream, number of the clip in the conversation, start and end in seconds; None if not asked for."""
 
 
 @dataclass(frozen=True)
@@ -55,19 +55,19 @@ class SequenceLayout:
     """Rows of one conversation, each [T], and its audio keys."""
 
     sources: Ints
-    """Stream whose row it is; -1 for text."""
+    """Number of the row's stream; -1 for text."""
     clips: Ints
-    """Clip of the batch; -1 for text."""
+    """Index of the row's clip in the batch; -1 for text."""
     numbers: Ints
-    """Index of the row in its clip, or of the token in the text of all conversations."""
+    """Index of an audio row in its clip; index of a text row among the text tokens of all conversations."""
     positions: Ints
     labels: Ints
     repeats: NDArray[np.bool_]
     """True for a repeated row: the last text row again, behind clips."""
-    about: Floats | None
+    spans: Floats | None
     """[T, 4], as in `KeyLayout`."""
     keys: tuple[KeyLayout, ...]
-    """Of each stream."""
+    """Audio keys of each stream."""
 
     def __len__(self) -> int:
         return len(self.positions)
@@ -78,13 +78,13 @@ class SequenceLayout:
         return (self.sources < 0) & ~self.repeats
 
     def conversation(self) -> Conversation:
-        """The part that attention depends on."""
+        """The part of the layout that attention depends on."""
         return Conversation(self.positions, self.is_text, self.repeats, tuple(one.positions for one in self.keys))
 
 
 @dataclass
 class _GrowingColumns:
-    """Columns that grow piece by piece."""
+    """Named columns, to which arrays are appended."""
 
     parts: dict[str, list[NDArray[np.generic]]] = field(default_factory=dict)
 
@@ -93,12 +93,13 @@ class _GrowingColumns:
             if column is not None:
                 self.parts.setdefault(name, []).append(column)
 
-    def get(self, name: str, like: NDArray[np.generic]) -> NDArray[np.generic]:
-        return np.concatenate([like, *self.parts.get(name, [])])
+    def get(self, name: str, empty: NDArray[np.generic]) -> NDArray[np.generic]:
+        """One column; `empty` is an array of length 0 with its dtype and width."""
+        return np.concatenate([empty, *self.parts.get(name, [])])
 
 
-_NONE = np.zeros(0, np.int64)
-_NOWHERE = np.zeros((0, 4))
+_NO_ROWS = np.zeros(0, np.int64)
+_NO_SPANS = np.zeros((0, 4))
 
 
 class _SequenceBuilder:
@@ -111,7 +112,7 @@ class _SequenceBuilder:
         self.keys = [_GrowingColumns() for _ in streams]
         self.count = 0
         self.next = 0
-        """Next position."""
+        """Position of the next row."""
         self.last = -1
         """Position of the last row."""
         self.last_key = -1
@@ -119,7 +120,7 @@ class _SequenceBuilder:
         self.last_row: tuple[int, int, int] | None = None
         self.last_text: int | None = None
 
-    def _add(self, source: int, clip: int, numbers: Ints, positions: Ints, labels: Ints, about: Floats | None) -> None:
+    def _add(self, source: int, clip: int, numbers: Ints, positions: Ints, labels: Ints, spans: Floats | None) -> None:
         count = len(numbers)
         self.rows.add(
             sources=np.full(count, source),
@@ -128,7 +129,7 @@ class _SequenceBuilder:
             positions=positions,
             labels=labels,
             repeats=np.zeros(count, bool),
-            about=about,
+            spans=spans,
         )
         self.count += count
         if count:
@@ -137,20 +138,20 @@ class _SequenceBuilder:
 
     def add_text(self, first: int, count: int, labels: list[int] | None) -> None:
         numbers = np.arange(first, first + count)
-        said = np.full(count, IGNORE) if labels is None else np.asarray(labels, np.int64)
-        self._add(-1, -1, numbers, np.arange(self.next, self.next + count), said, self._nowhere(count))
+        row_labels = np.full(count, IGNORE) if labels is None else np.asarray(labels, np.int64)
+        self._add(-1, -1, numbers, np.arange(self.next, self.next + count), row_labels, self._no_spans(count))
         if count:
             self.last_text = first + count - 1
         self.next += count
 
     def add_clip(self, clip: int, number: int, stream: int) -> None:
-        """Clip `clip` of the batch, as number `number` of the conversation."""
+        """Add clip `clip` of the batch, which is number `number` in the conversation."""
         stream_layout = self.streams[stream]
         layout, tokens = stream_layout.layout, stream_layout.lengths[clip]
         if stream_layout.rows:
             offsets = layout.row_offsets(tokens)
-            about = self._about(stream, number, layout.row_times(tokens))
-            self._add(stream, clip, np.arange(len(offsets)), self.next + offsets, np.full(len(offsets), IGNORE), about)
+            spans = self._spans(stream, number, layout.row_times(tokens))
+            self._add(stream, clip, np.arange(len(offsets)), self.next + offsets, np.full(len(offsets), IGNORE), spans)
         if stream_layout.keys:
             positions = self.next + layout.key_offsets(tokens)
             self.keys[stream].add(
@@ -158,10 +159,10 @@ class _SequenceBuilder:
                 tokens=np.arange(tokens),
                 positions=positions,
                 rope_positions=layout.key_rope_positions(tokens, self.next),
-                about=self._about(stream, number, layout.key_times(tokens)),
+                spans=self._spans(stream, number, layout.key_times(tokens)),
             )
             self.last_key = max(self.last_key, int(positions.max(initial=-1)))
-        # reserved even where there is no row or key, so that text after the clip has the same ids as in PLITS
+        # reserved even without rows or keys, so that text after the clip has the same position ids as in PLITS
         self.next += layout.groups(tokens) * layout.span
 
     def repeat_last_row(self) -> None:
@@ -178,28 +179,28 @@ class _SequenceBuilder:
             positions=np.array([self.next - 1]),
             labels=np.array([IGNORE]),
             repeats=np.ones(1, bool),
-            about=self._nowhere(1),
+            spans=self._no_spans(1),
         )
         self.count += 1
         self.last, self.last_row = self.next - 1, (source, clip, number)
 
-    def _about(self, stream: int, clip: int, times_X2: Floats) -> Floats | None:
+    def _spans(self, stream: int, clip: int, times_X2: Floats) -> Floats | None:
         if not self.with_spans:
             return None
         return np.concatenate((np.tile([float(stream), float(clip)], (len(times_X2), 1)), times_X2), axis=1)
 
-    def _nowhere(self, count: int) -> Floats | None:
+    def _no_spans(self, count: int) -> Floats | None:
         return np.tile([-1.0, -1.0, np.nan, np.nan], (count, 1)) if self.with_spans else None
 
-    def placed(self) -> SequenceLayout:
+    def build(self) -> SequenceLayout:
         """The finished layout."""
-        rows = {name: self.rows.get(name, _NONE).astype(np.int64) for name in _ROW_COLUMNS}
+        rows = {name: self.rows.get(name, _NO_ROWS).astype(np.int64) for name in _ROW_COLUMNS}
         keys = []
         for parts in self.keys:
-            columns = {name: parts.get(name, _NONE).astype(np.int64) for name in _KEY_COLUMNS}
-            keys.append(KeyLayout(**columns, about=_floats(parts, self.with_spans)))
+            columns = {name: parts.get(name, _NO_ROWS).astype(np.int64) for name in _KEY_COLUMNS}
+            keys.append(KeyLayout(**columns, spans=_floats(parts, self.with_spans)))
         repeats = self.rows.get("repeats", np.zeros(0, bool)).astype(bool)
-        return SequenceLayout(**rows, repeats=repeats, about=_floats(self.rows, self.with_spans), keys=tuple(keys))
+        return SequenceLayout(**rows, repeats=repeats, spans=_floats(self.rows, self.with_spans), keys=tuple(keys))
 
 
 _ROW_COLUMNS = ("sources", "clips", "numbers", "positions", "labels")
@@ -207,7 +208,7 @@ _KEY_COLUMNS = ("clips", "tokens", "positions", "rope_positions")
 
 
 def _floats(parts: _GrowingColumns, with_spans: bool) -> Floats | None:
-    return parts.get("about", _NOWHERE).astype(np.float64) if with_spans else None
+    return parts.get("spans", _NO_SPANS).astype(np.float64) if with_spans else None
 
 
 def lay_out(
@@ -217,19 +218,19 @@ def lay_out(
 
     Args:
         conversations: token ids, with -1 for each clip.
-        streams: how the clips of each stream enter.
+        streams: lengths of the clips of each stream, and what they become.
         with_spans: add stream, clip and time span of each row and key.
 
     Raises:
         PromptError: a conversation that is empty, names an unknown clip, or has no text beside a clip without audio
             rows.
     """
-    placed = []
+    layouts = []
     first = 0
     for one in conversations:
-        placed.append(_lay_out_one(one, first, streams, with_spans))
+        layouts.append(_lay_out_one(one, first, streams, with_spans))
         first += len(one.ids) - len(one.clips)
-    return placed
+    return layouts
 
 
 def _lay_out_one(
@@ -252,6 +253,6 @@ def _lay_out_one(
             for stream in range(len(streams)):
                 builder.add_clip(clip, number, stream)
     if not builder.count:
-        about = " to ask about its clips; put some before or after them" if conversation.clips else ""
-        raise PromptError(f"a conversation needs some text{about}")
-    return builder.placed()
+        purpose = " to ask about its clips; put some before or after them" if conversation.clips else ""
+        raise PromptError(f"a conversation needs some text{purpose}")
+    return builder.build()
