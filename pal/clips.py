@@ -44,7 +44,7 @@ from pal.audio.arrays import (
     is_decoder,
     read_pair,
 )
-from pal.audio.declared import DecodeError
+from pal.audio.stream_info import DecodeError
 from pal.audio.urls import from_base64, is_url, read_url, redacted
 from pal.backbone.audio_kv import AudioKV
 from pal.errors import AudioError, AudioWarning, shortened

@@ -4,8 +4,8 @@ import struct
 from collections.abc import Iterator
 from math import ldexp
 
-from pal.audio.declared import CONVERT, Declared, DecodeError
 from pal.audio.samples import MAX_CHUNKS, SampleFormat, cut, is_placeholder, no_length, pcm, too_many_chunks
+from pal.audio.stream_info import CONVERT, DecodeError, StreamInfo
 
 _FIXED = {
     b"in24": ("PCM_24", "BIG"),
@@ -24,7 +24,7 @@ _PACKED = (b"ima4", b"gsm ", b"dwvw")
 """Codecs whose header may count packets instead of samples."""
 
 
-def declared(data: bytes) -> Declared:
+def read_header(data: bytes) -> StreamInfo:
     """Read the COMM chunk (number and format of samples) and locate the SSND chunk (the samples), in any order.
 
     By Apple's Audio Interchange File Format 1.3 and AIFF-C draft of 1991. An odd chunk has a pad byte, which some
@@ -60,19 +60,19 @@ def declared(data: bytes) -> Declared:
     if codec in _PACKED:
         if size > held:
             raise cut(size, held)
-        return Declared(None, int(rate), channels)  # libsndfile's, which cuts the fraction off
+        return StreamInfo(None, int(rate), channels)  # libsndfile's, which cuts the fraction off
     sample_format = SampleFormat(int(rate + 0.5), channels, *_kind(codec, bits))
     needed = frames * sample_format.align
     if not channels:
         raise DecodeError("its 0 channels are not 1 to 8")
     unknown = is_placeholder(needed, held, sample_format.align) or (frames and is_placeholder(frames, held))
     if unknown and (size <= 0 or size == needed or is_placeholder(size, held)):
-        return sample_format.declared(start, held, no_length(needed, held))
+        return sample_format.stream_info(start, held, no_length(needed, held))
     if needed > held:
         raise cut(needed, max(0, held))
     if 0 < size < needed or (size - needed >= sample_format.align and not is_placeholder(size, held)):
         raise DecodeError(f"it contradicts itself: {frames} samples are {needed} bytes, its sound chunk says {size}")
-    return sample_format.declared(start, needed)
+    return sample_format.stream_info(start, needed)
 
 
 def _kind(codec: bytes, bits: int) -> tuple[str, str]:

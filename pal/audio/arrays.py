@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pal.audio.declared import DecodeError
 from pal.audio.limits import Limits
+from pal.audio.stream_info import DecodeError
 
 _PAIR = "pass (samples [N] or [N, channels], rate in Hz)"
 

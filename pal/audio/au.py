@@ -2,15 +2,15 @@
 
 import struct
 
-from pal.audio.declared import CONVERT, Declared, DecodeError
 from pal.audio.samples import SampleFormat, cut, is_placeholder, no_length
+from pal.audio.stream_info import CONVERT, DecodeError, StreamInfo
 
 _KINDS = {1: "ULAW", 2: "PCM_S8", 3: "PCM_16", 4: "PCM_24", 5: "PCM_32", 6: "FLOAT", 7: "DOUBLE", 27: "ALAW"}
 _UNSUPPORTED = {23: "G.721", 24: "G.722", 25: "G.723", 26: "G.723"}
 """Unsupported codecs. For G.721 and G.723, libsndfile, FFmpeg and SoX each decode different samples."""
 
 
-def declared(data: bytes) -> Declared:
+def read_header(data: bytes) -> StreamInfo:
     """Read the six numbers of the header (`.snd`, or `dns.` with the low byte first).
 
     The size may be unknown by design (all ones), which sets `doubt`. Some programs include the header in it.
@@ -35,4 +35,4 @@ def declared(data: bytes) -> Declared:
     if encoding not in _KINDS:
         codec = _UNSUPPORTED.get(encoding, f"number {encoding}")
         raise DecodeError(f"it is an AU file whose codec is not supported ({codec})", CONVERT)
-    return SampleFormat(rate, channels, _KINDS[encoding], name).declared(start, size, doubt)
+    return SampleFormat(rate, channels, _KINDS[encoding], name).stream_info(start, size, doubt)

@@ -1,6 +1,6 @@
 """Top-level boxes of mp4 and elements of webm, which determine the length of the file."""
 
-from pal.audio.declared import DecodeError
+from pal.audio.stream_info import DecodeError
 
 _EBML, _SEGMENT = b"\x1a\x45\xdf\xa3", b"\x18\x53\x80\x67"
 

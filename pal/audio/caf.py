@@ -2,7 +2,6 @@
 
 import struct
 
-from pal.audio.declared import CONVERT, Declared, DecodeError
 from pal.audio.samples import (
     MAX_CHUNKS,
     SampleFormat,
@@ -13,6 +12,7 @@ from pal.audio.samples import (
     pcm,
     too_many_chunks,
 )
+from pal.audio.stream_info import CONVERT, DecodeError, StreamInfo
 
 _FLOAT, _LITTLE = 1, 2
 _LAWS = {b"ulaw": "ULAW", b"alaw": "ALAW"}
@@ -22,7 +22,7 @@ _UNKNOWN = (1 << 64) - 1
 """The size -1, allowed in the last chunk while it is being written."""
 
 
-def declared(data: bytes) -> Declared:
+def read_header(data: bytes) -> StreamInfo:
     """Read the description and the packet table, and locate the data.
 
     By Apple's Core Audio Format specification 1.0: sizes are signed 64-bit numbers, the data begin with a four-byte
@@ -85,10 +85,10 @@ def declared(data: bytes) -> Declared:
         raise DecodeError(
             f"its description contradicts itself: {channels} channels of {bits} bits, {packet_bytes} bytes a sample"
         )
-    return sample_format.declared(start + 4, max(0, size - 4), doubt)
+    return sample_format.stream_info(start + 4, max(0, size - 4), doubt)
 
 
-def _alac(data: bytes, chunks: dict[bytes, tuple[int, int]], rate: int, channels: int) -> Declared:
+def _alac(data: bytes, chunks: dict[bytes, tuple[int, int]], rate: int, channels: int) -> StreamInfo:
     """ALAC packets, with the number of samples from the packet table.
 
     libsndfile needs the bit depth in the flags, where Apple writes it and FFmpeg does not; it is also in the decoder's
@@ -111,9 +111,9 @@ def _alac(data: bytes, chunks: dict[bytes, tuple[int, int]], rate: int, channels
     if flags is None:
         raise DecodeError("its ALAC sound has no known configuration", CONVERT)
     if flags == 4:  # libsndfile decodes uncompressed packets of this depth to other samples
-        return Declared(frames, rate, channels, bits=32, av_format="caf")
+        return StreamInfo(frames, rate, channels, bits=32, av_format="caf")
     place = chunks[b"desc"][0] + 12
-    return Declared(frames, rate, channels, payload=data[:place] + struct.pack(">I", flags) + data[place + 4 :])
+    return StreamInfo(frames, rate, channels, payload=data[:place] + struct.pack(">I", flags) + data[place + 4 :])
 
 
 def _last_packet(data: bytes, table: bytes, packets: int, start: int, whole: int) -> int:

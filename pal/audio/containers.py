@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 from pal.audio import aiff, au, caf, headerless, legacy, nist, riff, w64, wavpack
-from pal.audio.declared import CONVERT, Declared, DecodeError
+from pal.audio.stream_info import CONVERT, DecodeError, StreamInfo
 from pal.audio.wave_format import RIFF_64
 
 _RIFF = (b"RIFF", b"RIFX", b"RF64", b"BW64")
@@ -14,7 +14,7 @@ _STARTS = {
     b"PVF1\n": headerless.pvf,
     b" paf": headerless.paf,
     b"fap ": headerless.paf,
-    b"wvpk": wavpack.declared,
+    b"wvpk": wavpack.read_header,
 }
 _UNSUPPORTED = (
     (b"MAC ", "a Monkey's Audio file"),
@@ -63,21 +63,21 @@ _REMEDIES = {
 }
 
 
-def reader(data: bytes) -> Callable[[bytes], Declared] | None:
+def reader(data: bytes) -> Callable[[bytes], StreamInfo] | None:
     """Header reader of a container of uncompressed sound; None for other files."""
     form = data[8:12]
     if data[:4] in _RIFF and form == b"WAVE":
-        return riff.declared
+        return riff.read_header
     if data[:4] == b"FORM" and form in (b"AIFF", b"AIFC"):
-        return aiff.declared
+        return aiff.read_header
     if data[:4] in (b".snd", b"dns."):
-        return au.declared
+        return au.read_header
     if data[:4] == b"caff":
-        return caf.declared
+        return caf.read_header
     if data[:16] == RIFF_64:
-        return w64.declared
+        return w64.read_header
     if data[:8] == b"NIST_1A\n":
-        return nist.declared
+        return nist.read_header
     if data[:4] == b"FORM" and form in (b"8SVX", b"16SV"):
         return legacy.svx
     for start, read in _STARTS.items():

@@ -15,11 +15,11 @@ import numpy as np
 from torch import Tensor
 
 from pal.audio import containers, flac, mpeg, ogg, sndfile
-from pal.audio.declared import TO_THE_END, Declared, DecodeError
 from pal.audio.libav import Track
 from pal.audio.limits import Limits
 from pal.audio.pcm import Mixer, to_float
 from pal.audio.reading import mapped, name_of, printable, read
+from pal.audio.stream_info import TO_THE_END, DecodeError, StreamInfo
 from pal.errors import AudioError
 
 _LIMITS = Limits()
@@ -156,7 +156,7 @@ def _from_file(data: bytes, rate: int, limits: Limits, read_to_end: bool) -> tup
     data, reader = _kind(data)
     if reader is None:
         return _from_track(Track(data, read_to_end=read_to_end), rate, limits)
-    if read_to_end and reader is flac.declared:
+    if read_to_end and reader is flac.read_header:
         try:
             return _from_parts(data, reader(data), rate, limits, read_to_end)
         except DecodeError:  # libFLAC returns nothing of a block whose end is cut
@@ -165,7 +165,7 @@ def _from_file(data: bytes, rate: int, limits: Limits, read_to_end: bool) -> tup
 
 
 def _from_parts(
-    data: bytes, whole: Declared, rate: int, limits: Limits, read_to_end: bool
+    data: bytes, whole: StreamInfo, rate: int, limits: Limits, read_to_end: bool
 ) -> tuple[Tensor, float, str | None]:
     note = whole.doubt
     if note is not None and not read_to_end:
@@ -210,7 +210,7 @@ def _note(doubt: str | None) -> str | None:
     return None if doubt is None else f"read as far as it goes, since {doubt}"
 
 
-def _kind(data: bytes) -> tuple[bytes, Callable[[bytes], Declared] | None]:
+def _kind(data: bytes) -> tuple[bytes, Callable[[bytes], StreamInfo] | None]:
     """The file without leading tags, and the reader of its header; None if `av` is needed.
 
     Raises:
@@ -226,14 +226,14 @@ def _kind(data: bytes) -> tuple[bytes, Callable[[bytes], Declared] | None]:
         return body, reader
     head = body[:16]
     if head[:4] == b"OggS":
-        return body, ogg.declared
+        return body, ogg.read_header
     if head[:4] == b"fLaC":
-        return body, flac.declared
+        return body, flac.read_header
     is_adts = len(head) > 1 and head[0] == 0xFF and head[1] & 0xF6 == 0xF0
     if head[4:8] == b"ftyp" or head[:4] == b"\x1a\x45\xdf\xa3" or is_adts:
         return body, None
     if not start and (error := containers.unsupported(data)) is not None:
         raise error
     if start or mpeg.looks_like_frames(data):
-        return data, mpeg.declared
+        return data, mpeg.read_header
     raise containers.unknown(data)

@@ -1,7 +1,7 @@
 """Header of FLAC files. Frames have checksums that the decoder verifies; the header has none."""
 
 from pal.audio import sndfile
-from pal.audio.declared import Declared, DecodeError
+from pal.audio.stream_info import DecodeError, StreamInfo
 
 _RATES = {
     1: 88200,
@@ -23,7 +23,7 @@ _TRIES = 1 << 12
 """Most candidates for the header of the last frame before the search ends."""
 
 
-def declared(data: bytes) -> Declared:
+def read_header(data: bytes) -> StreamInfo:
     """Read STREAMINFO and compare it with the first frame, which repeats rate, channels and bits.
 
     By RFC 9639, sections 8.2 and 9.1. A streamed file declares no length, which sets `doubt` unless it has the MD5 of
@@ -69,7 +69,7 @@ def declared(data: bytes) -> Declared:
         head[20] |= 1
         head[21] = 0x70 | head[21] & 0x0F
     payload = None if head == data[:26] else bytes(head) + data[26:end]
-    return Declared(
+    return StreamInfo(
         frames or None,
         rate,
         channels,
@@ -121,7 +121,7 @@ def _frame_end(data: bytes, at: int, end: int) -> int | None:
             found.append(place)
     if run == 1 and found[-1] == end:
         return end
-    samples, alone = _samples(data, at), Declared(None)
+    samples, alone = _samples(data, at), StreamInfo(None)
     info = b"fLaC\x80" + data[5:21] + bytes([data[21] & 0xF0]) + bytes(20)
     if bits not in _KNOWN and bits in _BITS.values():
         info = info[:20] + bytes([info[20] | 1, 0x70]) + bytes(20)

@@ -6,8 +6,8 @@ The layouts are those that libsndfile reads and writes (its `ircam.c`, `pvf.c`, 
 import re
 import struct
 
-from pal.audio.declared import CONVERT, Declared, DecodeError
 from pal.audio.samples import SampleFormat, cut, pcm
+from pal.audio.stream_info import CONVERT, DecodeError, StreamInfo
 
 _IRCAM = {2: "PCM_16", 4: "FLOAT", 0x10001: "ALAW", 0x20001: "ULAW", 0x40004: "PCM_32"}
 _PAF = {0: 16, 2: 8}
@@ -18,7 +18,7 @@ def is_ircam(data: bytes) -> bool:
     return (data[:2] == b"\x64\xa3" and data[3:4] == b"\0") or (data[:1] == b"\0" and data[2:4] == b"\xa3\x64")
 
 
-def ircam(data: bytes) -> Declared:
+def ircam(data: bytes) -> StreamInfo:
     """IRCAM: rate as float32, channels, codec; sound from byte 1,024 on. The byte order makes the fields valid."""
     if len(data) < 1024:
         raise cut(1024, len(data))
@@ -29,7 +29,7 @@ def ircam(data: bytes) -> Declared:
     return _to_the_end(data, SampleFormat(int(rate), channels, _IRCAM[codec], order), 1024)
 
 
-def pvf(data: bytes) -> Declared:
+def pvf(data: bytes) -> StreamInfo:
     """Portable Voice: a line with channels, rate and bits, then big-endian samples."""
     found = re.match(rb"PVF1\n(\d{1,3}) (\d{1,9}) (\d{1,2})\n", data[:64])
     if found is None:
@@ -38,7 +38,7 @@ def pvf(data: bytes) -> Declared:
     return _to_the_end(data, SampleFormat(rate, channels, pcm(bits)), found.end())
 
 
-def paf(data: bytes) -> Declared:
+def paf(data: bytes) -> StreamInfo:
     """Ensoniq PARIS, of 8 and 16 bits; sound from byte 2,048 on."""
     if len(data) < 2048:
         raise cut(2048, len(data))
@@ -49,6 +49,6 @@ def paf(data: bytes) -> Declared:
     return _to_the_end(data, SampleFormat(rate, channels, pcm(_PAF[kind]), "LITTLE" if little else "BIG"), 2048)
 
 
-def _to_the_end(data: bytes, sample_format: SampleFormat, start: int) -> Declared:
+def _to_the_end(data: bytes, sample_format: SampleFormat, start: int) -> StreamInfo:
     doubt = "its header gives no length (its format has none), so a cut could not be noticed"
-    return sample_format.declared(start, len(data) - start, doubt)
+    return sample_format.stream_info(start, len(data) - start, doubt)

@@ -7,8 +7,8 @@ Creative Voice that of SoX's `voc.c`.
 import struct
 from dataclasses import replace
 
-from pal.audio.declared import CONVERT, Declared, DecodeError
 from pal.audio.samples import SampleFormat, cut, pcm
+from pal.audio.stream_info import CONVERT, DecodeError, StreamInfo
 
 VOC = b"Creative Voice File\x1a"
 WVE = b"ALawSoundFile**\0"
@@ -19,7 +19,7 @@ def is_htk(data: bytes) -> bool:
     return len(data) > 12 and data[8:12] == b"\0\2\0\0" and 12 + 2 * int.from_bytes(data[:4], "big") == len(data)
 
 
-def htk(data: bytes) -> Declared:
+def htk(data: bytes) -> StreamInfo:
     """HTK's waveforms: a number of samples, and the time of one in units of 100 ns."""
     frames, period = struct.unpack_from(">II", data)
     if not period:
@@ -27,7 +27,7 @@ def htk(data: bytes) -> Declared:
     return _sound(data, SampleFormat(10_000_000 // period, 1, "PCM_16"), 12, frames)
 
 
-def avr(data: bytes) -> Declared:
+def avr(data: bytes) -> StreamInfo:
     """Audio Visual Research's files, with a header of 128 bytes."""
     if len(data) < 128:
         raise cut(128, len(data))
@@ -39,14 +39,14 @@ def avr(data: bytes) -> Declared:
     return _sound(data, sample_format, 128, frames)
 
 
-def wve(data: bytes) -> Declared:
+def wve(data: bytes) -> StreamInfo:
     """Psion's A-law at 8 kHz, with a header of 32 bytes."""
     if len(data) < 32:
         raise cut(32, len(data))
     return _sound(data, SampleFormat(8_000, 1, "ALAW"), 32, int.from_bytes(data[18:22], "big"))
 
 
-def svx(data: bytes) -> Declared:
+def svx(data: bytes) -> StreamInfo:
     """Amiga IFF, 8SVX and 16SV: one channel, one octave, not compressed."""
     sample_format: SampleFormat | None = None
     start = 12
@@ -65,12 +65,12 @@ def svx(data: bytes) -> Declared:
         elif name == b"BODY" and sample_format is not None:
             if start + size > len(data):
                 raise cut(size, len(data) - start)
-            return sample_format.declared(start, size)
+            return sample_format.stream_info(start, size)
         start += size + size % 2
     raise DecodeError("it is cut or damaged: it has no sound, or no header before it")
 
 
-def voc(data: bytes) -> Declared:
+def voc(data: bytes) -> StreamInfo:
     """Creative Voice: one block of sound and its continuations; other blocks (silence, loops) are refused."""
     start = int.from_bytes(data[20:22], "little")
     sample_format: SampleFormat | None = None
@@ -97,7 +97,7 @@ def voc(data: bytes) -> Declared:
     if sample_format is None:
         raise DecodeError("it is cut or damaged: it has no block of sound")
     sound = b"".join(parts)
-    whole = sample_format.declared(0, len(sound))
+    whole = sample_format.stream_info(0, len(sound))
     return replace(whole, span=None, payload=sound)
 
 
@@ -114,7 +114,7 @@ def _voc_kind(kind: int, block: bytes, extended: tuple[int, int] | None) -> Samp
     return SampleFormat(rate, channels, subtype, "LITTLE")
 
 
-def _sound(data: bytes, sample_format: SampleFormat, start: int, frames: int) -> Declared:
+def _sound(data: bytes, sample_format: SampleFormat, start: int, frames: int) -> StreamInfo:
     if start + frames * sample_format.align > len(data):
         raise cut(frames * sample_format.align, len(data) - start)
-    return sample_format.declared(start, frames * sample_format.align)
+    return sample_format.stream_info(start, frames * sample_format.align)

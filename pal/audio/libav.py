@@ -9,9 +9,9 @@ import numpy as np
 
 from pal.audio import opus
 from pal.audio.boxes import check
-from pal.audio.declared import CONVERT, TO_THE_END, Declared, DecodeError
 from pal.audio.pcm import to_float
 from pal.audio.sndfile import Md5
+from pal.audio.stream_info import CONVERT, TO_THE_END, DecodeError, StreamInfo
 
 _PACKETS = 2
 """Largest difference of a container's duration from its samples in packets: encoders pad the first and the last."""
@@ -29,20 +29,20 @@ class Track:
 
     Args:
         data: the file.
-        declared: facts of its header, for a FLAC of an odd number of bits.
+        info: stream info from its header, for a FLAC of an odd number of bits.
         read_to_end: whether a truncated file is read to its end; `doubt` then has the reason.
 
     Raises:
         DecodeError: no `av`, no audio track or several, or a truncated file.
     """
 
-    def __init__(self, data: bytes, declared: Declared | None = None, read_to_end: bool = False) -> None:
+    def __init__(self, data: bytes, info: StreamInfo | None = None, read_to_end: bool = False) -> None:
         self._av = _library(
             _NEED
-            if declared is None
-            else f"{str(declared.av_format).upper()} of {declared.bits} bits a sample needs the av package"
+            if info is None
+            else f"{str(info.av_format).upper()} of {info.bits} bits a sample needs the av package"
         )
-        self._declared, self._read_to_end = declared, read_to_end
+        self._info, self._read_to_end = info, read_to_end
         self._ahead = 0
         self.doubt: str | None = None
         """Why the end of the sound cannot be verified; final after the last block."""
@@ -50,7 +50,7 @@ class Track:
             check(data)
         except DecodeError as error:
             self._doubt(error.what)
-        format = _format(data) if declared is None else declared.av_format
+        format = _format(data) if info is None else info.av_format
         with self._errors("it cannot be opened"):
             # with a format name, so that FFmpeg does not probe its hundreds of formats
             self._container = self._av.open(io.BytesIO(data), format=format, metadata_errors="ignore")
@@ -68,9 +68,9 @@ class Track:
         self.channels: int = context.channels
         self.seconds: float | None = None
         """Declared length; None for browsers' recordings, which have none, and for bare AAC, which FFmpeg estimates."""
-        if declared is not None and declared.frames is not None:
-            self.seconds = declared.frames / self.rate
-        elif format == "aac" or declared is not None:
+        if info is not None and info.frames is not None:
+            self.seconds = info.frames / self.rate
+        elif format == "aac" or info is not None:
             pass
         elif self._stream.duration is not None:
             self.seconds = float(self._stream.duration * self._stream.time_base)
@@ -104,8 +104,8 @@ class Track:
         """Float32 blocks [n, channels]; raises DecodeError if decoding fails or the length is not as declared."""
         packet_frames = samples = 0
         md5 = None
-        if self._declared is not None and self._declared.md5 is not None and self._declared.bits is not None:
-            md5 = Md5(self._declared.bits)
+        if self._info is not None and self._info.md5 is not None and self._info.bits is not None:
+            md5 = Md5(self._info.bits)
         frames = self._decoded()
         try:
             while True:
@@ -130,11 +130,11 @@ class Track:
                 yield to_float(block_NC)
         finally:
             self._container.close()
-        slack = _SECONDS + _PACKETS * packet_frames / self.rate if self._declared is None else 0.0
+        slack = _SECONDS + _PACKETS * packet_frames / self.rate if self._info is None else 0.0
         if self.seconds is not None and abs(samples / self.rate - self.seconds) > slack:
             self._doubt(f"it declares {self.seconds:.2f} s and holds {samples / self.rate:.2f} s")
-        elif md5 is not None and self._declared is not None:
-            md5.check(self._declared)
+        elif md5 is not None and self._info is not None:
+            md5.check(self._info)
 
     def _decoded(self) -> Iterator[Any]:
         """Decoded frames; sets the number of leading Opus samples that FFmpeg has not dropped.

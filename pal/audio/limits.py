@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from pal.audio.declared import CONVERT, DecodeError
 from pal.audio.pcm import Mixer
+from pal.audio.stream_info import CONVERT, DecodeError
 
 
 @dataclass(frozen=True)

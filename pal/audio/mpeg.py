@@ -5,8 +5,8 @@ import re
 from dataclasses import dataclass, replace
 
 from pal.audio import mpeg_frames
-from pal.audio.declared import Declared, DecodeError
 from pal.audio.mpeg_frames import LAYER_3, Header, Info
+from pal.audio.stream_info import DecodeError, StreamInfo
 
 _DECODER_DELAY = 529
 """Decoder delay of layer III in samples; mpg123 drops them if it knows the number of frames."""
@@ -44,7 +44,7 @@ class _Run:
     """Missing bytes of a truncated frame that begins at `end`."""
 
 
-def declared(data: bytes) -> Declared:
+def read_header(data: bytes) -> StreamInfo:
     """Walk the frames from the first to the last.
 
     There may be tags and other bytes before the first and behind the last frame. Between frames there may be tags, and
@@ -92,13 +92,13 @@ def declared(data: bytes) -> Declared:
     if doubt is None and info is not None and info.frames == count and info.delay is not None:
         frames = count * first.samples - info.delay - _DECODER_DELAY - _dropped(info)
         if frames > 0:
-            return Declared(frames, first.rate, first.channels, payload=b"".join(parts))
+            return StreamInfo(frames, first.rate, first.channels, payload=b"".join(parts))
     if info is not None:
         parts[0] = parts[0][first.bytes :]
     # without a count mpg123 estimates the length from the size: prepend an Info frame
     joined = b"".join(parts)
     skip = (info.delay or 0) if doubt is not None and info is not None else 0
-    return Declared(
+    return StreamInfo(
         count * first.samples - _DECODER_DELAY - skip,
         first.rate,
         first.channels,
@@ -289,7 +289,7 @@ def _is_near(tail: bytes, head: bytes) -> bool:
     return different.bit_count() <= _NEAR
 
 
-def _of_low_layer(parts: list[bytes], first: Header, count: int, doubt: str | None) -> Declared:
+def _of_low_layer(parts: list[bytes], first: Header, count: int, doubt: str | None) -> StreamInfo:
     """Layers I and II, whose files do not declare a length.
 
     libsndfile estimates it from the size and the first frame's bit rate, and stops there. So a silent frame of the
@@ -299,4 +299,6 @@ def _of_low_layer(parts: list[bytes], first: Header, count: int, doubt: str | No
     joined = b"".join(parts)
     silent = mpeg_frames.silent_frame(joined[:4])
     payload = silent + joined + silent * (2 + count // 16)
-    return Declared(count * first.samples, first.rate, first.channels, payload=payload, skip=first.samples, doubt=doubt)
+    return StreamInfo(
+        count * first.samples, first.rate, first.channels, payload=payload, skip=first.samples, doubt=doubt
+    )

@@ -2,13 +2,13 @@
 
 import re
 
-from pal.audio.declared import Declared, DecodeError
 from pal.audio.samples import SampleFormat, cut, pcm
+from pal.audio.stream_info import DecodeError, StreamInfo
 
 _LAWS = {"ulaw": "ULAW", "mu-law": "ULAW", "mulaw": "ULAW", "alaw": "ALAW", "a-law": "ALAW"}
 
 
-def declared(data: bytes) -> Declared:
+def read_header(data: bytes) -> StreamInfo:
     """Read the lines "name -type value" of the header; its second line is its length.
 
     Raises:
@@ -32,7 +32,7 @@ def declared(data: bytes) -> Declared:
     sample_format = SampleFormat(rate, channels, subtype, order)
     if start + frames * sample_format.align > len(data):
         raise cut(frames * sample_format.align, max(0, len(data) - start))
-    return sample_format.declared(start, frames * sample_format.align)
+    return sample_format.stream_info(start, frames * sample_format.align)
 
 
 def _number(fields: dict[str, str], name: str, default: int | None = None) -> int:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from pal.audio import flac, opus
-from pal.audio.declared import CONVERT, Declared, DecodeError
+from pal.audio.stream_info import CONVERT, DecodeError, StreamInfo
 
 _FIRST, _LAST = 2, 4
 _NO_PACKET = (1 << 64) - 1
@@ -89,7 +89,7 @@ class OggPage:
         return replace(self, data=bytes(page))
 
 
-def declared(data: bytes) -> Declared:
+def read_header(data: bytes) -> StreamInfo:
     """Verify every page (checksum, number) and select the pages of the audio stream (RFC 3533).
 
     Other multiplexed streams without audio are left out; links of a chained file are read one after another. Programs
@@ -157,7 +157,7 @@ def _links(pages: list[OggPage]) -> list[list[OggPage]]:
     return links
 
 
-def _of_link(pages: list[OggPage]) -> Declared:
+def _of_link(pages: list[OggPage]) -> StreamInfo:
     """Audio stream of a link."""
     streams: dict[bytes, list[OggPage]] = {}
     for page in pages:
@@ -189,12 +189,12 @@ def _codec(body: bytes) -> str:
     return f"a stream of an unknown kind ({body[:8].decode('ascii', 'replace')!r})"
 
 
-def _of_stream(pages: list[OggPage], name: str) -> Declared:
+def _of_stream(pages: list[OggPage], name: str) -> StreamInfo:
     if name == "FLAC":
         packets = b"".join(page.body for page in pages)
         if packets[:5] == b"\x7fFLAC":  # a header of its own, then the header of a FLAC file
             packets = packets[9:]
-        found = flac.declared(packets)
+        found = flac.read_header(packets)
         frames, doubt = found.frames, found.doubt
         if frames is None and pages[-1].granule not in (0, _NO_PACKET):
             frames, doubt = pages[-1].granule, None  # pages count samples, too
@@ -207,9 +207,9 @@ def _of_stream(pages: list[OggPage], name: str) -> Declared:
     raise DecodeError(f"its codec {name} is not supported", CONVERT)
 
 
-def _of_vorbis(pages: list[OggPage]) -> Declared:
+def _of_vorbis(pages: list[OggPage]) -> StreamInfo:
     if pages[-1].flags & _LAST:
-        return Declared(None, payload=_joined(pages))
+        return StreamInfo(None, payload=_joined(pages))
     # without the last-page flag all of the last packet is sound, but libsndfile cuts it at the page's position
     ends = [place for place, page in enumerate(pages) if page.granule != _NO_PACKET]
     if not ends or not pages[ends[-1]].granule:
@@ -218,10 +218,10 @@ def _of_vorbis(pages: list[OggPage]) -> Declared:
     longer = [*pages[: ends[-1]], last.changed(granule=last.granule + _LONGEST_VORBIS), *pages[ends[-1] + 1 :]]
     # if only one page has a position, vorbisfile derives the start from it, too, and the length from the packets
     is_only = sum(pages[place].granule > 0 for place in ends) == 1
-    return Declared(None, payload=_joined(longer), slack=0 if is_only else _LONGEST_VORBIS)
+    return StreamInfo(None, payload=_joined(longer), slack=0 if is_only else _LONGEST_VORBIS)
 
 
-def _of_opus(pages: list[OggPage]) -> Declared:
+def _of_opus(pages: list[OggPage]) -> StreamInfo:
     """Opus by RFC 7845: 48 kHz, whatever the header's rate before encoding.
 
     libsndfile would resample to the header's rate and trust positions that do not fit the packets. So its pages are
@@ -271,7 +271,7 @@ def _of_opus(pages: list[OggPage]) -> Declared:
     doubt = None
     if off > opus.LONGEST:
         doubt = f"its positions miss {off / opus.RATE:.2f} s of sound, which was lost before it was written"
-    return Declared(frames, opus.RATE, head.channels, payload=_joined(new), doubt=doubt)
+    return StreamInfo(frames, opus.RATE, head.channels, payload=_joined(new), doubt=doubt)
 
 
 def _joined(pages: list[OggPage]) -> bytes:

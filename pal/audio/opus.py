@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from pal.audio.declared import CONVERT, DecodeError
+from pal.audio.stream_info import CONVERT, DecodeError
 
 RATE = 48_000
 """Decoding rate of Opus in Hz, in which positions and packets are counted."""

@@ -5,7 +5,7 @@ import soxr
 import torch
 from torch import Tensor
 
-from pal.audio.declared import DecodeError
+from pal.audio.stream_info import DecodeError
 
 _PEAK = 2.0**31
 """Largest accepted magnitude, above any scale in use; beyond it the power spectrum overflows float32."""

@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, cast
 
-from pal.audio.declared import DecodeError
 from pal.audio.limits import Limits
+from pal.audio.stream_info import DecodeError
 from pal.errors import shortened
 
 _NAME = 140

@@ -4,8 +4,8 @@ import struct
 from collections.abc import Iterator
 
 from pal.audio import wave_format
-from pal.audio.declared import Declared, DecodeError
 from pal.audio.samples import MAX_CHUNKS, is_placeholder, no_length, too_many_chunks
+from pal.audio.stream_info import DecodeError, StreamInfo
 
 _ONES = 0xFFFFFFFF
 _SLACK = 8
@@ -17,7 +17,7 @@ _METADATA = (
 """Chunks that common programs write after the data; their size may pass the end of the file."""
 
 
-def declared(data: bytes) -> Declared:
+def read_header(data: bytes) -> StreamInfo:
     """Read the chunks of a RIFF, RIFX, RF64 or BW64 file.
 
     The data chunk must lie inside the file and be followed by a chunk; otherwise its size is too small. Wrong sizes of
@@ -52,15 +52,15 @@ def declared(data: bytes) -> Declared:
     raise DecodeError("it has no data chunk")
 
 
-def _sound(data: bytes, start: int, size: int, outer: int, fmt: wave_format.Format) -> Declared:
+def _sound(data: bytes, start: int, size: int, outer: int, fmt: wave_format.Format) -> StreamInfo:
     """Check the data chunk, whose content begins at `start`, and what follows it."""
     held, end = len(data) - start, start + size
     align = 1 if fmt.sample_format is None else fmt.align
     if size == 0 and _is_chunk(data, start):
-        return fmt.declared(data, start, 0)
+        return fmt.stream_info(data, start, 0)
     same = size > held and end - 8 <= outer <= end + 1 + _SLACK  # the outer size was computed from this one
     if is_placeholder(size, held, align) or (same and any(is_placeholder(claim, held) for claim in (outer, outer + 8))):
-        return fmt.declared(data, start, held, no_length(size, held))
+        return fmt.stream_info(data, start, held, no_length(size, held))
     if size > held:
         if outer + 8 > len(data) + _SLACK:
             raise DecodeError(f"it is cut: its header claims {outer + 8} bytes, the file holds {len(data)}")
@@ -72,7 +72,7 @@ def _sound(data: bytes, start: int, size: int, outer: int, fmt: wave_format.Form
         raise DecodeError(f"its data chunk claims {size} bytes and is followed by {len(rest)} that are no chunk")
     if size % align == 1 and data[end - 1 : end] == b"\0" and (align > 2 or end == len(data)):
         size -= 1  # the size includes a pad byte, which is no half of a sample
-    return fmt.declared(data, start, size)
+    return fmt.stream_info(data, start, size)
 
 
 def _is_chunk(data: bytes, start: int) -> bool:

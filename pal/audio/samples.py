@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from pal.audio.declared import Declared, DecodeError
+from pal.audio.stream_info import DecodeError, StreamInfo
 
 _BYTES = {"PCM_S8": 1, "PCM_U8": 1, "PCM_16": 2, "PCM_24": 3, "PCM_32": 4, "FLOAT": 4, "DOUBLE": 8}
 _BYTES |= {"ALAW": 1, "ULAW": 1}
@@ -29,8 +29,8 @@ class SampleFormat:
         """Bytes of one sample of all channels."""
         return self.channels * _BYTES[self.subtype]
 
-    def declared(self, start: int, size: int, doubt: str | None = None) -> Declared:
-        """Stream facts of `size` bytes from `start` of the file; with a doubt a last partial sample is left out.
+    def stream_info(self, start: int, size: int, doubt: str | None = None) -> StreamInfo:
+        """Stream info of `size` bytes from `start` of the file; with a doubt a last partial sample is left out.
 
         Raises:
             DecodeError: no channels, or the bytes are not a whole number of samples.
@@ -41,7 +41,7 @@ class SampleFormat:
             raise DecodeError(f"its sound of {size} bytes is no whole number of {self.align}-byte samples")
         frames = size // self.align
         span = start, start + frames * self.align
-        return Declared(frames, self.rate, self.channels, span=span, raw=(self.subtype, self.order), doubt=doubt)
+        return StreamInfo(frames, self.rate, self.channels, span=span, raw=(self.subtype, self.order), doubt=doubt)
 
 
 def pcm(bits: int, unsigned_8: bool = False) -> str:

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import soundfile
 
-from pal.audio.declared import Declared, DecodeError
 from pal.audio.pcm import to_float
+from pal.audio.stream_info import DecodeError, StreamInfo
 
 _ENDLESS = 1 << 62
 """Lengths above this are libsndfile's placeholder for an unknown length."""
@@ -32,25 +32,25 @@ class _Forward(soundfile.SoundFile):
 
 
 @contextmanager
-def opened(data: bytes, declared: Declared) -> Iterator[soundfile.SoundFile]:
-    """Context manager of the opened payload of `declared`, or of `data` if it has none.
+def opened(data: bytes, info: StreamInfo) -> Iterator[soundfile.SoundFile]:
+    """Context manager of the opened payload of `info`, or of `data` if it has none.
 
     Raises:
         DecodeError: libsndfile cannot open it, or fails while decoding.
     """
-    if declared.payload is not None:
-        data = declared.payload
-    elif declared.span is not None:
-        data = data[slice(*declared.span)]
+    if info.payload is not None:
+        data = info.payload
+    elif info.span is not None:
+        data = data[slice(*info.span)]
     source = io.BytesIO(data)
     raw: dict[str, Any] = {}
-    if declared.raw is not None:
-        subtype, order = declared.raw
+    if info.raw is not None:
+        subtype, order = info.raw
         raw = {"format": "RAW", "subtype": subtype, "endian": order}
-        raw |= {"samplerate": declared.rate, "channels": declared.channels}
+        raw |= {"samplerate": info.rate, "channels": info.channels}
     try:
         with _Forward(source, **raw) as file:
-            if declared.rate not in (None, file.samplerate) or declared.channels not in (None, file.channels):
+            if info.rate not in (None, file.samplerate) or info.channels not in (None, file.channels):
                 raise DecodeError("its header is ambiguous: libsndfile reads another rate or number of channels")
             yield file
     except soundfile.SoundFileError as error:
@@ -59,19 +59,19 @@ def opened(data: bytes, declared: Declared) -> Iterator[soundfile.SoundFile]:
         raise DecodeError(f"it is damaged or of an unknown kind ({_reason(error)})") from None
 
 
-def length(file: soundfile.SoundFile, declared: Declared) -> int | None:
+def length(file: soundfile.SoundFile, info: StreamInfo) -> int | None:
     """Samples of each channel: the declared number, else libsndfile's; None if unknown."""
-    if declared.frames is not None:
-        return declared.frames
+    if info.frames is not None:
+        return info.frames
     return int(file.frames) if 0 <= file.frames < _ENDLESS else None
 
 
-def blocks(file: soundfile.SoundFile, declared: Declared, size: int) -> Iterator[np.ndarray]:
+def blocks(file: soundfile.SoundFile, info: StreamInfo, size: int) -> Iterator[np.ndarray]:
     """Float32 blocks [n, channels] of at most `size` samples. Raises DecodeError if their MD5 differs."""
-    ahead = declared.skip
-    left = None if not ahead or declared.frames is None else ahead + declared.frames
-    dtype = "float32" if declared.bits is None else "int32"
-    digest = None if declared.md5 is None or declared.bits is None else Md5(declared.bits)
+    ahead = info.skip
+    left = None if not ahead or info.frames is None else ahead + info.frames
+    dtype = "float32" if info.bits is None else "int32"
+    digest = None if info.md5 is None or info.bits is None else Md5(info.bits)
     while left != 0:
         block_NC = file.read(size if left is None else min(size, left), dtype=dtype, always_2d=True)
         if not len(block_NC):
@@ -84,8 +84,8 @@ def blocks(file: soundfile.SoundFile, declared: Declared, size: int) -> Iterator
             block_NC, ahead = block_NC[ahead:], max(0, ahead - len(block_NC))
         yield to_float(block_NC)
     # the caller detects missing samples
-    if digest is not None and (declared.frames is None or declared.frames <= digest.frames):
-        digest.check(declared)
+    if digest is not None and (info.frames is None or info.frames <= digest.frames):
+        digest.check(info)
 
 
 class Md5:
@@ -104,9 +104,9 @@ class Md5:
         little = (block_NC >> 32 - self._bits).astype("<i4").view(np.uint8).reshape(*block_NC.shape, 4)
         self._digest.update(little[..., :size].tobytes())
 
-    def check(self, declared: Declared) -> None:
+    def check(self, info: StreamInfo) -> None:
         """Raise DecodeError if it differs from the declared MD5."""
-        if self._digest.digest() != declared.md5:
+        if self._digest.digest() != info.md5:
             raise DecodeError("it is damaged: its samples do not have the checksum it gives")
 
 

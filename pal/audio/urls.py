@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import SplitResult, quote, unquote, unquote_to_bytes, urlsplit
 
-from pal.audio.declared import DecodeError
+from pal.audio.stream_info import DecodeError
 from pal.errors import shortened
 
 TIMEOUT = 30.0

@@ -3,15 +3,15 @@
 import struct
 
 from pal.audio import wave_format
-from pal.audio.declared import Declared, DecodeError
 from pal.audio.samples import MAX_CHUNKS, between_headers, is_placeholder, no_length, too_many_chunks
+from pal.audio.stream_info import DecodeError, StreamInfo
 from pal.audio.wave_format import TAIL_64, WAVE_64
 
 _HEAD = 24
 """Bytes of a chunk's name and size, which the size includes."""
 
 
-def declared(data: bytes) -> Declared:
+def read_header(data: bytes) -> StreamInfo:
     """Read the format chunk and locate the data; chunks begin at multiples of eight bytes.
 
     Raises:
@@ -42,14 +42,14 @@ def declared(data: bytes) -> Declared:
     raise DecodeError("it is cut or damaged: it has no data chunk")
 
 
-def _sound(data: bytes, start: int, size: int, held: int, fmt: wave_format.Format) -> Declared:
+def _sound(data: bytes, start: int, size: int, held: int, fmt: wave_format.Format) -> StreamInfo:
     is_empty = size <= _HEAD and held > 0
     if is_empty or any(is_placeholder(claim, held) for claim in (size, size - _HEAD)):
         start, end = between_headers(data, start)
-        return fmt.declared(data, start, end - start, no_length(0 if is_empty else size, held))
+        return fmt.stream_info(data, start, end - start, no_length(0 if is_empty else size, held))
     if size - _HEAD > held:
         raise DecodeError(f"it is cut: its data chunk claims {size - _HEAD} bytes, the file holds {held}")
     size = max(0, size - _HEAD)
     if fmt.sample_format is not None and size % 8 == 0:
         size -= size % fmt.align if size % fmt.align < 8 else 0  # FFmpeg counts the padding
-    return fmt.declared(data, start, size)
+    return fmt.stream_info(data, start, size)

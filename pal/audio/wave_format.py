@@ -4,8 +4,8 @@ import struct
 from dataclasses import dataclass, replace
 
 from pal.audio import mpeg
-from pal.audio.declared import CONVERT, Declared, DecodeError
 from pal.audio.samples import SampleFormat, pcm
+from pal.audio.stream_info import CONVERT, DecodeError, StreamInfo
 
 TAIL_64 = b"\xf3\xac\xd3\x11\x8c\xd1\x00\xc0\x4f\x8e\xdb\x8a"
 """Bytes after the four letters of a chunk's name in Wave64, except for the outermost chunk."""
@@ -49,17 +49,17 @@ class Format:
     sample_format: SampleFormat | None
     """Sample format; None for block codecs."""
 
-    def declared(self, data: bytes, start: int, size: int, doubt: str | None = None) -> Declared:
-        """Stream facts of `size` bytes of sound from `start`.
+    def stream_info(self, data: bytes, start: int, size: int, doubt: str | None = None) -> StreamInfo:
+        """Stream info of `size` bytes of sound from `start`.
 
         Raises:
             DecodeError: not a whole number of samples, or a fault of MPEG audio inside.
         """
         if self.sample_format is not None:
-            return self.sample_format.declared(start, size, doubt)
+            return self.sample_format.stream_info(start, size, doubt)
         sound = data[start : start + size]
         if self.tag in _MPEG:
-            inside = mpeg.declared(sound)
+            inside = mpeg.read_header(sound)
             parts = [replace(part, payload=_payload(part, sound), span=None) for part in (inside, *inside.rest)]
             return replace(parts[0], rest=tuple(parts[1:]), doubt=doubt or inside.doubt)
         if self.tag == _GSM:
@@ -67,14 +67,14 @@ class Format:
         # as Wave64: in WAV, libsndfile takes a pad byte for one more block of GSM
         head = WAVE_64 + _chunk_64(b"fmt ", self.chunk) + _chunk_64(b"data", sound)
         plain = RIFF_64 + struct.pack("<Q", 24 + len(head)) + head
-        return Declared(None, self.rate, self.channels, payload=plain, doubt=doubt)
+        return StreamInfo(None, self.rate, self.channels, payload=plain, doubt=doubt)
 
 
 def _chunk_64(name: bytes, content: bytes) -> bytes:
     return name + TAIL_64 + struct.pack("<Q", 24 + len(content)) + content + bytes(-len(content) % 8)
 
 
-def _payload(part: Declared, sound: bytes) -> bytes:
+def _payload(part: StreamInfo, sound: bytes) -> bytes:
     """Payload to decode, as a slice of the sound instead of the file."""
     if part.payload is not None:
         return part.payload

@@ -2,8 +2,8 @@
 
 import struct
 
-from pal.audio.declared import CONVERT, Declared, DecodeError
 from pal.audio.samples import cut
+from pal.audio.stream_info import CONVERT, DecodeError, StreamInfo
 
 _HEADER = 32
 _RATES = (6000, 8000, 9600, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000, 64000, 88200, 96000, 192000)
@@ -11,7 +11,7 @@ _FIRST, _DSD = 1 << 11, 1 << 31
 _TAGS = (b"APETAGEX", b"TAG", b"ID3", b"LYRICS")
 
 
-def declared(data: bytes) -> Declared:
+def read_header(data: bytes) -> StreamInfo:
     """Walk the consecutive blocks and compare their samples with the total in the first one.
 
     By the WavPack 4 and 5 file format description, section 2.0: 32 bytes of header, sizes without their first eight
@@ -45,4 +45,4 @@ def declared(data: bytes) -> Declared:
     if index == len(_RATES):
         raise DecodeError("it is a WavPack file of an unusual rate, which is not supported", CONVERT)
     bits = 8 * (1 + (flags & 3))
-    return Declared(counted, _RATES[index], None, bits=bits, span=(0, start), av_format="wv", doubt=doubt)
+    return StreamInfo(counted, _RATES[index], None, bits=bits, span=(0, start), av_format="wv", doubt=doubt)

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pal.audio import load, ogg, opus, seconds
-from pal.audio.declared import DecodeError
+from pal.audio.stream_info import DecodeError
 from pal.errors import AudioError
 from tests.audio.programs import by_av, opusdec, run, sound, wav
 from tests.audio.test_load import encoded

@@ -1,7 +1,7 @@
-"""Stream facts that a file's header states, and the exception for faults in it.
+"""Stream info from a file's header, and the exception for faults in it.
 
-Each container has a reader `declared(data: bytes) -> Declared`. It raises a DecodeError for a fault, and sets `doubt`
-if the end of the sound cannot be verified; `load` accepts such a file only with `read_to_end`.
+Each container has a reader `read_header(data: bytes) -> StreamInfo`. It raises a DecodeError for a fault, and sets
+`doubt` if the end of the sound cannot be verified; `load` accepts such a file only with `read_to_end`.
 """
 
 from dataclasses import dataclass, field
@@ -24,8 +24,8 @@ class DecodeError(Exception):
 
 
 @dataclass(frozen=True)
-class Declared:
-    """Stream facts declared by the header, which decoding must confirm."""
+class StreamInfo:
+    """Stream info that a file's header declares; decoding must confirm it."""
 
     frames: int | None
     """Samples of each channel; None if only decoding can count them."""
@@ -46,7 +46,7 @@ class Declared:
     """Samples of `payload` before the sound; if set, there may also be some behind it."""
     slack: int = 0
     """Samples by which the sound may be shorter than declared, if only decoding can tell."""
-    rest: tuple["Declared", ...] = ()
+    rest: tuple["StreamInfo", ...] = ()
     """Following parts of the file, decoded separately (the links of a chained Ogg file)."""
     doubt: str | None = None
     """Why the end of the sound cannot be verified, such as "its header gives no length, ...". Such a file is refused
