@@ -1,4 +1,4 @@
-"""Probes: where a model's answers come from, and how much worse they get when a part of the audio is masked.
+"""Probes of trained models: attention to audio, masking, layer depth, timing, linear probes, health, ablations.
 
-Every probe takes a model and gives a `ProbeResult`, which becomes one folder of JSON and pictures.
+Every probe returns a `ProbeResult`, which is saved as a folder of JSON and pictures.
 """

@@ -1,14 +1,14 @@
-"""Trains the grid of an ablation with shared seeds, asks every run the same questions, and sums up.
+"""`pal ablate`: trains a grid of recipes with shared seeds and evaluates all runs on the same questions.
 
     OUT/
-      data/                         what the recipe makes; every run's own `data` is a link to it
-      scenes-250/                   the questions, where no manifest is given
+      data/                         generated and prepared data; the `data` of every run is a link to it
+      scenes-250/                   synthetic scenes with the questions, if no manifest is given
       integration-lal/seed-1/       a run folder of `pal train`
-          on/NAME.json              its answers to a manifest's questions
-      integration-lal/cost.json     what a training step of the cell takes
+          on/NAME.json              answers to the questions of a manifest
+      integration-lal/cost.json     costs of a training step of the cell
       probe.json, *.png, table.md   the result
 
-Finished runs are kept: a killed ablation goes on, and a larger one includes the runs of a smaller one.
+Finished runs are kept, so an interrupted ablation resumes, and a larger grid reuses the runs of a smaller one.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class QuestionSet:
-    """The questions of one manifest."""
+    """Questions of one manifest."""
 
     name: str
     digest: str
@@ -61,13 +61,13 @@ class QuestionSet:
     limit: int
 
     def options(self, bundle: str) -> dict[str, Any]:
-        """Settings on which the answers depend, beside the code; `bundle` is the digest of the model's folder."""
+        """Settings that determine the answers, apart from the code; `bundle` is the digest of the model."""
         return {"manifest": self.name, "data_digest": self.digest, "records_at_most": self.limit, "bundle": bundle}
 
 
 @dataclass(frozen=True)
 class CellRun:
-    """One cell with one seed."""
+    """Training run of one cell with one seed."""
 
     cell: GridCell
     seed: int
@@ -80,26 +80,26 @@ class CellRun:
 
     @property
     def report(self) -> dict[str, Any] | None:
-        """Content of `train.json`; None before the end of the training."""
+        """Content of `train.json`; None until training is finished."""
         path = self.folder / "train.json"
         return _json(path) if path.is_file() else None
 
     @property
     def bundle(self) -> str:
-        """Digest of its model: of the list of its files' digests."""
+        """Digest of the model: SHA-256 of its manifest, which lists the digests of its files."""
         return sha256(self.folder / "model" / MANIFEST)
 
     @property
     def cost(self) -> Path:
-        """File of its cell's costs."""
+        """File with the costs of the cell."""
         return self.folder.parent / "cost.json"
 
     def answers(self, asked: QuestionSet) -> Path:
-        """File of its answers."""
+        """File with the answers to some questions."""
         return self.folder / "on" / f"{asked.name}.json"
 
     def score(self, asked: QuestionSet) -> Result | None:
-        """Stored answers of this model to these questions; None where there are none or one raised."""
+        """Stored answers of this model to some questions; None if they are missing, damaged or include errors."""
         path = self.answers(asked)
         if not path.is_file():
             return None
@@ -107,7 +107,7 @@ class CellRun:
             score = Result.load(path)
             same = score.settings["options"] == asked.options(self.bundle)
         except (BundleError, KeyError):
-            return None  # damaged
+            return None  # damaged or of an earlier version
         return score if same and not score.errors else None
 
 
@@ -125,38 +125,39 @@ def ablate(
     """Train and evaluate every cell of a grid with each seed.
 
     Args:
-        recipe: the recipe that the cells change.
-        axes: see `pal.probe.axes.grid`; the first value of each makes the cell that others are compared with.
-        out: folder of the runs; what is finished there is not done again.
+        recipe: recipe that the cells modify.
+        axes: see `pal.probe.axes.grid`; the first value of each gives the baseline cell.
+        out: folder of the runs; finished runs in it are kept.
         settings: overrides of the recipe for all cells.
-        seeds: the runs of a cell have the seeds 1 to this.
-        on: manifests to ask from; made-up scenes where there are none.
-        limit: most records of a manifest, taken evenly from all of it.
-        batch: rows in a forward pass of the evaluation.
-        progress: show a bar while it evaluates.
+        seeds: number of runs of a cell, with the seeds 1, 2, ...
+        on: manifests with the questions; none: synthetic scenes.
+        limit: maximum number of records of a manifest, spread evenly over it.
+        batch: rows of a forward pass of the evaluation.
+        progress: show progress bars while evaluating.
 
     Raises:
-        ConfigError: a cell cannot be carried out, found before anything is trained; or `out` holds others' runs.
+        ConfigError: the recipe of a cell is invalid (checked before any training), or `out` holds other runs.
         ManifestError: a manifest without questions.
     """
     began = time.perf_counter()
     cells = grid(recipe, axes, settings)
     for cell in cells:
         cell.check()
-    # seeds in the outer loop, so that the runs of an unfinished ablation can be compared
+    # seeds in the outer loop, so that an unfinished ablation has runs of all cells
     runs = [CellRun(cell, seed, out / cell.name / f"seed-{seed}") for seed in range(1, seeds + 1) for cell in cells]
     _check(runs, out)
-    asked = [_asked(path, limit) for path in _manifests(on, limit, out)]
-    twice = next((one.name for one in asked if [other.name for other in asked].count(one.name) > 1), None)
-    if twice is not None:
-        raise ConfigError(f"two manifests are called '{twice}'; rename one, since answers are kept by this name")
+    asked = [_question_set(path, limit) for path in _manifests(on, limit, out)]
+    names = [one.name for one in asked]
+    duplicate = next((name for name in names if names.count(name) > 1), None)
+    if duplicate is not None:
+        raise ConfigError(f"two manifests are named '{duplicate}'; rename one, since answers are stored by this name")
     scores: dict[tuple[str, int], list[Result]] = {}
     for number, run in enumerate(runs, 1):
         left = _time_left(runs[number - 1 :], out)
         logger.info("run %d of %d: %s, seed %d%s", number, len(runs), run.cell.label, run.seed, left)
-        scores[run.cell.name, run.seed] = _done(run, asked, out, batch, progress)
+        scores[run.cell.name, run.seed] = _train_and_evaluate(run, asked, out, batch, progress)
     of_cell = {cell.name: [run for run in runs if run.cell is cell] for cell in cells}
-    found = Ablated(
+    results = Ablated(
         cells=cells,
         answers=[
             CellAnswers(
@@ -166,10 +167,10 @@ def ablate(
             )
             for place, one in enumerate(asked)
         ],
-        spent=[_spent(of_cell[cell.name]) for cell in cells],
+        costs=[_cell_cost(of_cell[cell.name]) for cell in cells],
         curves=[[_curve(run) for run in of_cell[cell.name]] for cell in cells],
     )
-    write_text(out / "table.md", found.markdown())
+    write_text(out / "table.md", results.markdown())
     return ProbeResult(
         probe="ablate",
         model={"source": str(recipe), "cells": [cell.label for cell in cells]},
@@ -182,16 +183,16 @@ def ablate(
             "records_at_most": limit,
             "runs": {str(run.folder.relative_to(out)): run.bundle for run in runs},
         },
-        reading=found.reading(),
-        tables=found.tables(),
-        details=found.details(),
-        pictures=found.pictures(),
+        reading=results.reading(),
+        tables=results.tables(),
+        details=results.details(),
+        pictures=results.pictures(),
         seconds=time.perf_counter() - began,
     )
 
 
 def _check(runs: Sequence[CellRun], out: Path) -> None:
-    """Raises ConfigError where a folder holds another run, or runs in `out` were made of other data."""
+    """Raise ConfigError if a folder holds a run of another recipe, or `out` holds runs on other data."""
     for run in runs:
         marker = run.folder / "recipe.json"
         if marker.is_file():
@@ -200,7 +201,9 @@ def _check(runs: Sequence[CellRun], out: Path) -> None:
     wanted = runs[0].recipe.settings()["data"]
     for marker in sorted(out.glob("*/seed-*/recipe.json")):
         if _json(marker)["recipe"]["data"] != wanted:
-            raise ConfigError(f"{marker.parent} was made of other data, kept in {out / 'data'}; give another --out")
+            raise ConfigError(
+                f"{marker.parent} was trained on other data, which are in {out / 'data'}; give another --out"
+            )
 
 
 def _manifests(on: Sequence[Path], limit: int, out: Path) -> list[Path]:
@@ -213,14 +216,14 @@ def _manifests(on: Sequence[Path], limit: int, out: Path) -> list[Path]:
     return [path]
 
 
-def _asked(path: Path, limit: int) -> QuestionSet:
+def _question_set(path: Path, limit: int) -> QuestionSet:
     with records_to_ask([path], limit) as records:
         name = path.parent.name if path.stem == "manifest" else path.stem
         return QuestionSet(name, Manifest(path).digest, records, limit)
 
 
 def _parts(records: Sequence[Record]) -> dict[str, list[int]]:
-    """Name of a domain or task -> indices of its questions; one that all questions share is left out."""
+    """Name of a domain or task -> indices of its questions, without those that all questions share."""
     parts: dict[str, list[int]] = {}
     # each turn of a record is a question
     of_each = [
@@ -232,9 +235,9 @@ def _parts(records: Sequence[Record]) -> dict[str, list[int]]:
     return {name: some for name, some in parts.items() if len(some) < len(of_each)}
 
 
-def _spent(runs: Sequence[CellRun]) -> CellCost:
-    """Costs of a cell's runs; the first run has counted them."""
-    kept = _counted(runs[0]) or {}
+def _cell_cost(runs: Sequence[CellRun]) -> CellCost:
+    """Costs of a cell: counted in its first run, times from all runs."""
+    kept = _stored_cost(runs[0]) or {}
     steps = [run.report["stages"][-1]["median_step_seconds"] for run in runs if run.report is not None]
     return CellCost(
         **{name: number for name, number in kept.items() if name != "recipe_digest"},
@@ -248,7 +251,7 @@ def _curve(run: CellRun) -> Curve:
 
 
 def _time_left(runs: Sequence[CellRun], out: Path) -> str:
-    """Estimate of the time left, in words, from the finished trainings in `out`."""
+    """Text with an estimate of the time left, from the finished runs in `out`."""
     to_train = sum(run.report is None for run in runs)
     took = [_json(path)["seconds"] for path in out.glob("*/seed-*/train.json")]
     if not to_train or not took:
@@ -264,11 +267,13 @@ def _json(path: Path) -> dict[str, Any]:
 # One run
 
 
-def _done(run: CellRun, asked: Sequence[QuestionSet], out: Path, batch: int, progress: bool) -> list[Result]:
-    """Train and evaluate a run and count its cell's costs, except for what is finished."""
+def _train_and_evaluate(
+    run: CellRun, asked: Sequence[QuestionSet], out: Path, batch: int, progress: bool
+) -> list[Result]:
+    """Train and evaluate a run and count the costs of its cell; finished parts are skipped."""
     finished = run.report is not None
     scores = [run.score(one) if finished else None for one in asked]
-    counted = run.seed != 1 or (finished and _counted(run) is not None)
+    counted = run.seed != 1 or (finished and _stored_cost(run) is not None)
     if finished and counted and None not in scores:
         return [score for score in scores if score is not None]
     (out / "data").mkdir(parents=True, exist_ok=True)
@@ -280,24 +285,24 @@ def _done(run: CellRun, asked: Sequence[QuestionSet], out: Path, batch: int, pro
     for one, kept in zip(asked, scores, strict=True):
         score = kept
         if score is None:
-            asked_of = from_records(one.records, one.name, options=one.options(run.bundle))
-            score = evaluate(model, asked_of, batch=batch, progress=progress)
+            benchmark = from_records(one.records, one.name, options=one.options(run.bundle))
+            score = evaluate(model, benchmark, batch=batch, progress=progress)
             score.save(run.answers(one))
         done.append(score)
-    if not counted:  # last, since a step changes batch statistics of the trained parts
-        write_json(run.cost, {"recipe_digest": run.recipe.digest, **_count(run, model)})
+    if not counted:  # last, since a step changes batch statistics
+        write_json(run.cost, {"recipe_digest": run.recipe.digest, **_count_cost(run, model)})
     return done
 
 
-def _counted(run: CellRun) -> dict[str, Any] | None:
-    """Stored costs of the cell's training step; None where they have not been counted."""
+def _stored_cost(run: CellRun) -> dict[str, Any] | None:
+    """Stored costs of the cell; None if they have not been counted."""
     if not run.cost.is_file():
         return None
     kept = _json(run.cost)
     return kept if kept["recipe_digest"] == run.recipe.digest else None
 
 
-def _count(run: CellRun, model: PalModel) -> dict[str, int]:
+def _count_cost(run: CellRun, model: PalModel) -> dict[str, int]:
     """Count the costs of the first step of the last stage: the same clips and questions in every cell."""
     recipe = run.recipe
     stage = recipe.stages[-1]
@@ -310,14 +315,14 @@ def _count(run: CellRun, model: PalModel) -> dict[str, int]:
     data.start(model, objective, WaveformCache(1 << 28))
     weights = [*objective.parameters(), *objective.buffers()]
 
-    def loss(work: Any) -> Tensor:
+    def loss(micro_batch: Any) -> Tensor:
         with torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=stage.precision == "bf16"):
-            total: Tensor = objective(work).sum
+            total: Tensor = objective(micro_batch).sum
         return total
 
     parts = [
-        counts(partial(loss, work), backward=Tensor.backward, weights=weights, device=model.device)
-        for work in data.work(0, 0, 1)
+        counts(partial(loss, micro_batch), backward=Tensor.backward, weights=weights, device=model.device)
+        for micro_batch in data.work(0, 0, 1)
     ]
     return {
         "trained_parameters": sum(p.numel() for part in trained.values() for p in part.values()),

@@ -1,4 +1,4 @@
-"""Results of an ablation: tables, sentences made of the numbers, and plots."""
+"""Results of an ablation: tables, sentences and plots."""
 
 from __future__ import annotations
 
@@ -29,22 +29,22 @@ class CellAnswers:
 
     name: str
     scores: Sequence[Sequence[Result]]
-    """Of each cell, with each seed."""
+    """Results by cell and seed."""
     parts: Mapping[str, Sequence[int]]
     """Name of a domain or task -> indices of its questions."""
 
     @property
     def questions(self) -> int:
-        """Number of questions that each run was asked."""
+        """Number of questions."""
         return len(self.scores[0][0].items)
 
     @property
     def errors(self) -> int:
-        """Answers that raised, over all runs."""
+        """Number of answers with an error, over all runs."""
         return sum(len(score.errors) for row in self.scores for score in row)
 
     def draws(self, some: Sequence[int] | None = None) -> Draws:
-        """Bootstrapped scores over all questions, or some."""
+        """Bootstrap over all questions, or those with the indices `some`."""
         chosen = range(self.questions) if some is None else some
         items = [[[score.items[i] for i in chosen] for score in row] for row in self.scores]
         right_XKI = np.array([[[bool(item.correct) for item in run] for run in row] for row in items], float)
@@ -60,16 +60,17 @@ class CellCost:
 
     trained_parameters: int
     flops: int
-    """Operations of a training step."""
+    """FLOPs of a training step."""
     saved_bytes: int
-    """Activations that a training step saves for the backward pass."""
+    """Bytes of activations that a training step saves for the backward pass."""
     peak_bytes: int
+    """Peak memory of a training step."""
     step_seconds: float
-    """Median over steps and seeds; other load on the machine is not excluded."""
+    """Median over steps and seeds; includes effects of other load on the machine."""
 
 
 _KEPT = {"kept": "ci95", "kept_above_no_audio": "kept_above_no_audio ci95"}
-"""Headings of shares in the table of frozen networks -> headings of their intervals."""
+"""Heading of a share in the table of frozen networks -> heading of its interval."""
 
 Curve = tuple[list[int], list[float]]
 """Steps and losses."""
@@ -81,13 +82,13 @@ class Ablated:
 
     cells: Sequence[GridCell]
     answers: Sequence[CellAnswers]
-    spent: Sequence[CellCost]
+    costs: Sequence[CellCost]
     curves: Sequence[Sequence[Curve]]
-    """Of each cell, with each seed."""
+    """Loss curves by cell and seed."""
 
     @cached_property
     def draws(self) -> list[Draws]:
-        """Bootstrapped scores for each manifest."""
+        """Bootstrap for each manifest."""
         return [one.draws() for one in self.answers]
 
     # Tables
@@ -99,17 +100,17 @@ class Ablated:
             for one, draws in zip(self.answers, self.draws, strict=True)
         }
         if self.frozen():
-            tables["Kept with frozen feed-forward networks"] = self._frozen_rows()
-        tables["A training step"] = [
+            tables["Score kept with frozen feed-forward networks"] = self._frozen_rows()
+        tables["Cost of a training step"] = [
             {
                 "cell": cell.label,
-                "trained_parameters": spent.trained_parameters,
-                "gigaflops": spent.flops / 1e9,
-                "saved_megabytes": spent.saved_bytes / 1e6,
-                "peak_megabytes": spent.peak_bytes / 1e6,
-                "seconds": spent.step_seconds,
+                "trained_parameters": cost.trained_parameters,
+                "gigaflops": cost.flops / 1e9,
+                "saved_megabytes": cost.saved_bytes / 1e6,
+                "peak_megabytes": cost.peak_bytes / 1e6,
+                "seconds": cost.step_seconds,
             }
-            for cell, spent in zip(self.cells, self.spent, strict=True)
+            for cell, cost in zip(self.cells, self.costs, strict=True)
         ]
         for one in self.answers:
             if one.parts:
@@ -137,7 +138,7 @@ class Ablated:
         return rows
 
     def frozen(self) -> list[tuple[int, int]]:
-        """Pairs of cells that differ only in whether the feed-forward networks are frozen."""
+        """Pairs (frozen, trained) of cells that differ only in axis `ffn`."""
         places = {tuple(sorted(cell.values.items())): place for place, cell in enumerate(self.cells)}
         pairs = []
         for place, cell in enumerate(self.cells):
@@ -174,15 +175,15 @@ class Ablated:
             headings += [f"{one.name} ({one.questions})", f"less {first}", "no audio"]
         headings += ["parameters trained", "GFLOP a step", "MB saved", "s a step"]
         rows = []
-        for place, (cell, spent) in enumerate(zip(self.cells, self.spent, strict=True)):
+        for place, (cell, cost) in enumerate(zip(self.cells, self.costs, strict=True)):
             row = [cell.label]
             for draws in self.draws:
                 low, high = float(draws.by_seed_XK[place].min()), float(draws.by_seed_XK[place].max())
                 row.append(f"{_shown(draws.score(place))} ({low:.3f} to {high:.3f})")
                 row.append(_shown(draws.difference(place, 0), signed=True) if place else "")
                 row.append(f"{draws.no_audio_X[place]:.3f}")
-            row += [f"{spent.trained_parameters:,}", f"{spent.flops / 1e9:.3g}", f"{spent.saved_bytes / 1e6:.3g}"]
-            rows.append([*row, f"{spent.step_seconds:.3g}"])
+            row += [f"{cost.trained_parameters:,}", f"{cost.flops / 1e9:.3g}", f"{cost.saved_bytes / 1e6:.3g}"]
+            rows.append([*row, f"{cost.step_seconds:.3g}"])
         text = _lines(markdown_table(headings, rows, left=len(headings)))
         if self.frozen():
             kept = []
@@ -196,61 +197,65 @@ class Ablated:
         runs = f"{seeds} seeds" if seeds > 1 else "one seed"
         return f"{text}\nExact match: mean of {runs} [95 % interval] (lowest to highest seed). {INTERVALS}\n"
 
-    # Sentences
+    # Conclusions
 
     def reading(self) -> list[str]:
-        """Sentences about the numbers."""
-        said = []
+        """Conclusions from the numbers, one sentence each."""
+        sentences = []
         if len(self.answers[0].scores[0]) == 1:
-            said.append("There is one seed: the intervals are over clips alone, and other seeds may say the opposite.")
+            sentences.append(
+                "There is one seed: intervals cover clips alone, and other seeds may give the opposite result."
+            )
         for frozen, trained in self.frozen():
             for one, draws in zip(self.answers, self.draws, strict=True):
                 kept = draws.kept(frozen, trained)
                 if kept is not None:
                     mine, theirs = self.cells[frozen].label, self.cells[trained].label
-                    said.append(f"{mine} keeps {_percent(kept)} of what {theirs} has on {one.name}.")
+                    sentences.append(f"{mine} keeps {_percent(kept)} of the score of {theirs} on {one.name}.")
         for one, draws in zip(self.answers, self.draws, strict=True):
-            said += self._compared(one.name, draws)
+            sentences += self._compared(one.name, draws)
             for place, cell in enumerate(self.cells):
                 gain, (low, high) = draws.gain(place)
                 if low <= 0:
-                    said.append(
-                        f"On {one.name}, {cell.label} is not better than the same models without audio by more than "
-                        f"chance ({_points(gain)}, interval {_points(low)} to {_points(high)})."
+                    sentences.append(
+                        f"On {one.name}, {cell.label} is not significantly better than the same models without audio "
+                        f"({_points(gain)}, interval {_points(low)} to {_points(high)})."
                     )
         if len(self.cells) > 1:
-            said.append(self._cost_sentence())
+            sentences.append(self._cost_sentence())
         failed = sum(one.errors for one in self.answers)
         if failed:
-            said.append(f"{failed} answers raised and count as wrong; the runs' folders 'on' say why.")
-        return said
+            sentences.append(
+                f"{failed} answers raised an error and count as wrong; see the files in the folders 'on' of the runs."
+            )
+        return sentences
 
     def _compared(self, name: str, draws: Draws) -> Iterator[str]:
         first = self.cells[0].label
-        alike = []
+        similar = []
         for place, cell in enumerate(self.cells[1:], 1):
             by, (low, high) = draws.difference(place, 0)
             ends = f"paired interval {_points(low)} to {_points(high)}"
             if low <= 0 <= high:
-                alike.append(f"{cell.label} ({_points(by)}, {ends})")
+                similar.append(f"{cell.label} ({_points(by)}, {ends})")
             else:
                 side = "above" if by > 0 else "below"
-                yield f"{cell.label} is {abs(100 * by):.1f} points {side} {first} on {name} ({ends}): more than chance."
-        if alike:
-            yield f"Within chance of {first} on {name}, in points: {', '.join(alike)}."
+                yield f"{cell.label} is {abs(100 * by):.1f} points {side} {first} on {name} ({ends}), significantly."
+        if similar:
+            yield f"Not significantly different from {first} on {name}, in points: {', '.join(similar)}."
 
     def _cost_sentence(self) -> str:
-        first = self.spent[0]
+        first = self.costs[0]
         shares = [
-            f"{cell.label} {spent.flops / first.flops:.2f} and {spent.saved_bytes / first.saved_bytes:.2f}"
-            for cell, spent in zip(self.cells[1:], self.spent[1:], strict=True)
+            f"{cell.label} {cost.flops / first.flops:.2f} and {cost.saved_bytes / first.saved_bytes:.2f}"
+            for cell, cost in zip(self.cells[1:], self.costs[1:], strict=True)
         ]
-        return f"A training step's operations and saved bytes, {self.cells[0].label} being 1: {', '.join(shares)}."
+        return f"FLOPs and saved bytes of a training step relative to {self.cells[0].label}: {', '.join(shares)}."
 
-    # Numbers too many for a table
+    # Details
 
     def details(self) -> dict[str, Any]:
-        """Details of each cell: scores by seed, intervals of parts, costs."""
+        """Details of each cell, for `probe.json`: scores by seed, intervals of parts, costs."""
         return {
             "cells": [
                 {
@@ -258,7 +263,7 @@ class Ablated:
                     "label": cell.label,
                     "values": dict(cell.values),
                     "overrides": list(cell.overrides),
-                    "spent": vars(self.spent[place]),
+                    "cost": vars(self.costs[place]),
                     "by_seed": {
                         one.name: draws.by_seed_XK[place].tolist()
                         for one, draws in zip(self.answers, self.draws, strict=True)
@@ -283,20 +288,18 @@ class Ablated:
         return {
             "score": Plot(
                 "Score of each cell",
-                "A dot is one seed, the bar their mean, the line its 95 % interval over clips and seeds, the cross the "
-                "same models without audio.",
+                "Dot: one seed. Bar: mean of the seeds. Line: its 95 % interval over clips and seeds. Cross: the same "
+                "models without audio.",
                 self._draw_scores,
                 size=(2.0 + 3.2 * columns, 1.6 + 0.4 * rows),
             ),
             "cost": Plot(
                 "Score against the cost of a training step",
-                "Left is cheaper, up is better; the line is the score's 95 % interval.",
+                "Left is cheaper, up is better; lines are 95 % intervals of the scores.",
                 self._draw_costs,
                 size=(9.0, 1.0 + 2.8 * columns),
             ),
-            "loss": Plot(
-                "Loss while training", "Thin: a seed, smoothed. Thick: the mean of the seeds.", self._draw_losses
-            ),
+            "loss": Plot("Training loss", "Thin: one seed, smoothed. Thick: mean of the seeds.", self._draw_losses),
         }
 
     def _draw_scores(self, figure: Figure) -> None:
@@ -333,10 +336,10 @@ class Ablated:
         panels[-1][1].set_xlabel("megabytes saved for the backward pass")
 
     def _gigaflops(self) -> list[float]:
-        return [spent.flops / 1e9 for spent in self.spent]
+        return [cost.flops / 1e9 for cost in self.costs]
 
     def _saved(self) -> list[float]:
-        return [spent.saved_bytes / 1e6 for spent in self.spent]
+        return [cost.saved_bytes / 1e6 for cost in self.costs]
 
     def _draw_losses(self, figure: Figure) -> None:
         axes: Axes = figure.subplots()

@@ -1,7 +1,7 @@
-"""`pal probe attention`: how much of the attention goes to audio, by layer, head, pathway, word and second.
+"""`pal probe attention`: attention mass on audio, by layer, head, pathway, word and second (paper, figure 5).
 
-The paper's figure 5. Each conversation is answered first and then read once more, answer included; the weights of one
-layer live at a time (`pal.probe.attention_stats`).
+Each conversation is answered, and then run again in one forward pass that includes the answer. Attention weights are
+held for one layer at a time (`pal.probe.attention_stats`).
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ if TYPE_CHECKING:
 NAMES = {"keys": "audio K/V (LAL)", "rows": "audio rows (PLITS, summaries)", "text": "text", "cross": "cross-attention"}
 _COLOURS = {"keys": COLOURS[0], "rows": COLOURS[1], "text": "#777777", "cross": COLOURS[2]}
 BINS = 40
-"""Bins of equal length that a clip's time is divided into."""
+"""Number of time bins of a clip."""
 
 
 @dataclass(frozen=True)
 class ReadAnswer:
-    """One question, its answer, and the attention of the rows after the clip."""
+    """Question with the model's answer, and the attention of the rows after the clip."""
 
     record: Record
     answer: str
@@ -62,16 +62,16 @@ def probe_attention(
     progress: bool = False,
     settings: dict[str, Any] | None = None,
 ) -> ProbeResult:
-    """Measure to which tokens the rows that predict answers attend.
+    """Measure the attention of the rows that predict answers.
 
     Args:
-        model: any model; the last turn of each record is asked.
-        records: records with a clip each.
-        examples: number of records shown as heat-maps over the spectrogram: the first ones with different clips.
-        batch: conversations in a forward pass.
-        max_new_tokens: longest answer.
-        progress: show a bar with the time left.
-        settings: how the records were chosen, for `probe.json`.
+        model: any model.
+        records: questions about clips; the last turn of each is asked, others are ignored.
+        examples: number of clips shown as heat-maps over the spectrogram, from the first on.
+        batch: conversations of a forward pass.
+        max_new_tokens: maximum length of an answer.
+        progress: show a progress bar.
+        settings: origin of the records, for `probe.json`.
 
     Raises:
         PalError: no record has a clip.
@@ -79,7 +79,7 @@ def probe_attention(
     started = time.perf_counter()
     asked = [one for one in records if one.clips]
     if not asked:
-        raise PalError("no question has a clip; attention to audio needs one")
+        raise PalError("no question has a clip; give a manifest of questions about clips")
     with evaluation_mode(model):
         read = _read(model, asked, batch, max_new_tokens, progress)
     clips = [one.record.clips for one in read]
@@ -91,13 +91,13 @@ def probe_attention(
     pictures = {
         "by-layer": Plot(
             "Attention mass on audio by layer",
-            "Share of the attention of the rows that predict the answer, mean of heads; bands are 95 % intervals over "
-            "clips. Dashed: what even attention to all that is seen would give.",
+            "Share of the attention of the rows that predict the answer, mean over heads. Bands: 95 % intervals over "
+            "clips. Dashed: uniform attention over all visible keys.",
             lambda figure: _draw_layers(figure, by_layer, paths),
         ),
         "by-head": Plot(
             "Attention mass on audio by layer and head",
-            "All audio pathways together. Columns that stand out are heads that listen.",
+            "Sum over the audio pathways. Bright cells are heads that attend to audio.",
             lambda figure: _draw_heads(figure, _heads(read)),
         ),
     }
@@ -106,9 +106,12 @@ def probe_attention(
         name = f"example-{number}"
         sounds[name] = one.samples_N, model.sampling_rate
         pictures[name] = _example_picture(model, one, name)
-    tables: dict[str, Any] = {"attention of the answer's rows by layer": by_layer, "audio share by kind of row": roles}
+    tables: dict[str, Any] = {
+        "attention of the answer's rows by layer": by_layer,
+        "attention to audio by kind of row": roles,
+    }
     if pointing:
-        tables["does attention to audio point at the sound that the answer names?"] = pointing
+        tables["attention to the sound that the answer names"] = pointing
     return ProbeResult(
         probe="attention",
         model=about(model),
@@ -133,7 +136,7 @@ def probe_attention(
 def _read(
     model: PalModel, records: Sequence[Record], batch: int, max_new_tokens: int, progress: bool
 ) -> list[ReadAnswer]:
-    """Every record answered and read once more; clips of like length together."""
+    """Answer every record and record its attention; clips of similar length share a batch."""
     system, tokenizer = model.config.system, model.tokenizer
     order = sorted(range(len(records)), key=lambda i: sum(audio_io.seconds(path) for path in records[i].clips))
     read: list[ReadAnswer | None] = [None] * len(records)
@@ -161,7 +164,7 @@ def _read(
 
 
 def _last_answer(row: Tokens) -> Tokens:
-    """The conversation with labels on its last answer alone: earlier answers are part of the question."""
+    """The conversation with labels on its last answer only, since earlier answers are part of the question."""
     labels = list(row.labels or ())
     end = max(i for i, label in enumerate(labels) if label != IGNORE)
     start = end
@@ -171,7 +174,7 @@ def _last_answer(row: Tokens) -> Tokens:
 
 
 def _audio(one: ReadAnswer) -> NDArray[np.float64]:
-    """Attention mass on audio of the rows that predict the answer [L, H]; cross-attention counts to its layer."""
+    """Attention mass on audio of the rows that predict the answer [L, H], including cross-attention before a layer."""
     mass_LHNP = one.attention.mass_LHNP[:, :, one.attention.answer].double().numpy()
     text = PATHWAYS.index("text")
     shares = {p: mass_LHNP[..., p] for p in range(len(PATHWAYS)) if p != text}
@@ -190,11 +193,11 @@ def _layer_row(
         values = [one.attention.mass_LHNP[layer][:, one.attention.answer, p].mean().item() for one in read]
         row[PATHWAYS[p]] = float(np.mean(values))
         row[f"{PATHWAYS[p]} ci95"] = bootstrap_ci(values, clips)
-        row[f"{PATHWAYS[p]} if even"] = float(np.mean([_even(one, layer, p) for one in read]))
+        row[f"{PATHWAYS[p]} if uniform"] = float(np.mean([_uniform_mass(one, layer, p) for one in read]))
     return row
 
 
-def _even(one: ReadAnswer, layer: int, pathway: int) -> float:
+def _uniform_mass(one: ReadAnswer, layer: int, pathway: int) -> float:
     """Attention mass of a pathway if attention were uniform over all visible keys."""
     visible_NP = one.attention.visible_LNP[layer, one.attention.answer].double()
     cross = PATHWAYS.index("cross")
@@ -205,7 +208,7 @@ def _even(one: ReadAnswer, layer: int, pathway: int) -> float:
 
 
 def _role_row(read: Sequence[ReadAnswer], clips: Sequence[tuple[str, ...]], layer: int) -> dict[str, Any]:
-    """Question against answer: rows after the clip that predict the answer, and those before them."""
+    """Attention to audio of rows of the question after the clip, and of rows that predict the answer."""
     text = PATHWAYS.index("text")
     row: dict[str, Any] = {"layer": layer}
     for role in ("question", "answer"):
@@ -225,7 +228,7 @@ def _role_row(read: Sequence[ReadAnswer], clips: Sequence[tuple[str, ...]], laye
 
 
 def _pointing_row(read: Sequence[ReadAnswer], layer: int) -> dict[str, Any] | None:
-    """Attention to the sound that the right answer names, relative to uniform attention over the clip."""
+    """Attention to the time of the sound that the right answer names, relative to uniform attention over the clip."""
     lifts, clips = [], []
     for one in read:
         spans = _named_spans(one)
@@ -244,7 +247,7 @@ def _pointing_row(read: Sequence[ReadAnswer], layer: int) -> dict[str, Any] | No
     return {
         "layer": layer,
         "questions": len(lifts),
-        "times even": float(np.mean(lifts)),
+        "relative to uniform": float(np.mean(lifts)),
         "ci95": bootstrap_ci(lifts, clips),
     }
 
@@ -266,49 +269,50 @@ def _reading(
     pointing: Sequence[dict[str, Any]],
     paths: Sequence[int],
 ) -> list[str]:
-    said = []
+    sentences = []
     for p in paths:
         name = PATHWAYS[p]
         if name == "text":
             continue
-        layers = [row for row in by_layer if row[f"{name} if even"] > 0]
+        layers = [row for row in by_layer if row[f"{name} if uniform"] > 0]
         if name == "cross":
-            said.append(
-                f"Cross-attention blocks stand before layers {[row['layer'] for row in layers]}; they see audio alone."
+            sentences.append(
+                f"Cross-attention blocks, which attend to audio only, lie before layers {[row['layer'] for row in layers]}."
             )
             continue
         top = max(layers, key=lambda row: row[name])
         low, high = top[f"{name} ci95"]
-        said.append(
-            f"{NAMES[name]}: most in layer {top['layer']}, {top[name]:.1%} of the attention ({low:.1%} to {high:.1%}) "
-            f"where even attention would give {top[f'{name} if even']:.1%}; by layer "
+        sentences.append(
+            f"{NAMES[name]}: highest in layer {top['layer']}, {top[name]:.1%} of the attention "
+            f"({low:.1%} to {high:.1%}); uniform attention would give {top[f'{name} if uniform']:.1%}; by layer "
             + ", ".join(f"{row[name]:.1%}" for row in by_layer)
             + "."
         )
     if pointing:
-        best = max(pointing, key=lambda row: row["times even"])
+        best = max(pointing, key=lambda row: row["relative to uniform"])
         low, high = best["ci95"]
-        verdict = "more than even" if low > 1 else "no more than even attention would, within the interval"
-        said.append(
-            f"The sound that the right answer names gets {best['times even']:.2f} times its share of the clip "
-            f"({low:.2f} to {high:.2f}) in layer {best['layer']}, the highest: {verdict}."
+        verdict = "more than uniform" if low > 1 else "not significantly more than uniform"
+        sentences.append(
+            f"In layer {best['layer']}, where it is highest, the sound that the right answer names gets "
+            f"{best['relative to uniform']:.2f} times the attention of its share of the clip "
+            f"({low:.2f} to {high:.2f}): {verdict}."
         )
     if any(PATHWAYS[p] in ("keys", "rows") for p in paths):
         questions, answers = (
             np.mean([row[role] for row in roles if row[role] is not None]) for role in ("question", "answer")
         )
-        said.append(
-            f"Rows of the question give audio {questions:.1%} of their attention, rows that predict the answer "
-            f"{answers:.1%}, mean of the layers."
+        sentences.append(
+            f"Rows of the question give {questions:.1%} of their attention to audio, rows that predict the answer "
+            f"{answers:.1%}, mean over layers."
         )
-    return said
+    return sentences
 
 
 # Examples
 
 
 def _examples(read: Sequence[ReadAnswer], count: int) -> list[ReadAnswer]:
-    """The first question of each of the first clips."""
+    """The first question about each of the first `count` clips."""
     seen: dict[tuple[str, ...], ReadAnswer] = {}
     for one in read:
         if one.attention.time_LNX is not None:
@@ -317,7 +321,7 @@ def _examples(read: Sequence[ReadAnswer], count: int) -> list[ReadAnswer]:
 
 
 def words(model: PalModel, attention: AnswerAttention) -> list[tuple[str, list[int]]]:
-    """The answer's words, each with the rows that predict its tokens; the token that ends the answer is left out."""
+    """Words of the answer, each with the rows that predict its tokens; without the token that ends the answer."""
     tokenizer = model.tokenizer
     ids = [attention.tokens[n + 1] for n in attention.answer]
     special = set(tokenizer.all_special_ids) | set(prompts.end_of_answer(tokenizer))
@@ -336,7 +340,7 @@ def words(model: PalModel, attention: AnswerAttention) -> list[tuple[str, list[i
 
 
 def _word_times(model: PalModel, one: ReadAnswer) -> tuple[list[str], NDArray[np.float64]]:
-    """The answer's words and, for each, its attention over time [words, X]: mean of heads and layers."""
+    """Words of the answer, and their attention over time [words, X], mean over heads and layers."""
     assert one.attention.time_LNX is not None
     time_NX = one.attention.time_LNX.mean(0).double().numpy()
     spoken = words(model, one.attention) or [("(nothing)", one.attention.answer)]
@@ -344,7 +348,7 @@ def _word_times(model: PalModel, one: ReadAnswer) -> tuple[list[str], NDArray[np
 
 
 def _example_details(model: PalModel, one: ReadAnswer) -> dict[str, Any]:
-    said, word_times = _word_times(model, one)
+    answer_words, word_times = _word_times(model, one)
     time_LNX = one.attention.time_LNX
     assert time_LNX is not None
     return {
@@ -353,7 +357,7 @@ def _example_details(model: PalModel, one: ReadAnswer) -> dict[str, Any]:
         "answer": one.answer,
         "reference": one.record.turns[-1].answer,
         "seconds": one.seconds,
-        "words": said,
+        "words": answer_words,
         "word_by_time": word_times.tolist(),
         "layer_by_time": time_LNX[:, one.attention.answer].mean(1).tolist(),
         "audio_tokens": [
@@ -366,16 +370,16 @@ def _example_details(model: PalModel, one: ReadAnswer) -> dict[str, Any]:
 
 
 def _example_picture(model: PalModel, one: ReadAnswer, name: str) -> Plot:
-    said, word_times = _word_times(model, one)
+    answer_words, word_times = _word_times(model, one)
     assert one.attention.time_LNX is not None
     layers = one.attention.time_LNX[:, one.attention.answer].mean(1).double().numpy()
     question = one.record.turns[-1].question.replace(prompts.PLACEHOLDER, "").strip()
     return Plot(
         printable(f"“{question}” – “{one.answer}”"),
-        f"{_truth(one)}Upper panels: the spectrogram under the attention of the rows that predict each word of the "
-        "answer, mean of layers and heads; yellow is the most. Below: the same by layer.",
-        lambda figure: _draw_example(figure, one, said, word_times, layers, model.sampling_rate),
-        size=(8.0, 1.6 * min(len(said), _WORDS) + 1.8),
+        f"{_truth(one)}Upper panels: attention of the rows that predict each word of the answer, over the "
+        "spectrogram; mean over layers and heads, yellow is highest. Bottom panel: attention by layer.",
+        lambda figure: _draw_example(figure, one, answer_words, word_times, layers, model.sampling_rate),
+        size=(8.0, 1.6 * min(len(answer_words), _WORDS) + 1.8),
         clip=name,
     )
 
@@ -388,7 +392,7 @@ def _truth(one: ReadAnswer) -> str:
 # Pictures
 
 _WORDS = 6
-"""Largest number of an answer's words in a plot; the JSON has all."""
+"""Maximum number of words of an answer in a plot; the JSON has all."""
 
 
 def _draw_layers(figure: Figure, by_layer: Sequence[dict[str, Any]], paths: Sequence[int]) -> None:
@@ -399,7 +403,7 @@ def _draw_layers(figure: Figure, by_layer: Sequence[dict[str, Any]], paths: Sequ
         ends = np.array([row[f"{name} ci95"] for row in by_layer])
         axes.plot(layers, [row[name] for row in by_layer], marker="o", color=_COLOURS[name], label=NAMES[name])
         axes.fill_between(layers, ends[:, 0], ends[:, 1], color=_COLOURS[name], alpha=0.2)
-        axes.plot(layers, [row[f"{name} if even"] for row in by_layer], "--", color=_COLOURS[name], linewidth=0.9)
+        axes.plot(layers, [row[f"{name} if uniform"] for row in by_layer], "--", color=_COLOURS[name], linewidth=0.9)
     axes.set(xlabel="layer", ylabel="share of attention", ylim=(0, 1.02), xticks=layers)
     axes.grid(alpha=0.25)
     axes.legend()
@@ -415,15 +419,15 @@ def _draw_heads(figure: Figure, heads_LH: NDArray[np.float64]) -> None:
 def _draw_example(
     figure: Figure,
     one: ReadAnswer,
-    said: Sequence[str],
+    answer_words: Sequence[str],
     word_times: NDArray[np.float64],
     layer_times: NDArray[np.float64],
     rate: int,
 ) -> None:
-    shown = min(len(said), _WORDS)
+    shown = min(len(answer_words), _WORDS)
     panels = figure.subplots(shown + 1, 1, sharex=True, squeeze=False)[:, 0]
     most = max(1e-9, float(word_times.max()))
-    for axes, word, time_X in zip(panels, said, word_times, strict=False):
+    for axes, word, time_X in zip(panels, answer_words, word_times, strict=False):
         axes.specgram(one.samples_N.numpy() + 1e-9, NFFT=512, Fs=rate, noverlap=384, cmap="gray", vmin=-140)
         axes.imshow(
             time_X[None] / most,

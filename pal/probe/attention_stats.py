@@ -1,4 +1,4 @@
-"""Attention of text rows to text and audio, summed up during a forward pass."""
+"""Attention of text rows to text and audio, summed during a forward pass."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from pal.model import Clips, PalModel
 from pal.types import AUDIO, Tokens
 
 PATHWAYS = ("keys", "rows", "text", "cross")
-"""Audio K/V (LAL), audio rows of the sequence (PLITS, summaries), text, and cross-attention blocks, which sum to 1 by
-themselves wherever they see anything."""
+"""Audio K/V (LAL), audio rows of the sequence (PLITS, summaries), text, and cross-attention blocks. The first three sum
+to 1; cross-attention sums to 1 by itself if it sees any key."""
 
 
 @dataclass(frozen=True)
 class AnswerAttention:
-    """The attention of one conversation's text rows after its last clip: N rows."""
+    """Attention of the N text rows after the last clip of one conversation."""
 
     tokens: list[int]
     """Token ids of the rows [N]."""
@@ -30,27 +30,27 @@ class AnswerAttention:
     mass_LHNP: Tensor
     """Attention mass on each of `PATHWAYS`, by layer, head and row."""
     visible_LNP: Tensor
-    """Number of visible keys of each pathway; uniform attention is in proportion to them."""
+    """Number of visible keys of each pathway, in proportion to uniform attention."""
     time_LNX: Tensor | None
-    """Share on audio by time, mean of the heads: X bins of the first clip, the rest of the clips left out. Of the
-    cross-attention where there is any. None where tokens stand for no time."""
+    """Attention mass on the first clip in X time bins, mean over heads; of cross-attention if a layer has any. None for
+    tokens without times."""
     tokens_audio: list[tuple[str, int, float, float]]
-    """Audio entities of the first clip: pathway, stream, start and end in seconds."""
+    """Audio tokens of the first clip: (pathway, stream, start, end), times in seconds."""
     token_LA: Tensor
     """Attention mass on each audio token, mean over heads and over the rows that predict the answer."""
 
 
 def record_attention(model: PalModel, clips: Clips, rows: Sequence[Tokens], bins: int = 40) -> list[AnswerAttention]:
-    """Attention of labelled conversations, in one forward pass; weights of one layer live at a time.
+    """Record the attention of labelled conversations in one forward pass; holds the weights of one layer at a time.
 
     Args:
         model: in evaluation mode.
         clips: as `PalModel.inputs` takes them.
         rows: conversations with at least one clip each, and labels.
-        bins: X, pieces of equal length that the first clip's time is cut into.
+        bins: number of time bins of the first clip.
     """
     after = [len(row.ids) - 1 - max(i for i, token in enumerate(row.ids) if token == AUDIO) for row in rows]
-    # with padding on the left the rows after the last clip are simply the last ones
+    # with padding on the left, the rows after the last clip are the last rows
     inputs = model.inputs(clips, rows, padding_side="left", with_spans=True)
     assert isinstance(inputs.audio_context, AudioContext) and inputs.audio_context.token_spans is not None
     B, T = inputs.position_ids_BT.shape
@@ -63,7 +63,7 @@ def record_attention(model: PalModel, clips: Clips, rows: Sequence[Tokens], bins
 
 
 class _Sums:
-    """Attention observer that keeps sums: by pathway, by time, by audio token."""
+    """Attention observer that sums weights by pathway, time and audio token."""
 
     def __init__(self, context: AudioContext, rows_BN: Tensor, layers: int, bins: int) -> None:
         assert context.token_spans is not None
@@ -86,7 +86,7 @@ class _Sums:
         self._token: dict[int, list[Tensor]] = {}
 
     def attended(self, layer: int, weights: AttentionWeights) -> None:
-        """Sum up the LLM's own attention."""
+        """Add the self-attention of a layer."""
         audio_B11K, rows_BHNK = self._audio[0][:, None, None], weights.rows_BHNK
         nothing = rows_BHNK[..., :0]
         blocks = self._blocks.get(layer, [])
@@ -99,15 +99,15 @@ class _Sums:
         self._mass[layer] = torch.stack([shares[pathway].sum(-1) for pathway in PATHWAYS], -1)
         self._visible[layer] = torch.stack([(shares[pathway][:, 0] > 0).sum(-1) for pathway in PATHWAYS], -1)
         if not blocks:
-            self._place(layer, {0: rows_BHNK, **{i + 1: w_BHNA for i, w_BHNA in weights.keys_BHNA.items()}})
+            self._add_tokens(layer, {0: rows_BHNK, **{i + 1: w_BHNA for i, w_BHNA in weights.keys_BHNA.items()}})
 
     def crossed(self, layer: int, which: int, weights_BHNA: Tensor) -> None:
-        """Sum up the cross-attention of a block, which comes before the layer's own attention."""
+        """Add the cross-attention of a block, which runs before the layer's self-attention."""
         self._blocks.setdefault(layer, []).append(weights_BHNA)
-        self._place(layer, {which + 1: weights_BHNA})
+        self._add_tokens(layer, {which + 1: weights_BHNA})
 
-    def _place(self, layer: int, by_set: dict[int, Tensor]) -> None:
-        """Spread the shares over time and over audio tokens; `by_set` counts as `self._sets` does."""
+    def _add_tokens(self, layer: int, by_set: dict[int, Tensor]) -> None:
+        """Add weights to the sums over time and over audio tokens; keys of `by_set` are indices of `self._sets`."""
         tokens: list[Tensor] = []
         time: Tensor | None = None
         for i, spans in enumerate(self._sets):
@@ -129,7 +129,7 @@ class _Sums:
         self._token[layer] = tokens if known is None else [a + b for a, b in zip(known, tokens, strict=True)]
 
     def of(self, b: int, row: Tokens, count: int) -> AnswerAttention:
-        """What was summed up of one conversation with so many rows after its last clip."""
+        """Sums of conversation `b`, which has `count` rows after its last clip."""
         assert row.labels is not None
         ids, labels = row.ids[-count:], row.labels[-count:]
         answer = [n - 1 for n, label in enumerate(labels) if label >= 0 and n > 0]

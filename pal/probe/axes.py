@@ -1,6 +1,6 @@
-"""Axes of an ablation, whose values change a recipe, and the grid of recipes that they span.
+"""Axes of an ablation, and the grid of recipes that they span.
 
-An axis is one entry of `AXES`; a value becomes overrides, as `pal train --set` takes them.
+An axis is one entry of `AXES`. It turns a value into overrides of a recipe, as for `pal train --set`.
 """
 
 from __future__ import annotations
@@ -31,38 +31,38 @@ Changes = dict[str, Any]
 
 @dataclass(frozen=True)
 class Axis:
-    """Axis: one property of a recipe that is varied."""
+    """Property of a recipe that an ablation varies."""
 
     values: tuple[Any, ...]
     """Default values."""
     change: Callable[[Any, Recipe], Changes]
-    """What a value changes in a recipe; ConfigError for one that it does not know or that does not fit."""
-    says: str
-    """Description of its values."""
+    """(value, recipe) -> overrides of the recipe; raises ConfigError if the value is unknown or does not fit."""
+    accepts: str
+    """Description of its values, for error messages."""
     bare: bool = False
-    """Show values without the axis' name, which they do not need."""
+    """True for values whose labels do not need the name of the axis."""
 
 
 @dataclass(frozen=True)
 class GridCell:
-    """One recipe of the grid; it becomes a run with each seed."""
+    """Recipe of the grid, with one run for each seed."""
 
     name: str
     """Name of its folder."""
     label: str
     """Label in tables and plots."""
     values: Mapping[str, str]
-    """Axis -> name of the value."""
+    """Axis -> name of its value."""
     path: Path
-    """The recipe's file."""
+    """File of the original recipe."""
     overrides: tuple[str, ...]
 
     def recipe(self, seed: int) -> Recipe:
-        """Recipe of the run with a seed."""
+        """Recipe of the run with this seed."""
         return load_recipe(self.path, [*self.overrides, f"seed={seed}"])
 
     def check(self) -> None:
-        """Raises ConfigError where the recipe cannot be carried out; builds its model without weights."""
+        """Raise ConfigError if the recipe is invalid; builds its model without weights."""
         try:
             recipe = self.recipe(1)
             model = skeleton(recipe)
@@ -74,21 +74,21 @@ class GridCell:
 
 
 def grid(path: Path, axes: Sequence[str], settings: Sequence[str] = ()) -> list[GridCell]:
-    """Every combination of the axes' values, the last axis changing fastest.
+    """All combinations of values; the last axis varies fastest.
 
-    A value that leaves the recipe as it is does not appear in the folder's name, unless the name would be empty. So a
-    larger grid finds the runs of a smaller one.
+    A value that does not change the recipe is left out of the folder's name, unless the name would be empty. So a
+    larger grid reuses the runs of a smaller one.
 
     Args:
-        path: the recipe.
-        axes: `NAME` or `NAME=VALUES`, the values a YAML list, with or without its brackets.
+        path: file of the recipe.
+        axes: `NAME` or `NAME=VALUES`, where VALUES is a YAML list, with or without brackets.
         settings: overrides for all cells.
 
     Raises:
-        ConfigError: an unknown axis or value, or one that does not fit the recipe; nothing to vary.
+        ConfigError: no axis, or an axis or value that is unknown or does not fit the recipe.
     """
     if any(setting.partition("=")[0] == "seed" for setting in settings):
-        raise ConfigError("--set seed: all cells share the seeds 1, 2, ...; say by --seeds how many")
+        raise ConfigError("--set seed: all cells share the seeds 1, 2, ...; set their number by --seeds")
     chosen: dict[str, list[Any]] = {}
     for text in axes:
         name, values = _parsed(text)
@@ -96,23 +96,23 @@ def grid(path: Path, axes: Sequence[str], settings: Sequence[str] = ()) -> list[
             raise ConfigError(f"axis '{name}' is given twice; put its values into one list")
         chosen[name] = values
     if not chosen:
-        raise ConfigError(f"nothing to vary; give --axis NAME, of {', '.join(AXES)}")
+        raise ConfigError(f"nothing to vary; give --axis NAME; known: {', '.join(AXES)}")
     if {"integration", "queries"} <= set(chosen):
-        raise ConfigError("axis 'queries' chooses the integration, as axis 'integration' does; give one of them")
-    called = {name: _names(name, values) for name, values in chosen.items()}
+        raise ConfigError("axes 'queries' and 'integration' both set the integration; give one of them")
+    value_names = {name: _names(name, values) for name, values in chosen.items()}
     cells = []
     for places in itertools.product(*(range(len(values)) for values in chosen.values())):
         at = dict(zip(chosen, places, strict=True))
         overrides = list(settings)
         changed = []
-        # in the table's order: which part it is comes before the options of the part
+        # in the order of AXES: an axis that sets a part comes before those that set options of the part
         for name in (name for name in AXES if name in at):
             recipe = load_recipe(path, overrides)
             changes = AXES[name].change(chosen[name][at[name]], recipe)
             overrides += [f"{key}={json.dumps(value)}" for key, value in changes.items()]
             if changes:
                 changed.append(name)
-        named = {name: called[name][place] for name, place in at.items()}
+        named = {name: value_names[name][place] for name, place in at.items()}
         shown = changed or [name for name in AXES if name in at]
         cells.append(
             GridCell(
@@ -127,7 +127,7 @@ def grid(path: Path, axes: Sequence[str], settings: Sequence[str] = ()) -> list[
 
 
 def _label(words: Sequence[str]) -> str:
-    """Label of a value without commas, since tables and sentences list cells."""
+    """Label of a cell, without commas, since labels are listed in sentences."""
     return words[0] + (f" with {' and '.join(words[1:])}" if len(words) > 1 else "")
 
 
@@ -144,7 +144,7 @@ def _parsed(text: str) -> tuple[str, list[Any]]:
     if len(values) == 1 and isinstance(values[0], list):
         values = values[0]
     if not values or None in values:
-        raise ConfigError(f"axis '{name}' has an empty value; it takes {AXES[name].says}")
+        raise ConfigError(f"axis '{name}' has an empty value; it takes {AXES[name].accepts}")
     return name, values
 
 
@@ -157,14 +157,14 @@ def _names(axis: str, values: Sequence[Any]) -> list[str]:
             found.append(_part_name(_part(value), alike))
         else:
             found.append(_slug(value) if isinstance(value, dict | list) else str(value))
-    twice = next((name for name in found if found.count(name) > 1), None)
-    if twice is not None:
-        raise ConfigError(f"axis '{axis}': '{twice}' comes twice")
+    duplicate = next((name for name in found if found.count(name) > 1), None)
+    if duplicate is not None:
+        raise ConfigError(f"axis '{axis}': '{duplicate}' is given twice; give it once")
     return found
 
 
 def _part_name(part: Part, alike: Sequence[Part]) -> str:
-    """A part's name, with the options in which it differs from others of the same name."""
+    """Name of a part, with the options that distinguish it from others of the same name."""
     differing = [key for key in part if key != "name" and any(other.get(key) != part[key] for other in alike)]
     return "-".join([_slug(part["name"]), *(f"{_slug(key)}-{_slug(part[key])}" for key in differing)])
 
@@ -174,7 +174,7 @@ def _part(value: Any) -> Part:
 
 
 def _slug(value: Any) -> str:
-    """File name of a text: only letters that any file system takes."""
+    """File name for a value, of letters, digits and "._-" only."""
     if isinstance(value, dict):
         return "-".join(f"{_slug(key)}-{_slug(item)}" for key, item in value.items())
     if isinstance(value, list):
@@ -182,7 +182,7 @@ def _slug(value: Any) -> str:
     return re.sub(r"[^A-Za-z0-9._]+", "-", str(value).replace("/", "of")).strip("-")
 
 
-# What values change
+# Overrides for a value
 
 
 def _integration(value: Any, recipe: Recipe) -> Changes:
@@ -206,7 +206,7 @@ def _depth(value: Any, recipe: Recipe) -> Changes:
     if share is not None:
         value = {"first": float(share)}
     elif not isinstance(value, dict | list) and value not in ("all", "first_third"):
-        raise ConfigError(f"axis 'depth': unknown value '{value}'; it takes {AXES['depth'].says}")
+        raise ConfigError(f"axis 'depth': unknown value '{value}'; it takes {AXES['depth'].accepts}")
     return {"model.integration": {**part, "layers": value}}
 
 
@@ -226,10 +226,10 @@ def _width(value: Any, recipe: Recipe) -> Changes:
     elif (share := _share(value)) is not None:
         options = {"hidden": max(1, round(share * skeleton(recipe).llm.width))}
     else:
-        raise ConfigError(f"axis 'width': unknown value '{value}'; it takes {AXES['width'].says}")
+        raise ConfigError(f"axis 'width': unknown value '{value}'; it takes {AXES['width'].accepts}")
     kind = options.get("projector", "low_rank" if "rank" in options else "mlp")
     if kind != part.get("projector", "mlp"):
-        # the options of another kind of projector would be refused
+        # options of another kind of projector would be errors
         part = {key: option for key, option in part.items() if key not in ProjectorOptions.model_fields}
     return {"model.integration": {**part, "projector": kind, **options}}
 
@@ -244,7 +244,9 @@ def _ffn(value: Any, recipe: Recipe) -> Changes:
 
 def _model(recipe: Recipe) -> ModelConfig:
     if recipe.model is None:
-        raise ConfigError("the recipe goes on from a bundle, whose parts are what they are; give it a 'model' instead")
+        raise ConfigError(
+            "the recipe trains a bundle further, whose parts are fixed; give it a 'model' instead of 'bundle'"
+        )
     return recipe.model
 
 
@@ -255,7 +257,7 @@ def _known_part(kind: str, value: Any) -> Part:
 
 
 def _having(option: str, recipe: Recipe) -> Part:
-    """The recipe's integration; ConfigError where it does not have the option."""
+    """The recipe's integration. Raises ConfigError if it does not have the option."""
     part = _model(recipe).integration
 
     def has(name: str) -> bool:
@@ -264,7 +266,7 @@ def _having(option: str, recipe: Recipe) -> Part:
 
     if not has(part["name"]):
         able = ", ".join(name for name in names("integration") if has(name))
-        raise ConfigError(f"integration '{part['name']}' has no option '{option}'; those that have it: {able}")
+        raise ConfigError(f"integration '{part['name']}' has no option '{option}'; integrations with it: {able}")
     return part
 
 
@@ -292,20 +294,20 @@ AXES: Mapping[str, Axis] = {
         "names of integrations, or {name: ..., option: value}",
         bare=True,
     ),
-    "queries": Axis(("without", "with"), _queries, "without, with: whether LAL's audio asks, too"),
+    "queries": Axis(("without", "with"), _queries, "without or with: LAL without or with audio queries"),
     "connector": Axis(
         ("mlp", "strided_conv", "qformer"), _connector, "names of connectors, or {name: ..., option: value}", bare=True
     ),
     "depth": Axis(
-        ("1/4", "1/3", "1/2", "all"), _depth, "shares of the layers such as 1/4, all, or what the option 'layers' takes"
+        ("1/4", "1/3", "1/2", "all"), _depth, "shares of the layers such as 1/4, all, or values of the option 'layers'"
     ),
-    "stride": Axis((2, 3, 5), _stride, "audio tokens a summary token"),
+    "stride": Axis((2, 3, 5), _stride, "numbers of audio tokens per summary token"),
     "width": Axis(
         ("1/4", "1/2", "1/1", "2/1"),
         _width,
-        "widths inside the projector, as shares of the LLM's such as 1/2 or in units, mlp, low_rank, linear, or "
-        "options such as {rank: 16}",
+        "hidden widths of the projector, as shares of the LLM's width such as 1/2 or as numbers of units; mlp, "
+        "low_rank or linear; or options such as {rank: 16}",
     ),
-    "ffn": Axis(("trained", "frozen"), _ffn, "trained, frozen: the LLM's feed-forward networks"),
+    "ffn": Axis(("trained", "frozen"), _ffn, "trained or frozen, for the LLM's feed-forward networks"),
 }
-"""By name, in the order in which they change a recipe."""
+"""Name -> axis, in the order in which they change a recipe."""

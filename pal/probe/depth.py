@@ -1,4 +1,4 @@
-"""`pal probe depth`: the same weights, but audio seen in some of the layers only; accuracy against what that costs."""
+"""`pal probe depth`: accuracy and cost of a trained model if audio is visible in some of its layers only."""
 
 from __future__ import annotations
 
@@ -43,20 +43,20 @@ if TYPE_CHECKING:
     from pal.types import LLMInputs
 
 SHARES = {"1/4": 1 / 4, "1/3": 1 / 3, "1/2": 1 / 2, "all": 1.0}
-"""Depths, from the first layer on."""
+"""Depths: shares of the layers, from the first layer on."""
 WINDOW = 1 / 4
-"""Width of the sliding window."""
+"""Width of the sliding window, as a share of the layers."""
 
 Pathway = Literal["keys", "rows"] | None
 
 
 @dataclass(frozen=True)
 class Restriction:
-    """Layers in which audio is still seen."""
+    """Layers in which audio is visible."""
 
     layers: tuple[int, ...]
     pathway: Pathway = None
-    """Restricted pathway; the other one stays. None: both."""
+    """Pathway that is restricted; the other one stays visible. None: both."""
 
     @property
     def name(self) -> str:
@@ -66,27 +66,27 @@ class Restriction:
         return f"{self.pathway or 'audio'} in {where}"
 
     def condition(self, total: int) -> Condition:
-        """Condition that masks the audio in all other layers of an LLM of so many layers."""
+        """Condition that masks the audio in all other layers of an LLM with `total` layers."""
         others = tuple(layer for layer in range(total) if layer not in self.layers)
         return Condition(self.name, (AudioMask(pathway=self.pathway, layers=others),) if others else ())
 
 
 @dataclass(frozen=True)
 class AnswerCost:
-    """Cost of one question over its clips: operations of the prefill, and audio K/V that decoding keeps."""
+    """Cost of one question: FLOPs of the prefill, and bytes of audio K/V in the cache."""
 
     flops: int
-    """Operations of connector, integration and LLM as they run here, where audio rows go through every layer."""
+    """FLOPs of connector, integration and LLM as run here, where audio rows go through every layer."""
     flops_least: int
-    """The same if rows were left out behind the last layer that sees them."""
+    """FLOPs if audio rows were dropped after the last layer in which they are visible."""
     bytes: int
-    """K/V of audio as they are kept here: keys in the layers that see them, rows in all."""
+    """Bytes of audio K/V as kept here: keys in layers where they are visible, rows in all layers."""
     bytes_least: int
-    """The same without the rows' K/V in layers that do not see them, which decoding never reads."""
+    """Bytes without the K/V of rows in layers where they are masked, which decoding never reads."""
 
 
 def depths(llm: Backbone, pathway: Pathway = None) -> dict[str, Restriction]:
-    """The first layers by each of `SHARES`, rounded as an integration's `layers` are; equal ones under one name."""
+    """Restrictions to the first layers, by each of `SHARES`, rounded as an integration's `layers`; equal ones once."""
     names: dict[tuple[int, ...], list[str]] = {}
     for name, share in SHARES.items():
         names.setdefault(chosen_layers(LayerRange(first=share), llm), []).append(name)
@@ -94,21 +94,21 @@ def depths(llm: Backbone, pathway: Pathway = None) -> dict[str, Restriction]:
 
 
 def windows(llm: Backbone, pathway: Pathway = None) -> list[Restriction]:
-    """`WINDOW` of the layers, from each layer on where it still fits."""
+    """Restrictions to a sliding window of `WINDOW` of the layers."""
     width = len(chosen_layers(LayerRange(first=WINDOW), llm))
     starts = range(llm.n_layers - width + 1)
     return [Restriction(tuple(range(start, start + width)), pathway) for start in starts]
 
 
 def cost(model: PalModel, example: Example, condition: Condition) -> AnswerCost:
-    """Count the cost of the example under a condition."""
-    view = example.seen(model, condition)
-    with model.hiding(*condition.hides, with_spans=True), evaluation_mode(model), torch.no_grad():
+    """Count the cost of the example question under a condition."""
+    visible = example.seen(model, condition)
+    with model.hiding(*condition.masks, with_spans=True), evaluation_mode(model), torch.no_grad():
         making = flop_counter()
         with making:
             inputs = model.inputs(list(example.clips), [example.row])
         as_is = _prefill(model.llm, inputs)
-        seen_in = [layer for layer, pathway, _ in view if pathway == "rows"]
+        seen_in = [layer for layer, pathway, _ in visible if pathway == "rows"]
         behind = range(max(seen_in, default=-1) + 1, model.llm.n_layers)
         assert isinstance(inputs.audio_context, AudioContext)
         rows = int(inputs.audio_context.audio_rows_BT.sum())
@@ -116,7 +116,7 @@ def cost(model: PalModel, example: Example, condition: Condition) -> AnswerCost:
     flops = making.get_total_flops() + sum(as_is)
     each = 2 * model.llm.kv_heads * model.llm.head_width * model.llm.dtype.itemsize
     keys_seen, rows_seen = (
-        sum(len(tokens) for (_, pathway, _), tokens in view.items() if pathway == name) for name in ("keys", "rows")
+        sum(len(tokens) for (_, pathway, _), tokens in visible.items() if pathway == name) for name in ("keys", "rows")
     )
     return AnswerCost(
         flops=flops,
@@ -128,7 +128,7 @@ def cost(model: PalModel, example: Example, condition: Condition) -> AnswerCost:
 
 @dataclass(frozen=True)
 class _Group:
-    """All restrictions of one pathway, or of all audio."""
+    """Restrictions of one pathway, or of all audio."""
 
     pathway: Pathway
     depths: dict[str, Restriction]
@@ -150,16 +150,16 @@ def probe_depth(
     progress: bool = False,
     settings: Mapping[str, Any] | None = None,
 ) -> ProbeResult:
-    """Ask the questions with the audio seen in some layers only.
+    """Evaluate a model with audio visible in some layers only.
 
     Args:
         model: the model.
         records: the questions.
-        alone: where audio has several pathways, also restrict each by itself.
+        alone: also restrict each pathway alone, if there are two.
         seed: seed of the intervals' bootstrap.
         batch: rows of a forward pass.
-        progress: show a bar.
-        settings: where the questions came from, for `probe.json`.
+        progress: show a progress bar.
+        settings: origin of the questions, for `probe.json`.
 
     Raises:
         ConfigError: no question has a clip.
@@ -191,9 +191,9 @@ def probe_depth(
                 "audio_tokens": _tokens(whole),
                 "text_tokens": len(example.row.ids) - len(example.row.clips),
             },
-            "flops": "connector, integration, LLM and its head on the last row, counted by torch; not the encoder; "
-            "2 for a multiplication and an addition; attention's products in full, masked or not",
-            "bytes": "K and V of one question's audio in the LLM's precision, which decoding keeps; not the text's",
+            "flops": "connector, integration, LLM and its head on the last row, counted by torch; without the encoder; "
+            "a multiply-add is 2; attention is counted in full, including masked pairs",
+            "bytes": "K and V of the audio of one question in the cache, in the LLM's precision; without the text",
         },
         reading=_reading(asked, groups, costs, rows="rows" in pathways(whole)),
         tables=_tables(asked, groups, costs),
@@ -204,7 +204,7 @@ def probe_depth(
 
 
 def _prefill(llm: Backbone, inputs: LLMInputs) -> list[int]:
-    """Operations of each layer; one more entry at the end for everything else."""
+    """FLOPs of each layer; the last entry is everything else."""
     counter = flop_counter()
     marks: list[int] = []
     hooks = []
@@ -213,7 +213,7 @@ def _prefill(llm: Backbone, inputs: LLMInputs) -> list[int]:
         marks.append(counter.get_total_flops())
 
     for layer in llm.layers:
-        # in front of what an integration puts before the layer, which is the layer's cost here
+        # before hooks of the integration, so that its blocks before a layer count as the layer's cost
         hooks += [layer.register_forward_pre_hook(mark, prepend=True), layer.register_forward_hook(mark)]
     try:
         with counter:
@@ -234,7 +234,7 @@ def _without_rows(inputs: LLMInputs) -> LLMInputs:
 
 
 def _tokens(view: Seen) -> dict[str, int]:
-    """Number of audio keys and of audio rows, without a restriction."""
+    """Number of audio keys and audio rows without a restriction."""
     most: dict[tuple[str, int], int] = {}
     for (_, pathway, stream), tokens in view.items():
         most[pathway, stream] = max(most.get((pathway, stream), 0), len(tokens))
@@ -253,7 +253,7 @@ def _tables(
         of = costs[name]
         return {
             "depth": shown,
-            "seen": "nowhere" if name == NO_AUDIO.name else name,
+            "visible_in": "nowhere" if name == NO_AUDIO.name else name,
             **scored(name),
             "gflops": of.flops / 1e9,
             "gflops_least": of.flops_least / 1e9,
@@ -263,7 +263,7 @@ def _tables(
 
     def by_domain(names: Iterable[str]) -> list[dict[str, Any]]:
         return [
-            {"seen": name, "domain": domain, "n": len(items), **scored(name, items)}
+            {"visible_in": name, "domain": domain, "n": len(items), **scored(name, items)}
             for name in names
             for domain in asked.values("domain")
             for items in [asked.among(domain=domain)]
@@ -273,8 +273,8 @@ def _tables(
     for group in groups:
         none = [] if group.pathway else [overall("none", NO_AUDIO.name)]
         firsts = [overall(shown, one.name) for shown, one in group.depths.items()]
-        tables[f"Audio seen in the first layers{group.suffix}"] = [*none, *firsts]
-        tables[f"Audio seen in a window of layers{group.suffix}"] = [
+        tables[f"Audio in the first layers{group.suffix}"] = [*none, *firsts]
+        tables[f"Audio in a window of layers{group.suffix}"] = [
             overall(f"window of {len(one.layers)}", one.name) for one in group.windows
         ]
         names = dict.fromkeys(one.name for one in (*group.depths.values(), *group.windows))
@@ -286,9 +286,9 @@ def _reading(asked: MaskedAnswers, groups: Sequence[_Group], costs: Mapping[str,
     whole, no_audio, floor = (
         100 * asked.score(right)[0] for right in (asked.right(WHOLE.name), asked.right(NO_AUDIO.name), asked.no_audio)
     )
-    said = [
-        f"{whole:.0f} % of {len(asked.items)} questions are right with the audio seen wherever the model has it, "
-        f"{no_audio:.0f} % with it seen nowhere, {floor:.0f} % without audio in the prompt."
+    sentences = [
+        f"{whole:.0f} % of {len(asked.items)} questions are right with audio in all of the model's layers, "
+        f"{no_audio:.0f} % with audio masked in all layers, {floor:.0f} % without audio in the prompt."
     ]
     for group in groups:
         full = costs[[*group.depths.values()][-1].name]
@@ -296,27 +296,28 @@ def _reading(asked: MaskedAnswers, groups: Sequence[_Group], costs: Mapping[str,
             if asked.same_as.get(one.name) == WHOLE.name:
                 continue
             of = costs[one.name]
-            said.append(
-                f"With {one.name} only ({shown} of them), {asked.drop(one.name).points()} are lost; "
-                f"a prefill takes {_share(of.flops, full.flops)} of the operations and decoding keeps "
-                f"{_share(of.bytes, full.bytes)} of the audio's K/V"
+            sentences.append(
+                f"With {one.name} only ({shown} of all layers), {asked.drop(one.name).points()} are lost; "
+                f"a prefill takes {_share(of.flops, full.flops)} of the FLOPs, and the cache holds "
+                f"{_share(of.bytes, full.bytes)} of the audio K/V"
                 + (f" (least: {_share(of.flops_least, full.flops)}, {_share(of.bytes_least, full.bytes)})" * rows)
                 + "."
             )
         best = max(group.windows, key=lambda one: asked.score(asked.right(one.name))[0])
-        said.append(f"Of {len(group.windows)} windows, {best.name} loses least: {asked.drop(best.name).points()}.")
-    said += remarks(asked)
-    if rows:
-        said.append(
-            "Audio rows run through every layer here, seen or not, and so do their K/V stay; 'least' says what there "
-            "would be if they were left out behind the last layer that sees them, and only K/V that are read were kept."
+        sentences.append(
+            f"Of {len(group.windows)} windows, {best.name} loses the least: {asked.drop(best.name).points()}."
         )
-    said.append(
-        "The weights were trained with audio in all of the model's own layers, so a restriction takes them where they "
-        "never were: a low score is no verdict on the depth. For models trained at each depth, and what that saves in "
-        "training: pal ablate RECIPE --axis depth."
+    sentences += remarks(asked)
+    if rows:
+        sentences.append(
+            "Audio rows run through every layer here and stay in the cache, visible or not. 'Least' is the cost if "
+            "they were dropped after the last layer in which they are visible, and only K/V that are read were kept."
+        )
+    sentences.append(
+        "The weights were trained with audio in all of the model's layers, so a low score under a restriction does not "
+        "mean that a model trained at this depth is bad. To train at each depth: pal ablate RECIPE --axis depth."
     )
-    return said
+    return sentences
 
 
 def _pictures(asked: MaskedAnswers, groups: Sequence[_Group], costs: Mapping[str, AnswerCost]) -> dict[str, Plot]:
@@ -326,16 +327,16 @@ def _pictures(asked: MaskedAnswers, groups: Sequence[_Group], costs: Mapping[str
         firsts = [(len(one.layers), one.name) for one in group.depths.values()]
         nowhere = [] if group.pathway else [(0, NO_AUDIO.name)]
         pictures[f"depth{of}"] = Plot(
-            f"Audio seen in the first layers only{group.suffix}",
-            "Accuracy with 95 % intervals, by the number of layers from the first on that still see the audio; the "
-            "dashed line is the model without audio in the prompt.",
-            partial(_profile, asked=asked, at=[*nowhere, *firsts], label="first layers that see audio"),
+            f"Audio in the first layers only{group.suffix}",
+            "Accuracy with 95 % intervals, by the number of first layers in which audio is visible. Dashed: the model "
+            "without audio in the prompt.",
+            partial(_profile, asked=asked, at=[*nowhere, *firsts], label="number of first layers with audio"),
         )
         if len(group.windows) > 1:
             pictures[f"window{of}"] = Plot(
-                f"Audio seen in {len(group.windows[0].layers)} of the layers{group.suffix}",
-                "Accuracy with 95 % intervals, by the first layer of the window that still sees the audio; the dashed "
-                "line is the model without audio in the prompt.",
+                f"Audio in {len(group.windows[0].layers)} of the layers{group.suffix}",
+                "Accuracy with 95 % intervals, by the first layer of the window in which audio is visible. Dashed: the "
+                "model without audio in the prompt.",
                 partial(
                     _profile,
                     asked=asked,
@@ -344,9 +345,9 @@ def _pictures(asked: MaskedAnswers, groups: Sequence[_Group], costs: Mapping[str
                 ),
             )
     pictures["cost"] = Plot(
-        "Accuracy against what it costs",
-        "Each depth and window of one question's prefill and of the audio's K/V. Filled: as it runs here. Hollow: at "
-        "least, without rows and their K/V where no layer sees them.",
+        "Accuracy against cost",
+        "Each depth and window, against the cost of a prefill and of the audio K/V. Filled: as run here. Hollow: "
+        "without rows and their K/V in layers that do not need them.",
         partial(_costs, asked=asked, group=groups[0], costs=costs),
         size=(10.0, 4.5),
     )

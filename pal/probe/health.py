@@ -133,14 +133,14 @@ def _listening(model: PalModel, records: Sequence[Record]) -> list[dict[str, Any
     for layer in range(model.llm.n_layers):
         share = [float(x[layer]) for x in shares]
         if not np.isfinite(share).all():
-            found.append({"layer": layer, "times even": None, "moved by another clip": None})
+            found.append({"layer": layer, "relative to uniform": None, "moved by another clip": None})
             continue
         moved = [float(x[layer]) for x in moves]
         found.append(
             {
                 "layer": layer,
-                "times even": float(np.mean(share)),
-                "times even ci95": bootstrap_ci(share),
+                "relative to uniform": float(np.mean(share)),
+                "relative to uniform ci95": bootstrap_ci(share),
                 "moved by another clip": float(np.mean(moved)),
                 "moved by another clip ci95": bootstrap_ci(moved),
             }
@@ -149,8 +149,10 @@ def _listening(model: PalModel, records: Sequence[Record]) -> list[dict[str, Any
 
 
 def _ignoring(layers: Sequence[dict[str, Any]]) -> HealthCheck:
-    heard = [row for row in layers if row["times even"] is not None]
-    no_audio = [row["layer"] for row in heard if row["times even"] < IGNORED or row["moved by another clip"] < UNMOVED]
+    heard = [row for row in layers if row["relative to uniform"] is not None]
+    no_audio = [
+        row["layer"] for row in heard if row["relative to uniform"] < IGNORED or row["moved by another clip"] < UNMOVED
+    ]
     status: Status = "ok" if not no_audio else "fault" if len(no_audio) == len(heard) else "warning"
     return HealthCheck(
         "attention that ignores audio",
@@ -272,11 +274,11 @@ def _certainty(model: PalModel, records: Sequence[Record], batch: int) -> list[f
 
 
 def _draw(figure: Figure, layers: Sequence[dict[str, Any]]) -> None:
-    heard = [row for row in layers if row["times even"] is not None]
+    heard = [row for row in layers if row["relative to uniform"] is not None]
     numbers = [row["layer"] for row in heard]
     left, right = figure.subplots(1, 2)
     for axes, key, label, bound in (
-        (left, "times even", "attention on audio / even", IGNORED),
+        (left, "relative to uniform", "attention on audio / even", IGNORED),
         (right, "moved by another clip", "moved by another clip", UNMOVED),
     ):
         axes.bar(numbers, [row[key] for row in heard], color=COLOURS[0])

@@ -1,6 +1,6 @@
-"""`pal probe mask`: loss of accuracy when a part of the audio is masked, by domain and by task.
+"""`pal probe mask`: accuracy lost when a part of the audio is masked, by domain and by task.
 
-The paper masks one pathway of the hybrid at inference (its tables 5 and 6); here also an encoder, layers, or a time.
+The paper masks one pathway of the hybrid at inference (tables 5 and 6); here also an encoder, layers, or a time span.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from pal.model import PalModel
 
 EACH = 8
-"""Largest number of layers that are masked one by one; of more, each quarter is masked."""
+"""Maximum number of layers to mask one by one; with more layers, quarters of them are masked."""
 
 _QUARTERS = ("1st", "2nd", "3rd", "4th")
 _WORDS = {"keys": "the keys", "rows": "the audio rows"}
@@ -46,8 +46,8 @@ _WORDS = {"keys": "the keys", "rows": "the audio rows"}
 def default_conditions(model: PalModel, example: Example) -> dict[str, list[Condition]]:
     """Default conditions, by kind.
 
-    Each pathway and each stream that there is, each layer (of more than `EACH` each quarter of them), each quarter
-    of the clips' time where tokens have one, and everything.
+    They mask each pathway, each stream (if there are several), each layer (or quarter of more than `EACH` layers),
+    each quarter of the clips' time (if tokens have times), and everything.
     """
     context = example.context(model, WHOLE)
     found = example.seen(model, WHOLE)
@@ -76,7 +76,7 @@ def default_conditions(model: PalModel, example: Example) -> dict[str, list[Cond
 
 
 def layer_groups(total: int) -> list[range]:
-    """Each layer, or of many each quarter of them, from the first on."""
+    """Single layers, or quarters of more than `EACH` layers, in order."""
     if total <= EACH:
         return [range(layer, layer + 1) for layer in range(total)]
     ends = [round(i * total / 4) for i in range(5)]
@@ -89,16 +89,16 @@ def chosen_condition(
     layers: Collection[str] = (),
     seconds: Collection[str] = (),
 ) -> Condition | None:
-    """Condition that masks what all options select together; None without options.
+    """Condition that masks the intersection of all options; None without options.
 
     Args:
-        pathways: of "keys" and "rows".
-        encoders: numbers of streams.
-        layers: "FROM-TO", both included, or one number.
-        seconds: "FROM-TO".
+        pathways: "keys" or "rows".
+        encoders: indices of streams.
+        layers: "FROM-TO", both included, or a single index.
+        seconds: "FROM-TO", in seconds.
 
     Raises:
-        ConfigError: an option that cannot be read.
+        ConfigError: an option is malformed.
     """
     if not (pathways or encoders or layers or seconds):
         return None
@@ -107,7 +107,7 @@ def chosen_condition(
     ways: list[Literal["keys", "rows"] | None] = [_pathway(name) for name in dict.fromkeys(pathways)]
     streams: list[int | None] = [*dict.fromkeys(encoders)]
     times: list[tuple[float, float] | None] = [*spans]
-    hides = tuple(
+    masks = tuple(
         AudioMask(pathway=way, stream=stream, layers=numbers or None, seconds=when)
         for way, stream, when in product(ways or [None], streams or [None], times or [None])
     )
@@ -115,18 +115,18 @@ def chosen_condition(
     parts += [f"of encoder {' and '.join(map(str, dict.fromkeys(encoders)))}"] if encoders else []
     parts += [f"in layers {' and '.join(layers)}"] if layers else []
     parts += [f"at {' and '.join(f'{a:g} to {b:g}' for a, b in spans)} s"] if spans else []
-    return Condition(" ".join(parts), hides)
+    return Condition(" ".join(parts), masks)
 
 
 def span(text: str, option: str) -> tuple[float, float]:
-    """Parse seconds "FROM-TO". Raises ConfigError where that fails."""
+    """Parse a time span "FROM-TO" in seconds. Raises ConfigError if it is malformed."""
     start, _, end = text.partition("-")
     try:
         found = float(start), float(end)
     except ValueError:
         found = (1.0, 0.0)
     if not 0 <= found[0] < found[1]:
-        raise ConfigError(f"{option} {text}: give FROM-TO, such as 0.5-2, the second the larger")
+        raise ConfigError(f"{option} {text}: give FROM-TO, such as 0.5-2, with FROM less than TO")
     return found
 
 
@@ -140,19 +140,19 @@ def probe_mask(
     progress: bool = False,
     settings: Mapping[str, Any] | None = None,
 ) -> ProbeResult:
-    """Ask the questions with parts of the audio masked.
+    """Evaluate a model with parts of the audio masked.
 
     Args:
         model: the model.
         records: the questions; answers are scored by exact match.
-        chosen: the condition; `default_conditions` without it.
-        seed: seed of the intervals' bootstrap.
+        chosen: condition to evaluate; default: `default_conditions`.
+        seed: seed of the bootstrap.
         batch: rows of a forward pass.
-        progress: show a bar.
-        settings: where the questions came from, for `probe.json`.
+        progress: show a progress bar.
+        settings: origin of the questions, for `probe.json`.
 
     Raises:
-        ConfigError: a layer, an encoder or a time that cannot be hidden, or no clips.
+        ConfigError: the model has no such layer or encoder, its tokens have no times, or no question has a clip.
     """
     started = time.perf_counter()
     encode_clip = EncodedClipCache(model)
@@ -169,7 +169,9 @@ def probe_mask(
         settings={
             **(settings or {}),
             **settings_of(records, asked, batch),
-            "conditions": {condition.name: [_written(hide) for hide in condition.hides] for condition in conditions},
+            "conditions": {
+                condition.name: [_as_settings(mask) for mask in condition.masks] for condition in conditions
+            },
         },
         reading=_reading(asked, kinds, drops, whole, floor),
         tables=_tables(asked, kinds, drops, whole, floor),
@@ -187,7 +189,7 @@ def probe_mask(
 
 
 Drops = Mapping[tuple[str, str, str], Drop]
-"""(condition, "all" or "domain" or "task", its name) -> drop in accuracy."""
+"""(condition, "all", "domain" or "task", name of the domain or task) -> drop in accuracy."""
 
 
 def _drops(asked: MaskedAnswers, names: Sequence[str]) -> Drops:
@@ -208,8 +210,8 @@ def _tables(
     floor: tuple[float, tuple[float, float]],
 ) -> dict[str, list[dict[str, Any]]]:
     conditions = [condition for same in kinds.values() for condition in same]
-    nothing = {"condition": WHOLE.name, "share_hidden": 0.0, "score": whole[0], "ci95": whole[1]}
-    unasked = {"condition": "no audio in the prompt", "share_hidden": None, "score": floor[0], "ci95": floor[1]}
+    nothing = {"condition": WHOLE.name, "share_masked": 0.0, "score": whole[0], "ci95": whole[1]}
+    unasked = {"condition": "no audio in the prompt", "share_masked": None, "score": floor[0], "ci95": floor[1]}
     of_drop: dict[str, Any] = {"drop": None, "drop ci95": None, "relative": None, "lost": None, "gained": None}
     overall = [{**nothing, **of_drop}]
     for condition in conditions:
@@ -218,7 +220,7 @@ def _tables(
         overall.append(
             {
                 "condition": condition.name,
-                "share_hidden": asked.hidden[condition.name],
+                "share_masked": asked.hidden[condition.name],
                 "score": score,
                 "ci95": ends,
                 "drop": drop.drop,
@@ -229,12 +231,12 @@ def _tables(
             }
         )
     overall.append({**unasked, **of_drop})
-    # by task only what answers how audio comes in: every layer and time for every task is for `details`
+    # tasks get a table for few conditions only; `details` has all layers and times
     brief = {c.name for kind in ("pathway", "encoder", "chosen", "all") for c in kinds.get(kind, ())}
     return {
-        "What hiding costs": overall,
+        "Accuracy lost by masking": overall,
         **{
-            f"What hiding costs by {key}": [
+            f"Accuracy lost by masking, by {key}": [
                 {
                     "condition": condition.name,
                     key: value,
@@ -262,9 +264,9 @@ def _reading(
     floor: tuple[float, tuple[float, float]],
 ) -> list[str]:
     no_audio = drops[NO_AUDIO.name, "all", "all"]
-    said = [
+    sentences = [
         f"{100 * whole[0]:.0f} % of {len(asked.items)} questions are right with the whole audio, "
-        f"{100 * no_audio.score:.0f} % with all of it hidden, {100 * floor[0]:.0f} % without audio in the prompt."
+        f"{100 * no_audio.score:.0f} % with all audio masked, {100 * floor[0]:.0f} % without audio in the prompt."
     ]
     domains = asked.values("domain")
     for kind in ("pathway", "encoder", "chosen"):
@@ -273,28 +275,28 @@ def _reading(
                 continue
             parts = [f"{domain} {drops[condition.name, 'domain', domain].points()}" for domain in domains]
             costs = [*parts[:-2], " and ".join(parts[-2:])]
-            said.append(f"Hiding {condition.name} costs {', '.join(costs)}.")
+            sentences.append(f"Masking {condition.name} costs {', '.join(costs)}.")
     for kind, what in (("layers", "layers"), ("time", "quarters of the time")):
         asked_for = [c.name for c in kinds.get(kind, ()) if asked.same_as.get(c.name) != WHOLE.name]
         if not asked_for:
             continue
-        sure = [name for name in asked_for if drops[name, "all", "all"].sure]
+        significant = [name for name in asked_for if drops[name, "all", "all"].significant]
         most = max(asked_for, key=lambda name: drops[name, "all", "all"].drop)
         if len(asked_for) == 1:
-            said.append(f"Hiding {most} costs {drops[most, 'all', 'all'].points()} over all questions.")
-        elif sure:
-            said.append(
-                f"Of the {what}, hiding {most} costs most: {drops[most, 'all', 'all'].points()} over all questions; "
-                f"{len(sure)} of {len(asked_for)} cost anything beyond chance."
+            sentences.append(f"Masking {most} costs {drops[most, 'all', 'all'].points()} over all questions.")
+        elif significant:
+            sentences.append(
+                f"Of the {what}, masking {most} costs most: {drops[most, 'all', 'all'].points()} over all questions; "
+                f"{len(significant)} of {len(asked_for)} have a significant effect."
             )
         else:
-            said.append(f"Of the {what}, none costs anything beyond chance when it alone is hidden.")
-    said += remarks(asked)
-    said.append(
-        "A drop says what these weights lean on as they are: a model trained without the part might do without it. "
-        "Keys are hidden from every query, so from summary rows too."
+            sentences.append(f"Of the {what}, none has a significant effect when masked alone.")
+    sentences += remarks(asked)
+    sentences.append(
+        "A drop shows what these weights use: a model trained without the part might not need it. "
+        "Keys are masked for every query, including those of summary rows."
     )
-    return said
+    return sentences
 
 
 def _pictures(asked: MaskedAnswers, kinds: Mapping[str, Sequence[Condition]], drops: Drops) -> dict[str, Plot]:
@@ -306,16 +308,16 @@ def _pictures(asked: MaskedAnswers, kinds: Mapping[str, Sequence[Condition]], dr
     columns = [("all", "all"), *(("domain", domain) for domain in domains)]
     pictures = {
         "drops": Plot(
-            "What hiding costs",
-            "Points of accuracy lost, with 95 % intervals below; bold where the interval excludes 0. "
-            "The last row is what audio brings in all.",
+            "Accuracy lost by masking",
+            "Points of accuracy lost, with 95 % intervals; bold if the interval excludes 0. "
+            "The last row masks all audio.",
             partial(_heat_map, names=names, columns=columns, drops=drops),
             size=(2.6 + 1.5 * len(columns), 1.2 + 0.5 * len(names)),
         )
     }
     for kind, title, caption in (
-        ("layers", "What hiding costs, by layer", "Points lost when the audio is hidden in these layers alone."),
-        ("time", "What hiding costs, by time", "Points lost when a quarter of each clip's time is hidden."),
+        ("layers", "Accuracy lost by masking, by layer", "Points lost with audio masked in these layers only."),
+        ("time", "Accuracy lost by masking, by time", "Points lost with a quarter of each clip masked."),
     ):
         same = [condition.name for condition in kinds.get(kind, ())]
         if len(same) > 1:
@@ -343,7 +345,7 @@ def _heat_map(figure: Figure, names: Sequence[str], columns: Sequence[tuple[str,
                 ha="center",
                 va="center",
                 fontsize=8,
-                weight="bold" if drop.sure else "normal",
+                weight="bold" if drop.significant else "normal",
                 color="white" if abs(100 * drop.drop) > 0.6 * top else "black",
             )
     axes.set_xticks(range(len(columns)), [value for _, value in columns])
@@ -385,7 +387,7 @@ def _layers_name(layers: range) -> str:
     return f"layer {layers[0]}" if len(layers) == 1 else f"layers {layers[0]} to {layers[-1]}"
 
 
-def _written(hide: AudioMask) -> dict[str, Any]:
-    layers = None if hide.layers is None else list(hide.layers)
-    found = vars(replace(hide, layers=layers))
+def _as_settings(mask: AudioMask) -> dict[str, Any]:
+    layers = None if mask.layers is None else list(mask.layers)
+    found = vars(replace(mask, layers=layers))
     return {key: value for key, value in found.items() if value is not None}

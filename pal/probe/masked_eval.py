@@ -1,4 +1,4 @@
-"""Evaluation of the same questions under several conditions, each of which masks another part of the audio."""
+"""Evaluation of the same questions under several conditions, each with different audio masks."""
 
 from __future__ import annotations
 
@@ -33,15 +33,15 @@ if TYPE_CHECKING:
 SCORING = "exact match of greedy answers, as in pal eval"
 
 Seen = Mapping[tuple[int, str, int], tuple[int, ...]]
-"""What queries see of a conversation's audio: layer, pathway, stream -> numbers of keys, or of rows."""
+"""Audio that is visible to queries: (layer, pathway, stream) -> indices of keys or of rows."""
 
 
 @dataclass(frozen=True)
 class Condition:
-    """Condition: audio masks under which all questions are asked once."""
+    """Audio masks under which all questions are asked once."""
 
     name: str
-    hides: tuple[AudioMask, ...] = ()
+    masks: tuple[AudioMask, ...] = ()
     """Masks, applied together."""
 
 
@@ -51,7 +51,7 @@ NO_AUDIO = Condition("everything", (AudioMask(),))
 
 @dataclass(frozen=True)
 class Example:
-    """Example question, the one with the longest clip, by which the effect of conditions is found."""
+    """Example question, about the longest clip, that shows what each condition masks."""
 
     clips: tuple[EncodedClip, ...]
     row: Tokens
@@ -59,19 +59,19 @@ class Example:
 
     @classmethod
     def of(cls, model: PalModel, records: Sequence[Record], encode_clip: EncodedClipCache) -> Example:
-        """The first question of the record with the longest clip; what hides none of that one hides nothing at all.
+        """The first question of the record with the longest clip: masks without effect on it have no effect on others.
 
         Raises:
             ConfigError: no record has a clip.
             AudioError: the clip cannot be used.
         """
-        heard = [record for record in records if record.clips]
-        if not heard:
-            raise ConfigError("none of the questions has a clip, so there is nothing to hide; give other manifests")
-        record = max(heard, key=lambda record: max(map(_length, record.clips)))
+        with_clips = [record for record in records if record.clips]
+        if not with_clips:
+            raise ConfigError("none of the questions has a clip to mask; give other manifests")
+        record = max(with_clips, key=lambda record: max(map(_length, record.clips)))
         talk = prompts.conversation_of(record, with_audio=True, system=model.config.system)
-        asked = [place for place, turn in enumerate(talk) if turn["role"] == "user"]
-        row = prompts.encode(model.tokenizer, talk[: asked[-1] + 1], list(range(len(record.clips))))
+        questions = [place for place, turn in enumerate(talk) if turn["role"] == "user"]
+        row = prompts.encode(model.tokenizer, talk[: questions[-1] + 1], list(range(len(record.clips))))
         with evaluation_mode(model):
             return cls(tuple(encode_clip(path) for path in record.clips), row)
 
@@ -80,54 +80,54 @@ class Example:
         """Audio context of the example under a condition.
 
         Raises:
-            ConfigError: the condition names a layer or stream that is not there, or times of tokens without any.
+            ConfigError: the model has no such layer or stream, or its audio tokens have no times.
         """
-        # hiding it in no layer hides nothing, but says of every token what it stands for
-        with model.hiding(*condition.hides, with_spans=True), evaluation_mode(model):
+        # with_spans records stream, clip and time of every token, even without a mask
+        with model.hiding(*condition.masks, with_spans=True), evaluation_mode(model):
             audio = model.inputs(list(self.clips), [self.row]).audio_context
         assert isinstance(audio, AudioContext)
         return audio
 
     def seen(self, model: PalModel, condition: Condition) -> Seen:
-        """The same, token by token."""
+        """Visible audio of the example under a condition."""
         return seen(self.context(model, condition))
 
 
 def seen(audio: AudioContext) -> Seen:
-    """What the queries of a context's first conversation see; it was made with `with_spans`."""
+    """Visible audio of a context's first conversation; the context was made with `with_spans`."""
     found: dict[tuple[int, str, int], tuple[int, ...]] = {}
     for keys in audio.keys:
         assert keys.token_spans is not None
-        tokens = _numbers(keys.mask_BA[0])
+        tokens = _indices(keys.mask_BA[0])
         for layer in keys.layers if tokens else ():
             found[layer, "keys", int(keys.token_spans.stream_BX[0, tokens[0]])] = tokens
     if bool(audio.audio_rows_BT[0].any()):
         assert audio.token_spans is not None
         streams_T = audio.token_spans.stream_BX[0]
         for layer in range(len(audio.llm.windows)):
-            left_T = audio.audio_rows_BT[0].clone()
+            visible_T = audio.audio_rows_BT[0].clone()
             for layers, hidden_BT in audio.hidden_rows:
                 if layer in layers:
-                    left_T &= ~hidden_BT[0]
-            for stream in streams_T[left_T].unique().tolist():
-                found[layer, "rows", stream] = _numbers(left_T & (streams_T == stream))
+                    visible_T &= ~hidden_BT[0]
+            for stream in streams_T[visible_T].unique().tolist():
+                found[layer, "rows", stream] = _indices(visible_T & (streams_T == stream))
     return found
 
 
 def pathways(all_seen: Seen) -> list[str]:
-    """Pathways of the audio: of "keys" and "rows"."""
+    """Pathways with visible audio: "keys", "rows" or both."""
     return sorted({pathway for _, pathway, _ in all_seen})
 
 
 @dataclass(frozen=True)
 class ProbedItem:
-    """One question."""
+    """Question of a masking probe."""
 
     id: str
     task: str
     domain: str
     clip: int
-    """Number of its clips' group; questions of a group are about the same audio."""
+    """Index of its group; questions of a group are about the same clips."""
 
 
 @dataclass(frozen=True)
@@ -138,15 +138,15 @@ class MaskedAnswers:
     no_audio: list[bool]
     """Correctness of the answers without audio in the prompt."""
     correct: dict[str, list[bool]]
-    """By condition; those that hide the same share a list."""
+    """Condition -> correctness; conditions in `same_as` have no entry."""
     same_as: dict[str, str]
-    """Condition -> the one before it that hides the same, which was asked in its place."""
+    """Condition -> earlier condition with the same effect, which was asked in its place."""
     hidden: dict[str, float]
-    """Condition -> masked share of the example's audio tokens, each counted in every layer that sees it."""
+    """Condition -> masked share of the example's audio tokens, each counted once for every layer."""
     raised: list[str] = field(default_factory=list)
-    """Questions that raised, and why; they count as wrong."""
+    """Messages of questions that raised an error, which count as wrong."""
     seed: int = 0
-    """Seed of the intervals' bootstrap."""
+    """Seed of the bootstrap."""
 
     def right(self, name: str) -> list[bool]:
         """Correctness of the answers under a condition."""
@@ -161,13 +161,13 @@ class MaskedAnswers:
         return sorted({getattr(item, key) for item in self.items})
 
     def score(self, right: Sequence[bool], items: Sequence[int] | None = None) -> tuple[float, tuple[float, float]]:
-        """Accuracy over all items or some, and its interval."""
+        """Accuracy over all items or some, with its interval."""
         items = range(len(self.items)) if items is None else items
         values = [float(right[i]) for i in items]
         return sum(values) / len(values), bootstrap_ci(values, self._clips(items), seed=self.seed)
 
     def drop(self, name: str, items: Sequence[int] | None = None) -> Drop:
-        """Drop in accuracy under a condition over all items or some, against nothing masked."""
+        """Drop in accuracy under a condition, over all items or some."""
         items = range(len(self.items)) if items is None else items
         before = [self.right(WHOLE.name)[i] for i in items]
         after = [self.right(name)[i] for i in items]
@@ -198,16 +198,17 @@ class MaskedAnswers:
 
 @dataclass(frozen=True)
 class Drop:
-    """Drop in accuracy under a condition, against nothing masked."""
+    """Drop in accuracy under a condition, relative to the whole audio."""
 
     n: int
     whole: float
-    """Score with nothing hidden."""
+    """Accuracy with the whole audio."""
     score: float
+    """Accuracy under the condition."""
     drop: float
     """whole - score"""
     ci95: tuple[float, float]
-    """Interval of the drop, by a paired bootstrap over clips."""
+    """Paired bootstrap interval of the drop, over clips."""
     lost: int
     """Number of questions answered right only with the whole audio."""
     gained: int
@@ -215,16 +216,16 @@ class Drop:
 
     @property
     def relative(self) -> float | None:
-        """The drop as a share of the score with nothing hidden."""
+        """The drop as a share of the accuracy with the whole audio; None if that is 0."""
         return self.drop / self.whole if self.whole else None
 
     @property
-    def sure(self) -> bool:
-        """Whether the interval excludes 0 (significant at 5 %)."""
+    def significant(self) -> bool:
+        """True if the interval excludes 0."""
         return self.ci95[0] > 0 or self.ci95[1] < 0
 
     def points(self) -> str:
-        """In words: "12 points (8 to 16)"."""
+        """The drop in words, such as "12 points (8 to 16)"."""
         drop, low, high = (round(100 * share) for share in (self.drop, *self.ci95))
         return f"{drop} point{'' if abs(drop) == 1 else 's'} ({low} to {high})"
 
@@ -239,31 +240,31 @@ def ask(
     progress: bool = False,
     seed: int = 0,
 ) -> MaskedAnswers:
-    """Ask all questions once under each condition; first with nothing masked, and without audio in the prompt.
+    """Ask all questions with the whole audio, without audio in the prompt, and under each condition.
 
     Args:
-        model: whom.
+        model: the model.
         records: the questions.
-        conditions: with names of their own; those that hide the same are asked once.
-        example: where it is seen what they hide.
-        hear: keeps the clips from one condition to the next.
+        conditions: with distinct names; of those with the same effect only the first is asked.
+        example: example question, to find conditions with the same effect.
+        encode_clip: cache of encoded clips, shared by all conditions.
         batch: rows of a forward pass.
-        progress: show a bar.
-        seed: of the intervals.
+        progress: show a progress bar.
+        seed: seed of the bootstrap.
 
     Raises:
-        ConfigError: a condition that the model or the tokens do not allow; nothing was asked then.
+        ConfigError: a condition does not fit the model; raised before any question is asked.
     """
     runs = [WHOLE, *(condition for condition in conditions if condition.name != WHOLE.name)]
-    views = {condition.name: example.seen(model, condition) for condition in runs}
-    total = sum(map(len, views[WHOLE.name].values()))
+    visible = {condition.name: example.seen(model, condition) for condition in runs}
+    total = sum(map(len, visible[WHOLE.name].values()))
     same_as: dict[str, str] = {}
     for place, condition in enumerate(runs):
         for earlier in runs[:place]:
-            if earlier.name not in same_as and _hide_the_same(earlier, condition, views):
+            if earlier.name not in same_as and _have_same_effect(earlier, condition, visible):
                 same_as[condition.name] = earlier.name
                 break
-    # captions and other free answers are no reason to leave questions with choices out, nor the other way round
+    # evaluated apart: `evaluate` leaves out records without choices if others have choices
     closed = [record for record in records if record.choices]
     free = [record for record in records if not record.choices]
     parts = [part for part in (closed, free) if part]
@@ -275,7 +276,7 @@ def ask(
     todo = [condition for condition in runs if condition.name not in same_as]
     for condition in tqdm(todo, unit="condition", disable=not progress, leave=False):
         first = condition.name == WHOLE.name
-        with model.hiding(*condition.hides):
+        with model.hiding(*condition.masks):
             results = [
                 evaluate(model, part, no_audio=first, batch=batch, progress=False, features=encode_clip)
                 for part in parts
@@ -286,12 +287,12 @@ def ask(
         if first:
             no_audio = [bool(item.no_audio_correct) for item in answered]
             items = [item for part, one in zip(parts, results, strict=True) for item in _items(part, one, clips)]
-    hidden = {name: 1 - sum(map(len, view.values())) / total for name, view in views.items()}
+    hidden = {name: 1 - sum(map(len, seen_audio.values())) / total for name, seen_audio in visible.items()}
     return MaskedAnswers(items, no_audio, correct, same_as, hidden, raised, seed)
 
 
 def settings_of(records: Sequence[Record], asked: MaskedAnswers, batch: int) -> dict[str, Any]:
-    """Settings of the questions, for `probe.json`."""
+    """Settings of an evaluation, for `probe.json`."""
     text = repr([(r.id, r.dataset, r.task, r.turns, r.choices, len(r.clips)) for r in records])
     return {
         "questions": len(asked.items),
@@ -305,25 +306,27 @@ def settings_of(records: Sequence[Record], asked: MaskedAnswers, batch: int) -> 
 
 
 def remarks(asked: MaskedAnswers) -> list[str]:
-    """Sentences about conditions that were not asked, and questions that raised."""
+    """Sentences about conditions without an evaluation of their own, and about errors."""
     nothing = [name for name, other in asked.same_as.items() if other == WHOLE.name]
     again = [f"'{name}' as '{other}'" for name, other in asked.same_as.items() if other != WHOLE.name]
-    said = [f"None of this model's audio is hidden by: {', '.join(nothing)}."] if nothing else []
-    said += [f"Asked once, since the same is hidden: {', '.join(again)}."] if again else []
+    sentences = [f"Masks without effect on this model: {', '.join(nothing)}."] if nothing else []
+    sentences += [f"Masks with the same effect, evaluated once: {', '.join(again)}."] if again else []
     if asked.raised:
-        said.append(f"{len(asked.raised)} answers raised and count as wrong; the first: {asked.raised[0]}.")
-    return said
+        sentences.append(
+            f"{len(asked.raised)} answers raised an error and count as wrong; the first: {asked.raised[0]}."
+        )
+    return sentences
 
 
 def errors(value: Sequence[float], ends: Sequence[tuple[float, float]]) -> list[list[float]]:
-    """Error bars for matplotlib: distances of the interval's ends below and above each value."""
+    """Error bars for matplotlib: distances from each value to the lower and upper end of its interval."""
     below = [max(0.0, v - low) for v, (low, _) in zip(value, ends, strict=True)]
     above = [max(0.0, high - v) for v, (_, high) in zip(value, ends, strict=True)]
     return [below, above]
 
 
 def lines(axes: Axes, x: Sequence[float], series: Mapping[str, Sequence[tuple[float, tuple[float, float]]]]) -> None:
-    """A line of values with their intervals for each name, beside one another so that none hides another."""
+    """Plot a line with intervals for each series, slightly shifted against each other."""
     step = 0.06 * min((b - a for a, b in zip(sorted(x), sorted(x)[1:], strict=False) if b > a), default=1.0)
     for place, (name, points) in enumerate(series.items()):
         values = [value for value, _ in points]
@@ -344,15 +347,15 @@ def _items(records: Sequence[Record], result: Result, clips: dict[tuple[str, ...
     ]
 
 
-def _hide_the_same(one: Condition, other: Condition, views: Mapping[str, Seen]) -> bool:
-    """Whether two conditions mask the same in every clip; where they name times, the example alone cannot tell."""
-    if views[one.name] != views[other.name]:
+def _have_same_effect(one: Condition, other: Condition, visible: Mapping[str, Seen]) -> bool:
+    """True if two conditions mask the same audio in every clip. For time spans the example alone does not show it."""
+    if visible[one.name] != visible[other.name]:
         return False
-    times = [{(hide.seconds, hide.share) for hide in condition.hides} for condition in (one, other)]
-    return not one.hides or times[0] == times[1]
+    times = [{(mask.seconds, mask.share) for mask in condition.masks} for condition in (one, other)]
+    return not one.masks or times[0] == times[1]
 
 
-def _numbers(chosen_X: torch.Tensor) -> tuple[int, ...]:
+def _indices(chosen_X: torch.Tensor) -> tuple[int, ...]:
     return tuple(chosen_X.nonzero().flatten().tolist())
 
 

@@ -41,7 +41,7 @@ def test_options_of_mask_and_the_same_again(shipped, tmp_path):
 @pytest.mark.parametrize(
     "options, says",
     [
-        (("--seconds", "3-1"), "the second the larger"),
+        (("--seconds", "3-1"), "with FROM less than TO"),
         (("--layers", "2-40"), "layer 3 cannot be hidden; the LLM has 0 to 2"),
         (("--encoder", "2"), "stream 2 cannot be hidden"),
         (("--pathway", "values"), "keys or rows"),

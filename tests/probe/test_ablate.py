@@ -147,7 +147,7 @@ def test_numbers_are_those_of_the_answers(done):
 
 def test_costs_of_the_cells(done):
     finding, out = done
-    trained, frozen = finding.tables["A training step"]
+    trained, frozen = finding.tables["Cost of a training step"]
     llm = PalModel.from_pretrained(out / "ffn-trained/seed-1/model").llm
     ffn = sum(p.numel() for name, p in llm.named_parameters() if "mlp" in name.split("."))
     assert trained["trained_parameters"] - frozen["trained_parameters"] == ffn > 0
@@ -251,7 +251,7 @@ def test_killed_and_gone_on_with(done, recipe, questions, counted, monkeypatch, 
     assert not (out / "table.md").exists()
     again = ablate(recipe, AXES, out, seeds=1, on=questions)
     assert counted == {"run": 4, "evaluate": 5, "counts": 2}
-    scores = [title for title in finding.tables if title != "A training step"]
+    scores = [title for title in finding.tables if title != "Cost of a training step"]
     assert [again.tables[title] for title in scores] == [finding.tables[title] for title in scores]
     for run in finding.settings["runs"]:
         one, other = (PalModel.from_pretrained(folder / run / "model").state_dict() for folder in (whole, out))
@@ -260,11 +260,11 @@ def test_killed_and_gone_on_with(done, recipe, questions, counted, monkeypatch, 
 
 def test_nothing_is_begun_where_a_cell_does_not_fit(recipe, questions, counted, tmp_path):
     out = tmp_path / "out"
-    with pytest.raises(ConfigError, match="every 4 layers is none of 3"):
+    with pytest.raises(ConfigError, match="every 4 exceeds the LLM's 3 layers"):
         ablate(recipe, ["integration=[lal, flamingo]"], out, on=questions)
     with pytest.raises(ManifestError, match="no such manifest"):
         ablate(recipe, ["ffn"], out, on=[tmp_path / "none.jsonl"])
-    with pytest.raises(ConfigError, match="two manifests are called 'one'"):
+    with pytest.raises(ConfigError, match="two manifests are named 'one'"):
         ablate(recipe, ["ffn"], out, on=[questions[0], questions[0]])
     assert counted == {"run": 0, "evaluate": 0, "counts": 0}
     assert not out.exists()
@@ -274,7 +274,7 @@ def test_runs_of_another_recipe_or_other_data_are_refused(done, recipe, question
     _, out = done
     with pytest.raises(ConfigError, match=r"another recipe; it differs in: stages\.0\.steps"):
         ablate(recipe, AXES, out, ["stages.0.steps=3"], on=questions)
-    with pytest.raises(ConfigError, match="was made of other data"):
+    with pytest.raises(ConfigError, match="was trained on other data"):
         ablate(recipe, ["queries=with"], out, ["data.scenes.synth.seed=9"], on=questions)
     assert counted["run"] == 0
 

@@ -160,7 +160,7 @@ def test_a_finding_of_every_integration(integration, records, tmp_path):
     assert set(found["clips"]) == {f"example-{number + 1}.wav" for number in range(examples)}
     for picture in found["pictures"]:
         assert (tmp_path / "out" / picture["file"]).read_bytes()[:4] == b"\x89PNG"
-    assert found["tables"]["does attention to audio point at the sound that the answer names?"][0]["questions"] == 4
+    assert found["tables"]["attention to the sound that the answer names"][0]["questions"] == 4
     if integration == "pal":  # which has both ways in
         again = probe_attention(model_of(integration), records, **few).to_dict()
         assert {**json.loads(json.dumps(again)), "seconds": 0} == {**found, "seconds": 0}
@@ -172,10 +172,10 @@ def test_pointing_compares_with_even_attention(records):
         for block in model.llm.lm.model.layers:
             block.self_attn.q_proj.weight.zero_()
     finding = probe_attention(model, records, examples=0, max_new_tokens=4)
-    for row in finding.tables["does attention to audio point at the sound that the answer names?"]:
-        assert row["times even"] == pytest.approx(1.0, abs=0.02)
+    for row in finding.tables["attention to the sound that the answer names"]:
+        assert row["relative to uniform"] == pytest.approx(1.0, abs=0.02)
     for row in finding.tables["attention of the answer's rows by layer"]:
-        assert row["keys"] == pytest.approx(row["keys if even"], abs=1e-5)
+        assert row["keys"] == pytest.approx(row["keys if uniform"], abs=1e-5)
 
 
 def test_questions_without_clips_and_other_findings_are_errors(records, tmp_path):

@@ -167,7 +167,7 @@ def test_the_grid_of_compare_yaml():
 @pytest.mark.parametrize(
     ("axes", "settings", "says"),
     [
-        ([], [], "nothing to vary; give --axis NAME, of integration, queries"),
+        ([], [], "nothing to vary; give --axis NAME; known: integration, queries"),
         (["colour"], [], "unknown axis 'colour'; known: integration, queries, connector, depth, stride, width, ffn"),
         (["ffn=half"], [], "axis 'ffn': unknown value 'half'; known: trained, frozen"),
         (["queries=maybe"], [], "axis 'queries': unknown value 'maybe'; known: without, with"),
@@ -176,19 +176,23 @@ def test_the_grid_of_compare_yaml():
         (["depth=deep"], [], "axis 'depth': unknown value 'deep'; it takes shares"),
         (["depth=3"], [], "axis 'depth': unknown value '3'"),
         (["width=wide"], [], "axis 'width': unknown value 'wide'"),
-        (["stride"], [], "integration 'lal' has no option 'stride'; those that have it: pal"),
-        (["depth"], ["model.integration=plits"], "integration 'plits' has no option 'layers'; those that have it: lal"),
+        (["stride"], [], "integration 'lal' has no option 'stride'; integrations with it: pal"),
+        (
+            ["depth"],
+            ["model.integration=plits"],
+            "integration 'plits' has no option 'layers'; integrations with it: lal",
+        ),
         (["width"], ["model.integration=flamingo"], "integration 'flamingo' has no option 'projector'"),
         (["ffn"], ["stages.1.train.llm=none"], "no stage of the recipe trains the LLM in full"),
         (["ffn", "ffn=frozen"], [], "axis 'ffn' is given twice"),
-        (["ffn=frozen,frozen"], [], "'frozen' comes twice"),
+        (["ffn=frozen,frozen"], [], "'frozen' is given twice"),
         (["integration", "queries"], [], "give one of them"),
         (["integration=[lal"], [], "is not a YAML list"),
         (["integration="], [], "has an empty value"),
         (["ffn"], ["seed=3"], "--seeds"),
         # found when the cell is built
         (["stride=0"], ["model.integration=pal"], "stride 0: integration 'pal': stride"),
-        (["integration=flamingo"], [], "flamingo: integration 'flamingo': every 4 layers is none of 3"),
+        (["integration=flamingo"], [], "flamingo: integration 'flamingo': every 4 exceeds the LLM's 3 layers"),
         (["integration={name: lal, depht: 3}"], [], "unknown key 'depht'"),
         (["connector=lfst"], [], "takes 2 encoders, not 1"),
     ],
@@ -205,10 +209,10 @@ def test_parts_of_a_bundle_cannot_be_varied(path, tmp_path):
     recipe = {**RECIPE, "bundle": "somewhere"}
     del recipe["model"]
     (tmp_path / "on.yaml").write_text(yaml.safe_dump(recipe))
-    with pytest.raises(ConfigError, match="goes on from a bundle"):
+    with pytest.raises(ConfigError, match="trains a bundle further"):
         grid(tmp_path / "on.yaml", ["integration"])
     assert len(grid(tmp_path / "on.yaml", ["ffn"])) == 2
 
 
 def test_every_axis_says_what_it_takes():
-    assert all(axis.values and axis.says for axis in AXES.values())
+    assert all(axis.values and axis.accepts for axis in AXES.values())

@@ -51,9 +51,9 @@ def test_windows_slide_by_a_layer():
 
 
 def test_a_restriction_hides_all_other_layers():
-    (hide,) = Restriction((1, 2), "keys").condition(4).hides
-    assert (hide.pathway, hide.layers) == ("keys", (0, 3))
-    assert Restriction((0, 1)).condition(2).hides == ()
+    (mask,) = Restriction((1, 2), "keys").condition(4).masks
+    assert (mask.pathway, mask.layers) == ("keys", (0, 3))
+    assert Restriction((0, 1)).condition(2).masks == ()
 
 
 @pytest.mark.parametrize("name", names("integration"))
@@ -67,7 +67,7 @@ def test_restricted_to_the_layers_it_has_a_model_is_itself(name):
         return model.llm(model.inputs([noise(1.0)], [shown.row])).logits
 
     whole = logits()
-    with model.hiding(*Restriction(tuple(layers)).condition(3).hides):
+    with model.hiding(*Restriction(tuple(layers)).condition(3).masks):
         assert torch.allclose(logits(), whole, atol=1e-5)
     assert shown.seen(model, Restriction(tuple(layers)).condition(3)) == shown.seen(model, WHOLE)
 
@@ -135,15 +135,15 @@ def test_a_finding(tmp_path, monkeypatch):
     assert same_as["audio in layers 0 to 2"] == "nothing"
     assert same_as["keys in layer 0"] == "nothing"  # they are nowhere else
     assert same_as["keys in layer 2"] == "keys in layer 1"
-    firsts = written["tables"]["Audio seen in the first layers"]
+    firsts = written["tables"]["Audio in the first layers"]
     assert [row["depth"] for row in firsts] == ["none", "1/4, 1/3", "1/2", "all"]
     assert [row["score"] for row in firsts] == [1 / 8, 1.0, 1.0, 1.0]
     assert (firsts[-1]["drop"], firsts[-1]["drop ci95"]) == (0.0, [0.0, 0.0])
     assert firsts[0]["drop"] == 7 / 8
-    sliding = written["tables"]["Audio seen in a window of layers"]
-    assert [row["seen"] for row in sliding] == [f"audio in layer {i}" for i in range(3)]
+    sliding = written["tables"]["Audio in a window of layers"]
+    assert [row["visible_in"] for row in sliding] == [f"audio in layer {i}" for i in range(3)]
     assert [row["score"] for row in sliding] == [1.0, 1 / 8, 1 / 8]
-    by_domain = {(row["seen"], row["domain"]): row["score"] for row in written["tables"]["By domain"]}
+    by_domain = {(row["visible_in"], row["domain"]): row["score"] for row in written["tables"]["By domain"]}
     assert (by_domain["audio in layer 1", "sound"], by_domain["audio in layer 1", "speech"]) == (0.0, 0.25)
     costs = written["details"]["costs"]
     assert costs["audio in layers 0 to 2"] == costs["nothing"]

@@ -55,14 +55,14 @@ def test_drops_are_paired_and_drawn_by_clip():
     assert (found.lost, found.gained) == (2, 1)
     # the clips' mean differences are 0 and 1/2, so every draw of two clips gives 0, 1/4 or 1/2
     assert found.ci95 == (0.0, 0.5)
-    assert not found.sure
+    assert not found.significant
     assert found.points() == "25 points (0 to 50)"
 
 
 def test_what_all_clips_lose_alike_has_no_width():
     found = asked(0, 0, 1, 2, x=[False, True] + [False] * 2)
     assert found.drop("x", [2, 3]).ci95 == (1.0, 1.0)
-    assert found.drop("x", [2, 3]).sure
+    assert found.drop("x", [2, 3]).significant
     assert found.drop("x", found.among(domain="speech")).points() == "100 points (100 to 100)"
     assert found.drop("nothing").drop == 0.0
 
@@ -73,7 +73,7 @@ def test_a_condition_that_hides_the_same_has_the_others_answers():
     assert found.right("y") == [False, True]
     assert found.drop("y") == found.drop("x")
     said = " ".join(remarks(found))
-    assert "hidden by: z" in said
+    assert "without effect on this model: z" in said
     assert "'y' as 'x'" in said
 
 
@@ -99,7 +99,7 @@ def test_with_everything_hidden_clips_of_one_length_are_all_the_same(name):
         return model.llm(model.inputs([clip], [ROW])).logits[:, -3:]
 
     assert not torch.allclose(logits(clips[0]), logits(clips[1]), atol=1e-3)
-    with model.hiding(*NO_AUDIO.hides):
+    with model.hiding(*NO_AUDIO.masks):
         assert torch.equal(logits(clips[0]), logits(clips[1]))
     assert not example(model).seen(model, NO_AUDIO)
 
@@ -174,7 +174,7 @@ def test_answers_are_those_of_an_evaluation(tmp_path):
     assert found.same_as == {"late": "nothing", "layer 0": "keys"}
     assert list(found.correct) == ["nothing", "keys", "everything"]
     for condition in (keys, NO_AUDIO):
-        with model.hiding(*condition.hides):
+        with model.hiding(*condition.masks):
             score = evaluate(model, records, no_audio=False, progress=False)
         assert found.correct[condition.name] == [item.correct for item in score.items]
     assert not all(found.right("everything"))
