@@ -46,7 +46,7 @@ class AudioTower(nn.Module):
         """Rate of the waveforms in Hz: the highest of the encoders' rates. Waveforms are resampled for the others."""
 
     def encoder(self, index: int) -> Encoder:
-        """One of the encoders."""
+        """The encoder at an index."""
         encoder: Any = self.encoders[index]  # or PEFT's wrapper, which has the same attributes
         found: Encoder = encoder
         return found

@@ -42,7 +42,7 @@ model.ask("clip.wav", "What sound is this?")
 |---|---|---|
 {parts}
 
-In this repository are the weights that were trained{left_out}.
+This repository holds the trained weights{left_out}.
 
 ## Trained on
 
@@ -131,8 +131,8 @@ def card(
         encoders=encoders,
         integration=config.integration["name"],
         parts=_parts(model),
-        left_out="; what was not is taken from its source and checked by SHA-256" if left_out else "",
-        data="\n".join(f"- {line}" for line in trained) or "Not said.",
+        left_out="; the others are loaded from their source and checked by SHA-256" if left_out else "",
+        data="\n".join(f"- {line}" for line in trained) or "Not stated.",
         scores=_table(scores) if scores else _UNMEASURED,
         limits="\n".join(f"- {line}" for line in _limits(model, scores)),
     )
@@ -246,13 +246,13 @@ def _categories(score: Result) -> list[tuple[str, MetricValue]]:
 
 
 def _limits(model: PalModel, scores: Sequence[Result]) -> list[str]:
-    limits = [f"Its makers say: {model.config.notice}."] if model.config.notice else []
+    limits = [f"The model's notice: {model.config.notice}."] if model.config.notice else []
     limits += [
-        "It gives an answer to any question about any sound, whether it knows one or not, and says no probability.",
-        "Sounds, languages and kinds of questions that are not in its training data were not tried"
+        "It answers any question about any sound, known or not, and gives no probability.",
+        "Sounds, languages and kinds of questions outside of its training data were not evaluated"
         + (" beyond the table above." if scores else "."),
-        f"Audio is mixed down to mono and resampled to {model.sampling_rate:,} Hz: what is above half of that, "
-        "and the direction that a sound comes from, is lost.",
+        f"Audio is mixed down to mono and resampled to {model.sampling_rate:,} Hz: frequencies above half of that "
+        "and the direction of sounds are lost.",
     ]
     for score in scores:
         gain = score.overall.gain_ci95

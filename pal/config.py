@@ -29,7 +29,7 @@ def parse(cls: type[C], data: Mapping[str, Any], where: str) -> C:
 
     Args:
         cls: the configuration class.
-        data: what the user wrote.
+        data: the user's values, by key.
         where: name of the data in the message ("recipe r.yaml", "encoder 'tiny'").
 
     Raises:

@@ -25,7 +25,7 @@ class Pushed:
     """Bytes of the files."""
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON."""
+        """JSON-compatible values."""
         return asdict(self)
 
 

@@ -63,7 +63,7 @@ class AudioFeatures:
 
 @dataclass(frozen=True)
 class Tokens:
-    """One conversation as token ids, with `AUDIO` where each clip goes."""
+    """One conversation as token ids, with `AUDIO` in the place of each clip."""
 
     ids: list[int]
     clips: list[int]

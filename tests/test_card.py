@@ -86,7 +86,7 @@ def test_a_card_of_a_run(scored):
         "- `made`: scenes of `pal data synth` (scenes: 12, seed: 7)",
         "- `esc`: the data set `esc50` (folds: 1,2)",
         "- `own`: the manifest mine.jsonl",
-        "- Its makers say: a toy.",
+        "- The model's notice: a toy.",
         "not measurably better than without the audio",
     ):
         assert line in body, line
@@ -105,7 +105,7 @@ def test_base_models_are_hub_ids():
     top, body = header(card(model, "x", left_out={"llm.weight": "0"}))
     assert top["base_model"] == ["meta-llama/Llama-3.2-1B", "openai/whisper-small"]
     assert "`meta-llama/Llama-3.2-1B` with `openai/whisper-small` and `tiny`" in body
-    assert "taken from its source and checked by SHA-256" in body
+    assert "loaded from their source and checked by SHA-256" in body
 
 
 def test_folders_are_no_base_models(tmp_path):
@@ -144,7 +144,7 @@ def test_a_card_without_scores_says_so():
     top, body = header(card(tiny_model(), "x"))
     assert "model-index" not in top
     assert "Nothing yet." in body
-    assert "## Trained on\n\nNot said." in body
+    assert "## Trained on\n\nNot stated." in body
 
 
 def test_it_goes_into_the_bundle(scored, tmp_path):

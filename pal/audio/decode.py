@@ -65,8 +65,8 @@ def load(
     and with the `av` package m4a, mp4, webm and FLAC of an odd number of bits.
 
     Raises:
-        AudioError: one line with name, fault and remedy. Never a shortened result: a file that ends
-            before its declared end, or declares none (a streamed WAV or FLAC), is refused.
+        AudioError: one line with name, fault and remedy. A file that ends before its declared
+            end, or declares no end (a streamed WAV or FLAC), is refused: results are never shortened.
     """
     shown = printable(name or name_of(source))
     note = None

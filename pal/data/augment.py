@@ -4,7 +4,7 @@ Each option is off by default. Changes are applied in the order of the fields. T
 never loses its sound, whatever the clip:
 
 - Cuts (`crop_seconds`, and `time_shift` without `wrap`) need times for every label, and are refused without them.
-  A tag with times moves with its sound, and is dropped exactly where its sound is cut off.
+  A tag with times moves with its sound, and is dropped if its sound is cut off.
 - Filters (`eq_db`, `lowpass`) attenuate no frequency by more than 12 and `KEPT_DB` decibels.
 - Frequency shifts (`speed`, `warp`) are limited so that every 20 ms keep a tenth of their energy (`KEPT_DB`) below half
   the rate. A high sound that is masked by a much louder one can still be lost.
@@ -39,7 +39,7 @@ Tags = list[TagSpan] | None
 Samples = NDArray[np.float32]
 
 SHORTEST_TAG = 0.05
-"""Fewest seconds of a tag that a cut may leave, unless it leaves none: less is inaudible."""
+"""Shortest part of a tag in seconds that a cut may leave; shorter parts are inaudible. It may also remove the tag."""
 KEPT_DB = 10.0
 """Most decibels that a sound may lose: by a cut, above a low-pass, by a shift upwards in frequency."""
 GONE_DB = 40.0

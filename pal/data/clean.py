@@ -41,7 +41,7 @@ def check_out(out: Path, manifest: str | Path) -> None:
     if out.is_dir():
         raise ConfigError(f"{out}: is a folder; give the file to write")
     if out.exists() and Path(manifest).exists() and out.samefile(manifest):
-        raise ConfigError(f"{out}: is the manifest that is checked, which stays as it is; give another file")
+        raise ConfigError(f"{out}: is the manifest that is checked, which is never changed; give another file")
 
 
 def write_clean(

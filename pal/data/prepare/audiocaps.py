@@ -32,7 +32,7 @@ class AudioCapsOptions(StrictConfig):
 
 @dataset("audiocaps", AudioCapsOptions)
 def audiocaps(root: Path, options: AudioCapsOptions) -> Iterator[Record]:
-    """One record a caption.
+    """One record per caption.
 
     `SPLIT.csv`, in the folder or in `dataset/`, has audiocap_id, youtube_id, start_time and caption. A
     clip is `YTID_START`, `YTID`, `YYTID` or `AUDIOCAP_ID`, in `audio/`, `SPLIT/` or `audio/SPLIT/`.

@@ -23,7 +23,7 @@ class ClothoOptions(StrictConfig):
 
 @dataset("clotho", ClothoOptions)
 def clotho(root: Path, options: ClothoOptions) -> Iterator[Record]:
-    """One record a caption, five a clip."""
+    """One record per caption, five per clip."""
     table = root / f"clotho_captions_{options.split}.csv"
     captions = tuple(f"caption_{number}" for number in range(1, 6))
     folders = [root / options.split, root / f"clotho_audio_{options.split}", root / "audio" / options.split, root]

@@ -25,7 +25,7 @@ class ClothoAQAOptions(StrictConfig):
 
 @dataset("clothoaqa", ClothoAQAOptions)
 def clothoaqa(root: Path, options: ClothoAQAOptions) -> Iterator[Record]:
-    """One record a question with enough agreement of the annotators; the audio is in `audio_files/`."""
+    """One record per question with enough agreement of the annotators; the audio is in `audio_files/`."""
     table = root / f"clotho_aqa_{options.split}.csv"
     columns = ("file_name", "QuestionText", "answer", "confidence")
     asked: dict[tuple[str, str], list[str]] = {}

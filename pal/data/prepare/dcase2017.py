@@ -39,7 +39,7 @@ class DCASE2017Options(StrictConfig):
 
 @dataset("dcase2017", DCASE2017Options)
 def dcase2017(root: Path, options: DCASE2017Options) -> Iterator[Record]:
-    """One record a clip: its labels, joined by "; " in the order of `LABELS`, with their times in strong labels.
+    """One record per clip: its labels, joined by "; " in the order of `LABELS`, with their times in strong labels.
 
     The table is `groundtruth_{strong,weak}_label_SPLIT_set.csv`, in the folder or in `metadata/`: tab
     lines of file, start, end and label without a heading. The audio lies in `SPLIT/` or `audio/SPLIT/`.

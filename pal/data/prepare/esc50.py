@@ -34,7 +34,7 @@ class ESC50Options(StrictConfig):
 
 @dataset("esc50", ESC50Options)
 def esc50(root: Path, options: ESC50Options) -> Iterator[Record]:
-    """One record a clip: what sound it is, out of the categories of the table (all folds')."""
+    """One record per clip: which sound it is, among the categories of all folds in the table."""
     table = first_file(root, ("esc50.csv", "meta/esc50.csv"), "ESC-50's main folder")
     rows = tables.rows(table, _COLUMNS, "ESC-50")
     if options.esc10:

@@ -29,7 +29,7 @@ class FolderOptions(StrictConfig):
 
 @dataset("folder", FolderOptions)
 def folder(root: Path, options: FolderOptions) -> Iterator[Record]:
-    """One record a clip, labelled by its folder."""
+    """One record per clip, labelled by its folder."""
     clips = files_in(root, "*/*", SUFFIXES)
     labels = tuple(sorted({_label(path) for path in clips}))
     if len(labels) < 2:

@@ -1,4 +1,4 @@
-"""FSD50K: Freesound clips with labels of AudioSet's ontology, several a clip (Fonseca et al., 2022)."""
+"""FSD50K: Freesound clips with labels of AudioSet's ontology, several per clip (Fonseca et al., 2022)."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -36,7 +36,7 @@ def vocabulary(root: Path) -> tuple[str, ...]:
 
 @dataset("fsd50k", FSD50KOptions)
 def fsd50k(root: Path, options: FSD50KOptions) -> Iterator[Record]:
-    """One record a clip: its labels joined by "; ", in the table's order.
+    """One record per clip: its labels joined by "; ", in the table's order.
 
     `FSD50K.ground_truth/` holds the tables, `FSD50K.dev_audio/` and `FSD50K.eval_audio/` the clips.
     """

@@ -37,7 +37,7 @@ class FSDDOptions(StrictConfig):
 
 @dataset("fsdd", FSDDOptions)
 def fsdd(root: Path, options: FSDDOptions) -> Iterator[Record]:
-    """One record a clip: which digit is spoken."""
+    """One record per clip: which digit is spoken."""
     folder = root / "recordings" if (root / "recordings").is_dir() else root
     clips = {path: _NAME.fullmatch(path.stem) for path in files_in(folder, "*.wav")}
     if not clips:

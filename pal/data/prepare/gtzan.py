@@ -28,7 +28,7 @@ class GTZANOptions(StrictConfig):
 
 @dataset("gtzan", GTZANOptions)
 def gtzan(root: Path, options: GTZANOptions) -> Iterator[Record]:
-    """One record a clip: the genre whose folder it lies in, below `genres/`, `genres_original/` or `root` itself."""
+    """One record per clip: the genre whose folder it lies in, below `genres/`, `genres_original/` or `root` itself."""
     places = [root / "genres", root / "genres_original", root]
     folder = next((place for place in places if all((place / genre).is_dir() for genre in GENRES)), None)
     if folder is None:

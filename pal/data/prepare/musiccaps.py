@@ -31,7 +31,7 @@ class MusicCapsOptions(StrictConfig):
 
 @dataset("musiccaps", MusicCapsOptions)
 def musiccaps(root: Path, options: MusicCapsOptions) -> Iterator[Record]:
-    """One record a clip, by `musiccaps-public.csv`; a clip is `YTID` or `[YTID]-[START-END]`, in `audio/` or here."""
+    """One record per clip, by `musiccaps-public.csv`; a clip is `YTID` or `[YTID]-[START-END]`, in `audio/` or here."""
     table = root / "musiccaps-public.csv"
     columns = ("ytid", "start_s", "end_s", "caption", "is_audioset_eval")
     for row in tables.rows(table, columns, "MusicCaps"):

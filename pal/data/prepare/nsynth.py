@@ -45,7 +45,7 @@ class NSynthOptions(StrictConfig):
 
 @dataset("nsynth", NSynthOptions)
 def nsynth(root: Path, options: NSynthOptions) -> Iterator[Record]:
-    """One record a note, in the order of the names; `root` holds `nsynth-SPLIT/` or is that folder."""
+    """One record per note, in the order of the names; `root` holds `nsynth-SPLIT/` or is that folder."""
     table = first_file(
         root, (f"nsynth-{options.split}/examples.json", "examples.json"), f"the folder with nsynth-{options.split}"
     )

@@ -29,7 +29,7 @@ class VGGSoundOptions(StrictConfig):
 
 @dataset("vggsound", VGGSoundOptions)
 def vggsound(root: Path, options: VGGSoundOptions) -> Iterator[Record]:
-    """One record a clip: its label.
+    """One record per clip: its label.
 
     `vggsound.csv` holds ytid, start, label, split without a heading. A clip is `YTID_000012`, `YTID_12`
     or `YTID`, in the folder, in `audio/` or in the split's folder.

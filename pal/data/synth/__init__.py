@@ -98,7 +98,7 @@ def _check(scenes: int, seed: int, seconds: float, questions: int, workers: int 
 
 
 def audio_path(out: Path, index: int) -> Path:
-    """Where scene `index` is written."""
+    """Path of the audio of scene `index`."""
     return out / "audio" / f"{index:06d}.wav"
 
 

@@ -330,18 +330,18 @@ class SoundKind:
     name: str
     """The plain noun: label and answer."""
     some: str
-    """As in "Is there a siren?"."""
+    """Label with its article, as in "Is there a siren?"."""
     make: Callable[[Rng, int, float], Signal]
     caption: str
-    """As in "a loud dog bark": the words after the article and adjective."""
+    """Words after article and adjective in captions, as in "a loud dog bark"."""
     shortest: float
-    """Seconds."""
+    """Shortest event in seconds."""
     longest: float
-    """Seconds."""
+    """Longest event in seconds."""
     musical: bool = False
     """Whether it has a pitch for questions."""
     plural: bool = False
-    """As in "When do the footsteps start?"."""
+    """Takes plural verbs, as in "When do the footsteps start?"."""
     countable: bool = True
     """Takes an article in captions."""
 

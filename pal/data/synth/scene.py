@@ -40,7 +40,7 @@ class Event:
     end: float
     loud: bool
     level_db: float
-    """dBFS, rms where it sounds."""
+    """Level in dBFS: rms over the frames in which it sounds."""
     note: int | None = None
     """MIDI note of musical kinds."""
 
