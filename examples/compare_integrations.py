@@ -2,8 +2,8 @@
 
     python examples/compare_integrations.py plits lal
 
-Both start from the encoder and the text LLM that ship with the package and train on the same made-up scenes.
-With 300 steps each it takes a few minutes on two CPU cores and shows the cost; accuracy wants more steps.
+Both start from the encoder and the text LLM that ship with the package, and train on the same synthetic scenes.
+With 300 steps each, it takes a few minutes on two CPU cores and shows the cost; accuracy needs more steps.
 """
 
 import sys
@@ -20,7 +20,7 @@ from pal.train.recipe import Recipe
 
 
 def main(*integrations: str, steps: int = 300, scenes: int = 800) -> None:
-    """Train each under one curriculum, ask both about scenes of another seed."""
+    """Train each with the same recipe, and evaluate it on scenes of another seed."""
     stage = {
         "options": {"per": "answer"},
         "train": {"connector": True, "projectors": True, "llm": "full"},

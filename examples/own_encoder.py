@@ -2,7 +2,7 @@
 
     python examples/own_encoder.py
 
-As a distribution of your own it needs two more lines in `pyproject.toml`, and `pal train` knows it, too:
+In an installed package of your own, two lines in `pyproject.toml` let `pal train` and other commands find it, too:
 
     [project.entry-points."pal.encoders"]
     bands = "my_package.bands"
@@ -24,13 +24,13 @@ from pal.types import AudioFeatures
 
 @register("encoder", "bands")
 class Bands(Encoder):
-    """A token is the log power of some frequency bands over 40 ms, through one linear layer."""
+    """A token is the log power of some frequency bands over 40 ms, after one linear layer."""
 
     class Config(StrictConfig):
         """Options of the encoder `bands`."""
 
         bands: int = Field(default=16, ge=1)
-        """Bands between 0 Hz and half the rate, all as wide."""
+        """Number of bands of equal width between 0 Hz and half the sampling rate."""
         width: int = 32
         """E, the width of a token."""
 
@@ -56,7 +56,7 @@ class Bands(Encoder):
 
 
 def main() -> None:
-    """Attach it to the small text LLM that ships with the package; untrained, so the answer means nothing yet."""
+    """Attach it to the small text LLM that ships with the package. It is untrained, so the answer means nothing yet."""
     model = pal.attach(llm=str(pal.TEXT_LLM), encoders=[{"name": "bands", "bands": 24}], integration="lal")
     second = np.random.default_rng(0).normal(0, 0.1, 16_000).astype(np.float32)
     (answer,) = model.ask_detailed((second, 16_000), "What sound is this?", max_new_tokens=8)

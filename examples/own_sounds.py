@@ -3,8 +3,8 @@
     python examples/own_sounds.py sounds runs/mine
     pal ask clip.wav "What sound is this?" --model runs/mine
 
-`sounds/` holds `bark/*.wav`, `engine/*.wav`, ... A fifth of the clips is kept aside to measure on.
-It starts from the model that ships with the package; with a larger one only `bundle` changes.
+`sounds/` contains `bark/*.wav`, `engine/*.wav`, ... A fifth of the clips is held out for evaluation. Training starts
+from the model that ships with the package; for a larger model, change `bundle`.
 """
 
 import sys
@@ -21,7 +21,7 @@ from pal.train.recipe import Recipe
 
 
 def main(sounds: str, out: str, steps: int = 150) -> None:
-    """Ten lines: what to train on, what to train, and how well it went."""
+    """Fine-tune on most of the clips, and evaluate on the others."""
     stage = {"train": {"connector": True, "projectors": True, "llm": "full"}, "lr": 1e-3, "warmup": 10, "steps": steps}
     source = {"prepare": {"name": "folder", "root": sounds, "options": {"part": "train"}}}
     source["augment"] = {"probability": 0.8, "gain_db": [-12, 6], "speed": [0.9, 1.1], "time_shift": 1.0, "wrap": True}
@@ -30,7 +30,7 @@ def main(sounds: str, out: str, steps: int = 150) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         test = Manifest(prepare("folder", sounds, Path(scratch) / "test.jsonl", part="test"))
         score = evaluate(model, list(test))
-        print(f"{score.n} clips aside: {score.score:.2f}, {score.overall.no_audio_score:.2f} without audio")
+        print(f"{score.n} held-out clips: {score.score:.2f}, {score.overall.no_audio_score:.2f} without audio")
 
 
 if __name__ == "__main__":

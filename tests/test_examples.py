@@ -60,7 +60,7 @@ def test_a_folder_without_labels_is_refused(tmp_path: Path) -> None:
 
 def test_own_sounds(sounds: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     script("own_sounds").main(str(sounds), str(tmp_path / "run"), steps=2)
-    assert re.search(r"\d+ clips aside: \d\.\d\d", capsys.readouterr().out)
+    assert re.search(r"\d+ held-out clips: \d\.\d\d", capsys.readouterr().out)
     assert (tmp_path / "run" / "model" / "model.safetensors").is_file()
 
 
