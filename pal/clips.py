@@ -243,11 +243,11 @@ class ClipFeatures:
     """Seconds of each clip that the encoders' tokens cover. (A connector's tokens may have no time scale.)"""
 
     @classmethod
-    def encoded(cls, features: Sequence[AudioFeatures], encoders: Sequence[AudioFeatures]) -> ClipFeatures:
-        """`ClipFeatures` from the features of each stream, with the seconds of each encoder's tokens."""
-        counts = zip(*(part.lengths for part in encoders), strict=True)
-        scales = [part.seconds_per_token for part in encoders]
-        return cls(features, [min(n * scale for n, scale in zip(own, scales, strict=True)) for own in counts])
+    def of_streams(cls, streams: Sequence[AudioFeatures], encoded: Sequence[AudioFeatures]) -> ClipFeatures:
+        """`ClipFeatures` from the features of each stream, and those of each encoder, which give the seconds."""
+        counts = zip(*(part.lengths for part in encoded), strict=True)
+        scales = [part.seconds_per_token for part in encoded]
+        return cls(streams, [min(n * scale for n, scale in zip(own, scales, strict=True)) for own in counts])
 
     def tokens(self) -> list[int]:
         """Audio tokens of each clip, of all streams together."""

@@ -144,7 +144,7 @@ class PalModel(nn.Module):
         if indexed or not len(clips):
             return ClipFeatures(indexed, [clip.seconds for clip in indexed])
         encoded = self.ears.encode(clips)
-        return ClipFeatures.encoded(self.ears.connect(encoded), encoded)
+        return ClipFeatures.of_streams(self.ears.connect(encoded), encoded)
 
     def inputs(
         self,
@@ -369,8 +369,8 @@ class PalModel(nn.Module):
         **options: object,
     ) -> list[DetailedAnswer]:
         """As `ask`, but returns a list of answers with audio seconds, token counts and timings."""
-        watched: dict[str, Any] = {"max_new_tokens": max_new_tokens, **options}
-        generation_options(watched, self.tokenizer)  # raise before a clip is decoded
+        all_options: dict[str, Any] = {"max_new_tokens": max_new_tokens, **options}
+        generation_options(all_options, self.tokenizer)  # raise before a clip is decoded
         given = clip_list(audio)
         asked = read_question(question, len(given), self.tokenizer, self.config.system)
         clips, notes = self._read(given, allow_urls, read_to_end)
@@ -378,8 +378,8 @@ class PalModel(nn.Module):
         features = self.encode(clips)
         encoded = time.perf_counter()
         first = FirstTokenTimer()
-        watched["logits_processor"] = [first, *(watched.get("logits_processor") or ())]
-        texts = self.generate(features, asked.tokens, **watched)
+        all_options["logits_processor"] = [first, *(all_options.get("logits_processor") or ())]
+        texts = self.generate(features, asked.tokens, **all_options)
         done = time.perf_counter()
         timings = {"encode": encoded - start, "prefill": first.at - encoded, "generate": done - first.at}
         used = [min(clip.seconds, covered) for clip, covered in zip(clips, features.seconds, strict=True)]

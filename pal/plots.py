@@ -60,18 +60,18 @@ def render(draw: Draw, size: tuple[float, float] = (8.0, 4.5)) -> Rendered | Non
     return Rendered(file.getvalue(), _time_axes(figure))
 
 
-def colour_of(place: int) -> str:
-    """Colour of the series at `place` of a plot."""
-    return COLOURS[place % len(COLOURS)]
+def colour_of(index: int) -> str:
+    """Colour of a plot's series, by its index."""
+    return COLOURS[index % len(COLOURS)]
 
 
-def style_of(place: int) -> dict[str, Any]:
-    """Colour, marker and dashes of the line at `place` of a plot, as matplotlib's `plot` takes them."""
-    dashes = _DASHES[place // len(COLOURS) % len(_DASHES)]
-    return {"color": colour_of(place), "marker": MARKERS[place % len(MARKERS)], "ls": dashes}
+def style_of(index: int) -> dict[str, Any]:
+    """Arguments of matplotlib's `plot` for a series, by its index: colour, marker and dashes."""
+    dashes = _DASHES[index // len(COLOURS) % len(_DASHES)]
+    return {"color": colour_of(index), "marker": MARKERS[index % len(MARKERS)], "ls": dashes}
 
 
-def plain(text: str) -> str:
+def escape_label(text: str) -> str:
     """Escape text as a label: matplotlib parses `$` as mathematics, and legends omit labels that begin with `_`."""
     shown = printable(text).replace("$", r"\$")
     return f" {shown}" if shown.startswith("_") else shown

@@ -39,7 +39,7 @@ def test_series_differ_in_more_than_colour():
 def test_any_name_can_be_a_label(text):
 
     def draw(figure):
-        figure.subplots().plot([1], [1], label=plots.plain(text))
+        figure.subplots().plot([1], [1], label=plots.escape_label(text))
         figure.legend()
         assert len(figure.legends[0].texts) == 1
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pal.plots import TIME, colour_of, plain, style_of
+from pal.plots import TIME, colour_of, escape_label, style_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -52,7 +52,9 @@ def draw_scores(figure: Figure, scores: Scores, strong: str = "all") -> None:
         rows = [(y + beside, by_name[name]) for y, by_name in enumerate(scores.values()) if name in by_name]
         rows = [(y, one) for y, one in rows if one["score"] is not None]
         style = style_of(place)
-        axes.plot([one["score"] for _, one in rows], [y for y, _ in rows], **{**style, "ls": "none"}, label=plain(name))
+        axes.plot(
+            [one["score"] for _, one in rows], [y for y, _ in rows], **{**style, "ls": "none"}, label=escape_label(name)
+        )
         for y, one in rows:
             if one["ci95"] is not None:
                 axes.plot(one["ci95"], [y, y], color=style["color"], ls=style["ls"], lw=1.8)
@@ -65,7 +67,7 @@ def draw_scores(figure: Figure, scores: Scores, strong: str = "all") -> None:
         axes.set_xlim(right=1.02)
         axes.xaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
     axes.set_xlim(left=min(0.0, *drawn))
-    shown = [plain(name if len(name) <= _LONGEST else f"{name[: _LONGEST - 1]}…") for name in scores]
+    shown = [escape_label(name if len(name) <= _LONGEST else f"{name[: _LONGEST - 1]}…") for name in scores]
     axes.set_yticks(range(len(shown)), shown)
     for label, row in zip(axes.get_yticklabels(), scores, strict=True):
         label.set_weight("bold" if row == strong else "normal")
@@ -106,7 +108,7 @@ def draw_spectrogram(
     for (label, start, end), lane in zip(events, lanes, strict=True):
         lower.barh(lane, end - start, left=start, height=0.8, color=colour_of(0), alpha=0.25)
         x, side = (end, "right") if start > 0.75 * seconds else (start, "left")
-        lower.text(x, lane, f" {plain(label)} ", va="center", ha=side, fontsize=9)
+        lower.text(x, lane, f" {escape_label(label)} ", va="center", ha=side, fontsize=9)
     lower.set(xlim=(0, seconds), ylim=(max(lanes, default=0) + 0.5, -0.5), yticks=[], xlabel="seconds")
     lower.spines[["top", "right", "left"]].set_visible(False)
 

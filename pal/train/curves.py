@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pal.files import write_bytes, write_text
-from pal.plots import colour_of, plain, render, style_of
+from pal.plots import colour_of, escape_label, render, style_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -113,15 +113,17 @@ def draw_losses(figure: Figure, curves: Mapping[str, Curve], borders: Mapping[st
         steps, losses = zip(*curve, strict=True)
         mean, colour = smooth(losses), colour_of(place)
         axes.plot(steps, losses, color=colour, alpha=0.35, lw=0.8)
-        axes.plot(steps, mean, color=colour, ls=style_of(place)["ls"], lw=1.6, label=plain(name))
+        axes.plot(steps, mean, color=colour, ls=style_of(place)["ls"], lw=1.6, label=escape_label(name))
         own = [(step, stage) for step, stage in borders.get(name, ()) if (step, stage) not in shared]
         for step, stage in own:
             at = min(range(len(steps)), key=lambda i: abs(steps[i] - step))
             axes.plot([steps[at]], [mean[at]], color=colour, marker=style_of(place)["marker"])
-            axes.annotate(plain(stage), (steps[at], mean[at]), xytext=(3, 3), textcoords="offset points", fontsize=7)
+            axes.annotate(
+                escape_label(stage), (steps[at], mean[at]), xytext=(3, 3), textcoords="offset points", fontsize=7
+            )
     for step, stage in sorted(shared):
         axes.axvline(step, color="grey", lw=0.6, ls="--")
-        axes.text(step, 0.985, f" {plain(stage)}", transform=axes.get_xaxis_transform(), fontsize=7, va="top")
+        axes.text(step, 0.985, f" {escape_label(stage)}", transform=axes.get_xaxis_transform(), fontsize=7, va="top")
     axes.set(xlabel="step", ylabel="loss", ylim=(0, None))
     axes.grid(alpha=0.25)
     if curves:
