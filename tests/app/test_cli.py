@@ -1,7 +1,6 @@
 """Every command on a small real model: its output, its JSON, and its status."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -15,6 +14,7 @@ from typer.testing import CliRunner
 
 from pal.app import cli
 from tests.app.conftest import NOTICE, STAGE
+from tests.processes import PATIENCE
 
 RUNNER = CliRunner()
 QUESTION = "What sound is this?"
@@ -204,12 +204,12 @@ def test_ctrl_c_while_training_saves_and_says_how_to_go_on(shipped, tmp_path):
     out = tmp_path / "run"
     command = [sys.executable, "-m", "pal", "train", str(recipe), "--out", str(out)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + PATIENCE
     log = out / "log.jsonl"
-    while not (log.exists() and log.stat().st_size) and time.monotonic() < deadline:
+    while not (log.exists() and log.stat().st_size) and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.05)
-    os.kill(process.pid, signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=PATIENCE)
     assert process.returncode == 130
     assert "--resume" in errors
     assert "Traceback" not in errors

@@ -13,7 +13,7 @@ from pal.model import PalModel
 from pal.train import Trainer, run
 from pal.train.curves import read_log
 from pal.train.step import Update
-from tests.processes import fresh
+from tests.processes import PATIENCE, fresh
 from tests.train.tiny import failing_after, recipe, run_elsewhere
 
 STEPS = 3 + 3 + 5
@@ -101,7 +101,7 @@ def test_kill(manifest: Path, whole: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     process = fresh().Process(target=run_elsewhere, args=(recipe(manifest).model_dump_json(), out, {}))
     process.start()
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + PATIENCE
     while len(read_log(out / "log.jsonl")) < 6:
         assert process.exitcode is None and time.monotonic() < deadline
         time.sleep(0.005)

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import socket
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from pal.model import PalModel
 from pal.train import Trainer, run
 from pal.train.curves import read_log
 from pal.train.trainer import TrainingError
-from tests.processes import fresh
+from tests.processes import exit_codes, fresh, rendezvous
 from tests.train.tiny import LLM, MODEL, recipe, run_elsewhere
 
 ALL = {"encoder": True, "connector": True, "projectors": True, "llm": "full"}
@@ -99,23 +98,14 @@ def test_two_processes_do_what_one_does(manifest: Path, tmp_path: Path, base: Pa
     made = recipe(manifest, stages, model=None, bundle=base, data=data)
     one = run(made, tmp_path / "one").state_dict()
     shutil.rmtree(tmp_path / "cache")  # for the two to fill it at once
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    processes = []
-    for rank in range(2):
-        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        env = {
-            "ACCELERATE_USE_CPU": "true",
-            "OMP_NUM_THREADS": "1",
-            **{key: str(value) for key, value in place.items()},
-        }
-        given = (made.model_dump_json(), tmp_path / "two", env)
-        processes.append(fresh().Process(target=run_elsewhere, args=given))
-        processes[-1].start()
-    for process in processes:
-        process.join(timeout=120)
-        assert process.exitcode == 0
+    with rendezvous(2) as environments:
+        processes = [
+            fresh().Process(target=run_elsewhere, args=(made.model_dump_json(), tmp_path / "two", environment))
+            for environment in environments
+        ]
+        for process in processes:
+            process.start()
+        assert exit_codes(processes) == [0, 0]
     assert json.loads((tmp_path / "two" / "train.json").read_text())["processes"] == 2
     two = load_file(tmp_path / "two" / "model" / "model.safetensors")
     for name, tensor in two.items():
