@@ -38,7 +38,7 @@ class WhisperLogMel:
         self.window_seconds = frames * self.hop / self.sampling_rate
 
     def __call__(self, windows: Sequence[Tensor]) -> list[Tensor]:
-        """Samples at 16 kHz [N] of some windows -> log-mel frames [F, M] of each: ceil(N / 160) real, `_AFTER` more.
+        """Windows of samples at 16 kHz [N] -> log-mel frames [F, M] of each, ceil(N / 160) real ones and `_AFTER` more.
 
         They equal those of transformers' extractor on the clip padded to the window. Windows of similar length share a
         call of the extractor.

@@ -162,9 +162,9 @@ class PalForConditionalGeneration(PreTrainedModel, GenerationMixin):
         target = Path(save_directory).absolute()
         if target.exists() and unlisted_files(target):
             with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
-                made = Path(scratch) / "bundle"
-                bundle.save(self.pal, made, full=full, dtype=dtype, max_shard_size=max_shard_size, extra=extra)
-                move_into(made, target)
+                new = Path(scratch) / "bundle"
+                bundle.save(self.pal, new, full=full, dtype=dtype, max_shard_size=max_shard_size, extra=extra)
+                move_into(new, target)
         else:
             bundle.save(self.pal, target, full=full, dtype=dtype, max_shard_size=max_shard_size, extra=extra)
         if push_to_hub:
@@ -346,16 +346,16 @@ class PalForConditionalGeneration(PreTrainedModel, GenerationMixin):
         prompts = self._prompts(given_BT, attention_mask, input_values, audio_lengths)
         options = self._options(generation_config, kwargs, prompts.ids_BT.shape[1])
         llm_inputs = self.pal.inputs(prompts.clips, prompts.conversations, self.pal.llm.prompt_side(**options))
-        made = self.pal.llm.generate(llm_inputs, **options)
-        new = made if isinstance(made, Tensor) else made.sequences
+        output = self.pal.llm.generate(llm_inputs, **options)
+        new = output if isinstance(output, Tensor) else output.sequences
         given = prompts.ids_BT.to(new.device)
         if labels is not None:
             given = given.masked_fill(~prompts.real_BT.to(new.device), options["pad_token_id"])
-        whole = torch.cat((given.repeat_interleave(len(new) // len(given), dim=0), new), dim=1)
-        if isinstance(made, Tensor):
-            return whole
-        made.sequences = whole
-        return made
+        sequences = torch.cat((given.repeat_interleave(len(new) // len(given), dim=0), new), dim=1)
+        if isinstance(output, Tensor):
+            return sequences
+        output.sequences = sequences
+        return output
 
     def _prompts(
         self, ids: Tensor | None, mask: Tensor | None, values: Tensor | None, lengths: Tensor | None

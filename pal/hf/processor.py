@@ -89,9 +89,9 @@ class PalProcessor(ProcessorMixin):
         folder = Path(pretrained_model_name_or_path)
         if (folder / MANIFEST).is_file():
             verify(folder, _PROCESSOR_FILES)
-        made: PalProcessor = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
-        made.allow_urls = allow_urls
-        return made
+        processor: PalProcessor = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        processor.allow_urls = allow_urls
+        return processor
 
     def save_pretrained(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs: Any) -> list[str]:
         """Save the processor to a folder; if that is a bundle, update its `manifest.json`, too."""
@@ -103,9 +103,9 @@ class PalProcessor(ProcessorMixin):
             return files
         with tempfile.TemporaryDirectory() as scratch:
             super().save_pretrained(scratch, **kwargs)
-            made = {str(p.relative_to(scratch)): p.read_bytes() for p in Path(scratch).rglob("*") if p.is_file()}
-        amend(folder, made)
-        return [str(folder / name) for name in made]
+            contents = {str(p.relative_to(scratch)): p.read_bytes() for p in Path(scratch).rglob("*") if p.is_file()}
+        amend(folder, contents)
+        return [str(folder / name) for name in contents]
 
     # To tensors
 
@@ -206,8 +206,8 @@ class PalProcessor(ProcessorMixin):
         for (talk, _), count in zip(talks, counts, strict=True):
             first = sum(len(one.clips) for one in conversations)
             conversations.append(_encode(tokenizer, talk, list(range(first, first + count)), add_generation_prompt))
-        made = self._tensors(conversations, clips, options, with_answer_mask=return_assistant_tokens_mask)
-        return made if return_dict else made["input_ids"]
+        inputs = self._tensors(conversations, clips, options, with_answer_mask=return_assistant_tokens_mask)
+        return inputs if return_dict else inputs["input_ids"]
 
     def _tokenizer(self, chat_template: str | None) -> Any:
         wanted = chat_template or self.chat_template

@@ -66,7 +66,7 @@ def _pal(route: PAL, step: StepSize, tokens: int, llm: Backbone) -> AddedCost:
     S, r, E = -(-tokens // route.config.stride), route.config.stride, route.in_width
     rows = step.clips * S
     conv = linear(rows, r * E, E, step.features, step.integration, step.own_bytes)
-    # the convolution's output needs gradients where the convolution trains
+    # the convolution's output needs gradients if the convolution is trained
     behind = replace(step, features=step.features or step.integration)
     summary = projector_cost(route.config, behind, rows, E, llm.width)
     layers = projected_keys(route.projectors, step, tokens, llm, route.layers)

@@ -149,7 +149,7 @@ class GatedBlock(nn.Module):
         return y_BQD + (self.ffn_gate.tanh() * self.ffn(y_BQD.to(dtype))).to(x_BQD.dtype)
 
     def weights(self, x_BQD: Tensor, k_BGAC: Tensor, seen_B1QA: Tensor) -> Tensor:
-        """Attention weights of each row on the keys: [B, H, Q, A], all 0 where it sees none."""
+        """Attention weights of each row on the keys: [B, H, Q, A], all 0 for a row that sees none."""
         return attention_weights(self._queries(x_BQD), k_BGAC, seen_B1QA, None)
 
     def _queries(self, x_BQD: Tensor) -> Tensor:

@@ -83,7 +83,10 @@ class LayerProjectors(nn.ModuleDict):
         return whole[:-1] if isinstance(whole, nn.Sequential) else nn.Identity()
 
     def fold(self, llm: Backbone, layers: Sequence[int]) -> int:
-        """Fuse P's last linear layer with the layer's norm and projections where that saves work; returns how often."""
+        """Fuse P's last linear layer with the layer's norm and projections, in layers where that saves work.
+
+        Returns the number of these layers.
+        """
         self._folds = {}
         for layer in layers:
             last = self._last(layer)
