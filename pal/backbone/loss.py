@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -64,20 +64,35 @@ def targets_of(inputs: LLMInputs) -> Targets:
     return Targets(row_N * T + column_N, next_BT[row_N, column_N], row_N, lengths, len(next_BT))
 
 
-def token_losses(llm: Backbone, inputs: LLMInputs, targets: Targets) -> Tensor:
-    """Cross-entropy of each labelled token [N]; 0 for filling tokens, whose label is `IGNORE`."""
+def token_losses(llm: Backbone, inputs: LLMInputs, targets: Targets, head_VD: Tensor | None = None) -> Tensor:
+    """Cross-entropy of each labelled token [N]; 0 for filling tokens, whose label is `IGNORE`.
+
+    Args:
+        llm: the LLM.
+        inputs: the conversations.
+        targets: tokens to predict.
+        head_VD: used in place of the weight of a head that is a `plain_head`.
+    """
     hidden_XD = llm.hidden(inputs).flatten(0, 1)
-    logits_NV = _logits(llm.lm.lm_head, hidden_XD.index_select(0, targets.rows_N))
+    logits_NV = _logits(llm.lm.lm_head, hidden_XD.index_select(0, targets.rows_N), head_VD)
     return F.cross_entropy(logits_NV.float(), targets.labels_N, reduction="none")
 
 
-def _logits(head: nn.Module, hidden_ND: Tensor) -> Tensor:
+def plain_head(head: nn.Module) -> bool:
+    """True if the head's output is the product with its weight, and no hook expects a call."""
+    return type(head) is nn.Linear and head.bias is None and not (head._forward_hooks or head._forward_pre_hooks)
+
+
+def _logits(head: nn.Module, hidden_ND: Tensor, head_VD: Tensor | None) -> Tensor:
     """Logits of some rows."""
-    if type(head) is not nn.Linear or head.bias is not None or head._forward_hooks or head._forward_pre_hooks:
+    if not plain_head(head):
+        assert head_VD is None
         logits_NV: Tensor = head(hidden_ND)
         return logits_NV
+    weight_VD: Any = head.weight if head_VD is None else head_VD
     if hidden_ND.device.type != "cpu":
-        return F.linear(hidden_ND, head.weight)
+        return F.linear(hidden_ND, weight_VD)
     # vocabulary first: on a CPU up to 1.6 times as fast, and the weight's gradient has the weight's memory layout, so
     # that autograd accumulates in place
-    return (head.weight @ hidden_ND.T).T
+    product_NV: Tensor = (weight_VD @ hidden_ND.T).T
+    return product_NV

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 from weakref import ref
@@ -23,8 +23,10 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from pal.backbone import families
-from pal.backbone.graphs import made_of
+from pal.backbone.graphs import made_of, modules_of
+from pal.backbone.loss import plain_head
 from pal.backbone.packed import PackedContext, PackedSource, Projection
+from pal.backbone.tied import has_gradient_hooks, shared_weight
 from pal.types import LLMInputs, Targets
 
 if TYPE_CHECKING:
@@ -133,11 +135,12 @@ class LossGraphs:
         parts = _Parts()
         on_device = replace(targets, lengths=(), conversations=0)
         given = parts.of((_laid_out(inputs, inputs.audio_context), on_device, weights_N))
-        trained = parts.trained(llm)
-        setting = self._setting_of(llm, parts, trained)
+        modules = modules_of([llm.lm, *parts.modules])
+        trained = parts.trained(modules)
+        setting = self._setting_of(llm, modules, trained)
         if setting is None or not (trained or any(x.requires_grad for x in parts.tensors)):
             return None
-        made = self._pass(llm, parts, given, losses, (self._number(setting), parts.key()))
+        made = self._pass(llm, parts, trained, given, losses, (self._number(setting), parts.key()))
         if made is None:
             return None
         ticket = _Ticket()
@@ -145,14 +148,18 @@ class LossGraphs:
         total: Tensor = _Replay.apply(ticket, made, made.anchor, *parts.tensors)
         return total
 
-    def _setting_of(self, llm: Backbone, parts: _Parts, trained: Sequence[nn.Parameter]) -> Hashable | None:
+    def _setting_of(
+        self, llm: Backbone, modules: Sequence[nn.Module], trained: Sequence[nn.Parameter]
+    ) -> Hashable | None:
         """All that graphs depend on besides sizes; None where no graph is possible."""
         device, lm = llm.device.type, llm.lm
-        if families.checkpoints(lm) or any(one._post_accumulate_grad_hooks for one in trained):
+        if families.checkpoints(lm) or any(map(has_gradient_hooks, trained)):
             return None  # checkpointing saves the state of random numbers, which a graph cannot read
-        modules = made_of([lm, *parts.modules], llm.layers)
+        if any(one is shared_weight(lm) for one in trained) and not plain_head(lm.lm_head):
+            return None  # see `_Pass.head`
+        made = made_of(modules, llm.layers)
         autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
-        return modules and (modules, tuple(map(id, trained)), autocast, lm.training, llm.recomputes_audio)
+        return made and (made, tuple(map(id, trained)), autocast, lm.training, llm.recomputes_audio)
 
     def _number(self, setting: Hashable) -> int:
         """Number of a setting; where there are too many, the least recently used is dropped with its graphs."""
@@ -166,7 +173,15 @@ class LossGraphs:
         self._settings.move_to_end(setting)
         return self._settings[setting]
 
-    def _pass(self, llm: Backbone, parts: _Parts, given: Any, losses: Losses, key: _Key) -> _Pass | None:
+    def _pass(
+        self,
+        llm: Backbone,
+        parts: _Parts,
+        trained: list[nn.Parameter],
+        given: Any,
+        losses: Losses,
+        key: _Key,
+    ) -> _Pass | None:
         """Graphs for batches of this size; None when the size occurs for the first time."""
         made = self._kept.get(key)
         if made is None:
@@ -175,7 +190,7 @@ class LossGraphs:
                 if len(self._seen) > SEEN:
                     self._seen.popitem(last=False)
                 return None
-            made = self._make(llm, parts, given, losses)
+            made = self._make(llm, parts, trained, given, losses)
             if made is None:
                 return None
             self._kept[key] = made
@@ -184,12 +199,14 @@ class LossGraphs:
         self._kept.move_to_end(key)
         return made
 
-    def _make(self, llm: Backbone, parts: _Parts, given: Any, losses: Losses) -> _Pass | None:
+    def _make(
+        self, llm: Backbone, parts: _Parts, trained: list[nn.Parameter], given: Any, losses: Losses
+    ) -> _Pass | None:
         logger.debug("a CUDA graph for another size of batch: %d rows", given[0].inputs_embeds_BTD.shape[:2].numel())
         if self._recorder is None:
             self._recorder = CudaRecorder(llm.device)
         try:
-            return _Pass(llm, parts, given, losses, self._gradients, self._recorder)
+            return _Pass(llm, parts, trained, given, losses, self._gradients, self._recorder)
         except RuntimeError as error:  # torch's base class for errors of CUDA, memory and graph capture
             self.failed = str(error).splitlines()[0]
             self._kept.clear()
@@ -197,8 +214,8 @@ class LossGraphs:
             return None
 
 
-Losses = Callable[["Backbone", LLMInputs, Targets], Tensor]
-"""Computes the loss of each labelled token, [N]."""
+Losses = Callable[["Backbone", LLMInputs, Targets, Tensor | None], Tensor]
+"""Computes the loss of each labelled token, [N], with another tensor in place of the head's weight if one is given."""
 
 
 class _Ticket:
@@ -212,6 +229,7 @@ class _Pass:
         self,
         llm: Backbone,
         parts: _Parts,
+        trained: list[nn.Parameter],
         given: Any,
         losses: Losses,
         gradients: dict[nn.Parameter, Tensor],
@@ -220,8 +238,14 @@ class _Pass:
         self._llm, self._losses = llm, losses
         self.inputs = [torch.empty_like(x).copy_(x.detach()).requires_grad_(x.requires_grad) for x in parts.tensors]
         self._given = parts.rebuilt(given, self.inputs)
-        self.weights = parts.trained(llm)
+        self.weights = trained
         self.anchor = self.weights[-1] if self.weights else None
+        # The batch's embeddings, made outside of the graph, hold autograd's node for the gradient of their weight, and
+        # that node is tied to the stream it was made on. Gradients of a head with the same weight would go to it, and
+        # so pull that stream into the recording, which CUDA refuses. So the head uses a leaf with the same memory.
+        shared = shared_weight(llm.lm)
+        trains_head = any(weight is shared for weight in self.weights)
+        self.head = shared.detach().requires_grad_() if shared is not None and trains_head else None
         self._total: Tensor | None = None
         self.gradient = torch.ones((), device=llm.device)
         self.buffers: list[tuple[nn.Parameter, Tensor]] = []
@@ -252,15 +276,19 @@ class _Pass:
             cache_enabled=False,
         )
         with torch.enable_grad(), autocast:
-            losses_N = self._losses(self._llm, inputs, targets)
+            losses_N = self._losses(self._llm, inputs, targets, self.head)
             self._total = (losses_N if weights_N is None else losses_N * weights_N).sum()
         return [self._total.detach()]
 
     def _gradients_of_all(self) -> list[Tensor | None]:
         assert self._total is not None
         wanted = [x for x in self.inputs if x.requires_grad]
+        leaves: list[Tensor] = list(self.weights)
+        if self.head is not None:
+            shared = shared_weight(self._llm.lm)
+            leaves = [self.head if weight is shared else weight for weight in self.weights]
         gradient = self.gradient.to(self._total.dtype)
-        return list(torch.autograd.grad(self._total, [*wanted, *self.weights], gradient, allow_unused=True))
+        return list(torch.autograd.grad(self._total, [*wanted, *leaves], gradient, allow_unused=True))
 
     def _backward(self) -> list[Tensor | None]:
         found = self._gradients_of_all()
@@ -380,12 +408,10 @@ class _Parts:
         """Hashable key, equal for batches that differ only in the values of their tensors."""
         return tuple(self._rest), tuple((x.shape, x.stride(), x.dtype, x.requires_grad) for x in self.tensors)
 
-    def trained(self, llm: Backbone) -> list[nn.Parameter]:
-        """Parameters that may get gradients, each once."""
-        modules: list[nn.Module] = [llm.lm, *self.modules]
-        found = [weight for module in modules for weight in module.parameters() if weight.requires_grad]
-        found += [weight for weight in self.parameters if weight.requires_grad]
-        return list(dict.fromkeys(found))
+    def trained(self, modules: Iterable[nn.Module]) -> list[nn.Parameter]:
+        """Parameters of the modules, and those among the inputs, that may get gradients, each once."""
+        found = [weight for module in modules for weight in module._parameters.values() if weight is not None]
+        return list(dict.fromkeys(weight for weight in (*found, *self.parameters) if weight.requires_grad))
 
     def rebuilt(self, x: Any, tensors: Sequence[Tensor]) -> Any:
         """`x` with its tensors replaced."""

@@ -91,6 +91,20 @@ def tied_rows(lm: Any, known: TiedRows | None) -> TiedRows | None:
     return known if known is not None and known.weight_VD is weight else TiedRows(weight)
 
 
+def has_gradient_hooks(weight: nn.Parameter) -> bool:
+    """True if the weight has hooks on its gradient besides that of `TiedRows`."""
+    hooks = weight._backward_hooks or {}
+    others = any(getattr(hook, "__func__", None) is not TiedRows._added for hook in hooks.values())
+    return others or bool(weight._post_accumulate_grad_hooks)
+
+
+def shared_weight(lm: Any) -> nn.Parameter | None:
+    """The weight that embeddings and LM head share; None where each has its own."""
+    table, head = ends(lm)
+    weight = getattr(table, "weight", None)
+    return weight if head is not None and weight is not None and getattr(head, "weight", None) is weight else None
+
+
 def ends(lm: Any) -> tuple[Any, Any]:
     """Embedding and LM head modules of an LLM."""
     return lm.get_input_embeddings(), lm.get_output_embeddings()

@@ -136,11 +136,14 @@ class PointRun:
     def _timed(self, subject: BenchModel) -> Callable[[], object]:
         if self.phase == "train":
 
-            def step() -> None:
-                with training(subject, self.preset.train):
-                    subject.loss(self.scene).backward()
+            def steps() -> None:
+                with training(subject, self.preset.train) as trained:
+                    for _ in range(self.preset.train_steps):
+                        subject.loss(self.scene).backward()
+                        for parameter in trained:
+                            parameter.grad = None
 
-            return step
+            return steps
         if self.phase == "prefill":
 
             def read() -> None:
@@ -153,8 +156,8 @@ class PointRun:
 
     def _time(self, timed: dict[str, Callable[[], object]]) -> tuple[dict[str, RoundSeconds], dict[str, str]]:
         """Seconds of each step, and why others failed."""
-        tokens = self.preset.decode_tokens if self.phase.startswith("decode") else 1
-        subjects = {name: self.papers[name].flops * tokens for name in timed}
+        each = self.preset.each(self.phase)
+        flops = {name: self.papers[name].flops * each for name in timed}
         found: dict[str, RoundSeconds] = {}
         failed: dict[str, str] = {}
 
@@ -176,8 +179,8 @@ class PointRun:
                     steps,
                     rounds,
                     self.bench.device,
-                    each=tokens,
-                    done=lambda name: self.bench.bar.update(subjects[name]),
+                    each=each,
+                    done=lambda name: self.bench.bar.update(flops[name]),
                 )
         return found, failed
 
@@ -243,13 +246,13 @@ class _Guard:
 
 
 @contextmanager
-def training(subject: BenchModel, train: str) -> Iterator[None]:
+def training(subject: BenchModel, train: str) -> Iterator[list[nn.Parameter]]:
     """Make the trained weights require gradients inside the block; afterwards none does, and gradients are dropped."""
     trained = subject.trained(train)
     for parameter in trained:
         parameter.requires_grad_(True)
     try:
-        yield
+        yield trained
     finally:
         for parameter in trained:
             parameter.requires_grad_(False)

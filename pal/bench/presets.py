@@ -68,6 +68,8 @@ class Preset(StrictConfig):
     """Timed rounds; 0 times nothing and only counts operations and bytes."""
     decode_tokens: int = Field(default=8, ge=1)
     """Tokens of a timed round of `decode`."""
+    train_steps: int = Field(default=1, ge=1)
+    """Steps of a timed round of `train`, in a row: on a GPU the host prepares the next step while one runs."""
     train: Literal["joint", "projectors"] = "joint"
     """What a training step trains: the LLM and the integration's weights (the paper's joint stage), or the latter."""
     compiled: bool = False
@@ -96,7 +98,11 @@ class Preset(StrictConfig):
     def passes(self, phase: Phase) -> int:
         """Forward passes of a variant in one phase: the counted one, one for warm-up, and the timed ones."""
         rounds = self.repeats and 1 + self.repeats
-        return 1 + rounds * (self.decode_tokens if phase.startswith("decode") else 1)
+        return 1 + rounds * self.each(phase)
+
+    def each(self, phase: Phase) -> int:
+        """Tokens or steps of a timed round."""
+        return self.decode_tokens if phase.startswith("decode") else self.train_steps if phase == "train" else 1
 
     def _rows(self, batch: int, length: Length, phase: Phase) -> int:
         if phase != "train" or self.train_tokens is None or length == "ragged":
@@ -135,6 +141,7 @@ _GPU: dict[str, Any] = {
     "dtype": "bfloat16",
     "audio_tokens": (64, 256, 750, 1500, 7500, 15000),
     "batch": (1, 8, 32),
+    "train_steps": 4,
     "compiled": True,
 }
 

@@ -72,7 +72,8 @@ def to_markdown(result: BenchResult) -> str:
         f"# pal bench --preset {facts['preset']}",
         "",
         f"{facts['shape']}; {facts['dtype']}, {result.preset.text_tokens} text tokens, "
-        f"projectors {facts['projector_width']} wide, training stage `{facts['train']}`.",
+        f"projectors {facts['projector_width']} wide, training stage `{facts['train']}`"
+        + (f", {steps} training steps in a row." if (steps := result.preset.train_steps) > 1 else "."),
         f"{facts['device']}, {facts['threads']} threads; torch {facts['torch']}, transformers {facts['transformers']},"
         f" pal {facts['pal']}; {facts['date']}.",
     ]

@@ -17,6 +17,7 @@ from pal.bench.models import AttachedModel
 from pal.bench.presets import PHASES, PRESETS, VARIANTS, preset_of
 from pal.bench.report import to_dict, to_markdown
 from pal.bench.run import run
+from pal.bench.scene import BenchScene
 from pal.errors import ConfigError
 
 ROW = {
@@ -190,6 +191,27 @@ def test_timed_rows() -> None:
         assert ratio["speed"] > 0
     compared = {(check["kind"], check["quantity"]) for check in found["checks"]}
     assert ("baseline", "seconds") in compared
+
+
+def test_steps_in_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each starts without gradients, and a row has the time of one."""
+    steps, shares, loss = [], [], AttachedModel.loss
+
+    def counted(self: AttachedModel, scene: BenchScene) -> torch.Tensor:
+        steps.append(all(parameter.grad is None for parameter in self.weights()))
+        return loss(self, scene)
+
+    def timed(*args: Any, each: int, **kwargs: Any) -> Any:
+        shares.append(each)
+        return round_seconds(*args, each=each, **kwargs)
+
+    monkeypatch.setattr(AttachedModel, "loss", counted)
+    monkeypatch.setattr("pal.bench.place.round_seconds", timed)
+    about = {"audio_tokens": [20], "scopes": ["llm"], "phases": ["train"]}
+    found = run(preset_of("cpu-small", variants=["lal"], repeats=2, train_steps=5, **about))
+    assert steps == [True] * (1 + 5 + 2 * 5)  # counted, uncounted, timed
+    assert shares == [5, 5]
+    assert "5 training steps in a row" in to_markdown(found)
 
 
 def test_counts_do_not_depend_on_the_run() -> None:

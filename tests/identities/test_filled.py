@@ -14,7 +14,7 @@ from pal.backbone.packed import PackedContext
 from pal.backbone.segments import Conversation, segments_of, widened
 from pal.integrations.filling import rounded
 from pal.registry import build
-from pal.types import AUDIO
+from pal.types import AUDIO, IGNORE
 from tests.backbone.test_segments import conversations, seen_in_segments
 from tests.identities.models import CROSSED, INTEGRATIONS, PLACEMENTS, E, features, make_backbone
 from tests.identities.test_packed import SAME, labelled
@@ -75,6 +75,7 @@ def test_filling_changes_nothing(family, name):
         elif isinstance(inputs.audio_context, PackedContext):
             assert inputs.inputs_embeds_BTD.shape[1] == rounded(inputs.inputs_embeds_BTD.shape[1])
             assert len(inputs.targets.rows_N) == rounded(sum(inputs.targets.lengths))
+            assert (inputs.labels_BT != IGNORE).sum() == sum(label != IGNORE for row in rows for label in row.labels)
         filled, count, found = gradients(llm, integration, audio, rows, per)
         assert count == items
         torch.testing.assert_close(filled, total, **SAME)
@@ -108,6 +109,40 @@ def test_repeated_steps(family, name):
             torch.testing.assert_close(grad, expected[key], **SAME, msg=lambda text, about=about: about + text)
     assert llm.loss_graphs.failed is None
     assert (len(llm.loss_graphs), recorder.replayed > 0) == ((0, False) if name in WRITTEN else (2, True))
+
+
+def weights_behind(x):
+    """Names of the leaves whose gradients a tensor's graph makes."""
+    todo, seen = [x.grad_fn], set()
+    while todo:
+        node = todo.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            todo += [after for after, _ in node.next_functions]
+    return {id(node.variable) for node in seen if hasattr(node, "variable")}
+
+
+@pytest.mark.parametrize(("family", "name"), [("llama", "lal"), ("gemma", "lal"), ("gemma", "pal")])
+def test_a_graph_is_recorded_apart_from_what_made_its_inputs(family, name):
+    """Autograd ties a leaf's node to the stream it is made on, and CUDA refuses to record a node of another stream."""
+
+    class Watching(Repeats):
+        def record(self, run):
+            total = run.__self__._total
+            if total is not None:
+                inside.append(weights_behind(total))
+            return super().record(run)
+
+    llm, integration = model(family, name)
+    llm.loss_graphs = LossGraphs(Watching())
+    ((audio, rows),) = batches(1)
+    inside, outside = [], set()
+    for _ in range(2):
+        inputs = integration(audio, rows, llm, "none")
+        outside |= weights_behind(inputs.inputs_embeds_BTD)
+        llm.loss(inputs)[0].backward()
+    assert len(inside) == 1 and len(inside[0]) > 10 and outside
+    assert not inside[0] & outside
 
 
 def test_parts_of_a_step_add_up():
@@ -159,11 +194,27 @@ def with_checkpointing(llm, integration):
     llm.checkpoint_gradients(True)
 
 
+def with_a_head_of_another_kind(llm, integration):
+    head = llm.lm.lm_head
+    head.bias = torch.nn.Parameter(torch.zeros(head.out_features))
+    head.weight = llm.lm.get_input_embeddings().weight
+
+
 def with_gradient_hook(llm, integration):
     next(llm.parameters()).register_post_accumulate_grad_hook(lambda _: None)
 
 
-@pytest.mark.parametrize("change", [with_hook, with_dropout, with_checkpointing, with_gradient_hook])
+def with_earlier_gradient_hook(llm, integration):
+    next(llm.parameters()).register_hook(lambda _: None)
+
+
+CHANGES = [
+    *(with_hook, with_dropout, with_checkpointing, with_a_head_of_another_kind),
+    *(with_gradient_hook, with_earlier_gradient_hook),
+]
+
+
+@pytest.mark.parametrize("change", CHANGES)
 def test_what_a_graph_cannot_repeat_is_run_as_written(change):
     llm, integration = model("llama", "lal")
     change(llm, integration)
