@@ -1,6 +1,6 @@
 """Bundles: a model as a folder of safetensors, configuration and tokenizer, with digests checked on load.
 
-A bundle holds the weights that were trained, or all weights (`full`). Weights left out are listed with their SHA-256
+A bundle holds the weights that are new or trained, or all (`full`). Weights left out are listed with their SHA-256
 and loaded from their source, so that another LLM or encoder is noticed. transformers' Auto classes read and write the
 same folder through `pal.hf`.
 """

@@ -96,7 +96,7 @@ def lines_of(path: Path) -> list[str]:
 def rows(
     table: Path,
     columns: Sequence[str],
-    whose: str,
+    dataset: str,
     *,
     header: bool = True,
     delimiter: str = ",",
@@ -107,7 +107,7 @@ def rows(
     Args:
         table: CSV, UTF-8.
         columns: required columns; without a header, the names of the columns in order.
-        whose: the data set, for messages.
+        dataset: its name, for messages.
         header: whether the first line names the columns.
         delimiter: between the columns.
         optional: cells of `columns` may be empty.
@@ -116,7 +116,7 @@ def rows(
         ManifestError: no such file, not a table, a column is missing or, unless `optional`, empty.
     """
     if not table.is_file():
-        raise ManifestError(f"{table}: missing; give the folder of {whose} as it was unpacked")
+        raise ManifestError(f"{table}: missing; give the folder of {dataset} as it was unpacked")
     try:
         with table.open("rb") as start:
             if fault := not_utf_8(start.read(4)):
@@ -125,7 +125,7 @@ def rows(
             reader = csv.DictReader(file, None if header else list(columns), delimiter=delimiter)
             missing = [column for column in columns if column not in (reader.fieldnames or ())]
             if missing:
-                raise ManifestError(f"{table}: no column '{missing[0]}'; {whose}'s has {', '.join(columns)}")
+                raise ManifestError(f"{table}: no column '{missing[0]}'; {dataset}'s has {', '.join(columns)}")
             found = list(reader)
     except (UnicodeDecodeError, csv.Error) as error:
         raise ManifestError(f"{table}: not a CSV table: {error}") from error
@@ -135,14 +135,14 @@ def rows(
     return found
 
 
-def records(path: Path, keys: Sequence[str], whose: str) -> list[dict[str, Any]]:
+def records(path: Path, keys: Sequence[str], dataset: str) -> list[dict[str, Any]]:
     """Objects of a JSON list or of JSON Lines, each of which must have `keys`.
 
     Raises:
         ManifestError: no such file, not JSON, or an object without one of the keys.
     """
     if not path.is_file():
-        raise ManifestError(f"{path}: missing; give the folder of {whose} as it was unpacked")
+        raise ManifestError(f"{path}: missing; give the folder of {dataset} as it was unpacked")
     text = text_of(path)
     found = []
     if text.lstrip().startswith("["):
@@ -154,7 +154,7 @@ def records(path: Path, keys: Sequence[str], whose: str) -> list[dict[str, Any]]
     for number, one in enumerate(found, start=1):
         missing = [key for key in keys if not isinstance(one, dict) or key not in one]
         if missing:
-            raise ManifestError(f"{path}, item {number}: no key '{missing[0]}'; {whose}'s have {', '.join(keys)}")
+            raise ManifestError(f"{path}, item {number}: no key '{missing[0]}'; {dataset}'s have {', '.join(keys)}")
     return found
 
 
