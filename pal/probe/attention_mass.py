@@ -23,7 +23,7 @@ from pal.errors import PalError
 from pal.evaluate.answerer import evaluation_mode
 from pal.evaluate.bootstrap import bootstrap_ci
 from pal.evaluate.text import exact_match
-from pal.plots import COLOURS, TIME, plain, printable
+from pal.plots import COLOURS, TIME, escape_label, printable
 from pal.probe.attention_stats import PATHWAYS, AnswerAttention, record_attention
 from pal.probe.probe_result import Plot, ProbeResult, about
 from pal.types import IGNORE, Tokens, waveform_seconds
@@ -277,7 +277,7 @@ def _reading(
         layers = [row for row in by_layer if row[f"{name} if uniform"] > 0]
         if name == "cross":
             sentences.append(
-                f"Cross-attention blocks, which attend to audio only, lie before layers {[row['layer'] for row in layers]}."
+                f"Cross-attention blocks (audio only) lie before layers {[row['layer'] for row in layers]}."
             )
             continue
         top = max(layers, key=lambda row: row[name])
@@ -439,7 +439,7 @@ def _draw_example(
             vmax=1,
             interpolation="nearest",
         )
-        axes.set_ylabel(plain(word), rotation=0, ha="right", va="center")
+        axes.set_ylabel(escape_label(word), rotation=0, ha="right", va="center")
         axes.set(ylim=(0, rate / 2), yticks=[])
     for axes in panels:
         axes.set_gid(TIME)

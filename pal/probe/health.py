@@ -1,8 +1,7 @@
-"""`pal probe health`: checks for faults with which an audio LLM still answers, with a remedy for each.
+"""`pal probe health`: checks for faults that do not keep an audio LLM from answering, with a remedy for each.
 
-They are the faults that readers of the paper list: attention that ignores audio, audio rows that reach the feed-forward
-networks, summaries out of order, positions without the gap, and models that do not listen at all or answer whatever
-they hear.
+The faults: attention that ignores audio, audio rows in the feed-forward networks, summary tokens out of order, missing
+gaps in the positions, answers that do not depend on the audio, and overconfident answers about silence.
 """
 
 from __future__ import annotations
@@ -39,26 +38,26 @@ if TYPE_CHECKING:
     from pal.model import PalModel
 
 IGNORED = 0.05
-"""Least attention mass on audio relative to uniform attention; a layer below it ignores audio."""
+"""Minimum attention mass on audio relative to uniform attention; a layer below it ignores audio."""
 UNMOVED = 0.01
-"""Least total variation between the attention to one clip and to another; a layer below it attends without regard to
-what sounds."""
+"""Minimum total variation distance between attention to one clip and to another; in a layer below it attention does not
+depend on the sound."""
 EAGER = 0.5
-"""Share of "yes" to "is there ...?" about silence from which on a model is over-eager."""
+"""A model is over-eager from this share of "yes" to "is there ...?" about silence on."""
 SURE = 0.9
-"""Median probability of the best choice, about silence, from which on a model is over-eager."""
-_LISTENED = 24
-"""Clips whose attention is compared with that to another clip."""
+"""A model is over-eager from this median probability of the best choice about silence on."""
+_COMPARED_CLIPS = 24
+"""Number of clips to compare the attention to one clip and to another on."""
 
 
 def probe_health(model: PalModel, records: Sequence[Record], batch: int = 32, progress: bool = False) -> ProbeResult:
-    """Every check on one model.
+    """Run all checks on one model.
 
     Args:
-        model: the model; an untrained one fails the checks of listening.
-        records: closed questions about clips; two different clips at least.
-        batch: rows in a forward pass.
-        progress: show a bar with the time left.
+        model: the model; an untrained one fails the checks of attention and answers.
+        records: questions with choices, about at least two different clips.
+        batch: rows of a forward pass.
+        progress: show a progress bar.
 
     Raises:
         PalError: fewer than two clips.
@@ -66,17 +65,17 @@ def probe_health(model: PalModel, records: Sequence[Record], batch: int = 32, pr
     started = time.perf_counter()
     asked = [one for one in records if one.clips]
     if len({one.clips for one in asked}) < 2:
-        raise PalError("health compares a clip with another one; give questions about at least two")
+        raise PalError("health compares clips; give questions about at least two different clips")
     with evaluation_mode(model), tqdm(total=4, desc="health", disable=not progress, leave=False) as bar:
         checks = list(layout_checks(model, asked[0]))
         bar.update()
-        layers = _listening(model, spread(asked, _LISTENED))
-        checks.append(_ignoring(layers))
+        layers = _attention_by_layer(model, spread(asked, _COMPARED_CLIPS))
+        checks.append(_attention_check(layers))
         bar.update()
-        scores, items = _hearing(model, asked, batch)
-        checks.append(_no_audio(scores))
+        scores, items = _scores_by_audio(model, asked, batch)
+        checks.append(_answer_check(scores))
         bar.update()
-        checks.append(_eager(model, asked, items, batch))
+        checks.append(_silence_check(model, asked, items, batch))
         bar.update()
     bad = [check for check in checks if check.status in ("fault", "warning")]
     reading = [f"{check.name}: {check.measured}. {check.remedy}" for check in bad]
@@ -88,19 +87,19 @@ def probe_health(model: PalModel, records: Sequence[Record], batch: int = 32, pr
             "clips": len({one.clips for one in asked}),
             "thresholds": {"ignored": IGNORED, "unmoved": UNMOVED, "memory": MEMORY, "eager": EAGER, "sure": SURE},
         },
-        reading=reading or [f"All {sum(check.status == 'ok' for check in checks)} checks that apply are passed."],
+        reading=reading or [f"All {sum(check.status == 'ok' for check in checks)} applicable checks passed."],
         tables={
             "checks": [{"check": check.name, "status": check.status, "measured": check.measured} for check in checks],
-            "listening, by layer": layers,
-            "the same questions of other audio": scores,
+            "attention to audio by layer": layers,
+            "the same questions with other audio": scores,
         },
         details={"remedies": {check.name: check.remedy for check in checks}},
         pictures={
             "listening": Plot(
-                "Does each layer listen?",
-                "Left: attention on audio as a multiple of what even attention would give. Right: how much of it moves "
-                "when another clip of the same length sounds (total variation). A layer near zero on either side "
-                "ignores the audio.",
+                "Attention to audio by layer",
+                "Left: attention mass on audio relative to uniform attention. Right: change of this attention with "
+                "another clip of the same length (total variation distance). A layer near zero on either side ignores "
+                "the audio.",
                 lambda figure: _draw(figure, layers),
                 size=(8.0, 3.4),
             )
@@ -109,16 +108,16 @@ def probe_health(model: PalModel, records: Sequence[Record], batch: int = 32, pr
     )
 
 
-# Whether layers listen
+# Attention to audio
 
 
-def _listening(model: PalModel, records: Sequence[Record]) -> list[dict[str, Any]]:
+def _attention_by_layer(model: PalModel, records: Sequence[Record]) -> list[dict[str, Any]]:
     """By layer: attention mass on audio relative to uniform attention, and its change with another clip."""
     shares, moves = [], []
     for one, instead in zip(records, swapped(records), strict=True):
         clip_N, other_N = (audio_io.load(it.clips[0], model.sampling_rate).samples_N for it in (one, instead))
         row = about_first_clip(model, one)
-        # of the same length, so that tokens can be compared one by one
+        # repeated or cut to equal length, so that tokens can be compared one by one
         both = [clip_N, other_N.repeat(-(-len(clip_N) // len(other_N)))[: len(clip_N)]]
         right, wrong = record_attention(model, both, [row, replace(row, clips=[1])])
         audio = [p for p, name in enumerate(PATHWAYS) if name != "text"]
@@ -148,28 +147,30 @@ def _listening(model: PalModel, records: Sequence[Record]) -> list[dict[str, Any
     return found
 
 
-def _ignoring(layers: Sequence[dict[str, Any]]) -> HealthCheck:
-    heard = [row for row in layers if row["relative to uniform"] is not None]
-    no_audio = [
-        row["layer"] for row in heard if row["relative to uniform"] < IGNORED or row["moved by another clip"] < UNMOVED
+def _attention_check(layers: Sequence[dict[str, Any]]) -> HealthCheck:
+    with_audio = [row for row in layers if row["relative to uniform"] is not None]
+    ignoring = [
+        row["layer"]
+        for row in with_audio
+        if row["relative to uniform"] < IGNORED or row["moved by another clip"] < UNMOVED
     ]
-    status: Status = "ok" if not no_audio else "fault" if len(no_audio) == len(heard) else "warning"
+    status: Status = "ok" if not ignoring else "fault" if len(ignoring) == len(with_audio) else "warning"
     return HealthCheck(
-        "attention that ignores audio",
-        status if heard else "does not apply",
-        f"{len(heard) - len(no_audio)} of {len(heard)} layers with audio look at it, "
-        f"and elsewhere when another clip sounds" + (f"; not layers {no_audio}" if no_audio else ""),
-        "Check that projectors train (identity 9), that keys are visible (positions), and that the LLM had learnt to "
-        "look at what stands in the audio's place before its attention was trained away from it.",
+        "attention ignores audio",
+        status if with_audio else "does not apply",
+        f"{len(with_audio) - len(ignoring)} of {len(with_audio)} layers with audio attend to it, "
+        f"and differently to another clip" + (f"; not layers {ignoring}" if ignoring else ""),
+        "Check that projectors get gradients and that audio keys are visible (positions). Train a small LLM with the "
+        "objective 'transcript' first, so that it learns to attend to the positions of audio.",
     )
 
 
-# Whether answers come from the audio
+# Dependence of answers on the audio
 
 
 @contextmanager
 def _silences(records: Sequence[Record], rate: int) -> Iterator[list[Record]]:
-    """The same questions with each clip replaced by silence of its length."""
+    """The same questions about silence of the same lengths."""
     with TemporaryDirectory(prefix="pal-") as folder:
         made: dict[str, str] = {}
         for path in dict.fromkeys(path for one in records for path in one.clips):
@@ -180,15 +181,15 @@ def _silences(records: Sequence[Record], rate: int) -> Iterator[list[Record]]:
 
 
 def swapped(records: Sequence[Record]) -> list[Record]:
-    """Each question with another clip: the one half the list of clips further on."""
+    """The same questions about other clips: those half the list of clips further on."""
     clips = list(dict.fromkeys(one.clips for one in records))
     other = {own: clips[(i + max(1, len(clips) // 2)) % len(clips)] for i, own in enumerate(clips)}
     fits = {own: len(own) == len(to) for own, to in other.items()}
     return [replace(one, clips=other[one.clips]) if fits[one.clips] else one for one in records]
 
 
-def _hearing(model: PalModel, records: Sequence[Record], batch: int) -> tuple[list[dict[str, Any]], Any]:
-    """Scores with the right clip, another clip, silence and no clip."""
+def _scores_by_audio(model: PalModel, records: Sequence[Record], batch: int) -> tuple[list[dict[str, Any]], Any]:
+    """Scores with the right clip, another clip, silence, and without audio."""
     right = evaluate(model, records, no_audio=True, batch=batch, progress=False).items
     other = evaluate(model, swapped(records), no_audio=False, batch=batch, progress=False).items
     with _silences(records, model.sampling_rate) as silent:
@@ -200,13 +201,13 @@ def _hearing(model: PalModel, records: Sequence[Record], batch: int) -> tuple[li
         "silence": [float(bool(item.correct)) for item in quiet],
         "no audio": [float(bool(item.no_audio_correct)) for item in right],
     }
-    heard = columns["the right clip"]
+    right_scores = columns["the right clip"]
     table = []
     for name, values in columns.items():
-        lost = [a - b for a, b in zip(heard, values, strict=True)]
+        lost = [a - b for a, b in zip(right_scores, values, strict=True)]
         table.append(
             {
-                "heard": name,
+                "audio": name,
                 "score": float(np.mean(values)),
                 "score ci95": bootstrap_ci(values, groups),
                 "lost": float(np.mean(lost)),
@@ -216,25 +217,25 @@ def _hearing(model: PalModel, records: Sequence[Record], batch: int) -> tuple[li
     return table, quiet
 
 
-def _no_audio(scores: Sequence[dict[str, Any]]) -> HealthCheck:
-    by_name = {row["heard"]: row for row in scores}
+def _answer_check(scores: Sequence[dict[str, Any]]) -> HealthCheck:
+    by_name = {row["audio"]: row for row in scores}
     lost = by_name["another clip"]
     low, high = lost["lost ci95"]
-    no_audio = low <= 0
+    ignored = low <= 0
     return HealthCheck(
-        "deaf",
-        "fault" if no_audio else "ok",
-        f"another clip instead of the right one costs {lost['lost']:.3f} ({low:.3f} to {high:.3f}); right "
-        f"{by_name['the right clip']['score']:.3f}, none {by_name['no audio']['score']:.3f}",
-        "Answers do not depend on the clip: look at the other checks first, then train longer, on questions that "
-        "cannot be guessed, and see whether the loss falls below what the questions alone allow.",
+        "answers ignore audio",
+        "fault" if ignored else "ok",
+        f"another clip costs {lost['lost']:.3f} of the score ({low:.3f} to {high:.3f}); right clip "
+        f"{by_name['the right clip']['score']:.3f}, no audio {by_name['no audio']['score']:.3f}",
+        "Answers do not depend on the clip: fix the faults of the other checks first, then train longer, on questions "
+        "that cannot be guessed without audio.",
     )
 
 
-def _eager(model: PalModel, records: Sequence[Record], quiet: Any, batch: int) -> HealthCheck:
-    """Share of "yes" about sounds that are not there, and certainty about silence."""
+def _silence_check(model: PalModel, records: Sequence[Record], quiet: Any, batch: int) -> HealthCheck:
+    """Check the share of "yes" to questions whether silence holds a sound, and confidence about silence."""
     name = "over-eager"
-    remedy = "Train with silence and with questions about sounds that are not there; ask for 'nothing' as an answer."
+    remedy = "Train with silent clips and questions about absent sounds, and with 'nothing' as an answer."
     yes_no = [i for i, one in enumerate(records) if one.choices and {c.lower() for c in one.choices} == {"yes", "no"}]
     closed = [one for one in records if one.choices and len(one.choices) > 1]
     measured, eager = [], False
@@ -243,20 +244,20 @@ def _eager(model: PalModel, records: Sequence[Record], quiet: Any, batch: int) -
     if asserted:
         rate = float(np.mean(asserted))
         eager |= rate >= EAGER
-        measured.append(f"says yes to {rate:.0%} of {len(asserted)} questions whether silence holds a sound")
+        measured.append(f"answers yes to {rate:.0%} of {len(asserted)} questions whether silence holds a sound")
     if closed:
         with _silences(spread(closed, 64), model.sampling_rate) as silent:
-            sure = float(np.median(_certainty(model, silent, batch)))
-        certain = float(np.median(_certainty(model, spread(closed, 64), batch)))
+            sure = float(np.median(_confidence(model, silent, batch)))
+        certain = float(np.median(_confidence(model, spread(closed, 64), batch)))
         eager |= sure >= SURE
-        measured.append(f"gives its best choice {sure:.2f} of the probability on silence, {certain:.2f} on the clip")
+        measured.append(f"median probability of the best choice: {sure:.2f} on silence, {certain:.2f} on the clip")
     if not measured:
         return HealthCheck(name, "does not apply", "no question has choices", remedy)
     return HealthCheck(name, "warning" if eager else "ok", "; ".join(measured), remedy)
 
 
-def _certainty(model: PalModel, records: Sequence[Record], batch: int) -> list[float]:
-    """Probability of the best choice among the choices, for each question."""
+def _confidence(model: PalModel, records: Sequence[Record], batch: int) -> list[float]:
+    """Probability of the best choice of each question, relative to all its choices."""
     found = []
     for one in records:
         waves = [audio_io.load(path, model.sampling_rate).samples_N for path in one.clips]
@@ -274,13 +275,13 @@ def _certainty(model: PalModel, records: Sequence[Record], batch: int) -> list[f
 
 
 def _draw(figure: Figure, layers: Sequence[dict[str, Any]]) -> None:
-    heard = [row for row in layers if row["relative to uniform"] is not None]
-    numbers = [row["layer"] for row in heard]
+    with_audio = [row for row in layers if row["relative to uniform"] is not None]
+    numbers = [row["layer"] for row in with_audio]
     left, right = figure.subplots(1, 2)
     for axes, key, label, bound in (
-        (left, "relative to uniform", "attention on audio / even", IGNORED),
+        (left, "relative to uniform", "attention on audio / uniform", IGNORED),
         (right, "moved by another clip", "moved by another clip", UNMOVED),
     ):
-        axes.bar(numbers, [row[key] for row in heard], color=COLOURS[0])
+        axes.bar(numbers, [row[key] for row in with_audio], color=COLOURS[0])
         axes.axhline(bound, color=COLOURS[1], linestyle="--", linewidth=1)
         axes.set(xlabel="layer", ylabel=label, xticks=numbers)

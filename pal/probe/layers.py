@@ -1,16 +1,16 @@
 """`pal probe layers`: linear probes for sound labels on the hidden states of text rows, after each layer.
 
-Every clip is given with the same question, so the text rows of two clips differ by the audio and nothing else. A
-linear probe predicts the clip's labels from a row's hidden state after each layer: where that works better than with
-shuffled labels, audio has entered the LLM's representation. Rows that are probed:
+All clips get the same question, so text rows differ between clips only by the audio. A linear probe predicts the labels
+of a clip from the hidden state of a row after each layer. Where it scores above a probe with shuffled labels, audio has
+entered the LLM's representation. Probed rows:
 
 - `last`: the last row of the prompt, which predicts the answer;
-- `after`: the mean of all text rows behind the audio;
-- `before`: the last text row in front of the audio, which cannot have heard it;
+- `after`: the mean of all text rows after the audio;
+- `before`: the last text row before the audio, which cannot attend to it;
 - `no audio`: the last row of the prompt without the audio.
 
-The last two are controls: they are the same for all clips, and a probe is exactly at chance there. Points of reference
-are the mean over time of what the encoders give, and of what the connectors make of it.
+The last two are controls: they are equal for all clips, so a probe is exactly at chance there. References are the means
+over time of the features of the encoders and of the connectors.
 """
 
 from __future__ import annotations
@@ -49,11 +49,13 @@ if TYPE_CHECKING:
     from pal.model import PalModel
 
 QUESTION = PARAPHRASES["caption"][0]
-"""Question asked about every clip. It names no sound, and models trained on scenes know it."""
+"""Question asked about every clip. It names no sound, and occurs in the training of models on scenes."""
 CLIPS = 200
+"""Default maximum number of clips of a data set."""
 MOST_LABELS = 16
+"""Maximum number of probed labels of a data set."""
 FEWEST = 2 * FOLDS
-"""Least number of clips with a label, and of clips without it."""
+"""Minimum number of clips with a probed label, and of clips without it."""
 SHUFFLE_SEED = 1
 
 ROWS = ("last", "after", "before", "no audio")
@@ -65,9 +67,9 @@ class LayerStates:
     """Hidden states of N clips."""
 
     by_layer: dict[str, list[NDArray[np.float32]]] = field(default_factory=dict)
-    """For each of `ROWS` that the prompt has: its embedding, and as it leaves each layer, [N, D] each."""
+    """One of `ROWS` -> its states [N, D]: the embedding, then the output of each layer."""
     reference: dict[str, NDArray[np.float32]] = field(default_factory=dict)
-    """Means over time of what encoders and connectors give, side by side where there are several: [N, E]."""
+    """"encoder" or "connector" -> means of its features over time [N, E]; those of several are concatenated."""
 
 
 def probe_layers(
@@ -79,24 +81,24 @@ def probe_layers(
     batch: int = 16,
     progress: bool = False,
 ) -> ProbeResult:
-    """Probe every layer for the labels of some clips.
+    """Train linear probes for the labels of clips on every layer.
 
-    A clip's labels are its tags, or its answer where it has none. Each data set is probed by itself: where every clip
-    has one label by balanced accuracy, else by average precision, averaged over the commonest labels.
+    The labels of a clip are its tags, or its answer if it has no tags. Each data set is probed separately, on its most
+    frequent labels. The metric is balanced accuracy if every clip has exactly one label, else macro average precision.
 
     Args:
         model: the model.
-        manifests: of the clips; made-up scenes without any.
-        clips: most of a data set, taken evenly from all of it.
-        seed: of the scenes.
-        question: asked about every clip.
-        batch: clips in a forward pass.
-        progress: show how far it is.
+        manifests: manifests of the clips; none: synthetic scenes.
+        clips: maximum number of clips of a data set, spread evenly over it.
+        seed: seed of the scenes.
+        question: question asked about every clip.
+        batch: clips of a forward pass.
+        progress: show progress bars.
 
     Raises:
         ConfigError: scikit-learn is missing.
-        ManifestError: no clip has labels, or none of them is frequent enough.
-        AudioError: a clip cannot be used.
+        ManifestError: no clip has labels, or no label is frequent enough.
+        AudioError: a clip is unusable.
     """
     check()
     started = time.perf_counter()
@@ -132,7 +134,7 @@ def probe_layers(
 
 
 def _chosen(records: Sequence[Record], most: int) -> dict[str, list[Record]]:
-    """Labelled clips of each data set, each once."""
+    """Data set -> one record for each labelled clip."""
     by_set: dict[str, dict[str, Record]] = {}
     for record in records:
         if len(record.clips) == 1 and _names(record):
@@ -149,10 +151,10 @@ def _names(record: Record) -> set[str]:
 
 
 def labels_of(title: str, records: Sequence[Record]) -> ProbeLabels:
-    """The labels of a data set's clips, the commonest first.
+    """Labels of a data set's clips, the most frequent first.
 
     Raises:
-        ManifestError: none holds of enough clips and is missing from enough.
+        ManifestError: no label has enough clips with it and without it.
     """
     has = [_names(record) for record in records]
     counts = Counter(name for names in has for name in names)
@@ -160,8 +162,8 @@ def labels_of(title: str, records: Sequence[Record]) -> ProbeLabels:
     names = sorted(usable, key=lambda name: (-counts[name], name))[:MOST_LABELS]
     if not names:
         raise ManifestError(
-            f"{title}: of {len(counts)} labels of {len(records)} clips none is had by {FEWEST} clips and not had by "
-            f"{FEWEST}; give more clips"
+            f"{title}: none of {len(counts)} labels has at least {FEWEST} clips with it and {FEWEST} without it, of "
+            f"{len(records)} clips; give more clips"
         )
     truth_NK = np.array([[name in one for name in names] for one in has])
     return ProbeLabels(title, tuple(names), truth_NK, exclusive=len(names) > 1 and bool((truth_NK.sum(1) == 1).all()))
@@ -179,9 +181,9 @@ def collect(model: PalModel, paths: Sequence[str], question: str, batch: int, pr
     with evaluation_mode(model), tqdm(total=len(paths), unit="clip", disable=not progress, leave=False) as bar:
         for start in range(0, len(paths), batch):
             part = order[start : start + batch]
-            heard = model.ears.encode([audio.load(paths[i], model.sampling_rate).samples_N for i in part])
-            streams = model.ears.connect(heard)
-            references.setdefault("encoder", []).append(_means(heard))
+            features = model.ears.encode([audio.load(paths[i], model.sampling_rate).samples_N for i in part])
+            streams = model.ears.connect(features)
+            references.setdefault("encoder", []).append(_means(features))
             references.setdefault("connector", []).append(_means(streams))
             tokens = [_prompt(model, question, [i]) for i in range(len(part))]
             for name, layers in _text_rows(model, streams, tokens).items():
@@ -204,12 +206,12 @@ def _prompt(model: PalModel, question: str, clips: list[int]) -> Tokens:
 
 
 def _text_rows(model: PalModel, streams: list[AudioFeatures] | None, tokens: list[Tokens]) -> dict[str, list[Tensor]]:
-    """`last`, and with audio `after` and `before`, by layer: float32 [B, D] each. All prompts have the same text."""
+    """Row (`last`, with audio also `after` and `before`) -> states by layer, float32 [B, D]. All texts are equal."""
     ids = tokens[0].ids
     inputs = model.inputs(ClipFeatures(streams or ()), tokens, "left")
     mask_BT = inputs.attention_mask_BT
-    # with padding on the left, text behind the audio is the end of every sequence and text before it the start of its
-    # real rows, whatever an integration puts between them
+    # with padding on the left, text after the audio is at the end of every sequence, and text before it at the start of
+    # its real rows, whatever rows an integration puts between them
     first_B = mask_BT.shape[1] - mask_BT.long().sum(1)
     at = ids.index(AUDIO) if AUDIO in ids else len(ids)
 
@@ -226,7 +228,7 @@ def _text_rows(model: PalModel, streams: list[AudioFeatures] | None, tokens: lis
 
 
 def _means(streams: list[AudioFeatures]) -> Tensor:
-    """Means over the real tokens [B, E], streams side by side."""
+    """Means over the real tokens [B, E], streams concatenated."""
     means = [
         (stream.x_BAE * stream.mask_BA[..., None]).sum(1) / stream.mask_BA.sum(1, keepdim=True) for stream in streams
     ]
@@ -243,7 +245,7 @@ class LayerScores:
     """Scores with shuffled labels."""
     reference: Mapping[str, Probed]
     differing: float
-    """The largest difference of rows before the audio between two clips, by the size of the rows."""
+    """Largest difference of `before` rows between two clips, relative to their size."""
 
 
 def score_states(rows: LayerStates, labels: ProbeLabels, groups: Sequence[str], progress: bool = False) -> LayerScores:
@@ -309,7 +311,7 @@ def _details(one: LayerScores) -> dict[str, Any]:
 
 
 def first_above(real: Sequence[Probed], control: Sequence[Probed]) -> int | None:
-    """The first layer (0: the embeddings) whose interval lies above that of the shuffled labels."""
+    """First layer (0: the embeddings) whose interval lies above that with shuffled labels."""
     pairs = enumerate(zip(real, control, strict=True))
     return next((layer for layer, (one, other) in pairs if one.ci95[0] > other.ci95[1]), None)
 
@@ -321,33 +323,33 @@ def reading(one: LayerScores, n_layers: int) -> Iterator[str]:
         if name in _CONTROL_ROWS:
             continue
         first = first_above(layers, one.control[name])
-        what = "the row that predicts the answer" if name == "last" else "text rows behind the audio"
+        what = "the row that predicts the answer" if name == "last" else "the mean text row after the audio"
         if first is None:
-            yield f"{title}: in {what} no layer says more of what sounds than shuffled labels do."
+            yield f"{title}: in {what}, no layer is above the probe with shuffled labels."
             continue
         peak = max(range(len(layers)), key=lambda layer: layers[layer].score)
         place = f"after layer {first}" if first else "already in the embeddings"
         yield (
-            f"{title}: {what} first say what sounds {place} of {n_layers} ({metric} {layers[first].score:.2f}, "
-            f"chance {chance:.2f}), and most after layer {peak} ({layers[peak].score:.2f}, {layers[peak].ci95[0]:.2f} "
-            f"to {layers[peak].ci95[1]:.2f})."
-        ).replace("the row that predicts the answer first say", "the row that predicts the answer first says")
+            f"{title}: in {what}, labels first appear {place} of {n_layers} ({metric} {layers[first].score:.2f}, "
+            f"chance {chance:.2f}), and are clearest after layer {peak} ({layers[peak].score:.2f}, "
+            f"{layers[peak].ci95[0]:.2f} to {layers[peak].ci95[1]:.2f})."
+        )
     references = ", ".join(f"the {name}'s {real.score:.2f}" for name, real in one.reference.items())
-    yield f"{title}: what is there to be heard, the mean over time of the features: {references}."
+    yield f"{title}: for reference, {metric} on mean features: {references}."
     for name in _CONTROL_ROWS:
         layers = one.by_layer.get(name, [])
-        heard = [layer for layer, real in enumerate(layers) if not _at(chance, real)]
-        if heard:
-            yield f"{title}: rows '{name}' are not at chance in layers {heard}, as they must be: something leaks."
+        leaking = [layer for layer, real in enumerate(layers) if not _at(chance, real)]
+        if leaking:
+            yield f"{title}: fault: rows '{name}' must be at chance, but are not in layers {leaking}."
     if "before" in one.by_layer and all(_at(chance, real) for real in one.by_layer["before"]):
         yield (
-            f"{title}: the row before the audio is at chance in every layer ({chance:.2f}), as it must be; between "
-            f"clips it differs by {one.differing:.0e} of its size."
+            f"{title}: the row before the audio is at chance in every layer ({chance:.2f}), as it must be; its "
+            f"relative difference between clips is {one.differing:.0e}."
         )
 
 
 def _at(chance: float, real: Probed) -> bool:
-    return abs(real.score - chance) < 1e-9  # equal but for the order of summation
+    return abs(real.score - chance) < 1e-9  # equal except for the order of summation
 
 
 def _pictures(found: Mapping[str, LayerScores]) -> dict[str, Plot]:
@@ -356,13 +358,13 @@ def _pictures(found: Mapping[str, LayerScores]) -> dict[str, Plot]:
         tail = f"-{number}" if len(found) > 1 else ""
         pictures[f"layers{tail}"] = Plot(
             f"{title}: sound labels in text rows, by layer",
-            "How well a linear probe reads the labels off rows of clips that it has not seen, with intervals over "
-            "clips. Grey: the same with shuffled labels. Dashed across: the encoder's and the connector's features.",
+            "Score of linear probes on held-out clips, with intervals over clips. Grey: with shuffled labels. Dashed: "
+            "on features of the encoder and of the connector.",
             lambda figure, one=one: _draw(figure, one),  # type: ignore[misc]
         )
         pictures[f"labels{tail}"] = Plot(
-            f"{title}: each label in the rows behind the audio, by layer",
-            "Labels from the best to the worst in the last layer; their number of clips is in brackets.",
+            f"{title}: each label in the text rows after the audio, by layer",
+            "Labels are sorted by their score in the last layer; numbers of clips are in brackets.",
             lambda figure, one=one: _draw_labels(figure, one),  # type: ignore[misc]
             size=(8.0, 2.2 + 0.26 * len(one.labels.names)),
         )
@@ -371,7 +373,7 @@ def _pictures(found: Mapping[str, LayerScores]) -> dict[str, Plot]:
 
 def _draw(figure: Figure, one: LayerScores) -> None:
     axes: Axes = figure.add_subplot()
-    names = {"last": "last row of the prompt", "after": "text behind the audio", "before": "text before the audio"}
+    names = {"last": "last row of the prompt", "after": "text after the audio", "before": "text before the audio"}
     for place, (name, words) in enumerate(names.items()):
         if name not in one.by_layer:
             continue
@@ -403,5 +405,5 @@ def _draw_labels(figure: Figure, one: LayerScores) -> None:
     axes.set_yticks(range(len(order_K)), [f"{one.labels.names[k]} ({counts_K[k]})" for k in order_K])
     axes.set_xticks(range(len(score_LK)), ["embeddings", *(str(layer) for layer in range(1, len(score_LK)))])
     axes.set_xlabel("after layer")
-    axes.set_title(f"{one.labels.title}: each label behind the audio")
+    axes.set_title(f"{one.labels.title}: each label after the audio")
     figure.colorbar(image, ax=axes, label="recall" if one.labels.exclusive else "average precision")

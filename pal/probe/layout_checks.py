@@ -1,4 +1,4 @@
-"""Faults in how audio is laid out in the LLM: rows where keys are meant, bytes, order, positions, decoding."""
+"""Checks of the layout of audio in the LLM: feed-forward rows, memory, order, positions, decoding."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from pal.model import PalModel
 
 MEMORY = 0.15
-"""Tolerated excess of saved bytes, relative to the closed form, which leaves out masks and other small tensors; these
-weigh most in small models."""
+"""Tolerated excess of saved bytes over the closed form, which leaves out masks and other small tensors; their share is
+largest in small models."""
 
 Status = Literal["ok", "warning", "fault", "does not apply"]
 
@@ -40,11 +40,11 @@ class HealthCheck:
     status: Status
     measured: str
     remedy: str
-    """Remedy of the fault."""
+    """Remedy for the fault."""
 
 
 def layout_checks(model: PalModel, one: Record) -> Iterator[HealthCheck]:
-    """Checks on one record's first clip: rows, bytes, order, positions, decoding."""
+    """Run the checks on the first clip of one record."""
     clip_N = audio_io.load(one.clips[0], model.sampling_rate).samples_N
     row = about_first_clip(model, one)
     features = model.features([clip_N])
@@ -59,7 +59,7 @@ def layout_checks(model: PalModel, one: Record) -> Iterator[HealthCheck]:
 
 
 def about_first_clip(model: PalModel, one: Record) -> Tokens:
-    """A record's last question and right answer, about its first clip."""
+    """The last question and right answer of a record, about its first clip only."""
     turn = one.turns[-1]
     talk = [prompts.user_turn(prompts.without_audio(turn.question), 1), {"role": "assistant", "content": turn.answer}]
     return prompts.encode(model.tokenizer, talk, [0], train=True)
@@ -84,26 +84,26 @@ def _feed_forward(
     lengths = [stream.lengths[0] for stream in features]
     routes = model.integration.routes()
     step = _step(model, row)
-    said = sum(route_cost(route, step, n, model.llm).rows for route, n in zip(routes, lengths, strict=True))
+    expected = sum(route_cost(route, step, n, model.llm).rows for route, n in zip(routes, lengths, strict=True))
     text, tokens = len(row.ids) - 1, sum(lengths)
     audio = [count - text for count in counts]
-    wrong = [layer for layer, count in enumerate(audio) if count != said]
-    measured = f"{said} rows for {tokens} audio tokens go through the feed-forward networks, as the integration says"
+    wrong = [layer for layer, count in enumerate(audio) if count != expected]
+    measured = f"{expected} rows for {tokens} audio tokens pass through the feed-forward networks, as in its cost model"
     if wrong:
         measured = (
             f"{audio[wrong[0]]} audio rows reach the feed-forward network of layer {wrong[0]}; "
-            f"the integration says {said}"
+            f"its cost model has {expected}"
         )
     return HealthCheck(
         "audio in the feed-forward networks",
         "fault" if wrong else "ok",
         measured,
-        "Audio that is meant as keys must be ClipSpans.keys, not rows_USD; make its route_cost say what spans() does.",
+        "Return audio keys in IntegrationOutput.keys, not in rows_USD, and make cost() agree with inject().",
     )
 
 
 def _memory(model: PalModel, row: Tokens, features: Sequence[AudioFeatures]) -> HealthCheck:
-    """Check the activations that a step saves, without encoder and connector, against the closed form."""
+    """Compare the activations saved by a training step, without encoder and connector, with the closed form."""
     trained = {name: p.requires_grad for name, p in model.named_parameters()}
     fixed = [replace(stream, x_BAE=stream.x_BAE.detach()) for stream in features]
     step = _step(model, row)
@@ -126,15 +126,15 @@ def _memory(model: PalModel, row: Tokens, features: Sequence[AudioFeatures]) -> 
     return HealthCheck(
         "memory",
         "ok" if ratio <= 1 + MEMORY else "warning",
-        f"a step keeps {measured:,} bytes for the backward pass, {ratio:.2f} times the closed form",
-        "Look for audio that is kept as rows, or for activations that route_cost does not name; pal bench shows where.",
+        f"a step saves {measured:,} bytes for the backward pass, {ratio:.2f} times the closed form",
+        "Look for audio that enters as rows, and for activations missing in the cost model; pal bench shows where.",
     )
 
 
 def order(inputs: LLMInputs) -> HealthCheck:
-    """Check that rows of a clip and its keys follow one another by position as they do in time."""
-    name = "order of summaries and tokens"
-    remedy = "Put each summary right after the last token it sums up: Layout.row_offsets and key_offsets."
+    """Check that positions of a clip's rows and keys are in the order of their times."""
+    name = "order of summary tokens and keys"
+    remedy = "Place each summary token right after the last token it stands for: Layout.row_offsets and key_offsets."
     context = inputs.audio_context
     if not isinstance(context, AudioContext) or context.token_spans is None:
         return HealthCheck(name, "does not apply", "no audio", remedy)
@@ -148,27 +148,27 @@ def order(inputs: LLMInputs) -> HealthCheck:
                 for other_stream, other_clip, other_end, other_position in theirs:
                     if (stream, clip) == (other_stream, other_clip) and keys.blocks is None:
                         compared += 1
-                        # a row comes after the tokens it sums up, and before all later ones
+                        # a row comes after the tokens it stands for, and before all later ones
                         wrong += (position > other_position) != (other_end <= end + 1e-6)
     if not compared:
-        return HealthCheck(name, "does not apply", "audio enters as rows or as keys, not as both", remedy)
+        return HealthCheck(name, "does not apply", "audio enters as rows or keys, not both", remedy)
     status: Status = "fault" if wrong else "ok"
     return HealthCheck(name, status, f"{wrong} of {compared} pairs of a row and a key are out of order", remedy)
 
 
-def _entities(places: TokenSpans, positions_BX: Tensor, b: int) -> list[tuple[int, int, float, int]]:
-    """(stream, clip, end in seconds, position) of the audio of one conversation."""
-    is_audio = places.stream_BX[b] >= 0
-    columns = (places.stream_BX, places.clip_BX, places.end_BX, positions_BX)
+def _entities(spans: TokenSpans, positions_BX: Tensor, b: int) -> list[tuple[int, int, float, int]]:
+    """(stream, clip, end in seconds, position) of the audio tokens of one conversation."""
+    is_audio = spans.stream_BX[b] >= 0
+    columns = (spans.stream_BX, spans.clip_BX, spans.end_BX, positions_BX)
     return list(zip(*(column[b][is_audio].tolist() for column in columns), strict=True))
 
 
 def gaps(inputs: LLMInputs) -> HealthCheck:
-    """Check that text after a clip stands where it would after as many ordinary tokens, and sees all of the clip."""
+    """Check that positions of text leave a gap for each clip, and that text after a clip sees all of it."""
     name = "gaps in the positions"
     remedy = (
-        "Reserve a position id for every audio token and row (Layout.span), give generate the position ids, and never "
-        "let attention_mask be None."
+        "Reserve a position id for every audio token and row (Layout.span), and pass position_ids and "
+        "attention_mask to generate."
     )
     context = inputs.audio_context
     if not isinstance(context, AudioContext) or context.token_spans is None:
@@ -182,10 +182,10 @@ def gaps(inputs: LLMInputs) -> HealthCheck:
         taken = [positions_T[is_audio_T]]
         for keys in context.keys:
             own = keys.positions_BA[b][keys.mask_BA[b]]
-            faults += _turns(keys, b)
+            faults += _rope_faults(keys, b)
             late = int((own > text[-1]).sum())
             if late:
-                faults.append(f"{late} audio tokens lie after the last text, which never sees them")
+                faults.append(f"{late} audio tokens lie after the last text token, which never sees them")
             if keys.blocks is None:
                 taken.append(own)
         places = torch.cat(taken)
@@ -195,29 +195,29 @@ def gaps(inputs: LLMInputs) -> HealthCheck:
         reserved += len(free)
         outside = len(set(places.tolist()) - free)
         if outside:
-            faults.append(f"{outside} audio tokens have positions that text does not leave free for them")
-        # within a clip a last, incomplete group may leave some unused, but not at its ends
+            faults.append(f"{outside} audio tokens have positions that text does not leave free")
+        # an incomplete last group of a clip may leave positions unused, but not the first or last one
         ends = {p for p in free if p - 1 not in free or p + 1 not in free}
         if ends - set(places.tolist()):
             faults.append(f"text leaves {len(free)} positions free for {len(places)} audio tokens")
     if faults:
         return HealthCheck(name, "fault", faults[0], remedy)
     return HealthCheck(
-        name, "ok", f"{reserved} positions are reserved for audio, and text after a clip sees all of it", remedy
+        name, "ok", f"{reserved} positions are reserved for audio, and text after each clip sees all of it", remedy
     )
 
 
-def _turns(keys: AudioKeys, b: int) -> Iterator[str]:
-    """Check that RoPE positions of a clip's keys differ and rise with time; otherwise their order is lost."""
+def _rope_faults(keys: AudioKeys, b: int) -> Iterator[str]:
+    """Message if RoPE positions of a clip's keys do not rise with time, so that their order is lost."""
     assert keys.token_spans is not None
     for clip in set(keys.token_spans.clip_BX[b][keys.mask_BA[b]].tolist()):
         own = keys.mask_BA[b] & (keys.token_spans.clip_BX[b] == clip)
         if (keys.rope_positions_BA[b][own].diff() <= 0).any():
-            yield "keys of a clip are turned by positions that do not rise with time"
+            yield "RoPE positions of a clip's keys do not rise with time"
 
 
 def _decoding(model: PalModel, clip_N: Tensor, row: Tokens, count: int = 8) -> HealthCheck:
-    """Check decoding token by token with the cache against one full forward pass."""
+    """Compare decoding token by token, with the KV cache, with one full forward pass."""
     assert row.labels is not None
     prompt = row.ids[: next(i for i, label in enumerate(row.labels) if label >= 0)]
     inputs = model.inputs([clip_N], [Tokens(prompt, [0])], padding_side="left")
@@ -233,8 +233,8 @@ def _decoding(model: PalModel, clip_N: Tensor, row: Tokens, count: int = 8) -> H
     return HealthCheck(
         "decoding",
         "ok" if same else "fault",
-        f"{len(written)} tokens written one by one with the cache are those of one full pass"
+        f"{len(written)} tokens decoded one by one with the cache equal those of one full pass"
         if same
-        else f"a token written with the cache has a logit {apart:.3g} below the best one of a full pass",
-        "Positions must go on from the prompt's last one, and audio K/V must reach every decoding step.",
+        else f"a token decoded with the cache has a logit {apart:.3g} below the best one of a full pass",
+        "Let positions continue from the last one of the prompt, and pass audio K/V to every decoding step.",
     )

@@ -1,4 +1,4 @@
-"""Linear probes: how well a linear classifier predicts labels from features, on held-out clips."""
+"""Linear probes: accuracy of linear classifiers that predict labels from features, on held-out clips."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ STRENGTHS = (1e-3, 1e-2, 1e-1)
 """Values of scikit-learn's C, from strong to weak regularisation."""
 RESAMPLES = 1000
 ROUND_OFF = 1e-5
-"""Features that vary by less than this share of their size are taken as constant: floating point makes that much."""
+"""Features that vary by less than this share of their size count as constant, since round-off alone varies as much."""
 
 Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class ProbeLabels:
-    """Labels of some clips."""
+    """Labels of N clips."""
 
     title: str
     names: tuple[str, ...]
     """Names of the K labels."""
     truth_NK: NDArray[np.bool_]
     exclusive: bool
-    """Whether each clip has exactly one label."""
+    """True if each clip has exactly one label."""
 
     @property
     def metric(self) -> str:
@@ -41,7 +41,7 @@ class ProbeLabels:
 
     @property
     def chance(self) -> float:
-        """Score of a probe that cannot tell clips apart."""
+        """Expected score of an uninformative probe."""
         return 1 / len(self.names) if self.exclusive else float(self.truth_NK.mean(0).mean())
 
     def shuffled(self, seed: int) -> ProbeLabels:
@@ -52,17 +52,17 @@ class ProbeLabels:
 
 @dataclass(frozen=True)
 class Probed:
-    """A score on held-out clips."""
+    """Score of a linear probe on held-out clips."""
 
     score: float
     ci95: tuple[float, float]
-    """Bootstrap over clips, as `pal.evaluate.bootstrap` has it for means over labels."""
+    """Bootstrap interval over clips, as in `pal.evaluate.bootstrap` for means over labels."""
     by_label: tuple[float, ...]
-    """Average precision or recall of each label."""
+    """Score of each label: recall if labels are exclusive, else average precision."""
 
 
 def check() -> None:
-    """Raises ConfigError where scikit-learn is missing."""
+    """Raise ConfigError if scikit-learn is missing."""
     try:
         import sklearn.linear_model  # noqa: F401
     except ImportError:
@@ -70,11 +70,11 @@ def check() -> None:
 
 
 def probed(x_ND: NDArray[Any], labels: ProbeLabels, groups: Sequence[str], seed: int = 0) -> Probed:
-    """Score logistic regression of `labels` on the features, with whole groups held out.
+    """Train and score linear probes (logistic regression, one for each label), with whole groups held out.
 
-    One probe a label. Features are standardised, and the strength of regularisation is chosen, within the training
-    folds. A probe's score is its logit without the intercept. That keeps the order within a fold, does not depend on
-    how frequent a label is in the fold, and gives exactly chance for uninformative features.
+    Features are standardised and the regularisation is chosen within the training folds. A probe's score is its logit
+    without the intercept: it does not depend on the frequency of the label in the fold, and is exactly at chance for
+    uninformative features.
 
     Args:
         x_ND: features of N clips.
@@ -96,7 +96,7 @@ def probed(x_ND: NDArray[Any], labels: ProbeLabels, groups: Sequence[str], seed:
 
 
 def held_out(x_ND: NDArray[Any], labels: ProbeLabels, groups: Sequence[str]) -> Floats:
-    """Each clip's score for each label [N, K] by probes that were trained without its group."""
+    """Scores of each clip for each label [N, K], by probes trained without its group."""
     from sklearn.model_selection import GroupKFold
 
     truth_NK, group_N = labels.truth_NK, np.asarray(groups)
@@ -116,17 +116,17 @@ def held_out(x_ND: NDArray[Any], labels: ProbeLabels, groups: Sequence[str]) -> 
 
 
 def _fitted(x_ND: NDArray[Any], truth_NK: NDArray[np.bool_], new_MD: NDArray[Any], strength: float) -> Floats:
-    """Scores [M, K] of new clips."""
+    """Scores [M, K] of new clips by probes trained on others."""
     from sklearn.linear_model import LogisticRegression
 
     x_ND, new_MD = x_ND.astype(np.float64), new_MD.astype(np.float64)
     mean_D, spread_D = x_ND.mean(0), x_ND.std(0)
-    told_D = spread_D > ROUND_OFF * np.sqrt(np.mean(x_ND**2))
+    varying_D = spread_D > ROUND_OFF * np.sqrt(np.mean(x_ND**2))
     scores_MK = np.zeros((len(new_MD), truth_NK.shape[1]))
-    if not told_D.any():
+    if not varying_D.any():
         return scores_MK
-    x_ND = ((x_ND - mean_D) / np.where(told_D, spread_D, 1.0))[:, told_D]
-    new_MD = ((new_MD - mean_D) / np.where(told_D, spread_D, 1.0))[:, told_D]
+    x_ND = ((x_ND - mean_D) / np.where(varying_D, spread_D, 1.0))[:, varying_D]
+    new_MD = ((new_MD - mean_D) / np.where(varying_D, spread_D, 1.0))[:, varying_D]
     for k, truth_N in enumerate(truth_NK.T):
         if truth_N.any() and not truth_N.all():
             probe = LogisticRegression(C=strength, max_iter=1000).fit(x_ND, truth_N)
@@ -135,7 +135,7 @@ def _fitted(x_ND: NDArray[Any], truth_NK: NDArray[np.bool_], new_MD: NDArray[Any
 
 
 def label_scores(scores_NK: Floats, labels: ProbeLabels, weights_RN: Floats) -> Floats:
-    """The score of each label [R, K] with each clip counting `weights_RN` times; NaN where no clip has the label."""
+    """Score of each label [R, K], with clips weighted by `weights_RN`; NaN if no clip has the label."""
     if labels.exclusive:
         return _recall(scores_NK, labels.truth_NK, weights_RN)
     return np.stack(
@@ -144,7 +144,7 @@ def label_scores(scores_NK: Floats, labels: ProbeLabels, weights_RN: Floats) -> 
 
 
 def _recall(scores_NK: Floats, truth_NK: NDArray[np.bool_], weights_RN: Floats) -> Floats:
-    """Recall of each label by highest score [R, K]; ties are broken at random."""
+    """Recall of each label [R, K], predicting the label of highest score; ties count as the expected recall."""
     best_NK = scores_NK == scores_NK.max(1, keepdims=True)
     hit_N = (best_NK & truth_NK).sum(1) / best_NK.sum(1)
     with np.errstate(invalid="ignore", divide="ignore"):

@@ -1,10 +1,10 @@
-"""Result of a probe, and the folder it is saved as.
+"""Result of a probe, and its output folder.
 
 | file | content |
 |---|---|
-| `probe.json` | everything in numbers; written last, so that it is there if and only if the folder is complete |
-| `*.png` | its pictures, where matplotlib is installed |
-| `*.wav` | the clips it is about, where hearing them helps |
+| `probe.json` | all numbers; written last, so that it exists if and only if the folder is complete |
+| `*.png` | pictures, if matplotlib is installed |
+| `*.wav` | example clips |
 """
 
 from __future__ import annotations
@@ -31,50 +31,50 @@ if TYPE_CHECKING:
 FILE = "probe.json"
 
 TableRow = Mapping[str, Any]
-"""A line of a table: heading -> value. A value's interval stands right after it as `ci95`, or as `HEADING ci95`."""
+"""Row of a table: heading -> value. The interval of a value follows it as `ci95`, or has the key `HEADING ci95`."""
 
 
 @dataclass(frozen=True)
 class Plot:
-    """One plot with its caption."""
+    """Plot with its caption."""
 
     title: str
     caption: str
-    """One or two sentences: how to read it."""
+    """Explanation of the plot, in one or two sentences."""
     draw: Draw
     size: tuple[float, float] = (8.0, 4.5)
     """Width and height in inches."""
     clip: str | None = None
-    """The name in `ProbeResult.clips` of the sound that it shows: a line moves along its axes of `pal.plots.TIME` while
-    the clip plays in a page."""
+    """Name in `ProbeResult.clips` of the sound that it shows. On a report page, a cursor moves along its axes
+    `pal.plots.TIME` while the clip plays."""
 
 
 @dataclass(frozen=True)
 class ProbeResult:
-    """Result of one probe on one model."""
+    """Result of one probe."""
 
     probe: str
-    """Its name on the command line."""
+    """Name of the probe on the command line."""
     model: Mapping[str, Any]
     """Facts about the model, from `about`."""
     settings: Mapping[str, Any]
-    """Settings that decide the result, beside the model."""
+    """Settings that determine the result, apart from the model."""
     reading: Sequence[str]
-    """Conclusions from the numbers, a plain sentence each, most important first."""
+    """Conclusions from the numbers, one sentence each, most important first."""
     tables: Mapping[str, Sequence[TableRow]]
     """Title -> rows with the same headings."""
     details: Mapping[str, Any] = field(default_factory=dict)
-    """Numbers too many for a table."""
+    """Further numbers, without a table."""
     pictures: Mapping[str, Plot] = field(default_factory=dict)
     """File name without suffix -> plot."""
     clips: Mapping[str, tuple[Tensor, int]] = field(default_factory=dict)
-    """File name without suffix -> samples [N] within -1..1, and their rate in Hz."""
+    """File name without suffix -> (samples [N] within -1..1, sampling rate in Hz)."""
     seconds: float = 0.0
     """Run time."""
 
     @cached_property
     def rendered(self) -> dict[str, Rendered]:
-        """The pictures by name, rendered once; empty without matplotlib."""
+        """Rendered pictures by name; empty without matplotlib."""
         made = {name: render(plot.draw, plot.size) for name, plot in self.pictures.items()}
         return {name: one for name, one in made.items() if one is not None}
 
@@ -106,7 +106,7 @@ class ProbeResult:
         return found
 
     def save(self, folder: Path) -> None:
-        """Write the folder; an earlier result of the same probe in it is replaced.
+        """Write the output folder; replaces an earlier result of the same probe.
 
         Raises:
             ConfigError: the folder holds another probe's result.
@@ -114,7 +114,7 @@ class ProbeResult:
         if (folder / FILE).is_file():
             before = read(folder)
             if before["probe"] != self.probe:
-                raise ConfigError(f"{folder} holds what 'pal probe {before['probe']}' found; give another --out")
+                raise ConfigError(f"{folder} holds a result of 'pal probe {before['probe']}'; give another --out")
             (folder / FILE).unlink()
             for old in (*(picture["file"] for picture in before["pictures"]), *before["clips"]):
                 (folder / Path(old).name).unlink(missing_ok=True)
@@ -129,14 +129,14 @@ class ProbeResult:
 
 
 def read(folder: Path) -> dict[str, Any]:
-    """Content of a saved `probe.json`. Raises BundleError where there is none, or it is damaged."""
+    """Content of a saved `probe.json`. Raises BundleError if it is missing or damaged."""
     path = Path(folder) / FILE
     if not path.is_file():
         raise BundleError(f"{folder}: no {FILE}; give a folder that pal probe wrote")
     try:
         found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except ValueError:
-        raise BundleError(f"{path}: damaged; probe again") from None
+        raise BundleError(f"{path}: damaged; run the probe again") from None
     return found
 
 

@@ -1,19 +1,19 @@
-"""Questions of `pal probe time`: synthetic scenes in which one parameter is swept and all else stays the same.
+"""Questions of `pal probe time`: synthetic scenes in which one parameter is swept and all others are fixed.
 
 | sweep | clip | question |
 |---|---|---|
-| `gap` | two sounds of 0.8 s; seconds of silence between them, negative where they overlap | which comes first |
-| `length` | two short or long sounds with 0.4 s between them | which comes first |
-| `half` | one sound of 0.8 s whose own middle is before or after that of the clip | in which half |
-| `third` | one sound of 0.8 s that starts before or after a border of two thirds | beginning, middle or end |
+| `gap` | two sounds of 0.8 s; gap between them in seconds, negative if they overlap | which comes first |
+| `length` | two sounds of equal, varying length, 0.4 s apart | which comes first |
+| `half` | one sound of 0.8 s, centred before or after the middle of the clip | in which half |
+| `third` | one sound of 0.8 s that starts before or after the border of two thirds | beginning, middle or end |
 
-Every clip has a *twin* in which time is the other way round: the two sounds change places, or the sound lies on the
-border's other side. It holds the same waveforms and its right answer is the other one. Order is asked in both orders
-of mention. So a model that ignores time, for whatever reason (no use of audio, preference for one kind of sound or for
-the first one mentioned), gets one of the twins right and the other wrong: exactly 1/2.
+Every clip has a *twin* with the opposite answer: the two sounds are swapped, or the sound lies on the other side of the
+border. It has the same waveforms. Questions about order mention the sounds in both orders. So a model that ignores time
+for any reason (no use of audio, preference for one sound or for the first one mentioned) gets one of the twins right
+and the other wrong: its accuracy is exactly 1/2.
 
-Where order is asked, the model is also asked whether it hears each of the sounds, and the sounds of another pair; over
-all pairs each question is as often to be answered yes as no.
+In questions about order, the model is also asked whether it hears each of the sounds, and the sounds of another pair.
+Over all pairs the right answer to each of these questions is equally often yes and no.
 """
 
 from __future__ import annotations
@@ -33,14 +33,15 @@ from pal.data.synth.waves import RATE
 from pal.errors import ConfigError
 
 SECONDS = 4.0
-"""Length of every clip in seconds, as in the scenes that recipes train on."""
+"""Length of every clip in seconds, as in training scenes."""
 LENGTH = 0.8
-"""Length of a sound in seconds, where it is not swept: one that every kind has in training."""
+"""Length of a sound in seconds, if it is not swept; every kind of sound has it in training."""
 GAP = 0.4
-"""Gap between two sounds in seconds, where it is not swept."""
+"""Gap between two sounds in seconds, if it is not swept."""
 PAIRS = 20
+"""Default number of pairs of sounds."""
 _ROUND = 10
-"""Pairs that are drawn together, of different kinds throughout."""
+"""Number of pairs drawn together, in which each kind of sound occurs at most once."""
 
 
 @dataclass(frozen=True)
@@ -50,11 +51,11 @@ class Sweep:
     title: str
     unit: str
     points: tuple[float, ...]
-    """Values of the parameter in seconds, rising."""
+    """Values of the parameter in seconds, in rising order."""
     trained: tuple[float, float]
     """Range of the parameter in training scenes."""
     named: bool = False
-    """Whether the model is also asked if the sounds are there."""
+    """True to also ask whether the sounds are present."""
 
 
 SWEEPS: dict[str, Sweep] = {
@@ -89,15 +90,15 @@ SWEEPS: dict[str, Sweep] = {
 
 @dataclass(frozen=True)
 class Trial:
-    """Pair of sounds, which stays the same through all sweeps."""
+    """Pair of sounds, the same in all sweeps."""
 
     index: int
     kinds: tuple[str, str]
     notes: tuple[int | None, int | None]
     absent: tuple[str, str]
-    """The kinds of another pair."""
+    """Kinds of sound of another pair, which are not in the clip."""
     place: float
-    """Onset of the first sound within the free time, from 0 to 1."""
+    """Onset of the first sound as a share of the free time, from 0 to 1."""
     background: str
     background_db: float
 
@@ -110,19 +111,19 @@ class SweepQuestion:
     point: float
     trial: int
     timed: bool
-    """Whether the question is about time; else it asks whether a sound is there."""
+    """True for a question about time, False for one whether a sound is present."""
     scene: Scene
     record: Record
 
 
 def trials(count: int, seed: int) -> list[Trial]:
-    """Pairs of different kinds, each kind about equally often; the absent ones are those of another pair.
+    """Random pairs of different kinds, with each kind about equally often.
 
     Raises:
         ConfigError: fewer than two pairs.
     """
     if count < 2:
-        raise ConfigError(f"{count} pairs are too few; the sounds of one are the absent ones of another: give two")
+        raise ConfigError(f"--pairs {count}: give at least 2, since each pair needs absent sounds from another pair")
     rng = np.random.default_rng(seed)
     pairs: list[tuple[str, str]] = []
     absent: list[tuple[str, str]] = []
@@ -153,13 +154,13 @@ def _note(kind: str, rng: np.random.Generator) -> int | None:
 
 
 def questions(count: int, seed: int, folder: Path, wordings: int = 1) -> list[SweepQuestion]:
-    """All questions of all sweeps; the twins of a clip follow each other.
+    """All questions of all sweeps, twins one after the other.
 
     Args:
-        count: pairs of sounds.
-        seed: of the pairs and their sounds.
-        folder: where the clips will be.
-        wordings: how many ways of asking each question.
+        count: number of pairs of sounds.
+        seed: seed of the pairs and their sounds.
+        folder: folder of the clips, which are not written here.
+        wordings: number of paraphrases of each question.
     """
     drawn = trials(count, seed)
     asked = []
@@ -185,19 +186,19 @@ def questions(count: int, seed: int, folder: Path, wordings: int = 1) -> list[Sw
 
 
 def twins(name: str, point: float, trial: Trial, seed: int) -> Iterator[tuple[Scene, list[Candidate]]]:
-    """A clip and its twin, each with what is asked about it."""
+    """Scenes of a clip and its twin, each with its questions."""
     if name in ("gap", "length"):
         gap, length = (point, LENGTH) if name == "gap" else (GAP, point)
         start = trial.place * (SECONDS - 2 * length - gap)
         early, late = start, start + length + gap
         for twin, starts in enumerate(((early, late), (late, early))):
-            # each kind keeps its place in the scene's list: sounds are drawn in that order, so both clips have the same
+            # kinds keep their order in the scene's list, in which sounds are drawn, so both clips have the same sounds
             order = [
                 Candidate("order", "earlier", trial.kinds[twin], (a, b), a, b)
                 for a, b in (trial.kinds, trial.kinds[::-1])
             ]
-            heard = [_presence(trial.kinds[twin], "yes"), _presence(trial.absent[twin], "no")]
-            yield _scene(trial, seed, length, starts), [*order, *heard]
+            presence = [_presence(trial.kinds[twin], "yes"), _presence(trial.absent[twin], "no")]
+            yield _scene(trial, seed, length, starts), [*order, *presence]
     elif name == "half":
         kind, centred = trial.kinds[0], (SECONDS - LENGTH) / 2
         for start, answer in zip((centred - point, centred + point), HALVES, strict=True):
@@ -223,7 +224,7 @@ def _scene(trial: Trial, seed: int, length: float, starts: Sequence[float]) -> S
 
 
 def render_clips(asked: Sequence[SweepQuestion], progress: bool) -> None:
-    """Write the clips of some questions, each once."""
+    """Render and write the clips of some questions."""
     from tqdm import tqdm
 
     scenes = {question.record.clips[0]: question.scene for question in asked}

@@ -1,4 +1,4 @@
-"""Where a curve of accuracy against difficulty crosses 75 %: a psychometric function fitted to counts."""
+"""Psychometric threshold: where accuracy against a stimulus parameter crosses 75 %."""
 
 from __future__ import annotations
 
@@ -12,43 +12,48 @@ from numpy.typing import NDArray
 LEVEL = 0.75
 """Accuracy at the threshold: half way from chance (1/2) to 1."""
 RESAMPLES = 500
+"""Number of bootstrap samples."""
 
 _LAPSES = np.array([0.01, 0.03, 0.06, 0.1, 0.15, 0.2])
-"""Shares of questions answered wrong however easy they are; below 1 - LEVEL, or there would be no crossing."""
+"""Lapse rates of the fit: shares of wrong answers to the easiest questions; below 1 - LEVEL, so that there is a
+crossing."""
 _PLACES, _SLOPES = 181, 14
+"""Sizes of the grid of thresholds and of slopes."""
 _ALIKE = 0.05
-"""Difference of two log-likelihoods that is negligible."""
+"""Negligible difference of two log-likelihoods."""
 _CHUNK = 50
-"""Resamples fitted at once, to bound the memory."""
+"""Number of bootstrap samples fitted at once, to limit memory."""
 
 Counts = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class Threshold:
-    """Where accuracy crosses `LEVEL`, in the unit of the sweep."""
+    """Value of the parameter at which accuracy crosses `LEVEL`."""
 
     at: float | None
-    """Threshold; None where accuracy does not cross inside the sweep, as `says` explains."""
+    """Threshold in the unit of the sweep; None if accuracy does not cross inside the sweep (see `says`)."""
     ci95: tuple[float, float] | None
-    """Percentile bootstrap, with `at` between its ends; ends outside of the sweep are its ends."""
+    """Percentile bootstrap interval, extended to contain `at` and limited to the sweep."""
     crossing: float
-    """Share of the resampled data sets with a crossing inside the sweep."""
+    """Share of the bootstrap samples with a crossing inside the sweep."""
     says: str
+    """Result in words."""
 
 
 def threshold(points: Sequence[float], right_UP: Counts, asked_UP: Counts, seed: int = 0) -> Threshold:
     """Fit `accuracy(x) = 1/2 + (1/2 - lapse) logistic((x - middle) / slope)` by maximum likelihood.
 
-    The usual psychometric function of a choice between two (Wichmann & Hill 2001), rising with x. The likelihood is
-    taken on a grid of thresholds, slopes and lapses: no start to choose. Between two points of a step every threshold
-    is about as likely: the middle is given, and the interval holds them all.
+    This is the usual psychometric function of a two-alternative choice (Wichmann & Hill 2001), rising with x. The
+    likelihood is maximised over a grid of thresholds, slopes and lapse rates, so no initial values are needed. If
+    accuracy jumps between two points, all thresholds between them are about equally likely: their middle is returned,
+    and the interval contains all of them.
 
     Args:
         points: x of the P points of the sweep, in rising order.
-        right_UP: right answers of each of U units (that the bootstrap draws whole) at each point.
-        asked_UP: questions of each unit at each point.
-        seed: of the bootstrap.
+        right_UP: number of right answers of each of U units, the clusters of the bootstrap, at each point.
+        asked_UP: number of questions of each unit at each point.
+        seed: seed of the bootstrap.
     """
     x_P = np.asarray(points, dtype=float)
     low, high = float(x_P[0]), float(x_P[-1])
@@ -67,15 +72,15 @@ def threshold(points: Sequence[float], right_UP: Counts, asked_UP: Counts, seed:
         side = "above" if best < low else "below"
         return Threshold(None, None, crossing, f"no crossing: {side} {LEVEL:.0%} from {low:g} to {high:g}")
     ends = np.clip([np.quantile(drawn_R2[:, 0], 0.025), np.quantile(drawn_R2[:, 1], 0.975)], low, high)
-    # few units draw many data sets without a crossing here, whose ends may both lie on one side of it
+    # with few units many samples do not cross, so both quantiles may lie on one side of the threshold
     ci95 = min(float(ends[0]), float(best)), max(float(ends[1]), float(best))
     return Threshold(float(best), ci95, crossing, "crosses")
 
 
 def _grid(x_P: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
-    """Thresholds [X] of all X parameter sets, and the logarithms of right and wrong at each point, [P, X]."""
+    """Thresholds [X] of X parameter sets, and log probabilities of right and of wrong answers at each point, [P, X]."""
     span = float(x_P[-1] - x_P[0])
-    # beyond both ends, where a curve that does not cross in the sweep has its threshold
+    # beyond both ends, for curves without a crossing in the sweep
     places = np.linspace(x_P[0] - span / 2, x_P[-1] + span / 2, _PLACES)
     slopes = np.geomspace(span / 400, span / 2, _SLOPES)
     at, slope, lapse = (axis.ravel() for axis in np.meshgrid(places, slopes, _LAPSES, indexing="ij"))
@@ -88,7 +93,7 @@ def _grid(x_P: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
 def _fit(
     right_RP: Counts, asked_RP: Counts, at_X: NDArray[Any], logs_PX: NDArray[Any], wrongs_PX: NDArray[Any]
 ) -> NDArray[np.float64]:
-    """The lowest and the highest of the likeliest thresholds of each of R data sets -> [R, 2]."""
+    """Lowest and highest threshold of maximum likelihood for each of R data sets -> [R, 2]."""
     likelihood_RX = right_RP @ logs_PX + (asked_RP - right_RP) @ wrongs_PX
     best_RX = likelihood_RX >= likelihood_RX.max(1, keepdims=True) - _ALIKE
     # the thresholds rise along the grid

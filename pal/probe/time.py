@@ -1,11 +1,11 @@
-"""`pal probe time`: whether a model keeps the order of sounds and when they begin.
+"""`pal probe time`: perception of the order and the times of sounds.
 
-It asks the questions of `pal.probe.sweeps`, where chance is exactly 1/2 whatever a model hears but time. Whether the
-answers about a clip and its twin differ at all is reported beside the accuracy. What is not heard cannot be put in
-order: only where `named` is high does a low accuracy mean that time was lost.
+It asks the questions of `pal.probe.sweeps`, for which a model that ignores time has an accuracy of exactly 1/2. It also
+reports how often answers about a clip and its twin differ (`swapped`), and how often the model knows which sounds are
+present (`named`): a low accuracy shows that time is lost only if `named` is high.
 
-Answers are taken by likelihood, of two (of the three thirds those on both sides of the border): then chance is known
-exactly, nothing depends on how a model words its answer, and no token is generated.
+Answers are the likelier of two choices; for thirds, the two on both sides of the border. So chance is known exactly,
+nothing depends on the wording of answers, and no token is generated.
 """
 
 from __future__ import annotations
@@ -38,13 +38,14 @@ if TYPE_CHECKING:
 
 
 class SweepAnswer(NamedTuple):
-    """Answer of a model to a question."""
+    """Answer of a model to a question of a sweep."""
 
     text: str
     right: bool
     no_audio_right: bool
-    """Without the audio."""
+    """True if the answer without audio is right."""
     failed: bool = False
+    """True if the question raised an error."""
 
 
 @dataclass(frozen=True)
@@ -54,14 +55,14 @@ class Point:
     accuracy: float
     ci95: tuple[float, float]
     swapped: float
-    """Share of the questions with different answers about the twins, as is right."""
+    """Share of the questions with different answers for the twins."""
     named: float | None
-    """Share of right answers to whether a sound is there."""
+    """Accuracy of the questions whether a sound is present; None if the sweep has none."""
     no_audio: float
 
 
 def judge(asked: Sequence[SweepQuestion], answers: Sequence[SweepAnswer], seed: int = 0) -> dict[str, list[Point]]:
-    """Accuracies: for each sweep its points in order. The intervals' bootstrap draws whole pairs of sounds."""
+    """Accuracy at each point of each sweep; the bootstrap draws whole pairs of sounds."""
     found = {}
     for name, sweep in SWEEPS.items():
         found[name] = [
@@ -73,7 +74,7 @@ def judge(asked: Sequence[SweepQuestion], answers: Sequence[SweepAnswer], seed: 
 
 def _point(part: Sequence[tuple[SweepQuestion, SweepAnswer]], seed: int) -> Point:
     timed = [(question, answer) for question, answer in part if question.timed]
-    heard = [answer.right for question, answer in part if not question.timed]
+    named = [answer.right for question, answer in part if not question.timed]
     twins: dict[tuple[int, str], list[str]] = {}
     for question, answer in timed:
         twins.setdefault((question.trial, question.record.turns[0].question), []).append(answer.text)
@@ -82,13 +83,13 @@ def _point(part: Sequence[tuple[SweepQuestion, SweepAnswer]], seed: int) -> Poin
         accuracy=sum(right) / len(right),
         ci95=bootstrap_ci(right, [question.trial for question, _ in timed], seed=seed),
         swapped=sum(one != two for one, two in twins.values()) / len(twins),
-        named=sum(heard) / len(heard) if heard else None,
+        named=sum(named) / len(named) if named else None,
         no_audio=sum(answer.no_audio_right for _, answer in timed) / len(timed),
     )
 
 
 def thresholds(asked: Sequence[SweepQuestion], answers: Sequence[SweepAnswer], seed: int = 0) -> dict[str, Threshold]:
-    """For each sweep, where accuracy crosses 75 %."""
+    """Threshold of each sweep, where accuracy crosses 75 %."""
     found = {}
     pairs = 1 + max(question.trial for question in asked)
     for name, sweep in SWEEPS.items():
@@ -109,7 +110,7 @@ class _ModelTiming:
     points: dict[str, list[Point]]
     thresholds: dict[str, Threshold]
     token_seconds: float
-    """Of its finest encoder."""
+    """Token length of the encoder with the shortest tokens."""
     failures: int
     about: Mapping[str, Any]
 
@@ -122,33 +123,33 @@ def probe_time(
     batch: int = 64,
     progress: bool = False,
 ) -> ProbeResult:
-    """Ask each model about order and time.
+    """Test each model's perception of order and time.
 
     Args:
-        models: name and model of each.
-        pairs: pairs of sounds in every sweep.
-        wordings: how many ways of asking each question; the first is that of recipes' evaluations.
-        seed: of the pairs and their sounds.
-        batch: rows in a forward pass.
-        progress: show how far it is.
+        models: (name, model) of each.
+        pairs: number of pairs of sounds.
+        wordings: number of paraphrases of each question; the first one is that of training scenes.
+        seed: seed of the pairs and their sounds.
+        batch: rows of a forward pass.
+        progress: show progress bars.
 
     Raises:
         ConfigError: fewer than two pairs, less than one wording.
-        PalError: every single question raised.
+        PalError: every question raised an error.
     """
     started = time.perf_counter()
     if wordings < 1:
-        raise ConfigError(f"{wordings} wordings ask nothing; give 1 or more")
-    seen: dict[str, _ModelTiming] = {}
+        raise ConfigError(f"--wordings {wordings}: give at least 1")
+    results: dict[str, _ModelTiming] = {}
     with TemporaryDirectory(prefix="pal-") as folder:
         asked = questions(pairs, seed, Path(folder), wordings)
         render_clips(asked, progress)
         for label, model in models:
-            seen[label] = _see(model, asked, seed, batch, progress)
+            results[label] = _evaluate(model, asked, seed, batch, progress)
     trained = {name: sweep.trained for name, sweep in SWEEPS.items()}
     return ProbeResult(
         probe="time",
-        model=_about(seen),
+        model=_about(results),
         settings={
             "pairs": pairs,
             "wordings": wordings,
@@ -160,24 +161,24 @@ def probe_time(
             "in_training": trained,
             "intervals": "percentile bootstrap over pairs of sounds",
         },
-        reading=_reading(seen),
+        reading=_reading(results),
         tables={
-            **_over_seeds(seen),
-            "Where accuracy crosses 75 %": [row for label, one in seen.items() for row in _crossings(label, one)],
+            **_over_seeds(results),
+            "Where accuracy crosses 75 %": [row for label, one in results.items() for row in _crossings(label, one)],
             **{
-                sweep.title: [row for label, one in seen.items() for row in _rows(label, sweep, one.points[name])]
+                sweep.title: [row for label, one in results.items() for row in _rows(label, sweep, one.points[name])]
                 for name, sweep in SWEEPS.items()
             },
         },
         details={
-            label: {"seconds_per_token": one.token_seconds, "errors": one.failures} for label, one in seen.items()
+            label: {"seconds_per_token": one.token_seconds, "errors": one.failures} for label, one in results.items()
         },
-        pictures={name: _picture(name, seen) for name in SWEEPS},
+        pictures={name: _picture(name, results) for name in SWEEPS},
         seconds=time.perf_counter() - started,
     )
 
 
-def _see(model: PalModel, asked: Sequence[SweepQuestion], seed: int, batch: int, progress: bool) -> _ModelTiming:
+def _evaluate(model: PalModel, asked: Sequence[SweepQuestion], seed: int, batch: int, progress: bool) -> _ModelTiming:
     records = [question.record for question in asked]
     ranked = from_records(records, rule={"name": "rank"})
     result = evaluate(model, ranked, batch=batch, progress=progress, seed=seed)
@@ -196,10 +197,10 @@ def _answered(item: ItemResult) -> SweepAnswer:
     return SweepAnswer(item.output or "", bool(item.correct), bool(item.no_audio_correct), item.error is not None)
 
 
-def _about(seen: Mapping[str, _ModelTiming]) -> dict[str, Any]:
-    if len(seen) == 1:
-        return dict(next(iter(seen.values())).about)
-    return {"source": ", ".join(seen), "models": {label: one.about for label, one in seen.items()}}
+def _about(results: Mapping[str, _ModelTiming]) -> dict[str, Any]:
+    if len(results) == 1:
+        return dict(next(iter(results.values())).about)
+    return {"source": ", ".join(results), "models": {label: one.about for label, one in results.items()}}
 
 
 def _rows(label: str, sweep: Sweep, points: Sequence[Point]) -> Iterator[dict[str, Any]]:
@@ -211,10 +212,10 @@ def _rows(label: str, sweep: Sweep, points: Sequence[Point]) -> Iterator[dict[st
         yield row | {"no_audio": point.no_audio, "trained": "yes" if inside else "no"}
 
 
-def _over_seeds(seen: Mapping[str, _ModelTiming]) -> dict[str, list[dict[str, Any]]]:
-    """Models whose labels differ after the last slash alone, such as seeds of one recipe, side by side."""
+def _over_seeds(results: Mapping[str, _ModelTiming]) -> dict[str, list[dict[str, Any]]]:
+    """Table of means over models whose labels differ only after the last slash, such as seeds of one recipe."""
     groups: dict[str, list[_ModelTiming]] = {}
-    for label, one in seen.items():
+    for label, one in results.items():
         groups.setdefault(label.rpartition("/")[0], []).append(one)
     rows = []
     for group, members in groups.items():
@@ -235,7 +236,7 @@ def _over_seeds(seen: Mapping[str, _ModelTiming]) -> dict[str, list[dict[str, An
                         "highest": max(means),
                     }
                 )
-    return {"Over the points of each sweep, mean of the models of a folder": rows} if rows else {}
+    return {"Mean over the points of each sweep and the models of a folder": rows} if rows else {}
 
 
 def _crossings(label: str, one: _ModelTiming) -> Iterator[dict[str, Any]]:
@@ -250,50 +251,50 @@ def _crossings(label: str, one: _ModelTiming) -> Iterator[dict[str, Any]]:
         }
 
 
-def _reading(seen: Mapping[str, _ModelTiming]) -> list[str]:
-    said = []
-    for label, one in seen.items():
+def _reading(results: Mapping[str, _ModelTiming]) -> list[str]:
+    sentences = []
+    for label, one in results.items():
         if one.failures:
-            said.append(f"{label}: {one.failures} questions raised an error and count as wrong.")
+            sentences.append(f"{label}: {one.failures} questions raised an error and count as wrong.")
         for name, sweep in SWEEPS.items():
             points, found = one.points[name], one.thresholds[name]
             mean = sum(point.accuracy for point in points) / len(points)
             swapped = sum(point.swapped for point in points) / len(points)
             text = f"{label}, {sweep.title.lower()}: {mean:.0%} right over the sweep (chance 50 %), "
-            text += f"{swapped:.0%} of the answers turn round when time does; "
+            text += f"{swapped:.0%} of the answers differ between twins; "
             if found.at is None or found.ci95 is None:
                 text += f"{found.says.replace('no crossing: ', '')} s."
             else:
                 text += f"{LEVEL:.0%} is crossed at {found.at:.2f} s ({found.ci95[0]:.2f} to {found.ci95[1]:.2f})"
                 text += f", where onsets are {found.at + LENGTH:.2f} s apart." if name == "gap" else "."
-            said.append(text)
+            sentences.append(text)
             lost = [at for at, point in zip(sweep.points, points, strict=True) if _heard_but_unordered(point)]
             if lost:
                 where = ", ".join(f"{at:g}" for at in lost)
-                said.append(
-                    f"{label}, {sweep.title.lower()}: at {where} s the sounds are named but their order is not told "
-                    f"from chance: what fails there is time, not hearing."
+                sentences.append(
+                    f"{label}, {sweep.title.lower()}: at {where} s the model knows which sounds are present, but "
+                    "not their order."
                 )
-    return said
+    return sentences
 
 
 def _heard_but_unordered(point: Point) -> bool:
     return point.named is not None and point.named >= 0.9 and point.ci95[0] <= 0.5
 
 
-def _picture(name: str, seen: Mapping[str, _ModelTiming]) -> Plot:
+def _picture(name: str, results: Mapping[str, _ModelTiming]) -> Plot:
     sweep = SWEEPS[name]
-    caption = "Share of right answers with its interval; a diamond where the fitted curve crosses 75 %. "
+    caption = "Accuracy with its interval; a diamond marks where the fitted curve crosses 75 %. "
     if sweep.named:
-        caption += "Thin and dotted: whether each sound is heard at all. "
+        caption += "Dotted: accuracy of the questions whether a sound is present. "
     caption += (
-        "Grey ground: what made-up scenes have in training. Dashes up and down: the length of the encoder's token; "
-        "finer differences can only be told from what a token says, not from which token says it."
+        "Grey area: range of the parameter in training scenes. Vertical dashes: length of an encoder token; finer "
+        "differences can only be told from the content of tokens, not from their order."
     )
-    return Plot(sweep.title, caption, lambda figure: _draw(figure, name, seen), size=(8.0, 4.8))
+    return Plot(sweep.title, caption, lambda figure: _draw(figure, name, results), size=(8.0, 4.8))
 
 
-def _draw(figure: Figure, name: str, seen: Mapping[str, _ModelTiming]) -> None:
+def _draw(figure: Figure, name: str, results: Mapping[str, _ModelTiming]) -> None:
     sweep = SWEEPS[name]
     axes: Axes = figure.add_subplot()
     low, high = sweep.points[0], sweep.points[-1]
@@ -303,7 +304,7 @@ def _draw(figure: Figure, name: str, seen: Mapping[str, _ModelTiming]) -> None:
     axes.text(high + margin, 0.5, " chance", va="center", ha="left", color="0.35", fontsize=9)
     axes.axhline(LEVEL, color="0.5", lw=0.8, ls=":")
     axes.text(high + margin, LEVEL, " 75 %", va="center", ha="left", color="0.35", fontsize=9)
-    for token in sorted({one.token_seconds for one in seen.values()}):
+    for token in sorted({one.token_seconds for one in results.values()}):
         marks = {token: "one token"}
         if name == "gap":
             marks |= {token - LENGTH: "onsets one token apart"}
@@ -312,10 +313,10 @@ def _draw(figure: Figure, name: str, seen: Mapping[str, _ModelTiming]) -> None:
                 continue
             axes.axvline(at, color="0.35", lw=1, ls="--")
             axes.text(at, 0.32, f" {words}", rotation=90, va="bottom", ha="left", color="0.35", fontsize=8)
-    for place, (label, one) in enumerate(seen.items()):
+    for place, (label, one) in enumerate(results.items()):
         points, style = one.points[name], style_of(place)
         y = np.array([point.accuracy for point in points])
-        # a resampled mean's percentiles may miss the mean itself by a hair
+        # percentiles of resampled means may miss the mean by round-off
         ends = np.abs(np.clip([[y[i] - p.ci95[0], p.ci95[1] - y[i]] for i, p in enumerate(points)], 0, None)).T
         axes.errorbar(sweep.points, y, yerr=ends, label=label, capsize=2, lw=1.8, ms=5, **style)
         if sweep.named:
@@ -327,7 +328,7 @@ def _draw(figure: Figure, name: str, seen: Mapping[str, _ModelTiming]) -> None:
     axes.set_xlim(low - margin, high + margin)
     axes.set_ylim(0.3, 1.03)
     axes.set_xlabel(sweep.unit)
-    axes.set_ylabel("share of right answers")
+    axes.set_ylabel("accuracy")
     axes.set_title(sweep.title)
     axes.legend(loc="lower right", fontsize=9, framealpha=0.95)
     if name == "gap":

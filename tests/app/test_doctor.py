@@ -1,4 +1,4 @@
-"""The doctor's findings: version ranges against packaging's own rules, and each fault with its remedy."""
+"""The diagnoses of `pal doctor`: version ranges against packaging's own rules, and each fault with its remedy."""
 
 import importlib.machinery
 import shutil
@@ -26,12 +26,12 @@ def small(assets, monkeypatch):
 
 
 def examined():
-    return {finding.name: finding for finding in doctor.examine()}
+    return {diagnosis.name: diagnosis for diagnosis in doctor.examine()}
 
 
 def test_this_machine_passes(small):
     found = examined()
-    assert all(finding.ok for finding in found.values() if finding.required)
+    assert all(diagnosis.ok for diagnosis in found.values() if diagnosis.required)
     assert {
         "python",
         "torch",
@@ -76,10 +76,10 @@ def test_flipped_byte_in_the_shipped_model(small, tmp_path, monkeypatch):
     data = bytearray(weights.read_bytes())
     data[-1] ^= 1
     weights.write_bytes(data)
-    finding = examined()["shipped model"]
-    assert not finding.ok
-    assert "SHA-256" in finding.detail
-    assert "pip install" in finding.remedy
+    diagnosis = examined()["shipped model"]
+    assert not diagnosis.ok
+    assert "SHA-256" in diagnosis.detail
+    assert "pip install" in diagnosis.remedy
     monkeypatch.setattr(doctor, "TEXT_LLM", tmp_path / "nowhere")
     assert not examined()["its text-only LLM"].ok
 
@@ -101,10 +101,10 @@ def test_torch_of_a_build_beside_a_driver(driver, tmp_path, monkeypatch, cuda):
     find_spec = doctor.find_spec
     torch = importlib.machinery.ModuleSpec("torch", None, origin=str(tmp_path / "__init__.py"))
     monkeypatch.setattr(doctor, "find_spec", lambda name: torch if name == "torch" else find_spec(name))
-    finding = examined()["gpu"]
-    assert (finding.ok, finding.required) == (cuda is not None, False)
-    assert built_for(cuda) in finding.detail
-    assert ("CUDA build of torch" in finding.remedy) == (cuda is None)
+    diagnosis = examined()["gpu"]
+    assert (diagnosis.ok, diagnosis.required) == (cuda is not None, False)
+    assert built_for(cuda) in diagnosis.detail
+    assert ("CUDA build of torch" in diagnosis.remedy) == (cuda is None)
 
 
 def test_torch_build_is_read_without_importing_torch(driver):
@@ -115,6 +115,6 @@ def test_torch_build_is_read_without_importing_torch(driver):
 
 def test_full_disk(small, monkeypatch):
     monkeypatch.setattr(doctor.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1))
-    finding = examined()["disk"]
-    assert not finding.ok
-    assert finding.remedy
+    diagnosis = examined()["disk"]
+    assert not diagnosis.ok
+    assert diagnosis.remedy

@@ -55,7 +55,7 @@ def test_faults_are_one_line(options, says, shipped, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_findings_of_models_whose_folders_end_alike_stand_apart(shipped, tmp_path, monkeypatch):
+def test_results_of_models_whose_folders_end_alike_stand_apart(shipped, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for recipe in ("lal", "pal"):
         shutil.copytree(shipped.bundle, Path(recipe) / "seed-1")

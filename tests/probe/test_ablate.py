@@ -66,9 +66,9 @@ def questions(tmp_path_factory):
 def done(recipe, questions, tmp_path_factory):
     """The grid of two cells and two seeds, and its folder."""
     out = tmp_path_factory.mktemp("ablate") / "out"
-    finding = ablate(recipe, AXES, out, seeds=2, on=questions)
-    finding.save(out)
-    return finding, out
+    result = ablate(recipe, AXES, out, seeds=2, on=questions)
+    result.save(out)
+    return result, out
 
 
 @pytest.fixture
@@ -123,19 +123,19 @@ def test_everything_is_written(done):
 
 
 def test_numbers_are_those_of_the_answers(done):
-    finding, out = done
+    result, out = done
     right = {
         cell: np.array([[item.correct for item in answers(out, cell, seed, "two").items] for seed in (1, 2)])
         for cell in ("ffn-trained", "ffn-frozen")
     }
     n = right["ffn-trained"].shape[1]
-    rows = finding.tables[f"two, {n} questions"]
+    rows = result.tables[f"two, {n} questions"]
     assert [row["score"] for row in rows] == pytest.approx([right[cell].mean() for cell in right])
     assert [row["lowest_seed"] for row in rows] == pytest.approx([right[cell].mean(1).min() for cell in right])
     assert rows[0]["minus_first"] is None
     assert rows[1]["minus_first"] == pytest.approx(right["ffn-frozen"].mean() - right["ffn-trained"].mean())
     # each question is in one domain and one task
-    parts = finding.tables["two by domain and task"]
+    parts = result.tables["two by domain and task"]
     for kind in ("domain", "task"):
         of_kind = [row for row in parts if row["questions_about"].startswith(kind)]
         if of_kind:  # a kind that all questions share is left out
@@ -146,8 +146,8 @@ def test_numbers_are_those_of_the_answers(done):
 
 
 def test_costs_of_the_cells(done):
-    finding, out = done
-    trained, frozen = finding.tables["Cost of a training step"]
+    result, out = done
+    trained, frozen = result.tables["Cost of a training step"]
     llm = PalModel.from_pretrained(out / "ffn-trained/seed-1/model").llm
     ffn = sum(p.numel() for name, p in llm.named_parameters() if "mlp" in name.split("."))
     assert trained["trained_parameters"] - frozen["trained_parameters"] == ffn > 0
@@ -180,12 +180,12 @@ def test_frozen_ffn_stays_what_it_was_and_the_rest_is_trained(done, recipe):
 
 
 def test_a_second_call_does_nothing(done, recipe, questions, counted):
-    finding, out = done
+    result, out = done
     again = ablate(recipe, AXES, out, seeds=2, on=questions)
     assert counted == {"run": 0, "evaluate": 0, "counts": 0}
-    assert again.tables == finding.tables and again.reading == finding.reading
-    assert again.details == finding.details
-    assert again.settings == finding.settings
+    assert again.tables == result.tables and again.reading == result.reading
+    assert again.details == result.details
+    assert again.settings == result.settings
 
 
 def test_what_changed_is_asked_again_and_not_trained(done, recipe, questions, counted, monkeypatch):
@@ -212,15 +212,15 @@ def test_an_answer_that_raised_is_counted_and_asked_again(done, recipe, question
     fine = {**json.loads(lines[1]), "audio_id": str(questions[0].parent / json.loads(lines[1])["audio_id"])}
     broken.write_text(json.dumps(record) + "\n" + json.dumps(fine) + "\n")
     for _ in range(2):
-        finding = ablate(recipe, ["ffn=trained"], out, seeds=1, on=[broken])
-        assert finding.details["errors"] == 1
-        assert any("1 answers raised" in line for line in finding.reading)
+        result = ablate(recipe, ["ffn=trained"], out, seeds=1, on=[broken])
+        assert result.details["errors"] == 1
+        assert any("1 answers raised" in line for line in result.reading)
     assert counted["evaluate"] == 2
 
 
 def test_killed_and_gone_on_with(done, recipe, questions, counted, monkeypatch, tmp_path):
     _, whole = done
-    finding = ablate(recipe, AXES, whole, seeds=1, on=questions)  # all of it is there
+    result = ablate(recipe, AXES, whole, seeds=1, on=questions)  # all of it is there
     assert counted == {"run": 0, "evaluate": 0, "counts": 0}
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
@@ -251,9 +251,9 @@ def test_killed_and_gone_on_with(done, recipe, questions, counted, monkeypatch, 
     assert not (out / "table.md").exists()
     again = ablate(recipe, AXES, out, seeds=1, on=questions)
     assert counted == {"run": 4, "evaluate": 5, "counts": 2}
-    scores = [title for title in finding.tables if title != "Cost of a training step"]
-    assert [again.tables[title] for title in scores] == [finding.tables[title] for title in scores]
-    for run in finding.settings["runs"]:
+    scores = [title for title in result.tables if title != "Cost of a training step"]
+    assert [again.tables[title] for title in scores] == [result.tables[title] for title in scores]
+    for run in result.settings["runs"]:
         one, other = (PalModel.from_pretrained(folder / run / "model").state_dict() for folder in (whole, out))
         assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
 

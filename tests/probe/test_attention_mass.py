@@ -145,11 +145,11 @@ def records(tmp_path):
 
 
 @pytest.mark.parametrize("integration", INTEGRATIONS, ids=str)
-def test_a_finding_of_every_integration(integration, records, tmp_path):
+def test_a_result_of_every_integration(integration, records, tmp_path):
     examples = 2 if integration == "pal" else 1  # each is a picture with a panel for each word
     few = {"examples": examples, "batch": 3, "max_new_tokens": 4}
-    finding = probe_attention(model_of(integration), records, **few)
-    finding.save(tmp_path / "out")
+    result = probe_attention(model_of(integration), records, **few)
+    result.save(tmp_path / "out")
     found = read(tmp_path / "out")
     layers = found["tables"]["attention of the answer's rows by layer"]
     shares = [pathway for pathway in found["details"]["pathways"] if pathway != "cross"]
@@ -171,19 +171,19 @@ def test_pointing_compares_with_even_attention(records):
     with torch.no_grad():  # without queries attention is even, so nothing points anywhere
         for block in model.llm.lm.model.layers:
             block.self_attn.q_proj.weight.zero_()
-    finding = probe_attention(model, records, examples=0, max_new_tokens=4)
-    for row in finding.tables["attention to the sound that the answer names"]:
+    result = probe_attention(model, records, examples=0, max_new_tokens=4)
+    for row in result.tables["attention to the sound that the answer names"]:
         assert row["relative to uniform"] == pytest.approx(1.0, abs=0.02)
-    for row in finding.tables["attention of the answer's rows by layer"]:
+    for row in result.tables["attention of the answer's rows by layer"]:
         assert row["keys"] == pytest.approx(row["keys if uniform"], abs=1e-5)
 
 
-def test_questions_without_clips_and_other_findings_are_errors(records, tmp_path):
+def test_questions_without_clips_and_other_results_are_errors(records, tmp_path):
     model = tiny_model("lal")
     with pytest.raises(PalError, match="no question has a clip"):
         probe_attention(model, [replace(records[0], clips=())])
-    finding = probe_attention(model, records[:1], examples=1, max_new_tokens=2)
-    finding.save(tmp_path)
-    finding.save(tmp_path)
+    result = probe_attention(model, records[:1], examples=1, max_new_tokens=2)
+    result.save(tmp_path)
+    result.save(tmp_path)
     with pytest.raises(ConfigError, match="'pal probe attention'"):
-        replace(finding, probe="mask").save(tmp_path)
+        replace(result, probe="mask").save(tmp_path)

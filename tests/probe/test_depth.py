@@ -121,7 +121,7 @@ def needs_layer_0(record, hidden):
     return not any(hide.layers is None or 0 in hide.layers for hide in hidden) or record.id == "0-speech"
 
 
-def test_a_finding(tmp_path, monkeypatch):
+def test_a_result(tmp_path, monkeypatch):
     model = listener("pal")
     answered(monkeypatch, needs_layer_0)
     found = probe_depth(model, questions(tmp_path), alone=True)

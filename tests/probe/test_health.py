@@ -36,8 +36,8 @@ def records(tmp_path_factory):
 
 
 def status(model, records):
-    finding = probe_health(model, records, batch=8)
-    return {row["check"]: (row["status"], row["measured"]) for row in finding.tables["checks"]}
+    result = probe_health(model, records, batch=8)
+    return {row["check"]: (row["status"], row["measured"]) for row in result.tables["checks"]}
 
 
 def layout(model, records):
@@ -49,7 +49,7 @@ def layout(model, records):
 STRUCTURE = (
     "audio in the feed-forward networks",
     "memory",
-    "order of summaries and tokens",
+    "order of summary tokens and keys",
     "gaps in the positions",
     "decoding",
 )
@@ -63,7 +63,7 @@ def test_nothing_is_wrong_with_how_audio_is_laid_out(name, records):
     for check in STRUCTURE:
         # gates at zero or weights this small may leave a checked quantity at its closed form only roughly
         assert found[check][0] in ("ok", "does not apply"), (check, found[check])
-    assert (found["order of summaries and tokens"][0] == "ok") == (name == "pal")
+    assert (found["order of summary tokens and keys"][0] == "ok") == (name == "pal")
 
 
 def with_route(model, route_class, **changes):
@@ -96,7 +96,7 @@ def _(route, step, tokens, llm):
 def test_audio_rows_in_the_feed_forward_networks_are_counted(records):
     found = layout(with_route(tiny_model("lal"), Leaking), records)
     kind, measured = found["audio in the feed-forward networks"]
-    assert kind == "fault" and "layer 0" in measured and "the integration says 0" in measured
+    assert kind == "fault" and "layer 0" in measured and "its cost model has 0" in measured
     assert layout(with_route(tiny_model("lal"), Saying), records)["audio in the feed-forward networks"][0] == "ok"
 
 
@@ -131,7 +131,7 @@ class Disordered(PAL):
 
 
 def test_summaries_out_of_order_are_seen(records):
-    kind, measured = layout(with_route(tiny_model("pal"), Disordered), records)["order of summaries and tokens"]
+    kind, measured = layout(with_route(tiny_model("pal"), Disordered), records)["order of summary tokens and keys"]
     assert kind == "fault" and not measured.startswith("0 of")
 
 
@@ -177,8 +177,8 @@ def test_a_model_whose_audio_is_always_the_same_ignores_it_and_is_deaf(records):
         for projector in model.integration.projectors.values():
             projector[-1].weight.zero_()
     found = status(model, records)
-    assert found["attention that ignores audio"][0] == "fault"
-    assert found["deaf"][0] == "fault"
+    assert found["attention ignores audio"][0] == "fault"
+    assert found["answers ignore audio"][0] == "fault"
     assert found["gaps in the positions"][0] == "ok"
 
 
@@ -186,7 +186,7 @@ def test_one_layer_that_ignores_audio_is_named(records):
     model = tiny_model("lal")
     with torch.no_grad():
         model.integration.projectors["1"][-1].weight.zero_()
-    kind, measured = status(model, records)["attention that ignores audio"]
+    kind, measured = status(model, records)["attention ignores audio"]
     assert kind == "warning" and measured.endswith("not layers [1]")
 
 
@@ -209,7 +209,7 @@ class Scripted:
 def test_a_model_that_says_yes_to_silence_is_over_eager(records):
     eager = status(Scripted(tiny_model("lal"), lambda heard: "yes"), records)
     assert eager["over-eager"][0] == "warning" and "yes to 100% of 6" in eager["over-eager"][1]
-    assert eager["deaf"][0] == "fault"
+    assert eager["answers ignore audio"][0] == "fault"
     # loud is yes: right by ear, and no to silence
     hearing = status(Scripted(tiny_model("lal"), lambda heard: "yes" if heard > 0.1 else "no"), records)
     assert "yes to 0% of 6" in hearing["over-eager"][1]

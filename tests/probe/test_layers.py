@@ -115,7 +115,7 @@ def test_the_layer_where_a_label_was_put_is_found(layer):
     assert first_above(found.by_layer["last"], found.control["last"]) == layer
     assert first_above(found.by_layer["before"], found.control["before"]) is None
     said = list(reading(found, 2))
-    assert f"first says what sounds after layer {layer} of 2" in said[0]
+    assert f"labels first appear after layer {layer} of 2" in said[0]
     assert "the row before the audio is at chance in every layer" in said[-1]
     assert found.differing == 0
 
@@ -125,7 +125,9 @@ def test_a_leak_is_said():
     found = score_states(LayerStates({"before": rows.by_layer["last"]}), labels, [str(i) for i in range(48)])
     (x,) = rows.by_layer["last"]
     assert found.differing == pytest.approx(np.abs(x - x[0]).max() / rms(x))
-    assert any("rows 'before' are not at chance in layers [0]" in sentence for sentence in reading(found, 0))
+    assert any(
+        "rows 'before' must be at chance, but are not in layers [0]" in sentence for sentence in reading(found, 0)
+    )
 
 
 def test_first_above_needs_intervals_apart():

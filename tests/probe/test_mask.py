@@ -105,7 +105,7 @@ def loses(record, hidden):
     return record.id != "3-sound"
 
 
-def test_a_finding(tmp_path, monkeypatch):
+def test_a_result(tmp_path, monkeypatch):
     model = listener("pal")
     answered(monkeypatch, loses)
     found = probe_mask(model, questions(tmp_path), seed=3)

@@ -170,18 +170,18 @@ def test_wrong_use(wrong):
 
 def test_seeds_of_a_folder_stand_side_by_side(small):
     models = [(f"lal/seed-{seed}", tiny_model("lal", seed=seed)) for seed in (0, 1)] + [("pal", tiny_model("pal"))]
-    finding = probe_time(models, pairs=2)
-    (title,) = [title for title in finding.tables if title.endswith("mean of the models of a folder")]
-    assert {row["models"] for row in finding.tables[title]} == {"lal (2)"}
-    assert {row["trained"] for row in finding.tables[title]} == {"yes", "no"}
-    for row in finding.tables[title]:
+    result = probe_time(models, pairs=2)
+    (title,) = [title for title in result.tables if title.endswith("the models of a folder")]
+    assert {row["models"] for row in result.tables[title]} == {"lal (2)"}
+    assert {row["trained"] for row in result.tables[title]} == {"yes", "no"}
+    for row in result.tables[title]:
         sweep = time.SWEEPS[row["sweep"]]
         inside = [
             at for at in sweep.points if (sweep.trained[0] <= at <= sweep.trained[1]) == (row["trained"] == "yes")
         ]
         means = [
             np.mean(
-                [r["accuracy"] for r in finding.tables[sweep.title] if r["model"] == label and r["seconds"] in inside]
+                [r["accuracy"] for r in result.tables[sweep.title] if r["model"] == label and r["seconds"] in inside]
             )
             for label in ("lal/seed-0", "lal/seed-1")
         ]
