@@ -95,7 +95,8 @@ def load_adapter(model: nn.Module, path: str, hub: Mapping[str, Any], device: to
         model, {name.removeprefix("base_model.model."): weight for name, weight in weights.items()}
     )
     if found.unexpected_keys:
-        raise BundleError(f"{path}: an adapter of another model; this one has no '{sorted(found.unexpected_keys)[0]}'")
+        first = sorted(found.unexpected_keys)[0]
+        raise BundleError(f"{path}: an adapter of another model, with '{first}'; give an adapter of this model")
     model.requires_grad_(False).eval().to(device)
 
 
