@@ -27,9 +27,9 @@ if TYPE_CHECKING:
 
 _MARGINS = {torch.float64: 1e-10, torch.float32: 4e-4}
 _MARGIN_OF_HALF = 0.5
-"""Margin between two logits that exceeds their change with the other questions of a batch: 1.4e-5 at most for the
-shipped model, 1e-4 for layers of full width. In half precision logits are coarser than many margins, so this is a
-compromise there, and answers may depend on the batch."""
+"""Margin between two logits below which round-off could decide an answer. The other questions of a batch change logits
+by at most 1.4e-5 in the shipped model and 1e-4 in layers of full width (float32). In half precision the margin is a
+compromise, since logits themselves are coarse, so answers may depend on the batch."""
 
 RawAnswer = tuple[int, str, str | None]
 """(index of the item among the questions, raw answer, error or None)."""
@@ -78,10 +78,10 @@ class Answerer:
 
     Args:
         model: in evaluation mode (see `evaluation_mode`).
-        ranked: choose the item's choice of highest log-likelihood instead of generating.
-        batch: rows of a forward pass; each ranked choice is a row.
-        max_new_tokens: of a generated answer.
-        features: returns the encoder features of a path, each clip encoded alone; default: run the encoders.
+        ranked: answer with the choice of highest log-likelihood instead of generating.
+        batch: maximum number of rows of a forward pass; each ranked choice is a row.
+        max_new_tokens: maximum length of a generated answer.
+        features: function from the path of a clip to its features, encoded alone; default: run the encoders.
     """
 
     def __init__(
@@ -117,7 +117,7 @@ class Answerer:
         yield from self._run(batches, lambda part: self._answer([questions[i] for i in part]), progress, "audio")
 
     def _without_audio(self, questions: Sequence[ItemPrompt], progress: bool) -> Iterator[RawAnswer]:
-        """As `_with_audio`; equal questions about different clips are answered once."""
+        """Like `_with_audio`, but equal questions about different clips are answered only once."""
         same: dict[str, list[int]] = {}
         for index, one in enumerate(questions):
             same.setdefault(repr((one.without_audio, self._choices(one))), []).append(index)
@@ -137,9 +137,9 @@ class Answerer:
     def _batches(
         self, order: Sequence[int], questions: Sequence[ItemPrompt], length: Callable[[int], float] = lambda index: 0.0
     ) -> list[list[int]]:
-        """Split `order`, longest first, into batches of at most `batch` rows, unless one item has more choices.
+        """Split `order`, longest first, into batches of at most `batch` rows; an item with more choices is a batch.
 
-        No clip is shorter than half the longest of its batch, else one long recording would pad all others.
+        No clip is shorter than half the longest clip of its batch, which limits padding.
         """
         batches: list[list[int]] = []
         rows = self.batch
@@ -251,13 +251,13 @@ class _CloseTokens:
 
 
 def _is_close(scores: Sequence[float], margin: float) -> bool:
-    """Whether the best two scores are within `margin`."""
+    """True if the best two scores are within `margin`."""
     best = sorted(scores)[-2:]
     return len(best) == 2 and not best[1] - best[0] > margin
 
 
 def _one_by_one_on_error(part: list[int], answer: Callable[[list[int]], list[str]]) -> Iterable[RawAnswer]:
-    """Answers of a batch; if it raises, of each item alone, so that one bad clip fails only its item."""
+    """Answer a batch; if it raises, answer each item alone, so that a bad clip fails only its item."""
     try:
         return [(index, text, None) for index, text in zip(part, answer(part), strict=True)]
     except Exception as error:  # an item's error is reported and does not end the evaluation
@@ -267,7 +267,7 @@ def _one_by_one_on_error(part: list[int], answer: Callable[[list[int]], list[str
 
 
 def _seconds(clips: Sequence[str]) -> float:
-    """Length of the clips by their headers; 0 if one is unreadable, which its item will report."""
+    """Length of the clips by their headers; 0 if one is unreadable, an error that its item reports."""
     try:
         return sum(seconds(clip) for clip in clips)
     except AudioError:

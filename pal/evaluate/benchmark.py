@@ -1,4 +1,4 @@
-"""Loaded benchmark: its questions, its scoring rule, and the options it was made with."""
+"""Loaded benchmark: questions, scoring rule and options."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ class Benchmark:
     rule: Mapping[str, Any]
     """Name and options of the rule, as `registry.build` takes them."""
     root: Path
-    """Base folder of the clips' names in the digest."""
+    """Base folder of the relative clip names in the digest."""
     max_new_tokens: int = 32
     options: Mapping[str, Any] = field(default_factory=dict)
-    """Options it was made with, for the settings of a run."""
+    """Options with which it was loaded, for the settings of a run."""
     left_out: int = 0
     """Number of records without choices that are left out because others have some."""
 
@@ -69,8 +69,8 @@ def open_task(
 
     Args:
         name: one of `registry.names("task")`.
-        root: the unpacked folder of its data.
-        options: of the task.
+        root: folder of the unpacked data set.
+        options: options of the task.
         rule: another rule by its `name`, or options that override those of the official rule.
 
     Raises:
@@ -100,9 +100,9 @@ def from_records(
 
     Args:
         records: a manifest or any records.
-        name: of the benchmark; default: the manifest's file name without its suffix.
+        name: name of the benchmark; default: the manifest's file name without suffix.
         rule: scoring rule; default: exact match.
-        root: base folder of the clips' names in the digest; default: the manifest's audio folder.
+        root: base folder of the relative clip names in the digest; default: the manifest's audio folder.
         options: options with which the records were made, for the settings of a run.
 
     Raises:

@@ -18,16 +18,16 @@ from numpy.typing import NDArray
 from pal.evaluate.metrics import RESAMPLES, Metric, Ratio, Support
 
 INTERVALS = (
-    "95 %, bootstrap over whole clips: percentiles for means and ratios of sums; for means over labels, which few "
-    "clips bias, from the bias-corrected score to the score itself; at least Wilson's of the clips where all is right "
-    "(or wrong), or of a mean over labels less than five clips' worth is wrong (or right)"
+    "95 %, bootstrap over whole clips. Means and ratios of sums: percentiles. Means over labels, which are biased with "
+    "few clips: from the bias-corrected score to the score, widened by the spread. At least Wilson's interval if all "
+    "answers are right (or wrong), or if a mean over labels has fewer than five wrong (or right) clips"
 )
 """Description of the intervals, for score files."""
 
 _CHUNK = 4_000_000
-"""Most drawn indices in memory, which bounds it at 32 MB."""
+"""Maximum number of drawn indices in memory: 32 MB."""
 _FEW = 5
-"""Fewest wrong (or right) clips for a percentile interval of a share, by the usual rule of thumb."""
+"""Minimum number of wrong (or right) clips for a percentile interval of a share, a usual rule of thumb."""
 
 
 class Groups:
@@ -44,7 +44,7 @@ class Groups:
 
 @dataclass(frozen=True)
 class DrawnMetric:
-    """Metric with its values on the bootstrap samples."""
+    """Metric with its values on R bootstrap samples."""
 
     value: float
     values_R: NDArray[np.float64]
@@ -82,9 +82,9 @@ class DrawnMetric:
     def _corrected(self, level: float) -> tuple[float, float]:
         """Interval from the bias-corrected metric to the metric itself, widened by the spread of the draws.
 
-        A mean over labels with few clips is biased (a rank of one among few is too good). A bootstrap sample has the
-        same bias once more, so the difference of the two estimates it (Efron & Tibshirani 1993, chapter 10). Shares
-        are transformed by asin(sqrt(x)), which stabilises their variance (Anscombe 1948).
+        A mean over labels with few clips is biased. Bootstrap samples are biased in the same way relative to the data,
+        so the mean of the samples minus the metric estimates the bias (Efron & Tibshirani 1993, chapter 10). Shares are
+        transformed by asin(sqrt(x)), which stabilises their variance (Anscombe 1948).
         """
         assert self.support.widened is not None
         share = self.support.clips is not None
@@ -148,12 +148,12 @@ def bootstrap_ci(
     """Percentile bootstrap interval of the mean (Efron & Tibshirani 1993, section 13.3).
 
     Args:
-        values: one number an item, such as 1 for a right answer, or a difference of two models.
-        groups: cluster of each item. Questions about one clip are not independent, so whole clusters
-            are drawn; without groups, or with one item in each, this is the plain bootstrap.
+        values: one number for each item, such as 1 for a right answer, or a difference of two models.
+        groups: cluster of each item. Whole clusters are drawn, since questions about one clip are not independent.
+            Without groups, items are drawn.
         resamples: number of bootstrap samples.
         level: confidence level.
-        seed: of the draws; the same seed gives the same interval.
+        seed: seed of the draws; the same seed gives the same interval.
 
     Returns:
         Lower and upper end, with the mean between them; NaN for no items.
@@ -163,7 +163,7 @@ def bootstrap_ci(
     mean = Ratio.mean(values)
     drawn_R = resample([mean], Groups(groups if groups is not None else range(len(values))), seed, resamples)[:, 0]
     low, high = interval(drawn_R, mean.value(), level)
-    # the caller's mean may differ by the order of its summation
+    # the caller's mean may differ by the order of summation
     other = sum(values) / len(values)
     return min(low, other), max(high, other)
 

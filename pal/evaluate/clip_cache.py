@@ -14,16 +14,16 @@ if TYPE_CHECKING:
 class EncodedClipCache:
     """LRU cache of encoded clips; each clip is encoded alone.
 
-    In a padded batch the order of summation differs, so a clip's features would depend on the other clips.
+    In a padded batch, the order of summation depends on the other clips, and with it the last bits of the features.
 
     Args:
-        model: with the encoders.
-        most_bytes: size limit of the cache; the last clip always stays.
+        model: model with the encoders.
+        max_bytes: size limit of the cache; the most recent clip always stays.
     """
 
-    def __init__(self, model: PalModel, most_bytes: int = 256 << 20) -> None:
+    def __init__(self, model: PalModel, max_bytes: int = 256 << 20) -> None:
         self.model = model
-        self.most_bytes = most_bytes
+        self.max_bytes = max_bytes
         self._kept: dict[str, EncodedClip] = {}
         self._bytes = 0
 
@@ -34,7 +34,7 @@ class EncodedClipCache:
             encoded = self.model.encode_clip(read_waveform(path, self.model.sampling_rate).samples_N)
             self._bytes += _bytes(encoded)
         self._kept[path] = encoded  # most recently used
-        while len(self._kept) > 1 and self._bytes > self.most_bytes:
+        while len(self._kept) > 1 and self._bytes > self.max_bytes:
             self._bytes -= _bytes(self._kept.pop(next(iter(self._kept))))
         return encoded
 

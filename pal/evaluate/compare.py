@@ -23,17 +23,18 @@ class ComparedRun:
     score: float
     ci95: tuple[float, float]
     difference: float | None = None
-    """score - the first run's; None for the first."""
+    """score minus the score of the first run; None for the first run."""
     difference_ci95: tuple[float, float] | None = None
-    """Paired bootstrap interval: both runs' answers about a clip are drawn together."""
+    """Paired bootstrap interval: the answers of both runs about a clip are drawn together."""
     p_bootstrap: float | None = None
     """Two-sided bootstrap p-value; never below 1 / number of draws."""
     only_first: int | None = None
     """Number of items correct only in the first run; None if the rule has no right and wrong."""
     only_this: int | None = None
+    """Number of items correct only in this run."""
     p_mcnemar: float | None = None
-    """McNemar's exact test on these two counts. It assumes independent items, so with several questions a clip use
-    the bootstrap instead."""
+    """p-value of McNemar's exact test on these two counts. The test assumes independent items; with several questions
+    per clip use `p_bootstrap` instead."""
 
 
 @dataclass
@@ -55,10 +56,10 @@ def compare(folders: Sequence[str | Path], seed: int = 0) -> Comparison:
 
     Args:
         folders: run folders, or files of `pal eval --json`.
-        seed: of the bootstrap.
+        seed: seed of the bootstrap.
 
     Raises:
-        BundleError: one of them is not a complete run.
+        BundleError: a folder holds no complete run.
         ConfigError: fewer than two folders, or different questions or rules.
     """
     if len(folders) < 2:
@@ -70,9 +71,9 @@ def compare(folders: Sequence[str | Path], seed: int = 0) -> Comparison:
             if its.get(key) != settings[0].get(key):
                 raise ConfigError(f"{folder} and {folders[0]} cannot be compared: the {what} differs")
     if not all(run.items for run in runs):
-        raise ConfigError("a score.json alone holds no answers to compare; give the folders of the runs")
+        raise ConfigError("a score.json alone has no answers to compare; give the folders of the runs")
     if any([item.id for item in run.items] != [item.id for item in runs[0].items] for run in runs):
-        raise ConfigError(f"{folders[0]} and the others hold different questions; evaluate with the same --limit")
+        raise ConfigError(f"{folders[0]} and the others have different questions; evaluate with the same --limit")
     labels = settings[0]["labels"]
     items = [one.item(labels) for one in runs[0].items]
     rule: Rule = build("rule", settings[0]["rule"])
@@ -97,7 +98,7 @@ def compare(folders: Sequence[str | Path], seed: int = 0) -> Comparison:
 
 
 def _mcnemar(only_first: int, only_this: int) -> float:
-    """Exact two-sided p-value of a binomial test, even odds, on the items that only one run got right."""
+    """Two-sided p-value of McNemar's exact test: a binomial test on the items that only one run got right."""
     if only_first + only_this == 0:
         return 1.0
     try:

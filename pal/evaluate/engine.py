@@ -75,32 +75,32 @@ def evaluate(
 ) -> Result | None:
     """Evaluate a model on a benchmark.
 
-    With a folder, answers are saved there as they are generated. After a kill the same call resumes the run and answers
-    only questions without an answer or with an error. Under `accelerate launch` every process takes a share of the
-    clips.
+    With a folder, answers are saved there as they are generated. After a kill, the same call resumes the run: it
+    answers only questions without an answer or with an error. Under `accelerate launch` every process takes a share of
+    the clips.
 
     Args:
         model: set to evaluation mode during the call; with a folder also moved to this process's device.
         benchmark: questions with their scoring rule; records are scored by exact match of every turn (see
             `from_records`).
-        folder: run folder, see `pal.evaluate.folder`. Without one nothing is written.
-        no_audio: also evaluate the baseline without audio.
-        limit: evaluate only the first so many questions.
-        batch: rows of a forward pass. Questions about one clip share its encoding and its keys and values.
+        folder: run folder, see `pal.evaluate.folder`; None: nothing is written.
+        no_audio: also evaluate the same model without audio.
+        limit: number of questions to evaluate, from the first on.
+        batch: rows of a forward pass. Questions about one clip share its features, keys and values.
         progress: show a progress bar.
-        seed: of the bootstrap.
-        features: returns the encoder features of a path, each clip encoded alone, such as a
+        seed: seed of the bootstrap.
+        features: function from the path of a clip to its features, encoded alone, such as a
             `pal.features.FeatureCache`; default: run the encoders.
         overwrite: delete another run in the folder.
 
     Returns:
-        The result; with a folder, None in all processes but the first. An item that raised counts as wrong and
-        states its error.
+        The result; with a folder, None in all processes but the first. An item that raised counts as wrong and has
+        its error.
 
     Raises:
         ConfigError: another run is in the folder, or the rule needs choices or a missing package.
         ManifestError: no questions, or with a folder two with the same id.
-        PalError: every question raised.
+        PalError: every question raised an error.
     """
     questions = benchmark if isinstance(benchmark, Benchmark) else from_records(benchmark)
     items = questions.items[:limit]
@@ -122,7 +122,7 @@ def evaluate(
     from accelerate.utils import parse_flag_from_env
 
     questions.check_ids()
-    # unlike `Accelerator`, it leaves the launcher's choice of the CPU to its caller, and counts one process there
+    # unlike `Accelerator`, it ignores the launcher's variable for CPU runs, and would then count one process
     state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
     model.to(state.device)
     run_folder = RunFolder(folder)
@@ -207,13 +207,13 @@ def _result(
 
 
 def _share(items: Sequence[Item], process: int, processes: int) -> list[int]:
-    """Items of one process, by whole clips, so that their encoding is shared."""
+    """Indices of the items of one process; items about the same clips stay together, to share their encoding."""
     places: dict[tuple[str, ...], int] = {}
     return [row for row, item in enumerate(items) if places.setdefault(item.clips, len(places)) % processes == process]
 
 
 def _common_choices(items: Sequence[Item]) -> tuple[str, ...] | None:
-    """The choices if all items have the same, which are then written only once."""
+    """The choices if they are the same for all items, to be written only once; else None."""
     first = items[0].choices
     return first if all(item.choices == first for item in items) else None
 
@@ -224,7 +224,7 @@ def _below(root: Path, clip: str) -> str:
 
 
 def _seconds(clips: Sequence[str]) -> float | None:
-    """Length by the headers; None if one is unreadable, which its item reports."""
+    """Length of the clips by their headers; None if one is unreadable, an error that its item reports."""
     try:
         return float(sum(seconds(clip) for clip in clips))
     except AudioError:
@@ -241,7 +241,7 @@ def _settings(
     seed: int,
     no_audio: bool,
 ) -> dict[str, Any]:
-    """Settings that determine the answers, and facts for the reader of a score."""
+    """Settings that determine the answers, and facts for readers of a score."""
     greedy = f"greedy, at most {benchmark.max_new_tokens} new tokens"
     return {
         "benchmark": benchmark.name,

@@ -23,7 +23,7 @@ from pal.files import jsonable, write_json, write_text
 SETTINGS, ITEMS, SCORE = "settings.json", "items.jsonl", "score.json"
 
 IDENTITY = ("benchmark", "options", "limit", "data_digest", "model_digest", "system", "decoding", "asks", "versions")
-"""Settings that determine the answers. A run may be resumed only if all of them agree."""
+"""Settings that determine the answers. A run can be resumed only if all of them are equal."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Answer:
 
     @classmethod
     def read(cls, line: str) -> Answer:
-        """Parse a line from `line`."""
+        """Inverse of `line`."""
         content = json.loads(line)
         return cls(content["id"], content["heard"], content["text"], content["error"])
 
@@ -60,11 +60,11 @@ class RunFolder:
         """Settings written by `open`. Raises BundleError if the folder holds no run."""
         path = self.path / SETTINGS
         if not path.is_file():
-            raise BundleError(f"{self.path}: no {SETTINGS}; give a folder that pal eval wrote")
+            raise BundleError(f"{self.path}: no {SETTINGS}; give a run folder of pal eval")
         try:
             found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         except ValueError:
-            raise BundleError(f"{path}: damaged; copy the folder again, or evaluate anew") from None
+            raise BundleError(f"{path}: damaged; copy the folder again, or repeat the evaluation") from None
         return found
 
     def open(self, settings: Mapping[str, Any], overwrite: bool = False) -> None:
@@ -94,7 +94,7 @@ class RunFolder:
     # Answers during the run
 
     def answers(self) -> dict[tuple[str, bool], str]:
-        """(item, with audio) -> answer so far. Items that raised are missing, so that they are retried."""
+        """(item, with audio) -> answer so far, without items that raised, which are retried."""
         found: dict[tuple[str, bool], str] = {}
         if (self.path / ITEMS).is_file():
             for one in self.items():
@@ -142,12 +142,12 @@ class RunFolder:
         """Result written by `finish`.
 
         Raises:
-            BundleError: the run is not complete, or damaged.
+            BundleError: the run is incomplete or damaged.
         """
         path = self.path / SCORE
         settings = self.settings()
         if not path.is_file():
-            raise BundleError(f"{self.path}: no {SCORE}; the run is not complete, start the same pal eval again")
+            raise BundleError(f"{self.path}: no {SCORE}; the run is incomplete; run the same pal eval again")
         items = self.items()
         try:
             return Result.from_dict(json.loads(path.read_text(encoding="utf-8")), settings, items)
@@ -158,24 +158,26 @@ class RunFolder:
         """Items written by `finish`. Raises BundleError if the run is incomplete or damaged."""
         path = self.path / ITEMS
         if not path.is_file():
-            raise BundleError(f"{self.path}: no {ITEMS}; the run is not complete, start the same pal eval again")
+            raise BundleError(f"{self.path}: no {ITEMS}; the run is incomplete; run the same pal eval again")
         found = []
         for number, line in enumerate(_whole_lines(path), start=1):
             try:
                 found.append(ItemResult.from_dict(json.loads(line)))
             except (ValueError, KeyError, TypeError):
-                raise BundleError(f"{path}, line {number}: damaged; copy the folder again, or evaluate anew") from None
+                raise BundleError(
+                    f"{path}, line {number}: damaged; copy the folder again, or repeat the evaluation"
+                ) from None
         return found
 
 
 def load_result(path: str | Path) -> Result:
-    """The result in a run folder or in a file of `Result.save`.
+    """Load the result in a run folder or in a file of `Result.save`.
 
     Raises:
-        BundleError: neither of them, or damaged.
+        BundleError: the path is neither of them, or damaged.
     """
     if not Path(path).exists():
-        raise BundleError(f"{path}: no such folder or file; give a run's folder, or a file that pal eval --json wrote")
+        raise BundleError(f"{path}: no such folder or file; give a run folder, or a file of pal eval --json")
     return RunFolder(path).result() if Path(path).is_dir() else Result.load(path)
 
 

@@ -24,9 +24,9 @@ class Item:
     references: tuple[str, ...]
     """Correct answers: the one option, all labels of the clip, every caption, or the transcript."""
     choices: tuple[str, ...] | None = None
-    """Options in the order shown, or all labels of the set; None for free text."""
+    """Options in the order shown, or all labels of the data set; None for free text."""
     category: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    """Axis -> the item's values on it, such as {"difficulty": ("hard",)}; each value gets a score of its own."""
+    """Axis -> the item's values, such as {"difficulty": ("hard",)}; results have a score for each value."""
     before: tuple[Turn, ...] = ()
     """Earlier turns of the conversation, part of the prompt with their reference answers."""
 
@@ -58,7 +58,7 @@ def each_turn(record: Record, last: bool = False) -> Iterator[Item]:
 
 
 def all_captions(records: Iterable[Record], prompt: str) -> list[Item]:
-    """Items of caption records, one a clip, with all its captions as references."""
+    """Items of caption records, one for each clip, with all its captions as references."""
     of_clip: dict[tuple[str, ...], list[Record]] = {}
     for record in records:
         of_clip.setdefault(record.clips, []).append(record)
@@ -69,9 +69,9 @@ def all_captions(records: Iterable[Record], prompt: str) -> list[Item]:
 
 
 def digest(items: Sequence[Item], root: Path) -> str:
-    """SHA-256 of the questions, references, and the clips' names and sizes.
+    """SHA-256 of questions, references, and names and sizes of the clips.
 
-    The content of clips is not read; only a change of a file's size is noticed.
+    The content of clips is not read, so a change that keeps the size of a file is not noticed.
     """
     sha = hashlib.sha256()
     sizes: dict[str, int] = {}

@@ -1,4 +1,4 @@
-"""Macro-averages over labels, such as mAP and macro F1, of the labels that occur."""
+"""Macro-averages over the labels that occur, such as mAP and macro F1."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
 
 RESAMPLES = 1000
-"""Number of bootstrap samples; each label is ranked again in each of them."""
+"""Number of bootstrap samples; each of them ranks the items of each label again."""
 MOST_WIDENED = 4.0
-"""Largest factor on the variance for labels of a single clip, which show no spread of their own."""
+"""Maximum of `Support.widened`; labels of a single clip have no spread in bootstrap samples."""
 _SLOW = 200_000
 """Items times labels above which a thousand bootstrap samples take some seconds."""
 _CHUNK = 1_000_000
-"""Most item counts of bootstrap samples in memory."""
+"""Maximum number of item counts of bootstrap samples in memory."""
 
 
 class LabelMetric(Metric):
     """Macro-average: mean of a metric of each label, over the labels that occur in the items.
 
-    A label that does not occur has no value and does not count: not for all items, nor for a subset, nor in a
-    bootstrap sample. So a subset is not penalised for labels that it does not have.
+    A label that does not occur in a selection of items, such as a category or a bootstrap sample, is left out of the
+    mean. So a selection is not penalised for labels that it does not have.
     """
 
     resamples = RESAMPLES
@@ -43,7 +43,7 @@ class LabelMetric(Metric):
 
     @property
     def slow(self) -> bool:
-        """Whether resampling takes long, by the number of items and labels."""
+        """True if resampling takes long, by the number of items and labels."""
         return self.present().size > _SLOW
 
     def value(self, rows: Rows | None = None) -> float:
@@ -73,7 +73,7 @@ class LabelMetric(Metric):
 class MeanAveragePrecision(LabelMetric):
     """Mean average precision (mAP) over the labels that occur.
 
-    For each label scikit-learn's `average_precision_score`, which is undefined without a positive.
+    Average precision is scikit-learn's `average_precision_score`, which is undefined without a positive.
     """
 
     truth_NL: Bools
@@ -120,8 +120,8 @@ class MacroF1(LabelMetric):
 def evidence(present_NL: Bools, groups: Groups) -> Support:
     """Effective sample size of a mean over labels of equal variance, and the factor its bootstrap variance lacks.
 
-    The size is the harmonic mean of the labels' clips. A label of n clips has a variance of v / n, of which resampling
-    shows (n - 1) / n (of one clip, nothing).
+    The size is the harmonic mean of the labels' numbers of clips. The score of a label with n clips has variance v / n,
+    of which resampling shows the share (n - 1) / n (nothing for one clip).
     """
     held_GL = np.zeros((len(groups), present_NL.shape[1]), bool)
     np.logical_or.at(held_GL, groups.of_item, present_NL)

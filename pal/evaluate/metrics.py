@@ -27,7 +27,7 @@ class Metric(ABC):
 
     @property
     def slow(self) -> bool:
-        """Whether resampling takes long, so that subsets get no intervals."""
+        """True if resampling takes long, so that subsets get no intervals."""
         return False
 
     @abstractmethod
@@ -52,9 +52,9 @@ class Support:
     """Effective sample size of a metric."""
 
     clips: float | None
-    """Equivalent number of independent right or wrong answers; None for a metric that is no share of 0 to 1."""
+    """Equivalent number of independent right or wrong answers; None for a metric that is not a share (0 to 1)."""
     widened: float | None = None
-    """Variance relative to the bootstrap variance; None for a metric whose bootstrap is unbiased."""
+    """True variance relative to the bootstrap variance; None for a metric with an unbiased bootstrap."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Ratio(Metric):
     over: NDArray[np.float64]
     under: NDArray[np.float64]
     share: bool = False
-    """Whether the ratio lies between 0 and 1, such as an accuracy."""
+    """True for a ratio between 0 and 1, such as an accuracy."""
 
     @classmethod
     def right(cls, correct: Sequence[bool]) -> Ratio:

@@ -1,4 +1,4 @@
-"""Results from run folders without a model: rescoring by another rule, and joining of runs."""
+"""Results from existing run folders: rescoring by another rule, and joining of runs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def rescore(folder: str | Path, rule: Mapping[str, Any] | None = None) -> Result
     """Score the answers of a complete run again, without the model.
 
     Args:
-        folder: of the run; its items and score are rewritten.
+        folder: run folder; its items and score are rewritten.
         rule: another rule by its `name` ("official" is the benchmark's own), or options that override the run's.
 
     Raises:
@@ -39,7 +39,9 @@ def rescore(folder: str | Path, rule: Mapping[str, Any] | None = None) -> Result
             before = dict(task.rule)
     chosen = changed_rule(before, wanted)
     if (chosen["name"] == "rank") != (settings["asks"] == "rank"):
-        raise ConfigError(f"{folder}: the answers were made by '{settings['asks']}', which this rule cannot score")
+        raise ConfigError(
+            f"{folder}: the answers are from '{settings['asks']}', which this rule cannot score; give another --scoring"
+        )
     built: Rule = build("rule", chosen)
     settings = {**settings, "rule": chosen, "parser": built.describe(), "scored_with": scoring_packages()}
     result = score(kept.items(), built, settings)
@@ -49,7 +51,7 @@ def rescore(folder: str | Path, rule: Mapping[str, Any] | None = None) -> Result
 
 
 def join(folders: Sequence[str | Path], out: str | Path, overwrite: bool = False) -> Result:
-    """Join runs of different questions of one benchmark, such as five folds with a model each.
+    """Join runs on different questions of one benchmark, such as five folds with a model each.
 
     Raises:
         ConfigError: the runs differ in more than model and selection of questions, or share a question.
@@ -63,7 +65,7 @@ def join(folders: Sequence[str | Path], out: str | Path, overwrite: bool = False
             raise ConfigError(f"{other[0]} and {runs[0].path} cannot be joined: '{key}' differs")
     items = [item for run in runs for item in run.items()]
     if len({item.id for item in items}) != len(items):
-        raise ConfigError(f"{runs[0].path} and the others share questions; join runs of different ones")
+        raise ConfigError(f"{runs[0].path} and the others share questions; join runs on different questions")
     rule: Rule = build("rule", first["rule"])
     per_run = ("options", "limit", "data_digest", "root", "model", "model_digest", "prompt")
     lists = {key: [its.get(key) for its in settings] for key in per_run}

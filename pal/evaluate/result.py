@@ -22,7 +22,7 @@ class ItemResult:
     clips: list[str]
     category: dict[str, list[str]]
     seconds: float | None
-    """Length of the clips; None if no header states it."""
+    """Length of the clips in seconds; None if their headers do not state it."""
     prompt: str
     references: list[str]
     choices: list[str] | None
@@ -94,7 +94,7 @@ class MetricValue:
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> MetricValue:
-        """From JSON values; other keys are ignored. Raises KeyError if one is missing."""
+        """From JSON values, ignoring other keys. Raises KeyError if a key is missing."""
         values: dict[str, Any] = {one.name: content[one.name] for one in fields(cls)}
         for name in ("ci95", "no_audio_ci95", "gain_ci95"):
             values[name] = None if values[name] is None else tuple(values[name])
@@ -117,7 +117,7 @@ class Result:
     categories: dict[str, dict[str, MetricValue]]
     """Axis -> value -> the benchmark's own metric over the items of that value."""
     durations: dict[str, MetricValue]
-    """Length of the clips -> the benchmark's own metric over their items."""
+    """Range of clip lengths -> the benchmark's own metric over items with such clips."""
     errors: list[dict[str, str]]
     """Items that raised, with or without audio: {"id", "error"}."""
     facts: dict[str, Any]
@@ -125,7 +125,7 @@ class Result:
     """Description of the scoring rule."""
     intervals: str
     settings: dict[str, Any] = field(default_factory=dict)
-    """Settings that determine the answers, such as digests of model and data, and facts for the reader of a score."""
+    """Settings that determine the answers, such as digests of model and data, and facts for readers of a score."""
     items: list[ItemResult] = field(default_factory=list)
 
     @property
@@ -202,11 +202,9 @@ class Result:
             items = [ItemResult.from_dict(one) for one in found.get("items", [])]  # none in a run's score.json
             return cls.from_dict(found, found.get("settings", {}), items)
         except OSError as error:
-            raise BundleError(f"{path}: {error.strerror or error}; give a file that pal eval --json wrote") from None
+            raise BundleError(f"{path}: {error.strerror or error}; give a file of pal eval --json") from None
         except (ValueError, KeyError, TypeError, AttributeError):
-            raise BundleError(
-                f"{path}: damaged, or no score of this version; give a file that pal eval --json wrote"
-            ) from None
+            raise BundleError(f"{path}: damaged, or of an unknown version; give a file of pal eval --json") from None
 
 
 def _parts(content: Mapping[str, Any]) -> dict[str, MetricValue]:

@@ -1,4 +1,4 @@
-"""Scoring of answers: metrics of a rule with intervals, by category and duration, and the errors."""
+"""Scoring of answers by a rule: metrics with intervals, over all items and by category and clip length."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from pal.evaluate.result import ItemResult, MetricValue, Result
 from pal.evaluate.rules.base import Rule, Verdict
 
 DURATIONS = ((0.0, 2.0), (2.0, 5.0), (5.0, 10.5), (10.5, 30.5), (30.5, float("inf")))
-"""Bins of clip lengths, [from, below) in seconds. 10 and 30 s are usual lengths, give or take a frame."""
+"""Bins of clip lengths, [from, below) in seconds; 10.5 and 30.5 put clips of about 10 and 30 s, usual lengths, in one
+bin."""
 
 
 def score(items: Sequence[ItemResult], rule: Rule, settings: Mapping[str, Any]) -> Result:
@@ -22,8 +23,8 @@ def score(items: Sequence[ItemResult], rule: Rule, settings: Mapping[str, Any]) 
     Args:
         items: at least one, with the raw answers.
         rule: scoring rule.
-        settings: of the run: `benchmark`, its name; `labels`, the choices of items without their own; `seed`, of the
-            bootstrap; `no_audio`, whether there are answers without audio.
+        settings: settings of the run. Uses `benchmark`: name; `labels`: choices of items without their own; `seed`:
+            seed of the bootstrap; `no_audio`: True if there are answers without audio.
     """
     labels, seed = settings["labels"], settings["seed"]
     questions = [one.item(labels) for one in items]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import unicodedata
 
 NORMALISATION = (
-    "Unicode NFKC, lower case, punctuation (but not #) to spaces, white space joined, "
+    "Unicode NFKC, lower case, punctuation (except #) replaced by spaces, white space collapsed, "
     "one leading a/an/the dropped unless it is the whole answer"
 )
 """Description of `normalise`, for score files."""
@@ -16,7 +16,7 @@ _ARTICLES = frozenset({"a", "an", "the"})
 def normalise(text: str) -> str:
     """Normalised text; see `NORMALISATION`.
 
-    '#' stays, since the notes C and C# differ, and so does a lone "a", which is a note, too.
+    '#' is kept, since the notes C and C# differ, and so is a lone "a", which can be a note.
     """
     folded = unicodedata.normalize("NFKC", text).lower()
     kept = "".join(" " if unicodedata.category(c)[0] == "P" and c != "#" else c for c in folded)
@@ -27,6 +27,6 @@ def normalise(text: str) -> str:
 
 
 def exact_match(prediction: str, reference: str) -> bool:
-    """Equality after `normalise`; a reference of only punctuation is compared unchanged."""
+    """True if the texts are equal after `normalise`; a reference of punctuation only is compared unchanged."""
     wanted = normalise(reference)
     return normalise(prediction) == wanted if wanted else prediction.strip() == reference.strip()

@@ -73,7 +73,7 @@ def read(path: Path) -> EvaluationRun:
     """Read a run folder or file of `pal eval`.
 
     Raises:
-        BundleError: the run is not complete, or a file is damaged.
+        BundleError: the run is incomplete, or a file is damaged.
     """
     return _of_result(path, load_result(path))
 

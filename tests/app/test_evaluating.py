@@ -131,7 +131,7 @@ def test_join(shipped, tmp_path):
         (("eval", "tiny", "mmau", "--data", "nowhere"), 1, "no such folder"),
         (("eval", "tiny", "mmau", "--data", ".", "--scoring", "best"), 1, "unknown rule 'best'"),
         (("eval", "tiny", "mmau", "--data", ".", "--set", "x=1"), 1, "unknown key 'x'"),
-        (("eval", "--rescore", "nowhere"), 1, "give a folder that pal eval wrote"),
+        (("eval", "--rescore", "nowhere"), 1, "give a run folder of pal eval"),
         (("eval", "tiny", "--rescore", "nowhere"), 2, "takes no model"),
         (("eval", "--join", "nowhere"), 2, "needs a folder to write"),
         (("compare", "nowhere"), 1, "at least two folders"),

@@ -274,7 +274,7 @@ def test_clips_are_kept_until_they_are_too_many_bytes(folder):
     model = Fake()
     heard = []
     model.encode_clip = lambda samples_N: heard.append(len(samples_N)) or Fake.encode_clip(Fake, samples_N)
-    hearing = EncodedClipCache(model, most_bytes=4 * 400)
+    hearing = EncodedClipCache(model, max_bytes=4 * 400)
     for name in ("dog", "bell", "dog", "cat", "dog", "bell"):
         hearing(str(folder / f"{name}.wav"))
     # cat's 200 samples put out bell's 300, since dog's 100 were asked for later

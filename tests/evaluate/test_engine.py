@@ -310,7 +310,7 @@ def test_rank_takes_one_of_the_choices(model, tmp_path):
     result = evaluate(model, made(tmp_path, rule="rank"), tmp_path / "run", progress=False)
     assert result.metric == "rank_accuracy"
     assert {one.output for one in result.items} <= set(CHOICES)
-    with pytest.raises(ConfigError, match="made by 'rank'"):
+    with pytest.raises(ConfigError, match="answers are from 'rank'"):
         rescore(tmp_path / "run", {"name": "exact"})
 
 

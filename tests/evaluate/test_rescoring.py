@@ -25,7 +25,7 @@ def test_rescore_needs_no_model(model, tmp_path):
     assert settings["rule"] == {"name": "exact"}
     assert settings["model_digest"] == model.digest
     assert rescore(tmp_path / "run", {"name": "official"}).to_dict() == result.to_dict()
-    with pytest.raises(BundleError, match="give a folder that pal eval wrote"):
+    with pytest.raises(BundleError, match="give a run folder of pal eval"):
         rescore(tmp_path / "mmau")
 
 
@@ -60,5 +60,5 @@ def test_a_folder_is_read_back_whole_or_not_at_all(model, benchmark, tmp_path):
     with pytest.raises(BundleError, match="score it again with pal eval --rescore"):
         load_result(folder)
     (folder / "score.json").unlink()
-    with pytest.raises(BundleError, match="not complete"):
+    with pytest.raises(BundleError, match="incomplete"):
         load_result(folder)

@@ -260,8 +260,8 @@ def test_the_command(root, tmp_path):
 @pytest.mark.parametrize(
     ("file", "said"),
     [
-        ("runs/lal/eval/score.json", "no score.json; the run is not complete"),
-        ("runs/lal/eval/items.jsonl", "no items.jsonl; the run is not complete"),
+        ("runs/lal/eval/score.json", "no score.json; the run is incomplete"),
+        ("runs/lal/eval/items.jsonl", "no items.jsonl; the run is incomplete"),
         ("runs/lal/train.json", "unfinished, at step 4; resume it with pal train --resume"),
         ("runs/lal/recipe.json", None),
     ],

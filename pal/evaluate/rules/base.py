@@ -21,7 +21,7 @@ class Verdict:
     parsed: list[Any]
     """Parsed answer of each item, JSON-compatible; None if it could not be parsed."""
     correct: list[bool | None]
-    """Whether the item is correct; None if the rule has no right and wrong, as for captions."""
+    """True for a correct item; None if the rule has no right and wrong, as for captions."""
     value: list[float]
     """Score of each item, for paired comparisons of two models: 1 or 0, or the item's own score."""
     metrics: dict[str, Metric]
@@ -55,7 +55,7 @@ class NoOptions(StrictConfig):
 
 
 def right_or_wrong(name: str, parsed: list[Any], correct: Sequence[bool], **facts: Any) -> Verdict:
-    """Verdict of a rule with a right or wrong for each item."""
+    """Verdict of a rule that judges each item as right or wrong."""
     values = [float(right) for right in correct]
     return Verdict(parsed, list(correct), values, {name: Ratio.right(correct)}, facts=facts)
 

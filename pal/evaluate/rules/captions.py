@@ -32,8 +32,8 @@ class CaptionScores(Rule):
     """COCO's caption metrics, used for AudioCaps, Clotho and MusicCaps.
 
     The tokenizer, METEOR and SPICE are Java programs. Without Java the other metrics are computed on
-    plain words in lower case, under other names, since the values differ a little. SPICE needs
-    Stanford's parser in the package's folder, which is never downloaded here.
+    lower-case words without that tokenizer, under other names, since the values differ a little. SPICE needs Stanford's
+    parser in the folder of pycocoevalcap; it is not downloaded automatically.
     """
 
     Config = NoOptions

@@ -37,10 +37,10 @@ def only_letter(answer: str, choices: Sequence[str]) -> str | None:
     return None if index is None else LETTERS[index]
 
 
-_CHARACTERS = "official: first character A to D, else the second-last; unread answers leave the denominator"
+_CHARACTERS = "official: first character A to D, else the second-last; unread answers do not count in the denominator"
 _SAYS = {
     "air_bench": _CHARACTERS,
-    "mmsu": f"{_CHARACTERS}, empty ones do not",
+    "mmsu": f"{_CHARACTERS}, but empty ones do",
     "muchomusic": "official: the only capital letter A to D in the answer, else the first option whose text is in it",
 }
 _FIRST = (
@@ -52,7 +52,7 @@ _QUIRKS = {
     "mmsu": (*_FIRST, "the official script reads an empty answer as the one before it; here it is wrong"),
     "muchomusic": (
         "any capital A to D counts, so 'Bossa nova' is read as B",
-        "the official script draws the options' order anew each time; here it hangs on the item alone",
+        "the official script shuffles the options in each run; here their order depends on the item only",
     ),
 }
 
@@ -100,7 +100,7 @@ class Letters(Rule):
         return index < len(choices) and choices[index] in item.references
 
     def _counts(self, letter: str | None, text: str | None) -> float:
-        """Whether the item is in the official denominator, as an item that raised always is."""
+        """1 if the item counts in the official denominator, as an item that raised always does, else 0."""
         empty = text is not None and text.strip().replace("\n", "") in ("", "None")
         kept = self.of == "muchomusic" or text is None or letter is not None or (self.of == "mmsu" and empty)
         return float(kept)

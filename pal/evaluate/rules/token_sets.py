@@ -20,7 +20,7 @@ def words(text: str) -> set[str]:
 
 
 def matches(answer: str, reference: str, choices: Sequence[str]) -> bool:
-    """Whether the answer has every word of the reference, and no word that only other choices have."""
+    """True if the answer has all words of the reference, and no word that only other choices have."""
     found, right = words(answer), words(reference)
     others = {word for choice in choices for word in words(choice)} - right
     return bool(found) and right <= found and not found & others

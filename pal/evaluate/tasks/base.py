@@ -18,7 +18,7 @@ DESCRIBE = "Close-ended question: Write an audio caption describing the sound."
 CAPTION = "Describe the audio in one sentence."
 
 CHOOSE = "{question}\nChoose the right option and answer with its text:\n{choices}"
-"""Prompt for rules that parse the option's text; `{choices}` has one a line."""
+"""Prompt for rules that parse the option's text; `{choices}` becomes one choice a line."""
 
 
 class Task(ABC):
@@ -27,7 +27,7 @@ class Task(ABC):
     rule: ClassVar[Mapping[str, Any]]
     """The official rule with its options, as `registry.build` takes it."""
     max_new_tokens: ClassVar[int] = 32
-    """Most tokens of an answer."""
+    """Maximum length of an answer in tokens."""
 
     @abstractmethod
     def items(self, root: Path) -> Iterable[Item]:

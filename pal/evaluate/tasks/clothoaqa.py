@@ -25,7 +25,7 @@ class ClothoAqa(Task):
         prompt: str = "{question} Answer with one word."
         split: Literal["train", "val", "test"] = "test"
         agreement: int = Field(default=3, ge=1, le=3)
-        """Fewest of the three annotators who gave the answer."""
+        """Minimum number of the three annotators who gave the answer."""
 
     rule = {"name": "exact"}
 
