@@ -135,26 +135,31 @@ def planned(recipe: Recipe) -> StagePlan:
     return plan(recipe, seconds=SECONDS, text_tokens=TEXT).stages[0]
 
 
-def within(ours: float, theirs: float, share: float = 0.01) -> None:
+UNFUSED = 2 * 2 * 2 * 100 * 100 * 32
+"""Operations of one product in the attention of the 2 layers of `WHISPER`, for 2 clips. The plan counts encoders on the
+meta device, where attention is not fused: its backward pass has four products, and not five."""
+
+
+def assert_counted(recipe: Recipe) -> None:
+    """A plan has exactly the operations that are counted."""
+    forward, backward = counted(recipe)
+    made = planned(recipe)
+    assert made.forward == forward
+    assert made.backward == backward - UNFUSED * recipe.stages[0].train.encoder
+
+
+def within(ours: float, theirs: float, share: float) -> None:
     assert ours == pytest.approx(theirs, rel=share), f"{ours:.4g}, not {theirs:.4g}: {ours / theirs - 1:+.1%}"
 
 
 @pytest.mark.parametrize(("integration", "stage"), EACH_STAGE)
 def test_flops(integration: Any, stage: str) -> None:
-    one = recipe(integration, STAGES[stage])
-    forward, backward = counted(one)
-    made = planned(one)
-    within(made.forward, forward)
-    within(made.backward, backward)
+    assert_counted(recipe(integration, STAGES[stage]))
 
 
 @pytest.mark.parametrize(("integration", "stage"), EACH_ONCE)
 def test_flops_with_gradient_checkpointing(integration: Any, stage: str) -> None:
-    one = recipe(integration, {**STAGES[stage], "gradient_checkpointing": True})
-    forward, backward = counted(one)
-    made = planned(one)
-    within(made.forward, forward)
-    within(made.backward, backward)
+    assert_counted(recipe(integration, {**STAGES[stage], "gradient_checkpointing": True}))
 
 
 @pytest.mark.parametrize("stage", ["connector", "all"])
@@ -172,18 +177,15 @@ def test_flops_of_several_encoders(stage: str) -> None:
     forward, backward = counted(one)
     made = planned(one)
     assert made.audio_tokens == [20, 7]
-    within(made.forward, forward)
-    within(made.backward, backward)
+    # counted in the plan, but not seen: the keys of the second stream by the rows of the first, which lie before them
+    within(made.forward, forward, share=0.007)
+    within(made.backward, backward, share=0.007)
 
 
 @pytest.mark.parametrize("kind", ["qwen2", "qwen3", "gemma", "gemma3_text", "mistral"])
 def test_flops_of_families(kind: str) -> None:
     for stage in ("connector", "all"):
-        one = recipe("pal", STAGES[stage], llm={"model_type": kind})
-        forward, backward = counted(one)
-        made = planned(one)
-        within(made.forward, forward)
-        within(made.backward, backward)
+        assert_counted(recipe("pal", STAGES[stage], llm={"model_type": kind}))
 
 
 def test_flops_of_objectives_that_leave_parts_out() -> None:
@@ -204,17 +206,8 @@ KEPT: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize(
-    ("integration", "stage"),
-    [
-        *(
-            (name, stage)
-            for name in ("plits", "lal", "pal", "flamingo", "lal_audio_query")
-            for stage in ("connector", "all")
-        ),
-        *((name, stage) for name in ("plits", "lal") for stage in ("no_ffn", "attention")),
-    ],
-)
+@pytest.mark.parametrize("stage", ["connector", "all"])
+@pytest.mark.parametrize("integration", ["plits", "lal", "pal", "flamingo", "lal_audio_query"])
 def test_kept_activations(integration: str, stage: str) -> None:
     given = {"name": integration, **({"every": 2} if integration == "flamingo" else {})}
     measured, made = [], []
@@ -223,7 +216,8 @@ def test_kept_activations(integration: str, stage: str) -> None:
         model, batch = prepared(one)
         measured.append(saved_bytes(lambda: model.loss(batch).sum, [*model.parameters(), *model.buffers()]))  # noqa: B023
         made.append(planned(one).memory.activations)
-    within(made[0], measured[0], share=0.15)
+    # the encoder is counted on the meta device, where attention is not fused and saves its weights
+    within(made[0], measured[0], share=0.1)
     # what is computed again comes on top at the fullest moment, but not before
     assert measured[1] < 1.1 * made[1] and made[1] <= made[0] and measured[2] < made[2] < made[0]
     assert (measured[1] < measured[0]) == (integration in ("lal", "pal", "lal_audio_query"))
@@ -232,11 +226,7 @@ def test_kept_activations(integration: str, stage: str) -> None:
 
 @pytest.mark.parametrize(("integration", "stage"), EACH_ONCE)
 def test_flops_without_recomputing(integration: Any, stage: str) -> None:
-    one = recipe(integration, {**STAGES[stage], "recompute_audio": False})
-    forward, backward = counted(one)
-    made = planned(one)
-    within(made.forward, forward)
-    within(made.backward, backward)
+    assert_counted(recipe(integration, {**STAGES[stage], "recompute_audio": False}))
 
 
 @pytest.mark.parametrize("integration", INTEGRATIONS.values(), ids=INTEGRATIONS)
