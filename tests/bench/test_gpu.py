@@ -12,6 +12,7 @@ import torch
 
 from pal.bench import gpu, values
 from pal.bench.launches import Dispatched, StepCount, waits
+from pal.bench.models import AttachedModel
 from pal.bench.place import eager, training
 from pal.bench.presets import PRESETS, BenchPoint
 from pal.bench.run import Bench, opened
@@ -231,6 +232,25 @@ def test_compiled_layers_are_counted_and_undone_by_the_stance() -> None:
         with training(lal, "joint"):
             torch.testing.assert_close(lal.loss(scene), plain)
         assert bench.subjects(None)[0] is lal
+
+
+@torch.inference_mode()
+def test_graphs_decode_with_buffers_of_a_fixed_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    preset = gpu.toy()[0].model_copy(update={"variants": ("lal",), "phases": ("decode", "decode_graph")})
+    asked: list[bool] = []
+    read = AttachedModel.read
+
+    def remembered(self: AttachedModel, *given: Any, fixed: bool = False) -> Any:
+        reading = read(self, *given, fixed=fixed)
+        assert reading.cache.plan.fixed == fixed
+        asked.append(fixed)
+        return reading
+
+    monkeypatch.setattr(AttachedModel, "read", remembered)
+    with opened(preset) as bench:
+        bench.measure("llm")
+        assert [row.phase for row in bench.result.rows] == ["decode", "decode_graph"]
+    assert asked == [False, True]
 
 
 def test_version_of_a_source_tree(tmp_path: Path) -> None:
