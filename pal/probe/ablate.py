@@ -322,7 +322,7 @@ def _count_cost(run: CellRun, model: PalModel) -> dict[str, int]:
 
     parts = [
         counts(partial(loss, micro_batch), backward=Tensor.backward, weights=weights, device=model.device)
-        for micro_batch in data.work(0, 0, 1)
+        for micro_batch in data.micro_batches(0, 0, 1)
     ]
     return {
         "trained_parameters": sum(p.numel() for part in trained.values() for p in part.values()),

@@ -17,7 +17,7 @@ __all__ = ["Trainer", "run"]
 
 
 def __getattr__(name: str) -> Any:
-    # Imported here: reading a recipe must not cost an import of torch.
+    # lazy, so that reading a recipe does not import torch
     if name == "Trainer":
         from pal.train.trainer import Trainer
 
@@ -26,7 +26,7 @@ def __getattr__(name: str) -> Any:
 
 
 def run(recipe: Recipe, out: str | Path, resume: bool = False, overwrite: bool = False) -> PalModel:
-    """Train what `recipe` describes into the folder `out`; see `pal.train.trainer.run`."""
+    """Train a recipe, with `out` as the folder of the run; see `pal.train.trainer.run`."""
     from pal.train.trainer import run as train
 
     return train(recipe, Path(out), resume=resume, overwrite=overwrite)

@@ -1,8 +1,8 @@
-"""Checkpoints: folders that are written whole or not at all, checked on load, without pickle.
+"""Checkpoints: folders written atomically, verified on load, without pickle.
 
 checkpoints/step0000200/
-    weights.safetensors     all weights trained so far, over all stages, and buffers
-    optimizer.safetensors   AdamW's state with float32 master weights (absent between two stages)
+    weights.safetensors     weights trained so far, in all stages, and buffers
+    optimizer.safetensors   AdamW's state with float32 master weights (not between two stages)
     state.json              training progress and the recipe
     manifest.json           SHA-256 of the files
 """
@@ -76,12 +76,12 @@ def save(
 
 
 def load_newest(folder: Path, recipe: Recipe) -> Checkpoint | None:
-    """The newest checkpoint whose bytes are intact; None when there is none.
+    """Load the newest intact checkpoint; None if there is none.
 
-    Damaged ones are set aside as `*.damaged`, with a line in the log.
+    Damaged checkpoints are renamed to `*.damaged`, with a warning.
 
     Raises:
-        ConfigError: it belongs to another recipe; the message says which keys differ.
+        ConfigError: the checkpoint belongs to another recipe; the message has the keys that differ.
     """
     if folder.is_dir():
         for left in folder.glob("step*.old"):
@@ -92,7 +92,7 @@ def load_newest(folder: Path, recipe: Recipe) -> Checkpoint | None:
         try:
             return _load(path, recipe)
         except BundleError as error:
-            logger.warning("checkpoint %s is damaged (%s); going back to the one before", path.name, error)
+            logger.warning("checkpoint %s is damaged (%s); using the one before", path.name, error)
             aside = path.with_name(path.name + ".damaged")
             shutil.rmtree(aside, ignore_errors=True)
             path.rename(aside)
@@ -118,8 +118,8 @@ def check_recipe(path: Path, digest: str, settings: dict[str, Any], recipe: Reci
     if digest != recipe.digest:
         keys = ", ".join(differences(settings, recipe.settings())) or "the version of pal"
         raise ConfigError(
-            f"{path} was made by another recipe; it differs in: {keys}. "
-            "Resume with the recipe it was begun with, or train into another folder"
+            f"{path} belongs to another recipe; it differs in: {keys}. "
+            "Resume with the original recipe, or train into another folder"
         )
 
 

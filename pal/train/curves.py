@@ -18,17 +18,17 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Curve = Sequence[tuple[float, float]]
-"""(step, loss), ..."""
+"""Points (step, loss)."""
 Borders = Sequence[tuple[float, str]]
-"""(last step before it, stage) of each stage but the first."""
+"""(last step before the stage, name of the stage) for each stage after the first."""
 
 
 class Log:
     """JSON Lines training log. Opening it drops the lines of steps that a resumed run repeats.
 
     Args:
-        path: of the file.
-        step: completed steps; lines of later steps are dropped.
+        path: path of the file.
+        step: number of completed steps; lines of later steps are dropped.
     """
 
     def __init__(self, path: Path, step: int) -> None:
@@ -50,7 +50,7 @@ class Log:
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """Lines of a log, without a last line that a kill cut off."""
+    """Lines of a log, without an incomplete last line."""
     if not path.exists():
         return []
     lines = []
@@ -63,14 +63,14 @@ def read_log(path: Path) -> list[dict[str, Any]]:
 
 
 def draw(logs: Mapping[str, Path], picture: Path) -> bool:
-    """Plot the loss over the steps, a curve for each run, as PNG.
+    """Plot the loss of each run over the steps, as PNG.
 
     Args:
         logs: name of each run -> its `log.jsonl`.
         picture: the file to write.
 
     Returns:
-        False, with a line in the log, where matplotlib is missing.
+        False, with a warning, if matplotlib is missing.
     """
     runs = {name: read_log(path) for name, path in logs.items()}
     curves = {name: loss_curve(lines) for name, lines in runs.items()}
@@ -93,12 +93,12 @@ def stage_borders(lines: Sequence[Mapping[str, Any]]) -> Borders:
 
 
 def loss_size(runs: int) -> tuple[float, float]:
-    """Width and height in inches of the plot of `draw_losses` with so many runs."""
+    """Width and height in inches of the plot of `draw_losses`, for this number of runs."""
     return 8.0, max(4.5, 0.6 + 0.17 * runs)
 
 
 def draw_losses(figure: Figure, curves: Mapping[str, Curve], borders: Mapping[str, Borders]) -> None:
-    """Losses over steps, pale as logged and bold as the running mean.
+    """Plot losses over steps: logged values (pale) and their running mean (bold).
 
     Args:
         figure: an empty one.

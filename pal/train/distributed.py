@@ -10,7 +10,7 @@ class HostReduce:
     """All-reduce of host numbers over a gloo group, which needs no accelerator; a no-op with one process.
 
     Args:
-        processes: number of processes; each makes this object and makes the same calls.
+        processes: number of processes; each must create this object and make the same calls.
     """
 
     def __init__(self, processes: int) -> None:

@@ -19,13 +19,14 @@ class MasterWeights:
 
     Args:
         parts: the trained weights.
-        on: False uses every weight itself, without a copy.
+        on: if False, no weight has a master weight.
     """
 
     def __init__(self, parts: Parts, on: bool) -> None:
         self.parts: dict[str, dict[str, nn.Parameter]] = {}
-        """`parts`, with the master weights in place of the weights that have one."""
+        """`parts`, with weights replaced by their master weights if they have one."""
         self.copies: list[Tensor] = []
+        """All master weights."""
         self._weights: list[Tensor] = []
         for part, parameters in parts.items():
             held = self.parts[part] = dict(parameters)

@@ -14,7 +14,7 @@ from pal.train.sources import trained_tokens
 from pal.train.step import StepResult
 
 _SHOWN = 8
-"""Most records named in a message."""
+"""Maximum number of records named in a message."""
 
 
 def new_totals() -> dict[str, float]:
@@ -23,14 +23,14 @@ def new_totals() -> dict[str, float]:
 
 
 class StepInputs(NamedTuple):
-    """Counts and record ids of the inputs of one step, of this process."""
+    """Counts and record ids of this process's inputs of one step."""
 
     rows: int
-    """Including repeated rows with weight 0, which keep processes in step."""
+    """Number of rows, including those repeated with weight 0 to give every process a batch."""
     totals: dict[str, float]
     """Added to the stage's totals."""
     records: list[str]
-    """Ids of the first few records, for a message."""
+    """Ids of the first few records, for messages."""
     more: int
     """Number of further records."""
     operations: float = 0.0
@@ -41,10 +41,10 @@ def step_inputs(micro_batches: list[MicroBatch], rate: int, unit: str, operation
     """Counts and record ids of a step's micro-batches, without the audio, which is large.
 
     Args:
-        micro_batches: of the step.
-        rate: Hz of the waveforms.
-        unit: of the objective's items.
-        operations: of the step.
+        micro_batches: micro-batches of the step.
+        rate: sampling rate of the waveforms in Hz.
+        unit: unit of the objective's items.
+        operations: FLOPs of the step.
     """
     counted = [micro_batch.batch for micro_batch in micro_batches if micro_batch.counts]
     totals: dict[str, float] = {
@@ -70,16 +70,17 @@ class StepMetrics(NamedTuple):
     """Before clipping."""
     hits: int = 0
     tries: int = 0
-    """`hits` of `tries` are right, see `LossOutput.hits`."""
+    """Denominator of the accuracy, with `hits` as numerator; see `LossOutput.hits`."""
 
 
 class NonFiniteStep(NamedTuple):
     """First step with a NaN or infinite loss or gradient."""
 
     what: str
+    """"the loss" or "the gradient"."""
     inputs: StepInputs
     undone: int
-    """Steps without an update: this one and those started after it."""
+    """Number of steps without an update: this one and those started after it."""
 
 
 class Meter:
@@ -88,7 +89,7 @@ class Meter:
     Args:
         unit: unit of the loss's items: "tokens", "answers" or "clips".
         total: totals of the stage; `read` adds to them.
-        peak: peak FLOP/s of the device; None where it is unknown.
+        peak: peak FLOP/s of the device; None if unknown.
     """
 
     def __init__(self, unit: str, total: dict[str, float], peak: float | None = None) -> None:
@@ -96,7 +97,7 @@ class Meter:
         self.total = total
         self.peak = peak
         self.seconds: list[float] = []
-        """Seconds of every step read, without the wait for its data."""
+        """Seconds of each step read so far, without the wait for its data."""
         self._pending: list[tuple[StepResult, StepInputs]] = []
         self._busy = 0.0
         self._lost = 0.0
@@ -113,8 +114,8 @@ class Meter:
         """Record a step that ends now.
 
         Args:
-            result: its results on the device.
-            inputs: its counts and records.
+            result: results of the step, on the device.
+            inputs: counts and records of the step.
             began: `time.monotonic()` when its data were loaded.
             ready: `time.monotonic()` when the wait for its data began.
         """
@@ -123,9 +124,9 @@ class Meter:
         self._lost += began - ready
 
     def read(self) -> NonFiniteStep | None:
-        """Wait for all pending steps and count them; returns the first that is not finite, else None.
+        """Wait for all pending steps and count them; returns the first non-finite step, or None.
 
-        All are read at once; their total time is divided equally among them.
+        All steps are read at once, and their total time is divided equally among them.
         """
         pending, self._pending = self._pending, []
         if not pending:
@@ -176,6 +177,6 @@ class Meter:
         return line
 
     def median(self, last: int | None = None) -> float:
-        """Median seconds of a step, over all steps or the last few."""
+        """Median seconds of a step, over all steps or the last `last` steps."""
         seconds = self.seconds[-last:] if last else self.seconds
         return statistics.median(seconds) if seconds else 0.0

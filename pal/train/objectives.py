@@ -37,12 +37,13 @@ class MixedClips(NamedTuple):
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """One process's part of a step."""
+    """Micro-batch: one forward and backward pass of one process in a step."""
 
     batch: Batch
     datasets: list[str]
     """Dataset of each clip of the batch."""
     seed: int
+    """Seed of mixup."""
     counts: bool = True
     """False for a repeated micro-batch whose loss is multiplied by 0."""
     mixed: MixedClips | None = None
@@ -67,7 +68,7 @@ class Objective(nn.Module, ABC):
     unit = "tokens"
     """Unit of the loss's items."""
     with_audio = True
-    """Whether its batches include the clips."""
+    """True if its batches include clips."""
 
     def __init__(self, model: PalModel) -> None:
         super().__init__()
@@ -78,11 +79,11 @@ class Objective(nn.Module, ABC):
         """Summed loss. A step's loss is the sum over its micro-batches divided by their number of items."""
 
     def prepare(self, micro_batch: MicroBatch) -> MicroBatch:
-        """Host-side preprocessing in the loader's threads. Optional: `forward` works without it, too."""
+        """Host-side preprocessing in the loader's threads; `forward` also accepts unprepared micro-batches."""
         return micro_batch
 
     def head(self) -> dict[str, nn.Parameter]:
-        """Weights of the objective itself, saved in checkpoints and not in bundles."""
+        """Weights of the objective itself, which are saved in checkpoints but not in bundles."""
         return {}
 
 
@@ -93,7 +94,7 @@ class AnswerLoss(Objective):
         """Options of the objective."""
 
         per: Per = "token"
-        """Unit of the mean: each token, as usual, or each answer, so that long answers weigh no more."""
+        """Unit of the mean: tokens, as usual, or answers, so that long answers do not weigh more."""
 
     def __init__(self, model: PalModel, config: Config) -> None:
         super().__init__(model)
@@ -108,7 +109,7 @@ class AnswerLoss(Objective):
         )
 
     def forward(self, micro_batch: MicroBatch) -> LossOutput:
-        """As `PalModel.loss`."""
+        """See `PalModel.loss`."""
         return LossOutput(*self.model.loss(micro_batch.batch, self.per))
 
 
@@ -122,7 +123,7 @@ class TranscriptLoss(Objective):
     """Cross-entropy on answers, with label embeddings of the clip's tags in place of its audio."""
 
     def __init__(self, model: PalModel, config: TranscriptRoute.Config, labels: dict[str, set[str]]) -> None:
-        """`labels`: dataset -> the labels it uses."""
+        """`labels`: dataset -> labels that it uses."""
         super().__init__(model)
         self.per = config.per
         self.unit = f"{config.per}s"
@@ -136,7 +137,7 @@ class TranscriptLoss(Objective):
 
 
 class TagLoss(Objective):
-    """Multi-label tagging loss that pre-trains the encoder, with a linear head on each token that is discarded later.
+    """Multi-label tagging loss to pre-train the encoder, with a linear head on each token that is not kept.
 
     For each clip, binary cross-entropy of the pooled probability `sum p^2 / sum p` (linear softmax
     pooling, Wang, Li and Metze 2019) against the clip's labels. Clips whose labels have times add the
@@ -153,13 +154,13 @@ class TagLoss(Objective):
         mixup: float = Field(default=0.0, ge=0, le=1)
         """Share of the clips to which another clip of the batch is added."""
         mixup_db: float = Field(default=10.0, ge=0, le=20)
-        """Largest difference in level between the added clip and the clip, in dB, so that neither masks the other.
-        Silent clips are not mixed, nor clips whose cut would leave too little of a tag to be audible."""
+        """Maximum difference in level between the added clip and the clip, in dB, so that both are audible. A clip is
+        not added if it is silent, or if cutting it would leave too little of a tag to be audible."""
         encoder: int = 0
         """Index of the model's encoder, from 0."""
 
     def __init__(self, model: PalModel, config: Config, labels: dict[str, set[str]]) -> None:
-        """`labels`: dataset -> the labels it uses."""
+        """`labels`: dataset -> labels that it uses."""
         super().__init__(model)
         self.config = config
         names = sorted(set().union(*labels.values()))
@@ -173,7 +174,7 @@ class TagLoss(Objective):
         if not 0 <= config.encoder < len(model.ears.encoders):
             raise ConfigError(f"objective 'tags': no encoder {config.encoder} among {len(model.ears.encoders)}, from 0")
         self.linear = nn.Linear(model.ears.encoder(config.encoder).width, len(names))
-        # Most labels are absent most of the time: initial probability 0.05 instead of one half.
+        # most labels are absent most of the time: initial probability 0.05 instead of 0.5
         nn.init.constant_(self.linear.bias, -3.0)
 
     def head(self) -> dict[str, nn.Parameter]:
@@ -203,7 +204,7 @@ class TagLoss(Objective):
         probability_BAJ = logits_BAJ.sigmoid() * mask_BA[..., None]
         pooled_BJ = probability_BAJ.square().sum(1) / probability_BAJ.sum(1).clamp_min(1e-6)
         pooled_BJ = pooled_BJ.clamp(1e-6, 1 - 1e-6)
-        # Written out, because autocast refuses torch's version on probabilities.
+        # written out, since torch's function on probabilities raises under autocast
         clip_loss_BJ = -torch.where(clip_BJ > 0, pooled_BJ.log(), torch.log1p(-pooled_BJ))
         loss = _mean(clip_loss_BJ, known_BJ, (1,)).sum()
         if self.config.frame_weight:
@@ -234,9 +235,9 @@ class TagLoss(Objective):
     def _mix(
         self, waveforms: list[Tensor], tags: list[list[TagSpan]], known: list[Tensor], seed: int
     ) -> tuple[list[Tensor], list[list[TagSpan]], list[Tensor]]:
-        """Add another clip to some of the clips, from its start; a mixture has the labels of both.
+        """Add another clip to some of the clips; a mixture has the labels of both.
 
-        A label is annotated in the mixture if it is in both clips.
+        Labels that are annotated in both clips are annotated in the mixture.
         """
         generator = torch.Generator().manual_seed(seed)
         mixed = (list(waveforms), list(tags), list(known))
@@ -249,7 +250,7 @@ class TagLoss(Objective):
             mine_N, theirs_N = waveforms[i], waveforms[other]
             size, rate, added = min(len(mine_N), len(theirs_N)), self.model.sampling_rate, tags[other]
             if len(theirs_N) > len(mine_N):
-                # A label without a time holds in the mixture only if the whole other clip fits.
+                # a label without times is valid in the mixture only if the whole other clip fits
                 if any(span.start is None or span.end is None for span in added):
                     continue
                 audible = audible_tags(theirs_N.numpy(), rate, added, 0, size)
@@ -268,10 +269,12 @@ class TagLoss(Objective):
 
 
 def build_objective(model: PalModel, stage: Stage, records: Iterable[Record]) -> Objective:
-    """The objective of a stage.
+    """Objective of a stage.
 
     Args:
-        records: all records of the stage; read for their labels if the objective uses labels.
+        model: model to train.
+        stage: stage of the recipe.
+        records: all records of the stage; read only if the objective uses labels.
     """
     where = f"stage '{stage.name}': options of '{stage.objective}'"
     if stage.objective == "tags":
@@ -298,6 +301,6 @@ def dataset_labels(records: Iterable[Record]) -> dict[str, set[str]]:
 
 
 def _mean(loss: Tensor, mask: Tensor, axes: tuple[int, ...]) -> Tensor:
-    """Mean over `axes` of the entries in the mask; 0 where the mask is empty."""
+    """Mean over `axes` of the entries in the mask; 0 for an empty mask."""
     mask = mask.expand_as(loss)
     return (loss * mask).sum(axes) / mask.sum(axes).clamp_min(1)

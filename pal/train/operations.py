@@ -20,7 +20,7 @@ from pal.train.stages import freeze
 from pal.types import AUDIO, IGNORE, Batch
 
 _SECONDS = 12.0
-"""Length of the clip on which encoders and connectors are counted."""
+"""Length of the clip on which encoders and connectors are counted, in seconds."""
 _BASE = (64, 16, 16, _SECONDS)
 """Base point of the fit: a row's text tokens, trained tokens, text tokens before the clip, and seconds of audio."""
 
@@ -28,17 +28,17 @@ _BASE = (64, 16, 16, _SECONDS)
 class Operations:
     """FLOPs of a step, forward and backward, without recomputation.
 
-    Counted by the closed forms of `pal.backbone.cost`, attention as a full square, from lengths known on the host. The
-    closed forms are polynomials of second degree in the lengths, so a few of their values determine all others. The
-    objective `transcript` is counted without the rows of its labels.
+    Counted by the closed forms of `pal.backbone.cost`, with attention as a full square, from lengths known on the host.
+    The closed forms are second-degree polynomials in the lengths, so they are interpolated from a few values. The rows
+    of the objective `transcript` are not counted.
 
     Args:
-        recipe: of the run.
-        stage: of the recipe.
-        model: as the stage trains it.
+        recipe: recipe of the run.
+        stage: stage of the recipe.
+        model: model in the state in which the stage trains it.
 
     Raises:
-        PalError: the shape of a part is not known on this machine, or the integration has no cost model.
+        PalError: the architecture of a part is unknown without downloads, or the integration has no cost model.
     """
 
     def __init__(self, recipe: Recipe, stage: Stage, model: PalModel) -> None:
@@ -115,7 +115,7 @@ class _Polynomial:
         self._weights = np.linalg.solve(_monomials(points), values)
 
     def __call__(self, rows: Sequence[Sequence[float]]) -> float:
-        """Sum of the values at the points."""
+        """Sum of the values at all points."""
         return float((_monomials(np.array(rows).reshape(-1, len(self._base)) / self._base) @ self._weights).sum())
 
 

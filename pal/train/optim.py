@@ -13,7 +13,7 @@ from pal.errors import BundleError
 from pal.train.recipe import Stage
 
 _MASTER = "master"
-"""State entry of a float32 master weight, which is no parameter of the model."""
+"""State entry of a float32 master weight."""
 
 
 def parameter_groups(trained: Mapping[str, Mapping[str, nn.Parameter]], stage: Stage) -> list[dict[str, Any]]:
@@ -26,7 +26,7 @@ def parameter_groups(trained: Mapping[str, Mapping[str, nn.Parameter]], stage: S
     groups = []
     for part, parameters in trained.items():
         lr = stage.lr.get(part, max(stage.lr.values())) if isinstance(stage.lr, dict) else stage.lr
-        # Vectors are norms and biases, which weight decay would not help.
+        # vectors are norms and biases, which get no weight decay
         for decays in (True, False):
             names = [name for name, p in parameters.items() if (p.ndim > 1) == decays]
             if names:
@@ -48,7 +48,7 @@ def adamw(groups: list[dict[str, Any]], stage: Stage) -> torch.optim.AdamW:
 
 
 def lr_factor(step: int, steps: int, warmup: int, schedule: str) -> float:
-    """Learning rate at a step (0-based) relative to the highest: linear warm-up, then the schedule down to 0."""
+    """Learning rate at a step (from 0) relative to its maximum: linear warm-up, then the schedule."""
     if step < warmup:
         return (step + 1) / (warmup + 1)
     progress = (step - warmup) / max(1, steps - warmup)
@@ -100,7 +100,9 @@ def load_optimizer_tensors(
         parameter = parameters.get(name)
         shapes = {value.shape for entry, value in entries.items() if entry != "step"}
         if parameter is None or shapes != {parameter.shape}:
-            raise BundleError(f"checkpoint: its optimizer state for '{name}' fits no trained parameter of the recipe")
+            raise BundleError(
+                f"checkpoint: optimizer state of '{name}' fits no parameter that the recipe trains; start a new run"
+            )
         if _MASTER in entries:
             with torch.no_grad():
                 parameter.copy_(entries.pop(_MASTER))

@@ -59,17 +59,17 @@ class Source(StrictConfig):
     weight: float | None = Field(default=None, gt=0)
     """Relative share of the clips of a stage; set it for all sources of the stage or for none."""
     repeat: float = Field(default=1.0, gt=0)
-    """Passes over the source in an epoch; 0.5 takes every second clip. Only without weights."""
+    """Passes over the source in an epoch; 0.5 takes every second clip. Not used with weights."""
     tasks: list[str] | None = None
     """Only records of these tasks."""
     datasets: list[str] | None = None
     """Only records of these datasets."""
     augment: dict[str, Any] | None = None
     """Options of `pal.data.augment.Augment`. Options that cut (`crop_seconds`, and `time_shift` without `wrap`) are
-    allowed only with objective 'tags' and records of one clip whose tags have start and end: elsewhere an answer may
-    be about the part that is cut off."""
+    allowed only with objective 'tags' and records of one clip whose tags have start and end, since other answers may be
+    about the part that is cut off."""
     optional: bool = False
-    """Leave the source out, with a line in the log, where its files are missing."""
+    """Leave the source out, with a line in the log, if its files are missing."""
     skip_clips: Path | None = None
     """File that lists unusable clips, one path a line without comments, as from `pal data check --write-bad FILE`.
     Records with these clips are skipped, and their number is logged."""
@@ -96,30 +96,31 @@ class Trained(StrictConfig):
     lora: LoRA = LoRA()
 
     def part(self, name: str) -> bool:
-        """Whether the part is trained, in whole or in part."""
+        """True if the part is trained, completely or in part."""
         return self.llm != "none" if name == "llm" else bool(getattr(self, name))
 
 
 class BatchSize(StrictConfig):
-    """Batch limits. A batch takes clips, each with some of its rows, until it reaches one of the limits set."""
+    """Batch limits. A batch is filled with clips, each with some of its rows, up to the first limit reached."""
 
     rows: int | None = Field(default=None, gt=0)
-    """Most conversations of a batch, over all processes."""
+    """Maximum number of conversations of a batch, over all processes."""
     clips: int | None = Field(default=None, gt=0)
-    """Most distinct clips of a batch."""
+    """Maximum number of distinct clips of a batch."""
     seconds: float | None = Field(default=None, gt=0)
-    """Most seconds of distinct audio of a batch."""
+    """Maximum total length of the distinct clips of a batch, in seconds."""
     rows_per_clip: int | None = Field(default=None, gt=0)
-    """Most questions of one clip in a batch, which share its audio. Default: every row is drawn individually."""
+    """Maximum number of questions about one clip in a batch, which share its audio. Default: rows are drawn
+    individually."""
     turns: int = Field(default=1, gt=0)
-    """Most questions of one clip joined as turns of one conversation, which holds the audio only once."""
+    """Maximum number of questions about one clip to join as turns of one conversation, with the audio only once."""
     accumulate: int = Field(default=1, gt=0)
     """Gradient accumulation: number of micro-batches of a batch, each with its own forward and backward pass."""
     bucket: int | None = Field(default=None, gt=1)
-    """Length bucketing: the clips of every so many batches are sorted by length and cut into batches again, which are
-    then shuffled, so that little of a batch is padding. 100 gives some 3 % of padding where random order gives 70 %
-    (2000 clips of half a second to half a minute, 16 a batch). Lengths are those in the files' headers, before
-    augmentation. Default: random order."""
+    """Length bucketing: number of batches whose clips are sorted by length and cut into batches again, which are then
+    shuffled. This reduces padding: 100 gives about 3 % of padding, random order 70 % (2000 clips of half a second to
+    half a minute, 16 per batch). Lengths are those in the files' headers, before augmentation. Default: random
+    order."""
 
     @model_validator(mode="after")
     def _some_limit(self) -> BatchSize:
@@ -129,12 +130,12 @@ class BatchSize(StrictConfig):
 
     @property
     def grouped(self) -> bool:
-        """Whether rows of a clip are drawn together."""
+        """True if rows about one clip are drawn together."""
         return self.rows_per_clip is not None or self.clips is not None
 
     @property
     def by_length(self) -> bool:
-        """Whether batches depend on the lengths of the clips."""
+        """True if batches depend on the lengths of clips."""
         return self.seconds is not None or self.bucket is not None
 
 
@@ -147,7 +148,7 @@ class Stage(StrictConfig):
     """Options of the objective, see `pal.train.objectives`."""
     train: Trained
     lr: float | dict[str, float]
-    """Highest learning rate, or one for each part (and for "head", the objective's own weights)."""
+    """Maximum learning rate, or one for each part (and for "head", the objective's own weights)."""
     weight_decay: float = Field(default=0.01, ge=0)
     """AdamW's weight decay of matrices; norms, biases and other vectors have none."""
     betas: tuple[float, float] = (0.9, 0.98)
@@ -161,22 +162,21 @@ class Stage(StrictConfig):
     data: list[str] | dict[str, float] | None = None
     """Names of the sources, or name -> weight; default: all sources."""
     clip_grad: float | None = Field(default=1.0, gt=0)
-    """Gradient clipping: largest norm of the gradient; None for none."""
+    """Gradient clipping: maximum norm of the gradient; None: no clipping."""
     gradient_checkpointing: bool = False
     """Recompute the LLM's layers in the backward pass, from their saved inputs."""
     recompute_audio: bool = True
-    """Recompute projector activations and audio K/V in the backward pass, where layers are not recomputed as a whole
-    (`gradient_checkpointing`). `pal plan` shows the memory saved and the FLOPs added."""
+    """Recompute projector activations and audio K/V in the backward pass, unless `gradient_checkpointing` recomputes
+    whole layers. `pal plan` shows the memory saved and the FLOPs added."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """Precision of the computation by autocast; weights and optimizer state keep their dtype."""
+    """Precision of autocast; weights and optimizer state keep their dtype."""
     compile: Literal["auto"] | bool = "auto"
-    """Compile the LLM's layers in the first step, which then takes a while. "auto" does so on CUDA."""
+    """Compile the LLM's layers in the first step, which then takes longer. "auto": on CUDA."""
     cuda_graphs: Literal["auto"] | bool = "auto"
-    """Replay training steps as CUDA graphs, one for each batch size, rounded up. "auto" does so on CUDA in one
-    process."""
+    """Replay training steps as CUDA graphs, one for each batch size, rounded up. "auto": on CUDA with one process."""
     master_weights: bool = False
     """Float32 master weights for trained bfloat16 weights (`llm.dtype`), so that updates below the 8 bits of bfloat16
-    are not lost. The optimizer then holds 12 bytes a weight instead of 4, and checkpoints include the master
+    are not lost. The optimizer then holds 12 bytes per weight instead of 4, and checkpoints include the master
     weights."""
     cache: Path | None = None
     """Folder of the encoder feature cache (`pal.features`), shared by all runs with the same encoders: each clip is
@@ -187,7 +187,7 @@ class Stage(StrictConfig):
 
     @property
     def by_clip(self) -> bool:
-        """Whether the objective trains on clips, so that each is drawn once whatever the number of its rows."""
+        """True if the objective trains on clips, so that each clip is drawn once, for any number of rows about it."""
         return self.objective == "tags"
 
     @model_validator(mode="after")
@@ -208,34 +208,34 @@ class Stage(StrictConfig):
     @model_validator(mode="after")
     def _has_audio(self) -> Stage:
         if self.batch.bucket is not None and self.objective == "text":
-            raise ValueError("objective 'text' has no audio to sort by length; leave 'bucket' out")
+            raise ValueError("objective 'text' has no audio to sort by length; remove 'bucket'")
         return self
 
     @model_validator(mode="after")
     def _can_cache(self) -> Stage:
         if self.cache is not None and self.train.encoder:
-            raise ValueError("'cache' keeps features of frozen encoders, and the stage trains one; leave 'cache' out")
+            raise ValueError("'cache' needs frozen encoders, but the stage trains an encoder; remove 'cache'")
         if self.cache is not None and self.objective != "answers":
-            raise ValueError(f"objective '{self.objective}' uses no frozen encoder; leave 'cache' out")
+            raise ValueError(f"objective '{self.objective}' uses no frozen encoder; remove 'cache'")
         return self
 
 
 class CheckpointConfig(StrictConfig):
-    """Intervals of checkpoints and log lines, and loader threads. Nothing here changes the result."""
+    """Checkpoints, log and loader threads. These settings do not change the result."""
 
     checkpoint_every: int = Field(default=200, gt=0)
-    """Steps between two checkpoints: the most that a killed run loses."""
+    """Steps between two checkpoints, the maximum that a killed run loses."""
     checkpoint_seconds: float | None = Field(default=None, gt=0)
-    """Most seconds between two checkpoints."""
+    """Maximum number of seconds between two checkpoints."""
     checkpoints: int = Field(default=2, gt=0)
     """Number of newest checkpoints to keep."""
     log_every: int = Field(default=10, gt=0)
     """Steps averaged in one line of the log."""
     workers: int | None = Field(default=None, ge=0)
-    """Loader threads; 0 loads each batch in the training thread. Default: 2 with an accelerator, 0 on CPU, where a
-    thread only takes a core from the training (docs/experiments.md)."""
+    """Number of loader threads; 0 loads batches in the training thread. Default: 2 with an accelerator, and 0 on CPU,
+    where threads compete with training (docs/experiments.md)."""
     prefetch: int = Field(default=3, gt=0)
-    """Batches loaded ahead."""
+    """Number of batches loaded ahead."""
 
 
 class Recipe(StrictConfig):
@@ -265,14 +265,14 @@ class Recipe(StrictConfig):
             augmented = [name for name, source in self.stage_sources(stage).items() if source.augment is not None]
             if stage.cache is not None and augmented:
                 raise ValueError(
-                    f"stages.{i}: 'cache' keeps features of whole clips, and source '{augmented[0]}' augments them; "
-                    "leave out one of the two"
+                    f"stages.{i}: 'cache' needs clips without augmentation, but source '{augmented[0]}' has 'augment'; "
+                    "remove one of them"
                 )
         return self
 
     def stage_sources(self, stage: Stage) -> dict[str, Source]:
         """Sources of a stage, with the weights set by the stage."""
-        # Sorted: the order of the sources in a recipe must not change the batches.
+        # sorted, so that the order of the sources in a recipe does not change the batches
         if isinstance(stage.data, dict):
             return {name: self.data[name].model_copy(update={"weight": w}) for name, w in sorted(stage.data.items())}
         names = stage.data if stage.data is not None else self.data
@@ -324,7 +324,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 def _read(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
     """Keys of a file merged with those it extends; `above` is the chain of files that extend it."""
     if path.resolve() in above:
-        raise ConfigError(f"recipe {path}: extends itself; take one 'extends' out")
+        raise ConfigError(f"recipe {path}: extends itself; remove one 'extends'")
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -376,13 +376,13 @@ def _override(data: dict[str, Any], override: str) -> None:
     """Set one dotted key of the parsed YAML, in place; the strict parser validates the result."""
     key, equals, text = override.partition("=")
     if not equals or not key:
-        raise ConfigError(f"override '{override}' is not of the form key=value, such as stages.0.lr=5e-4")
+        raise ConfigError(f"override '{override}' is not of the form key=value; write it such as stages.0.lr=5e-4")
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError:
         raise ConfigError(f"override '{override}': '{text}' is not YAML") from None
     if isinstance(value, str):
-        # YAML 1.1 takes 5e-4 for a string.
+        # YAML 1.1 reads 5e-4 as a string
         with suppress(ValueError):
             value = float(value)
     at: Any = data
@@ -399,7 +399,7 @@ def _override(data: dict[str, Any], override: str) -> None:
 
 def _child(at: Any, name: str, override: str) -> Any:
     if not isinstance(at, dict):
-        raise ConfigError(f"override '{override}': nothing to set below '{name}'")
+        raise ConfigError(f"override '{override}': '{name}' is below a value that has no keys")
     if at.get(name) is None:
         at[name] = {}
     return at[name]

@@ -1,4 +1,4 @@
-"""Output folder of a training run: the recipe it belongs to, and the report of a finished run."""
+"""Output folder of a training run: its recipe, and the report of a finished run."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pal.train.recipe import Recipe
 
 
 def is_finished(out: Path) -> bool:
-    """Whether the folder holds a finished run."""
+    """True if the folder holds a finished run."""
     return (out / "train.json").exists()
 
 
@@ -32,8 +32,8 @@ def claim(out: Path, recipe: Recipe, resume: bool, overwrite: bool) -> None:
             (out / name).unlink(missing_ok=True)
     if marker.exists():
         if not resume:
-            finished = "a finished run" if is_finished(out) else "a run that was begun"
-            raise ConfigError(f"{out} holds {finished}; use --resume to go on with it, --overwrite, or another --out")
+            finished = "a finished run" if is_finished(out) else "an unfinished run"
+            raise ConfigError(f"{out} holds {finished}; give --resume to continue it, --overwrite, or another --out")
         settings = json.loads(marker.read_text())
         checkpoint.check_recipe(out, settings["digest"], settings["recipe"], recipe)
         return
@@ -47,9 +47,9 @@ def write_report(
 
     Args:
         out: folder of the run.
-        recipe: of the run.
+        recipe: recipe of the run.
         state: final state, with the totals of the stages.
-        seconds: of all stages.
+        seconds: training time of all stages.
         parameters: part of the model -> number of its parameters.
         machine: number of processes, and device.
     """

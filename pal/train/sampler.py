@@ -19,7 +19,7 @@ from pal.errors import ConfigError
 from pal.train.recipe import BatchSize
 
 ROUND = 1 << 16
-"""Groups shuffled and batched together, so that millions of groups need little memory."""
+"""Number of groups shuffled and batched together, to limit memory for millions of groups."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Group:
     rows: tuple[int, ...]
     """Indices into the source's records."""
     seed: int
-    """Seed of the augmentation."""
+    """Seed of its augmentation."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Pool:
     """Sampling pool of one source."""
 
     groups: Sequence[Sequence[int]]
-    """Records of each clip; one record each where rows are drawn individually."""
+    """Records about each clip, or single records if rows are drawn individually."""
     weight: float | None = None
     repeat: float = 1.0
     seconds: Callable[[int], float] | None = None
@@ -46,15 +46,13 @@ class Pool:
 
 
 class Sampler:
-    """The batches of one stage.
+    """Batches of one stage.
 
-    An epoch draws a fixed number of groups from each source, shuffles them and cuts the sequence of
-    groups into batches; large epochs are shuffled and cut in rounds. Each source visits all its groups
-    before it repeats one, across rounds and epochs too.
+    An epoch draws a fixed number of groups from each source, shuffles them and cuts the sequence into batches; large
+    epochs do so in rounds. A source visits all its groups before it repeats one, also across rounds and epochs.
 
-    With `bucket`, every so many consecutive batches form a bucket: their groups are sorted by length, cut into
-    batches again, and the batches shuffled. So a batch has clips of similar length, chosen at random. The number
-    of groups of each source in a bucket does not change.
+    With `bucket`, that many consecutive batches form a bucket: their groups are sorted by length and cut into batches
+    again, which are shuffled. So a batch has clips of similar length, and the mixture of sources does not change.
     """
 
     def __init__(self, pools: Sequence[Pool], batch: BatchSize, seed: int, stage: int) -> None:
@@ -71,7 +69,7 @@ class Sampler:
         self._lock = Lock()
 
     def __getitem__(self, step: int) -> list[Group]:
-        """Batch of a step, of all processes together."""
+        """Batch of a step, for all processes together."""
         with self._lock:
             number = 0
             while step >= self._start(number + 1):
@@ -126,7 +124,7 @@ class Sampler:
         """Batches of the same groups, by similar length."""
         bucket = self.batch.bucket
         assert bucket is not None
-        # Buckets of equal size, at least two: with a single one, every epoch would have the same batches.
+        # at least two buckets, of equal size: with a single one, every epoch would have the same batches
         stretches = max(2, -(-len(batches) // bucket))
         edges = [i * len(batches) // stretches for i in range(stretches + 1)]
         out = []
@@ -147,7 +145,7 @@ class Sampler:
         return permutation(len(self.pools[source].groups), *self.key, "source", source, turn)
 
     def _rows(self, source: int, index: int, turn: int) -> tuple[int, ...]:
-        """Rows of a clip at its `turn`-th visit: all, or the next few of a shuffled pass over them."""
+        """Rows about a clip at its `turn`-th visit: all, or the next few of a shuffled pass over them."""
         rows = self.pools[source].groups[index]
         take = self.batch.rows_per_clip if self.batch.grouped else None
         if take is None or len(rows) <= take:
@@ -176,7 +174,7 @@ class _Filling:
         self.seconds = 0.0
 
     def fits(self, group: Group, seconds: float) -> bool:
-        """Whether the group fits; a group above the limits gets a batch of its own."""
+        """True if the group fits; a group above the limits gets a batch of its own."""
         size = self.size
         return not self.clips or not (
             (size.rows is not None and self.rows + len(group.rows) > size.rows)
@@ -194,8 +192,8 @@ def share(groups: list[Group], part: int, parts: int) -> tuple[list[Group], bool
     """Groups of one process or accumulation step.
 
     Returns:
-        The groups, and whether they count. Where there are fewer groups than parts, an empty part
-        repeats the first group with its loss multiplied by 0, so that all processes stay in step.
+        The groups, and True if they count. With fewer groups than parts, an empty part repeats the first group with
+        its loss multiplied by 0, so that every process runs the same passes.
     """
     mine = groups[part::parts]
     return (mine, True) if mine else (groups[:1], False)
@@ -220,7 +218,7 @@ def _hash(*key: object) -> int:
 def permutation(size: int, *key: object) -> np.ndarray:
     """Permutation of the numbers below `size`, determined by the key: int64 [size]."""
     if size < 32:
-        # numpy's generators take longer to set up than a short list to shuffle.
+        # setting up one of numpy's generators takes longer than shuffling a short list
         order = list(range(size))
         random.Random(_hash(*key)).shuffle(order)
         return np.array(order, dtype=np.int64)

@@ -21,10 +21,12 @@ if TYPE_CHECKING:
 
 
 def build_model(recipe: Recipe, manifests: dict[str, Manifest], out: Path) -> PalModel:
-    """The recipe's model on the CPU, with the weights of `bundle` or `start` if set.
+    """Build the recipe's model on the CPU, with the weights of `bundle` or `start` if set.
 
     Args:
-        manifests: training text for the tokenizer of a fresh LLM, which is saved in `out/tokenizer`.
+        recipe: recipe of the run.
+        manifests: training text for the tokenizer of a fresh LLM.
+        out: folder of the run; the tokenizer is saved in `out/tokenizer`.
 
     Raises:
         ConfigError, BundleError: a bundle does not fit the recipe.
@@ -49,11 +51,11 @@ def build_model(recipe: Recipe, manifests: dict[str, Manifest], out: Path) -> Pa
         theirs, ours = donors[path].parts()[part].state_dict(), model.parts()[part].state_dict()
         fits = {name: t.shape for name, t in theirs.items()} == {name: t.shape for name, t in ours.items()}
         if not fits:
-            raise ConfigError(f"start: the {part} of {path} has another shape than the recipe's; use the same options")
+            raise ConfigError(f"start: the {part} of {path} does not fit the recipe's; give it the same options")
         with torch.no_grad():
             for name, tensor in ours.items():
                 tensor.copy_(theirs[name])
-        # A bundle must hold these weights: they differ from those of the part's pretrained source.
+        # bundles must include these weights, which differ from those of the part's pretrained source
         mine = {tensor.data_ptr() for tensor in ours.values()}
         model.trained |= {name for name, tensor in model.state_dict().items() if tensor.data_ptr() in mine}
     return model
@@ -72,7 +74,7 @@ def _with_ids(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> ModelC
 
 
 def _own_tokenizer(folder: Path, manifests: Iterable[Manifest], vocabulary: int) -> PreTrainedTokenizerBase:
-    """The tokenizer in `folder`; trained on the manifests' text and saved there first if it is missing."""
+    """Load the tokenizer in `folder`; if it is missing, first train it on the manifests' text and save it there."""
     from transformers import AutoTokenizer
 
     if not folder.exists():
@@ -80,7 +82,7 @@ def _own_tokenizer(folder: Path, manifests: Iterable[Manifest], vocabulary: int)
         with atomic_folder(folder) as temporary:
             tokenizer.save_pretrained(temporary)
     verify(folder)
-    # Read back even when just made, so that a resumed run has the same object.
+    # read back even if new, so that a resumed run has the same tokenizer
     return AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
 

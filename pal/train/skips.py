@@ -1,4 +1,4 @@
-"""Bad clips of a source: the list `skip_clips` of a recipe, and the remedies in errors at other clips."""
+"""Bad clips of a source: those listed in `skip_clips`, and remedies in error messages about others."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ def rows_to_skip(name: str, source: Source, manifest: Manifest) -> frozenset[int
     """Indices of the records whose clips are listed in the source's `skip_clips`; their number is logged.
 
     Args:
-        name: of the source.
-        source: its `skip_clips` is a file with one path a line, relative as in the manifest.
-        manifest: of the source.
+        name: name of the source.
+        source: source with `skip_clips`: a file with one path a line, relative as in the manifest.
+        manifest: manifest of the source.
 
     Raises:
         ConfigError: the list names a clip that no record has, or cannot be read.
@@ -51,14 +51,20 @@ def rows_to_skip(name: str, source: Source, manifest: Manifest) -> frozenset[int
         clip, number = next(iter(unmet.items()))
         if number in looks_like_comment:
             raise ConfigError(
-                f"data '{name}', skip_clips: {_shown(path)}, line {number}: the list holds paths, no comments, and no "
-                f"record has the clip '{_shown(clip)}'; take the line out"
+                f"data '{name}', skip_clips: {_shown(path)}, line {number}: the list cannot have comments, and no "
+                f"record has the clip '{_shown(clip)}'; remove the line"
             )
         raise ConfigError(
-            f"data '{name}', skip_clips: {_shown(path)}, line {number}: no record has the clip '{_shown(clip)}'; make "
-            "the list anew: pal data check --write-bad"
+            f"data '{name}', skip_clips: {_shown(path)}, line {number}: no record has the clip '{_shown(clip)}'; "
+            "write a new list: pal data check --write-bad"
         )
-    logger.info("data '%s': %d of %d records are skipped, whose clips are in %s", name, len(rows), len(manifest), path)
+    logger.info(
+        "data '%s': %d of %d records are skipped, since their clips are listed in %s",
+        name,
+        len(rows),
+        len(manifest),
+        path,
+    )
     return frozenset(rows)
 
 
@@ -75,7 +81,7 @@ def digests(recipe: Recipe, manifests: Mapping[str, Manifest]) -> dict[str, str]
 
 @contextmanager
 def naming_remedies(name: str) -> Iterator[None]:
-    """Add to an `AudioError` raised in the block how to leave its clip out of the source."""
+    """Add to an `AudioError` raised in the block how to leave out its clip."""
     try:
         yield
     except AudioError as error:
@@ -88,7 +94,7 @@ def naming_remedies(name: str) -> Iterator[None]:
 def _located(manifest: Manifest, clip: str) -> str:
     try:
         return manifest.locate(clip)
-    except ValueError:  # nowhere under the root, so no record has it
+    except ValueError:  # not below the root, so no record has it
         return clip
 
 

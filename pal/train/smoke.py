@@ -1,7 +1,7 @@
-"""`pal train RECIPE --smoke`: the recipe's own classes at toy size, every stage two steps, from random weights.
+"""`pal train RECIPE --smoke`: test run of a recipe with the same classes at toy size, from random weights.
 
-Checks in seconds what would otherwise fail late in a run of days: that the parts fit together, that trained weights
-change and frozen ones do not, that an interrupted run resumes, and that its saved model can be loaded and answers.
+Every stage runs two steps. The checks find in seconds what would fail late in a run of days: parts that do not fit, or
+trained weights that do not change, frozen weights that do, a run that cannot be resumed, a model that cannot be loaded.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from pal.train.recipe import PARTS, BatchSize, CheckpointConfig, Recipe, Source,
 from pal.train.trainer import run
 
 STEPS = 2
-"""Steps of each stage: weights initialised to zero pass a gradient from the second step on."""
+"""Steps of each stage: weights behind others that are initialised to zero get a gradient from the second step on."""
 SCENES = 6
-"""Scenes of each data source."""
+"""Number of synthetic scenes of each data source."""
 SECONDS = 2.0
-"""Length of a scene."""
+"""Length of a scene in seconds."""
 QUESTION = "What do you hear?"
 
 
@@ -44,18 +44,18 @@ class SmokeCheck:
 
     name: str
     found: str
-    """Finding in a few words."""
+    """Observation in a few words."""
 
 
 def smoke(recipe: Recipe, out: Path) -> Iterator[SmokeCheck]:
-    """Run the toy version of a recipe in the folder `out`; yields each check as soon as it has passed.
+    """Run the toy version of a recipe in the folder `out`; yields each check when it has passed.
 
     Raises:
-        SmokeError: the first check that failed.
-        ConfigError: the recipe cannot be made small, or `out` is not empty.
+        SmokeError: a check failed.
+        ConfigError: the recipe has no toy version.
     """
     if out.exists() and any(out.iterdir()):
-        raise SmokeError(f"{out} is not empty; give another --out, or none")
+        raise SmokeError(f"{out} is not empty; give another --out, or leave --out out")
     with _failing("the toy recipe"):
         small = toy_recipe(recipe)
     whole = out / "whole"
@@ -66,22 +66,24 @@ def smoke(recipe: Recipe, out: Path) -> Iterator[SmokeCheck]:
     yield from weight_checks.checks
     with _failing("reading the bundle back"):
         again = PalModel.from_pretrained(whole / "model").to(model.device)
-    _same(model.digest, again.digest, "the model's digest changes when it is saved and read back")
+    _same(model.digest, again.digest, "the model's digest changes on saving and loading")
     yield SmokeCheck("saved and read back", f"digest {again.digest[:12]}")
     with _failing("asking"):
         clip = next((whole / "data").glob("*/audio/*.wav"))
         before, after = (one.ask(str(clip), QUESTION, max_new_tokens=8) for one in (model, again))
-    _same(before, after, "the model that was read back answers another thing")
-    yield SmokeCheck("asked", f"the same answer before and after, {len(after)} characters")
+    _same(before, after, "the loaded model gives another answer")
+    yield SmokeCheck("asked", f"the same answer before saving and after loading, {len(after)} characters")
     with _failing("resuming"):
         step = _cut(whole, out / "resumed")
         resumed = run(small, out / "resumed", resume=True)
-    gone_on = resumed.state_dict()
+    resumed_weights = resumed.state_dict()
     for name, tensor in model.state_dict().items():
-        if not _equal(tensor, gone_on[name]):
-            raise SmokeError(f"cut after step {step} and resumed, '{name}' is not what it is in one go")
-    how = "bit for bit" if model.device.type == "cpu" else "to rounding"
-    yield SmokeCheck("resumed", f"cut after step {step} of {STEPS * len(small.stages)}, the same weights {how}")
+        if not _equal(tensor, resumed_weights[name]):
+            raise SmokeError(f"'{name}' differs between an uninterrupted run and one resumed after step {step}")
+    how = "bit for bit" if model.device.type == "cpu" else "to round-off"
+    yield SmokeCheck(
+        "resumed", f"after step {step} of {STEPS * len(small.stages)}; the same weights as uninterrupted, {how}"
+    )
 
 
 def toy_recipe(recipe: Recipe) -> Recipe:
@@ -212,7 +214,7 @@ def _frozen_parameters(model: PalModel) -> Iterator[tuple[str, Tensor]]:
 
 
 def _cut(whole: Path, folder: Path) -> int:
-    """Copy a finished run without its end, up to its last checkpoint but one; returns that checkpoint's step."""
+    """Copy a finished run up to its last checkpoint but one; returns the step of that checkpoint."""
     shutil.copytree(whole, folder)
     shutil.rmtree(folder / "model")
     (folder / "train.json").unlink()
@@ -222,7 +224,7 @@ def _cut(whole: Path, folder: Path) -> int:
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:
-    """Equality bit for bit on a CPU, and to rounding on a GPU, whose order of summation varies."""
+    """True if tensors are equal: bit for bit on a CPU, to round-off on a GPU, whose order of summation varies."""
     if a.device.type == "cpu" or not a.is_floating_point():
         return torch.equal(a, b)
     return torch.allclose(a.float(), b.float(), rtol=1e-2, atol=1e-4)

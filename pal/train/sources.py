@@ -1,4 +1,4 @@
-"""Data of a run: opening, generating or preparing its sources, and the data set of each stage."""
+"""Data of a run: its sources, which are opened, generated or prepared, and the data set of each stage."""
 
 from __future__ import annotations
 
@@ -30,9 +30,10 @@ logger = logging.getLogger(__name__)
 
 
 def open_sources(recipe: Recipe, made: Path) -> dict[str, Manifest]:
-    """Manifests of a recipe by name, without optional ones whose files are missing.
+    """Name -> manifest of the recipe's sources, without optional ones whose files are missing.
 
     Args:
+        recipe: recipe of the run.
         made: folder for generated scenes and prepared manifests, which are written once.
 
     Raises:
@@ -45,18 +46,18 @@ def open_sources(recipe: Recipe, made: Path) -> dict[str, Manifest]:
             logger.info("data '%s' is left out: no '%s'", name, missing)
             continue
         if missing:
-            raise ConfigError(f"data '{name}': no '{missing}'; mend the path, or set 'optional: true'")
+            raise ConfigError(f"data '{name}': no '{missing}'; correct the path, or set 'optional: true'")
         if source.skip_clips is not None and not source.skip_clips.is_file():
-            raise ConfigError(f"data '{name}': no list '{source.skip_clips}'; mend 'skip_clips', or leave it out")
+            raise ConfigError(f"data '{name}': no list '{source.skip_clips}'; correct 'skip_clips', or remove it")
         manifests[name] = Manifest(_manifest_path(name, source, made), root=source.root)
     if not manifests:
-        raise ConfigError("every data source of the recipe is missing; nothing to train on")
+        raise ConfigError("all data sources of the recipe are missing; correct their paths")
     _check_cuts(recipe, manifests)
     return manifests
 
 
 def _check_cuts(recipe: Recipe, manifests: dict[str, Manifest]) -> None:
-    """Raise ConfigError if an augmentation may cut out the sound of a label without times."""
+    """Raise ConfigError if an augmentation may cut off the sound of a label without times."""
     for stage in recipe.stages:
         for name, source in recipe.stage_sources(stage).items():
             if source.augment is None or name not in manifests or stage.objective == "text":
@@ -71,7 +72,7 @@ def _check_cuts(recipe: Recipe, manifests: dict[str, Manifest]) -> None:
 
 
 def _untimed(record: Record, tags_alone: bool) -> str | None:
-    """Words for a label of the record without times; None if all have times."""
+    """Description of a label without times, for a message; None if all labels have times."""
     if not record.clips:
         return None
     if not tags_alone:
@@ -87,7 +88,7 @@ def _short(text: str) -> str:
 
 
 def _taken(record: Record, source: Source) -> bool:
-    """Whether `tasks` and `datasets` select the record."""
+    """True if `tasks` and `datasets` select the record."""
     return (source.tasks is None or record.task in source.tasks) and (
         source.datasets is None or record.dataset in source.datasets
     )
@@ -120,8 +121,9 @@ class StageData:
     """Data set of one stage: the micro-batches of each step.
 
     Args:
-        manifests: of the whole recipe; missing optional sources are skipped.
-        index: of the stage in the recipe.
+        recipe: recipe of the run.
+        index: index of the stage.
+        manifests: manifests of all sources of the recipe, without missing optional ones.
     """
 
     def __init__(self, recipe: Recipe, index: int, manifests: dict[str, Manifest]) -> None:
@@ -138,18 +140,18 @@ class StageData:
             skipped = rows_to_skip(name, source, manifests[name])
             groups = _groups(manifests[name], source, batch.grouped, skipped)
             if not groups:
-                raise ConfigError(f"data '{name}': no record is left by 'tasks', 'datasets' and 'skip_clips'")
+                raise ConfigError(f"data '{name}': 'tasks', 'datasets' and 'skip_clips' leave no record; change them")
             seconds = None
             if batch.by_length:
                 seconds = _GroupSeconds(name, manifests[name], groups, source.read_to_end)
             pools.append(Pool(groups, source.weight, source.repeat, seconds))
         if not pools:
-            raise ConfigError(f"stage '{self.stage.name}': every data source of it is missing")
+            raise ConfigError(f"stage '{self.stage.name}': all its data sources are missing; correct their paths")
         self.pools = pools
         self.sampler = Sampler(pools, batch, recipe.seed, index)
         self.steps = self.stage.steps or self.sampler.steps(self.stage.epochs or 0)
         self._collators: list[Collator] = []
-        self._prepare: Callable[[MicroBatch], MicroBatch] = lambda work: work
+        self._prepare: Callable[[MicroBatch], MicroBatch] = lambda micro_batch: micro_batch
 
     def records(self) -> Iterator[Record]:
         """All records of the stage."""
@@ -159,9 +161,12 @@ class StageData:
                     yield manifest[row]
 
     def start(self, model: PalModel, objective: Objective, waveforms: WaveformCache) -> None:
-        """Set up loading: the model's tokenizer and rate, each source's augmentation, the feature cache.
+        """Set up loading for a model and an objective, whose `prepare` runs in the loader threads.
 
-        The objective's `prepare` runs in the loading threads, not in the training thread.
+        Args:
+            model: sets tokenizer, sampling rate and encoders of the feature cache.
+            objective: objective of the stage.
+            waveforms: cache of decoded clips.
         """
         self._prepare = objective.prepare
         encode_clip = None
@@ -183,8 +188,8 @@ class StageData:
             collator.cache = waveforms
             self._collators.append(collator)
 
-    def work(self, step: int, part: int, parts: int) -> list[MicroBatch]:
-        """Micro-batches of process `part` of `parts` at a step, one for each accumulation."""
+    def micro_batches(self, step: int, part: int, parts: int) -> list[MicroBatch]:
+        """Micro-batches of process `part` of `parts` at a step, one for each accumulation step."""
         groups, mine = share(self.sampler[step], part, parts)
         done = []
         for i in range(self.stage.batch.accumulate):
@@ -212,7 +217,7 @@ class StageData:
 def in_turns(records: Sequence[Record], turns: int) -> list[Record]:
     """Conversations of up to `turns` consecutive records about the same clips.
 
-    A later question then sees the answers before it, as in a real conversation.
+    Later questions then follow earlier answers, as in a real conversation.
     """
     out: list[Record] = []
     joined = 0
@@ -227,7 +232,7 @@ def in_turns(records: Sequence[Record], turns: int) -> list[Record]:
 
 
 class _GroupSeconds:
-    """Length of a group's audio in seconds: total of its first record's clips."""
+    """Length of a group's audio in seconds: the clips of its first record."""
 
     def __init__(self, name: str, manifest: Manifest, groups: Sequence[Sequence[int]], read_to_end: bool) -> None:
         self.name, self.manifest, self.groups, self.read_to_end = name, manifest, groups, read_to_end
@@ -238,7 +243,7 @@ class _GroupSeconds:
 
 
 def _groups(manifest: Manifest, source: Source, grouped: bool, skipped: frozenset[int]) -> Sequence[Sequence[int]]:
-    """Selected records of a manifest, grouped by clip or individually."""
+    """Indices of the selected records of a manifest, grouped by clip or individually."""
     if not grouped and source.tasks is None and source.datasets is None and not skipped:
         return _Singles(len(manifest))
     groups: dict[object, list[int]] = {}
@@ -255,7 +260,7 @@ def _seconds(path: str, read_to_end: bool) -> float:
 
 
 class _Singles(Sequence[Sequence[int]]):
-    """Groups of one record each, without a list of millions of lists."""
+    """Groups of one record each, without storing millions of lists."""
 
     def __init__(self, size: int) -> None:
         self.size = size
@@ -301,7 +306,7 @@ def trained_tokens(batch: Batch) -> int:
 
 
 class PrefetchLoader:
-    """Data loader with prefetching threads; micro-batches come in the order of the steps."""
+    """Data loader with prefetching threads; yields the micro-batches of each step, in order."""
 
     def __init__(self, data: StageData, first: int, part: int, parts: int, workers: int, prefetch: int) -> None:
         self._data = data
@@ -315,7 +320,7 @@ class PrefetchLoader:
         try:
             if self._pool is None:
                 for step in self._steps:
-                    yield self._data.work(step, *self._place)
+                    yield self._data.micro_batches(step, *self._place)
                 return
             while self._fill(self._pool):
                 yield self._ahead.popleft().result()
@@ -329,7 +334,7 @@ class PrefetchLoader:
 
     def _fill(self, pool: ThreadPoolExecutor) -> bool:
         for step in self._steps:
-            self._ahead.append(pool.submit(self._data.work, step, *self._place))
+            self._ahead.append(pool.submit(self._data.micro_batches, step, *self._place))
             if len(self._ahead) >= self._prefetch:
                 break
         return bool(self._ahead)

@@ -17,7 +17,7 @@ def freeze(model: PalModel, train: Trained) -> dict[str, dict[str, nn.Parameter]
         part -> name in the model -> trained parameter.
 
     Raises:
-        ConfigError: a part in `train` has no weights.
+        ConfigError: a part in `train` has no weights, or there is no such encoder.
     """
     if train.llm == "lora" and model.llm.lora is None:
         model.llm.add_lora(train.lora)
@@ -26,7 +26,7 @@ def freeze(model: PalModel, train: Trained) -> dict[str, dict[str, nn.Parameter]
     if isinstance(train.encoder, list) and train.encoder:
         encoders = list(model.ears.encoders)
         if not all(0 <= i < len(encoders) for i in train.encoder):
-            raise ConfigError(f"train.encoder: {train.encoder}: the model has {len(encoders)}, counted from 0")
+            raise ConfigError(f"train.encoder: {train.encoder}: the model has encoders 0 to {len(encoders) - 1}")
         chosen["encoder"] = [p for i in train.encoder for p in encoders[i].parameters()]
     model.requires_grad_(False)
     if train.llm != "none":
@@ -39,7 +39,7 @@ def freeze(model: PalModel, train: Trained) -> dict[str, dict[str, nn.Parameter]
             trained[part_of[id(parameter)]][name] = parameter
     for part, parameters in trained.items():
         if not parameters:
-            raise ConfigError(f"'{part}' has no weights to train in this model; leave it out of the stage's 'train'")
+            raise ConfigError(f"'{part}' has no weights in this model; remove it from the stage's 'train'")
     return trained
 
 
@@ -47,33 +47,33 @@ def set_modes(model: PalModel, stage: Stage) -> None:
     """Set training mode for trained parts and evaluation mode for the rest."""
     model.train()
     if stage.gradient_checkpointing:
-        # transformers checkpoints layers in training mode only, and a frozen LLM holds activations, too.
+        # transformers checkpoints layers only in training mode, and a frozen LLM saves activations, too
         model.llm.train()
 
 
 def compiles(stage: Stage, device: torch.device) -> bool:
-    """Whether a stage compiles the LLM's layers: with `auto` on CUDA, and never in a stage without the LLM."""
+    """True if a stage compiles the LLM's layers: with `auto` on CUDA; never in a stage without the LLM."""
     wanted = device.type == "cuda" if stage.compile == "auto" else stage.compile
     return wanted and not stage.by_clip
 
 
 def captures(stage: Stage, device: torch.device, processes: int) -> bool:
-    """Whether a stage replays its steps as CUDA graphs: with `auto` on CUDA in one process.
+    """True if a stage replays its steps as CUDA graphs: with `auto` on CUDA with one process.
 
     Raises:
-        ConfigError: the stage has `cuda_graphs: true` where they are not possible.
+        ConfigError: the stage has `cuda_graphs: true`, but graphs are not possible.
     """
     possible = device.type == "cuda" and processes == 1 and not stage.by_clip
     if stage.cuda_graphs is True and not possible:
         raise ConfigError(
             f"stage '{stage.name}': cuda_graphs: true needs CUDA, one process and an objective with the LLM; "
-            "leave the key out to use graphs only where possible"
+            "remove the key to use graphs only if possible"
         )
     return possible and stage.cuda_graphs is not False
 
 
 def lasting_name(name: str) -> str:
-    """A weight's name in checkpoints: the one before adapters were put around its layer."""
+    """Name of a weight in checkpoints: its name without adapters around its layer."""
     return name.replace(".base_layer.", ".")
 
 

@@ -1,8 +1,8 @@
 """Optimizer steps without host synchronisation.
 
-A step's results (loss, gradient norm, hits) stay on the device until `meter` reads them; its control flow depends only
-on numbers known on the host, such as the count of trained tokens. So the host can launch a step while the device still
-computes the one before.
+The results of a step (loss, gradient norm, hits) stay on the device until `meter` reads them, and control flow depends
+only on numbers known on the host, such as the count of trained tokens. So the host can launch a step while the device
+still computes the previous one.
 """
 
 from __future__ import annotations
@@ -27,23 +27,23 @@ class StepResult(NamedTuple):
     items: int
     """Number of summands of the loss: trained tokens, answers or clips."""
     flags: list[bool]
-    """For each flag, whether any process has set it."""
+    """For each flag, True if any process has set it."""
 
 
 class Update:
     """Optimizer step of a stage: `update(micro_batches)` changes the weights once.
 
-    A step with a NaN or infinite loss or gradient changes nothing: neither weights, nor the optimizer's state, nor
-    batch statistics of trained modules. Steps after it change nothing either, so the state found when the fault is
-    read is the state before it. The decision is made on the device.
+    A step with a NaN or infinite loss or gradient changes nothing: no weights, no optimizer state, no batch statistics.
+    Steps after it change nothing either, so when the fault is read on the host, the state is that before the faulty
+    step. The decision is made on the device.
 
     Args:
-        objective: as prepared by the accelerator.
-        optimizer: fused, over the parameters of `masters`, with gradients of zero or none.
+        objective: objective, prepared by the accelerator.
+        optimizer: fused optimizer over the parameters of `masters`, without gradients yet.
         masters: trained weights with their float32 master weights.
         stage: sets gradient clipping and precision.
         accelerator: `accelerate.Accelerator` or an object with its methods.
-        host_reduce: sums over the processes.
+        host_reduce: sums host numbers over the processes.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class Update:
             for buffer in layer.buffers(recurse=False)
         ]
         self.failed = torch.zeros((), device=accelerator.device)
-        """1 after a step that was not finite. torch's fused optimizers take it as `found_inf` and skip the update."""
+        """1 after a non-finite step. torch's fused optimizers read it as `found_inf` and then skip the update."""
 
     def __call__(self, micro_batches: list[MicroBatch], *flags: bool) -> StepResult:
         """Run one step; `flags` are combined over all processes."""
@@ -94,21 +94,21 @@ class Update:
             hits = hits + outcome.hits[0] * micro_batch.counts
             tries = tries + outcome.hits[1] * micro_batch.counts
         counted, *raised = self.host_reduce.sum(items, *flags)
-        told_3 = torch.stack([_number(x, sums.device) for x in (sums, hits, tries)])
-        told_3 = accelerator.reduce(told_3, reduction="sum")
-        # DDP gave the mean over processes of the gradients of their sums: scale to the mean over all items.
+        totals_3 = torch.stack([_number(x, sums.device) for x in (sums, hits, tries)])
+        totals_3 = accelerator.reduce(totals_3, reduction="sum")
+        # DDP averages the gradients of the sums over processes: scale to the mean over all items
         scale = accelerator.num_processes / max(1.0, counted)
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         for dtype in {gradient.dtype for gradient in gradients}:  # one kernel for each dtype
             torch._foreach_mul_([gradient for gradient in gradients if gradient.dtype == dtype], scale)
         norm = nn.utils.clip_grad_norm_(self.parameters, self.stage.clip_grad or float("inf")).to(sums.device)
-        self._apply(told_3[0], norm, before)
-        numbers_4 = torch.stack((told_3[0], norm.to(told_3.dtype), told_3[1], told_3[2]))
+        self._apply(totals_3[0], norm, before)
+        numbers_4 = torch.stack((totals_3[0], norm.to(totals_3.dtype), totals_3[1], totals_3[2]))
         return StepResult(numbers_4, int(counted), [flag > 0 for flag in raised])
 
     @torch.no_grad()
     def _apply(self, loss: Tensor, norm: Tensor, before: list[Tensor]) -> None:
-        """Update the weights unless this step or an earlier one was not finite."""
+        """Update the weights, unless this step or an earlier one was non-finite."""
         finite = loss.isfinite() & norm.isfinite()
         self.failed = torch.maximum(self.failed, (~finite).to(self.failed.dtype))
         for buffer, old in zip(self.statistics, before, strict=True):
@@ -120,7 +120,7 @@ class Update:
 
 
 def _number(x: Tensor | float, device: torch.device) -> Tensor:
-    """Scalar tensor on the device, float64 if the device supports it; host numbers need no copy, only a fill kernel."""
+    """Scalar tensor on the device, float64 if supported; a host number is written by a fill kernel, without a copy."""
     dtype = torch.float32 if device.type == "mps" else torch.float64
     return x.to(device, dtype) if isinstance(x, Tensor) else torch.full((), x, dtype=dtype, device=device)
 

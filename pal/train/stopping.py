@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM end a run after the step that is under way."""
+"""Signal handling: SIGINT and SIGTERM stop a run after the current step."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from types import FrameType
 
 @contextmanager
 def stop_signals(stop: Callable[[], None]) -> Iterator[None]:
-    """Call `stop` at SIGINT or SIGTERM within the block; a SIGINT after either raises KeyboardInterrupt.
+    """Call `stop` on SIGINT or SIGTERM within the block; a later SIGINT raises KeyboardInterrupt.
 
-    Only the main thread receives signals; in another one nothing is changed.
+    Only the main thread can handle signals; in other threads this does nothing.
     """
     if threading.current_thread() is not threading.main_thread():
         yield

@@ -1,4 +1,4 @@
-"""`Trainer`: the training loop over stages and steps; a resumed run gives the same weights."""
+"""`Trainer`: training loop over stages and steps, with exact resume."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from pal.train.stopping import stop_signals
 logger = logging.getLogger(__name__)
 
 _CACHE_BYTES = 2 << 30
-"""Decoded audio to keep in memory, over all sources and stages."""
+"""Maximum size of decoded audio in memory, over all sources and stages."""
 
 
 class TrainingError(PalError):
@@ -71,16 +71,16 @@ class Trainer:
     `model` and `state`, stop iterating, or request a checkpoint and exit with `stop`; `finish` writes the result.
 
     Args:
-        recipe: to run.
+        recipe: recipe to run.
         out: folder of the run.
         resume: continue from the newest checkpoint; start from the beginning if there is none.
         overwrite: delete another run in `out`.
-        on_stage: called with the model before the first stage that is run and after each stage.
-        read_every: most steps between two reads of losses from the device; they are also read before every log line
-            and checkpoint. Default: 1 on CPU, `log_every` elsewhere.
+        on_stage: called with the model before the first stage of this call and after each stage.
+        read_every: maximum number of steps between two reads of losses from the device; they are also read before
+            every log line and checkpoint. Default: 1 on CPU, else `log_every`.
 
     Raises:
-        ConfigError: the recipe cannot be carried out, or `out` holds another run.
+        ConfigError: the recipe is unusable, or `out` holds another run.
     """
 
     def __init__(
@@ -107,17 +107,17 @@ class Trainer:
         self.trained: set[str] = set()
         """Checkpoint names of the weights trained so far, over all stages."""
         self.stop_requested = False
-        """`stop` was called in this process."""
+        """True after `stop` was called in this process."""
         self.stop_agreed = False
-        """Any process requested a stop, so that all stop after the same step."""
+        """True if any process requested a stop, so that all stop after the same step."""
         self.checkpoint_due = False
-        """Any process's clock says that a checkpoint is due, so that all write it."""
+        """True if a checkpoint is due by the clock of any process, so that all take part in it."""
         self.peak: float | None = None
         """Measured FLOP/s of the device; None without CUDA."""
         self.saved_at = time.monotonic()
         self.waveforms = WaveformCache(_CACHE_BYTES)
         self.finished = resume and run_folder.is_finished(out)
-        """The resumed run was finished already."""
+        """True if the resumed run was already finished."""
         if self.finished:
             logger.info("%s is finished; nothing to do", out)
             self.model = PalModel.from_pretrained(out / "model")
@@ -145,9 +145,9 @@ class Trainer:
         During the iteration SIGINT and SIGTERM call `stop`.
 
         Raises:
-            ConfigError: the newest checkpoint does not fit, or a stage cannot be carried out.
-            TrainingError: the loss or gradient of a step is not finite. Raised when the step is read; the state
-                before that step is saved.
+            ConfigError: the newest checkpoint does not fit, or a stage is unusable.
+            TrainingError: the loss or gradient of a step is not finite. It is raised when the step is read, after the
+                state before that step was saved.
             SystemExit: with status 130, after `stop`.
         """
         if self.finished:
@@ -156,8 +156,8 @@ class Trainer:
         if found is not None:
             self._check_data(found)
             self.state = found.state
-            logger.info("going on after step %d (%s)", self.state.step, found.path)
-        # Completed stages are set up again, since they may have added adapters to the model and names to `trained`.
+            logger.info("resuming after step %d (%s)", self.state.step, found.path)
+        # set up completed stages again, since they may have added adapters to the model and names to `trained`
         for stage in self.recipe.stages[: self.state.stage]:
             self._set_up(stage)
         self.model.to(self.accelerator.device)
@@ -223,7 +223,7 @@ class Trainer:
         compiled = stages.compiles(stage, accelerator.device)
         if compiled:
             logger.info(
-                "stage '%s': its first step compiles the LLM's layers (compile: false leaves it out)", stage.name
+                "stage '%s': its first step compiles the LLM's layers (compile: false turns it off)", stage.name
             )
             self.model.llm.compile()
         captured = stages.captures(stage, accelerator.device, accelerator.num_processes)
@@ -244,7 +244,7 @@ class Trainer:
         workers = keep.workers
         if workers is None:
             workers = 0 if accelerator.device.type == "cpu" else 2
-        feed = PrefetchLoader(data, state.stage_step, *place, workers, keep.prefetch)
+        loader = PrefetchLoader(data, state.stage_step, *place, workers, keep.prefetch)
         bar = tqdm(
             total=data.steps,
             initial=state.stage_step,
@@ -257,8 +257,8 @@ class Trainer:
         operations = self._operations(stage)
         meter = Meter(objective.unit, total, None if operations is None else self.peak)
         ready = time.monotonic()
-        with bar, closing(feed):
-            for micro_batches in feed:
+        with bar, closing(loader):
+            for micro_batches in loader:
                 loaded = time.monotonic()
                 rates = optim.set_lr(
                     optimizer, optim.lr_factor(state.stage_step, data.steps, stage.warmup, stage.schedule)
@@ -297,7 +297,7 @@ class Trainer:
                 ready = time.monotonic()
         total["median_step_seconds"] = meter.median()
         self.model.llm.checkpoint_gradients(False)
-        if compiled:  # the next stage may not compile, and the returned model is not compiled
+        if compiled:  # the next stage may not compile, and the trained model is returned uncompiled
             self.model.llm.uncompile()
         self.model.llm.capture(False)
         accelerator.free_memory()
@@ -332,7 +332,7 @@ class Trainer:
         names: dict[int, str],
         masters: MasterWeights | None,
     ) -> Path:
-        """Write a checkpoint; without an objective, one between two stages."""
+        """Write a checkpoint; without an objective, a checkpoint between two stages."""
         path = self.out / "checkpoints"
         if self.accelerator.is_main_process:
             tensors = stages.trained_weights(self.model, self.trained)
@@ -349,17 +349,19 @@ class Trainer:
     def _check_data(self, found: Checkpoint) -> None:
         for name, digest in found.state.data.items():
             if self.state.data.get(name) != digest:
-                raise ConfigError(f"data '{name}' is not what the run was begun with; put it back, or start anew")
+                raise ConfigError(f"data '{name}' changed since the run was started; restore it, or start a new run")
         new = sorted(set(self.state.data) - set(found.state.data))
         if new:
-            raise ConfigError(f"data '{new[0]}' was missing when the run was begun; take it away, or start anew")
+            raise ConfigError(f"data '{new[0]}' was missing when the run was started; remove it, or start a new run")
 
     def _seconds(self) -> float:
         return round(sum(total["seconds"] for total in self.state.totals), 3)
 
     def _leave(self, path: Path) -> None:
         if self.accelerator.is_main_process:
-            tqdm.write(f"stopped after step {self.state.step}, saved in {path}; go on with --resume", file=sys.stderr)
+            tqdm.write(
+                f"stopped after step {self.state.step}, saved in {path}; continue with --resume", file=sys.stderr
+            )
         raise SystemExit(130)
 
 
@@ -370,8 +372,8 @@ def _masters(parameters: dict[str, dict[str, nn.Parameter]], stage: Stage) -> Ma
     masters = MasterWeights(parameters, stage.master_weights)
     if stage.master_weights and not masters.copies:
         raise ConfigError(
-            f"stage '{stage.name}': 'master_weights' keeps copies of weights in bfloat16, and it trains none; set the "
-            "model's 'llm.dtype' to bfloat16, or leave it out"
+            f"stage '{stage.name}': 'master_weights' needs trained weights in bfloat16, but there are none; set the "
+            "model's 'llm.dtype' to bfloat16, or remove the key"
         )
     return masters
 
@@ -381,7 +383,7 @@ def _where(stage: Stage, state: State, fault: NonFiniteStep, saved: Path) -> str
     named = ", ".join(records) + (f" and {more} more" if more else "")
     return (
         f"stage '{stage.name}', step {state.stage_step}: {fault.what} is not finite; records: {named}. The state "
-        f"before it is in {saved}; look at these records with `pal data check`, or lower the learning rate"
+        f"before it is in {saved}; check these records by `pal data check`, or lower the learning rate"
     )
 
 
@@ -391,5 +393,5 @@ def _fill(model: PalModel, objective: Objective, found: Checkpoint) -> None:
     with torch.no_grad():
         for name, tensor in found.weights.items():
             if name not in own or own[name].shape != tensor.shape:
-                raise ConfigError(f"{found.path}: its '{name}' does not fit the model of the recipe; start anew")
+                raise ConfigError(f"{found.path}: its '{name}' does not fit the model of the recipe; start a new run")
             own[name].copy_(tensor)

@@ -23,17 +23,17 @@ from pal.types import AudioFeatures, Batch
 class TranscriptRoute(Route):
     """Rows of summed label embeddings, one for each time step: the output of an ideal encoder.
 
-    Rows have the positions of audio tokens, one row for several tokens, so that the LLM learns the
-    distances of real audio. Has no weights and takes no audio.
+    Rows have the positions of audio tokens, one row for several tokens, so that the LLM learns the position distances
+    of real audio. The route has no weights and uses no audio.
     """
 
     class Config(StrictConfig):
         """Options of the objective `transcript`."""
 
         per: Per = "token"
-        """As in `answers`."""
+        """See `AnswerLoss.Config.per`."""
         seconds_per_row: float = Field(default=0.2, gt=0)
-        """Time between two rows."""
+        """Time between two rows, in seconds."""
 
     def __init__(self, config: Config, model: PalModel, labels: Iterable[str]) -> None:
         super().__init__()
@@ -53,7 +53,7 @@ class TranscriptRoute(Route):
         """Tags of a batch, [U, S, J]: 1 where a label is active; a label without times is active throughout.
 
         Raises:
-            ConfigError: a clip has no tags, so that the LLM could only learn to guess.
+            ConfigError: a clip has no tags.
         """
         known_tags = batch.tags or [None] * len(batch.waveforms)
         if any(spans is None for spans in known_tags):

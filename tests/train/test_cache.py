@@ -134,8 +134,8 @@ def test_a_damaged_entry_stops_the_run(data: dict[str, Any], tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("fields", "fault"),
     [
-        ({"train": {"encoder": True}}, "'cache' keeps features of frozen encoders, and the stage trains one"),
-        ({"train": {"encoder": [0], "llm": "full"}}, "'cache' keeps features of frozen encoders"),
+        ({"train": {"encoder": True}}, "'cache' needs frozen encoders, but the stage trains an encoder"),
+        ({"train": {"encoder": [0], "llm": "full"}}, "'cache' needs frozen encoders"),
         ({"objective": "text", "train": {"llm": "full"}}, "objective 'text' uses no frozen encoder"),
         ({"objective": "transcript", "train": {"llm": "full"}}, "objective 'transcript' uses no frozen encoder"),
     ],
@@ -151,7 +151,7 @@ def test_stages_that_cannot_use_one(tmp_path: Path, fields: dict[str, Any], faul
 def test_augmented_sources_cannot_be_kept(tmp_path: Path) -> None:
     stage = {"train": TRAIN, "lr": 1e-2, "steps": 2, "batch": {"rows": 2}, "cache": "features"}
     data = {"plain": {"manifest": "m.jsonl"}, "changed": {"manifest": "m.jsonl", "augment": {"speed": [0.9, 1.1]}}}
-    with pytest.raises(ConfigError, match=r"stages\.0: .* source 'changed' augments them; leave out one of the two"):
+    with pytest.raises(ConfigError, match=r"stages\.0: .* source 'changed' has 'augment'; remove one of them"):
         load_recipe(recipe_of(tmp_path, data=data, stages=[stage]))
     load_recipe(recipe_of(tmp_path, data=data, stages=[stage | {"data": ["plain"]}]))
 
@@ -159,7 +159,7 @@ def test_augmented_sources_cannot_be_kept(tmp_path: Path) -> None:
 def test_text_alone_has_no_lengths(tmp_path: Path) -> None:
     batch = {"rows": 2, "bucket": 5}
     stage = {"objective": "text", "train": {"llm": "full"}, "lr": 1e-2, "steps": 2, "batch": batch}
-    with pytest.raises(ConfigError, match="objective 'text' has no audio to sort by length; leave 'bucket' out"):
+    with pytest.raises(ConfigError, match="objective 'text' has no audio to sort by length; remove 'bucket'"):
         load_recipe(recipe_of(tmp_path, data={"plain": {"manifest": "m.jsonl"}}, stages=[stage]))
 
 

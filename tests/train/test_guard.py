@@ -38,10 +38,10 @@ class Normed(nn.Module):
         self.norm = nn.BatchNorm1d(3)
         self.linear = nn.Linear(3, 1)
 
-    def forward(self, work: Any) -> LossOutput:
-        x_B3 = work.x_B3
+    def forward(self, micro_batch: Any) -> LossOutput:
+        x_B3 = micro_batch.x_B3
         loss = self.linear(self.norm(x_B3)).square().sum()
-        return LossOutput(steepened(loss) if work.steep else loss, len(x_B3))
+        return LossOutput(steepened(loss) if micro_batch.steep else loss, len(x_B3))
 
 
 def steepened(loss: Tensor) -> Tensor:
@@ -74,7 +74,7 @@ def test_a_step_that_is_not_finite_changes_nothing_and_none_after_it_does(bad: A
     network, update = made()
     update([piece(0)])
     before = state(network, update)
-    found = [update([work]).numbers_4[:2].isfinite().all().item() for work in (bad, piece(2), piece(3))]
+    found = [update([micro_batch]).numbers_4[:2].isfinite().all().item() for micro_batch in (bad, piece(2), piece(3))]
     assert found[0] is False and found[2] is True
     after = state(network, update)
     assert after.keys() == before.keys() and "linear.weight/exp_avg" in after and "norm.running_mean" in after
@@ -139,7 +139,7 @@ def test_the_step_is_named_and_the_state_before_it_kept_whenever_it_is_read(
     update = Update.__call__
 
     def noted(self: Update, micro_batches: Any, *flags: bool) -> StepResult:
-        drawn.append([record for work in micro_batches for record in work.batch.records])
+        drawn.append([record for micro_batch in micro_batches for record in micro_batch.batch.records])
         return update(self, micro_batches, *flags)
 
     with monkeypatch.context() as patch:

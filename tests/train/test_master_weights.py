@@ -39,8 +39,10 @@ class Linear(nn.Module):
         # what bfloat16 can hold, so that both start from the same numbers
         self.weight = nn.Parameter(torch.randn(4, 3).bfloat16().to(dtype))
 
-    def forward(self, work: Any) -> LossOutput:
-        return LossOutput((work.x_B3.to(self.weight) @ self.weight.T).float().square().sum(), len(work.x_B3))
+    def forward(self, micro_batch: Any) -> LossOutput:
+        return LossOutput(
+            (micro_batch.x_B3.to(self.weight) @ self.weight.T).float().square().sum(), len(micro_batch.x_B3)
+        )
 
 
 class Piece:

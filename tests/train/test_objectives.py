@@ -61,7 +61,7 @@ def tags(**options: Any) -> TagLoss:
     return objective
 
 
-def work() -> MicroBatch:
+def a_micro_batch() -> MicroBatch:
     torch.manual_seed(1)
     waveforms = [torch.randn(n) / 10 for n in (100, 60, 40, 80)]
     spans = [
@@ -77,10 +77,12 @@ def bce(p: float, y: float) -> float:
     return -math.log(p) if y else -math.log(1 - p)
 
 
-def reference(objective: TagLoss, work: MicroBatch, frame_weight: float) -> float:
+def reference(objective: TagLoss, micro_batch: MicroBatch, frame_weight: float) -> float:
     names = ["bell", "cat", "dog"]
     total = 0.0
-    for x_N, spans, dataset in zip(work.batch.waveforms, work.batch.tags or [], work.datasets, strict=True):
+    for x_N, spans, dataset in zip(
+        micro_batch.batch.waveforms, micro_batch.batch.tags or [], micro_batch.datasets, strict=True
+    ):
         if spans is None:
             continue
         features = objective.model.ears.encoder(0).encode([x_N])
@@ -98,10 +100,12 @@ def reference(objective: TagLoss, work: MicroBatch, frame_weight: float) -> floa
     return total
 
 
-def right(objective: TagLoss, work: MicroBatch) -> tuple[int, int]:
+def right(objective: TagLoss, micro_batch: MicroBatch) -> tuple[int, int]:
     names = ["bell", "cat", "dog"]
     hits = 0
-    for x_N, spans, dataset in zip(work.batch.waveforms, work.batch.tags or [], work.datasets, strict=True):
+    for x_N, spans, dataset in zip(
+        micro_batch.batch.waveforms, micro_batch.batch.tags or [], micro_batch.datasets, strict=True
+    ):
         if spans is not None:
             p_AJ = objective.linear(objective.model.ears.encoder(0).encode([x_N]).x_BAE[0]).sigmoid()
             pooled = {label: _pool(p_AJ[:, names.index(label)].tolist()) for label in LABELS[dataset]}
@@ -116,15 +120,15 @@ def _pool(p_A: list[float]) -> float:
 @pytest.mark.parametrize("frame_weight", [0.0, 1.0, 0.5])
 def test_tags_against_loops(frame_weight: float) -> None:
     objective = tags(frame_weight=frame_weight)
-    loss, count, hits = objective(work())
-    assert hits == right(objective, work())
+    loss, count, hits = objective(a_micro_batch())
+    assert hits == right(objective, a_micro_batch())
     assert count == 4
-    assert loss.item() == pytest.approx(reference(objective, work(), frame_weight), rel=1e-5)
+    assert loss.item() == pytest.approx(reference(objective, a_micro_batch(), frame_weight), rel=1e-5)
 
 
 def test_tags_mixup_adds_sound_and_labels() -> None:
     objective = tags(mixup=1.0, mixup_db=0.0).train()
-    given = work()
+    given = a_micro_batch()
     waveforms, spans, known_BJ = objective.mix(given)
     again = objective.mix(given)
     assert all(torch.equal(x, y) for x, y in zip(waveforms, again[0], strict=True))
@@ -165,7 +169,7 @@ def loud(x_N: Tensor) -> float:
 def test_mixing_leaves_both_sounds_within_the_bound(quieter: float) -> None:
     """However unlike the clips' levels are, neither is more than `mixup_db` below the other."""
     objective = tags(mixup=1.0, mixup_db=6.0).train()
-    given = work()
+    given = a_micro_batch()
     given.batch.waveforms[0] *= quieter
     waveforms, _, _ = objective.mix(given)
     mixed = 0

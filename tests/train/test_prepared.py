@@ -81,8 +81,8 @@ def test_they_run_where_batches_are_loaded(
     threads = Threads(monkeypatch)
     objective, micro_batches = feed(model, manifests, workers=2, **STAGES[name])
     for parts in micro_batches:
-        for work in parts:
-            objective(work).sum.backward()
+        for micro_batch in parts:
+            objective(micro_batch).sum.backward()
     assert len(threads.names) == {"answers": 2 * 3, "tags": 3}.get(name, 0)  # once for an encoder and batch
     assert all(thread.startswith("pal-data") for thread in threads.names)
 
@@ -90,11 +90,11 @@ def test_they_run_where_batches_are_loaded(
 def test_the_loss_is_that_of_the_waveforms(model: PalModel, manifests: dict[str, Path]) -> None:
     objective, micro_batches = feed(model, manifests, workers=0, **STAGES["answers"])
     objective.eval()  # without dropout and hidden bands
-    for (work,) in micro_batches:
-        prepared = work.batch.prepared
-        assert prepared is not None and len(prepared) == len(work.batch.waveforms)
-        plain = replace(work, batch=replace(work.batch, prepared=None))
-        assert torch.equal(objective(work).sum, objective(plain).sum)
+    for (micro_batch,) in micro_batches:
+        prepared = micro_batch.batch.prepared
+        assert prepared is not None and len(prepared) == len(micro_batch.batch.waveforms)
+        plain = replace(micro_batch, batch=replace(micro_batch.batch, prepared=None))
+        assert torch.equal(objective(micro_batch).sum, objective(plain).sum)
         tiny, whisper = prepared.parts
         assert isinstance(tiny, Frames) and isinstance(whisper, Frames)
         assert len(tiny.blocks_WFM) == 1  # clips of all sources in one batch, as batch statistics want them
@@ -106,20 +106,20 @@ def test_clips_are_prepared_after_they_were_changed(model: PalModel, manifests: 
     made = recipe(Path(), [STAGES["answers"]], data=data)
     stages = StageData(made, 0, {"short": Manifest(manifests["short"])})
     stages.start(model, build_objective(model, made.stages[0], stages.records()), WaveformCache(1 << 24))
-    (work,) = stages.work(0, 0, 1)
-    assert work.batch.prepared is not None
-    tiny = work.batch.prepared.parts[0]
+    (micro_batch,) = stages.micro_batches(0, 0, 1)
+    assert micro_batch.batch.prepared is not None
+    tiny = micro_batch.batch.prepared.parts[0]
     assert isinstance(tiny, Frames)
-    assert torch.equal(tiny.blocks_WFM[0], model.ears.encoder(0).prepare(work.batch.waveforms).blocks_WFM[0])
+    assert torch.equal(tiny.blocks_WFM[0], model.ears.encoder(0).prepare(micro_batch.batch.waveforms).blocks_WFM[0])
 
 
 def test_mixed_clips_give_the_loss_they_gave_unprepared(model: PalModel, manifests: dict[str, Path]) -> None:
     objective, micro_batches = feed(model, manifests, workers=0, **STAGES["tags"])
     objective.eval()  # without dropout and hidden bands
-    for (work,) in micro_batches:
-        work = objective.prepare(work)  # eval() also leaves clips unmixed
-        assert work.mixed is not None and isinstance(work.mixed.clips, Frames)
-        assert torch.equal(objective(work).sum, objective(replace(work, mixed=None)).sum)
+    for (micro_batch,) in micro_batches:
+        micro_batch = objective.prepare(micro_batch)  # eval() also leaves clips unmixed
+        assert micro_batch.mixed is not None and isinstance(micro_batch.mixed.clips, Frames)
+        assert torch.equal(objective(micro_batch).sum, objective(replace(micro_batch, mixed=None)).sum)
 
 
 def test_known_features_are_padded_ahead(model: PalModel) -> None:

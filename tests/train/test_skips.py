@@ -54,7 +54,7 @@ def test_records_about_listed_clips_are_left_out(folder: Path, batch: dict[str, 
     with caplog.at_level(logging.INFO, "pal"):
         assert drawn(made, folder) == ["q0", "q2", "q5"]
     assert caplog.messages == [
-        f"data 'mine': 3 of 6 records are skipped, whose clips are in {folder / 'bad.txt'}",
+        f"data 'mine': 3 of 6 records are skipped, since their clips are listed in {folder / 'bad.txt'}",
     ]
 
 
@@ -91,11 +91,11 @@ def test_lengths_of_bad_clips_name_both_ways(folder: Path) -> None:
     [
         (
             "0.wav\n# these are bad\n",
-            r"line 2: the list holds paths, no comments, .*# these are bad'; take the line out",
+            r"line 2: the list cannot have comments, .*# these are bad'; remove the line",
         ),
-        ("0.wav\n\n2 wav\n", r"skip_clips: .*bad\.txt, line 3: no record has the clip '.*2 wav'; make the list anew"),
+        ("0.wav\n\n2 wav\n", r"skip_clips: .*bad\.txt, line 3: no record has the clip '.*2 wav'; write a new list"),
         ('"0.wav\n', r"data 'mine', skip_clips: .*bad\.txt, line 1: .* JSON string"),
-        ("0.wav\n1.wav\n2.wav\n3.wav\n", "no record is left by 'tasks', 'datasets' and 'skip_clips'"),
+        ("0.wav\n1.wav\n2.wav\n3.wav\n", "'tasks', 'datasets' and 'skip_clips' leave no record"),
     ],
 )
 def test_lists_that_do_not_fit(folder: Path, text: str, says: str) -> None:
@@ -106,7 +106,7 @@ def test_lists_that_do_not_fit(folder: Path, text: str, says: str) -> None:
 
 def test_a_list_that_is_missing_is_an_error_even_of_an_optional_source(folder: Path) -> None:
     made = recipe(folder, skip_clips=str(folder / "none.txt"), optional=True)
-    with pytest.raises(ConfigError, match=r"data 'mine': no list '.*none\.txt'; mend 'skip_clips'"):
+    with pytest.raises(ConfigError, match=r"data 'mine': no list '.*none\.txt'; correct 'skip_clips'"):
         open_sources(made, folder / "data")
 
 
@@ -127,7 +127,7 @@ def test_a_run_cannot_go_on_with_another_list(folder: Path) -> None:
     run(made, folder / "run")
     (folder / "run" / "train.json").unlink()
     (folder / "bad.txt").write_text("0.wav\n1.wav\n")
-    with pytest.raises(ConfigError, match="data 'mine' is not what the run was begun with"):
+    with pytest.raises(ConfigError, match="data 'mine' changed since the run was started"):
         run(made, folder / "run", resume=True)
 
 

@@ -26,14 +26,14 @@ from tests.train.tiny import recipe
 
 
 class Line(nn.Module):
-    """Loss of a piece of work: the sum of its numbers times the one weight."""
+    """Loss of a micro-batch: the sum of its numbers times the one weight."""
 
     def __init__(self) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.tensor([10.0]))
 
-    def forward(self, work: Any) -> LossOutput:
-        return LossOutput(self.weight[0] * sum(work.numbers), len(work.numbers), (1, 2))
+    def forward(self, micro_batch: Any) -> LossOutput:
+        return LossOutput(self.weight[0] * sum(micro_batch.numbers), len(micro_batch.numbers), (1, 2))
 
 
 class Processes:
@@ -160,9 +160,9 @@ def test_weights_of_two_types_train_alike() -> None:
             super().__init__()
             self.other = nn.Parameter(torch.tensor([10.0], dtype=torch.bfloat16))
 
-        def forward(self, work: Any) -> LossOutput:
-            outcome = super().forward(work)
-            return outcome._replace(sum=outcome.sum + self.other[0].float() * sum(work.numbers))
+        def forward(self, micro_batch: Any) -> LossOutput:
+            outcome = super().forward(micro_batch)
+            return outcome._replace(sum=outcome.sum + self.other[0].float() * sum(micro_batch.numbers))
 
     lines = Lines()
     updating(lines, torch.optim.SGD(lines.parameters(), lr=1.0, fused=True))([piece(1.0, 2.0, 6.0)])

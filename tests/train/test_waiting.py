@@ -62,7 +62,7 @@ class Counting(nn.Module):
         super().__init__()
         self.norm, self.linear = nn.BatchNorm1d(4), nn.Linear(4, 2, dtype=dtype)
 
-    def forward(self, work: Any) -> LossOutput:
+    def forward(self, micro_batch: Any) -> LossOutput:
         y_B2 = self.linear(self.norm(torch.ones(3, 4)).to(self.linear.weight.dtype))
         right = y_B2.argmax(1) == 0
         return LossOutput(y_B2.float().square().sum(), 3, (right.sum(), 3))
@@ -79,8 +79,8 @@ def test_the_trainers_own_part(nothing: FakeTensorMode, on: bool) -> None:
 
 def test_a_look_at_a_value_would_be_noticed(nothing: FakeTensorMode) -> None:
     class Looking(Counting):
-        def forward(self, work: Any) -> LossOutput:
-            loss, items, _ = super().forward(work)
+        def forward(self, micro_batch: Any) -> LossOutput:
+            loss, items, _ = super().forward(micro_batch)
             return LossOutput(loss, items if loss > 0 else 0)
 
     network: Any = Looking(torch.float32)
@@ -154,6 +154,9 @@ def test_a_step_of_the_encoder_alone(nothing: FakeTensorMode) -> None:
     objective = TagLoss(model, TagLoss.Config(), {"a": {"dog", "bell"}})
     objective.train()
     stages.set_modes(model, made)
-    work = MicroBatch(batch, ["a"] * 3, 0)
-    work = replace(work, mixed=objective.mix(work)._replace(clips=frames(nothing)))
-    assert noted(updating(objective, made, parts | {"head": objective.head()}), [work, work], times=1).items == 6
+    micro_batch = MicroBatch(batch, ["a"] * 3, 0)
+    micro_batch = replace(micro_batch, mixed=objective.mix(micro_batch)._replace(clips=frames(nothing)))
+    assert (
+        noted(updating(objective, made, parts | {"head": objective.head()}), [micro_batch, micro_batch], times=1).items
+        == 6
+    )
