@@ -142,7 +142,9 @@ def main() -> None:
     parser.add_argument("words", nargs="*", help="only cases whose name contains one of them")
     parser.add_argument("--sets", type=int, default=400, help="data sets of each case")
     asked = parser.parse_args()
-    print("| metric | clips | questions a clip | population | mean | holds population's | holds mean | own | width |")
+    print(
+        "| metric | clips | questions per clip | population | mean | contains population's | contains mean | own | width |"
+    )
     print("|---|---|---|---|---|---|---|---|---|")
     for case in CASES:
         if asked.words and not any(word in case.name for word in asked.words):
