@@ -35,7 +35,7 @@ from pal.errors import BundleError, ConfigError
 from pal.evaluate import Result, evaluate, from_records
 from pal.files import MANIFEST, sha256, write_json, write_text
 from pal.lab.records import SCENES_SEED, domain_of, records_to_ask
-from pal.probe.ablated import Ablated, CellAnswers, CellCost, Curve
+from pal.probe.ablated import AblationResult, CellAnswers, CellCost, Curve
 from pal.probe.axes import GridCell, grid
 from pal.probe.probe_result import ProbeResult
 from pal.train.checkpoint import check_recipe
@@ -157,7 +157,7 @@ def ablate(
         logger.info("run %d of %d: %s, seed %d%s", number, len(runs), run.cell.label, run.seed, left)
         scores[run.cell.name, run.seed] = _train_and_evaluate(run, asked, out, batch, progress)
     of_cell = {cell.name: [run for run in runs if run.cell is cell] for cell in cells}
-    results = Ablated(
+    results = AblationResult(
         cells=cells,
         answers=[
             CellAnswers(

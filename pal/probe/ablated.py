@@ -14,7 +14,7 @@ from pal.evaluate import Result
 from pal.lab.tables import markdown_table
 from pal.plots import colour_of
 from pal.probe.axes import GridCell
-from pal.probe.crossed_bootstrap import INTERVALS, Draws, Estimate
+from pal.probe.crossed_bootstrap import INTERVALS, CrossedBootstrap, Estimate
 from pal.probe.probe_result import Plot, TableRow
 from pal.train.curves import smooth
 
@@ -43,7 +43,7 @@ class CellAnswers:
         """Number of answers with an error, over all runs."""
         return sum(len(score.errors) for row in self.scores for score in row)
 
-    def draws(self, some: Sequence[int] | None = None) -> Draws:
+    def draws(self, some: Sequence[int] | None = None) -> CrossedBootstrap:
         """Bootstrap over all questions, or those with the indices `some`."""
         chosen = range(self.questions) if some is None else some
         items = [[[score.items[i] for i in chosen] for score in row] for row in self.scores]
@@ -51,7 +51,7 @@ class CellAnswers:
         no_audio_XKI = np.array(
             [[[bool(item.no_audio_correct) for item in run] for run in row] for row in items], float
         )
-        return Draws(right_XKI, no_audio_XKI, [item.group for item in items[0][0]])
+        return CrossedBootstrap(right_XKI, no_audio_XKI, [item.group for item in items[0][0]])
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ Curve = tuple[list[int], list[float]]
 
 
 @dataclass(frozen=True)
-class Ablated:
+class AblationResult:
     """Answers and costs of all cells of an ablation."""
 
     cells: Sequence[GridCell]
@@ -87,7 +87,7 @@ class Ablated:
     """Loss curves by cell and seed."""
 
     @cached_property
-    def draws(self) -> list[Draws]:
+    def draws(self) -> list[CrossedBootstrap]:
         """Bootstrap for each manifest."""
         return [one.draws() for one in self.answers]
 
@@ -121,7 +121,7 @@ class Ablated:
                 ]
         return tables
 
-    def _score_rows(self, draws: Draws) -> list[TableRow]:
+    def _score_rows(self, draws: CrossedBootstrap) -> list[TableRow]:
         rows: list[TableRow] = []
         for place, cell in enumerate(self.cells):
             score, ci95 = draws.score(place)
@@ -230,7 +230,7 @@ class Ablated:
             )
         return sentences
 
-    def _compared(self, name: str, draws: Draws) -> Iterator[str]:
+    def _compared(self, name: str, draws: CrossedBootstrap) -> Iterator[str]:
         first = self.cells[0].label
         similar = []
         for place, cell in enumerate(self.cells[1:], 1):

@@ -41,7 +41,7 @@ BINS = 40
 
 
 @dataclass(frozen=True)
-class ReadAnswer:
+class ObservedAnswer:
     """Question with the model's answer, and the attention of the rows after the clip."""
 
     record: Record
@@ -135,11 +135,11 @@ def probe_attention(
 
 def _read(
     model: PalModel, records: Sequence[Record], batch: int, max_new_tokens: int, progress: bool
-) -> list[ReadAnswer]:
+) -> list[ObservedAnswer]:
     """Answer every record and record its attention; clips of similar length share a batch."""
     system, tokenizer = model.config.system, model.tokenizer
     order = sorted(range(len(records)), key=lambda i: sum(audio_io.seconds(path) for path in records[i].clips))
-    read: list[ReadAnswer | None] = [None] * len(records)
+    read: list[ObservedAnswer | None] = [None] * len(records)
     with tqdm(total=len(records), desc="attention", unit="question", disable=not progress, leave=False) as bar:
         for first in range(0, len(order), batch):
             part = order[first : first + batch]
@@ -158,7 +158,7 @@ def _read(
             for i, answer, span, attention in zip(part, answers, spans, found, strict=True):
                 samples_N = waves[span[0]]
                 seconds = waveform_seconds(samples_N, model.sampling_rate)
-                read[i] = ReadAnswer(records[i], answer, attention, samples_N, seconds)
+                read[i] = ObservedAnswer(records[i], answer, attention, samples_N, seconds)
             bar.update(len(part))
     return [one for one in read if one is not None]
 
@@ -173,7 +173,7 @@ def _last_answer(row: Tokens) -> Tokens:
     return replace(row, labels=[IGNORE] * start + labels[start:])
 
 
-def _audio(one: ReadAnswer) -> NDArray[np.float64]:
+def _audio(one: ObservedAnswer) -> NDArray[np.float64]:
     """Attention mass on audio of the rows that predict the answer [L, H], including cross-attention before a layer."""
     mass_LHNP = one.attention.mass_LHNP[:, :, one.attention.answer].double().numpy()
     text = PATHWAYS.index("text")
@@ -181,12 +181,12 @@ def _audio(one: ReadAnswer) -> NDArray[np.float64]:
     return np.sum(list(shares.values()), axis=0).mean(-1)
 
 
-def _heads(read: Sequence[ReadAnswer]) -> NDArray[np.float64]:
+def _heads(read: Sequence[ObservedAnswer]) -> NDArray[np.float64]:
     return np.mean([_audio(one) for one in read], axis=0)
 
 
 def _layer_row(
-    read: Sequence[ReadAnswer], clips: Sequence[tuple[str, ...]], layer: int, paths: Sequence[int]
+    read: Sequence[ObservedAnswer], clips: Sequence[tuple[str, ...]], layer: int, paths: Sequence[int]
 ) -> dict[str, Any]:
     row: dict[str, Any] = {"layer": layer}
     for p in paths:
@@ -197,7 +197,7 @@ def _layer_row(
     return row
 
 
-def _uniform_mass(one: ReadAnswer, layer: int, pathway: int) -> float:
+def _uniform_mass(one: ObservedAnswer, layer: int, pathway: int) -> float:
     """Attention mass of a pathway if attention were uniform over all visible keys."""
     visible_NP = one.attention.visible_LNP[layer, one.attention.answer].double()
     cross = PATHWAYS.index("cross")
@@ -207,7 +207,7 @@ def _uniform_mass(one: ReadAnswer, layer: int, pathway: int) -> float:
     return float((visible_NP[:, pathway] / inside_N).mean())
 
 
-def _role_row(read: Sequence[ReadAnswer], clips: Sequence[tuple[str, ...]], layer: int) -> dict[str, Any]:
+def _role_row(read: Sequence[ObservedAnswer], clips: Sequence[tuple[str, ...]], layer: int) -> dict[str, Any]:
     """Attention to audio of rows of the question after the clip, and of rows that predict the answer."""
     text = PATHWAYS.index("text")
     row: dict[str, Any] = {"layer": layer}
@@ -227,7 +227,7 @@ def _role_row(read: Sequence[ReadAnswer], clips: Sequence[tuple[str, ...]], laye
     return row
 
 
-def _pointing_row(read: Sequence[ReadAnswer], layer: int) -> dict[str, Any] | None:
+def _pointing_row(read: Sequence[ObservedAnswer], layer: int) -> dict[str, Any] | None:
     """Attention to the time of the sound that the right answer names, relative to uniform attention over the clip."""
     lifts, clips = [], []
     for one in read:
@@ -252,7 +252,7 @@ def _pointing_row(read: Sequence[ReadAnswer], layer: int) -> dict[str, Any] | No
     }
 
 
-def _named_spans(one: ReadAnswer) -> list[tuple[float, float]]:
+def _named_spans(one: ObservedAnswer) -> list[tuple[float, float]]:
     """Onset and offset of the sound that is the right answer, from the record's tags."""
     answer = one.record.turns[-1].answer
     tags = one.record.tags or ()
@@ -311,9 +311,9 @@ def _reading(
 # Examples
 
 
-def _examples(read: Sequence[ReadAnswer], count: int) -> list[ReadAnswer]:
+def _examples(read: Sequence[ObservedAnswer], count: int) -> list[ObservedAnswer]:
     """The first question about each of the first `count` clips."""
-    seen: dict[tuple[str, ...], ReadAnswer] = {}
+    seen: dict[tuple[str, ...], ObservedAnswer] = {}
     for one in read:
         if one.attention.time_LNX is not None:
             seen.setdefault(one.record.clips, one)
@@ -339,7 +339,7 @@ def words(model: PalModel, attention: AnswerAttention) -> list[tuple[str, list[i
     return [(printable(word.strip()), rows) for word, rows in found]
 
 
-def _word_times(model: PalModel, one: ReadAnswer) -> tuple[list[str], NDArray[np.float64]]:
+def _word_times(model: PalModel, one: ObservedAnswer) -> tuple[list[str], NDArray[np.float64]]:
     """Words of the answer, and their attention over time [words, X], mean over heads and layers."""
     assert one.attention.time_LNX is not None
     time_NX = one.attention.time_LNX.mean(0).double().numpy()
@@ -347,7 +347,7 @@ def _word_times(model: PalModel, one: ReadAnswer) -> tuple[list[str], NDArray[np
     return [word for word, _ in spoken], np.stack([time_NX[rows].mean(0) for _, rows in spoken])
 
 
-def _example_details(model: PalModel, one: ReadAnswer) -> dict[str, Any]:
+def _example_details(model: PalModel, one: ObservedAnswer) -> dict[str, Any]:
     answer_words, word_times = _word_times(model, one)
     time_LNX = one.attention.time_LNX
     assert time_LNX is not None
@@ -369,7 +369,7 @@ def _example_details(model: PalModel, one: ReadAnswer) -> dict[str, Any]:
     }
 
 
-def _example_picture(model: PalModel, one: ReadAnswer, name: str) -> Plot:
+def _example_picture(model: PalModel, one: ObservedAnswer, name: str) -> Plot:
     answer_words, word_times = _word_times(model, one)
     assert one.attention.time_LNX is not None
     layers = one.attention.time_LNX[:, one.attention.answer].mean(1).double().numpy()
@@ -384,7 +384,7 @@ def _example_picture(model: PalModel, one: ReadAnswer, name: str) -> Plot:
     )
 
 
-def _truth(one: ReadAnswer) -> str:
+def _truth(one: ObservedAnswer) -> str:
     truth = one.record.turns[-1].answer
     return f"The right answer is “{truth}”. " if truth else ""
 
@@ -418,7 +418,7 @@ def _draw_heads(figure: Figure, heads_LH: NDArray[np.float64]) -> None:
 
 def _draw_example(
     figure: Figure,
-    one: ReadAnswer,
+    one: ObservedAnswer,
     answer_words: Sequence[str],
     word_times: NDArray[np.float64],
     layer_times: NDArray[np.float64],

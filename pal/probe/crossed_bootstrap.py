@@ -25,7 +25,7 @@ INTERVALS = (
 bootstrap"."""
 
 
-class Draws:
+class CrossedBootstrap:
     """Scores of cells over seeds and questions, with bootstrap draws of clips and seeds.
 
     Args:

@@ -38,7 +38,7 @@ from pal.evaluate.answerer import evaluation_mode
 from pal.evaluate.bootstrap import INTERVALS
 from pal.lab.records import SCENES_SEED, records_to_ask, spread
 from pal.plots import style_of
-from pal.probe.linear import FOLDS, INNER_FOLDS, ROUND_OFF, STRENGTHS, Probed, ProbeLabels, check, probed
+from pal.probe.linear import FOLDS, INNER_FOLDS, ROUND_OFF, STRENGTHS, ProbeLabels, ProbeScore, check, score_probe
 from pal.probe.probe_result import Plot, ProbeResult, about
 from pal.types import AUDIO, AudioFeatures, Tokens
 
@@ -240,10 +240,10 @@ class LayerScores:
     """Probe scores on one data set."""
 
     labels: ProbeLabels
-    by_layer: Mapping[str, list[Probed]]
-    control: Mapping[str, list[Probed]]
+    by_layer: Mapping[str, list[ProbeScore]]
+    control: Mapping[str, list[ProbeScore]]
     """Scores with shuffled labels."""
-    reference: Mapping[str, Probed]
+    reference: Mapping[str, ProbeScore]
     differing: float
     """Largest difference of `before` rows between two clips, relative to their size."""
 
@@ -256,9 +256,9 @@ def score_states(rows: LayerStates, labels: ProbeLabels, groups: Sequence[str], 
     total = sum(2 * len(layers) for layers in rows.by_layer.values()) + len(rows.reference)
     with tqdm(total=total, desc=labels.title, unit="probe", disable=not progress, leave=False) as bar:
 
-        def of(x_ND: NDArray[np.float32], truth: ProbeLabels) -> Probed:
+        def of(x_ND: NDArray[np.float32], truth: ProbeLabels) -> ProbeScore:
             bar.update()
-            return probed(x_ND, truth, groups)
+            return score_probe(x_ND, truth, groups)
 
         return LayerScores(
             labels,
@@ -310,7 +310,7 @@ def _details(one: LayerScores) -> dict[str, Any]:
     }
 
 
-def first_above(real: Sequence[Probed], control: Sequence[Probed]) -> int | None:
+def first_above(real: Sequence[ProbeScore], control: Sequence[ProbeScore]) -> int | None:
     """First layer (0: the embeddings) whose interval lies above that with shuffled labels."""
     pairs = enumerate(zip(real, control, strict=True))
     return next((layer for layer, (one, other) in pairs if one.ci95[0] > other.ci95[1]), None)
@@ -348,7 +348,7 @@ def reading(one: LayerScores, n_layers: int) -> Iterator[str]:
         )
 
 
-def _at(chance: float, real: Probed) -> bool:
+def _at(chance: float, real: ProbeScore) -> bool:
     return abs(real.score - chance) < 1e-9  # equal except for the order of summation
 
 

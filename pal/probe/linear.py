@@ -51,7 +51,7 @@ class ProbeLabels:
 
 
 @dataclass(frozen=True)
-class Probed:
+class ProbeScore:
     """Score of a linear probe on held-out clips."""
 
     score: float
@@ -69,7 +69,7 @@ def check() -> None:
         raise ConfigError("linear probes need scikit-learn: pip install 'pal-audio[scores]'") from None
 
 
-def probed(x_ND: NDArray[Any], labels: ProbeLabels, groups: Sequence[str], seed: int = 0) -> Probed:
+def score_probe(x_ND: NDArray[Any], labels: ProbeLabels, groups: Sequence[str], seed: int = 0) -> ProbeScore:
     """Train and score linear probes (logistic regression, one for each label), with whole groups held out.
 
     Features are standardised and the regularisation is chosen within the training folds. A probe's score is its logit
@@ -92,7 +92,7 @@ def probed(x_ND: NDArray[Any], labels: ProbeLabels, groups: Sequence[str], seed:
     score = float(mean_over_labels(by_label_K[None])[0])
     drawn_R = mean_over_labels(label_scores(scores_NK, labels, weights_RN))
     drawn = DrawnMetric(score, drawn_R, evidence(labels.truth_NK, Groups(range(len(x_ND)))))
-    return Probed(score, drawn.interval(), tuple(by_label_K.tolist()))
+    return ProbeScore(score, drawn.interval(), tuple(by_label_K.tolist()))
 
 
 def held_out(x_ND: NDArray[Any], labels: ProbeLabels, groups: Sequence[str]) -> Floats:

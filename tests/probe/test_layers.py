@@ -12,7 +12,7 @@ from pal.data.manifest import Record, Turn, write_manifest
 from pal.data.prompts import encode, user_turn
 from pal.errors import ManifestError
 from pal.probe.layers import LayerStates, collect, first_above, labels_of, probe_layers, reading, score_states
-from pal.probe.linear import Probed, ProbeLabels
+from pal.probe.linear import ProbeLabels, ProbeScore
 from pal.types import TagSpan
 from tests.models import noise, tiny_model, tone
 
@@ -131,9 +131,9 @@ def test_a_leak_is_said():
 
 
 def test_first_above_needs_intervals_apart():
-    real = [Probed(0.6, (0.4, 0.8), ()), Probed(0.9, (0.7, 1.0), ())]
-    assert first_above(real, [Probed(0.5, (0.3, 0.6), ())] * 2) == 1
-    assert first_above(real, [Probed(0.5, (0.3, 0.75), ())] * 2) is None
+    real = [ProbeScore(0.6, (0.4, 0.8), ()), ProbeScore(0.9, (0.7, 1.0), ())]
+    assert first_above(real, [ProbeScore(0.5, (0.3, 0.6), ())] * 2) == 1
+    assert first_above(real, [ProbeScore(0.5, (0.3, 0.75), ())] * 2) is None
 
 
 def record(i, tags=None, answer="yes", choices=None):

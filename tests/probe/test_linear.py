@@ -8,7 +8,7 @@ from sklearn.metrics import average_precision_score, balanced_accuracy_score
 
 from pal.errors import ConfigError
 from pal.probe import linear
-from pal.probe.linear import ProbeLabels, check, label_scores, probed
+from pal.probe.linear import ProbeLabels, check, label_scores, score_probe
 
 RNG = np.random.default_rng(0)
 N, D = 60, 6
@@ -45,21 +45,21 @@ def test_recall_is_that_of_balanced_accuracy():
 def test_features_that_tell_nothing_are_exactly_at_chance(labels):
     row = RNG.standard_normal(D)
     constant = np.tile(row, (N, 1))
-    assert probed(constant, labels, GROUPS).score == pytest.approx(labels.chance, abs=1e-12)
+    assert score_probe(constant, labels, GROUPS).score == pytest.approx(labels.chance, abs=1e-12)
     noisy = (constant * (1 + 1e-7 * RNG.standard_normal((N, D)))).astype(np.float32)
     assert np.ptp(noisy, axis=0).max() > 0
-    assert probed(noisy, labels, GROUPS) == probed(constant, labels, GROUPS)
+    assert score_probe(noisy, labels, GROUPS) == score_probe(constant, labels, GROUPS)
 
 
 @pytest.mark.parametrize("labels", [tags(), classes()], ids=["tags", "classes"])
 def test_a_planted_direction_is_read_and_shuffled_labels_are_not(labels):
     planted = labels.truth_NK @ RNG.standard_normal((labels.truth_NK.shape[1], D))
     x = planted + 0.1 * RNG.standard_normal((N, D)) + 50.0
-    found, control = probed(x, labels, GROUPS), probed(x, labels.shuffled(1), GROUPS)
+    found, control = score_probe(x, labels, GROUPS), score_probe(x, labels.shuffled(1), GROUPS)
     assert found.score > 0.95
     assert found.ci95[0] <= found.score <= found.ci95[1] + 1e-9
     assert control.ci95[1] < found.ci95[0]
-    assert probed(x, labels, GROUPS) == found
+    assert score_probe(x, labels, GROUPS) == found
 
 
 def test_a_group_is_never_on_both_sides():
@@ -67,8 +67,8 @@ def test_a_group_is_never_on_both_sides():
     truth = np.repeat(RNG.random((N // 4, 1)) < 0.5, 4, axis=0)
     labels = ProbeLabels("g", ("x",), truth, exclusive=False)
     x = np.repeat(np.eye(N // 4), 4, axis=0)
-    together = probed(x, labels, [f"{i // 4}" for i in range(N)]).score
-    apart = probed(x, labels, GROUPS).score
+    together = score_probe(x, labels, [f"{i // 4}" for i in range(N)]).score
+    apart = score_probe(x, labels, GROUPS).score
     assert together < 0.7
     assert apart > 0.95
 
