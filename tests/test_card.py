@@ -168,7 +168,7 @@ def test_files_that_are_no_scores(scored, tmp_path, content):
     folder, _ = scored
     if content is not None:
         (tmp_path / "s.json").write_text(content)
-    with pytest.raises(BundleError, match=r"s\.json: .*pal eval --json wrote") as caught:
+    with pytest.raises(BundleError, match=r"s\.json: .*a file of pal eval --json") as caught:
         write_card(folder / "run", [tmp_path / "s.json"])
     assert "\n" not in str(caught.value)
 

@@ -48,7 +48,7 @@ class Benchmark:
 
     @property
     def ranked(self) -> bool:
-        """Whether the model ranks the choices instead of generating."""
+        """True if the model ranks the choices instead of generating."""
         return self.rule["name"] == "rank"
 
     @property

@@ -43,11 +43,11 @@ UNMOVED = 0.01
 """Minimum total variation distance between attention to one clip and to another; in a layer below it attention does not
 depend on the sound."""
 EAGER = 0.5
-"""A model is over-eager from this share of "yes" to "is there ...?" about silence on."""
+"""Share of "yes" to "is there ...?" about silence that makes a model over-eager."""
 SURE = 0.9
-"""A model is over-eager from this median probability of the best choice about silence on."""
+"""Median probability of the best choice about silence that makes a model over-eager."""
 _COMPARED_CLIPS = 24
-"""Number of clips to compare the attention to one clip and to another on."""
+"""Number of clips whose attention is compared with that to another clip."""
 
 
 def probe_health(model: PalModel, records: Sequence[Record], batch: int = 32, progress: bool = False) -> ProbeResult:
@@ -95,7 +95,7 @@ def probe_health(model: PalModel, records: Sequence[Record], batch: int = 32, pr
         },
         details={"remedies": {check.name: check.remedy for check in checks}},
         pictures={
-            "listening": Plot(
+            "attention": Plot(
                 "Attention to audio by layer",
                 "Left: attention mass on audio relative to uniform attention. Right: change of this attention with "
                 "another clip of the same length (total variation distance). A layer near zero on either side ignores "

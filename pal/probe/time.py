@@ -268,7 +268,7 @@ def _reading(results: Mapping[str, _ModelTiming]) -> list[str]:
                 text += f"{LEVEL:.0%} is crossed at {found.at:.2f} s ({found.ci95[0]:.2f} to {found.ci95[1]:.2f})"
                 text += f", where onsets are {found.at + LENGTH:.2f} s apart." if name == "gap" else "."
             sentences.append(text)
-            lost = [at for at, point in zip(sweep.points, points, strict=True) if _heard_but_unordered(point)]
+            lost = [at for at, point in zip(sweep.points, points, strict=True) if _present_but_unordered(point)]
             if lost:
                 where = ", ".join(f"{at:g}" for at in lost)
                 sentences.append(
@@ -278,7 +278,7 @@ def _reading(results: Mapping[str, _ModelTiming]) -> list[str]:
     return sentences
 
 
-def _heard_but_unordered(point: Point) -> bool:
+def _present_but_unordered(point: Point) -> bool:
     return point.named is not None and point.named >= 0.9 and point.ci95[0] <= 0.5
 
 

@@ -14,7 +14,7 @@ from pal.report.embed import MediaEmbedder
 from pal.report.page import Fold, PagePicture, Part, Points, Prose, Section, Table
 
 TITLE = "Cost"
-UNDERSTANDS = "benchmarks (bench.json)"
+DESCRIPTION = "benchmarks (bench.json)"
 
 _SCOPES = {"llm": "the LLM only", "end_to_end": "end to end"}
 _PHASES = {"prefill": "prefill", "decode": "a token of decoding", "train": "a training step"}

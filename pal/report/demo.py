@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from rich.table import Table as TerminalTable
 
 TITLE = "The demo"
-UNDERSTANDS = "demos (results.json)"
+DESCRIPTION = "demos (results.json)"
 
 _NOTES = (
     "LAL's audio makes no queries and skips the feed-forward network. So a training step computes less and saves "

@@ -20,7 +20,7 @@ from pal.report.page import AnsweredQuestion, Fold, Part, Points, Prose, Section
 from pal.report.plots import Scores, draw_scores, score_size, series_of
 
 TITLE = "Scores"
-UNDERSTANDS = "evaluations (score.json, with or without settings.json and items.jsonl)"
+DESCRIPTION = "evaluations (score.json, with or without settings.json and items.jsonl)"
 
 _SHOWN = 12
 """Number of questions of a set shown with their answers."""

@@ -30,7 +30,7 @@ class FolderKind(Protocol):
 
     TITLE: str
     """Title of its chapter."""
-    UNDERSTANDS: str
+    DESCRIPTION: str
     """Description of the kind, with the files that identify it, for error messages."""
 
     def find(self, path: Path) -> list[Path]:
@@ -93,7 +93,7 @@ def make(
             for one in ones:
                 found[of_kind].setdefault(one.resolve(), one)
         if not any(of_path.values()):
-            raise ConfigError(f"{path}: nothing to report; known kinds: {joined([k.UNDERSTANDS for k in KINDS])}")
+            raise ConfigError(f"{path}: nothing to report; known kinds: {joined([k.DESCRIPTION for k in KINDS])}")
     faults: list[str] = []
     chapters: dict[str, Chapter] = {}
     facts: list[dict[str, Any]] = []

@@ -14,7 +14,7 @@ from pal.report.embed import MediaEmbedder
 from pal.report.page import Fold, PagePicture, Part, Points, Prose, Section, Table, TimeAxis
 
 TITLE = "Probes"
-UNDERSTANDS = f"probes ({probe_result.FILE})"
+DESCRIPTION = f"probes ({probe_result.FILE})"
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from pal.train.curves import Borders, Curve, draw_losses, loss_curve, loss_size,
 from pal.train.recipe import differences
 
 TITLE = "Training"
-UNDERSTANDS = "training runs (train.json, log.jsonl)"
+DESCRIPTION = "training runs (train.json, log.jsonl)"
 
 _DIFFERENCES = 40
 """Maximum number of settings in the table of differences."""
