@@ -1,5 +1,5 @@
 "use strict";
-// A line over a picture follows its sound; a click into the picture goes there.
+// A cursor over a picture follows its sound; a click on the picture moves the sound to that time.
 for (const figure of document.querySelectorAll("figure[data-time]")) {
   const sound = figure.querySelector("audio"), stage = figure.querySelector(".stage");
   if (!sound || !stage) continue;
