@@ -378,9 +378,7 @@ def test_an_integration_that_does_not_say() -> None:
         def inject(self, features: Any, llm: Any) -> Any:
             raise NotImplementedError
 
-    with pytest.raises(
-        ConfigError, match=r"Silent has no closed form of its cost; register one with .*route_cost"
-    ):
+    with pytest.raises(ConfigError, match=r"Silent has no closed form of its cost; register one with .*route_cost"):
         route_cost(Silent(), StepSize(1, 1, 1, 1), 1, skeleton(recipe()).llm)
 
 
