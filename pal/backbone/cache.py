@@ -10,7 +10,7 @@ their generated keys. Reordering beams changes this mask and moves no keys.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import Cache
 
-from pal.backbone.cache_storage import CachedPrompts, CacheLayer, CachePlan, filled, kept
+from pal.backbone.cache_storage import CachedPrompts, CacheLayer, CachePlan, allocate_together, filled, kept
 from pal.backbone.context import AudioContext
 from pal.backbone.decode_mask import DecodeMask
 from pal.backbone.interfaces import Block
@@ -160,9 +160,38 @@ class JointCache(Cache):
             k, v = (self._laid(x[0].transpose(0, 1), self._order_BT) for x in (k, v))
         store.hold_prompt(k, v)
 
+    @torch.no_grad()
+    def hold_prompts(self, read: Iterable[tuple[LayerGroup, tuple[Tensor, Sequence[Tensor]]]]) -> None:
+        """Store the K/V of packed prompts, of several layers at once.
+
+        Args:
+            read: groups of layers, and K/V of their text [X, G, N, C] and of each set of audio keys [X, I, G, C], in
+                turns: K of the first layer, V of the first layer, K of the second, and so on.
+        """
+        assert self._order_BT is not None, "the prompts form a rectangle"
+        for group, (text_XGNC, audio) in read:
+            stores = [self.stores[layer] for layer in group.layers]
+            parts, first = [], 0
+            for which, x_XIGC in zip(group.joined, audio, strict=True):
+                parts.append((first, self._laid(x_XIGC, self._key_orders[which])))
+                first += self._key_orders[which].shape[1]
+            rows = self._order_BT.shape[1]
+            parts.append((stores[0].prompt - rows, self._laid(text_XGNC.transpose(1, 2), self._order_BT)))
+            if self.plan.fixed:
+                for number, store in enumerate(stores):
+                    for first, x_XBGAC in parts:
+                        store.hold(first, x_XBGAC[2 * number], x_XBGAC[2 * number + 1])
+            else:
+                storage_XBGKC = allocate_together(stores, parts[-1][1])
+                for first, x_XBGAC in parts:
+                    storage_XBGKC[:, :, :, first : first + x_XBGAC.shape[3]] = x_XBGAC
+            for store in stores:
+                store.rows = rows
+        self.end_prompts()
+
     def _laid(self, x_IGC: Tensor, order_BX: Tensor) -> Tensor:
-        """Packed entries [I, G, C] by index -> [B, G, X, C]."""
-        return x_IGC.index_select(0, order_BX.flatten()).unflatten(0, order_BX.shape).transpose(1, 2)
+        """Packed entries [..., I, G, C] by index -> [..., B, G, X, C]."""
+        return x_IGC.index_select(-3, order_BX.flatten()).unflatten(-3, order_BX.shape).transpose(-3, -2)
 
     def end_prompts(self) -> None:
         """Free the prompts; the storage has all that decoding needs."""
@@ -226,6 +255,36 @@ class CapturingLayer:
         """Capture the text's K/V; the signature is that of transformers' caches."""
         self.text = (key_states, value_states)
         return key_states, value_states
+
+
+class CapturingCache(Cache):
+    """Cache that captures the K/V of packed prompts in all layers, and stores none.
+
+    Attributes:
+        captured: K/V of each layer.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(layers=[])
+        self.captured: dict[int, CapturingLayer] = {}
+
+    def capture_layer(self, layer: int) -> CapturingLayer:
+        """A cache for one layer that captures its K/V."""
+        self.captured[layer] = CapturingLayer(layer)
+        return self.captured[layer]
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """0: nothing was read before."""
+        return 0
+
+
+@dataclass(frozen=True)
+class LayerGroup:
+    """Layers whose storages have one size, and which attend to the same audio keys."""
+
+    layers: tuple[int, ...]
+    joined: tuple[int, ...]
+    """Numbers of the sets of audio keys."""
 
 
 @dataclass(frozen=True, eq=False)

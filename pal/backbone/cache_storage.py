@@ -195,15 +195,20 @@ class CacheLayer(CacheLayerMixin):
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Allocate storage for keys and values of this shape and dtype."""
+        self.use(*(self._zeros(x) for x in (key_states, value_states)))
+
+    def use(self, keys_BGKC: Tensor, values_BGKC: Tensor) -> None:
+        """Use these tensors as storage."""
+        self.keys, self.values = keys_BGKC, values_BGKC
+        self.dtype, self.device = keys_BGKC.dtype, keys_BGKC.device
+        self.is_initialized = True
+
+    def _zeros(self, x_BGTC: Tensor) -> Tensor:
+        """Storage for entries of this shape and dtype, [..., B, G, K, C]."""
         width = self.prompt + self.room * self.beams
         # other calls may reuse the storage, so its tensors must not be inference tensors
         with torch.inference_mode(False):
-            self.keys, self.values = (
-                torch.zeros(x.shape[0], x.shape[1], width, x.shape[3], dtype=x.dtype, device=x.device)
-                for x in (key_states, value_states)
-            )
-        self.dtype, self.device = key_states.dtype, key_states.device
-        self.is_initialized = True
+            return torch.zeros(*x_BGTC.shape[:-2], width, x_BGTC.shape[-1], dtype=x_BGTC.dtype, device=x_BGTC.device)
 
     def begin(self) -> None:
         """Clear the storage."""
@@ -264,6 +269,19 @@ class CacheLayer(CacheLayerMixin):
     def get_max_length(self) -> int:
         """None."""
         return -1
+
+
+def allocate_together(stores: Sequence[CacheLayer], x_XBGTC: Tensor) -> Tensor:
+    """One tensor [X, B, G, K, C] as the storage of several layers of one size, keys and values in turns.
+
+    Args:
+        stores: the layers; X is twice their number.
+        x_XBGTC: entries whose shape and dtype the storage is for.
+    """
+    storage_XBGKC = stores[0]._zeros(x_XBGTC)
+    for number, store in enumerate(stores):
+        store.use(storage_XBGKC[2 * number], storage_XBGKC[2 * number + 1])
+    return storage_XBGKC
 
 
 def kept(x: Tensor) -> Tensor:

@@ -52,7 +52,7 @@ def generate(llm: Backbone, inputs: LLMInputs, **kwargs: Any) -> Tensor:
         kwargs: transformers' options. With `cache_implementation="static"` greedy answers and plain samples are
             decoded in buffers of a fixed size, on a GPU by a CUDA graph that prompts of similar length share;
             beams and processors use the buffers without a graph. It is faster from some tens of new tokens on, and
-            not the default: no graph of it has been recorded on a GPU yet. A logits processor with
+            not the default: the buffers have room for all new tokens from the start. A logits processor with
             `read_only = True` promises to change nothing and to leave its input on the device.
 
     Raises:

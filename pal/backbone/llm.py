@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from pal.backbone import adapters, families, graphs, regions, tied
 from pal.backbone.attention import NAME
 from pal.backbone.attention_metadata import AttentionMetadata
-from pal.backbone.cache import DecodingStep, JointCache
+from pal.backbone.cache import CapturingCache, DecodingStep, JointCache
 from pal.backbone.causal_lm import AudioCausalLM
 from pal.backbone.finetuning import LLMPart, LoRA, freeze_except, insert_lora
 from pal.backbone.fused_kv import FusedKV, fold, unhooked
@@ -23,6 +23,7 @@ from pal.backbone.loading import load_lm
 from pal.backbone.loss import Per, label_scores, loss
 from pal.backbone.loss_graphs import LossGraphs
 from pal.backbone.packed import PackedContext, Projection
+from pal.backbone.prompt_graphs import PromptGraphs
 from pal.backbone.varlen import has_kernel
 from pal.errors import ConfigError, PalError
 from pal.types import LLMInputs
@@ -53,6 +54,7 @@ class Backbone(nn.Module):
         self._tied: tied.TiedRows | None = None
         self._packs: bool | None = None
         self.loss_graphs: LossGraphs | None = None
+        self.prompt_graphs: PromptGraphs | None = PromptGraphs()
         config = lm.config
         self.width: int = config.hidden_size
         self.n_layers: int = config.num_hidden_layers
@@ -146,8 +148,9 @@ class Backbone(nn.Module):
     @property
     def _embedded(self) -> Tensor:
         """The embeddings' base weight, for device and dtype; PEFT's weights follow it among the parameters."""
-        weight: Tensor = next(self.lm.get_input_embeddings().parameters())
-        return weight
+        table = self.lm.get_input_embeddings()
+        weight: Tensor | None = table._parameters.get("weight")  # at once, where nothing wraps the embeddings
+        return next(table.parameters()) if weight is None else weight
 
     def embed(self, ids: Tensor) -> Tensor:
         """Token ids [...] -> embeddings [..., D], the first layer's input (Gemma's are scaled).
@@ -319,10 +322,14 @@ class Backbone(nn.Module):
         """
         self.loss_graphs = LossGraphs() if on else None
 
-    @property
-    def captures(self) -> bool:
-        """True if training steps run as CUDA graphs."""
-        return self.loss_graphs is not None and self.loss_graphs.failed is None
+    def capture_prompts(self, on: bool = True) -> None:
+        """Turn CUDA graphs of prefill off or on again (`pal.backbone.prompt_graphs`); they need packed prompts."""
+        self.prompt_graphs = PromptGraphs() if on else None
+
+    def captures(self, labelled: bool) -> bool:
+        """True if training steps (conversations with labels), or prompts (without), run as CUDA graphs."""
+        graphs = self.loss_graphs if labelled else self.prompt_graphs
+        return graphs is not None and graphs.possible(self.device) and torch.is_grad_enabled() == labelled
 
     @property
     def packs(self) -> bool:
@@ -354,7 +361,8 @@ class Backbone(nn.Module):
         norm: Any = self.layers[layer].input_layernorm
         # None calls the norm itself, so that its hooks run
         gain = families.plain_rms_norm(norm, self._family) if unhooked(norm) else None
-        random = any(isinstance(part, nn.Dropout) and part.training and part.p for part in projector.modules())
+        parts = graphs.modules_of([projector])
+        random = any(isinstance(part, nn.Dropout) and part.training and part.p for part in parts)
         return Projection(x_ME, projector, norm, self.dtype, gain, self.recomputes_audio, random)
 
     def add_lora(self, options: LoRA) -> None:
@@ -388,7 +396,7 @@ def _enter(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> t
     if not isinstance(metadata, PackedContext):
         return ((metadata.cross(layer, args[0]), *args[1:]), kwargs) if metadata.crosses(layer) else None
     cache = kwargs.get("past_key_values")
-    captured = cache.capture_layer(layer) if isinstance(cache, JointCache) else None
+    captured = cache.capture_layer(layer) if isinstance(cache, JointCache | CapturingCache) else None
     if metadata.crosses(layer):
         args = (metadata.cross(layer, args[0], captured), *args[1:])
     return args, {

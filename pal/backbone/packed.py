@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -119,10 +120,15 @@ class PackedKeys:
     bias: Mapping[int, Tensor] | None = None
     """Bias on the scores of these keys by layer, [H] or [1]."""
 
+    @cached_property
+    def _packs(self) -> bool:
+        # asked once for all layers: looking at a protocol takes as long as a small kernel
+        return isinstance(self.source, PackedSource)
+
     def made(self, layer: int) -> Projection | tuple[Tensor, Tensor]:
         """Projection of a layer, or the K/V of all tokens where the source has them already."""
-        if isinstance(self.source, PackedSource):
-            return self.source.projection(layer)
+        if self._packs:
+            return self.source.projection(layer)  # type: ignore[attr-defined]
         return flat(*self.source.keys_values(layer))
 
 
@@ -132,7 +138,7 @@ class PackedContext:
 
     llm: AttentionGeometry
     lengths: tuple[int, ...]
-    """Rows of each conversation."""
+    """Rows of each conversation; those of a filling one follow and are not counted."""
     segments: tuple[DeviceSegments, ...]
     """Segments of each kind of layer; empty where conversations form a rectangle [B, T] without audio keys."""
     kinds: tuple[int, ...]

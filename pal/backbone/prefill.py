@@ -61,6 +61,10 @@ def cache_for(
 
 def read_prompts(llm: Backbone, cache: JointCache, inputs: LLMInputs) -> Tensor:
     """Prefill: run the LLM on the cache's prompts; logits [B, V] of the next token."""
+    if llm.prompt_graphs is not None:
+        read = llm.prompt_graphs.read(llm, cache, inputs)
+        if read is not None:
+            return read
     out = llm.lm(**as_given(cache, inputs), past_key_values=cache, use_cache=True, logits_to_keep=1)
     logits_BV: Tensor = out.logits[:, -1]
     return logits_BV

@@ -169,9 +169,8 @@ class PointRun:
                     failed[name] = guard.why
 
         steps = {name: partial(guarded, name, step) for name, step in timed.items()}
-        captures = self.phase == "train" and self.preset.compiled and self.bench.device.type == "cuda"
-        way = eager() if self.phase.startswith("decode") else capturing(self.bench.llm) if captures else nullcontext()
-        with way:
+        captures = self.phase in ("train", "prefill") and self.bench.device.type == "cuda"
+        with eager() if self.phase.startswith("decode") else capturing(self.bench.llm, self.preset.compiled):
             # memory was given back after each variant was counted: an uncounted round allocates it again, and a second
             # one records CUDA graphs
             for rounds in (2 if captures else 1, self.preset.repeats) if timed else ():
@@ -267,15 +266,18 @@ def many_graphs() -> Iterator[None]:
 
 
 @contextmanager
-def capturing(llm: Backbone) -> Iterator[None]:
-    """Replay training steps as CUDA graphs inside the block, as the trainer does."""
-    llm.capture()
+def capturing(llm: Backbone, steps: bool = True) -> Iterator[None]:
+    """Inside the block, replay prefill and, with `steps`, training steps as CUDA graphs where possible."""
+    llm.capture(steps)
+    llm.capture_prompts()
     try:
         yield
     finally:
-        if llm.loss_graphs is not None and llm.loss_graphs.failed is not None:
-            warnings.warn(f"timed without CUDA graphs: {llm.loss_graphs.failed}", stacklevel=2)
+        for graphs in (llm.loss_graphs, llm.prompt_graphs):
+            if graphs is not None and graphs.failed is not None:
+                warnings.warn(f"timed without CUDA graphs: {graphs.failed}", stacklevel=2)
         llm.capture(False)
+        llm.capture_prompts(False)
 
 
 def eager() -> Any:

@@ -67,6 +67,7 @@ def opened(
         result.machine["product_flops_per_second"] = product_rate(device, dtype)
     with device:
         llm = Backbone.load(preset.llm, dtype=dtype).eval().requires_grad_(False)
+    llm.capture_prompts(False)  # but where prefill is timed
     plain = plain_lm(llm)
     with (
         quick_collection(),

@@ -93,9 +93,12 @@ def _packed(
     labelled = any(one.labels is not None for one in conversations)
     n_real = len(layouts)
     more: tuple[int, ...] = (0,) * len(streams)
-    # only for steps that can become CUDA graphs: not if keys are computed outside of the layers (`LossGraphs.total`)
-    capturable = llm.captures and labelled and torch.is_grad_enabled() and all(streams[i].packs for i in joining)
-    fills = capturable and not uniform(layouts)
+    # only what can become CUDA graphs: see `LossGraphs.total` and `PromptGraphs.read`
+    if labelled:
+        capturable = all(streams[i].packs for i in joining) and not uniform(layouts)
+    else:
+        capturable = all(streams[i].blocks is None and streams[i].bias is None for i in joining)
+    fills = capturable and llm.captures(labelled)
     if fills:
         totals = [int(output.firsts[-1]) if output.packs else None for output in streams]
         last, more = filler(layouts, len(streams[0].lengths) if streams else 0, totals)
@@ -106,7 +109,7 @@ def _packed(
     windows = tuple(None if window is None or window > furthest else window for window in llm.windows)
     has_keys = any(len(positions_A) for one in packed_conversations for positions_A in one.keys)
     repeats = any(one.repeats.any() for one in layouts)
-    equal = len(set(lengths)) == 1 and not has_keys and not any(windows) and not repeats
+    equal = len(set(lengths)) == 1 and not (fills or has_keys or any(windows) or repeats)
     kinds = [(windows[layer], _joined(streams, layer) if has_keys else ()) for layer in range(llm.n_layers)]
     segments_of_kind: dict[tuple[int | None, tuple[int, ...]], Segments] = {}
     for kind in () if equal else dict.fromkeys(kinds):
@@ -142,10 +145,10 @@ def _packed(
         attention_mask_BT=torch.ones(shape, dtype=torch.long, device=llm.device),
         audio_context=PackedContext(
             llm=llm,
-            lengths=lengths,
+            lengths=lengths[:n_real],
             segments=tuple(device_segments(moves, on_device[kind]) for kind in segments_of_kind),
             kinds=tuple(order[kind] for kind in kinds) if segments_of_kind else (),
-            conversations=tuple(packed_conversations),
+            conversations=tuple(packed_conversations[:n_real]),
             windows=windows,
             keys=tuple(one.keys(moves, llm) for one in keys),
         ),
