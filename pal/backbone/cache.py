@@ -93,9 +93,9 @@ class JointCache(Cache):
             self.packed = inputs
             if context.segments:
                 self._order_BT = to_device(filled(_numbers(context.lengths), left=True)[0], device)
-                counts = [[len(talk.keys[one.stream]) for talk in context.conversations] for one in context.keys]
                 self._key_orders = {
-                    i: to_device(filled(_numbers(lengths), left=False)[0], device) for i, lengths in enumerate(counts)
+                    i: to_device(filled(_numbers(context.key_counts(i)), left=False)[0], device)
+                    for i in range(len(context.keys))
                 }
         elif context is not None:
             self.context = self._stored(context)
@@ -168,30 +168,33 @@ class JointCache(Cache):
             read: groups of layers, and K/V of their text [X, G, N, C] and of each set of audio keys [X, I, G, C], in
                 turns: K of the first layer, V of the first layer, K of the second, and so on.
         """
-        assert self._order_BT is not None, "the prompts form a rectangle"
+        assert self.packed is not None and isinstance(self.packed.audio_context, PackedContext)
+        context = self.packed.audio_context
         for group, (text_XGNC, audio) in read:
+            if self.plan.fixed:  # its storages, layer by layer, have their place already
+                for number, layer in enumerate(group.layers):
+                    pair = slice(2 * number, 2 * number + 2)
+                    captured = self.capture_layer(layer)
+                    captured.text = _pair(text_XGNC[pair, None])
+                    captured.joined = [_pair(x_XIGC[pair]) for x_XIGC in audio]
+                self.flush()
+                continue
             stores = [self.stores[layer] for layer in group.layers]
-            parts, first = [], 0
+            rows, first = max(context.lengths), 0
+            storage_XBGKC = allocate_together(stores, text_XGNC[:, None].expand(-1, self.plan.rows, -1, -1, -1))
             for which, x_XIGC in zip(group.joined, audio, strict=True):
-                parts.append((first, self._laid(x_XIGC, self._key_orders[which])))
-                first += self._key_orders[which].shape[1]
-            rows = self._order_BT.shape[1]
-            parts.append((stores[0].prompt - rows, self._laid(text_XGNC.transpose(1, 2), self._order_BT)))
-            if self.plan.fixed:
-                for number, store in enumerate(stores):
-                    for first, x_XBGAC in parts:
-                        store.hold(first, x_XBGAC[2 * number], x_XBGAC[2 * number + 1])
-            else:
-                storage_XBGKC = allocate_together(stores, parts[-1][1])
-                for first, x_XBGAC in parts:
-                    storage_XBGKC[:, :, :, first : first + x_XBGAC.shape[3]] = x_XBGAC
+                counts = context.key_counts(which)
+                _copy_each(storage_XBGKC, x_XIGC.transpose(1, 2), counts, [first] * len(counts))
+                first += max(counts)
+            places = [stores[0].prompt - length for length in context.lengths]
+            _copy_each(storage_XBGKC, text_XGNC, context.lengths, places)
             for store in stores:
                 store.rows = rows
         self.end_prompts()
 
     def _laid(self, x_IGC: Tensor, order_BX: Tensor) -> Tensor:
-        """Packed entries [..., I, G, C] by index -> [..., B, G, X, C]."""
-        return x_IGC.index_select(-3, order_BX.flatten()).unflatten(-3, order_BX.shape).transpose(-3, -2)
+        """Packed entries [I, G, C] by index -> [B, G, X, C]."""
+        return x_IGC.index_select(0, order_BX.flatten()).unflatten(0, order_BX.shape).transpose(1, 2)
 
     def end_prompts(self) -> None:
         """Free the prompts; the storage has all that decoding needs."""
@@ -317,3 +320,15 @@ def _numbers(lengths: list[int] | tuple[int, ...]) -> list[range]:
     """Consecutive ranges of the given lengths."""
     firsts = [sum(lengths[:b]) for b in range(len(lengths))]
     return [range(first, first + length) for first, length in zip(firsts, lengths, strict=True)]
+
+
+def _pair(x_2X: Tensor) -> tuple[Tensor, Tensor]:
+    return x_2X[0], x_2X[1]
+
+
+def _copy_each(into_XBGKC: Tensor, x_XGIC: Tensor, lengths: Sequence[int], places: Sequence[int]) -> None:
+    """Copy consecutive entries of each prompt to a place of its own: long copies, where an index takes each number."""
+    first = 0
+    for b, (length, place) in enumerate(zip(lengths, places, strict=True)):
+        into_XBGKC[:, b, :, place : place + length] = x_XGIC[:, :, first : first + length]
+        first += length

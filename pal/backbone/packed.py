@@ -153,6 +153,10 @@ class PackedContext:
         """Placeholder mask [1, 1, 1, 1]: given a 4-dimensional mask, transformers makes none."""
         return mask_BT[:1, :1, None, None]
 
+    def key_counts(self, which: int) -> tuple[int, ...]:
+        """Audio keys of each conversation in one of the `keys`."""
+        return tuple(len(one.keys[self.keys[which].stream]) for one in self.conversations)
+
     def joined(self, layer: int) -> tuple[int, ...]:
         """Numbers of the `keys` that join the layer's own keys."""
         return tuple(i for i, one in enumerate(self.keys) if one.blocks is None and layer in one.layers)
