@@ -38,6 +38,10 @@ class AudioKV:
         """Number of clips."""
         return len(self.durations)
 
+    def __repr__(self) -> str:
+        clips = f"{len(self)} clip" + "s" * (len(self) != 1)
+        return f"<AudioKV of {clips}, {self.seconds:.1f} s, {self.tokens} audio tokens, {self.nbytes / 1e6:.1f} MB>"
+
     @property
     def tokens(self) -> int:
         """Audio tokens of all clips and streams together."""

@@ -164,7 +164,8 @@ def check(
     # Answers are counted by task, in the order of first occurrence.
     answers: dict[str, Counter[str]] = {}
     datasets: Counter[str] = Counter()
-    tags: Counter[str] = Counter()
+    tagged: set[tuple[Any, str]] = set()
+    """Clips with each tag, however many records ask about them."""
     clips: dict[str, None] = {}
     durations = array("d")
     read = 0
@@ -190,7 +191,7 @@ def check(
             for turn in record.turns:
                 if turn.answer in counted or len(counted) < _ANSWERS_HELD:
                     counted[turn.answer] += 1
-            tags.update(tag.label for tag in record.tags or ())
+            tagged.update((tuple(record.clips), tag.label) for tag in record.tags or ())
             clips.update(dict.fromkeys(record.clips))
         for path, outcome in _read_all(list(clips), progress, read_to_end):
             read += 1
@@ -214,7 +215,7 @@ def check(
         seconds=_summary(durations),
         datasets=dict(datasets.most_common()),
         answers={task: dict(counted.most_common()) for task, counted in answers.items()},
-        tags=dict(tags.most_common()),
+        tags=dict(Counter(label for _, label in sorted(tagged, key=str)).most_common()),
         bad=bad,
         bad_records=bad_records,
         bad_clips=bad_clips,

@@ -428,7 +428,8 @@ def _draw_example(
     panels = figure.subplots(shown + 1, 1, sharex=True, squeeze=False)[:, 0]
     most = max(1e-9, float(word_times.max()))
     for axes, word, time_X in zip(panels, answer_words, word_times, strict=False):
-        axes.specgram(one.samples_N.numpy() + 1e-9, NFFT=512, Fs=rate, noverlap=384, cmap="gray", vmin=-140)
+        with np.errstate(divide="ignore"):  # digital silence has no level, and is drawn black
+            axes.specgram(one.samples_N.numpy(), NFFT=512, Fs=rate, noverlap=384, cmap="gray", vmin=-140)
         axes.imshow(
             time_X[None] / most,
             extent=(0, one.seconds, 0, rate / 2),

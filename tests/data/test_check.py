@@ -31,6 +31,12 @@ def good(tmp_path) -> Path:
     return tmp_path / "m.jsonl"
 
 
+def test_a_tag_counts_once_for_a_clip(tmp_path, chatml):
+    path = clip(tmp_path / "a.wav", 0.5)
+    write_manifest(tmp_path / "m.jsonl", [asked(number, path, "dog") for number in range(3)])
+    assert check(tmp_path / "m.jsonl", chatml).tags == {"dog": 1}
+
+
 def test_counts_and_durations(good, chatml):
     report = check(good, chatml)
     assert report.ok
