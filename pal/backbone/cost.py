@@ -3,8 +3,8 @@
 Counted as torch's FlopCounterMode counts: matrix products only, a multiply-add as two operations, no norms,
 activations or rotary embeddings. Attention among the rows counts the full square [T, T]; a causal kernel saves up to
 half of it. Attention to audio is counted as computed separately from the text's, as on a CPU, or in 16 bits on a GPU;
-one mask over all keys would cost more, and the mask's memory. Attention's backward pass counts five products, as in
-fused kernels, which recompute the scores.
+one mask over all keys would cost more operations, and memory for the mask. Attention's backward pass counts five
+products, as in fused kernels, which recompute the scores.
 
 A product `y = x W` of n rows costs `2 n in out` operations forward, the same backward for the gradient of x where
 something before it trains, and the same again for the gradient of W where W trains. So a frozen LLM still costs a

@@ -124,7 +124,7 @@ class GpuRun:
             f"{facts['date']}; {self.seconds:.0f} s.",
         ]
         if not self.complete:
-            lines += ["", "**Incomplete**: the run was ended before its time, or goes on."]
+            lines += ["", "**Incomplete**: the run was interrupted or is still running."]
         rows = [
             (name, "" if value is None else f"{value:.3g}", target, "ok" if ok else "**missed**")
             for name, value, target, ok in self.lines()

@@ -28,7 +28,7 @@ RAGGED = ((250, 48), (400, 64), (600, 96), (750, 128), (900, 80), (1100, 160), (
 
 @dataclass(frozen=True)
 class BenchPoint:
-    """Place: one phase on one batch, in which all variants are compared."""
+    """Benchmark point: one phase on one batch, on which all variants are compared."""
 
     batch: int
     length: Length
@@ -52,7 +52,7 @@ class Preset(StrictConfig):
     audio_tokens: tuple[Length, ...] = Field(default=(64, 256, 750, 1500, 15000), min_length=1)
     """A of a clip; each row of a batch has a clip of its own."""
     ragged: tuple[tuple[int, int], ...] = Field(default=RAGGED, min_length=2)
-    """Audio and text tokens of the rows of a `ragged` batch, over and over where it has more."""
+    """Audio and text tokens of the rows of a `ragged` batch, repeated cyclically for larger batches."""
     text_tokens: int = Field(default=128, ge=16)
     """T of a conversation: an eighth of them before the clip, and at the end a quarter that is the answer."""
     phases: tuple[Phase, ...] = Field(default=PHASES, min_length=1)

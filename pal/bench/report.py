@@ -27,10 +27,10 @@ _RATIOS = ("seconds", "peak_bytes", "saved_bytes", "flops", "kv_bytes")
 def to_dict(result: BenchResult) -> dict[str, Any]:
     """Plain data.
 
-    `rows` are what was measured. `ratios` say how each compares with PLITS at the same place: times faster in
-    `speed`, shares of PLITS's in the others, and its operations a second with those of one large product on the
-    device. `checks` compare with the plain LLM, the cost model and the goals. Without `complete` the run was ended
-    before its time, or goes on.
+    `rows` are the measurements. `ratios` compare each with PLITS at the same point: `speed` is how many times faster,
+    the others are shares of PLITS's; `of_product` is its FLOP/s as a share of one large matrix product's. `checks`
+    compare with the plain LLM, the cost model and the goals. Without `complete` the run was interrupted or is still
+    running.
     """
     return {
         "machine": result.machine,
@@ -83,7 +83,7 @@ def to_markdown(result: BenchResult) -> str:
         parts = ", ".join(f"{clip} + {text}" for clip, text in result.preset.ragged)
         lines.append(f"`ragged` is a batch of rows of different lengths, audio + text tokens: {parts}.")
     if not result.complete:
-        lines += ["", "**Incomplete**: the run was ended before its time, or goes on."]
+        lines += ["", "**Incomplete**: the run was interrupted or is still running."]
     for scope, phase, batch in dict.fromkeys((row.scope, row.phase, row.batch) for row in result.rows):
         rows = [row for row in result.rows if (row.scope, row.phase, row.batch) == (scope, phase, batch)]
         lines += ["", f"## {_SCOPES[scope]}: {_PHASES[phase]}, batch {batch}", "", *_table(rows, result.rate)]

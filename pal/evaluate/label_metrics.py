@@ -35,7 +35,7 @@ class LabelMetric(Metric):
 
     @abstractmethod
     def present(self) -> Bools:
-        """Mask of the items that give a label a value [N, L]."""
+        """Mask of the items that count for each label [N, L]."""
 
     @abstractmethod
     def by_label(self, times_RN: Floats) -> Floats:
@@ -118,9 +118,9 @@ class MacroF1(LabelMetric):
 
 
 def evidence(present_NL: Bools, groups: Groups) -> Support:
-    """Effective sample size of a mean over labels of equal variance, and the factor its bootstrap variance lacks.
+    """Effective sample size of a mean over labels of equal variance, and a factor for its bootstrap variance.
 
-    The size is the harmonic mean of the labels' numbers of clips. The score of a label with n clips has variance v / n,
+    The factor is what the bootstrap underestimates the variance by. The size is the harmonic mean of the labels' numbers of clips. The score of a label with n clips has variance v / n,
     of which resampling shows the share (n - 1) / n (nothing for one clip).
     """
     held_GL = np.zeros((len(groups), present_NL.shape[1]), bool)

@@ -245,7 +245,7 @@ class LayerScores:
     """Scores with shuffled labels."""
     reference: Mapping[str, ProbeScore]
     differing: float
-    """Largest difference of `before` rows between two clips, relative to their size."""
+    """Largest difference of `before` rows between two clips, relative to their RMS."""
 
 
 def score_states(rows: LayerStates, labels: ProbeLabels, groups: Sequence[str], progress: bool = False) -> LayerScores:

@@ -59,7 +59,9 @@ class Example:
 
     @classmethod
     def of(cls, model: PalModel, records: Sequence[Record], encode_clip: EncodedClipCache) -> Example:
-        """The first question of the record with the longest clip: masks without effect on it have no effect on others.
+        """The first question of the record with the longest clip.
+
+        A mask that hides nothing of that clip hides nothing of shorter ones.
 
         Raises:
             ConfigError: no record has a clip.

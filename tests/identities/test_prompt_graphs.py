@@ -9,9 +9,11 @@ from pal.backbone.packed import PackedContext
 from pal.backbone.prefill import prepared, read_prompts
 from pal.backbone.prompt_graphs import PromptGraphs
 from pal.integrations.filling import rounded
+from pal.integrations.routed import build_integration
 from pal.types import AUDIO, Tokens
 from tests.backbone.generating import GREEDY, Watch
-from tests.identities.models import CROSSED, PLACEMENTS, features, make_backbone, make_integration
+from tests.identities.models import CROSSED, PLACEMENTS, conversation, features, make_backbone, make_integration
+from tests.identities.test_streams import ENSEMBLES, STREAMS
 from tests.repeats import Repeats
 
 SAME = {"rtol": 1e-4, "atol": 1e-4}
@@ -116,14 +118,15 @@ def test_the_graphs_that_are_kept(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("name", "hooked", "side"), [("lal", True, "none"), ("lal", False, "left"), ("flamingo", False, "none")]
+    ("name", "hooked", "side"),
+    [("lal", "llm", "none"), ("lal", "projector", "none"), ("lal", None, "left"), ("flamingo", None, "none")],
 )
 @torch.no_grad()
 def test_what_a_graph_cannot_repeat_is_read_as_written(name, hooked, side):
     recorder = Repeats()
     llm, integration = model("llama", name)
-    if hooked:
-        llm.layers[1].mlp.register_forward_hook(lambda *_: None)
+    if hooked is not None:
+        (llm.layers[1].mlp if hooked == "llm" else integration.projectors.of(1)).register_forward_hook(lambda *_: None)
     graphs = PromptGraphs(recorder)
     for _ in range(3):
         answers(llm, lambda: prompts(llm, integration, ORDERS[0], side=side), graphs)
@@ -144,6 +147,44 @@ def test_changed_weights_are_used():
         found = answers(llm, lambda: prompts(llm, integration, ORDERS[0]), graphs)[1]
         torch.testing.assert_close(found, answers(llm, lambda: prompts(llm, integration, ORDERS[0]), None)[1], **SAME)
     assert len(graphs) == 2
+    for linear in (one for one in integration.modules() if isinstance(one, torch.nn.Linear)):
+        linear.weight = torch.nn.Parameter(linear.weight * 1.5)
+    for _ in range(2):
+        found = answers(llm, lambda: prompts(llm, integration, ORDERS[0]), graphs)[1]
+        torch.testing.assert_close(found, answers(llm, lambda: prompts(llm, integration, ORDERS[0]), None)[1], **SAME)
+    assert len(graphs) == 3
+
+
+@torch.no_grad()
+def test_nothing_is_filled_up_for_no_graph():
+    llm, integration = model("llama", "flamingo")
+    llm.prompt_graphs = PromptGraphs(Repeats())
+    inputs = prompts(llm, integration, ORDERS[0])
+    assert inputs.inputs_embeds_BTD.shape[1] == sum(inputs.audio_context.lengths)
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize("name", ["pal_routed", "two depths"])
+@torch.no_grad()
+def test_several_sets_of_keys(name, cache):
+    """Of different numbers, in different layers."""
+    llm = make_backbone("llama")
+    llm.packs = True
+    torch.manual_seed(3)
+    integration = build_integration(ENSEMBLES[name], STREAMS, llm)
+    rows = [conversation(PLACEMENTS["two"]), conversation(PLACEMENTS["none"]), conversation(PLACEMENTS["middle"], (1,))]
+    recorder = Repeats()
+    graphs = PromptGraphs(recorder)
+    for seed in range(3):
+
+        def make(seed=seed):
+            return integration([features(5, 3, seed=seed), features(11, 7, seed=seed)], rows, llm, "none")
+
+        expected, wanted = answers(llm, make, None)
+        found, logits = answers(llm, make, graphs, cache_implementation=cache)
+        torch.testing.assert_close(logits, wanted, **SAME)
+        assert torch.equal(found, expected)
+    assert recorder.replayed == 2
 
 
 @torch.no_grad()
