@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pal.backbone.packed import PackedContext
-from pal.backbone.prefill import prepared, read_prompts
+from pal.backbone.prefill import prepared, prompts_of, read_prompts
 from pal.backbone.prompt_graphs import PromptGraphs
 from pal.integrations.filling import rounded
 from pal.integrations.routed import build_integration
@@ -226,6 +226,22 @@ def test_few_operations_store_the_prompts():
         read_prompts(llm, cache, inputs)
     pointers = {layer.keys.untyped_storage().data_ptr() for layer in cache.stores}
     assert len(pointers) == 1 and cache.begun
+    assert cache.packed is None  # freed
+
+
+@torch.no_grad()
+def test_a_fixed_storage_stays_where_it_is():
+    """Graphs of decoding steps have its addresses."""
+    llm, integration = model("llama", "lal")
+    llm.prompt_graphs = PromptGraphs(Repeats())
+    inputs = prompts(llm, integration, ORDERS[0])
+    cache = prepared(llm, inputs, fixed=True)
+    pointers = []
+    for _ in range(3):
+        cache.begin(inputs, prompts_of(inputs), llm.dtype)
+        read_prompts(llm, cache, inputs)
+        pointers.append([x.data_ptr() for layer in cache.stores for x in (layer.keys, layer.values)])
+    assert len(llm.prompt_graphs) == 1 and pointers[0] == pointers[1] == pointers[2]
 
 
 def test_none_without_cuda(caplog):
