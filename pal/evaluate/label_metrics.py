@@ -120,9 +120,9 @@ class MacroF1(LabelMetric):
 def evidence(present_NL: Bools, groups: Groups) -> Support:
     """Effective sample size of a mean over labels of equal variance, and a factor for its bootstrap variance.
 
-    The factor is what the bootstrap underestimates the variance by. The size is the harmonic mean of the numbers of clips
-    of the labels. The score of a label with n clips has variance v / n, of which resampling shows the share (n - 1) / n
-    (nothing for one clip).
+    The factor is what the bootstrap underestimates the variance by. The size is the harmonic mean of the labels' clips.
+    The score of a label with n clips has variance v / n, of which resampling shows the share (n - 1) / n (nothing for
+    one clip).
     """
     held_GL = np.zeros((len(groups), present_NL.shape[1]), bool)
     np.logical_or.at(held_GL, groups.of_item, present_NL)
