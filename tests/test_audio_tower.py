@@ -121,7 +121,7 @@ def test_some_of_the_encoders_train():
     assert all(name.startswith("ears.encoders.1.") for name in trained["encoder"])
     model.train()
     assert not model.ears.encoders[0].training and model.ears.encoders[1].training
-    with pytest.raises(ConfigError, match="has 2"):
+    with pytest.raises(ConfigError, match="encoders 0 to 1"):
         freeze(model, Trained(encoder=[2]))
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from pal.backbone import families
 from pal.backbone.cache import CapturingCache, JointCache, LayerGroup
 from pal.backbone.graphs import modules_of
 from pal.backbone.packed import PackedContext
@@ -27,6 +28,10 @@ KEPT = 32
 """Number of prompt sizes whose graphs are kept; the least recently used are freed."""
 KEPT_BYTES = 2 << 30
 """Memory of the keys and values that kept graphs write."""
+
+
+LARGEST = 32_768
+"""Rows and audio keys of the largest prompts that are recorded; a GPU takes longer for larger ones than the host."""
 
 
 class PromptGraphs:
@@ -64,7 +69,12 @@ class PromptGraphs:
         context = inputs.audio_context
         if not self.possible(llm.device) or not isinstance(context, PackedContext) or not context.segments:
             return None
-        if any(keys.blocks is not None or keys.bias is not None for keys in context.keys):
+        if any(keys.blocks is not None for keys in context.keys) or families.checkpoints(llm.lm):
+            return None  # transformers keeps nothing while it trains with gradient checkpointing
+        if (
+            inputs.inputs_embeds_BTD.shape[1] + sum(sum(context.key_counts(i)) for i in range(len(context.keys)))
+            > LARGEST
+        ):
             return None
         ends_B = torch.tensor(context.lengths).cumsum(0) - 1
         tensors = BatchTensors()
@@ -78,7 +88,7 @@ class PromptGraphs:
         def record(recorder: Recorder) -> _Prefill:
             return _Prefill(llm, tensors, given, groups, recorder)
 
-        with self._lock:  # other threads may ask the same model, and the buffers are shared
+        with self._lock:  # other threads may ask the same model (on the same stream), and the buffers are shared
             made = self._recordings.find(llm, setting, sizes, record)
             if made is None:
                 return None
@@ -108,8 +118,7 @@ class _Prefill:
         recorder: Recorder,
     ) -> None:
         self._llm, self._groups = llm, groups
-        with torch.inference_mode(False):  # later calls in other modes write to the buffers
-            self._inputs = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in tensors.tensors]
+        self._inputs = [torch.empty_like(x) for x in tensors.tensors]
         self.put(tensors.tensors)
         self._given = tensors.rebuilt(given, self._inputs)
         recorder.warm_up(self._run)

@@ -8,6 +8,7 @@ import torch
 from pal.backbone.packed import PackedContext
 from pal.backbone.prefill import prepared, prompts_of, read_prompts
 from pal.backbone.prompt_graphs import PromptGraphs
+from pal.errors import PalError
 from pal.integrations.filling import rounded
 from pal.integrations.routed import build_integration
 from pal.types import AUDIO, Tokens
@@ -133,6 +134,33 @@ def test_what_a_graph_cannot_repeat_is_read_as_written(name, hooked, side):
     assert recorder.recorded == 0
 
 
+def test_a_model_that_trains_with_checkpointing_is_no_failure():
+    """It keeps no K/V; afterwards prompts are replayed as before."""
+    llm, integration = model("llama", "lal")
+    llm.checkpoint_gradients(True)
+    llm.train()
+    graphs = PromptGraphs(Repeats())
+    with torch.no_grad():
+        for _ in range(3):
+            with pytest.raises(PalError, match="gradient checkpointing"):
+                answers(llm, lambda: prompts(llm, integration, ORDERS[0]), graphs)
+        assert graphs.failed is None
+        llm.eval()
+        for _ in range(2):
+            answers(llm, lambda: prompts(llm, integration, ORDERS[0]), graphs)
+    assert len(graphs) == 1
+
+
+@torch.no_grad()
+def test_large_prompts_are_read_as_written(monkeypatch):
+    llm, integration = model("llama", "lal")
+    graphs = PromptGraphs(Repeats())
+    monkeypatch.setattr("pal.backbone.prompt_graphs.LARGEST", 40)  # rows alone are fewer
+    for _ in range(3):
+        answers(llm, lambda: prompts(llm, integration, ORDERS[0]), graphs)
+    assert len(graphs) == 0
+
+
 @torch.no_grad()
 def test_changed_weights_are_used():
     llm, integration = model("llama", "lal")
@@ -185,6 +213,18 @@ def test_several_sets_of_keys(name, cache):
         torch.testing.assert_close(logits, wanted, **SAME)
         assert torch.equal(found, expected)
     assert recorder.replayed == 2
+
+
+@torch.no_grad()
+def test_the_recorded_prompts_can_be_read_again():
+    """Others are not copied into their tensors."""
+    llm, integration = model("llama", "lal")
+    graphs = PromptGraphs(Repeats())
+    kept = prompts(llm, integration, ORDERS[0], seed=0)
+    wanted = answers(llm, lambda: kept, None)[1]
+    for inputs in (kept, kept, prompts(llm, integration, ORDERS[1], seed=1)):
+        answers(llm, lambda inputs=inputs: inputs, graphs)
+    torch.testing.assert_close(answers(llm, lambda: kept, None)[1], wanted, **SAME)
 
 
 @torch.no_grad()
