@@ -32,7 +32,7 @@ format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# Its first half, the LLM alone, took 27 minutes and 10 GB of memory; `pal bench --preset cpu-small` only counts, in a minute.
+# Its first half, the LLM alone, takes 20 to 30 minutes and 10 GB of memory; `pal bench --preset cpu-small` only counts, in a minute.
 bench: $(STAMP)
 	$(BIN)/pal bench --preset cpu --out runs/bench-cpu
 
