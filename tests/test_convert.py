@@ -173,7 +173,9 @@ def test_checkpoints_of_something_else(tmp_path: Path) -> None:
             rest = {key: value for key, value in whole["model"].items() if key != name}
             refuse(layout, whole | {"model": rest}, f"lacks '{name}'")
             fields = torch.ones(3, 5)
-            refuse(layout, whole | {"model": whole["model"] | {name: fields}}, "has shape|lacks|this encoder shares one")
+            refuse(
+                layout, whole | {"model": whole["model"] | {name: fields}}, "has shape|lacks|this encoder shares one"
+            )
 
 
 def test_the_folder_is_not_overwritten(tmp_path: Path) -> None:
