@@ -317,3 +317,16 @@ def test_threads_share_the_buffers():
     assert len(found) == 24
     for (seed, _), logits in found.items():
         torch.testing.assert_close(logits, wanted[seed], **SAME)
+
+
+@torch.no_grad()
+def test_logits_outlive_the_next_prompt():
+    llm, integration = model("llama", "lal")
+    llm.prompt_graphs = PromptGraphs(Repeats())
+    found, copies = [], []
+    for seed in range(4):
+        inputs = prompts(llm, integration, ORDERS[0], seed)
+        found.append(read_prompts(llm, prepared(llm, inputs), inputs))
+        copies.append(found[-1].clone())
+    for logits, copy in zip(found, copies, strict=True):
+        assert torch.equal(logits, copy)
