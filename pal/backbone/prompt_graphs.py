@@ -28,8 +28,6 @@ KEPT = 32
 """Number of prompt sizes whose graphs are kept; the least recently used are freed."""
 KEPT_BYTES = 2 << 30
 """Memory of the keys and values that kept graphs write."""
-
-
 LARGEST = 32_768
 """Rows and audio keys of the largest prompts that are recorded; a GPU takes longer for larger ones than the host."""
 
@@ -71,10 +69,8 @@ class PromptGraphs:
             return None
         if any(keys.blocks is not None for keys in context.keys) or families.checkpoints(llm.lm):
             return None  # transformers keeps nothing while it trains with gradient checkpointing
-        if (
-            inputs.inputs_embeds_BTD.shape[1] + sum(sum(context.key_counts(i)) for i in range(len(context.keys)))
-            > LARGEST
-        ):
+        keys = sum(sum(context.key_counts(which)) for which in range(len(context.keys)))
+        if inputs.inputs_embeds_BTD.shape[1] + keys > LARGEST:
             return None
         ends_B = torch.tensor(context.lengths).cumsum(0) - 1
         tensors = BatchTensors()
