@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from pal.app.options import AsJson, Exclude, Folds, ReadToEnd, Settings, Speakers
-from pal.app.output import print_json, shows_progress
+from pal.app.output import note, print_json, shows_progress
 from pal.errors import ConfigError, ManifestError
 
 data_app = typer.Typer(no_args_is_help=True, help="Make and check manifests.")
@@ -58,6 +58,41 @@ def data_synth(
         print_json({"manifest": str(manifest), "scenes": scenes, "records": count})
     else:
         typer.echo(f"{manifest}: {scenes} scenes, {count} records")
+
+
+@data_app.command(
+    "curriculum",
+    epilog="It needs: apt-get install flite espeak-ng fluidsynth fluid-soundfont-gm timgm6mb-soundfont",
+)
+def data_curriculum(
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write.")],
+    esc10: Annotated[
+        Path | None, typer.Option("--esc10", metavar="DIR", help="Folder of ESC-10 in the layout of ESC-50.")
+    ] = None,
+    fsdd: Annotated[Path | None, typer.Option("--fsdd", metavar="DIR", help="Folder of FSDD.")] = None,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same curriculum.")] = 0,
+    clips: Annotated[int, typer.Option(help="Clips for training.")] = 6000,
+    workers: Annotated[int | None, typer.Option(help="Processes; default: one for each core.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Make a training set of sounds, digits, speech and music, with questions and held-out parts.
+
+    Speech and music are made by flite, eSpeak NG and FluidSynth. Without --esc10 or --fsdd that part is left out.
+    A run that was stopped goes on when it is started again.
+    """
+    from pal.data.curriculum.maker import make
+
+    for folder, flag, part in ((esc10, "--esc10", "environmental sounds"), (fsdd, "--fsdd", "spoken digits")):
+        if folder is None:
+            note(f"no {flag}: {part} are left out")
+    summary = make(out, seed, clips, esc10, fsdd, workers)
+    if as_json:
+        print_json(summary)
+    else:
+        training = summary["training"]
+        held_out = sum(part["questions"] for part in summary["held_out"].values())
+        made = f"{training['clips']} clips, {training['questions']} questions"
+        typer.echo(f"{out}: {made}; held out: {held_out} questions")
 
 
 @data_app.command("check")
