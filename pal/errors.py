@@ -1,5 +1,7 @@
 """Errors that a user can mend: one line with the fault and the remedy."""
 
+import re
+
 _LONGEST = 290
 """Most characters of an error's text, so that it stays below 300 behind the command line's "error: "."""
 
@@ -35,8 +37,18 @@ class BundleError(PalError):
     """A saved model, checkpoint, audio index or feature cache that cannot be used; names the file."""
 
 
+class DownloadError(PalError):
+    """A model that could not be downloaded; names the package or Hub id, the reason and the remedy."""
+
+
 class PromptError(PalError):
     """A conversation that cannot be used, such as a placeholder without a clip."""
+
+
+def first_sentence(error: Exception) -> str:
+    """First sentence of another library's error, shortened for a one-line message."""
+    text = re.split(r"\.\s|\n", str(error).strip(), maxsplit=1)[0].rstrip(".:")
+    return text[:160] or type(error).__name__
 
 
 def shortened(text: str, longest: int, space: str = " ") -> str:

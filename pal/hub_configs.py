@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pal.errors import ConfigError
+from pal.pretrained import SMOLLM2, WHISPER, source_of
 
 
 def _llama(width: int, ffn: int, layers: int, heads: int, head_width: int) -> dict[str, Any]:
@@ -68,6 +69,20 @@ def _whisper(width: int, layers: int, heads: int, mels: int = 80) -> dict[str, A
     }
 
 
+_SMOLLM2_135M = {
+    "model_type": "llama",
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "vocab_size": 49152,
+    "max_position_embeddings": 8192,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 100000.0,
+    "tie_word_embeddings": True,
+}
+"""SmolLM2 (arXiv 2502.02737), as in the file of `pal.pretrained.SMOLLM2`."""
 _LLAMA_1B = _llama(2048, 8192, 16, 32, 64)
 _LLAMA_3B = _llama(3072, 8192, 28, 24, 128)
 _QWEN_05B = _qwen(896, 4864, 24, 14, 2, 151936, tied=True)
@@ -88,7 +103,9 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "Qwen/Qwen2.5-3B-Instruct": _QWEN_3B,
     "Qwen/Qwen2.5-7B": _QWEN_7B,
     "Qwen/Qwen2.5-7B-Instruct": _QWEN_7B,
+    SMOLLM2.hub_id: _SMOLLM2_135M,
     "openai/whisper-tiny": _whisper(384, 4, 6),
+    WHISPER.hub_id: _whisper(384, 4, 6),
     "openai/whisper-base": _whisper(512, 6, 8),
     "openai/whisper-small": _whisper(768, 12, 12),
     "openai/whisper-medium": _whisper(1024, 24, 16),
@@ -110,18 +127,24 @@ CONFIGS: dict[str, dict[str, Any]] = {
 
 
 def config_of(path: str, revision: str | None = None) -> dict[str, Any]:
-    """Fields of a model's `config.json`, from its folder, else the local Hub cache, else `CONFIGS`.
+    """Fields of a model's `config.json`, from its folder or GGUF file, else the local Hub cache, else `CONFIGS`.
 
     Nothing is downloaded.
 
     Raises:
         ConfigError: none of the three has it, or the file is damaged.
     """
-    file = Path(path) / "config.json"
+    from pal.backbone import gguf
+
+    if gguf.is_gguf(path):
+        read: dict[str, Any] = gguf.read_config(path).to_dict()
+        return read
+    source = source_of(path, revision)
+    file = Path(source) / "config.json"
     if not file.is_file():
-        cached = _cached(path, revision)
-        if cached is None and path in CONFIGS:
-            return dict(CONFIGS[path])
+        cached = _cached(source, revision)
+        if cached is None and source in CONFIGS:
+            return dict(CONFIGS[source])
         if cached is None:
             raise ConfigError(
                 f"the shape of '{path}' is not known here: no such folder, not in the local cache; "

@@ -6,6 +6,7 @@ from pydantic import Field, field_validator, model_validator
 
 from pal import hub_configs
 from pal.config import StrictConfig
+from pal.pretrained import KNOWN
 from pal.registry import lookup, names
 
 _TOY = {
@@ -36,13 +37,14 @@ class LLMConfig(StrictConfig):
     """The language model: an existing one (`path`), or a new one with random weights (`fresh`)."""
 
     path: str | None = None
-    """Hub id or local folder of a decoder-only LLM with its tokenizer."""
+    """Hub id, local folder or GGUF file of a decoder-only LLM with its tokenizer, or `smollm2-135m-instruct`, which
+    `pal models get smol` downloads."""
     revision: str | None = None
     """Branch, tag or commit of `path` on the Hub."""
     fresh: dict[str, Any] | None = None
     """A transformers configuration: `model_type` and the fields that differ from its defaults."""
     tokenizer: str | None = None
-    """Hub id or local folder of the tokenizer; the default is that of `path`."""
+    """Hub id, local folder or GGUF file of the tokenizer; the default is that of `path`."""
     vocabulary: int | None = None
     """With `fresh` and no `tokenizer`: size of a byte-level BPE vocabulary, trained on the recipe's text."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -82,7 +84,7 @@ class ModelConfig(StrictConfig):
     """A string is short for `{path: ...}`."""
     encoders: list[Part] = Field(min_length=1)
     """Audio encoders, by name and options. A Hub id alone is short for the encoder class with this id in its `hub_ids`,
-    or for `whisper` if there is none."""
+    or for `whisper` if there is none; so is `whisper-tiny.en`."""
     connector: Part | list[Part] = {"name": "mlp"}
     """Connectors between encoders and integration; each makes one stream. A single one is used for each encoder, or
     fuses all of them (`lfst`). In a list, each takes the encoder of its index, or those of `encoders: [0, 2]`."""
@@ -114,7 +116,7 @@ class ModelConfig(StrictConfig):
 
 
 def _encoder(text: str) -> Part:
-    if "/" not in text:
+    if "/" not in text and text not in KNOWN:
         return {"name": text}
     published = (name for name in names("encoder") if text.startswith(lookup("encoder", name).hub_ids))  # type: ignore[attr-defined]
     return {"name": next(published, "whisper"), "path": text}

@@ -13,9 +13,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from typer.testing import CliRunner
 
-from pal import convert as module
 from pal.app import cli
-from pal.convert import convert
+from pal.convert import convert, folder
 from pal.encoders.sslam import SslamArchitecture, SslamNetwork
 from pal.errors import ConfigError
 from pal.registry import build
@@ -185,7 +184,7 @@ def test_the_folder_is_not_overwritten(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="mine: exists already; name a folder that does not"):
         convert(source, tmp_path / "mine", "sslam")
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "dear"
-    with pytest.raises(ConfigError, match="unknown layout 'fairseq'; known: beats, sslam"):
+    with pytest.raises(ConfigError, match="unknown layout 'fairseq'; known: beats, ct2-whisper, gguf, sslam"):
         convert(source, tmp_path / "out", "fairseq")
 
 
@@ -195,7 +194,7 @@ def test_an_interrupted_conversion_leaves_nothing(tmp_path: Path, monkeypatch: p
     def stop(*_: object, **__: object) -> str:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(module.json, "dumps", stop)
+    monkeypatch.setattr(folder.json, "dumps", stop)
     with pytest.raises(KeyboardInterrupt):
         convert(source, tmp_path / "out", "sslam")
     assert [path.name for path in tmp_path.iterdir()] == ["s.pt"]

@@ -13,6 +13,7 @@ from typer.core import TyperGroup
 
 from pal.app import ablating, evaluating, reporting
 from pal.app.data import data_app
+from pal.app.models import models_app
 from pal.app.options import AllowUrls, AsJson, ReadToEnd
 from pal.app.output import note, one_line, print_json, shows_progress
 from pal.app.probing import probe_app
@@ -52,6 +53,7 @@ app = typer.Typer(
 )
 app.add_typer(data_app, name="data")
 app.add_typer(probe_app, name="probe")
+app.add_typer(models_app, name="models")
 
 Model = Annotated[str, typer.Option("--model", "-m", help="Bundle folder or Hub id; 'tiny' ships with the package.")]
 
@@ -298,12 +300,18 @@ app.command()(reporting.report)
 
 @app.command()
 def convert(
-    source: Annotated[Path, typer.Argument(help="A published checkpoint (.pt).")],
-    out: Annotated[Path, typer.Argument(help="Folder to write, for the encoder's option 'path'.")],
-    layout: Annotated[str, typer.Option("--layout", help="Format of the checkpoint: beats, or sslam (also for EAT).")],
+    source: Annotated[Path, typer.Argument(help="A published checkpoint: .pt, .gguf or model.bin.")],
+    out: Annotated[Path, typer.Argument(help="Folder to write, for 'path' of the encoder or LLM.")],
+    layout: Annotated[
+        str,
+        typer.Option(
+            "--layout",
+            help="Format of the checkpoint: beats, sslam (also for EAT), ct2-whisper (CTranslate2) or gguf (an LLM).",
+        ),
+    ],
     as_json: AsJson = False,
 ) -> None:
-    """Convert an encoder's checkpoint to safetensors, without running code from the checkpoint."""
+    """Convert an encoder's checkpoint, or an LLM in GGUF, to safetensors; no code from the checkpoint is run."""
     from pal.convert import convert as convert_checkpoint
 
     facts = convert_checkpoint(source, out, layout)

@@ -10,11 +10,13 @@ import torch
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
+from pal.backbone import gguf
 from pal.backbone.attention import NAME
 from pal.backbone.causal_lm import class_for
 from pal.backbone.families import check_family, config_from
-from pal.backbone.sources import first_sentence, more_layers, read_config
-from pal.errors import PalError
+from pal.backbone.sources import more_layers, read_config
+from pal.errors import PalError, first_sentence
+from pal.pretrained import remedy, source_of
 
 
 def load_lm(source: str | Path | Mapping[str, Any], revision: str | None, dtype: torch.dtype) -> PreTrainedModel:
@@ -30,20 +32,23 @@ def load_lm(source: str | Path | Mapping[str, Any], revision: str | None, dtype:
     try:
         config = read_config(source, revision)
         check_family(config)
-        lm, report = class_for(config).from_pretrained(
-            source,
-            revision=revision or "main",
-            attn_implementation=NAME,
-            dtype=dtype,
-            use_safetensors=True,  # other formats are pickle
-            ignore_mismatched_sizes=True,  # refused below, by name
-            output_loading_info=True,
-        )
+        # weights of another shape are refused below, by name
+        options = {"attn_implementation": NAME, "dtype": dtype, "ignore_mismatched_sizes": True}
+        if gguf.is_gguf(source):
+            lm, report = gguf.load(class_for(config), source, config=config, **options)
+        else:
+            lm, report = class_for(config).from_pretrained(
+                source_of(source, revision),
+                revision=revision or "main",
+                use_safetensors=True,  # other formats are pickle
+                output_loading_info=True,
+                **options,
+            )
     except SafetensorError as error:
         reason = first_sentence(error)
         raise PalError(f"cannot load the LLM '{source}': {reason}; copy or download its weights again") from None
     except (OSError, RuntimeError) as error:
-        raise PalError(f"cannot load the LLM '{source}': {first_sentence(error)}") from None
+        raise PalError(f"cannot load the LLM '{source}': {first_sentence(error)}{remedy(source)}") from None
     _check_complete(source, report, lm)
     loaded: PreTrainedModel = lm
     return loaded

@@ -11,7 +11,9 @@ from typing import Any
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
-from pal.errors import ConfigError, PalError
+from pal.backbone import gguf
+from pal.errors import ConfigError, PalError, first_sentence
+from pal.pretrained import remedy, source_of
 
 _ADAPTER = "adapter_config.json"
 _POINTER = b"version https://git-lfs"
@@ -20,19 +22,22 @@ _TOKENIZER = ("tokenizer", "vocab", "merges", "spiece", "sentencepiece", "spm", 
 
 
 def read_config(source: str | Path, revision: str | None = None) -> PreTrainedConfig:
-    """The configuration of an LLM on the Hub or in a folder.
+    """The configuration of an LLM on the Hub, in a folder or in a GGUF file.
 
     Raises:
-        PalError: an adapter, a GGUF file, quantised weights, or a source that transformers cannot read.
+        PalError: an adapter, quantised weights, or a source that transformers cannot read.
     """
-    _check_folder(Path(source))
+    if gguf.is_gguf(source):
+        return gguf.read_config(source)
+    found = source_of(source, revision)
+    _check_folder(Path(found))
     try:
-        config: PreTrainedConfig = AutoConfig.from_pretrained(source, revision=revision or "main")
+        config: PreTrainedConfig = AutoConfig.from_pretrained(found, revision=revision or "main")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
-        if _is_adapter(source, revision):
+        if _is_adapter(found, revision):
             raise _adapter_error(source) from None
-        remedy = "; its config.json must be one that transformers reads" if Path(source).is_dir() else ""
-        raise PalError(f"cannot load the LLM '{source}': {first_sentence(error)}{remedy}") from None
+        advice = "; its config.json must be one that transformers reads" if Path(found).is_dir() else remedy(source)
+        raise PalError(f"cannot load the LLM '{source}': {first_sentence(error)}{advice}") from None
     quantised = getattr(config, "quantization_config", None)
     if quantised:
         fields = quantised if isinstance(quantised, dict) else quantised.to_dict()
@@ -45,35 +50,35 @@ def read_config(source: str | Path, revision: str | None = None) -> PreTrainedCo
 
 
 def load_tokenizer(source: str, revision: str | None = None) -> PreTrainedTokenizerBase:
-    """The tokenizer on the Hub or in a folder.
+    """The tokenizer on the Hub, in a folder or in a GGUF file.
 
     Raises:
         ConfigError: there is no tokenizer that transformers can read.
     """
-    remedy = "save it there with its save_pretrained, or name another folder or Hub id as the LLM's 'tokenizer'"
-    folder = Path(source)
+    if gguf.is_gguf(source):
+        return gguf.read_tokenizer(source)
+    advice = "save it there with its save_pretrained, or name another folder or Hub id as the LLM's 'tokenizer'"
+    found = source_of(source, revision)
+    folder = Path(found)
     if folder.is_dir() and not any(file.name.startswith(_TOKENIZER) for file in folder.iterdir()):
-        raise ConfigError(f"'{source}' holds no tokenizer; {remedy}")
+        raise ConfigError(f"'{source}' holds no tokenizer; {advice}")
     try:
-        found: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source, revision=revision)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(found, revision=revision)
     except Exception as error:  # each kind of tokenizer raises other errors for missing or wrong files
         if (folder / "tokenizer.json").is_file():
-            remedy = f"copy or download its files again, or {remedy.partition('or ')[2]}"
-        raise ConfigError(f"cannot load the tokenizer '{source}': {first_sentence(error)}; {remedy}") from None
-    return found
-
-
-def first_sentence(error: Exception) -> str:
-    """First sentence of another library's error, shortened for a one-line message."""
-    text = re.split(r"\.\s|\n", str(error).strip(), maxsplit=1)[0].rstrip(".:")
-    return text[:160] or type(error).__name__
+            advice = f"copy or download its files again, or {advice.partition('or ')[2]}"
+        advice = remedy(source) or f"; {advice}"
+        raise ConfigError(f"cannot load the tokenizer '{source}': {first_sentence(error)}{advice}") from None
+    return tokenizer
 
 
 def _check_folder(folder: Path) -> None:
     if not folder.exists() and (folder.is_absolute() or len(folder.parts) > 2):
         raise PalError(f"the LLM '{folder}' is no folder here; give one that transformers reads, or a Hub id")
-    if folder.suffix == ".gguf" or (folder.is_dir() and any(folder.glob("*.gguf")) and not _has_weights(folder)):
-        raise PalError(f"the LLM '{folder}' is GGUF, which is not supported; give the safetensors it was made from")
+    if folder.is_dir() and any(folder.glob("*.gguf")) and not _has_weights(folder):
+        raise PalError(
+            f"the LLM '{folder}' is a folder with GGUF files; give one of the files, such as {_first(folder)}"
+        )
     if folder.is_dir() and any(folder.glob("pytorch_model*.bin")) and not _has_weights(folder):
         raise PalError(f"the LLM '{folder}' has its weights as pickle, which is not read; save them as safetensors")
     if folder.is_dir() and (folder / _ADAPTER).is_file():
@@ -110,6 +115,10 @@ def more_layers(names: Iterable[str], own: Collection[str]) -> str | None:
         if re.sub(r"(^|\.)layers\.\d+\.", r"\1layers.0.", name, count=1) in own and name not in own:
             return name
     return None
+
+
+def _first(folder: Path) -> Path:
+    return min(folder.glob("*.gguf"))
 
 
 def _has_weights(folder: Path) -> bool:

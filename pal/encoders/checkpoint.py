@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pal.errors import ConfigError
+from pal.pretrained import remedy, source_of
 
 _INDEX = "model.safetensors.index.json"
 _WEIGHTS = "model.safetensors"
@@ -22,7 +23,7 @@ class EncoderCheckpoint:
     encoder: str
     """Registered name of the encoder, for error messages."""
     path: str
-    """Hub id or folder."""
+    """Hub id or folder, or the name of a known model."""
     revision: str | None
     """Branch, tag or commit on the Hub."""
 
@@ -36,7 +37,7 @@ class EncoderCheckpoint:
         from transformers import PreTrainedConfig
 
         try:
-            fields, _ = PreTrainedConfig.get_config_dict(self.path, revision=self.revision)
+            fields, _ = PreTrainedConfig.get_config_dict(self._source, revision=self.revision)
         except OSError as error:
             raise self._unreadable(error) from None
         found = fields.get("model_type", "none")
@@ -107,13 +108,18 @@ class EncoderCheckpoint:
     def _file(self, name: str) -> str:
         from transformers.utils import cached_file
 
-        found = cached_file(self.path, name, revision=self.revision)
+        found = cached_file(self._source, name, revision=self.revision)
         assert found is not None  # it raises if there is no such file
         return found
 
     def _unreadable(self, error: Exception) -> ConfigError:
         reason = " ".join(str(error).split())[:200]
-        return self._error(f"cannot be loaded ({reason}); give a Hub id or a folder with safetensors")
+        advice = remedy(self.path) or "; give a Hub id or a folder with safetensors"
+        return self._error(f"cannot be loaded ({reason}){advice}")
+
+    @property
+    def _source(self) -> str:
+        return source_of(self.path, self.revision)
 
     def _error(self, message: str) -> ConfigError:
         return ConfigError(f"encoder '{self.encoder}': {self.path} {message}")

@@ -16,7 +16,7 @@ class PretrainedOptions(StrictConfig):
     """Source of the network: `path`, or `architecture`, or both."""
 
     path: str | None = None
-    """Hub id, or local folder with safetensors."""
+    """Hub id, or local folder with safetensors, or the name of a known model (`pal.pretrained`)."""
     revision: str | None = None
     """Branch, tag or commit on the Hub."""
     architecture: dict[str, Any] | None = None

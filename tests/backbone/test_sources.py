@@ -66,8 +66,11 @@ def test_an_adapter(folder, tmp_path, with_config):
 def test_gguf(folder):
     (folder / "model.safetensors").unlink()
     (folder / "x.gguf").write_bytes(b"GGUF")
-    for path in (folder, folder / "x.gguf"):
-        refused(path, "is GGUF, .*; give the safetensors")
+    refused(folder, r"is a folder with GGUF files; give one of the files, such as .*x\.gguf")
+    refused(folder / "x.gguf", "cannot read the GGUF file .*; copy or download it again")
+    (folder / "x.gguf").write_bytes(b"GGML" + bytes(100))
+    refused(folder / "x.gguf", "is no GGUF file, whatever its name; copy")
+    refused(folder / "y.gguf", "is no file here; give a GGUF file")
 
 
 def test_pickled_weights(folder):

@@ -1,10 +1,11 @@
-"""Conversion of published checkpoints to folders of safetensors, which the encoders read.
+"""Published checkpoints of SSLAM, EAT and BEATs, in files of `torch.save`.
 
 No other module opens a `.pt` file. It is loaded with `weights_only`, so that no code in it can run; a checkpoint that
 needs more is refused.
 """
 
-import json
+from __future__ import annotations
+
 import re
 import warnings
 from collections.abc import Callable
@@ -15,49 +16,35 @@ import torch
 from torch import Tensor, nn
 
 from pal.config import StrictConfig, parse
+from pal.convert.folder import Converted
 from pal.encoders import beats, sslam, weights
 from pal.errors import ConfigError
-from pal.files import atomic_folder
-
-Converted = tuple[StrictConfig, dict[str, Tensor]]
-"""Hyperparameters for `config.json`, and the tensors by their names in the folder."""
 
 
-def convert(source: str | Path, out: str | Path, layout: str) -> dict[str, Any]:
-    """Write the encoder of a checkpoint as a folder, atomically.
-
-    Args:
-        source: a file that `torch.save` wrote.
-        out: the folder to make.
-        layout: naming scheme of the checkpoint, one of `LAYOUTS`.
-
-    Returns:
-        `out`, `layout`, `numbers` (count of the weights written) and `left_out` (count of the tensors
-        that the encoder does not need).
+def read_sslam(source: Path) -> Converted:
+    """The encoder of a fairseq checkpoint of EAT or SSLAM, pre-trained or fine-tuned, in the layout on the Hub.
 
     Raises:
-        ConfigError: unknown layout, `out` exists, or the file is damaged or of another layout.
+        ConfigError: the file is damaged or of another layout.
     """
-    source, out = Path(source), Path(out)
-    if layout not in LAYOUTS:
-        raise ConfigError(f"unknown layout '{layout}'; known: {', '.join(sorted(LAYOUTS))}")
-    if out.exists():
-        raise ConfigError(f"{out}: exists already; name a folder that does not")
     checkpoint = _load(source)
-    stored = checkpoint["model"]
-    sizes, tensors = LAYOUTS[layout](checkpoint, str(source))
-    from safetensors.torch import save_file
+    sizes, tensors = _sslam(checkpoint, str(source))
+    return _converted(checkpoint, sizes, tensors)
 
-    with atomic_folder(out) as temporary:
-        own = {name: tensor.detach().clone().contiguous() for name, tensor in tensors.items()}
-        save_file(own, temporary / weights.WEIGHTS, metadata={"format": "pt"})
-        (temporary / weights.CONFIG).write_text(json.dumps(sizes.model_dump(mode="json"), indent=1) + "\n")
-    return {
-        "out": str(out),
-        "layout": layout,
-        "numbers": sum(tensor.numel() for tensor in tensors.values()),
-        "left_out": len(stored) - len(tensors),
-    }
+
+def read_beats(source: Path) -> Converted:
+    """The encoder of an official checkpoint of BEATs, pre-trained or fine-tuned.
+
+    Raises:
+        ConfigError: the file is damaged or of another layout.
+    """
+    checkpoint = _load(source)
+    sizes, tensors = _beats(checkpoint, str(source))
+    return _converted(checkpoint, sizes, tensors)
+
+
+def _converted(checkpoint: dict[str, Any], sizes: StrictConfig, tensors: dict[str, Tensor]) -> Converted:
+    return Converted(sizes.model_dump(mode="json"), tensors, left_out=len(checkpoint["model"]) - len(tensors))
 
 
 def _load(source: Path) -> dict[str, Any]:
@@ -87,8 +74,7 @@ def _load(source: Path) -> dict[str, Any]:
     return found | {"model": {str(name): tensor for name, tensor in model.items() if isinstance(tensor, Tensor)}}
 
 
-def _sslam(checkpoint: dict[str, Any], where: str) -> Converted:
-    """Convert fairseq checkpoints of EAT and SSLAM, pre-trained or fine-tuned, to the layout on the Hub."""
+def _sslam(checkpoint: dict[str, Any], where: str) -> tuple[StrictConfig, dict[str, Tensor]]:
     image = "modality_encoders.IMAGE."
     renamed = {}
     for name, tensor in checkpoint["model"].items():
@@ -129,8 +115,7 @@ def _heads(checkpoint: dict[str, Any], width: int) -> int:
     return heads if isinstance(heads, int) and heads > 0 and width % heads == 0 else max(1, width // 64)
 
 
-def _beats(checkpoint: dict[str, Any], where: str) -> Converted:
-    """Convert official checkpoints of BEATs, pre-trained or fine-tuned."""
+def _beats(checkpoint: dict[str, Any], where: str) -> tuple[StrictConfig, dict[str, Tensor]]:
     fields = checkpoint.get("cfg")
     if not isinstance(fields, dict):
         raise _lacks(where, "the dictionary 'cfg'")
@@ -170,8 +155,4 @@ def _checked(
 
 
 def _lacks(where: str, what: str) -> ConfigError:
-    return ConfigError(f"{where}: lacks {what}; is it of another layout? known: {', '.join(LAYOUTS)}")
-
-
-LAYOUTS: dict[str, Callable[[dict[str, Any], str], Converted]] = {"beats": _beats, "sslam": _sslam}
-"""Converter of each layout: (checkpoint, its file for messages) -> hyperparameters and tensors."""
+    return ConfigError(f"{where}: lacks {what}; is it of another layout? known: beats, sslam")
