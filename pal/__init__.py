@@ -40,18 +40,20 @@ TEXT_LLM = SHIPPED.with_name("tiny-lm")
 """Its text-only LLM before training on audio, with the tokenizer: a folder that transformers loads."""
 
 
-def load(path: str | Path | None = None) -> PalModel:
+def load(path: str | Path | None = None, other_weights: bool = False) -> PalModel:
     """Load a bundle.
 
     Args:
         path: a folder that `save_pretrained` wrote, or a Hub id; None or "tiny" for the shipped model.
+        other_weights: go on, with a `WeightsWarning`, where weights at the source of the LLM or encoder are not those
+            that the bundle was made with.
 
     Raises:
-        BundleError: the bundle is missing, damaged or from another version.
+        BundleError: the bundle is missing, damaged or from another version, or made with other weights.
     """
     from pal import bundle
 
-    return bundle.load(SHIPPED if path in (None, "tiny") else path)
+    return bundle.load(SHIPPED if path in (None, "tiny") else path, other_weights=other_weights)
 
 
 def attach(
@@ -64,8 +66,8 @@ def attach(
     """Attach audio encoders to an LLM; connectors and projectors are untrained.
 
     Args:
-        llm: Hub id or folder of a causal LM, or the fields of `pal.model_config.LLMConfig`.
-        encoders: names (`"tiny"`), Hub ids (`"openai/whisper-small"`), or `{"name": ..., option: value}`.
+        llm: Hub id, folder or GGUF file of a causal LM, `"smollm2-135m-instruct"`, or the fields of `pal.model_config.LLMConfig`.
+        encoders: names (`"tiny"`), Hub ids (`"openai/whisper-small"`), `"whisper-tiny.en"`, or `{"name": ..., option: value}`.
         connector: name or `{"name": ..., option: value}`; a list makes several streams.
         integration: name or `{"name": ..., option: value}`.
         options: the other fields of `pal.model_config.ModelConfig`: `system` and `notice`.

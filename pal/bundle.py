@@ -1,7 +1,8 @@
 """Bundles: a model as a folder of safetensors, configuration and tokenizer, with digests checked on load.
 
 A bundle holds the weights that are new or trained, or all (`full`). Weights left out are listed with their SHA-256
-and loaded from their source, so that another LLM or encoder is noticed. transformers' Auto classes read and write the
+and loaded from their source, so that another LLM or encoder is noticed; sketches of them tell how far it differs.
+transformers' Auto classes read and write the
 same folder through `pal.hf`.
 """
 
@@ -10,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import warnings
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,9 +22,10 @@ from torch import Tensor, nn
 
 from pal.backbone.finetuning import LoRA
 from pal.config import parse
-from pal.errors import BundleError
+from pal.errors import BundleError, WeightsWarning
 from pal.files import MANIFEST, amend, atomic_folder, recover, verify
 from pal.model_config import LLMConfig, ModelConfig
+from pal.sketches import relative_difference, sketch, sketches
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -34,6 +37,8 @@ _CONFIG = "config.json"
 _PROCESSOR = "processor_config.json"
 _WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
+_SKETCHES = "left_out.safetensors"
+"""Sketches of the weights left out, one row for each in the order of their names; older bundles have none."""
 _ENCODERS = "ears.encoders."
 _TRANSFORMERS = {"model_type": "pal", "architectures": ["PalForConditionalGeneration"]}
 """Keys of `config.json` by which transformers' Auto classes find the model class."""
@@ -74,6 +79,9 @@ def save(
         _write_weights(kept, temporary, dtype, largest)
         (temporary / _CONFIG).write_text(_json(description))
         (temporary / _PROCESSOR).write_text(_json(_processor(model)))
+        if description["left_out"]:
+            rows = sketches({name: state[name] for name in description["left_out"]})
+            save_file({"sketches": rows}, temporary / _SKETCHES)
         for name, text in (extra or {}).items():
             (temporary / name).write_text(text)
         model.tokenizer.save_pretrained(temporary)
@@ -99,12 +107,14 @@ def describe(model: PalModel) -> dict[str, Any]:
     }
 
 
-def load(path: str | Path, dtype: torch.dtype | None = None, **hub: Any) -> PalModel:
+def load(path: str | Path, dtype: torch.dtype | None = None, other_weights: bool = False, **hub: Any) -> PalModel:
     """Read a bundle, in evaluation mode on the CPU.
 
     Args:
         path: folder of the bundle or of the training run that made it, or a Hub id.
         dtype: type of the weights in memory; by default, the type they had when they were saved.
+        other_weights: go on with a `WeightsWarning` where weights at the source of the LLM or encoder are not those
+            that the bundle was made with, such as another quantisation of the same LLM.
         hub: options of huggingface_hub's snapshot_download, such as `revision` and `token`.
 
     Raises:
@@ -120,7 +130,12 @@ def load(path: str | Path, dtype: torch.dtype | None = None, **hub: Any) -> PalM
     model = _build(description, {_part_of(name) for name in description["left_out"]}, tokenizer, f"bundle {folder}")
     if description.get("dtype"):
         cast(model, getattr(torch, description["dtype"]))
-    _fill(model, weights, description["left_out"], folder)
+    different = _differences(model, description["left_out"], folder)
+    if different is not None and not other_weights:
+        raise BundleError(f"{different}; get those, or go on with other_weights=True (--other-weights)")
+    _fill(model, weights, set(description["left_out"]), folder)
+    if different is not None:
+        warnings.warn(f"{different}; answers will differ", WeightsWarning, stacklevel=2)
     if dtype is not None:
         cast(model, dtype)
     # weights that differ from their source must be in the next bundle, too
@@ -370,19 +385,36 @@ def _for_disk(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
     return (tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor).clone().contiguous()
 
 
-def _fill(model: nn.Module, weights: dict[str, Tensor], left_out: dict[str, str], folder: Path) -> None:
+def _differences(model: PalModel, left_out: Mapping[str, str], folder: Path) -> str | None:
+    """How far weights at their source differ from those that the bundle was made with; None where none does."""
+    state = model.state_dict()
+    different = [name for name in sorted(left_out) if name in state and digest(state[name]) != left_out[name]]
+    if not different:
+        return None
+    parts = [_source_of_part(model, part) for part in dict.fromkeys(map(_part_of, different))]
+    text = f"{folder}: {len(different)} of {len(left_out)} weights found in {' and '.join(parts)} are not those of then"
+    if not (folder / _SKETCHES).is_file():
+        return f"{text}, such as '{different[0]}'"
+    then = dict(zip(sorted(left_out), load_file(folder / _SKETCHES)["sketches"], strict=True))
+    far = {name: relative_difference(then[name], sketch(state[name])) for name in different}
+    name = max(far, key=far.__getitem__)
+    return f"{text}; '{name}' differs most, by about {far[name]:.2g} of its norm"
+
+
+def _source_of_part(model: PalModel, part: str) -> str:
+    """Source of a part's weights, quoted."""
+    if part == "llm":
+        return f"'{model.config.llm.path}'"
+    return f"'{model.config.encoders[int(part.removeprefix(_ENCODERS))].get('path')}'"
+
+
+def _fill(model: nn.Module, weights: dict[str, Tensor], left_out: set[str], folder: Path) -> None:
     own: dict[str, Any] = model.state_dict()
-    missing = set(own) - set(weights) - set(left_out)
+    missing = set(own) - set(weights) - left_out
     unknown = set(weights) - set(own)
     if missing or unknown:
         name = sorted(missing or unknown)[0]
         raise BundleError(f"{folder}: its weights do not fit its configuration (first: '{name}'); save it again")
-    for name, expected in left_out.items():
-        if digest(own[name]) != expected:
-            raise BundleError(
-                f"{folder}: '{name}' of the LLM or encoder found is not the one this bundle was made with; "
-                "give the same revision"
-            )
     with torch.no_grad():
         for name, tensor in weights.items():
             if own[name].shape != tensor.shape:

@@ -14,6 +14,7 @@ from pal import bundle
 from pal.errors import ConfigError
 from pal.evaluate import MetricValue, Result, load_result
 from pal.files import amend
+from pal.pretrained import KNOWN
 
 if TYPE_CHECKING:
     from pal.model import PalModel
@@ -147,6 +148,7 @@ def _read_score(path: Path, digest: str) -> Result:
 
 def _header(model: PalModel, title: str, scores: Sequence[Result], license_name: str | None) -> dict[str, Any]:
     named = [model.config.llm.path, *(part.get("path") for part in model.config.encoders)]
+    named = [KNOWN[name].hub_id if name in KNOWN else name for name in named]
     # the Hub cannot link to a local folder
     bases = [name for name in named if name and not Path(name).exists() and not Path(name).is_absolute()]
     header: dict[str, Any] = {"license": license_name} if license_name else {}

@@ -21,6 +21,10 @@ class AudioWarning(UserWarning):
     """A clip of unknown length was read to the end of its file, because `read_to_end` was set."""
 
 
+class WeightsWarning(UserWarning):
+    """A bundle was loaded on an LLM or encoder with other weights, because `other_weights` was set."""
+
+
 class AudioError(PalError):
     """Audio that cannot be used; names the file, the fault and the remedy."""
 

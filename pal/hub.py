@@ -9,6 +9,7 @@ from typing import Any
 from pal import bundle
 from pal.errors import BundleError
 from pal.files import MANIFEST, verify
+from pal.pretrained import KNOWN
 
 _CARD = "README.md"
 
@@ -92,7 +93,7 @@ def _check_sources(folder: Path) -> None:
         if f"ears.encoders.{i}" in left_out:
             named[f"encoder {i}"] = encoder.get("path")
     for part, source in named.items():
-        if source and Path(source).exists():
+        if source and source not in KNOWN and Path(source).exists():
             raise BundleError(
                 f"{folder}: its {part} is the folder {source} of this machine, which others lack; "
                 "save it with full=True, or name the Hub id it came from"

@@ -1,13 +1,15 @@
 """Bundles: what is written comes back, and what does not fit is refused."""
 
 import json
+import re
+import warnings
 
 import pytest
 import torch
 
 from pal.backbone.finetuning import LoRA
 from pal.bundle import cast, source_digests, source_weights
-from pal.errors import BundleError
+from pal.errors import BundleError, WeightsWarning
 from pal.files import amend
 from pal.model import PalModel
 from tests.models import INTEGRATIONS, LLM, noise, pal, tiny_model
@@ -101,15 +103,54 @@ def test_a_full_bundle_needs_no_encoder(tmp_path):
     assert ask(loaded) == ask(model)
 
 
-def test_another_llm_is_refused(tmp_path):
+def test_other_weights_are_refused_with_how_far_they_differ(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # short names, for a message without cuts
+    llm = llm_folder("llm")
+    model = tiny_model(llm=llm)
+    model.save_pretrained("part")
+    generator = torch.Generator().manual_seed(0)
+    weight, norm = model.llm.lm.model.layers[1].mlp.up_proj.weight, model.llm.lm.model.norm.weight
+    with torch.no_grad():
+        noise_DF = torch.randn(weight.shape, generator=generator)
+        weight += 0.1 * noise_DF / noise_DF.norm() * weight.norm()
+        norm *= 1.01
+    model.llm.lm.save_pretrained(llm)
+    with pytest.raises(BundleError) as caught:
+        pal.load("part")
+    text, count = str(caught.value), len(source_digests(model))
+    assert f"2 of {count} weights found in '{llm}' are not those of then" in text
+    found = re.search(r"'llm.lm.model.layers.1.mlp.up_proj.weight' differs most, by about ([\d.]+) of its norm", text)
+    assert found is not None and float(found[1]) == pytest.approx(0.1, rel=0.4), text
+    assert "other_weights=True" in text and len(text) <= 300
+    with pytest.warns(WeightsWarning, match="2 of .* answers will differ"):
+        loaded = pal.load("part", other_weights=True)
+    # what is not in the bundle is as found, and the rest is as trained
+    assert loaded.digest == model.digest
+    loaded.save_pretrained("again")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", WeightsWarning)
+        assert pal.load("again", other_weights=True).digest == model.digest
+
+
+def test_other_weights_of_a_bundle_without_sketches(tmp_path):
     llm = llm_folder(tmp_path / "llm")
     model = tiny_model(llm=llm)
     model.save_pretrained(tmp_path / "part")
+    (tmp_path / "part" / "left_out.safetensors").unlink()
+    manifest = json.loads((tmp_path / "part" / "manifest.json").read_text())
+    del manifest["sha256"]["left_out.safetensors"]
+    (tmp_path / "part" / "manifest.json").write_text(json.dumps(manifest))
+    assert pal.load(tmp_path / "part").digest == model.digest
     with torch.no_grad():
         model.llm.lm.model.norm.weight[0] += 1
     model.llm.lm.save_pretrained(llm)
-    with pytest.raises(BundleError, match=r"'llm.lm.model.norm.weight' .* is not the one"):
+    with pytest.raises(BundleError, match=r"1 of .* are not those of then, such as 'llm.lm.model.norm.weight'"):
         pal.load(tmp_path / "part")
+
+
+def test_no_sketches_where_nothing_is_left_out(tmp_path):
+    tiny_model().save_pretrained(tmp_path / "m")
+    assert not (tmp_path / "m" / "left_out.safetensors").exists()
 
 
 def test_adapters_are_kept(tmp_path):

@@ -14,12 +14,13 @@ from typer.core import TyperGroup
 from pal.app import ablating, evaluating, reporting
 from pal.app.data import data_app
 from pal.app.models import models_app
-from pal.app.options import AllowUrls, AsJson, ReadToEnd
+from pal.app.options import AllowUrls, AsJson, OtherWeights, ReadToEnd
 from pal.app.output import note, one_line, print_json, shows_progress
 from pal.app.probing import probe_app
-from pal.errors import AudioWarning, ConfigError, PalError, PromptError
+from pal.errors import AudioWarning, ConfigError, PalError, PromptError, WeightsWarning
 
 if TYPE_CHECKING:
+    from pal.model import PalModel
     from pal.train.recipe import Recipe
 
 INTERRUPTED = 130
@@ -81,6 +82,7 @@ def ask(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum length of the answer, in tokens.")] = 64,
     allow_urls: AllowUrls = False,
     read_to_end: ReadToEnd = False,
+    other_weights: OtherWeights = False,
     as_json: AsJson = False,
 ) -> None:
     """Answer a question about audio files, or about clips that `pal index` wrote (.safetensors)."""
@@ -90,9 +92,7 @@ def ask(
     if Path(question).is_file():
         raise PromptError(f"the last argument is the question, but '{question}' is a file")
     started = time.perf_counter()
-    import pal
-
-    loaded = pal.load(model)
+    loaded = _load(model, other_weights)
     if loaded.config.notice:
         note(loaded.config.notice)
     audio = [_clip(clip) for clip in clips]
@@ -128,14 +128,13 @@ def index(
     model: Model = "tiny",
     allow_urls: AllowUrls = False,
     read_to_end: ReadToEnd = False,
+    other_weights: OtherWeights = False,
     as_json: AsJson = False,
 ) -> None:
     """Precompute the attention keys and values of a clip, to ask many questions about it (models with LAL)."""
     if out.suffix != ".safetensors":
         raise typer.BadParameter(f"'{out}' must end in .safetensors", param_hint="--out")
-    import pal
-
-    loaded = pal.load(model)
+    loaded = _load(model, other_weights)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", AudioWarning)
         clip = loaded.index(audio, allow_urls, read_to_end)
@@ -395,6 +394,19 @@ def push(
         print_json(pushed.to_dict())
     else:
         typer.echo(f"{pushed.url}: {len(pushed.files)} files, {pushed.size:,} bytes")
+
+
+def _load(model: str, other_weights: bool) -> PalModel:
+    """Load a bundle; where it goes on with other weights than it was made with, a note says so."""
+    import pal
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", WeightsWarning)
+        loaded = pal.load(model, other_weights=other_weights)
+    for warning in caught:
+        if issubclass(warning.category, WeightsWarning):
+            note(str(warning.message))
+    return loaded
 
 
 def _clip(path: str) -> Any:

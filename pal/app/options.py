@@ -18,4 +18,11 @@ ReadToEnd = Annotated[
         help="Read clips of unknown length, such as a streamed WAV, to the end of the file, with a note.",
     ),
 ]
+OtherWeights = Annotated[
+    bool,
+    typer.Option(
+        "--other-weights",
+        help="Go on, with a note, where the LLM or encoder found has other weights than the model was made with.",
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
