@@ -76,7 +76,8 @@ def attend(
     sets = attention_metadata.sets(layer, key, value)
     if sets is not None:
         return merged_attention(query, sets, scaling).contiguous(), None
-    return _masked_attention(query, *attention_metadata.whole(layer, key, value), dropout, scaling), None
+    q, k, v, seen_B1QK, scale = attention_metadata.whole(layer, query, key, value, scaling)
+    return _masked_attention(q, k, v, seen_B1QK, dropout, scale)[..., : query.shape[-1]], None
 
 
 def _masked_attention(
@@ -101,11 +102,15 @@ def folded_attention(
     B, H, Q, C = q_BHQC.shape
     G = k_BGKC.shape[1]
     fold = H // G
+    if mask_B1QK.shape[1] == H:  # a bias for each head
+        mask = mask_B1QK.reshape(-1, G, fold * Q, mask_B1QK.shape[3])
+    else:
+        mask = mask_B1QK.expand(-1, -1, fold, -1) if Q == 1 else mask_B1QK.repeat(1, 1, fold, 1)
     out_BGRC = F.scaled_dot_product_attention(
         q_BHQC.reshape(B, G, fold * Q, C),
         k_BGKC,
         v_BGKC,
-        attn_mask=mask_B1QK.expand(-1, -1, fold, -1) if Q == 1 else mask_B1QK.repeat(1, 1, fold, 1),
+        attn_mask=mask,
         dropout_p=dropout,
         scale=scaling,
     )
@@ -119,11 +124,15 @@ def _attend_together(
     B, G = k_BGKC.shape[:2]
     q_BGXC = q_RH1C.reshape(B, beams, G, -1, q_RH1C.shape[3]).transpose(1, 2)
     heads = q_BGXC.shape[3]
+    if mask_B1XK.shape[1] == G * heads:  # a bias for each head
+        mask_BGXHK = mask_B1XK.unflatten(1, (G, heads)).transpose(2, 3)
+    else:
+        mask_BGXHK = mask_B1XK[:, :, :, None].expand(-1, -1, -1, heads, -1)
     out_BGXC = F.scaled_dot_product_attention(
         q_BGXC.flatten(2, 3),
         k_BGKC,
         v_BGKC,
-        attn_mask=mask_B1XK[:, :, :, None].expand(-1, -1, -1, heads, -1).flatten(2, 3),
+        attn_mask=mask_BGXHK.flatten(2, 3),
         dropout_p=dropout,
         scale=scaling,
     )

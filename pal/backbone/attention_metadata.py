@@ -13,6 +13,7 @@ from pal.backbone.interfaces import Rope
 from pal.backbone.kernels import supports_split_attention
 from pal.backbone.merged import AttentionTile, TiledKeys, masked
 from pal.backbone.observers import AttentionWeights, attention_weights
+from pal.backbone.score_bias import with_bias
 from pal.errors import PalError
 
 if TYPE_CHECKING:
@@ -119,18 +120,34 @@ class AttentionMetadata:
         if key.shape[2] != self.rows_seen[kind].shape[3]:  # a windowed cache drops old rows
             rows = masked(self.rows_seen[kind][..., -key.shape[2] :])
         joined = [(i, self.key_tiles[i, window]) for i in self.context.joined(layer)]
-        return [TiledKeys(key, value, rows), *(TiledKeys(*self._made(i, layer), tiles) for i, tiles in joined if tiles)]
+        audio = [TiledKeys(*self._made(i, layer), tiles, self._bias(i, layer)) for i, tiles in joined if tiles]
+        return [TiledKeys(key, value, rows), *audio]
 
-    def whole(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """All keys and values of a layer, concatenated, and which keys each query sees: bool [B, 1, Q, K + A]."""
+    def whole(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, float | None]:
+        """Queries, all keys and values of a layer, which keys each query sees (bool [B, 1, Q, K + A]), and the scale.
+
+        With a bias, queries, keys and values have the extra columns of `with_bias`.
+        """
         window = self.windows[layer]
         seen = [self.rows_seen[self.kinds[layer]][..., -key.shape[2] :]]
-        parts = [(key, value)]
+        keys, values = [key], [value]
+        biases: list[Tensor | None] = [None]
         for i in self.context.joined(layer):
             seen.append(self.keys_seen[i, window])
-            parts.append(self._made(i, layer))
-        keys, values = (torch.cat([x.to(key.dtype) for x in same], dim=2) for same in zip(*parts, strict=True))
-        return keys, values, torch.cat(seen, dim=3)
+            k_BGAC, v_BGAC = self._made(i, layer)
+            keys.append(k_BGAC.to(key.dtype))
+            values.append(v_BGAC.to(key.dtype))
+            biases.append(self._bias(i, layer))
+        if any(bias is not None for bias in biases):
+            query, keys, values, scale = with_bias(query, keys, values, biases, scale)
+        return query, torch.cat(keys, dim=2), torch.cat(values, dim=2), torch.cat(seen, dim=3), scale
+
+    def _bias(self, which: int, layer: int) -> Tensor | None:
+        """Bias [H or 1, 1] on the scores of a set of audio keys in a layer."""
+        bias = self.context.keys[which].bias
+        return None if bias is None else bias[layer][:, None]
 
     def ordinary(self, layer: int) -> bool:
         """True if transformers' own mask is right for this layer; it counts windows in rows, not in positions."""
@@ -143,7 +160,10 @@ class AttentionMetadata:
             return
         window, rows_BN = self.windows[layer], observer.rows_BN
         joined = self.context.joined(layer)
-        keys = [key, *(self._made(i, layer)[0] for i in joined)]
+        keys = [key, *(self._made(i, layer)[0].to(key.dtype) for i in joined)]
+        biases = [None, *(self._bias(i, layer) for i in joined)]
+        if any(bias is not None for bias in biases):
+            query, keys, _, scale = with_bias(query, keys, [], biases, scale)
         seen = [self.rows_seen[self.kinds[layer]], *(self.keys_seen[i, window] for i in joined)]
         weights_BHNX = attention_weights(
             _rows(query, rows_BN), torch.cat(keys, 2), _rows(torch.cat(seen, 3), rows_BN), scale

@@ -13,6 +13,7 @@ from pal.backbone.attention_masks import for_beams
 from pal.backbone.audio_mask import AudioMask, TokenSpans
 from pal.backbone.interfaces import AttentionGeometry, Block, KeySource, Rope
 from pal.backbone.merged import AttentionTile, masked, prefixes
+from pal.backbone.score_bias import Bias
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,8 @@ class AudioKeys:
     """Cross-attention block before each layer; None where the layer's own attention sees the keys."""
     built: dict[int, tuple[Tensor, Tensor]] | None = None
     """K after RoPE and V of each layer, each [B, G, A, C], if computed ahead."""
+    bias: Bias | None = None
+    """Bias on the scores of these keys; None without."""
     token_spans: TokenSpans | None = None
     """Stream, clip and time span of each key; only made `with_spans`."""
     gaps: bool = False

@@ -77,8 +77,6 @@ class JointCache(Cache):
             dtype: of queries and masks.
         """
         context, device = inputs.audio_context, inputs.position_ids_BT.device
-        if isinstance(context, PackedContext) and any(one.bias is not None for one in context.keys):
-            raise PalError("prompts with a bias on the scores of audio can be scored, not continued yet")
         for layer in self.stores:
             layer.begin()
         decode_mask = DecodeMask(self.plan, prompts, dtype, device)
@@ -225,8 +223,10 @@ class JointCache(Cache):
             for layer in self.stores:
                 layer.slots_X = places[layer.prompt]
             decode_mask.done_1 += 1
-        masks = decode_mask.masks(self.stores[0].steps, position_ids[:: plan.beams])
-        return DecodingStep(self, tuple(masks[kind] for kind in plan.layers))
+        steps = self.stores[0].steps
+        masks = decode_mask.masks(steps, position_ids[:: plan.beams])
+        biased = (decode_mask.biased(masks[kind], layer, steps) for layer, kind in enumerate(plan.layers))
+        return DecodingStep(self, tuple(biased))
 
     def crossing(self, layer: int) -> list[tuple[Block, Tensor | None, Tensor, Tensor]]:
         """Cross-attention blocks before the layer, each with its mask, bool [B, 1, 1, A], keys and values."""
@@ -296,7 +296,7 @@ class DecodingStep:
 
     cache: JointCache
     masks: tuple[Tensor | None, ...]
-    """Additive mask of each layer, [B, 1, 1 or beams, K]; None where everything is seen."""
+    """Additive mask of each layer, [B or 1, H or 1, 1 or beams, K]; None where everything is seen."""
 
     @property
     def beams(self) -> int:

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from pal.backbone.context import AudioContext
+from pal.backbone.score_bias import Bias
 
 if TYPE_CHECKING:
     from pal.backbone.packed import PackedContext
@@ -34,6 +35,8 @@ class AudioKeyLayout:
     crossed: bool
     mask_BA: Tensor
     positions_BA: Tensor
+    bias: Bias | None = None
+    """Bias on their scores."""
 
     @property
     def width(self) -> int:
@@ -58,7 +61,8 @@ class CachedPrompts:
         if context is None:
             return cls(valid_BT.bool(), positions_BT)
         keys = tuple(
-            AudioKeyLayout(one.layers, one.blocks is not None, one.mask_BA, one.positions_BA) for one in context.keys
+            AudioKeyLayout(one.layers, one.blocks is not None, one.mask_BA, one.positions_BA, one.bias)
+            for one in context.keys
         )
         return cls(valid_BT.bool(), positions_BT, keys, context.hidden_rows)
 
@@ -70,7 +74,7 @@ class CachedPrompts:
         keys = []
         for one in context.keys:
             positions_BA, mask_BA = filled([talk.keys[one.stream] for talk in context.conversations], left=False)
-            keys.append(AudioKeyLayout(one.layers, one.blocks is not None, mask_BA, positions_BA))
+            keys.append(AudioKeyLayout(one.layers, one.blocks is not None, mask_BA, positions_BA, one.bias))
         hidden = ((frozenset(range(len(context.windows))), repeats_BT),) if bool(repeats_BT.any()) else ()
         return cls(valid_BT, positions_BT, tuple(keys), hidden)
 
@@ -91,6 +95,11 @@ class CachedPrompts:
         ]
         kinds = list(dict.fromkeys(each))
         return kinds, [kinds.index(kind) for kind in each]
+
+    def heads_of_bias(self, kind: Kind, layer: int) -> int:
+        """Most numbers in a bias on the scores of a layer's audio keys: H or 1; 0 without a bias."""
+        biases = [self.keys[i].bias for i in kind[2]]
+        return max((len(bias[layer]) for bias in biases if bias is not None), default=0)
 
 
 def filled(rows: Sequence[Any], left: bool) -> tuple[Tensor, Tensor]:
@@ -127,6 +136,8 @@ class CachePlan:
     """Index in `kinds` of each layer."""
     crossed: tuple[tuple[int, tuple[int, ...]], ...]
     """For each key set of cross-attention blocks: A, and the layers that the blocks come before."""
+    biases: tuple[int, ...]
+    """For each layer, numbers in the bias on the scores of its audio keys: H or 1; 0 without a bias."""
 
     @property
     def slots(self) -> int:
@@ -167,6 +178,7 @@ class CachePlan:
             kinds=tuple((window, wide(sum(keys[i].width for i in joined))) for window, _, joined in kinds),
             layers=tuple(layers),
             crossed=tuple((wide(one.width), one.layers) for one in keys if one.crossed),
+            biases=tuple(prompts.heads_of_bias(kinds[kind], layer) for layer, kind in enumerate(layers)),
         )
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pal.backbone.cache_storage import CachedPrompts, CachePlan, Kind, kept
+from pal.backbone.cache_storage import AudioKeyLayout, CachedPrompts, CachePlan, Kind, kept
 from pal.transfer import to_device
 
 ALIGNED = 8
@@ -80,6 +81,23 @@ class DecodeMask:
             for mask_BA, (width, _), all_seen in zip(crossed, plan.crossed, whole[len(seen) :], strict=True)
         ]
         """For each key set of cross-attention blocks, which keys are seen: bool [B, 1, 1, A]; None where all are."""
+        self._biases: dict[int, Tensor] = {}
+        """For layers with a bias on the scores of audio, the bias on each key: [1, H or 1, 1, K], 0 for text."""
+        for layer, heads in enumerate(plan.biases):
+            if heads:
+                kind = plan.layers[layer]
+                sets = [prompts.keys[i] for i in kinds[kind][2]]
+                self._biases[layer] = kept(self._bias_of(layer, heads, sets, self._seen[kind].seen_BK.shape[1]))
+
+    def _bias_of(self, layer: int, heads: int, sets: Sequence[AudioKeyLayout], length: int) -> Tensor:
+        """Bias on each of at least `length` keys, of which the audio's are the first: [1, heads, 1, K]."""
+        row_HK = torch.zeros(heads, -(-length // ALIGNED) * ALIGNED, dtype=self.zero.dtype, device=self.device)
+        first = 0
+        for one in sets:
+            if one.bias is not None:
+                row_HK[:, first : first + one.width] = one.bias[layer].detach().to(row_HK)[:, None]
+            first += one.width
+        return row_HK[None, :, None]
 
     def _seen_by(self, kind: Kind, width: int, prompts: CachedPrompts) -> tuple[Tensor, Tensor]:
         """Which keys the layers of a kind see, and the positions of all keys: [B, K] each."""
@@ -106,6 +124,25 @@ class DecodeMask:
         for old, mask in zip(self.crossed, other.crossed, strict=True):
             assert old is not None and mask is not None
             old.copy_(mask)
+        for layer, bias in self._biases.items():
+            bias.copy_(other._biases[layer])
+
+    def biased(self, mask: Tensor | None, layer: int, steps: int) -> Tensor | None:
+        """A layer's mask of the next step plus its bias on the scores of audio: [B or 1, H or 1, 1 or beams, K].
+
+        Args:
+            mask: of the layer's kind, from `masks`.
+            layer: its number.
+            steps: done so far, unless the storage is fixed.
+        """
+        if layer not in self._biases:
+            return mask
+        one = self._seen[self.plan.layers[layer]]
+        length = one.prompt + (steps + 1) * self.plan.beams if mask is None else mask.shape[-1]
+        if length > self._biases[layer].shape[-1]:
+            self._biases[layer] = F.pad(self._biases[layer], (0, max(length, one.seen_BK.shape[1])))
+        bias = self._biases[layer][..., :length]
+        return bias if mask is None else mask + bias
 
     def masks(self, steps: int, query_B1: Tensor) -> list[Tensor | None]:
         """Additive mask of the next step for each kind of layer: [B, 1, 1 or beams, K], or None.

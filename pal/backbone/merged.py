@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from pal.backbone import kernels
+from pal.backbone.score_bias import with_bias
 
 BLOCK = 128
 """Queries per block where each query sees a few keys more than the one before."""
@@ -53,6 +54,8 @@ class TiledKeys:
     k_BGKC: Tensor
     v_BGKC: Tensor
     tiles: tuple[AttentionTile, ...]
+    bias: Tensor | None = None
+    """Bias [H or 1, 1] on the scores."""
 
 
 def merged_attention(q_BHQC: Tensor, sets: Sequence[TiledKeys], scale: float | None) -> Tensor:
@@ -68,11 +71,18 @@ def merged_attention(q_BHQC: Tensor, sets: Sequence[TiledKeys], scale: float | N
     device = q_BHQC.device.type
     # under autocast, rotary embeddings return float32 queries, and autocast does not cast for these kernels
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else q_BHQC.dtype
+    width = q_BHQC.shape[-1]
     q_BHQC = q_BHQC.to(dtype)
-    tensors = [x.to(dtype) for one in sets for x in (one.k_BGKC, one.v_BGKC)]
+    keys, values = (
+        [x.to(dtype) for x in each] for each in zip(*((one.k_BGKC, one.v_BGKC) for one in sets), strict=True)
+    )
+    biases = [one.bias for one in sets]
+    if any(bias is not None for bias in biases):
+        q_BHQC, keys, values, scale = with_bias(q_BHQC, keys, values, biases, scale)
     tiles = tuple(one.tiles for one in sets)
+    tensors = [x for pair in zip(keys, values, strict=True) for x in pair]
     out_BHQC: Tensor = _Merged.apply(q_BHQC, scale, tiles, *tensors)
-    return out_BHQC.transpose(1, 2)
+    return out_BHQC[..., :width].transpose(1, 2)
 
 
 class _Merged(torch.autograd.Function):

@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from pal.backbone.audio_keys import rotate
 from pal.backbone.interfaces import AttentionGeometry, KeySource, PackedBlock
 from pal.backbone.rms import rms_norm
+from pal.backbone.score_bias import Bias, with_bias
 from pal.backbone.segments import Conversation
 from pal.backbone.varlen import segment_attention
 
@@ -117,8 +118,8 @@ class PackedKeys:
     """Segments of cross-attention blocks."""
     sees_audio_N1: Tensor | None
     """True for rows that see any of the keys; only with blocks."""
-    bias: Mapping[int, Tensor] | None = None
-    """Bias on the scores of these keys by layer, [H] or [1]."""
+    bias: Bias | None = None
+    """Bias on the scores of these keys."""
 
     @cached_property
     def _packs(self) -> bool:
@@ -229,42 +230,20 @@ class PackedLayer:
             # under autocast, rotary embeddings return float32 queries, and autocast does not cast for this kernel
             dtype = torch.get_autocast_dtype(query.device.type)
         q_NHC, k_KGC, v_KGC = (x.squeeze(0).transpose(0, 1).to(dtype) for x in (query, key, value))
-        rows = k_KGC.shape[0]
-        if self.joined:
-            made = [one.rotated(attention) for one in self.joined]
-            if self.kv_sink is not None:
-                self.kv_sink.joined = made
-            k_KGC = torch.cat((k_KGC, *(k.to(dtype) for k, _ in made)))
-            v_KGC = torch.cat((v_KGC, *(v.to(dtype) for _, v in made)))
+        made = [one.rotated(attention) for one in self.joined]
+        if made and self.kv_sink is not None:
+            self.kv_sink.joined = made
+        keys, values = ([own, *(pair[i].to(dtype) for pair in made)] for i, own in enumerate((k_KGC, v_KGC)))
         if any(one.bias is not None for one in self.joined):
-            counts = [k.shape[0] for k, _ in made]
-            q_NHC, k_KGC, v_KGC = self._biased(q_NHC, k_KGC, v_KGC, rows, counts, scale)
-            scale = query.shape[-1] ** -0.5 if scale is None else scale
+            biases = [None, *(one.bias for one in self.joined)]
+            q_NHC, keys, values, scale = with_bias(q_NHC, keys, values, biases, scale)
+        if made:
+            k_KGC, v_KGC = torch.cat(keys), torch.cat(values)
         if segments.keys_K is not None:
             k_KGC, v_KGC = (take_rows(x, segments.keys_K, segments.back) for x in (k_KGC, v_KGC))
         out_NHC = packed_attention(segments, q_NHC, k_KGC, v_KGC, True, self.window, scale)
         width = query.shape[-1]
         return (out_NHC if out_NHC.shape[-1] == width else out_NHC[..., :width]).unsqueeze(0)
-
-    def _biased(
-        self, q_NHC: Tensor, k_KGC: Tensor, v_KGC: Tensor, rows: int, counts: list[int], scale: float | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Add a bias to scores by further columns of queries and keys; their number is padded to a multiple of 8."""
-        H, C = q_NHC.shape[1:]
-        scale = C**-0.5 if scale is None else scale
-        q_cols, k_cols = [], []
-        first = rows
-        for one, count in zip(self.joined, counts, strict=True):
-            if one.bias is not None:
-                q_cols.append((one.bias / scale).to(q_NHC.dtype).expand(H))
-                place_K = torch.arange(k_KGC.shape[0], device=k_KGC.device)
-                k_cols.append(((place_K >= first) & (place_K < first + count)).to(k_KGC.dtype))
-            first += count
-        pad = -len(q_cols) % 8
-        q_XHP = F.pad(torch.stack(q_cols, -1), (0, pad)).expand(q_NHC.shape[0], H, -1)
-        k_KGP = F.pad(torch.stack(k_cols, -1), (0, pad))[:, None].expand(-1, k_KGC.shape[1], -1)
-        width = q_XHP.shape[-1]
-        return torch.cat((q_NHC, q_XHP), -1), torch.cat((k_KGC, k_KGP), -1), F.pad(v_KGC, (0, width))
 
 
 def packed_attention(

@@ -38,6 +38,9 @@ class Layout:
     """The tokens enter as keys and values."""
     beside: bool = False
     """Keys reserve no position ids; RoPE rotates them by their index in the clip (cross-attention)."""
+    before: bool = False
+    """With `beside`: RoPE rotates the keys as if they stood directly before the next text row, the last one at the
+    position before it; they share these positions with the text before the clip."""
     joint: bool = False
     """Tokens of a clip attended to one another inside the LLM, so that chunks of a clip cannot be joined."""
 
@@ -59,7 +62,9 @@ class Layout:
 
     def key_rope_positions(self, tokens: int, start: int) -> Ints:
         """Positions that RoPE rotates the keys by, for a clip at position `start`: [A], or [0] without keys."""
-        return np.arange(tokens * self.keys) if self.beside else start + self.key_offsets(tokens)
+        if not self.beside:
+            return start + self.key_offsets(tokens)
+        return np.arange(tokens * self.keys) + (start - tokens if self.before else 0)
 
     def key_times(self, tokens: int) -> Floats:
         """Start and end of each key's token in seconds of the clip: [A, 2]; NaN for tokens without a time."""

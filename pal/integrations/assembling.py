@@ -18,9 +18,10 @@ from pal.backbone.context import AudioContext
 from pal.backbone.interfaces import KeySource, PackedBlock
 from pal.backbone.llm import Backbone
 from pal.backbone.packed import PackedContext, PackedSource, take_rows
+from pal.backbone.score_bias import Bias
 from pal.backbone.segments import Segments, segments_of, where, widened
 from pal.backbone.stream_kv import Layout
-from pal.errors import PalError, PromptError
+from pal.errors import PromptError
 from pal.integrations.filling import filler, rounded, uniform
 from pal.integrations.moving import MovedKeys, MovedTargets, Moves, device_segments, move_segments
 from pal.integrations.sequence_layout import Ints, SequenceLayout, StreamLayout, lay_out
@@ -46,8 +47,8 @@ class IntegrationOutput:
     """A of `keys`, padding included."""
     blocks: Mapping[int, PackedBlock] | None = None
     """Cross-attention blocks before layers: they attend to the keys, and the layers themselves do not."""
-    bias: Mapping[int, Tensor] | None = None
-    """Bias on the scores of the keys by layer, [H] for each head or [1]; only with packed rows."""
+    bias: Bias | None = None
+    """Bias on the scores of the keys; None without."""
 
     @property
     def stream_layout(self) -> StreamLayout:
@@ -97,7 +98,7 @@ def _packed(
     if labelled:
         capturable = all(streams[i].packs for i in joining) and not uniform(layouts)
     else:
-        capturable = all(streams[i].blocks is None and streams[i].bias is None for i in joining)
+        capturable = all(streams[i].blocks is None for i in joining)
     fills = capturable and llm.captures(labelled)
     if fills:
         totals = [int(output.firsts[-1]) if output.packs else None for output in streams]
@@ -185,8 +186,6 @@ def _padded(
     with_spans: bool,
 ) -> LLMInputs:
     """Inputs padded to the longest conversation."""
-    if any(output.bias is not None for output in streams):
-        raise PalError("a bias on the scores of audio needs packed rows, and cannot be used to generate; set llm.packs")
     device, left = llm.device, side == "left"
     labelled = any(one.labels is not None for one in conversations)
     longest = max(len(one) for one in layouts)
@@ -270,6 +269,7 @@ def _audio_keys(
         rope_positions_BA=rope_positions,
         mask_BA=torch.tensor(mask_BA).to(device),
         blocks=output.blocks,
+        bias=output.bias,
         token_spans=None if spans[0] is None else _token_spans(spans, False, device),
     )
 

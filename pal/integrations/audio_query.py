@@ -5,8 +5,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from pal.backbone.llm import Backbone
-from pal.backbone.stream_kv import Layout
+from pal.backbone.score_bias import Bias
 from pal.integrations.base import IntegrationOutput, Route
+from pal.integrations.gate import GateOptions, gate_of, layout_of
 from pal.integrations.keys import zeroed
 from pal.integrations.layers import Layers, chosen_layers, toy_layers
 from pal.integrations.projector import ProjectorOptions, projector
@@ -23,8 +24,8 @@ class LALAudioQuery(Route):
     (our choice).
     """
 
-    class Config(ProjectorOptions):
-        """Options of `lal_audio_query`, and those of its projector."""
+    class Config(GateOptions, ProjectorOptions):
+        """Options of `lal_audio_query`, those of its gate, and those of its projector."""
 
         layers: Layers = "all"
         """Layers that see the audio, as in `lal`; the audio tokens are updated in these layers only."""
@@ -39,15 +40,21 @@ class LALAudioQuery(Route):
         self.layers = chosen_layers(config.layers, llm)
         self.in_width = in_width
         self.projector = projector(config, in_width, llm.width)
+        self.gate = gate_of(config, self.layers, llm)
+
+    def bias(self) -> Bias | None:
+        """Bias of the gate."""
+        return None if self.gate is None else self.gate()
 
     def inject(self, features: AudioFeatures, llm: Backbone) -> IntegrationOutput:
         """One key per token in each injected layer, no rows."""
         return IntegrationOutput(
             lengths=features.lengths,
-            layout=Layout(features.seconds_per_token, joint=True),
+            layout=layout_of(self.config, features.seconds_per_token, joint=True),
             keys=_UpdatedKeys(self.projector(zeroed(features)), features.mask_BA, self.layers, llm),
             layers=self.layers,
             width_A=features.x_BAE.shape[1],
+            bias=self.bias(),
         )
 
 

@@ -12,6 +12,7 @@ from torch import nn
 from pal.backbone.audio_kv import AudioKV
 from pal.backbone.interfaces import PackedBlock
 from pal.backbone.llm import Backbone
+from pal.backbone.score_bias import Bias
 from pal.backbone.stream_kv import StreamKV
 from pal.integrations.assembling import IntegrationOutput, assemble
 from pal.types import AudioFeatures, LLMInputs, Tokens
@@ -121,6 +122,10 @@ class Route(Integration):
         """Cross-attention blocks by the layer that they precede, which does not see the keys itself; None without."""
         return None
 
+    def bias(self) -> Bias | None:
+        """Bias on the attention scores of the keys; None without."""
+        return None
+
     def fold(self, llm: Backbone) -> int:
         """Fuse linear layers for inference; returns the number of LLM layers in which that was possible.
 
@@ -138,6 +143,7 @@ class Route(Integration):
             layers=stream.layers,
             width_A=stream.k_LBGAC.shape[3],
             blocks=self.blocks(),
+            bias=self.bias(),
         )
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from pal.backbone.llm import Backbone
-from pal.backbone.stream_kv import Layout
+from pal.backbone.score_bias import Bias
 from pal.integrations.base import IntegrationOutput, Route
+from pal.integrations.gate import GateOptions, gate_of, layout_of
 from pal.integrations.keys import ProjectedKeys
 from pal.integrations.layers import Layers, chosen_layers, toy_layers
 from pal.integrations.projector import LayerProjectorOptions, LayerProjectors
@@ -19,8 +20,8 @@ class LAL(Route):
     With a range of layers that does not start at 0, it is the delayed injection of the paper's first version.
     """
 
-    class Config(LayerProjectorOptions):
-        """Options of `lal` and of its projectors."""
+    class Config(GateOptions, LayerProjectorOptions):
+        """Options of `lal`, of its gate and of its projectors."""
 
         layers: Layers = "all"
         """Layers that see the audio: all, first_third, {first: share}, {last: share}, {range: [from, to]} or a list."""
@@ -34,15 +35,21 @@ class LAL(Route):
         self.config = config
         self.layers = chosen_layers(config.layers, llm)
         self.projectors = LayerProjectors(config, self.layers, in_width, llm.width)
+        self.gate = gate_of(config, self.layers, llm)
+
+    def bias(self) -> Bias | None:
+        """Bias of the gate."""
+        return None if self.gate is None else self.gate()
 
     def inject(self, features: AudioFeatures, llm: Backbone) -> IntegrationOutput:
         """One key per token in each injected layer, no rows."""
         return IntegrationOutput(
             lengths=features.lengths,
-            layout=Layout(features.seconds_per_token),
+            layout=layout_of(self.config, features.seconds_per_token),
             keys=ProjectedKeys(features, self.projectors, llm),
             layers=self.layers,
             width_A=features.x_BAE.shape[1],
+            bias=self.bias(),
         )
 
     def fold(self, llm: Backbone) -> int:

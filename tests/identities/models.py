@@ -35,6 +35,8 @@ INTEGRATIONS = {
     "pal": {"name": "pal", "stride": STRIDE},
     "flamingo": {"name": "flamingo", "every": 2, "ffn": 24},
     "lal_audio_query": {"name": "lal_audio_query"},
+    "lal_gated": {"name": "lal", "gate": -1.5, "gate_by": "head", "positions": "shared"},
+    "query_gated": {"name": "lal_audio_query", "gate": -1.0, "positions": "shared"},
 }
 CROSSED = [
     (family, name)
@@ -92,10 +94,12 @@ def make_integration(name, llm, seed=1, **options):
 
 
 def opened(integration):
-    """The same, with gates that let something through: Flamingo's start at zero."""
+    """The same, with gates that let something through: Flamingo's start at zero; those of scores differ."""
     with torch.no_grad():
         for parameter_name, parameter in integration.named_parameters():
-            if "gate" in parameter_name:
+            if "gate.weight" in parameter_name:
+                parameter.copy_(torch.linspace(-0.01, 0.03, parameter.numel()).view_as(parameter))
+            elif "gate" in parameter_name:
                 parameter.fill_(0.8)
     return integration
 
@@ -154,7 +158,14 @@ def expected_score(llm, integration, row, audio):
 def _scene(decoder, integration, row, audio, keys=True, rows=True, asked=()):
     weights = [route.state_dict() for route in integration.routes()]
     streams = [
-        Stream(type(route).__name__, own, getattr(route, "layers", ()), STRIDE)
+        Stream(
+            type(route).__name__,
+            own,
+            getattr(route, "layers", ()),
+            STRIDE,
+            getattr(route.config, "positions", "reserved") == "shared",
+            getattr(route.config, "gate", None),
+        )
         for route, own in zip(integration.routes(), weights, strict=True)
     ]
     heard = audio if isinstance(audio, list) else [audio]

@@ -18,11 +18,11 @@ class Scene:
     rows: list = field(default_factory=list)
     """(embedding [D], position, is_text)"""
     keys: dict = field(default_factory=dict)
-    """layer -> list of (u [D], position)"""
+    """layer -> list of (u [D], position, position for RoPE, bias on its scores [H] or [1])"""
     crossed: list = field(default_factory=list)
     """Flamingo's clips: (weights, layers, position, features [A, E])"""
     updated: list = field(default_factory=list)
-    """Clips of audio queries: (layers, position, u [A, D])"""
+    """Clips of audio queries: (layers, u [A, D], positions [A], positions for RoPE [A], layer -> bias)"""
     asks: dict = field(default_factory=dict)
     """Number of a row that asks again behind clips -> number of the text row that it repeats."""
 
@@ -42,6 +42,10 @@ class Stream:
     weights: dict
     layers: tuple
     stride: int
+    shared: bool = False
+    """A clip takes no positions: its keys are rotated to those before the text that follows."""
+    gate: float | None = None
+    """Bias on the scores of keys at the start; its weights add 100 times themselves."""
 
 
 def lay_out(streams, ids, clips, embed, keys=True, rows=True, asked=()):
@@ -85,14 +89,21 @@ def place(scene, p, stream, a, keys, rows):
     if method == "Flamingo":
         scene.crossed.append((weights, stream.layers, p, a.double()))
         return p
+    biases = dict.fromkeys(stream.layers, torch.zeros(1, dtype=torch.float64))
+    if stream.gate is not None:
+        biases = dict(zip(stream.layers, stream.gate + 100 * weights["gate.weight_LH"].double(), strict=True))
     if method == "LALAudioQuery":
-        scene.updated.append((stream.layers, p, mlp(weights, "projector", a)))
-        return p + len(a)
+        turned = p + torch.arange(len(a)) - (len(a) if stream.shared else 0)
+        at = torch.full((len(a),), p) if stream.shared else turned
+        scene.updated.append((stream.layers, mlp(weights, "projector", a), at, turned, biases))
+        return p if stream.shared else p + len(a)
     for layer in stream.layers if keys else ():
         for j, u in enumerate(per_layer(weights, layer, a)):
-            scene.keys.setdefault(layer, []).append((u, p + j + (j // r if method == "PAL" else 0)))
+            at = p + j + (j // r if method == "PAL" else 0)
+            own = (p, p - len(a) + j) if stream.shared else (at, at)
+            scene.keys.setdefault(layer, []).append((u, *own, biases[layer]))
     if method == "LAL":
-        return p + len(a)
+        return p if stream.shared else p + len(a)
     S = math.ceil(len(a) / r)
     kernel, bias = weights["summarize.weight"].double(), weights["summarize.bias"].double()
     for i in range(S):
@@ -175,9 +186,9 @@ class Decoder:
         k, v = self.keys_values(layer, x, positions)
         key_positions = positions
         if extra:
-            u = torch.stack([u for u, _ in extra])
-            at = torch.tensor([position for _, position in extra])
-            k2, v2 = self.keys_values(layer, u, at)
+            u = torch.stack([one[0] for one in extra])
+            at, turned = (torch.tensor([one[i] for one in extra]) for i in (1, 2))
+            k2, v2 = self.keys_values(layer, u, turned)
             k, v, key_positions = torch.cat([k, k2]), torch.cat([v, v2]), torch.cat([positions, at])
         q = self.linear(p + "self_attn.q_proj", self.norm(p + "input_layernorm", x)).view(len(x), -1, self.C)
         if p + "self_attn.q_norm.weight" in self.w:
@@ -185,7 +196,11 @@ class Decoder:
         q = self.rope(q, positions, layer)
         scale = (self.c.query_pre_attn_scalar if self.kind == "gemma3_text" else self.C) ** -0.5
         distance = positions[:, None] - key_positions[None, :]
-        seen = distance >= 0
+        reach = distance.clone()
+        if not updating:
+            reach[list(self.asks)] += 1
+        seen = reach >= 0
+        seen[:, : len(x)] = distance[:, : len(x)] >= 0
         if self.layer_kind(layer) == "sliding_attention":
             seen = seen & (distance < self.c.sliding_window)
         if not updating:
@@ -201,6 +216,8 @@ class Decoder:
         out, weights = [], []
         for head in range(q.shape[1]):
             score = q[:, head] @ k[:, head // groups].T * scale
+            for number, (_, _, _, bias) in enumerate(extra):
+                score[:, len(x) + number] += bias[head % len(bias)]
             weights.append(torch.softmax(score.masked_fill(~seen, -torch.inf), -1))
             out.append(weights[-1] @ v[:, head // groups])
         if not updating:
@@ -263,15 +280,14 @@ class Decoder:
             for weights in {id(clip[0]): clip[0] for clip in crossed}.values():  # stream after stream
                 x = self.cross(layer, x, positions, [clip for clip in crossed if clip[0] is weights])
             extra = list(scene.keys.get(layer, []))
-            for i, (layers, start, u) in enumerate(scene.updated):
+            for i, (layers, u, at, turned, biases) in enumerate(scene.updated):
                 if layer not in layers:
                     continue
-                at = start + torch.arange(len(u))
-                extra += zip(u, at.tolist(), strict=True)
-                change = self.attention(layer, u, at, [], updating=True)
+                extra += zip(u, at.tolist(), turned.tolist(), [biases[layer]] * len(u), strict=True)
+                change = self.attention(layer, u, turned, [], updating=True)
                 if self.kind == "gemma3_text":
                     change = self.norm(p + "post_attention_layernorm", change)
-                scene.updated[i] = (layers, start, u + change)
+                scene.updated[i] = (layers, u + change, at, turned, biases)
             a = self.attention(layer, x, positions, extra)
             if self.kind == "gemma3_text":
                 x = x + self.norm(p + "post_attention_layernorm", a)

@@ -20,7 +20,7 @@ from tests.identities.models import CROSSED, INTEGRATIONS, PLACEMENTS, E, featur
 from tests.identities.test_packed import SAME, labelled
 from tests.repeats import Repeats
 
-WRITTEN = ("flamingo", "lal_audio_query")
+WRITTEN = ("flamingo", "lal_audio_query", "query_gated")
 """Integrations that have graphs make nothing for: their keys are not made in the layers."""
 
 

@@ -248,16 +248,6 @@ def test_a_learned_bias_on_the_scores_of_audio(name, each, kernels):
     assert all(x.shape[-1] % 8 == 0 for given in kernels for x in given)
 
 
-def test_a_bias_is_never_left_out_silently():
-    llm, inner = shared("llama", "lal")
-    biased = Biased(inner, {layer: torch.nn.Parameter(torch.ones(1)) for layer in inner.layers})
-    rows = [labelled([5, AUDIO, 6, 7], 0, 1)]
-    with pytest.raises(PalError, match="packed rows"):
-        biased(features(5), rows, llm, "right")
-    with pytest.raises(PalError, match="not continued"), torch.no_grad():
-        llm.generate(biased(features(5), rows, llm, "none"), max_new_tokens=2, pad_token_id=0)
-
-
 def test_a_bias_is_added_to_the_scaled_scores():
     torch.manual_seed(0)
     H, G, C, N, A = 4, 2, 8, 3, 5

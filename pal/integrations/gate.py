@@ -1,0 +1,60 @@
+"""`ScoreGate`: a learned bias on the attention scores of audio keys, so that attaching audio does the LLM no harm."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import nn
+
+from pal.backbone.llm import Backbone
+from pal.backbone.score_bias import Bias
+from pal.backbone.stream_kv import Layout
+from pal.config import StrictConfig
+
+RATE = 100.0
+"""Change of a bias per change of its weight: with learning rate 0.001 AdamW moves a bias by at most 0.1 a step."""
+
+
+class GateOptions(StrictConfig):
+    """Gate, and place of the audio among the position ids."""
+
+    gate: float | None = Field(default=None, le=0)
+    """Initial bias on the attention scores of audio keys, such as -16; it is learned. None: no bias, as in the
+    paper."""
+    gate_by: Literal["layer", "head"] = "layer"
+    """One bias for each layer, or for each query head of each layer."""
+    positions: Literal["reserved", "shared"] = "reserved"
+    """`reserved`: a clip reserves position ids, as its rows do in PLITS, and the text after it moves back. `shared`: it
+    reserves none, so the text keeps the position ids it has without audio; RoPE rotates the keys as if they stood
+    directly before the text that follows the clip."""
+
+
+class ScoreGate(nn.Module):
+    """The bias of each layer, [H] or [1]: `initial + RATE * weight`, with weights that start at 0."""
+
+    def __init__(self, options: GateOptions, layers: Sequence[int], llm: Backbone) -> None:
+        super().__init__()
+        assert options.gate is not None
+        self.initial = options.gate
+        self.layers = tuple(layers)
+        heads = llm.heads if options.gate_by == "head" else 1
+        self.weight_LH = nn.Parameter(torch.zeros(len(layers), heads))
+
+    def forward(self) -> Bias:
+        """Bias of each layer, in float32."""
+        bias_LH = self.initial + RATE * self.weight_LH.float()
+        return dict(zip(self.layers, bias_LH, strict=True))
+
+
+def layout_of(options: GateOptions, seconds_per_token: float, joint: bool = False) -> Layout:
+    """Layout of keys without rows at the positions that the options name."""
+    shared = options.positions == "shared"
+    return Layout(seconds_per_token, beside=shared, before=shared, joint=joint)
+
+
+def gate_of(options: GateOptions, layers: Sequence[int], llm: Backbone) -> ScoreGate | None:
+    """The gate that the options name; None without."""
+    return None if options.gate is None else ScoreGate(options, layers, llm)

@@ -1,0 +1,87 @@
+"""The gate of LAL: a bias on the scores of audio keys, and positions shared with the text."""
+
+import pytest
+import torch
+
+from pal.config import parse
+from pal.errors import ConfigError
+from pal.integrations.gate import RATE, ScoreGate
+from pal.integrations.lal import LAL
+from pal.registry import build
+from pal.types import AUDIO, Tokens
+from tests.identities.models import E, expected_logits, features, make_backbone, shared
+
+TEXT = [5, 6, 7, 8, 9]
+WITH_CLIP = [5, 6, AUDIO, 7, 8, 9]
+
+
+def gated(llm, gate, **options):
+    torch.manual_seed(3)
+    return build("integration", {"name": "lal", "gate": gate, "positions": "shared"} | options, in_width=E, llm=llm)
+
+
+def logits_of(llm, integration, ids, side="right"):
+    clips = list(range(ids.count(AUDIO)))
+    return llm(integration(features(9) if clips else None, [Tokens(ids, clips)], llm, side)).logits[0]
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "mistral"])
+@torch.no_grad()
+def test_a_closed_gate_leaves_the_text_llm(family):
+    """-1e4 is closed to the last bit of a float; -16 to what the share exp(-16) of the audio can change."""
+    llm, plain = shared(family, "lal")
+    text = logits_of(llm, plain, TEXT)
+    torch.testing.assert_close(logits_of(llm, gated(llm, -1e4), WITH_CLIP), text, rtol=1e-5, atol=1e-5)
+    assert (logits_of(llm, gated(llm, -16.0), WITH_CLIP) - text).abs().max() < 1e-3
+    assert (logits_of(llm, gated(llm, 0.0), WITH_CLIP) - text).abs().max() > 1e-2
+    # the clip's positions alone change the text's logits
+    assert (logits_of(llm, gated(llm, -1e4, positions="reserved"), WITH_CLIP) - text).abs().max() > 1e-2
+
+
+@torch.no_grad()
+def test_an_open_gate_is_lal():
+    llm, _ = shared("llama", "lal")
+    torch.manual_seed(3)
+    plain = build("integration", {"name": "lal"}, in_width=E, llm=llm)
+    found = logits_of(llm, gated(llm, 0.0, positions="reserved"), WITH_CLIP)
+    torch.testing.assert_close(found, logits_of(llm, plain, WITH_CLIP), rtol=1e-5, atol=1e-5)
+
+
+def test_projectors_and_gate_learn_behind_a_closed_gate():
+    llm = make_backbone("llama")
+    integration = gated(llm, -16.0, gate_by="head")
+    labels = [*[-100] * 5, 9]
+    llm.loss(integration(features(9), [Tokens(WITH_CLIP, [0], labels)], llm))[0].backward()
+    for name, weight in integration.named_parameters():
+        assert weight.grad.abs().max() > 0, name
+    assert integration.gate.weight_LH.grad.abs().min() > 0
+
+
+def test_a_weight_moves_its_bias_a_hundredfold():
+    llm = make_backbone("llama")
+    gate = ScoreGate(LAL.Config(gate=-7.0), (1, 2), llm)
+    with torch.no_grad():
+        gate.weight_LH.copy_(torch.tensor([[0.02], [0.0]]))
+    assert RATE == 100
+    assert {layer: bias.tolist() for layer, bias in gate().items()} == {1: [-5.0], 2: [-7.0]}
+
+
+@torch.no_grad()
+def test_two_clips_share_positions_with_the_text():
+    """Each clip's keys stand directly before the text that follows it."""
+    llm, _ = shared("qwen3", "lal")
+    integration = gated(llm, -1.0)
+    row = Tokens([5, AUDIO, 6, 7, AUDIO, 8], [0, 1])
+    audio = features(4, 6)
+    inputs = integration(audio, [row], llm)
+    assert inputs.position_ids_BT[0].tolist() == [0, 1, 2, 3]
+    keys = inputs.audio_context.keys[0]
+    assert keys.rope_positions_BA[0].tolist() == [-3, -2, -1, 0, *range(-3, 3)]
+    torch.testing.assert_close(
+        llm(inputs).logits[0].double(), expected_logits(llm, integration, row, audio), rtol=1e-4, atol=1e-4
+    )
+
+
+def test_a_gate_never_opens_at_the_start():
+    with pytest.raises(ConfigError, match="gate"):
+        parse(LAL.Config, {"gate": 1.0}, where="integration")
