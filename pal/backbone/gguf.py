@@ -16,6 +16,8 @@ from pal.errors import PalError, first_sentence
 _SUFFIX = ".gguf"
 _MAGIC = b"GGUF"
 _NAME = "model.gguf"
+_SPECIAL = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
+"""Special tokens: transformers' name -> GGUF's."""
 _REMEDY = "copy or download it again, or give the safetensors it was made from"
 
 
@@ -44,8 +46,14 @@ def read_tokenizer(file: str | Path) -> PreTrainedTokenizerBase:
     """
     with _alone(file) as folder:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, gguf_file=_NAME)
+        special = _special_ids(folder)
+    # transformers 5.17 takes one token for all of them, and cleans decoded text up
+    for name in [name for name in tokenizer.init_kwargs if name.endswith("_token_id") or name == "name_or_path"]:
+        del tokenizer.init_kwargs[name]
+    for name, number in special.items():
+        setattr(tokenizer, name, tokenizer.convert_ids_to_tokens(number))
+    tokenizer.clean_up_tokenization_spaces = False
     tokenizer.name_or_path = str(file)
-    tokenizer.init_kwargs.pop("name_or_path", None)
     return tokenizer
 
 
@@ -77,6 +85,18 @@ def load(cls: Any, file: str | Path, **options: Any) -> tuple[PreTrainedModel, d
         vars(model).pop(name, None)
     model.name_or_path = model.config._name_or_path = str(file)
     return model, report
+
+
+def _special_ids(folder: str) -> dict[str, int]:
+    """Ids of the special tokens that the file names, by their names in transformers."""
+    from gguf import GGUFReader
+
+    reader, found = GGUFReader(Path(folder) / _NAME), {}
+    for ours, theirs in _SPECIAL.items():
+        field = reader.get_field(f"tokenizer.ggml.{theirs}_token_id")
+        if field is not None:
+            found[ours] = int(field.contents())
+    return found
 
 
 @contextmanager

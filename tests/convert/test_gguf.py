@@ -69,7 +69,8 @@ def test_a_folder_holds_the_dequantised_values(quantised: tuple[Path, dict[str, 
     for text in (*WORDS, "Ünknown wörds: 漢字\n"):
         assert tokenizer(text).input_ids == TOKENIZER(text).input_ids
     assert tokenizer.chat_template == TEMPLATE
-    assert tokenizer.eos_token == tokenizer.pad_token == TOKENIZER.eos_token
+    assert tokenizer.eos_token == tokenizer.pad_token == TOKENIZER.eos_token != tokenizer.bos_token
+    assert tokenizer.decode(tokenizer("yes , no .").input_ids) == "yes , no ."
 
 
 def test_a_head_of_its_own(tmp_path: Path) -> None:
