@@ -10,8 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
+from pal.data.augment import loudness
 from pal.data.curriculum import effects
-from pal.data.curriculum.effects import Bounds, Effects, Samples
+from pal.data.curriculum.effects import Bounds, Effects, Samples, faded, silence
 from pal.data.curriculum.questions import COUNTS, Asker, Deck, Presence, Question, Rng
 from pal.data.curriculum.recordings import Recording, by_turns, read
 from pal.data.prepare.fsdd import DIGITS
@@ -22,6 +23,8 @@ COUNT_CHOICES = COUNTS[1:5]
 STRING_SECONDS = (3.2, 4.4)
 _GAP = 0.06
 """Shortest silence between two digits in seconds."""
+_FADE = 0.01
+"""Seconds over which a digit fades in and out: clicks at its edges would show where it is."""
 _LONGEST = 0.6
 """Longest digit of a string in seconds; longer recordings are avoided."""
 SPEEDS = (0.88, 1.14)
@@ -29,7 +32,7 @@ SPEEDS = (0.88, 1.14)
 
 
 @dataclass(frozen=True)
-class Spoken:
+class SpokenDigits:
     """Digits with pauses: `silences` has one more than `recordings`, in seconds at the original speed."""
 
     recordings: tuple[Recording, ...]
@@ -41,7 +44,7 @@ class Spoken:
 class DigitClip:
     """A clip of spoken digits with its questions."""
 
-    content: Spoken
+    content: SpokenDigits
     effects: Effects
     questions: tuple[Question, ...]
 
@@ -71,7 +74,7 @@ def plan(
         questions = asker.ask_ways(4, "spoken digit", one.label, DIGITS)
         about, answer = presence.pick([one.label], [digit for digit in DIGITS if digit != one.label])
         questions.append(asker.ask("digit present", answer, ("yes", "no"), about))
-        clips.append(DigitClip(Spoken((one,), silences, speed), changes, tuple(questions)))
+        clips.append(DigitClip(SpokenDigits((one,), silences, speed), changes, tuple(questions)))
     found = _by_speaker_and_digit(recordings, seconds, rng)
     speakers = Deck(sorted({one.speaker for one in recordings}), rng)
     counts = Deck(COUNT_CHOICES, rng)
@@ -85,7 +88,7 @@ def plan(
         silences = _silences(rng, rng.uniform(*STRING_SECONDS), [seconds[one.path] for one in said])
         clips.append(
             DigitClip(
-                Spoken(said, silences, 1.0 if plain else _speed(rng)),
+                SpokenDigits(said, silences, 1.0 if plain else _speed(rng)),
                 effects.draw(rng, None if plain else BOUNDS),
                 tuple(_about(asker, presence, digits)),
             )
@@ -134,16 +137,12 @@ def _silences(rng: Rng, length: float, spoken: list[float]) -> tuple[float, ...]
     return tuple(float(share) + (_GAP if 0 < at <= between else 0.0) for at, share in enumerate(shares))
 
 
-def render(content: Spoken) -> Samples:
-    """The digits [N], each at the same loudness, with silence between them."""
-    parts = [_silence(content.silences[0])]
+def render(content: SpokenDigits) -> Samples:
+    """The digits [N], each at the same loudness, with silence between them; without silences, a recording as it is."""
+    if not any(content.silences):
+        return effects.at_speed(read(str(content.recordings[0].path)), content.speed)
+    parts = [silence(content.silences[0])]
     for recording, pause in zip(content.recordings, content.silences[1:], strict=True):
-        x_N = read(str(recording.path))
-        if len(content.recordings) > 1:
-            x_N = x_N * np.float32(0.1 / max(effects.loudness(x_N, RATE), 1e-6))
-        parts += [x_N, _silence(pause)]
+        x_N = faded(read(str(recording.path)), _FADE)
+        parts += [x_N * np.float32(0.1 / max(loudness(x_N, RATE), 1e-6)), silence(pause)]
     return effects.at_speed(np.concatenate(parts), content.speed)
-
-
-def _silence(seconds: float) -> Samples:
-    return np.zeros(round(seconds * RATE), np.float32)

@@ -100,6 +100,21 @@ def reverberate(x_N: Samples, rng: Rng, seconds: float, direct_db: float) -> Sam
     return (x_N + wet_N).astype(np.float32)
 
 
+def faded(x_N: Samples, seconds: float) -> Samples:
+    """A copy that fades in and out, so that its edges make no click."""
+    n = min(len(x_N) // 2, round(seconds * RATE))
+    slope_n = np.linspace(0, 1, n, dtype=np.float32)
+    out_N = x_N.copy()
+    out_N[:n] *= slope_n
+    out_N[len(x_N) - n :] *= slope_n[::-1]
+    return out_N
+
+
+def silence(seconds: float) -> Samples:
+    """Zeros [N]."""
+    return np.zeros(max(0, round(seconds * RATE)), np.float32)
+
+
 def at_speed(x_N: Samples, speed: float) -> Samples:
     """The sound played `speed` times as fast, with pitch and formants shifted alike."""
     if speed == 1.0:

@@ -25,6 +25,8 @@ BOUNDS = Bounds(probability=0.3, reverb_s=(0.15, 0.4), lowpass_hz=(4500.0, 7500.
 _SYNTH_RATE = 32_000
 _TAIL = 0.4
 """Seconds after the last note."""
+_FADE = 0.05
+"""Seconds over which the clip fades out."""
 
 
 @dataclass(frozen=True)
@@ -251,7 +253,7 @@ def render(content: Music) -> Samples:
         options += ["-o", "synth.dynamic-sample-loading=1", "-F", str(wave)]
         programs.run(["fluidsynth", *options, content.font, str(song)])
         x_NC, rate = soundfile.read(wave, dtype="float32", always_2d=True)
-    x_N = soxr.resample(x_NC.mean(1), rate, RATE)[: round(content.seconds * RATE)]
-    fade = min(len(x_N), round(0.05 * RATE))
-    x_N[len(x_N) - fade :] *= np.linspace(1, 0, fade, dtype=np.float32)
-    return np.asarray(x_N, np.float32)
+    x_N = np.asarray(soxr.resample(x_NC.mean(1), rate, RATE), np.float32)[: round(content.seconds * RATE)]
+    n = round(_FADE * RATE)
+    x_N[-n:] *= np.linspace(1, 0, n, dtype=np.float32)
+    return x_N

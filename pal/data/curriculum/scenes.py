@@ -9,8 +9,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from pal.data.augment import loudness
 from pal.data.curriculum import effects
-from pal.data.curriculum.effects import Bounds, Effects, Samples
+from pal.data.curriculum.effects import Bounds, Effects, Samples, faded
 from pal.data.curriculum.questions import COUNTS, Asker, Deck, Presence, Question, Rng, Tally
 from pal.data.curriculum.recordings import Recording, by_turns, read
 from pal.data.synth.waves import RATE
@@ -18,13 +19,13 @@ from pal.data.synth.waves import RATE
 BOUNDS = Bounds(probability=0.35, lowpass_hz=(4000.0, 7500.0), noise_db=(20.0, 40.0))
 """Noise stays low: it must not be taken for rain or for the sea."""
 COUNT_CHOICES = COUNTS[:3]
-MIXTURE_SECONDS = (3.6, 5.5)
+MIXTURE_SECONDS = (4.0, 5.6)
 _WHOLE = 5.0
 """Length of ESC-10's clips in seconds."""
 _FADE = 0.03
 """Seconds over which each part of a mixture fades in and out."""
 _PAUSES = (0.0, 0.25)
-_KEEP = 0.5
+_KEEP = 0.8
 """Least energy of a cut-out window, as a share of that of the loudest window."""
 NAMED = {
     "chainsaw": "a chainsaw",
@@ -41,7 +42,7 @@ NAMED = {
 
 
 @dataclass(frozen=True)
-class Part:
+class ScenePart:
     """A piece of a recording in a scene."""
 
     recording: Recording
@@ -55,10 +56,10 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Scene:
+class Soundscape:
     """Parts of a scene in order of their starts."""
 
-    parts: tuple[Part, ...]
+    parts: tuple[ScenePart, ...]
     joined: bool
     """Whether the parts follow each other; else they sound at once."""
 
@@ -72,7 +73,7 @@ class Scene:
 class SceneClip:
     """A scene with its questions."""
 
-    content: Scene
+    content: Soundscape
     effects: Effects
     questions: tuple[Question, ...]
 
@@ -99,7 +100,7 @@ def plan(
         changes = Effects(0, None) if first_time else effects.draw(rng, None if plain else BOUNDS)
         questions = asker.ask_ways(3, "classification", one.label, labels)
         questions += _presence(asker, presence, (one.label,), labels)
-        content = Scene((Part(one, 0.0, cut, int(rng.integers(2**31))),), True)
+        content = Soundscape((ScenePart(one, 0.0, cut, int(rng.integers(2**31))),), True)
         clips.append(SceneClip(content, changes, tuple(questions)))
     if mixtures and len(labels) >= len(COUNT_CHOICES):
         clips += _mixtures(rng, recordings, labels, mixtures, plain, asker, presence)
@@ -161,7 +162,7 @@ class _Labels:
         return chosen
 
 
-def _scene(rng: Rng, recordings: list[Recording], joined: bool) -> Scene:
+def _scene(rng: Rng, recordings: list[Recording], joined: bool) -> Soundscape:
     seconds = float(rng.uniform(*MIXTURE_SECONDS))
     levels = rng.uniform(-3, 3, len(recordings))
     seeds = rng.integers(2**31, size=len(recordings))
@@ -173,13 +174,13 @@ def _scene(rng: Rng, recordings: list[Recording], joined: bool) -> Scene:
     else:
         lengths, starts = np.full(len(recordings), seconds), np.zeros(len(recordings))
     parts = [
-        Part(one, float(start), float(length), int(seed), float(level))
+        ScenePart(one, float(start), float(length), int(seed), float(level))
         for one, start, length, seed, level in zip(recordings, starts, lengths, seeds, levels, strict=True)
     ]
-    return Scene(tuple(parts), joined)
+    return Soundscape(tuple(parts), joined)
 
 
-def _about(asker: Asker, scene: Scene, labels: tuple[str, ...]) -> list[Question]:
+def _about(asker: Asker, scene: Soundscape, labels: tuple[str, ...]) -> list[Question]:
     different = sorted(set(scene.labels))
     questions = asker.ask_ways(2, "sound count", COUNTS[len(different) - 1], COUNT_CHOICES)
     if scene.joined:
@@ -202,7 +203,7 @@ def _presence(asker: Asker, presence: Presence, present: tuple[str, ...], labels
     return questions
 
 
-def render(content: Scene) -> Samples:
+def render(content: Soundscape) -> Samples:
     """The scene [N]: each part at the same loudness but for its `level_db`, faded at its ends."""
     if len(content.parts) == 1 and content.parts[0].seconds >= _WHOLE:
         return read(str(content.parts[0].recording.path))
@@ -214,7 +215,7 @@ def render(content: Scene) -> Samples:
     return x_N
 
 
-def _piece(part: Part) -> Samples:
+def _piece(part: ScenePart) -> Samples:
     """A loud piece of the recording [M], faded; silence is appended to a recording that is too short."""
     x_N = read(str(part.recording.path))
     size, hop = round(part.seconds * RATE), RATE // 20
@@ -227,8 +228,5 @@ def _piece(part: Part) -> Samples:
         x_N = x_N[begin : begin + size]
     piece_M = np.zeros(size, np.float32)
     piece_M[: len(x_N)] = x_N
-    piece_M *= np.float32(0.1 / max(effects.loudness(piece_M, RATE), 1e-6) * 10 ** (part.level_db / 20))
-    fade = round(_FADE * RATE)
-    piece_M[:fade] *= np.linspace(0, 1, fade, dtype=np.float32)
-    piece_M[size - fade :] *= np.linspace(1, 0, fade, dtype=np.float32)
-    return piece_M
+    piece_M *= np.float32(0.1 / max(loudness(piece_M, RATE), 1e-6) * 10 ** (part.level_db / 20))
+    return faded(piece_M, _FADE)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from pal.data.curriculum import effects, grammar
-from pal.data.curriculum.effects import Bounds, Effects, Samples
+from pal.data.curriculum.effects import Bounds, Effects, Samples, silence
 from pal.data.curriculum.grammar import Sentence
 from pal.data.curriculum.questions import COUNTS, Asker, Deck, Presence, Question, Rarity, Rng
 from pal.data.curriculum.splits import sentence_is_held_out
@@ -20,7 +20,7 @@ from pal.data.curriculum.voices import Voice, held_out_voices, speak, training_v
 from pal.data.curriculum.words import sounds_like
 from pal.data.synth.waves import RATE
 
-BOUNDS = Bounds(probability=0.3, noise_db=(12.0, 35.0))
+BOUNDS = Bounds(probability=0.25, reverb_s=(0.1, 0.4), direct_db=(6.0, 14.0), noise_db=(15.0, 35.0))
 KINDS = (*("sentence",) * 15, *("counted",) * 2, *("list",) * 2, "word")
 """Kinds of clip, in their shares."""
 HELD_OUT_KINDS = (*("sentence",) * 4, "counted")
@@ -221,8 +221,4 @@ def render(content: Speech) -> Samples:
     if content.length is not None:
         free = content.length - len(x_N) / RATE
         before, after = free * before / (before + after), free * after / (before + after)
-    return np.concatenate([_silence(before), x_N, _silence(after)])
-
-
-def _silence(seconds: float) -> Samples:
-    return np.zeros(round(seconds * RATE), np.float32)
+    return np.concatenate([silence(before), x_N, silence(after)])

@@ -22,8 +22,7 @@ ESPEAK_ACCENTS = ("en-us", "en-us", "en-gb", "en-gb-x-rp", "en-gb-scotland", "en
 """eSpeak NG's kinds of English for training."""
 ESPEAK_VARIANTS = (
     *("", "m1", "m2", "m3", "m4", "m6", "m7", "f1", "f2", "f3", "f4", "klatt", "klatt2", "klatt3", "klatt4"),
-    *("Alex", "Andrea", "Denis", "Gene", "Michael", "Mike", "adam", "caleb", "david", "ed", "edward", "max", "paul"),
-    *("rob", "robert", "zac"),
+    *("Alex", "Andrea", "Denis", "Gene", "Michael", "Mike", "ed", "edward", "max", "paul", "rob", "robert"),
 )
 """eSpeak NG's variants of a voice for training."""
 FLITE_SHARE = 0.5
@@ -49,7 +48,7 @@ class Voice:
 
 def training_voice(rng: Rng) -> Voice:
     """A random voice for training, with random pace and pitch."""
-    pace, pitch = float(rng.uniform(0.8, 1.2)), float(rng.uniform(0.8, 1.25))
+    pace, pitch = float(rng.uniform(0.8, 1.15)), float(rng.uniform(0.85, 1.2))
     if rng.random() < FLITE_SHARE:
         return Voice("flite", FLITE_VOICES[int(rng.integers(len(FLITE_VOICES)))], "", pace, pitch)
     accent = ESPEAK_ACCENTS[int(rng.integers(len(ESPEAK_ACCENTS)))]
