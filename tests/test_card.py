@@ -106,6 +106,11 @@ def test_base_models_are_hub_ids():
     assert top["base_model"] == ["meta-llama/Llama-3.2-1B", "openai/whisper-small"]
     assert "`meta-llama/Llama-3.2-1B` with `openai/whisper-small` and `tiny`" in body
     assert "loaded from their source and checked by SHA-256" in body
+    named = {"path": "smollm2-135m-instruct", "fresh": None}
+    encoders = [{"name": "whisper", "path": "whisper-tiny.en"}]
+    model.config = config.model_copy(update={"llm": llm.model_copy(update=named), "encoders": encoders})
+    top, _ = header(card(model, "x"))
+    assert top["base_model"] == ["HuggingFaceTB/SmolLM2-135M-Instruct", "openai/whisper-tiny.en"]
 
 
 def test_folders_are_no_base_models(tmp_path):

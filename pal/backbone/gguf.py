@@ -83,7 +83,6 @@ def load(cls: Any, file: str | Path, **options: Any) -> tuple[PreTrainedModel, d
     vars(model.config).pop("quantization_config", None)
     for name in ("hf_quantizer", "quantization_method", "is_quantized"):
         vars(model).pop(name, None)
-    model.name_or_path = model.config._name_or_path = str(file)
     return model, report
 
 

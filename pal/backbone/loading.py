@@ -51,6 +51,8 @@ def load_lm(source: str | Path | Mapping[str, Any], revision: str | None, dtype:
         raise PalError(f"cannot load the LLM '{source}': {first_sentence(error)}{remedy(source)}") from None
     _check_complete(source, report, lm)
     loaded: PreTrainedModel = lm
+    # the name in place of the folder in the cache, for bundles that move between machines
+    loaded.name_or_path = loaded.config._name_or_path = str(source)
     return loaded
 
 
