@@ -12,10 +12,11 @@ import torch.nn.functional as F
 
 from pal import hub_configs
 from pal.backbone.llm import Backbone
-from pal.bench.measure import counts, keep_freed_memory, step_seconds
+from pal.bench.measure import counts, step_seconds
 from pal.bench.models import attached
 from pal.bench.presets import preset_of
 from pal.bench.scene import make_scene
+from pal.memory import keep_freed_memory
 from pal.registry import build
 from pal.types import AudioFeatures
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import os
 import statistics
@@ -92,30 +91,6 @@ def peak_bytes(step: Callable[[], object], device: torch.device | str = "cpu") -
         now += change
         peak = max(peak, now)
     return peak
-
-
-def keep_freed_memory() -> bool:
-    """Let the C library keep what is freed, for the life of the process; gives whether it can (glibc).
-
-    By default it gives large blocks back to the system at once, and the next step has to have every page made again:
-    for the gradients of a large vocabulary that is seconds of a step, the same for everything that is measured.
-    `give_back_freed_memory` does it at a time of one's choice.
-    """
-    try:
-        mallopt = ctypes.CDLL("libc.so.6").mallopt
-    except (OSError, AttributeError):
-        return False
-    # from malloc.h: M_MMAP_MAX, how many blocks lie outside of the heap; M_TRIM_THRESHOLD, where -1 is never
-    return bool(mallopt(-4, 0)) and bool(mallopt(-1, -1))
-
-
-def give_back_freed_memory() -> None:
-    """Give freed memory back to the system, before it is too fragmented to be of use (glibc)."""
-    gc.collect()
-    try:
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
-    except (OSError, AttributeError):
-        return
 
 
 @contextmanager

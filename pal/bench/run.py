@@ -15,7 +15,7 @@ from tqdm import tqdm
 from pal.backbone.llm import Backbone
 from pal.bench.closed_form import ClosedForm, closed_form
 from pal.bench.machine import check_device, machine, product_rate
-from pal.bench.measure import give_back_freed_memory, keep_freed_memory, quick_collection
+from pal.bench.measure import quick_collection
 from pal.bench.models import AttachedModel, BenchModel, attached
 from pal.bench.peers import Mllama, PlainLLM, Qwen2Audio, plain_lm
 from pal.bench.place import PointRun, many_graphs
@@ -24,6 +24,7 @@ from pal.bench.result import BASELINES, BenchResult
 from pal.bench.scene import BenchScene, make_scene
 from pal.encoders.base import Encoder
 from pal.integrations.plits import PLITS
+from pal.memory import give_back_freed_memory, keep_freed_memory
 from pal.registry import build
 
 

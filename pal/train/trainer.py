@@ -19,6 +19,7 @@ from tqdm import tqdm
 from pal.data.collate import WaveformCache
 from pal.errors import ConfigError, PalError
 from pal.files import atomic_folder
+from pal.memory import keep_freed_memory
 from pal.model import PalModel
 from pal.train import checkpoint, curves, optim, run_folder, stages
 from pal.train.checkpoint import Checkpoint, State
@@ -161,6 +162,8 @@ class Trainer:
         for stage in self.recipe.stages[: self.state.stage]:
             self._set_up(stage)
         self.model.to(self.accelerator.device)
+        if self.accelerator.device.type == "cpu":
+            keep_freed_memory()  # else a step of a large vocabulary waits for pages longer than it computes
         self.peak = product_rate(self.accelerator.device)
         log = curves.Log(self.out / "log.jsonl", self.state.step) if self.accelerator.is_main_process else None
         try:

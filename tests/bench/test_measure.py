@@ -1,8 +1,5 @@
 """Measurements against sizes that can be counted by hand."""
 
-import platform
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import pytest
@@ -113,29 +110,3 @@ def test_training_costs_leave_the_model_as_it_was(integration):
     rows = stream.rows_BSD.shape[1]
     stored = stream.k_LBGAC.nbytes + stream.v_LBGAC.nbytes
     assert audio_cache_bytes(model, batch.waveforms[0], row) == stored + rows * 3 * 2 * 1 * 8 * 4
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the allocator is glibc's")
-def test_freed_memory_is_kept():
-    program = (
-        "import torch, resource\n"
-        "from pal.bench.measure import keep_freed_memory\n"
-        "def faults():\n"
-        "    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
-        "    torch.zeros(1 << 26, dtype=torch.uint8).add_(1)\n"
-        "    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before\n"
-        "faults()\n"
-        "before = faults()\n"
-        "assert keep_freed_memory()\n"
-        "print(before, min(faults() for _ in range(4)))\n"
-    )
-    found = []
-    for _ in range(4):
-        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-        found.append(tuple(map(int, done.stdout.split())))
-        before, after = found[-1]
-        # the least of some rounds, since a block may first have to find its place; a page may be as large as 2 MB
-        if before >= 32 and after < before / 10:
-            return
-        # in rare processes the heap lies where it cannot grow by as much
-    pytest.fail(f"page faults of a block before and after: {found}")

@@ -150,6 +150,16 @@ def test_a_loss_that_is_no_number_stops_with_the_records(
     assert [line["step"] for line in read_log(tmp_path / "log.jsonl")] == [1, 2, 3]
 
 
+def test_on_a_cpu_freed_memory_is_kept(
+    manifest: Path, tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some machines make new pages so slowly that a step would wait for them longer than it computes."""
+    calls: list[int] = []
+    monkeypatch.setattr("pal.train.trainer.keep_freed_memory", lambda: calls.append(1))
+    trained(manifest, tmp_path, base, steps=1)
+    assert calls
+
+
 def test_another_run_in_the_folder_is_not_touched(manifest: Path, tmp_path: Path, base: Path) -> None:
     trained(manifest, tmp_path, base, steps=1)
     with pytest.raises(ConfigError, match="holds a finished run; give --resume"):

@@ -1,0 +1,27 @@
+"""Freed memory of the C library (glibc): kept by the process, or given back to the system."""
+
+import ctypes
+import gc
+
+
+def keep_freed_memory() -> bool:
+    """Let the C library keep freed memory, for the life of the process; returns whether that is possible (glibc).
+
+    By default it gives large blocks back to the system at once, and the next step must have every page made again. On
+    some machines that takes longer than the step itself. `give_back_freed_memory` does it at a time of one's choice.
+    """
+    try:
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+    except (OSError, AttributeError):
+        return False
+    # from malloc.h: M_MMAP_MAX, number of blocks outside of the heap; M_TRIM_THRESHOLD, where -1 is never
+    return bool(mallopt(-4, 0)) and bool(mallopt(-1, -1))
+
+
+def give_back_freed_memory() -> None:
+    """Give freed memory back to the system, before it is too fragmented to be of use (glibc)."""
+    gc.collect()
+    try:
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+    except (OSError, AttributeError):
+        return
