@@ -183,7 +183,7 @@ def test_counted_words_lie_in_a_clip_of_fixed_length(silent):
 
 @needs_programs
 def test_same_seed_same_bytes_whatever_the_workers(tmp_path, sources, monkeypatch):
-    monkeypatch.setattr(maker, "_ALONE", 0)
+    monkeypatch.setattr("pal.data.curriculum.maker._ALONE", 0)
     make(tmp_path / "a", sources, clips=10, workers=1)
     make(tmp_path / "b", sources, clips=10, workers=2)
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
@@ -229,7 +229,7 @@ def test_instruments_all_sound_in_both_fonts(font):
     every = list(music.INSTRUMENTS.values())
     sounds = set()
     for twelve in (every[:12], every[12:]):
-        notes = tuple(Note(one.program, (one.low + one.high) // 2, at, at + 0.4) for at, one in enumerate(twelve))
+        notes = tuple(Note(one.programs[0], (one.low + one.high) // 2, at, at + 0.4) for at, one in enumerate(twelve))
         x_N = music.render(music.Music(notes, 12.0, str(font), ()))
         for at, one in enumerate(twelve):
             part_N = x_N[at * RATE : round((at + 0.4) * RATE)]

@@ -21,7 +21,7 @@ from pal.data.curriculum.midi import Note, midi
 from pal.data.curriculum.questions import COUNTS, Asker, Deck, Presence, Question, Rng
 from pal.data.synth.waves import RATE
 
-BOUNDS = Bounds(probability=0.3, reverb_s=(0.15, 0.4), lowpass_hz=(4500.0, 7500.0), noise_db=(15.0, 35.0))
+BOUNDS = Bounds(probability=0.4, reverb_s=(0.15, 0.4), eq_db=10.0, lowpass_hz=(4500.0, 7500.0), noise_db=(15.0, 35.0))
 _SYNTH_RATE = 32_000
 _TAIL = 0.4
 """Seconds after the last note."""
@@ -31,9 +31,10 @@ _FADE = 0.05
 
 @dataclass(frozen=True)
 class Instrument:
-    """A General MIDI program and the usual range of its notes, as MIDI note numbers."""
+    """General MIDI programs that sound like it, and the usual range of its notes, as MIDI note numbers."""
 
-    program: int
+    programs: tuple[int, ...]
+    """The first is the usual one; training uses all of them, so that no one sound stands for the instrument."""
     family: str
     low: int
     high: int
@@ -42,31 +43,32 @@ class Instrument:
 
 
 INSTRUMENTS: dict[str, Instrument] = {
-    "piano": Instrument(0, "keyboard", 43, 84),
-    "electric piano": Instrument(4, "keyboard", 43, 79, "an electric piano"),
-    "harpsichord": Instrument(6, "keyboard", 43, 79),
-    "glockenspiel": Instrument(9, "mallets", 79, 103),
-    "xylophone": Instrument(13, "mallets", 65, 96),
-    "tubular bells": Instrument(14, "mallets", 60, 77, "tubular bells"),
-    "electric organ": Instrument(16, "organ", 48, 84, "an electric organ"),
-    "church organ": Instrument(19, "organ", 48, 84),
-    "accordion": Instrument(21, "organ", 55, 84, "an accordion"),
-    "acoustic guitar": Instrument(24, "guitar", 43, 76, "an acoustic guitar"),
-    "electric guitar": Instrument(27, "guitar", 43, 76, "an electric guitar"),
-    "distorted guitar": Instrument(30, "guitar", 40, 72),
-    "double bass": Instrument(32, "bass", 28, 50),
-    "slap bass": Instrument(36, "bass", 28, 50),
-    "synth bass": Instrument(38, "bass", 28, 50),
-    "violin": Instrument(40, "strings", 57, 91),
-    "cello": Instrument(42, "strings", 38, 67),
-    "harp": Instrument(46, "strings", 48, 88),
-    "trumpet": Instrument(56, "brass", 55, 82),
-    "tuba": Instrument(58, "brass", 30, 53),
-    "french horn": Instrument(60, "brass", 43, 72),
-    "saxophone": Instrument(66, "woodwind", 46, 74),
-    "clarinet": Instrument(71, "woodwind", 52, 84),
-    "flute": Instrument(73, "woodwind", 62, 93),
+    "piano": Instrument((0, 1, 2), "keyboard", 43, 84),
+    "electric piano": Instrument((4, 5), "keyboard", 43, 79, "an electric piano"),
+    "harpsichord": Instrument((6,), "keyboard", 43, 79),
+    "glockenspiel": Instrument((9,), "mallets", 79, 103),
+    "xylophone": Instrument((13,), "mallets", 65, 96),
+    "vibraphone": Instrument((11,), "mallets", 53, 84),
+    "electric organ": Instrument((16, 17, 18), "organ", 48, 84, "an electric organ"),
+    "church organ": Instrument((19,), "organ", 48, 84),
+    "harmonica": Instrument((22,), "organ", 60, 84),
+    "acoustic guitar": Instrument((24, 25), "guitar", 43, 76, "an acoustic guitar"),
+    "distorted guitar": Instrument((30, 29), "guitar", 40, 72),
+    "banjo": Instrument((105,), "guitar", 50, 79),
+    "electric bass": Instrument((33, 34), "bass", 28, 50, "an electric bass"),
+    "slap bass": Instrument((36, 37), "bass", 28, 50),
+    "synth bass": Instrument((38, 39), "bass", 28, 50),
+    "string section": Instrument((48, 49), "strings", 43, 84),
+    "pizzicato strings": Instrument((45,), "strings", 45, 84, "pizzicato strings"),
+    "harp": Instrument((46,), "strings", 48, 88),
+    "trombone": Instrument((57,), "brass", 40, 67),
+    "tuba": Instrument((58,), "brass", 30, 53),
+    "brass section": Instrument((61,), "brass", 43, 79),
+    "oboe": Instrument((68,), "woodwind", 58, 86, "an oboe"),
+    "piccolo": Instrument((72,), "woodwind", 74, 102),
+    "recorder": Instrument((74,), "woodwind", 62, 91),
 }
+"""Instruments that can be told apart with either sound font: three of each family, mostly General MIDI's."""
 FAMILIES = tuple(sorted({one.family for one in INSTRUMENTS.values()}))
 NAMES = tuple(sorted(INSTRUMENTS))
 KINDS = ("melody", "phrase", "pace", "interval", "melody", "phrase", "pace", "interval", "in order", "at once")
@@ -140,9 +142,12 @@ class _Planner:
 
     def _notes(self, name: str, pitches: list[int], start: float, gap: float, held: float = 0.85) -> list[Note]:
         """Notes that begin `gap` seconds apart and sound for the share `held` of it."""
-        velocity = int(self.rng.integers(75, 112))
+        velocity = int(self.rng.integers(70, 115))
+        program = INSTRUMENTS[name].programs[
+            0 if self.plain else int(self.rng.integers(len(INSTRUMENTS[name].programs)))
+        ]
         return [
-            Note(INSTRUMENTS[name].program, pitch, start + at * gap, start + (at + held) * gap, velocity)
+            Note(program, pitch, start + at * gap, start + (at + held) * gap, velocity)
             for at, pitch in enumerate(pitches)
         ]
 
