@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import soundfile
 import torch
 
 import pal
@@ -20,6 +21,7 @@ from pal.plan import plan
 from pal.pretrained import KNOWN, SMOLLM2, WHISPER, cache_folder, folder_of, is_cached, remedy, source_of
 from pal.registry import build
 from pal.train.recipe import Recipe
+from tests.app.test_cli import run, succeed
 from tests.convert.files import llama, save_ct2, save_gguf, whisper
 from tests.models import WORDS, noise
 
@@ -137,6 +139,15 @@ def test_other_weights_in_the_cache(cache: Path, tmp_path: Path, monkeypatch: py
     with pytest.warns(pal.errors.WeightsWarning, match=r"differs most, by about 0\.00[12]\d* of its norm"):
         loaded = pal.load("bundle", other_weights=True)
     assert torch.equal(loaded.llm.lm.model.layers[0].mlp.up_proj.weight, tensors["model.layers.0.mlp.up_proj.weight"])
+    soundfile.write("noise.wav", noise(0.5).numpy(), 16_000)
+    asked = ("ask", "noise.wav", "What is it?", "--model", "bundle", "--max-new-tokens", "2")
+    failed = run(*asked)  # its last line stands behind the bars of transformers
+    assert failed.exit_code == 1 and "\nerror: bundle: " in failed.stderr and "--other-weights" in failed.stderr
+    note = succeed(*asked, "--other-weights").stderr
+    assert "\nnote: bundle: " in note and note.endswith("of its norm; answers will differ\n")
+    clip = ("index", "noise.wav", "--out", "clip.safetensors", "--model", "bundle")
+    assert run(*clip).exit_code == 1
+    assert "answers will differ" in succeed(*clip, "--other-weights").stderr
 
 
 def test_neither_in_the_cache_nor_on_the_hub(empty: Path, tmp_path: Path) -> None:
