@@ -167,3 +167,34 @@ def test_what_is_no_whisper_is_refused(tmp_path: Path) -> None:
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ConfigError, match="lacks 1 weights of the encoder"):
         build("encoder", {"name": "whisper", "path": str(folder)})
+
+
+@torch.no_grad()
+def test_a_shorter_window_is_a_network_with_fewer_positions(folder: Path) -> None:
+    """Against transformers' own encoder with 100 positions, on a clip of two windows; saved and built again, too."""
+    encoder = build("encoder", {"name": "whisper", "path": str(folder), "window_seconds": 2.0}).eval()
+    assert encoder.window_seconds == 2.0
+    samples_N = clip(56_000)
+    short = WhisperModel(tiny(max_source_positions=100)).eval()
+    weights = load_file(folder / "model.safetensors")
+    name = "encoder.embed_positions.weight"
+    short.load_state_dict(weights | {name: weights[name][:100]})
+    frames = WhisperFeatureExtractor(feature_size=80)(
+        [samples_N[:32_000].numpy(), samples_N[32_000:].numpy()],
+        sampling_rate=RATE,
+        return_tensors="pt",
+        padding="max_length",
+        max_length=32_000,
+    )
+    expected_WAE = short.encoder(frames.input_features).last_hidden_state
+    features = encoder.encode([samples_N])
+    assert features.lengths == (175,)
+    assert_close(features.x_BAE[0], torch.cat((expected_WAE[0], expected_WAE[1, :75])), atol=1e-5, rtol=1e-5)
+    alone = build("encoder", {"name": "whisper", **encoder.standalone_config().model_dump()}).eval()
+    alone.load_state_dict(encoder.state_dict())
+    assert_close(alone.encode([samples_N]).x_BAE, features.x_BAE)
+
+
+def test_a_window_cannot_be_longer_than_the_checkpoints(folder: Path) -> None:
+    with pytest.raises(ConfigError, match="window_seconds is 31, but the checkpoint's window has 30 s"):
+        build("encoder", {"name": "whisper", "path": str(folder), "window_seconds": 31.0})
