@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from pal.errors import BundleError
-from pal.files import MANIFEST, verify
+from pal.files import MANIFEST, amend, verify
 from pal.hf import PalForConditionalGeneration
 from pal.hub import push
 from tests.app.test_cli import run, succeed
@@ -106,6 +106,19 @@ def test_a_bundle_that_others_could_not_load_is_not_uploaded(hub, tmp_path):
     assert hub.calls == []
     model.save_pretrained(tmp_path / "all", full=True)
     succeed("push", tmp_path / "all", "me/model")
+
+
+def test_a_model_known_by_name_is_no_folder(hub, tmp_path, monkeypatch):
+    donor = tiny_model()
+    donor.llm.lm.save_pretrained(tmp_path / "llm")
+    donor.tokenizer.save_pretrained(tmp_path / "llm")
+    tiny_model(llm=str(tmp_path / "llm")).save_pretrained(tmp_path / "part")
+    description = json.loads((tmp_path / "part" / "config.json").read_text())
+    description["model"]["llm"]["path"] = "smollm2-135m-instruct"
+    amend(tmp_path / "part", {"config.json": json.dumps(description).encode()})
+    (tmp_path / "smollm2-135m-instruct").mkdir()
+    monkeypatch.chdir(tmp_path)
+    succeed("push", tmp_path / "part", "me/model")
 
 
 @pytest.mark.parametrize("repo", ["a/b/c", "me/-x-", "two words"])
