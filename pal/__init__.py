@@ -66,8 +66,10 @@ def attach(
     """Attach audio encoders to an LLM; connectors and projectors are untrained.
 
     Args:
-        llm: Hub id, folder or GGUF file of a causal LM, `"smollm2-135m-instruct"`, or the fields of `pal.model_config.LLMConfig`.
-        encoders: names (`"tiny"`), Hub ids (`"openai/whisper-small"`), `"whisper-tiny.en"`, or `{"name": ..., option: value}`.
+        llm: Hub id, folder or GGUF file of a causal LM, `"smollm2-135m-instruct"`, or the fields of
+            `pal.model_config.LLMConfig`.
+        encoders: names (`"tiny"`), Hub ids (`"openai/whisper-small"`), `"whisper-tiny.en"`, or
+            `{"name": ..., option: value}`.
         connector: name or `{"name": ..., option: value}`; a list makes several streams.
         integration: name or `{"name": ..., option: value}`.
         options: the other fields of `pal.model_config.ModelConfig`: `system` and `notice`.
