@@ -104,7 +104,8 @@ class _Planner:
         self.rng, self.font, self.plain = rng, str(font), plain
         self.asker = Asker(rng, plain)
         self.presence = Presence(rng)
-        self.instruments = Deck(NAMES, rng)
+        # one for each kind of clip, since some ask about the instrument twice
+        self.instruments = {kind: Deck(NAMES, rng) for kind in dict.fromkeys(KINDS)}
         self.first, self.second = Deck(NAMES, rng), Deck(NAMES, rng)
         self.counts = Deck(NOTE_COUNTS, rng)
         self.paces = Deck(("slow", "fast"), rng, rounds=5)
@@ -168,21 +169,21 @@ class _Planner:
         return self.asker.ask("instrument present", answer, ("yes", "no"), about, named(about))
 
     def _melody(self) -> tuple[Music, list[Question]]:
-        name, direction = self.instruments.deal(), self.directions.deal()
+        name, direction = self.instruments["melody"].deal(), self.directions.deal()
         seconds, count = self.rng.uniform(1.6, 3.2), int(self.rng.integers(4, 7))
         notes = self._notes(name, self._pitches(name, count, direction), self._start(), seconds / count)
         asked = self.asker.ask_ways(2, "up or down", direction, ("up", "down"))
         return self._music(notes, name), [*asked, *self._about(name, 1)]
 
     def _phrase(self) -> tuple[Music, list[Question]]:
-        name, answer = self.instruments.deal(), self.counts.deal()
+        name, answer = self.instruments["phrase"].deal(), self.counts.deal()
         seconds, count = self.rng.uniform(2.2, 3.6), COUNTS.index(answer) + 1
         notes = self._notes(name, self._pitches(name, count), self._start(), seconds / count, 0.75)
         asked = self.asker.ask_ways(2, "note count", answer, NOTE_COUNTS)
         return self._music(notes, name), [*asked, *self._about(name, 1)]
 
     def _pace(self) -> tuple[Music, list[Question]]:
-        name, pace = self.instruments.deal(), self.paces.deal()
+        name, pace = self.instruments["pace"].deal(), self.paces.deal()
         seconds = self.rng.uniform(2.0, 3.4)
         gap = self.rng.uniform(0.55, 0.85) if pace == "slow" else self.rng.uniform(0.13, 0.22)
         count = max(2, round(seconds / gap))
@@ -191,7 +192,7 @@ class _Planner:
         return self._music(notes, name), [*asked, *self._about(name, 2)]
 
     def _interval(self) -> tuple[Music, list[Question]]:
-        name, answer = self.instruments.deal(), self.intervals.deal()
+        name, answer = self.instruments["interval"].deal(), self.intervals.deal()
         one, apart = INSTRUMENTS[name], int(self.rng.integers(3, 13))
         low = int(self.rng.integers(one.low, one.high - apart + 1))
         pitches = [low, low + apart] if answer == "higher" else [low + apart, low]
