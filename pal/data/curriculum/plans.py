@@ -26,7 +26,7 @@ SHARES = {"scenes": 0.2, "digits": 0.22, "speech": 0.4, "music": 0.18}
 """Share of each group in the clips for training."""
 SINGLE_SCENES, SINGLE_DIGITS = 0.6, 2 / 3
 """Shares of clips with one recording in their groups."""
-HELD_OUT_CLIPS = {"scenes": 80, "digits": 70, "speech": 200, "music": 300}
+HELD_OUT_CLIPS = {"scenes": 80, "digits": 70, "speech": 200, "music": 240}
 """Held-out clips of each group, besides the recordings of the held-out fold and speaker as they are."""
 _STREAMS = {"scenes": 1, "digits": 2, "speech": 3, "music": 4}
 
