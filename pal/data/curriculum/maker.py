@@ -9,8 +9,9 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
+from threading import Thread
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -163,9 +164,21 @@ def _render_all(jobs: Sequence[tuple[Path, Clip]], workers: int | None) -> None:
                 bar.update(_render(chunk))
             return
         # spawn: a fork would copy the locks of torch's and tqdm's threads
-        with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
+        with ProcessPoolExecutor(workers, get_context("spawn"), _end_with_parent) as pool:
             for done in [pool.submit(_render, chunk) for chunk in chunks]:
                 bar.update(done.result())
+
+
+def _end_with_parent() -> None:
+    """Make a worker end when the process that started it is killed; it would wait for work for ever."""
+
+    def wait() -> None:
+        parent = parent_process()
+        if parent is not None:
+            parent.join()
+            os._exit(1)
+
+    Thread(target=wait, daemon=True).start()
 
 
 def _cores() -> int:
