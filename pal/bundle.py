@@ -192,7 +192,7 @@ def read_architecture(path: str | Path) -> tuple[ModelConfig, LoRA | None]:
     folder = find(path)
     description = read_description(folder)
     where = f"bundle {folder}"
-    config = parse(ModelConfig, description["model"], where=where)
+    config = _model_config(description, where)
     llm = LLMConfig(fresh=description["llm"], dtype=config.llm.dtype)
     shape = config.model_copy(update={"llm": llm, "encoders": description["encoders"]})
     return shape, _lora_of(description, where)
@@ -243,6 +243,7 @@ def _processor(model: PalModel) -> dict[str, Any]:
         "processor_class": "PalProcessor",
         "sampling_rate": model.sampling_rate,
         "system": model.config.system,
+        "after_clip": model.config.after_clip,
     }
 
 
@@ -256,7 +257,7 @@ def _build(
     """Build the model of a description; parts in `from_source` load their weights, others get random ones."""
     from pal.model import PalModel
 
-    config = parse(ModelConfig, description["model"], where=where)
+    config = _model_config(description, where)
     sources: dict[str, Any] = {}
     # A part with all its weights in the bundle is built without its source.
     if "llm" not in from_source:
@@ -276,6 +277,11 @@ def _build(
     if lora is not None:
         model.llm.add_lora(lora)
     return model
+
+
+def _model_config(description: Mapping[str, Any], where: str) -> ModelConfig:
+    """The model's configuration; bundles of earlier versions have a line break after each clip and do not say so."""
+    return parse(ModelConfig, {"after_clip": "\n", **description["model"]}, where=where)
 
 
 def _lora_of(description: Mapping[str, Any], where: str) -> LoRA | None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from pal.data.manifest import PLACEHOLDER
-from pal.data.prompts import encode, user_turn
+from pal.data.prompts import PromptStyle, encode, user_turn
 from pal.errors import PromptError, shortened
 from pal.types import AUDIO, Tokens
 
@@ -32,7 +32,7 @@ class Conversations:
 
 
 def read_question(
-    question: Question, clips: int, tokenizer: PreTrainedTokenizerBase, system: str | None
+    question: Question, clips: int, tokenizer: PreTrainedTokenizerBase, style: PromptStyle
 ) -> Conversations:
     """Tokenise the conversations that a question about clips becomes.
 
@@ -41,7 +41,7 @@ def read_question(
         clips: number of clips. All questions are about a single clip. Several clips get one question each (one string
             is asked about each), or all are in one conversation: a chat, or a question with as many `<audio>`.
         tokenizer: of the model.
-        system: system prompt for conversations without a system message.
+        style: system prompt for conversations without a system message, and text after clips.
 
     Raises:
         PromptError: neither texts nor chat turns, or clips and placeholders do not match.
@@ -49,17 +49,19 @@ def read_question(
     given: Any = list(question) if isinstance(question, tuple) else question
     if isinstance(given, list) and given and isinstance(given[0], dict):
         _check(given, lambda turn: isinstance(turn, dict) and "role" in turn)
-        return Conversations([_encode(given, list(range(clips)), tokenizer, system)], single=True)
+        return Conversations([_encode(given, list(range(clips)), tokenizer, style.system)], single=True)
     texts = given if isinstance(given, list) else [given]
     _check(texts, lambda text: isinstance(text, str))
     single = isinstance(given, str)
     if clips == 1 or (single and (PLACEHOLDER in given or not clips)):
-        made = [_encode([user_turn(text, clips)], list(range(clips)), tokenizer, system) for text in texts]
+        turns = [user_turn(text, clips, style.after_clip) for text in texts]
+        made = [_encode([turn], list(range(clips)), tokenizer, style.system) for turn in turns]
         return Conversations(made, single)
     texts = texts * clips if single else texts
     if len(texts) != clips:
         raise PromptError(f"{clips} clips and {len(texts)} questions; give one question, or as many as clips")
-    made = [_encode([user_turn(text, 1)], [at], tokenizer, system) for at, text in enumerate(texts)]
+    turns = [user_turn(text, 1, style.after_clip) for text in texts]
+    made = [_encode([turn], [at], tokenizer, style.system) for at, turn in enumerate(turns)]
     return Conversations(made, single=False)
 
 

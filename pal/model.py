@@ -348,7 +348,7 @@ class PalModel(nn.Module):
         """
         generation_options(options, self.tokenizer, stream)  # raise before a clip is decoded
         given = clip_list(audio)
-        asked = read_question(question, len(given), self.tokenizer, self.config.system)
+        asked = read_question(question, len(given), self.tokenizer, self.config.style)
         clips, notes = self._read(given, allow_urls, read_to_end)
         warn_of(notes)
         if stream:
@@ -372,7 +372,7 @@ class PalModel(nn.Module):
         all_options: dict[str, Any] = {"max_new_tokens": max_new_tokens, **options}
         generation_options(all_options, self.tokenizer)  # raise before a clip is decoded
         given = clip_list(audio)
-        asked = read_question(question, len(given), self.tokenizer, self.config.system)
+        asked = read_question(question, len(given), self.tokenizer, self.config.style)
         clips, notes = self._read(given, allow_urls, read_to_end)
         start = time.perf_counter()
         features = self.encode(clips)

@@ -6,6 +6,7 @@ from pydantic import Field, field_validator, model_validator
 
 from pal import hub_configs
 from pal.config import StrictConfig
+from pal.data.prompts import PromptStyle
 from pal.pretrained import KNOWN
 from pal.registry import lookup, names
 
@@ -92,8 +93,16 @@ class ModelConfig(StrictConfig):
     """Fusion method: how audio enters the LLM."""
     system: str | None = None
     """System prompt of conversations without one."""
+    after_clip: str = ""
+    """Text between a clip and what follows it, where the question has no `<audio>`. By default none, so that the text
+    is the same with and without a clip; bundles of earlier versions have a line break."""
     notice: str | None = None
     """Warning about the model's limits, shown by `pal ask`."""
+
+    @property
+    def style(self) -> PromptStyle:
+        """What the model adds to what it is asked."""
+        return PromptStyle(self.system, self.after_clip)
 
     @field_validator("llm", mode="before")
     @classmethod

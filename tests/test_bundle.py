@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from pal.backbone.finetuning import LoRA
-from pal.bundle import cast, source_digests, source_weights
+from pal.bundle import cast, read_architecture, source_digests, source_weights
 from pal.errors import BundleError, WeightsWarning
 from pal.files import amend
 from pal.model import PalModel
@@ -308,3 +308,16 @@ def test_more_rows_than_the_llms_source(tmp_path):
     loaded = pal.load(tmp_path / "m")
     assert loaded.digest == model.digest
     assert loaded.llm.vocab == 326
+
+
+def test_bundles_of_earlier_versions_have_a_line_break_after_each_clip(tmp_path):
+    """They do not say so; new models have none, so that the text is what the LLM would get without a clip."""
+    model = tiny_model()
+    assert model.config.after_clip == ""
+    model.save_pretrained(tmp_path / "m")
+    assert pal.load(tmp_path / "m").config.after_clip == ""
+    description = json.loads((tmp_path / "m" / "config.json").read_text())
+    del description["model"]["after_clip"]
+    amend(tmp_path / "m", {"config.json": json.dumps(description).encode()})
+    assert pal.load(tmp_path / "m").config.after_clip == "\n"
+    assert read_architecture(tmp_path / "m")[0].after_clip == "\n"

@@ -162,6 +162,7 @@ def _with_integration(recipe: Recipe, integration: str) -> Recipe:
         "llm": {"path": str(TEXT_LLM)},
         "encoders": shipped["encoders"],
         "integration": {"name": integration},
+        "after_clip": shipped.get("after_clip", "\n"),
     }
     fields["start"] = {"encoder": str(SHIPPED)}
     return parse(Recipe, fields, where=f"the demo's {integration}")
@@ -241,7 +242,7 @@ def _first_clips(manifest: Manifest, clips: int) -> list[Record]:
 
 def _costs(models: Mapping[str, PalModel], records: list[Record], stage: Stage) -> dict[str, dict[str, Any]]:
     any_model = next(iter(models.values()))
-    collate = Collator(any_model.tokenizer, any_model.sampling_rate, system=any_model.config.system)
+    collate = Collator(any_model.tokenizer, any_model.sampling_rate, style=any_model.config.style)
     batch, single = collate(records), collate(records[:1])
     costs = training_costs(models, batch, stage)
     return {

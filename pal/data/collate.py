@@ -13,7 +13,7 @@ from torch import Tensor
 
 import pal.audio
 from pal.data.manifest import Record
-from pal.data.prompts import conversation_of, encode
+from pal.data.prompts import PLAIN, PromptStyle, conversation_of, encode
 from pal.errors import AudioWarning
 from pal.types import Batch, EncodedClip, TagSpan
 
@@ -64,7 +64,7 @@ class Collator:
         augment: augmentation of the clips; None for none.
         with_audio: False leaves the clips and their placeholders out.
         train: True includes the answers with labels, False ends rows with the generation prompt.
-        system: a system message for every conversation.
+        style: system message of every conversation, and text after clips.
         encode_clip: returns encoder features of a path, used instead of its waveform; not with `augment`.
         cache_bytes: size of the cache of decoded audio, so that a small corpus is not decoded in every
             epoch. 0 for none.
@@ -78,7 +78,7 @@ class Collator:
         augment: Augment | None = None,
         with_audio: bool = True,
         train: bool = True,
-        system: str | None = None,
+        style: PromptStyle = PLAIN,
         encode_clip: Callable[[str], EncodedClip] | None = None,
         cache_bytes: int = 1 << 30,
         read_to_end: bool = False,
@@ -88,7 +88,7 @@ class Collator:
         self.augment = augment
         self.with_audio = with_audio
         self.train = train
-        self.system = system
+        self.style = style
         self.encode_clip = encode_clip
         self.cache = WaveformCache(cache_bytes)
         self.read_to_end = read_to_end
@@ -128,7 +128,7 @@ class Collator:
                     samples_N, known = self.augment(samples_N.clone(), self.rate, rng, known)
                 waveforms.append(samples_N)
                 tags.append(known)
-            conversation = conversation_of(record, self.with_audio, with_answers=self.train, system=self.system)
+            conversation = conversation_of(record, self.with_audio, with_answers=self.train, style=self.style)
             conversations.append(
                 encode(self.tokenizer, conversation, [place[path] for path in clips], train=self.train)
             )

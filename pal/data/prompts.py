@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from jinja2.exceptions import TemplateError
@@ -35,10 +36,30 @@ _TEMPLATE_OPTIONS: dict[str, Any] = {
 _PRIVATE_USE = range(0xF0000, 0xFFFFE)
 
 
-def user_turn(question: str, n_clips: int) -> dict[str, str]:
-    """User message about `n_clips` clips: placeholders first, one a line, unless the question has its own."""
+@dataclass(frozen=True)
+class PromptStyle:
+    """The parts of a prompt that a model adds to what it is asked."""
+
+    system: str | None = None
+    """System message of conversations without one."""
+    after_clip: str = ""
+    """Text between a clip and what follows it, unless the question says where its clips stand."""
+
+
+PLAIN = PromptStyle()
+"""No system message, and no text after clips."""
+
+
+def user_turn(question: str, n_clips: int, after_clip: str = "") -> dict[str, str]:
+    """User message about `n_clips` clips: placeholders first, unless the question has its own.
+
+    Args:
+        question: the text.
+        n_clips: number of placeholders.
+        after_clip: text after each of them.
+    """
     if PLACEHOLDER not in question:
-        question = f"{PLACEHOLDER}\n" * n_clips + question
+        question = f"{PLACEHOLDER}{after_clip}" * n_clips + question
     return {"role": "user", "content": question}
 
 
@@ -48,7 +69,7 @@ def without_audio(question: str) -> str:
 
 
 def conversation_of(
-    record: Record, with_audio: bool = True, with_answers: bool = True, system: str | None = None
+    record: Record, with_audio: bool = True, with_answers: bool = True, style: PromptStyle = PLAIN
 ) -> Conversation:
     """The conversation of a record.
 
@@ -56,14 +77,14 @@ def conversation_of(
         record: its clips are at the placeholders of its questions, else before the first question.
         with_audio: False leaves the placeholders out.
         with_answers: False leaves the last answer out; earlier answers stay as history.
-        system: a system message to start with.
+        style: system message to start with, and text after clips.
     """
     placed = any(PLACEHOLDER in turn.question for turn in record.turns)
-    conversation = [{"role": "system", "content": system}] if system else []
+    conversation = [{"role": "system", "content": style.system}] if style.system else []
     for number, turn in enumerate(record.turns):
         if with_audio:
             clips = len(record.clips) if number == 0 and not placed else 0
-            conversation.append(user_turn(turn.question, clips))
+            conversation.append(user_turn(turn.question, clips, style.after_clip))
         else:
             conversation.append({"role": "user", "content": without_audio(turn.question)})
         conversation.append({"role": "assistant", "content": turn.answer})

@@ -15,6 +15,7 @@ from tqdm import tqdm
 from pal.audio import seconds
 from pal.data import prompts
 from pal.data.manifest import PLACEHOLDER, Record, Turn
+from pal.data.prompts import PLAIN, PromptStyle
 from pal.errors import AudioError
 from pal.evaluate.clip_cache import EncodedClipCache
 from pal.evaluate.items import Item
@@ -46,14 +47,14 @@ class ItemPrompt:
     """Conversation without the placeholders of clips."""
 
     @classmethod
-    def of(cls, item: Item, system: str | None = None) -> ItemPrompt:
-        """Prompts of an item, with an optional system message."""
+    def of(cls, item: Item, style: PromptStyle = PLAIN) -> ItemPrompt:
+        """Prompts of an item in a model's style."""
         turns = (*item.before, Turn(item.prompt, ""))
         record = Record(item.id, item.clips, turns, "", "", item.choices)
         return cls(
             item,
-            prompts.conversation_of(record, with_answers=False, system=system),
-            prompts.conversation_of(record, with_audio=False, with_answers=False, system=system),
+            prompts.conversation_of(record, with_answers=False, style=style),
+            prompts.conversation_of(record, with_audio=False, with_answers=False, style=style),
         )
 
     def shown(self, model: PalModel) -> str:

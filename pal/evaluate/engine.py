@@ -105,7 +105,7 @@ def evaluate(
     questions = benchmark if isinstance(benchmark, Benchmark) else from_records(benchmark)
     items = questions.items[:limit]
     rule = questions.build_rule()  # a missing package raises before an hour of inference, not after
-    prompts = [ItemPrompt.of(item, model.config.system) for item in items]
+    prompts = [ItemPrompt.of(item, model.config.style) for item in items]
     answerer = Answerer(model, questions.ranked, batch, questions.max_new_tokens, features)
     conditions = (True, False) if no_audio else (True,)
     if folder is None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from pal.clips import part_clip
 from pal.data.manifest import PLACEHOLDER
-from pal.data.prompts import ROLES
+from pal.data.prompts import ROLES, PromptStyle
 from pal.errors import PromptError
 
 if TYPE_CHECKING:
@@ -23,14 +23,14 @@ _TEXTS = ("text", "input_text", "output_text")
 _AUDIO = ("audio", "audio_url", "input_audio")
 
 
-def read_chat(messages: Any, system: str | None) -> tuple[Conversation, list[Any]]:
+def read_chat(messages: Any, style: PromptStyle) -> tuple[Conversation, list[Any]]:
     """Parse a chat: the conversation as `pal.data.prompts` takes it, and the clip of each audio part.
 
     The clip is as in the part (a path, an array, ...), and None for a placeholder.
 
     Args:
         messages: dicts with `role` and `content`.
-        system: system prompt, for a chat without one.
+        style: system prompt, for a chat without one, and text after clips.
 
     Raises:
         PromptError: not a chat, or a part of unknown type.
@@ -49,15 +49,15 @@ def read_chat(messages: Any, system: str | None) -> tuple[Conversation, list[Any
             raise PromptError(f"unknown role '{message['role']}'; known: {', '.join(ROLES)}")
         if message["content"] is None:
             raise PromptError(f"the content of a message of role '{message['role']}' is None; give text or parts")
-        content, found = _content(message["content"])
+        content, found = _content(message["content"], style.after_clip)
         talk.append({"role": message["role"], "content": content})
         sources += found
-    if system and all(message["role"] != "system" for message in talk):
-        talk.insert(0, {"role": "system", "content": system})
+    if style.system and all(message["role"] != "system" for message in talk):
+        talk.insert(0, {"role": "system", "content": style.system})
     return talk, sources
 
 
-def _content(content: Any) -> tuple[str, list[Any]]:
+def _content(content: Any, after_clip: str) -> tuple[str, list[Any]]:
     if isinstance(content, str):
         return content, [None] * content.count(PLACEHOLDER)
     if not isinstance(content, Sequence) or isinstance(content, bytes | bytearray):
@@ -73,7 +73,7 @@ def _content(content: Any) -> tuple[str, list[Any]]:
             text += words
             sources += [None] * words.count(PLACEHOLDER)
         elif kind in _AUDIO:
-            text += PLACEHOLDER + ("\n" if at + 1 < len(content) else "")
+            text += PLACEHOLDER + (after_clip if at + 1 < len(content) else "")
             sources.append(part_clip(part))
         else:
             raise PromptError(f"a part of type '{kind}' is unknown; known: audio, text, audio_url, input_audio")

@@ -16,6 +16,7 @@ from transformers.processing_utils import ProcessorMixin
 from pal.clips import AudioInput, clip_list, clip_notes, read_waveform, warn_of
 from pal.data import prompts
 from pal.data.manifest import PLACEHOLDER
+from pal.data.prompts import PromptStyle
 from pal.errors import ConfigError, PromptError
 from pal.files import MANIFEST, amend, verify
 from pal.hf.chats import read_chat
@@ -50,6 +51,7 @@ class PalProcessor(ProcessorMixin):
     Attributes:
         sampling_rate: Hz of the waveforms that the model takes.
         system: system prompt, for conversations without one.
+        after_clip: text between a clip and what follows it in its message.
         allow_urls: True to fetch clips from http, https and file URLs. It is never saved.
     """
 
@@ -59,17 +61,19 @@ class PalProcessor(ProcessorMixin):
         chat_template: str | None = None,
         sampling_rate: int = 16_000,
         system: str | None = None,
+        after_clip: str = "\n",  # as in folders of earlier versions, which do not say
     ) -> None:
         super().__init__(tokenizer, chat_template=chat_template)
         self.sampling_rate = sampling_rate
         self.system = system
+        self.after_clip = after_clip
         self.allow_urls = False
 
     @classmethod
     def of(cls, model: PalModel) -> PalProcessor:
         """Processor of a model."""
         template = getattr(model.tokenizer, "chat_template", None)
-        return cls(model.tokenizer, template, model.sampling_rate, model.config.system)
+        return cls(model.tokenizer, template, model.sampling_rate, model.config.system, model.config.after_clip)
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
@@ -188,7 +192,8 @@ class PalProcessor(ProcessorMixin):
         options = {**kwargs, **(processor_kwargs or {}), "return_tensors": return_tensors}
         batched = bool(conversation) and not isinstance(conversation[0], Mapping)
         tokenizer = self._tokenizer(chat_template)
-        talks = [read_chat(messages, self.system) for messages in (conversation if batched else [conversation])]
+        style = PromptStyle(self.system, self.after_clip)
+        talks = [read_chat(messages, style) for messages in (conversation if batched else [conversation])]
         if not tokenize:
             texts = [prompts.render(tokenizer, talk, add_generation_prompt) for talk, _ in talks]
             return texts if batched else texts[0]

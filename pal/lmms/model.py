@@ -110,7 +110,7 @@ class Pal(lmms):
     def _conversation(self, context: str, clips: list[int], answer: str | None = None) -> Tokens:
         system = self.model.config.system
         talk = [{"role": "system", "content": system}] if system else []
-        talk.append(user_turn(context, len(clips)))
+        talk.append(user_turn(context, len(clips), self.model.config.after_clip))
         if answer is not None:
             talk.append({"role": "assistant", "content": answer.strip()})
         return encode(self.model.tokenizer, talk, clips, train=answer is not None)

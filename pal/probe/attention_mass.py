@@ -137,7 +137,7 @@ def _read(
     model: PalModel, records: Sequence[Record], batch: int, max_new_tokens: int, progress: bool
 ) -> list[ObservedAnswer]:
     """Answer every record and record its attention; clips of similar length share a batch."""
-    system, tokenizer = model.config.system, model.tokenizer
+    style, tokenizer = model.config.style, model.tokenizer
     order = sorted(range(len(records)), key=lambda i: sum(audio_io.seconds(path) for path in records[i].clips))
     read: list[ObservedAnswer | None] = [None] * len(records)
     with tqdm(total=len(records), desc="attention", unit="question", disable=not progress, leave=False) as bar:
@@ -146,7 +146,7 @@ def _read(
             paths = list(dict.fromkeys(path for i in part for path in records[i].clips))
             waves = [audio_io.load(path, model.sampling_rate).samples_N for path in paths]
             spans = [[paths.index(path) for path in records[i].clips] for i in part]
-            talks = [prompts.conversation_of(records[i], with_answers=False, system=system) for i in part]
+            talks = [prompts.conversation_of(records[i], with_answers=False, style=style) for i in part]
             rows = [prompts.encode(tokenizer, talk, span) for talk, span in zip(talks, spans, strict=True)]
             answers = model.generate(waves, rows, max_new_tokens=max_new_tokens)
             whole = [

@@ -261,7 +261,7 @@ def _confidence(model: PalModel, records: Sequence[Record], batch: int) -> list[
     found = []
     for one in records:
         waves = [audio_io.load(path, model.sampling_rate).samples_N for path in one.clips]
-        talk = prompts.conversation_of(one, with_answers=False, system=model.config.system)
+        talk = prompts.conversation_of(one, with_answers=False, style=model.config.style)
         choices = one.choices or ()
         rows = [
             prompts.encode(

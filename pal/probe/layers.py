@@ -202,7 +202,7 @@ def collect(model: PalModel, paths: Sequence[str], question: str, batch: int, pr
 
 def _prompt(model: PalModel, question: str, clips: list[int]) -> Tokens:
     system = [{"role": "system", "content": model.config.system}] if model.config.system else []
-    return encode(model.tokenizer, [*system, user_turn(question, len(clips))], clips)
+    return encode(model.tokenizer, [*system, user_turn(question, len(clips), model.config.after_clip)], clips)
 
 
 def _text_rows(model: PalModel, streams: list[AudioFeatures] | None, tokens: list[Tokens]) -> dict[str, list[Tensor]]:

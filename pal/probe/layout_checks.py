@@ -61,7 +61,8 @@ def layout_checks(model: PalModel, one: Record) -> Iterator[HealthCheck]:
 def about_first_clip(model: PalModel, one: Record) -> Tokens:
     """The last question and right answer of a record, about its first clip only."""
     turn = one.turns[-1]
-    talk = [prompts.user_turn(prompts.without_audio(turn.question), 1), {"role": "assistant", "content": turn.answer}]
+    asked = prompts.user_turn(prompts.without_audio(turn.question), 1, model.config.after_clip)
+    talk = [asked, {"role": "assistant", "content": turn.answer}]
     return prompts.encode(model.tokenizer, talk, [0], train=True)
 
 

@@ -71,7 +71,7 @@ class Example:
         if not with_clips:
             raise ConfigError("none of the questions has a clip to mask; give other manifests")
         record = max(with_clips, key=lambda record: max(map(_length, record.clips)))
-        talk = prompts.conversation_of(record, with_audio=True, system=model.config.system)
+        talk = prompts.conversation_of(record, with_audio=True, style=model.config.style)
         questions = [place for place, turn in enumerate(talk) if turn["role"] == "user"]
         row = prompts.encode(model.tokenizer, talk[: questions[-1] + 1], list(range(len(record.clips))))
         with evaluation_mode(model):

@@ -115,6 +115,7 @@ def _toy_model(model: ModelConfig) -> ModelConfig:
         connector=connector,
         integration=toy("integration", model.integration),
         system=model.system,
+        after_clip=model.after_clip,
     )
 
 

@@ -181,7 +181,7 @@ class StageData:
                 model.sampling_rate,
                 augment if objective.with_audio else None,
                 with_audio=objective.with_audio,
-                system=model.config.system,
+                style=model.config.style,
                 encode_clip=None if encode_clip is None else partial(encode_clip, read_to_end=source.read_to_end),
                 read_to_end=source.read_to_end,
             )

@@ -12,7 +12,7 @@ from torch.testing import assert_close
 import pal.audio
 from pal.data.collate import Collator, WaveformCache
 from pal.data.manifest import Record, Turn
-from pal.data.prompts import conversation_of, encode
+from pal.data.prompts import PromptStyle, conversation_of, encode
 from pal.errors import AudioError
 from pal.types import TagSpan
 
@@ -56,9 +56,9 @@ def test_each_clip_once_and_rows_point_at_it(chatml, records, clips):
 
 
 def test_prompts_without_answers_and_without_audio(chatml, records):
-    batch = Collator(chatml, RATE, train=False, system="Hear.")(records)
+    batch = Collator(chatml, RATE, train=False, style=PromptStyle("Hear."))(records)
     for record, row in zip(records, batch.conversations, strict=True):
-        talk = conversation_of(record, with_answers=False, system="Hear.")
+        talk = conversation_of(record, with_answers=False, style=PromptStyle("Hear."))
         assert row == encode(chatml, talk, row.clips)
     deaf = Collator(chatml, RATE, with_audio=False)(records)
     assert deaf.waveforms == []

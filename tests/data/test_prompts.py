@@ -4,7 +4,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from pal.data.manifest import Record, Turn
-from pal.data.prompts import conversation_of, encode, end_of_answer, user_turn, without_audio
+from pal.data.prompts import PromptStyle, conversation_of, encode, end_of_answer, user_turn, without_audio
 from pal.errors import PromptError
 from pal.types import AUDIO, IGNORE
 
@@ -50,7 +50,7 @@ def test_without_a_template_it_is_ltus(plain):
     tokens = encode(plain, [{"role": "user", "content": "which digit"}], [])
     assert tokens.ids == plain("### Instruction:\nwhich digit\n\n### Response:\n").input_ids
     assert text_of(plain, encode(plain, TALK, [0, 1], train=True).ids) == (
-        "<s>You hear.\n\n### Instruction:\n<audio>\nwhat sound is this\n\n### Response:\na dog barks</s>"
+        "<s>You hear.\n\n### Instruction:\n<audio>what sound is this\n\n### Response:\na dog barks</s>"
         "### Instruction:\nand this? <audio> which digit\n\n### Response:\nseven</s>"
     )
 
@@ -201,15 +201,17 @@ def test_faults_are_one_line(chatml, talk, clips, train, message):
 
 
 def test_user_turn_puts_clips_first_unless_they_have_a_place():
-    assert user_turn("what?", 2)["content"] == "<audio>\n<audio>\nwhat?"
+    assert user_turn("what?", 2)["content"] == "<audio><audio>what?"
+    assert user_turn("what?", 2, "\n")["content"] == "<audio>\n<audio>\nwhat?"
     assert user_turn("is <audio> louder?", 1)["content"] == "is <audio> louder?"
     assert user_turn("what?", 0)["content"] == "what?"
     assert without_audio(user_turn("what?", 2)["content"]) == "what?"
+    assert without_audio(user_turn("what?", 2, "\n")["content"]) == "what?"
 
 
 def test_conversation_of_a_record():
     two = record("what?", "how many?")
-    assert conversation_of(two, system="Hear.") == [
+    assert conversation_of(two, style=PromptStyle("Hear.", "\n")) == [
         {"role": "system", "content": "Hear."},
         {"role": "user", "content": "<audio>\nwhat?"},
         {"role": "assistant", "content": "answer 0"},
@@ -217,7 +219,7 @@ def test_conversation_of_a_record():
         {"role": "assistant", "content": "answer 1"},
     ]
     assert [message["content"] for message in conversation_of(two, with_answers=False)] == [
-        "<audio>\nwhat?",
+        "<audio>what?",
         "answer 0",
         "how many?",
     ]

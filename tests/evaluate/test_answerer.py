@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 
 from pal.backbone.tokenizer import train_tokenizer
 from pal.data.manifest import Manifest
+from pal.data.prompts import PromptStyle
 from pal.errors import ConfigError, ManifestError, PalError
 from pal.evaluate import evaluate, from_records
 from pal.evaluate.answerer import best_choice
@@ -33,7 +34,7 @@ class Fake:
 
     def __init__(self):
         self.tokenizer = train_tokenizer(["what is this dog cat yes no is it first?"] * 3, 300)
-        self.config = SimpleNamespace(system=None)
+        self.config = SimpleNamespace(style=PromptStyle(), system=None)
         self.calls = []
 
     def eval(self):
@@ -129,7 +130,7 @@ def test_scores_by_hand(folder):
     settings = found["settings"]
     assert {"prompt", "decoding", "rule", "model_digest", "versions"} <= set(settings)
     assert settings["data_digest"] == from_records(made).digest
-    assert settings["prompt"] == f"<user><audio>\n{QUESTION}<assistant>"
+    assert settings["prompt"] == f"<user><audio>{QUESTION}<assistant>"
     assert model.training  # put back
 
 
@@ -237,7 +238,7 @@ def test_each_turn_is_asked_after_the_reference_answers_before_it(folder):
     score = evaluate(model, manifest(folder, [fields]), no_audio=False, progress=False)
     assert [(item.id, item.correct) for item in score.items] == [("r#0", False), ("r#1", True)]
     texts = sorted(model.tokenizer.decode([i for i in row.ids if i != AUDIO]) for row in rows)
-    assert texts[1] == "<user>\nWhat is this?<assistant> cat<eos><user>Is it a dog?<assistant>"
+    assert texts[1] == "<user>What is this?<assistant> cat<eos><user>Is it a dog?<assistant>"
     assert score.overall.no_audio_score is None
 
 

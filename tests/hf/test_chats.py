@@ -8,6 +8,7 @@ import pytest
 import soundfile
 import torch
 
+from pal.data.prompts import PromptStyle
 from pal.errors import AudioError, PalError, PromptError
 from pal.hf.chats import read_chat
 from tests.hf.chats import QUESTION, heard, say, tensors
@@ -86,7 +87,7 @@ def test_several_parts_of_several_kinds_in_one_message(processor):
     assert found["audio_lengths"].tolist() == [len(clip) for clip in clips]
     for row, clip in zip(found["input_values"], clips, strict=True):
         torch.testing.assert_close(row[: len(clip)], clip)
-    talk, _ = read_chat([message], None)
+    talk, _ = read_chat([message], PromptStyle(after_clip="\n"))
     assert talk[0]["content"] == f"<audio>\nand<audio>\nor<audio>\n{QUESTION}"
 
 

@@ -124,7 +124,5 @@ def test_pipeline(pair, tmp_path):
     assert whole["generated_text"][-1]["content"].strip() == expected
     several = pipe(text=[messages, messages], max_new_tokens=8, return_full_text=False)
     assert [one[0]["generated_text"].strip() for one in several] == [expected] * 2
-    (plain,) = pipe(
-        {"text": f"<user><audio>\n{QUESTION}<assistant>", "audio": str(tmp_path / "a.wav")}, max_new_tokens=8
-    )
+    (plain,) = pipe({"text": f"<user><audio>{QUESTION}<assistant>", "audio": str(tmp_path / "a.wav")}, max_new_tokens=8)
     assert plain["generated_text"].split("<assistant>")[-1].strip() == expected

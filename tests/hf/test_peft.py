@@ -149,7 +149,7 @@ def test_what_was_trained_is_what_is_merged_saved_and_loaded(way, tmp_path):
         one.save_pretrained(tmp_path / str(number), full=bool(number))
         again = AutoModelForMultimodalLM.from_pretrained(tmp_path / str(number))
         assert again.pal.digest == one.pal.digest
-        torch.testing.assert_close(again(**inputs).logits, one(**inputs).logits, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(again(**inputs).logits, one(**inputs).logits, atol=5e-5, rtol=1e-5)
         assert again.generate(**inputs, max_new_tokens=4).equal(says)
 
 

@@ -51,7 +51,7 @@ def test_all_forms_of_a_clip_are_the_same(processor, tmp_path):
         for name, tensor in expected.items():
             torch.testing.assert_close(found[name], tensor)
     # a place without a clip, and the clip by keyword
-    for messages in ([say({"type": "audio"}, QUESTION)], [{"role": "user", "content": f"<audio>\n{QUESTION}"}]):
+    for messages in ([say({"type": "audio"}, QUESTION)], [{"role": "user", "content": f"<audio>{QUESTION}"}]):
         found = tensors(processor, messages, audio=[[str(path)]])
         assert found["input_ids"].equal(expected["input_ids"])
         torch.testing.assert_close(found["input_values"], expected["input_values"])
@@ -59,7 +59,7 @@ def test_all_forms_of_a_clip_are_the_same(processor, tmp_path):
 
 def test_text_and_audio_by_keyword(processor):
     text = processor.apply_chat_template(chat(0.4), add_generation_prompt=True)
-    assert text == f"<user><audio>\n{QUESTION}<assistant>"
+    assert text == f"<user><audio>{QUESTION}<assistant>"
     found = processor(text=text, audio=noise(0.4))
     expected = tensors(processor, chat(0.4))
     assert found["input_ids"].equal(expected["input_ids"])
@@ -212,8 +212,8 @@ def test_typed_marks_stay_text(processor):
 
 def test_decoding_skips_clips(processor):
     ids = tensors(processor, chat(0.3), chat(0.3, question="yes"))["input_ids"]
-    assert processor.batch_decode(ids, skip_special_tokens=True) == [f"\n{QUESTION}", "\nyes"]
-    assert processor.decode(ids[1], skip_special_tokens=True) == "\nyes"
+    assert processor.batch_decode(ids, skip_special_tokens=True) == [QUESTION, "yes"]
+    assert processor.decode(ids[1], skip_special_tokens=True) == "yes"
 
 
 def test_a_processor_saved_into_a_bundle_keeps_it_whole(tmp_path):

@@ -2,11 +2,13 @@
 
 import pytest
 import torch
+from transformers import DynamicCache
 
 from pal.config import parse
 from pal.errors import ConfigError
 from pal.integrations.gate import RATE, ScoreGate
 from pal.integrations.lal import LAL
+from pal.integrations.routed import Stream
 from pal.registry import build
 from pal.types import AUDIO, Tokens
 from tests.identities.models import E, expected_logits, features, make_backbone, shared
@@ -85,3 +87,41 @@ def test_two_clips_share_positions_with_the_text():
 def test_a_gate_never_opens_at_the_start():
     with pytest.raises(ConfigError, match="gate"):
         parse(LAL.Config, {"gate": 1.0}, where="integration")
+
+
+@torch.no_grad()
+def test_two_streams_each_with_a_gate():
+    """Generation token by token equals one forward over everything, for two streams whose biases differ."""
+    llm, _ = shared("llama", "lal")
+    torch.manual_seed(5)
+    lal = {"name": "lal", "gate": -0.5, "gate_by": "head"}
+    routed = build(
+        "integration",
+        {"name": "pal_routed", "routes": {}, "default": lal},
+        streams=[Stream(E, ("one",)), Stream(E, ("two",))],
+        llm=llm,
+    )
+    for number, route in enumerate(routed.routes()):
+        route.gate.weight_LH.uniform_(-0.02, 0.02).add_(0.01 * number)
+    audio = [features(4), features(7, seed=8)]
+    row = Tokens([5, AUDIO, 6, 7], [0])
+    options = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    for more in ({}, {"cache_implementation": "static"}, {"num_beams": 2}):
+        said = llm.generate(routed(audio, [row], llm, "left"), **options, **more)[0].tolist()
+        if "num_beams" in more:
+            beams = said
+            continue
+        for step, token in enumerate(said):
+            whole = Tokens([*row.ids, *said[:step]], [0])
+            expected = expected_logits(llm, routed, whole, audio)[-1]
+            assert int(expected.argmax()) == token
+    plain = llm.lm.generate(
+        inputs_embeds=(inputs := routed(audio, [row], llm, "left")).inputs_embeds_BTD,
+        attention_mask=inputs.attention_mask_BT,
+        position_ids=inputs.position_ids_BT,
+        past_key_values=DynamicCache(),
+        audio_context=inputs.audio_context.prebuilt(),
+        num_beams=2,
+        **options,
+    )
+    assert beams == plain[0].tolist()
