@@ -1,0 +1,114 @@
+"""Do untrained models answer as their LLM does? Greedy answers to 50 prompts, with and without a clip.
+
+python docs/benchmarks/harm.py CLIP.wav
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import pal
+from pal.memory import keep_freed_memory
+
+PROMPTS = (
+    "What is the capital of France?",
+    "Name three primary colours.",
+    "How many days are in a week?",
+    "What do bees make?",
+    "Write a sentence about the sea.",
+    "Who wrote Romeo and Juliet?",
+    "What is two plus two?",
+    "Translate 'good morning' into Spanish.",
+    "Why is the sky blue?",
+    "What is the largest planet in our solar system?",
+    "Give me a recipe for pancakes.",
+    "What is photosynthesis?",
+    "Name an animal that can fly.",
+    "What is the opposite of hot?",
+    "Tell me a short story about a dragon.",
+    "How do I boil an egg?",
+    "What is gravity?",
+    "List five fruits.",
+    "What colour is grass?",
+    "Who was the first man on the moon?",
+    "What language is spoken in Brazil?",
+    "Explain what a computer is.",
+    "What is the boiling point of water?",
+    "Give me some advice for a job interview.",
+    "What is a noun?",
+    "How many legs does a spider have?",
+    "What is the fastest land animal?",
+    "Write a haiku about autumn.",
+    "What is the currency of Japan?",
+    "How can I sleep better?",
+    "What is the main ingredient of bread?",
+    "Name a famous painter.",
+    "What is the square root of 81?",
+    "Describe a sunset.",
+    "What is the difference between a cat and a dog?",
+    "Who discovered penicillin?",
+    "What season comes after winter?",
+    "Give a synonym for happy.",
+    "What is the chemical symbol for gold?",
+    "How far is the moon from the earth?",
+    "What is a prime number?",
+    "Suggest a name for a puppy.",
+    "What is the tallest mountain in the world?",
+    "What do plants need to grow?",
+    "Write a thank you note to a teacher.",
+    "What is DNA?",
+    "How many continents are there?",
+    "What is the purpose of the heart?",
+    "Name a country in Africa.",
+    "What is machine learning?",
+)
+VARIANTS: dict[str, dict[str, object]] = {
+    "LAL, gate -16, shared positions": {"name": "lal", "gate": -16, "positions": "shared"},
+    "first third, gate -16, shared positions": {
+        "name": "lal",
+        "layers": "first_third",
+        "gate": -16,
+        "positions": "shared",
+    },
+    "audio queries, gate -16, shared positions": {"name": "lal_audio_query", "gate": -16, "positions": "shared"},
+    "LAL, gate -16": {"name": "lal", "gate": -16},
+    "LAL, shared positions": {"name": "lal", "positions": "shared"},
+    "LAL": {"name": "lal"},
+    "PAL": {"name": "pal"},
+    "PLITS": {"name": "plits"},
+    "Flamingo": {"name": "flamingo"},
+}
+
+
+def main() -> None:
+    """Print one line of JSON a variant: equal answers, of how many."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("clip", type=Path)
+    parser.add_argument("--tokens", type=int, default=16)
+    parser.add_argument("--only", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
+    args = parser.parse_args()
+    keep_freed_memory()
+    expected: list[str] = []
+    for name in args.only:
+        torch.manual_seed(0)
+        model = pal.attach(
+            llm="smollm2-135m-instruct",
+            encoders=["whisper-tiny.en"],
+            connector={"name": "strided_conv", "stride": 4},
+            integration=VARIANTS[name],
+        )
+        if not expected:
+            expected = [model.ask([], prompt, max_new_tokens=args.tokens) for prompt in tqdm(PROMPTS, desc="text")]
+        clip = model.encode_clip(args.clip)
+        found = [model.ask(clip, prompt, max_new_tokens=args.tokens) for prompt in tqdm(PROMPTS, desc=name)]
+        equal = sum(one == other for one, other in zip(found, expected, strict=True))
+        print(json.dumps({"variant": name, "equal": equal, "of": len(PROMPTS), "tokens": args.tokens}), flush=True)
+
+
+if __name__ == "__main__":
+    main()
