@@ -161,7 +161,10 @@ def test_every_answer_is_true(planned):
         for question in clip.questions:
             seen.add(question.task)
             if question.about is not None:
-                there = re.search(rf"(^|, | ){question.about}($|,| )", present) is not None
+                if question.task == "instrument present":  # an electric piano is no piano
+                    there = question.about in present.split(", ")
+                else:
+                    there = re.search(rf"(^|, | ){question.about}($|,| )", present) is not None
                 assert question.answer == ("yes" if there else "no"), (question, present)
             elif question.task == "request":
                 assert question.answer in truth["transcription"] and clip.content.sentence.kind == "request"

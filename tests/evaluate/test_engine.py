@@ -66,7 +66,7 @@ def test_the_folder(model, benchmark, tmp_path):
     assert settings["labels"] == list(CHOICES)
     assert settings["model_digest"] == model.digest
     assert settings["data_digest"] == benchmark.digest
-    assert settings["prompt"] == "<user><audio>\nIs it 0?<assistant>"
+    assert settings["prompt"] == "<user><audio>Is it 0?<assistant>"
     assert settings["decoding"] == "greedy, at most 32 new tokens"
     assert {"torch", "transformers"} <= set(settings["versions"])
 

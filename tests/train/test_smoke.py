@@ -23,8 +23,11 @@ RUN = [
     *sorted(RECIPES.glob("*.yaml")),
     *sorted(SMALLEST.glob("*.yaml")),
     RECIPES / "paper" / "qwen2.5-1.5b" / "pal.yaml",
+    RECIPES / "real" / "lal.yaml",
 ]
 """The recipes that are run; those of the other LLMs make the same toys, but for the LLM."""
+REAL = sorted((RECIPES / "real").glob("*.yaml"))
+"""Recipes that differ in the integration alone."""
 WHISPER = {"name": "whisper", "path": "openai/whisper-small"}
 
 
@@ -45,12 +48,23 @@ def test_recipes(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 def test_recipes_of_other_llms(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     others = [path for path in sorted((RECIPES / "paper").rglob("*.yaml")) if path not in RUN]
-    assert len(others) + len(RUN) == len(list(RECIPES.rglob("*.yaml")))
+    assert {*others, *RUN, *REAL} == {*RECIPES.rglob("*.yaml")}
     for path in others:
         small, same = toy_recipe(load_recipe(path)), toy_recipe(load_recipe(SMALLEST / path.name))
         assert small.model is not None and same.model is not None
         model = small.model.model_copy(update={"llm": same.model.llm})
         assert small.model_copy(update={"model": model}) == same, path
+
+
+def test_recipes_on_real_components_differ_in_the_integration_alone() -> None:
+    base = load_recipe(RECIPES / "real" / "base.yaml")
+    assert base.model is not None
+    for path in REAL:
+        own = load_recipe(path)
+        assert own.model is not None
+        model = own.model.model_copy(update={"integration": base.model.integration})
+        assert own.model_copy(update={"model": model}) == base, path
+    assert len({str(load_recipe(path).model) for path in REAL}) == len(REAL)
 
 
 def recipe(integration: Any = "lal", **fields: Any) -> Recipe:
