@@ -47,9 +47,7 @@ def test_counts_and_durations(good, chatml):
     assert report.answers == {"what": {"dog": 2, "cat": 1}, "how many": {"2": 1}}
     assert report.tags == {"dog": 2, "cat": 1, "2": 1}
     assert report.datasets == {"d": 4}
-    assert report.example == (
-        "<|im_start|>user\n<audio>what sound<|im_end|>\n<|im_start|>assistant\n⟦dog<|im_end|>⟧\n"
-    )
+    assert report.example == ("<|im_start|>user\n<audio>what sound<|im_end|>\n<|im_start|>assistant\n⟦dog<|im_end|>⟧\n")
     assert check(good).example is None
 
 
