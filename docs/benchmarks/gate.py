@@ -26,20 +26,17 @@ from pal.memory import keep_freed_memory
 from pal.model import PalModel
 from pal.types import Batch, EncodedClip
 
+SHARED = {"positions": "shared"}
 VARIANTS: dict[str, dict[str, object]] = {
-    "PLITS": {"name": "plits"},
     "LAL": {"name": "lal"},
-    "LAL, shared positions": {"name": "lal", "positions": "shared"},
-    "LAL, gate -8, shared positions": {"name": "lal", "positions": "shared", "gate": -8},
-    "LAL, gate -16, shared positions": {"name": "lal", "positions": "shared", "gate": -16},
-    "LAL, gate -16": {"name": "lal", "gate": -16},
+    "LAL, shared positions": {"name": "lal", **SHARED},
+    "LAL, bias -8 alone, shared positions": {"name": "lal", "gate": -8, "key_scale": 1.0, **SHARED},
+    "LAL, bias -16 alone, shared positions": {"name": "lal", "gate": -16, "key_scale": 1.0, **SHARED},
+    "LAL, bias -32 alone, shared positions": {"name": "lal", "gate": -32, "key_scale": 1.0, **SHARED},
+    "LAL, gate, shared positions": {"name": "lal", "gate": -16, **SHARED},
     "first third": {"name": "lal", "layers": "first_third"},
-    "first third, gate -16, shared positions": {
-        "name": "lal",
-        "layers": "first_third",
-        "positions": "shared",
-        "gate": -16,
-    },
+    "first third, gate, shared positions": {"name": "lal", "layers": "first_third", "gate": -16, **SHARED},
+    "PLITS": {"name": "plits"},
 }
 LR = 1e-3
 WARMUP = 10

@@ -67,17 +67,15 @@ PROMPTS = (
     "Name a country in Africa.",
     "What is machine learning?",
 )
+SHARED = {"positions": "shared"}
 VARIANTS: dict[str, dict[str, object]] = {
-    "LAL, gate -16, shared positions": {"name": "lal", "gate": -16, "positions": "shared"},
-    "first third, gate -16, shared positions": {
-        "name": "lal",
-        "layers": "first_third",
-        "gate": -16,
-        "positions": "shared",
-    },
-    "audio queries, gate -16, shared positions": {"name": "lal_audio_query", "gate": -16, "positions": "shared"},
-    "LAL, gate -16": {"name": "lal", "gate": -16},
-    "LAL, shared positions": {"name": "lal", "positions": "shared"},
+    "LAL, gate, shared positions": {"name": "lal", "gate": -16, **SHARED},
+    "first third, gate, shared positions": {"name": "lal", "layers": "first_third", "gate": -16, **SHARED},
+    "audio queries, gate, shared positions": {"name": "lal_audio_query", "gate": -16, **SHARED},
+    "LAL, bias -16 alone, shared positions": {"name": "lal", "gate": -16, "key_scale": 1.0, **SHARED},
+    "LAL, bias -32 alone, shared positions": {"name": "lal", "gate": -32, "key_scale": 1.0, **SHARED},
+    "LAL, gate": {"name": "lal", "gate": -16},
+    "LAL, shared positions": {"name": "lal", **SHARED},
     "LAL": {"name": "lal"},
     "PAL": {"name": "pal"},
     "PLITS": {"name": "plits"},

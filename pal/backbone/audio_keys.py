@@ -13,7 +13,7 @@ from pal.backbone.attention_masks import for_beams
 from pal.backbone.audio_mask import AudioMask, TokenSpans
 from pal.backbone.interfaces import AttentionGeometry, Block, KeySource, Rope
 from pal.backbone.merged import AttentionTile, masked, prefixes
-from pal.backbone.score_bias import Bias
+from pal.backbone.score_bias import Bias, KeyScale
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,8 @@ class AudioKeys:
     """K after RoPE and V of each layer, each [B, G, A, C], if computed ahead."""
     bias: Bias | None = None
     """Bias on the scores of these keys; None without."""
+    scale: KeyScale | None = None
+    """Factor on these keys; None without."""
     token_spans: TokenSpans | None = None
     """Stream, clip and time span of each key; only made `with_spans`."""
     gaps: bool = False
@@ -70,7 +72,10 @@ class AudioKeys:
         else:
             k_UGAC, v_UGAC = self.source.keys_values(layer)
         cos_BAC, sin_BAC = rope[llm.layer_types[layer]]
-        return rotate(self._to_rows(k_UGAC), cos_BAC, sin_BAC), self._to_rows(v_UGAC)
+        k_BGAC = rotate(self._to_rows(k_UGAC), cos_BAC, sin_BAC)
+        if self.scale is not None:  # here, so that what is recomputed in backward stays the same
+            k_BGAC = k_BGAC * self.scale[layer].to(k_BGAC.dtype)[:, None, None]
+        return k_BGAC, self._to_rows(v_UGAC)
 
     def _to_rows(self, x_UGAC: Tensor) -> Tensor:
         if self.tokens_BA is None:

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from pal.backbone.audio_keys import rotate
 from pal.backbone.interfaces import AttentionGeometry, KeySource, PackedBlock
 from pal.backbone.rms import rms_norm
-from pal.backbone.score_bias import Bias, with_bias
+from pal.backbone.score_bias import Bias, KeyScale, with_bias
 from pal.backbone.segments import Conversation
 from pal.backbone.varlen import segment_attention
 
@@ -120,6 +120,8 @@ class PackedKeys:
     """True for rows that see any of the keys; only with blocks."""
     bias: Bias | None = None
     """Bias on the scores of these keys."""
+    scale: KeyScale | None = None
+    """Factor on these keys."""
 
     @cached_property
     def _packs(self) -> bool:
@@ -169,7 +171,12 @@ class PackedContext:
         kind = self.llm.layer_types[layer]
         joined = tuple(
             JoinedKeys(
-                one.made(layer), one.rope_table[kind], one.tokens_I, one.tokens_back, (one.bias or {}).get(layer)
+                one.made(layer),
+                one.rope_table[kind],
+                one.tokens_I,
+                one.tokens_back,
+                (one.bias or {}).get(layer),
+                (one.scale or {}).get(layer),
             )
             for one in (self.keys[i] for i in self.joined(layer))
         )
@@ -203,13 +210,15 @@ class JoinedKeys:
     tokens_I: Tensor | None
     tokens_back: tuple[Tensor, ...]
     bias: Tensor | None = None
+    scale: Tensor | None = None
 
     def rotated(self, attention: Any) -> tuple[Tensor, Tensor]:
         """K after RoPE and V, each [I, G, C]."""
         k_MGC, v_MGC = self.made if isinstance(self.made, tuple) else self.made.keys_values(attention)
         if self.tokens_I is not None:
             k_MGC, v_MGC = (take_rows(x, self.tokens_I, self.tokens_back) for x in (k_MGC, v_MGC))
-        return rotate(k_MGC, *self.rope_table), v_MGC
+        k_IGC = rotate(k_MGC, *self.rope_table)
+        return (k_IGC if self.scale is None else k_IGC * self.scale.to(k_IGC.dtype)[:, None]), v_MGC
 
 
 @dataclass(frozen=True, eq=False)

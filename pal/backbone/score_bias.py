@@ -15,6 +15,9 @@ from torch import Tensor
 Bias = Mapping[int, Tensor]
 """Bias on the scores of a set of keys by layer: [H] for each head, or [1] for all."""
 
+KeyScale = Mapping[int, Tensor]
+"""Factor on a set of keys by layer, [G]."""
+
 COLUMNS = 8
 """The number of extra columns is a multiple of this, as CUDA kernels need it."""
 

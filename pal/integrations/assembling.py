@@ -18,7 +18,7 @@ from pal.backbone.context import AudioContext
 from pal.backbone.interfaces import KeySource, PackedBlock
 from pal.backbone.llm import Backbone
 from pal.backbone.packed import PackedContext, PackedSource, take_rows
-from pal.backbone.score_bias import Bias
+from pal.backbone.score_bias import Bias, KeyScale
 from pal.backbone.segments import Segments, segments_of, where, widened
 from pal.backbone.stream_kv import Layout
 from pal.errors import PromptError
@@ -49,6 +49,8 @@ class IntegrationOutput:
     """Cross-attention blocks before layers: they attend to the keys, and the layers themselves do not."""
     bias: Bias | None = None
     """Bias on the scores of the keys; None without."""
+    scale: KeyScale | None = None
+    """Factor on the keys; None without."""
 
     @property
     def stream_layout(self) -> StreamLayout:
@@ -270,6 +272,7 @@ def _audio_keys(
         mask_BA=torch.tensor(mask_BA).to(device),
         blocks=output.blocks,
         bias=output.bias,
+        scale=output.scale,
         token_spans=None if spans[0] is None else _token_spans(spans, False, device),
     )
 

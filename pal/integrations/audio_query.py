@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from pal.backbone.llm import Backbone
-from pal.backbone.score_bias import Bias
+from pal.backbone.score_bias import Bias, KeyScale
 from pal.integrations.base import IntegrationOutput, Route
 from pal.integrations.gate import GateOptions, gate_of, layout_of
 from pal.integrations.keys import zeroed
@@ -44,7 +44,11 @@ class LALAudioQuery(Route):
 
     def bias(self) -> Bias | None:
         """Bias of the gate."""
-        return None if self.gate is None else self.gate()
+        return None if self.gate is None else self.gate.bias()
+
+    def scale(self) -> KeyScale | None:
+        """Factor of the gate."""
+        return None if self.gate is None else self.gate.scale()
 
     def inject(self, features: AudioFeatures, llm: Backbone) -> IntegrationOutput:
         """One key per token in each injected layer, no rows."""
@@ -55,6 +59,7 @@ class LALAudioQuery(Route):
             layers=self.layers,
             width_A=features.x_BAE.shape[1],
             bias=self.bias(),
+            scale=self.scale(),
         )
 
 

@@ -12,7 +12,7 @@ from torch import nn
 from pal.backbone.audio_kv import AudioKV
 from pal.backbone.interfaces import PackedBlock
 from pal.backbone.llm import Backbone
-from pal.backbone.score_bias import Bias
+from pal.backbone.score_bias import Bias, KeyScale
 from pal.backbone.stream_kv import StreamKV
 from pal.integrations.assembling import IntegrationOutput, assemble
 from pal.types import AudioFeatures, LLMInputs, Tokens
@@ -126,6 +126,10 @@ class Route(Integration):
         """Bias on the attention scores of the keys; None without."""
         return None
 
+    def scale(self) -> KeyScale | None:
+        """Factor on the keys; None without."""
+        return None
+
     def fold(self, llm: Backbone) -> int:
         """Fuse linear layers for inference; returns the number of LLM layers in which that was possible.
 
@@ -144,6 +148,7 @@ class Route(Integration):
             width_A=stream.k_LBGAC.shape[3],
             blocks=self.blocks(),
             bias=self.bias(),
+            scale=self.scale(),
         )
 
 

@@ -1,4 +1,4 @@
-"""`ScoreGate`: a learned bias on the attention scores of audio keys, so that attaching audio does the LLM no harm."""
+"""`ScoreGate`: a learned bias and factor on the scores of audio keys, so that attaching audio does the LLM no harm."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import nn
 
 from pal.backbone.llm import Backbone
-from pal.backbone.score_bias import Bias
+from pal.backbone.score_bias import Bias, KeyScale
 from pal.backbone.stream_kv import Layout
 from pal.config import StrictConfig
 
@@ -18,12 +18,19 @@ RATE = 100.0
 """Change of a bias per change of its weight: with learning rate 0.001 AdamW moves a bias by at most 0.1 a step."""
 
 
+SCALE_RATE = 10.0
+"""The same for the factor on keys."""
+
+
 class GateOptions(StrictConfig):
     """Gate, and place of the audio among the position ids."""
 
     gate: float | None = Field(default=None, le=0)
-    """Initial bias on the attention scores of audio keys, such as -16; it is learned. None: no bias, as in the
-    paper."""
+    """Initial bias on the attention scores of audio keys, such as -16; it is learned. None: neither bias nor
+    `key_scale`, as in the paper."""
+    key_scale: float = 0.1
+    """With `gate`: initial factor on the audio keys, learned for each key/value head. Projected audio can have scores
+    above 20 in some heads of an LLM, which no bias of this size would close."""
     gate_by: Literal["layer", "head"] = "layer"
     """One bias for each layer, or for each query head of each layer."""
     positions: Literal["reserved", "shared"] = "reserved"
@@ -33,20 +40,27 @@ class GateOptions(StrictConfig):
 
 
 class ScoreGate(nn.Module):
-    """The bias of each layer, [H] or [1]: `initial + RATE * weight`, with weights that start at 0."""
+    """Bias and factor of each layer: their initial values plus `RATE` or `SCALE_RATE` times weights that start at 0."""
 
     def __init__(self, options: GateOptions, layers: Sequence[int], llm: Backbone) -> None:
         super().__init__()
         assert options.gate is not None
-        self.initial = options.gate
+        self.initial, self.initial_scale = options.gate, options.key_scale
         self.layers = tuple(layers)
         heads = llm.heads if options.gate_by == "head" else 1
         self.weight_LH = nn.Parameter(torch.zeros(len(layers), heads))
 
-    def forward(self) -> Bias:
-        """Bias of each layer, in float32."""
+        self.scale_LG = nn.Parameter(torch.zeros(len(layers), llm.kv_heads))
+
+    def bias(self) -> Bias:
+        """Bias of each layer, [H] or [1] in float32."""
         bias_LH = self.initial + RATE * self.weight_LH.float()
         return dict(zip(self.layers, bias_LH, strict=True))
+
+    def scale(self) -> KeyScale:
+        """Factor on the keys of each layer, [G] in float32."""
+        scale_LG = self.initial_scale + SCALE_RATE * self.scale_LG.float()
+        return dict(zip(self.layers, scale_LG, strict=True))
 
 
 def layout_of(options: GateOptions, seconds_per_token: float, joint: bool = False) -> Layout:

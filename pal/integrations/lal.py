@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pal.backbone.llm import Backbone
-from pal.backbone.score_bias import Bias
+from pal.backbone.score_bias import Bias, KeyScale
 from pal.integrations.base import IntegrationOutput, Route
 from pal.integrations.gate import GateOptions, gate_of, layout_of
 from pal.integrations.keys import ProjectedKeys
@@ -39,7 +39,11 @@ class LAL(Route):
 
     def bias(self) -> Bias | None:
         """Bias of the gate."""
-        return None if self.gate is None else self.gate()
+        return None if self.gate is None else self.gate.bias()
+
+    def scale(self) -> KeyScale | None:
+        """Factor of the gate."""
+        return None if self.gate is None else self.gate.scale()
 
     def inject(self, features: AudioFeatures, llm: Backbone) -> IntegrationOutput:
         """One key per token in each injected layer, no rows."""
@@ -50,6 +54,7 @@ class LAL(Route):
             layers=self.layers,
             width_A=features.x_BAE.shape[1],
             bias=self.bias(),
+            scale=self.scale(),
         )
 
     def fold(self, llm: Backbone) -> int:

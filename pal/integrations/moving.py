@@ -142,6 +142,7 @@ class MovedKeys:
             crossing=None if self.crossing is None else device_segments(moves, self.crossing),
             sees_audio_N1=None if self.crossing is None else moves[self.queries_with_keys].bool()[:, None],
             bias=self.output.bias,
+            scale=self.output.scale,
         )
 
 

@@ -97,7 +97,9 @@ def opened(integration):
     """The same, with gates that let something through: Flamingo's start at zero; those of scores differ."""
     with torch.no_grad():
         for parameter_name, parameter in integration.named_parameters():
-            if "gate.weight" in parameter_name:
+            if "gate.scale" in parameter_name:
+                parameter.copy_(torch.linspace(0.03, 0.07, parameter.numel()).view_as(parameter))
+            elif "gate.weight" in parameter_name:
                 parameter.copy_(torch.linspace(-0.01, 0.03, parameter.numel()).view_as(parameter))
             elif "gate" in parameter_name:
                 parameter.fill_(0.8)

@@ -18,11 +18,11 @@ class Scene:
     rows: list = field(default_factory=list)
     """(embedding [D], position, is_text)"""
     keys: dict = field(default_factory=dict)
-    """layer -> list of (u [D], position, position for RoPE, bias on its scores [H] or [1])"""
+    """layer -> list of (u [D], position, position for RoPE, gate: bias on its scores [H] or [1], factor on its keys [G] or [1])"""
     crossed: list = field(default_factory=list)
     """Flamingo's clips: (weights, layers, position, features [A, E])"""
     updated: list = field(default_factory=list)
-    """Clips of audio queries: (layers, u [A, D], positions [A], positions for RoPE [A], layer -> bias)"""
+    """Clips of audio queries: (layers, u [A, D], positions [A], positions for RoPE [A], layer -> gate)"""
     asks: dict = field(default_factory=dict)
     """Number of a row that asks again behind clips -> number of the text row that it repeats."""
 
@@ -89,19 +89,21 @@ def place(scene, p, stream, a, keys, rows):
     if method == "Flamingo":
         scene.crossed.append((weights, stream.layers, p, a.double()))
         return p
-    biases = dict.fromkeys(stream.layers, torch.zeros(1, dtype=torch.float64))
+    none = torch.zeros(1, dtype=torch.float64), torch.ones(1, dtype=torch.float64)
+    gates = dict.fromkeys(stream.layers, none)
     if stream.gate is not None:
-        biases = dict(zip(stream.layers, stream.gate + 100 * weights["gate.weight_LH"].double(), strict=True))
+        both = stream.gate + 100 * weights["gate.weight_LH"].double(), 0.1 + 10 * weights["gate.scale_LG"].double()
+        gates = dict(zip(stream.layers, zip(*both, strict=True), strict=True))
     if method == "LALAudioQuery":
         turned = p + torch.arange(len(a)) - (len(a) if stream.shared else 0)
         at = torch.full((len(a),), p) if stream.shared else turned
-        scene.updated.append((stream.layers, mlp(weights, "projector", a), at, turned, biases))
+        scene.updated.append((stream.layers, mlp(weights, "projector", a), at, turned, gates))
         return p if stream.shared else p + len(a)
     for layer in stream.layers if keys else ():
         for j, u in enumerate(per_layer(weights, layer, a)):
             at = p + j + (j // r if method == "PAL" else 0)
             own = (p, p - len(a) + j) if stream.shared else (at, at)
-            scene.keys.setdefault(layer, []).append((u, *own, biases[layer]))
+            scene.keys.setdefault(layer, []).append((u, *own, gates[layer]))
     if method == "LAL":
         return p if stream.shared else p + len(a)
     S = math.ceil(len(a) / r)
@@ -189,6 +191,7 @@ class Decoder:
             u = torch.stack([one[0] for one in extra])
             at, turned = (torch.tensor([one[i] for one in extra]) for i in (1, 2))
             k2, v2 = self.keys_values(layer, u, turned)
+            k2 = k2 * torch.stack([one[3][1].expand(k.shape[1]) for one in extra])[..., None]
             k, v, key_positions = torch.cat([k, k2]), torch.cat([v, v2]), torch.cat([positions, at])
         q = self.linear(p + "self_attn.q_proj", self.norm(p + "input_layernorm", x)).view(len(x), -1, self.C)
         if p + "self_attn.q_norm.weight" in self.w:
@@ -216,7 +219,7 @@ class Decoder:
         out, weights = [], []
         for head in range(q.shape[1]):
             score = q[:, head] @ k[:, head // groups].T * scale
-            for number, (_, _, _, bias) in enumerate(extra):
+            for number, (_, _, _, (bias, _)) in enumerate(extra):
                 score[:, len(x) + number] += bias[head % len(bias)]
             weights.append(torch.softmax(score.masked_fill(~seen, -torch.inf), -1))
             out.append(weights[-1] @ v[:, head // groups])
@@ -280,14 +283,14 @@ class Decoder:
             for weights in {id(clip[0]): clip[0] for clip in crossed}.values():  # stream after stream
                 x = self.cross(layer, x, positions, [clip for clip in crossed if clip[0] is weights])
             extra = list(scene.keys.get(layer, []))
-            for i, (layers, u, at, turned, biases) in enumerate(scene.updated):
+            for i, (layers, u, at, turned, gates) in enumerate(scene.updated):
                 if layer not in layers:
                     continue
-                extra += zip(u, at.tolist(), turned.tolist(), [biases[layer]] * len(u), strict=True)
+                extra += zip(u, at.tolist(), turned.tolist(), [gates[layer]] * len(u), strict=True)
                 change = self.attention(layer, u, turned, [], updating=True)
                 if self.kind == "gemma3_text":
                     change = self.norm(p + "post_attention_layernorm", change)
-                scene.updated[i] = (layers, u + change, at, turned, biases)
+                scene.updated[i] = (layers, u + change, at, turned, gates)
             a = self.attention(layer, x, positions, extra)
             if self.kind == "gemma3_text":
                 x = x + self.norm(p + "post_attention_layernorm", a)

@@ -35,7 +35,7 @@ def test_a_closed_gate_leaves_the_text_llm(family):
     text = logits_of(llm, plain, TEXT)
     torch.testing.assert_close(logits_of(llm, gated(llm, -1e4), WITH_CLIP), text, rtol=1e-5, atol=1e-5)
     assert (logits_of(llm, gated(llm, -16.0), WITH_CLIP) - text).abs().max() < 1e-3
-    assert (logits_of(llm, gated(llm, 0.0), WITH_CLIP) - text).abs().max() > 1e-2
+    assert (logits_of(llm, gated(llm, 0.0, key_scale=1.0), WITH_CLIP) - text).abs().max() > 1e-2
     # the clip's positions alone change the text's logits
     assert (logits_of(llm, gated(llm, -1e4, positions="reserved"), WITH_CLIP) - text).abs().max() > 1e-2
 
@@ -45,7 +45,7 @@ def test_an_open_gate_is_lal():
     llm, _ = shared("llama", "lal")
     torch.manual_seed(3)
     plain = build("integration", {"name": "lal"}, in_width=E, llm=llm)
-    found = logits_of(llm, gated(llm, 0.0, positions="reserved"), WITH_CLIP)
+    found = logits_of(llm, gated(llm, 0.0, positions="reserved", key_scale=1.0), WITH_CLIP)
     torch.testing.assert_close(found, logits_of(llm, plain, WITH_CLIP), rtol=1e-5, atol=1e-5)
 
 
@@ -65,7 +65,11 @@ def test_a_weight_moves_its_bias_a_hundredfold():
     with torch.no_grad():
         gate.weight_LH.copy_(torch.tensor([[0.02], [0.0]]))
     assert RATE == 100
-    assert {layer: bias.tolist() for layer, bias in gate().items()} == {1: [-5.0], 2: [-7.0]}
+    assert {layer: bias.tolist() for layer, bias in gate.bias().items()} == {1: [-5.0], 2: [-7.0]}
+    with torch.no_grad():
+        gate.scale_LG[1, 0] = 0.03
+    scales = {layer: scale.tolist() for layer, scale in gate.scale().items()}
+    assert scales == {1: pytest.approx([0.1, 0.1]), 2: pytest.approx([0.4, 0.1])}
 
 
 @torch.no_grad()
@@ -103,6 +107,7 @@ def test_two_streams_each_with_a_gate():
     )
     for number, route in enumerate(routed.routes()):
         route.gate.weight_LH.uniform_(-0.02, 0.02).add_(0.01 * number)
+        route.gate.scale_LG.uniform_(0.02, 0.08)
     audio = [features(4), features(7, seed=8)]
     row = Tokens([5, AUDIO, 6, 7], [0])
     options = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
