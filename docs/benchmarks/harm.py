@@ -74,6 +74,7 @@ VARIANTS: dict[str, dict[str, object]] = {
     "audio queries, gate, shared positions": {"name": "lal_audio_query", "gate": -16, **SHARED},
     "LAL, bias -16 alone, shared positions": {"name": "lal", "gate": -16, "key_scale": 1.0, **SHARED},
     "LAL, bias -32 alone, shared positions": {"name": "lal", "gate": -32, "key_scale": 1.0, **SHARED},
+    "LAL, bias -16 alone, reserved positions": {"name": "lal", "gate": -16, "key_scale": 1.0},
     "LAL, gate": {"name": "lal", "gate": -16},
     "LAL, shared positions": {"name": "lal", **SHARED},
     "LAL": {"name": "lal"},
