@@ -7,7 +7,7 @@ transformers calls it in every layer of an unmodified LLM, with the forward's ex
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -70,14 +70,34 @@ def attend(
     if attention_metadata is not None:
         attention_metadata.show(layer, query, key, scaling)
     if attention_metadata is None or attention_metadata.ordinary(layer):
-        if attention_mask is None:
-            return sdpa_attention_forward(module, query, key, value, None, dropout=dropout, scaling=scaling, **kwargs)
-        return _masked_attention(query, key, value, attention_mask, dropout, scaling), None
+        dtype = _trained_half_precision(query)
+        if dtype is not None:
+            query, key, value = query.float(), key.float(), value.float()
+        with nullcontext() if dtype is None else torch.autocast("cpu", enabled=False):
+            if attention_mask is None:
+                out, _ = sdpa_attention_forward(
+                    module, query, key, value, None, dropout=dropout, scaling=scaling, **kwargs
+                )
+            else:
+                out = _masked_attention(query, key, value, attention_mask, dropout, scaling)
+        return out if dtype is None else out.to(dtype), None
     sets = attention_metadata.sets(layer, key, value)
     if sets is not None:
         return merged_attention(query, sets, scaling).contiguous(), None
     q, k, v, seen_B1QK, scale = attention_metadata.whole(layer, query, key, value, scaling)
     return _masked_attention(q, k, v, seen_B1QK, dropout, scale)[..., : query.shape[-1]], None
+
+
+def _trained_half_precision(query: Tensor) -> torch.dtype | None:
+    """The 16-bit dtype of attention that is trained on a CPU, else None.
+
+    The backward pass of the CPU's flash kernel takes 5 to 7 times as long in bfloat16 as in float32
+    (docs/benchmarks/cpu_attention.py), so such attention is computed in float32.
+    """
+    if query.device.type != "cpu" or not (query.requires_grad and torch.is_grad_enabled()):
+        return None
+    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else query.dtype
+    return dtype if dtype in (torch.bfloat16, torch.float16) else None
 
 
 def _masked_attention(

@@ -46,8 +46,12 @@ def attend_backward(
     scale: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v. `out_BHQC` and `lse_BHQ` may be merged results over more keys than these."""
-    given = (grad_BHQC, q_BHQC, k_BGKC, v_BGKC, out_BHQC, lse_BHQ)
+    given = [grad_BHQC, q_BHQC, k_BGKC, v_BGKC, out_BHQC, lse_BHQ]
+    if q_BHQC.itemsize == 2:
+        # in 16 bits the kernel's backward pass takes 5 to 7 times as long (docs/benchmarks/cpu_attention.py)
+        given = [x.float() for x in given]
+        mask = None if mask is None else mask.float()
     dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
         *given, 0.0, causal, attn_mask=mask, scale=scale
     )
-    return dq, dk, dv
+    return dq.to(q_BHQC.dtype), dk.to(k_BGKC.dtype), dv.to(v_BGKC.dtype)

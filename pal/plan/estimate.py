@@ -147,16 +147,15 @@ def _stage(model: PalModel, stage: Stage, gpu: GPU, ears: _AudioSide, text_token
         recompute=stage.recompute_audio,
         autocast=autocast,
     )
-    # an objective may leave out the LLM (tags), or the audio (text, transcripts)
-    uses_audio = stage.objective == "answers"
-    added = _added(model, step, streams) if uses_audio else []
+    # an objective may leave out the LLM (tags, ctc), or the audio (text, transcripts)
+    added = _added(model, step, streams) if stage.runs_connectors and stage.runs_llm else []
     costs = {"encoder": Cost(), "connector": Cost(), "llm": Cost()}
-    if uses_audio or stage.by_clip:
+    if stage.runs_connectors or stage.by_clip:
         # also with a feature cache: the estimate is of a step without cached clips
         costs["encoder"] = audio_costs["encoder"].times(batch.clips)
-    if uses_audio:
+    if stage.runs_connectors:
         costs["connector"] = audio_costs["connector"].times(batch.clips)
-    if not stage.by_clip:
+    if stage.runs_llm:
         costs["llm"] = decoder(model.llm, step, added)
     # the audio parts were counted in float32
     audio_saved = (costs["encoder"].saved + costs["connector"].saved) * (0.5 if autocast else 1.0)

@@ -18,6 +18,7 @@ from pal.data.augment import audible_tags, loudness
 from pal.data.manifest import Record
 from pal.errors import ConfigError
 from pal.model import PalModel
+from pal.train.ctc import Alignment, answers_of
 from pal.train.recipe import Stage
 from pal.train.tag_targets import tag_targets
 from pal.train.transcript import TranscriptRoute
@@ -103,10 +104,7 @@ class AnswerLoss(Objective):
 
     def prepare(self, micro_batch: MicroBatch) -> MicroBatch:
         """Compute the encoders' front-end frames."""
-        batch = micro_batch.batch
-        return replace(
-            micro_batch, batch=replace(batch, prepared=self.model.ears.prepare(batch.encoded or batch.waveforms))
-        )
+        return _with_frames(self.model, micro_batch)
 
     def forward(self, micro_batch: MicroBatch) -> LossOutput:
         """See `PalModel.loss`."""
@@ -134,6 +132,34 @@ class TranscriptLoss(Objective):
         features = self.transcript.features(micro_batch.batch)
         inputs = self.transcript(features, micro_batch.batch.conversations, self.model.llm, self.model.llm.side)
         return LossOutput(*self.model.llm.loss(inputs, self.per))
+
+
+class CTCLoss(Objective):
+    """CTC loss of the connectors' tokens against the answer, which is what is heard, in order.
+
+    A hit is an answer that is the best path of its clip.
+    """
+
+    unit = "tokens"
+
+    def __init__(self, model: PalModel, answers: Iterable[str]) -> None:
+        super().__init__(model)
+        self.alignment = Alignment(model, answers)
+
+    def head(self) -> dict[str, nn.Parameter]:
+        """The linear maps and the blank."""
+        return dict(self.alignment.named_parameters(prefix="alignment"))
+
+    def prepare(self, micro_batch: MicroBatch) -> MicroBatch:
+        """Compute the encoders' front-end frames."""
+        return _with_frames(self.model, micro_batch)
+
+    def forward(self, micro_batch: MicroBatch) -> LossOutput:
+        """Summed loss of the target tokens. The LLM's layers are not run."""
+        batch, llm = micro_batch.batch, self.model.llm
+        targets = self.alignment.targets(batch.conversations)
+        embedded_VD = llm.embed(to_device(self.alignment.vocabulary, llm.device))
+        return LossOutput(*self.alignment(self.model.features(batch.clips), embedded_VD, targets))
 
 
 class TagLoss(Objective):
@@ -282,6 +308,13 @@ def build_objective(model: PalModel, stage: Stage, records: Iterable[Record]) ->
         if stage.train.connector or stage.train.projectors or stage.train.llm != "none":
             raise ConfigError(f"stage '{stage.name}': objective 'tags' trains the encoder alone")
         return TagLoss(model, config, dataset_labels(records))
+    if stage.objective == "ctc":
+        parse(Alignment.Config, stage.options, where)
+        if stage.train.projectors or stage.train.llm != "none":
+            raise ConfigError(
+                f"stage '{stage.name}': objective 'ctc' trains connectors and encoders, not the LLM or the projectors"
+            )
+        return CTCLoss(model, answers_of(records))
     if stage.objective == "answers":
         return AnswerLoss(model, parse(AnswerLoss.Config, stage.options, where))
     if stage.train.encoder or stage.train.connector or stage.train.projectors:
@@ -289,6 +322,11 @@ def build_objective(model: PalModel, stage: Stage, records: Iterable[Record]) ->
     if stage.objective == "text":
         return TextLoss(model, parse(AnswerLoss.Config, stage.options, where))
     return TranscriptLoss(model, parse(TranscriptRoute.Config, stage.options, where), dataset_labels(records))
+
+
+def _with_frames(model: PalModel, micro_batch: MicroBatch) -> MicroBatch:
+    batch = micro_batch.batch
+    return replace(micro_batch, batch=replace(batch, prepared=model.ears.prepare(batch.encoded or batch.waveforms)))
 
 
 def dataset_labels(records: Iterable[Record]) -> dict[str, set[str]]:

@@ -30,7 +30,7 @@ class Operations:
 
     Counted by the closed forms of `pal.backbone.cost`, with attention as a full square, from lengths known on the host.
     The closed forms are second-degree polynomials in the lengths, so they are interpolated from a few values. The rows
-    of the objective `transcript` are not counted.
+    of the objective `transcript` and the scores of `ctc` are not counted.
 
     Args:
         recipe: recipe of the run.
@@ -43,7 +43,6 @@ class Operations:
 
     def __init__(self, recipe: Recipe, stage: Stage, model: PalModel) -> None:
         self._rate = model.sampling_rate
-        uses_audio = stage.objective == "answers"
         bare = skeleton(recipe)
         freeze(bare, stage.train)
         ears = bare.ears
@@ -56,8 +55,8 @@ class Operations:
             ),
             strict=True,
         )
-        self._encoding = _both(encoding) / _SECONDS if uses_audio or stage.by_clip else 0.0
-        self._connecting = _both(connecting) / _SECONDS if uses_audio else 0.0
+        self._encoding = _both(encoding) / _SECONDS if stage.runs_connectors or stage.by_clip else 0.0
+        self._connecting = _both(connecting) / _SECONDS if stage.runs_connectors else 0.0
         tokens = [stream.lengths[0] / _SECONDS for stream in streams]
         grad = any(stream.x_BAE.requires_grad for stream in streams)
 
@@ -74,16 +73,16 @@ class Operations:
                 recompute=False,
                 autocast=stage.precision == "bf16",
             )
-            routes = zip(model.integration.routes(), tokens, strict=True) if uses_audio else ()
+            routes = zip(model.integration.routes(), tokens, strict=True) if stage.runs_connectors else ()
             added = [route_cost(route, step, round(per_second * seconds), model.llm) for route, per_second in routes]
             return _both([decoder(model.llm, step, added)])
 
-        if stage.by_clip:
+        if not stage.runs_llm:
             self._of_rows = self._of_clips = _Polynomial(lambda *_: 0.0, (1.0,))
         else:
             self._of_rows = _Polynomial(lambda *lengths: counted(0, 1, *lengths), _BASE)
             self._of_clips = _Polynomial(lambda seconds: counted(1, 0, 1, 1, 0, seconds), (_SECONDS,))
-        self._llm = not stage.by_clip
+        self._llm = stage.runs_llm
 
     def __call__(self, micro_batches: Sequence[MicroBatch]) -> float:
         """FLOPs of this process's part of a step."""

@@ -143,7 +143,7 @@ class Stage(StrictConfig):
     """Training stage."""
 
     name: str = "stage"
-    objective: Literal["answers", "text", "transcript", "tags"] = "answers"
+    objective: Literal["answers", "ctc", "text", "transcript", "tags"] = "answers"
     options: dict[str, Any] = Field(default_factory=dict)
     """Options of the objective, see `pal.train.objectives`."""
     train: Trained
@@ -190,6 +190,16 @@ class Stage(StrictConfig):
         """True if the objective trains on clips, so that each clip is drawn once, for any number of rows about it."""
         return self.objective == "tags"
 
+    @property
+    def runs_llm(self) -> bool:
+        """True if the objective runs the LLM's layers."""
+        return self.objective not in ("ctc", "tags")
+
+    @property
+    def runs_connectors(self) -> bool:
+        """True if the objective runs encoders and connectors."""
+        return self.objective in ("answers", "ctc")
+
     @model_validator(mode="after")
     def _one_length(self) -> Stage:
         if (self.steps is None) == (self.epochs is None):
@@ -215,7 +225,7 @@ class Stage(StrictConfig):
     def _can_cache(self) -> Stage:
         if self.cache is not None and self.train.encoder:
             raise ValueError("'cache' needs frozen encoders, but the stage trains an encoder; remove 'cache'")
-        if self.cache is not None and self.objective != "answers":
+        if self.cache is not None and not self.runs_connectors:
             raise ValueError(f"objective '{self.objective}' uses no frozen encoder; remove 'cache'")
         return self
 

@@ -54,7 +54,7 @@ def set_modes(model: PalModel, stage: Stage) -> None:
 def compiles(stage: Stage, device: torch.device) -> bool:
     """True if a stage compiles the LLM's layers: with `auto` on CUDA; never in a stage without the LLM."""
     wanted = device.type == "cuda" if stage.compile == "auto" else stage.compile
-    return wanted and not stage.by_clip
+    return wanted and stage.runs_llm
 
 
 def captures(stage: Stage, device: torch.device, processes: int) -> bool:
@@ -63,7 +63,7 @@ def captures(stage: Stage, device: torch.device, processes: int) -> bool:
     Raises:
         ConfigError: the stage has `cuda_graphs: true`, but graphs are not possible.
     """
-    possible = device.type == "cuda" and processes == 1 and not stage.by_clip
+    possible = device.type == "cuda" and processes == 1 and stage.runs_llm
     if stage.cuda_graphs is True and not possible:
         raise ConfigError(
             f"stage '{stage.name}': cuda_graphs: true needs CUDA, one process and an objective with the LLM; "
