@@ -10,6 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pal import shipped
 from pal.hf import lazy
 
 if TYPE_CHECKING:
@@ -34,9 +35,9 @@ __version__ = _version()
 
 lazy.register_on_import()
 
-SHIPPED = Path(__file__).parent / "assets" / "tiny"
-"""Folder of the small model that ships with the package."""
-TEXT_LLM = SHIPPED.with_name("tiny-lm")
+SHIPPED = shipped.TINY
+"""Folder of the complete small model that ships with the package, a toy."""
+TEXT_LLM = shipped.TINY_LM
 """Its text-only LLM before training on audio, with the tokenizer: a folder that transformers loads."""
 
 
@@ -44,7 +45,8 @@ def load(path: str | Path | None = None, other_weights: bool = False) -> PalMode
     """Load a bundle.
 
     Args:
-        path: a folder that `save_pretrained` wrote, or a Hub id; None or "tiny" for the shipped model.
+        path: a folder that `save_pretrained` wrote, a Hub id, or a shipped model: "smol" or "tiny". None takes "smol"
+            where `pal models get smol` has been run, else "tiny"; the model's `source` says which.
         other_weights: go on, with a `WeightsWarning`, where weights at the source of the LLM or encoder are not those
             that the bundle was made with.
 
@@ -53,7 +55,8 @@ def load(path: str | Path | None = None, other_weights: bool = False) -> PalMode
     """
     from pal import bundle
 
-    return bundle.load(SHIPPED if path in (None, "tiny") else path, other_weights=other_weights)
+    name = shipped.default() if path is None else str(path)
+    return bundle.load(shipped.FOLDERS.get(name, name), other_weights=other_weights)
 
 
 def attach(

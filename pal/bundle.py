@@ -20,6 +20,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from pal import shipped
 from pal.backbone.finetuning import LoRA
 from pal.config import parse
 from pal.errors import BundleError, WeightsWarning
@@ -140,7 +141,7 @@ def load(path: str | Path, dtype: torch.dtype | None = None, other_weights: bool
         cast(model, dtype)
     # weights that differ from their source must be in the next bundle, too
     model.trained = {name for name in weights if _part_of(name) == "llm" or name.startswith(_ENCODERS)}
-    model.source = str(path) if folder.name != "tiny" else "tiny"
+    model.source = next((name for name, own in shipped.FOLDERS.items() if own == folder), str(path))
     return model.eval()
 
 

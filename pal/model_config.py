@@ -96,6 +96,9 @@ class ModelConfig(StrictConfig):
     after_clip: str = ""
     """Text between a clip and what follows it, where the question has no `<audio>`. By default none, so that the text
     is the same with and without a clip; bundles of earlier versions have a line break."""
+    adapters: Literal["always", "with_audio"] = "always"
+    """Conversations in which `ask` uses the LLM's LoRA adapters: "always", or only "with_audio", so that text alone is
+    answered by the LLM as it was before training. Training and evaluation, also that without audio, always use them."""
     notice: str | None = None
     """Warning about the model's limits, shown by `pal ask`."""
 

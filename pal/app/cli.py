@@ -56,7 +56,16 @@ app.add_typer(data_app, name="data")
 app.add_typer(probe_app, name="probe")
 app.add_typer(models_app, name="models")
 
-Model = Annotated[str, typer.Option("--model", "-m", help="Bundle folder or Hub id; 'tiny' ships with the package.")]
+Model = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        "-m",
+        help="Bundle folder or Hub id, or a model that ships with the package: 'smol' or 'tiny'. "
+        "Default: smol if `pal models get smol` has been run, else tiny.",
+        show_default=False,
+    ),
+]
 
 
 def main() -> None:
@@ -78,7 +87,7 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
 @app.command()
 def ask(
     items: Annotated[list[str], typer.Argument(metavar='AUDIO... "QUESTION"', help="Clips, then one question.")],
-    model: Model = "tiny",
+    model: Model = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum length of the answer, in tokens.")] = 64,
     allow_urls: AllowUrls = False,
     read_to_end: ReadToEnd = False,
@@ -125,7 +134,7 @@ def ask(
 def index(
     audio: Annotated[str, typer.Argument(help="An audio file.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="The .safetensors file to write.")],
-    model: Model = "tiny",
+    model: Model = None,
     allow_urls: AllowUrls = False,
     read_to_end: ReadToEnd = False,
     other_weights: OtherWeights = False,
@@ -396,9 +405,14 @@ def push(
         typer.echo(f"{pushed.url}: {len(pushed.files)} files, {pushed.size:,} bytes")
 
 
-def _load(model: str, other_weights: bool) -> PalModel:
-    """Load a bundle; where it goes on with other weights than it was made with, a note says so."""
+def _load(model: str | None, other_weights: bool) -> PalModel:
+    """Load a bundle; notes say which model is the default, and where it goes on with other weights."""
     import pal
+    from pal import shipped
+
+    if model is None:
+        model = shipped.default()
+        note(shipped.explain(model))
 
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", WeightsWarning)

@@ -103,7 +103,9 @@ def data_check(
     ] = None,
     tokenizer: Annotated[
         str,
-        typer.Option(help="Tokenizer for the example: a bundle, a folder or a Hub id; 'tiny' ships with the package."),
+        typer.Option(
+            help="Tokenizer for the example: a bundle, a folder or a Hub id; 'tiny' and 'smol' ship with the package."
+        ),
     ] = "tiny",
     read_to_end: ReadToEnd = False,
     write_clean: Annotated[
@@ -124,7 +126,7 @@ def data_check(
     """
     from transformers import AutoTokenizer
 
-    import pal
+    from pal import shipped
     from pal.data import clean
     from pal.data.check import check
 
@@ -133,8 +135,7 @@ def data_check(
             clean.check_out(out, file)
     if write_clean is not None and write_clean == write_bad:
         raise ConfigError(f"{write_bad}: --write-clean and --write-bad name the same file; give two files")
-    source = str(pal.SHIPPED) if tokenizer == "tiny" else tokenizer
-    words = AutoTokenizer.from_pretrained(source)
+    words = AutoTokenizer.from_pretrained(shipped.FOLDERS.get(tokenizer, tokenizer))
     report = check(file, words, root=root, progress=shows_progress(), read_to_end=read_to_end)
     facts = report.to_dict()
     if not as_json:

@@ -23,7 +23,8 @@ _SHOWN = 5
 
 def eval_(
     model: Annotated[
-        str | None, typer.Argument(help="Bundle folder or Hub id; 'tiny' ships with the package.", show_default=False)
+        str | None,
+        typer.Argument(help="Bundle folder or Hub id; 'tiny' and 'smol' ship with the package.", show_default=False),
     ] = None,
     benchmark: Annotated[
         str | None,

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 probe_app = typer.Typer(no_args_is_help=True, help="Analyse a model; writes JSON and pictures.")
 
-Model = Annotated[str, typer.Argument(help="Bundle folder or Hub id; 'tiny' ships with the package.")]
+Model = Annotated[str, typer.Argument(help="Bundle folder or Hub id; 'tiny' and 'smol' ship with the package.")]
 Manifests = Annotated[
     list[Path] | None,
     typer.Argument(help="Manifests with the questions; default: synthetic scenes.", show_default=False),
@@ -92,7 +92,7 @@ def health(
 @probe_app.command("time")
 def time_(
     models: Annotated[
-        list[str], typer.Argument(help="Bundle folders or Hub ids to compare; 'tiny' ships with the package.")
+        list[str], typer.Argument(help="Bundle folders or Hub ids to compare; 'tiny' and 'smol' ship with the package.")
     ],
     out: Out = None,
     pairs: Annotated[

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
@@ -71,6 +72,30 @@ def merge(root: nn.Module) -> set[str]:
         setattr(root.get_submodule(parent), last, plain)
         changed |= {f"{name}.{weight}" for weight in plain.state_dict()}
     return changed
+
+
+@contextmanager
+def disabled(root: nn.Module) -> Iterator[None]:
+    """Context manager in which LoRA adapters do nothing; trained copies and single rows stay as they are.
+
+    It changes the modules themselves, so that no other thread may use them meanwhile.
+    """
+    if "peft" not in sys.modules:
+        yield
+        return
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = [part for part in root.modules() if isinstance(part, BaseTunerLayer) and not part.disable_adapters]
+    trained = {p: p.requires_grad for layer in layers for p in layer.parameters()}
+    for layer in layers:
+        layer.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)
+        for parameter, was in trained.items():  # PEFT turns gradients on
+            parameter.requires_grad_(was)
 
 
 def _adapters_in(module: nn.Module) -> Iterator[nn.Module]:

@@ -136,7 +136,7 @@ def projector_cost(
         x_grad = step.features or (trained and i > 0)
         # autocast copies the features for each product
         parts.append(linear(rows, a, b, x_grad, trained, size, kept=kept and i == 0 and not step.autocast))
-        if options.projector == "mlp" and i > 0 and (trained or step.features):
+        if options.projector in ("mlp", "residual") and i > 0 and (trained or step.features):
             parts.append(Cost(saved=rows * a * size))  # input of the GELU before this layer
     return total(parts)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
@@ -38,6 +39,8 @@ class PAL(Route):
         self.layers = chosen_layers(config.layers, llm)
         self.in_width = in_width
         self.summarize = nn.Conv1d(in_width, in_width, kernel_size=config.stride, stride=config.stride)
+        if config.projector == "residual":
+            self._start_from_means()
         self.projector = projector(config, in_width, llm.width)
         self.projectors = LayerProjectors(config, self.layers, in_width, llm.width)
 
@@ -55,6 +58,12 @@ class PAL(Route):
     def fold(self, llm: Backbone) -> int:
         """Fuse the projectors of the layers with LAL."""
         return self.projectors.fold(llm, self.layers)
+
+    def _start_from_means(self) -> None:
+        """Summary tokens that are the mean of their tokens at first, as residual projectors pass on what they get."""
+        with torch.no_grad():
+            self.summarize.weight.copy_(torch.eye(self.in_width)[:, :, None] / self.config.stride)
+            nn.init.zeros_(self.summarize.bias)
 
     def _summary(self, features: AudioFeatures) -> Tensor:
         """Features [B, A, E] -> summary tokens [B, S, E], S = ceil(A / r); the last group is padded with zeros."""

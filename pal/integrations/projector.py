@@ -8,28 +8,32 @@ from typing import Literal, Self
 
 import torch
 from pydantic import Field, model_validator
-from torch import nn
+from torch import Tensor, nn
 
 from pal.backbone.fused_kv import FusedKV, unhooked
 from pal.backbone.llm import Backbone
 from pal.config import StrictConfig
+from pal.errors import ConfigError
 
 
 class ProjectorOptions(StrictConfig):
     """Shape of the projectors; the paper only says that each P_l is a small MLP."""
 
-    projector: Literal["mlp", "low_rank", "linear"] = "mlp"
-    """`mlp`: linear layers with GELUs between. `low_rank`: two linear layers, narrow between. `linear`: one."""
+    projector: Literal["mlp", "residual", "low_rank", "linear"] = "mlp"
+    """`mlp`: linear layers with GELUs between. `residual`: its input plus an `mlp` that gives zero at first, for
+    connectors of the LLM's width that were trained with the objective `ctc`. `low_rank`: two linear layers, narrow
+    between. `linear`: one."""
     hidden: int | None = Field(default=None, ge=1)
-    """Width between the layers of `mlp`; None: the LLM's width."""
+    """Width between the layers of `mlp` and `residual`; None: the LLM's width."""
     depth: int = Field(default=2, ge=2)
-    """Number of linear layers of `mlp`."""
+    """Number of linear layers of `mlp` and `residual`."""
     rank: int = Field(default=64, ge=1)
     """Width between the layers of `low_rank`."""
 
     @model_validator(mode="after")
     def _only_what_is_used(self) -> ProjectorOptions:
-        used = {"mlp": {"hidden", "depth"}, "low_rank": {"rank"}, "linear": set()}[self.projector]
+        layers = {"hidden", "depth"}
+        used = {"mlp": layers, "residual": layers, "low_rank": {"rank"}, "linear": set()}[self.projector]
         for option in sorted({"hidden", "depth", "rank"} & self.model_fields_set - used):
             if getattr(self, option) != type(self).model_fields[option].default:
                 raise ValueError(f"'{option}' is not used by the projector '{self.projector}'; leave it out")
@@ -48,8 +52,31 @@ class LayerProjectorOptions(ProjectorOptions):
     """True: one projector for all layers; False: one for each."""
 
 
+class Residual(nn.Module):
+    """x + inner(x); the last linear layer of `inner` is zero at first."""
+
+    def __init__(self, inner: nn.Sequential) -> None:
+        super().__init__()
+        self.inner = inner
+        for parameter in inner[-1].parameters():
+            nn.init.zeros_(parameter)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., D] -> [..., D]."""
+        return x + self.inner(x)
+
+
 def projector(options: ProjectorOptions, in_width: int, out_width: int) -> nn.Module:
-    """Build a projector of features [..., in_width] to [..., out_width]."""
+    """Build a projector of features [..., in_width] to [..., out_width].
+
+    Raises:
+        ConfigError: `residual` with two different widths.
+    """
+    if options.projector == "residual" and in_width != out_width:
+        raise ConfigError(
+            f"projector 'residual' needs features of the LLM's width {out_width}, but the connector's are "
+            f"{in_width} wide; give the connector width: {out_width}"
+        )
     if options.projector == "linear":
         return nn.Linear(in_width, out_width)
     if options.projector == "low_rank":
@@ -59,7 +86,8 @@ def projector(options: ProjectorOptions, in_width: int, out_width: int) -> nn.Mo
     layers: list[nn.Module] = []
     for a, b in pairwise(widths):
         layers += [nn.Linear(a, b), nn.GELU()]
-    return nn.Sequential(*layers[:-1])
+    whole = nn.Sequential(*layers[:-1])
+    return Residual(whole) if options.projector == "residual" else whole
 
 
 class LayerProjectors(nn.ModuleDict):

@@ -24,7 +24,7 @@ class Pal(lmms):
     """lmms-eval model of a bundle or run folder.
 
     Args:
-        pretrained: folder or Hub id, as in `pal.load`; "tiny" is the model that ships with the package.
+        pretrained: folder or Hub id, as in `pal.load`; "tiny" and "smol" ship with the package.
         batch_size: questions that are answered in one batch.
         device: torch device; by default the one that accelerate gives the process.
     """

@@ -221,7 +221,7 @@ def _width(value: Any, recipe: Recipe) -> Changes:
         options = value
     elif isinstance(value, int):
         options = {"hidden": value}
-    elif value in ("mlp", "low_rank", "linear"):
+    elif value in ("mlp", "residual", "low_rank", "linear"):
         options = {"projector": value}
     elif (share := _share(value)) is not None:
         options = {"hidden": max(1, round(share * skeleton(recipe).llm.width))}
@@ -306,7 +306,7 @@ AXES: Mapping[str, Axis] = {
         ("1/4", "1/2", "1/1", "2/1"),
         _width,
         "hidden widths of the projector, as shares of the LLM's width such as 1/2 or as numbers of units; mlp, "
-        "low_rank or linear; or options such as {rank: 16}",
+        "residual, low_rank or linear; or options such as {rank: 16}",
     ),
     "ffn": Axis(("trained", "frozen"), _ffn, "trained or frozen, for the LLM's feed-forward networks"),
 }

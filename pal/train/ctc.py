@@ -21,8 +21,9 @@ logger = logging.getLogger(__name__)
 
 
 class Alignment(nn.Module):
-    """CTC scores of a connector's tokens: a linear map to the LLM's width, times the embeddings of a vocabulary.
+    """CTC scores of a connector's tokens: their products with the embeddings of a vocabulary.
 
+    Tokens of another width than the LLM's are mapped to it first, by a linear layer that only this objective uses.
     The vocabulary is every token of the stage's answers, and the blank. So a connector learns to say, token by token
     and in order, what is heard, in the space of the LLM's own embeddings. The LLM's layers are not run. (Connectionist
     temporal classification: Graves et al. 2006; `torch.nn.functional.ctc_loss`.)
@@ -43,7 +44,10 @@ class Alignment(nn.Module):
         used = sorted({token for ids in self._words(texts) for token in ids})
         self._place = {token: place for place, token in enumerate(used)}
         self._used_V = torch.tensor(used)
-        self.linears = nn.ModuleList(nn.Linear(stream.width, model.llm.width) for stream in model.ears.streams)
+        D = model.llm.width
+        self.linears = nn.ModuleList(
+            nn.Identity() if stream.width == D else nn.Linear(stream.width, D) for stream in model.ears.streams
+        )
         self.blank_D = nn.Parameter(torch.zeros(model.llm.width))
 
     def targets(self, conversations: Sequence[Tokens]) -> list[tuple[int, list[int]]]:

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
+import pal
 from pal.files import atomic_folder
 
 NOTICE = "This is a toy for tests: it knows nothing."
@@ -67,4 +68,6 @@ def assets(tmp_path_factory, scenes):
 def shipped(assets, monkeypatch):
     """The commands take the small model for the shipped one."""
     monkeypatch.setattr("pal.SHIPPED", assets.bundle)
+    monkeypatch.setitem(pal.shipped.FOLDERS, "tiny", assets.bundle)
+    monkeypatch.setattr("pal.shipped.default", lambda: "tiny")
     return assets

@@ -12,6 +12,7 @@ import soundfile
 import yaml
 from typer.testing import CliRunner
 
+import pal
 from pal.app import cli
 from tests.app.conftest import NOTICE, STAGE
 from tests.processes import PATIENCE
@@ -61,10 +62,10 @@ def test_version():
 
 def test_ask(shipped, clip):
     result = succeed("ask", clip, QUESTION)
-    assert result.stderr == f"note: {NOTICE}\n"
-    import pal
-
+    assert result.stderr == f"note: {pal.shipped.explain('tiny')}\nnote: {NOTICE}\n"
     assert result.stdout.strip() == pal.load().ask(str(clip), QUESTION)
+    named = succeed("ask", clip, QUESTION, "--model", "tiny")  # a model that was asked for needs no explanation
+    assert (named.stdout, named.stderr) == (result.stdout, f"note: {NOTICE}\n")
 
 
 def test_ask_json(shipped, clip):

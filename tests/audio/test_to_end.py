@@ -66,7 +66,7 @@ def test_damage_stays_an_error() -> None:
 def test_a_model_is_asked_and_says_it(tmp_path: Path) -> None:
     path = tmp_path / "a.wav"
     path.write_bytes(wav(0xFFFFFFFF, 32_000, riff=0xFFFFFFFF))
-    model = pal.load()
+    model = pal.load("tiny")
     with pytest.raises(AudioError, match="read_to_end"):
         model.ask(path, "What is it?")
     with pytest.warns(AudioWarning, match=r"a\.wav: read as far as it goes"):

@@ -1,0 +1,174 @@
+"""Scores of trained runs on the curriculum's held-out questions, and what training did to answers without audio.
+
+    python recipes/real/held_out.py runs/real/plits runs/real/lal runs/real/pal --out runs/real/held-out
+
+For each run DIR/NAME.json, and a Markdown table of all runs whose scores are in DIR. A run whose scores are there is
+not measured again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+import pal
+from pal.backbone import adapters
+from pal.data.manifest import Manifest, Record, Turn
+from pal.data.prompts import conversation_of, encode
+from pal.evaluate import evaluate, from_records
+from pal.features import FeatureCache
+from pal.files import write_json
+from pal.memory import keep_freed_memory
+from pal.model import PalModel
+from pal.types import Batch
+
+PROMPTS = Path(__file__).with_name("prompts.txt").read_text(encoding="utf-8").splitlines()
+"""Questions without audio."""
+SETS = {
+    "ESC-10, fold 4": "esc10-fold4",
+    "spoken digits, theo": "fsdd-theo",
+    "transcription, word error rate": "speech-transcribe",
+    "is a word spoken": "speech-word-present",
+    "instrument": "instruments",
+    "instrument family": "families",
+    "strings of digits": "digit-strings",
+    "mixtures of sounds": "scene-pairs",
+    "other questions on speech": "speech-other",
+    "other questions on music": "music-other",
+}
+"""Name -> held-out manifest of the curriculum."""
+
+
+def scores(
+    model: PalModel, curriculum: Path, cache: FeatureCache | None = None, only: list[str] | None = None
+) -> dict[str, dict[str, Any]]:
+    """Each set's score with its interval, and that of the same model without audio.
+
+    Args:
+        model: a trained model.
+        curriculum: folder that `pal data curriculum` wrote.
+        cache: features of the model's encoders; None encodes the clips.
+        only: some of `SETS`.
+    """
+    found = {}
+    for name in only or SETS:
+        path = curriculum / "held_out" / f"{SETS[name]}.jsonl"
+        rule = "word_errors" if "word error" in name else "exact"
+        result = evaluate(model, from_records(Manifest(path), rule={"name": rule}), features=cache)
+        own = result.overall
+        found[name] = {
+            "n": result.n,
+            "score": own.score,
+            "ci95": list(own.ci95 or ()),
+            "no_audio": own.no_audio_score,
+            "by_task": {task: part.score for task, part in result.categories.get("task", {}).items()},
+        }
+    return found
+
+
+@torch.inference_mode()
+def text_answers(model: PalModel, max_new_tokens: int = 48) -> dict[str, Any]:
+    """How far training changed the LLM where it hears nothing, with the adapters on and as `ask` answers.
+
+    The reference are the greedy answers of the LLM without its adapters to `PROMPTS`: loss a token of these answers
+    without and with adapters, and the share of prompts whose first sentence stays the same with adapters, and in `ask`.
+    """
+    rows = [encode(model.tokenizer, [{"role": "user", "content": prompt}], []) for prompt in PROMPTS]
+    with adapters.disabled(model.llm):
+        before = [model.generate([], [row], max_new_tokens=max_new_tokens)[0] for row in tqdm(rows, desc="text")]
+    after = [model.generate([], [row], max_new_tokens=max_new_tokens)[0] for row in tqdm(rows, desc="adapted")]
+    asked = [model.ask([], prompt, max_new_tokens=max_new_tokens) for prompt in tqdm(PROMPTS, desc="asked")]
+    records = [
+        Record(id=str(i), clips=(), turns=(Turn(prompt, answer),), task="text", dataset="text")
+        for i, (prompt, answer) in enumerate(zip(PROMPTS, before, strict=True))
+    ]
+    batch = Batch([], [encode(model.tokenizer, conversation_of(record), [], train=True) for record in records])
+    with adapters.disabled(model.llm):
+        base = model.loss(batch)
+    own = model.loss(batch)
+    return {
+        "loss_before": float(base[0]) / base[1],
+        "loss_after": float(own[0]) / own[1],
+        "same_first_sentence": _same(before, after),
+        "same_first_sentence_asked": _same(before, asked),
+        "prompts": len(PROMPTS),
+    }
+
+
+def _same(a: list[str], b: list[str]) -> float:
+    return sum(_first(x) == _first(y) for x, y in zip(a, b, strict=True)) / len(a)
+
+
+def _first(text: str) -> str:
+    """First sentence."""
+    for end in (". ", ".\n", "! ", "? ", "\n"):
+        text = text.split(end)[0]
+    return text.strip()
+
+
+def measure(run: Path, curriculum: Path, features: Path) -> dict[str, Any]:
+    """All numbers of one run."""
+    model = pal.load(run)
+    cache = FeatureCache(features, model.ears, "bf16")
+    report = json.loads((run / "train.json").read_text())
+    return {
+        "run": run.name,
+        "scores": scores(model, curriculum, cache),
+        "text": text_answers(model),
+        "steps": sum(stage["steps"] for stage in report["stages"]),
+        "seconds": report["seconds"],
+        "median_step_seconds": report["stages"][-1]["median_step_seconds"],
+        "trained_parameters": report["stages"][-1]["trained_parameters"],
+    }
+
+
+def table(found: list[dict[str, Any]]) -> str:
+    """Markdown: a column for each run."""
+    lines = ["| | " + " | ".join(one["run"] for one in found) + " |", "|---|" + "---|" * len(found)]
+    for name in SETS:
+        cells = []
+        for one in found:
+            own = one["scores"][name]
+            low, high = own["ci95"]
+            cells.append(f"{own['score']:.3f} ({low:.3f} to {high:.3f}), without audio {own['no_audio']:.3f}")
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    for name, of in (
+        (
+            "text-only loss, before -> after",
+            lambda one: f"{one['text']['loss_before']:.3f} -> {one['text']['loss_after']:.3f}",
+        ),
+        ("steps", lambda one: f"{one['steps']:,}"),
+        ("median step, s", lambda one: f"{one['median_step_seconds']:.2f}"),
+        ("minutes", lambda one: f"{one['seconds'] / 60:.0f}"),
+        ("trained parameters", lambda one: f"{one['trained_parameters']:,}"),
+    ):
+        lines.append(f"| {name} | " + " | ".join(of(one) for one in found) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Measure the runs that are not measured yet; print the table of all."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", type=Path, nargs="+", help="folders that pal train wrote")
+    parser.add_argument("--out", type=Path, default=Path("runs/real/held-out"))
+    parser.add_argument("--curriculum", type=Path, default=Path("runs/curriculum"))
+    parser.add_argument("--features", type=Path, default=Path("runs/real/features"), help="the recipes' feature cache")
+    args = parser.parse_args()
+    keep_freed_memory()
+    args.out.mkdir(parents=True, exist_ok=True)
+    found = []
+    for run in args.runs:
+        path = args.out / f"{run.name}.json"
+        if not path.is_file():
+            write_json(path, measure(run, args.curriculum, args.features))
+        found.append(json.loads(path.read_text()))
+    print(table(found))
+
+
+if __name__ == "__main__":
+    main()
