@@ -13,6 +13,8 @@ TINY_LM = _ASSETS / "tiny-lm"
 """Its text-only LLM before training on audio, with the tokenizer: a folder that transformers loads."""
 SMOL = _ASSETS / "smol"
 """Folder of the parts trained for SmolLM2-135M-Instruct and Whisper tiny.en, which `pal models get smol` downloads."""
+RECORDING = _ASSETS / "dog.ogg"
+"""A real recording that no model here was trained on; `recordings.md` beside it has its author and licence."""
 
 FOLDERS = {"smol": SMOL, "tiny": TINY}
 """Shipped models by name."""

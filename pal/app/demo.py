@@ -17,7 +17,7 @@ import torch
 from rich.console import Console
 
 import pal
-from pal import SHIPPED, TEXT_LLM, train
+from pal import SHIPPED, TEXT_LLM, shipped, train
 from pal.bench.measure import audio_cache_bytes, training_costs
 from pal.config import parse
 from pal.data.collate import Collator
@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 
 METHODS = ("plits", "lal", "pal")
 RECIPE = SHIPPED.with_name("demo.yaml")
+QUESTIONS = ("What sound is this?", "Is there the sound of a dog?", "Is there the sound of rain?")
+"""Questions about the real recording."""
 
 _HELD_OUT_SEED, _FRESH_SEED = 900_001, 950_001
 """Seeds of scenes, far from those of training scenes; the demo's seed is added."""
@@ -110,11 +112,14 @@ def run_demo(out: Path, quick: bool = False, seed: int = 0, recipe_path: Path = 
             for name in METHODS
         },
         "fresh_scene": fresh,
+        "recording": _recording(),
     }
     write_json(out / "results.json", results)
     write_page(out / "report.html", results, Path(fresh_manifest.folder) / "audio" / fresh["file"])
     Console().print(table(results))
     _print_answers(console, fresh)
+    if results["recording"] is not None:
+        _print_recording(console, results["recording"])
     console.print(f"results: {out / 'results.json'}   page: {out / 'report.html'}", highlight=False)
     return results
 
@@ -284,6 +289,20 @@ def _fresh_scene(models: Mapping[str, PalModel], manifest: Manifest) -> dict[str
     }
 
 
+def _recording() -> dict[str, Any] | None:
+    """Answers of `smol` about a real recording; None where its pretrained models are not cached."""
+    if shipped.default() != "smol":
+        return None
+    answers = pal.load("smol").ask(str(shipped.RECORDING), list(QUESTIONS))
+    return {
+        "file": shipped.RECORDING.name,
+        "model": "smol",
+        "questions": [
+            {"question": question, "answer": answer} for question, answer in zip(QUESTIONS, answers, strict=True)
+        ],
+    }
+
+
 def _events(record: Record) -> list[dict[str, Any]]:
     """Sound events of a scene by onset; tags with equal times, kind first, describe one event."""
     by_time: dict[tuple[float, float], list[str]] = {}
@@ -299,6 +318,12 @@ def _machine() -> dict[str, Any]:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {"system": platform.system(), "cpu_cores": cores, "gpu": gpu, "torch": torch.__version__}
+
+
+def _print_recording(console: Console, recording: dict[str, Any]) -> None:
+    console.print(f"\na real recording, {recording['file']}, asked of {recording['model']}:", highlight=False)
+    for one in recording["questions"]:
+        console.print(f"  {one['question']}  {one['answer']}", highlight=False, markup=False)
 
 
 def _print_answers(console: Console, fresh: dict[str, Any]) -> None:

@@ -256,6 +256,7 @@ def _settings(
         "model_digest": model.digest,
         "dtype": str(model.llm.dtype).removeprefix("torch."),
         "system": model.config.system,
+        "after_clip": model.config.after_clip,
         "prompt": prompt.shown(model),
         "asks": "rank" if benchmark.ranked else "generate",
         "decoding": "log-likelihood of each choice" if benchmark.ranked else greedy,

@@ -22,7 +22,10 @@ from pal.files import jsonable, write_json, write_text
 
 SETTINGS, ITEMS, SCORE = "settings.json", "items.jsonl", "score.json"
 
-IDENTITY = ("benchmark", "options", "limit", "data_digest", "model_digest", "system", "decoding", "asks", "versions")
+IDENTITY = (
+    *("benchmark", "options", "limit", "data_digest", "model_digest"),
+    *("system", "after_clip", "decoding", "asks", "versions"),
+)
 """Settings that determine the answers. A run can be resumed only if all of them are equal."""
 
 
@@ -65,6 +68,7 @@ class RunFolder:
             found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         except ValueError:
             raise BundleError(f"{path}: damaged; copy the folder again, or repeat the evaluation") from None
+        found.setdefault("after_clip", "\n")  # runs of earlier versions
         return found
 
     def open(self, settings: Mapping[str, Any], overwrite: bool = False) -> None:

@@ -59,7 +59,7 @@ def join(folders: Sequence[str | Path], out: str | Path, overwrite: bool = False
     runs = [RunFolder(folder) for folder in folders]
     settings = [one.settings() for one in runs]
     first = settings[0]
-    for key in ("benchmark", "asks", "system", "decoding", "rule", "labels", "no_audio", "versions"):
+    for key in ("benchmark", "asks", "system", "after_clip", "decoding", "rule", "labels", "no_audio", "versions"):
         other = [str(run.path) for run, its in zip(runs, settings, strict=True) if its[key] != first[key]]
         if other:
             raise ConfigError(f"{other[0]} and {runs[0].path} cannot be joined: '{key}' differs")

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pal import shipped
 from pal.audio import load
 from pal.errors import BundleError
 from pal.files import write_text
@@ -139,6 +140,7 @@ def write_page(path: Path, results: Mapping[str, Any], clip: Path) -> None:
         _accuracy(results, embed),
         _learning(results, embed),
         _fresh_scene(results, clip, embed),
+        *_recording(results, embed),
         Section("What LAL saves and what it does not save", [Points(_NOTES)]),
     ]
     page = HtmlPage(
@@ -257,6 +259,25 @@ def _fresh_scene(results: Mapping[str, Any], clip: Path, embed: MediaEmbedder) -
         draw = partial(draw_spectrogram, samples_N=samples_N, rate=RATE, events=events)
         picture = replace(embed.plot(alt, draw, (8.0, 4.2)), sound=sound)
     return Section("A fresh scene", [Prose(caption), picture, _answers(fresh, list(results["integrations"]))])
+
+
+def _recording(results: Mapping[str, Any], embed: MediaEmbedder) -> list[Section]:
+    """Answers of the larger shipped model about a real recording; none in results without them."""
+    recording = results.get("recording")
+    if recording is None:
+        return []
+    caption = (
+        "The models above are toys. The same method gives a language model of 135 million parameters the ears of "
+        f"Whisper tiny.en: the model {recording['model']}, which ships with the package and was not trained on this "
+        "recording."
+    )
+    clip = shipped.RECORDING
+    samples_N = load(clip, RATE).samples_N.numpy()
+    draw = partial(draw_spectrogram, samples_N=samples_N, rate=RATE, events=[("a dog", 0.0, len(samples_N) / RATE)])
+    picture = replace(embed.plot("Spectrogram of the recording", draw, (8.0, 4.2)), sound=embed.sound(clip))
+    lines: list[list[str | TableCell]] = [[one["question"], one["answer"]] for one in recording["questions"]]
+    answers = Table("Answers about the recording", ["question", recording["model"]], [("", lines)], words=True)
+    return [Section("A real recording", [Prose(caption), picture, answers])]
 
 
 def _answers(fresh: Mapping[str, Any], names: Sequence[str]) -> Table:

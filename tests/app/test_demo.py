@@ -5,6 +5,7 @@ import json
 
 import pytest
 
+import pal
 from pal.app import demo
 from pal.errors import BundleError
 from pal.report.join import make
@@ -16,6 +17,8 @@ def small(assets):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(demo, "SHIPPED", assets.bundle)
         patch.setattr(demo, "TEXT_LLM", assets.llm)
+        patch.setattr("pal.shipped.default", lambda: "smol")
+        patch.setitem(pal.shipped.FOLDERS, "smol", assets.bundle)
         patch.setattr(demo, "HELD_OUT", {"scenes": 4, "questions_per_scene": 2, "seconds": 1.5})
         patch.setattr(demo, "MEASURED_CLIPS", 2)
         yield assets
@@ -73,13 +76,30 @@ def test_page_stands_alone_and_says_what_the_results_say(out, results):
     assert base64.b64decode(audio.partition(",")[2])[:4] == b"RIFF"
     pictures = [one for one in page.sources if one.startswith("data:image/png;base64,")]
     assert all(base64.b64decode(one.partition(",")[2])[:8] == b"\x89PNG\r\n\x1a\n" for one in pictures)
-    assert len(pictures) == 3
+    assert len(pictures) == 4  # accuracy, losses, the fresh scene, the real recording
     text = " ".join(page.text)
     for one in results["integrations"].values():
         assert f"{one['accuracy']['score'] * 100:.1f}" in text
     for question in results["fresh_scene"]["questions"]:
         assert question["question"] in text
         assert question["truth"] in text
+
+
+def test_it_ends_with_a_real_recording_asked_of_smol(out, results, capsys):
+    recording = results["recording"]
+    assert (recording["file"], recording["model"]) == ("dog.ogg", "smol")
+    answers = [one["answer"] for one in recording["questions"]]
+    assert answers == pal.load("smol").ask(str(pal.shipped.RECORDING), list(demo.QUESTIONS))
+    text = " ".join(Page((out / "report.html").read_text()).text)
+    assert "A real recording" in text
+    assert all(one["question"] in text and one["answer"] in text for one in recording["questions"])
+    demo._print_recording(demo.Console(), recording)
+    assert all(question in capsys.readouterr().out for question in demo.QUESTIONS[:1])
+
+
+def test_without_the_pretrained_models_it_ends_before(monkeypatch):
+    monkeypatch.setattr("pal.shipped.default", lambda: "tiny")
+    assert demo._recording() is None
 
 
 def test_it_can_be_joined_with_others(out, results, tmp_path):

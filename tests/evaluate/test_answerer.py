@@ -34,7 +34,7 @@ class Fake:
 
     def __init__(self):
         self.tokenizer = train_tokenizer(["what is this dog cat yes no is it first?"] * 3, 300)
-        self.config = SimpleNamespace(style=PromptStyle(), system=None)
+        self.config = SimpleNamespace(style=PromptStyle(), system=None, after_clip="")
         self.calls = []
 
     def eval(self):

@@ -1,5 +1,6 @@
 """Evaluations into a folder: what it holds, how a run goes on after a kill, and that nothing changes an answer."""
 
+import copy
 import json
 import random
 import subprocess
@@ -121,6 +122,20 @@ def test_another_run_in_the_folder_is_refused(model, benchmark, tmp_path):
     with pytest.raises(ConfigError, match="'data_digest' differs"):
         evaluate(model, benchmark, tmp_path / "run", progress=False, limit=1)
     evaluate(model, benchmark, tmp_path / "run", progress=False, limit=1, overwrite=True)
+
+
+def test_text_after_clips_belongs_to_a_run(model, benchmark, tmp_path):
+    path = tmp_path / "run" / "settings.json"
+    evaluate(model, benchmark, tmp_path / "run", progress=False, limit=1)
+    settings = json.loads(path.read_text())
+    assert settings["after_clip"] == model.config.after_clip == ""
+    other = copy.copy(model)
+    other.config = model.config.model_copy(update={"after_clip": "\n"})
+    with pytest.raises(ConfigError, match="'after_clip' differs"):
+        evaluate(other, benchmark, tmp_path / "run", progress=False, limit=1)
+    del settings["after_clip"]  # as in runs of earlier versions, which had a line break
+    path.write_text(json.dumps(settings))
+    evaluate(other, benchmark, tmp_path / "run", progress=False, limit=1)
 
 
 class KilledError(BaseException):
