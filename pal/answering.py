@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from numbers import Integral
 from typing import TYPE_CHECKING, Any
@@ -13,12 +13,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from pal.backbone import adapters
 from pal.backbone.options import check_generation
 from pal.data.prompts import end_of_answer
 from pal.errors import PalError, shortened
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+    from pal.clips import ClipFeatures, Clips
+    from pal.model import PalModel
+    from pal.types import Tokens
 
 
 @dataclass(frozen=True)
@@ -52,6 +57,36 @@ class FirstTokenTimer:
                 torch.cuda.synchronize(scores.device)  # wait for the kernels that compute the scores
             self.at = time.perf_counter()
         return scores
+
+
+def generate(model: PalModel, clips: Clips | ClipFeatures, rows: list[Tokens], **options: Any) -> list[str]:
+    """As `PalModel.generate`, with adapters only for the conversations that have them by `ModelConfig.adapters`."""
+    text = [i for i, row in enumerate(rows) if _is_the_llm_s(model, row)]
+    if not text:
+        return model.generate(clips, rows, **options)
+    with adapters.disabled(model.llm):
+        texts = model.generate([], [rows[i] for i in text], **options)
+    heard = [i for i in range(len(rows)) if i not in text]
+    answers = [*texts, *model.generate(clips, [rows[i] for i in heard], **options)]
+    each = len(answers) // len(rows)
+    place = {row: position for position, row in enumerate([*text, *heard])}
+    return [answers[each * place[i] + k] for i in range(len(rows)) for k in range(each)]
+
+
+def stream(model: PalModel, clips: Clips, row: Tokens, **options: Any) -> Iterator[str]:
+    """As `PalModel.stream`, with adapters only for a conversation that has them."""
+    pieces = model.stream(clips, row, **options)
+    return _without_adapters(model, pieces) if _is_the_llm_s(model, row) else pieces
+
+
+def _is_the_llm_s(model: PalModel, row: Tokens) -> bool:
+    """True for a conversation that the LLM answers without its adapters."""
+    return model.config.adapters == "with_audio" and not row.clips
+
+
+def _without_adapters(model: PalModel, pieces: Iterator[str]) -> Iterator[str]:
+    with adapters.disabled(model.llm):
+        yield from pieces
 
 
 def default_options(tokenizer: PreTrainedTokenizerBase, vocab: int) -> dict[str, Any]:

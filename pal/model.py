@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 import torch
 from torch import Tensor, nn
 
+from pal import answering
 from pal.answering import DetailedAnswer, FirstTokenTimer, default_options, generation_options
 from pal.audio_tower import AudioTower, check_audio_tower
 from pal.backbone import adapters
@@ -354,9 +355,8 @@ class PalModel(nn.Module):
         if stream:
             if len(asked.tokens) != 1:
                 raise PromptError("stream=True takes one conversation; ask the others one by one")
-            pieces = self.stream(clips, asked.tokens[0], **options)
-            return self._without_adapters(pieces) if self._is_the_llm_s(asked.tokens[0]) else pieces
-        answers = self._answers(clips, asked.tokens, **options)
+            return answering.stream(self, clips, asked.tokens[0], **options)
+        answers = answering.generate(self, clips, asked.tokens, **options)
         return answers[0] if asked.single else answers
 
     @torch.inference_mode()
@@ -380,7 +380,7 @@ class PalModel(nn.Module):
         encoded = time.perf_counter()
         first = FirstTokenTimer()
         all_options["logits_processor"] = [first, *(all_options.get("logits_processor") or ())]
-        texts = self._answers(features, asked.tokens, **all_options)
+        texts = answering.generate(self, features, asked.tokens, **all_options)
         done = time.perf_counter()
         timings = {"encode": encoded - start, "prefill": first.at - encoded, "generate": done - first.at}
         used = [min(clip.seconds, covered) for clip, covered in zip(clips, features.seconds, strict=True)]
@@ -396,27 +396,6 @@ class PalModel(nn.Module):
             )
             for text, row in zip(texts, asked.tokens, strict=True)
         ]
-
-    def _is_the_llm_s(self, row: Tokens) -> bool:
-        """True for a conversation that the LLM answers without its adapters."""
-        return self.config.adapters == "with_audio" and not row.clips
-
-    def _answers(self, clips: Clips | ClipFeatures, rows: list[Tokens], **options: Any) -> list[str]:
-        """As `generate`, with adapters only for the conversations that have them by `ModelConfig.adapters`."""
-        text = [i for i, row in enumerate(rows) if self._is_the_llm_s(row)]
-        if not text:
-            return self.generate(clips, rows, **options)
-        with adapters.disabled(self.llm):
-            texts = self.generate([], [rows[i] for i in text], **options)
-        heard = [i for i in range(len(rows)) if i not in text]
-        answers = [*texts, *self.generate(clips, [rows[i] for i in heard], **options)]
-        each = len(answers) // len(rows)
-        place = {row: position for position, row in enumerate([*text, *heard])}
-        return [answers[each * place[i] + k] for i in range(len(rows)) for k in range(each)]
-
-    def _without_adapters(self, pieces: Iterator[str]) -> Iterator[str]:
-        with adapters.disabled(self.llm):
-            yield from pieces
 
     def _read(
         self, given: Sequence[AudioInput], allow_urls: bool, read_to_end: bool

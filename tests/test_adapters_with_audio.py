@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 
+from pal import answering
 from pal.backbone.finetuning import LoRA
 from tests.models import noise, tiny_model
 
@@ -67,7 +68,7 @@ def test_a_batch_of_both_keeps_its_order(model):
         for row in rows
         for text in (full if row.clips else plain).generate(clips if row.clips else [], [row], **options)
     ]
-    assert model._answers(clips, rows, **options) == expected
+    assert answering.generate(model, clips, rows, **options) == expected
 
 
 def test_evaluation_and_training_keep_the_adapters(model):

@@ -112,14 +112,14 @@ def run_demo(out: Path, quick: bool = False, seed: int = 0, recipe_path: Path = 
             for name in METHODS
         },
         "fresh_scene": fresh,
-        "recording": _recording(),
+        "recording": real_recording(),
     }
     write_json(out / "results.json", results)
     write_page(out / "report.html", results, Path(fresh_manifest.folder) / "audio" / fresh["file"])
     Console().print(table(results))
     _print_answers(console, fresh)
     if results["recording"] is not None:
-        _print_recording(console, results["recording"])
+        print_recording(console, results["recording"])
     console.print(f"results: {out / 'results.json'}   page: {out / 'report.html'}", highlight=False)
     return results
 
@@ -289,7 +289,7 @@ def _fresh_scene(models: Mapping[str, PalModel], manifest: Manifest) -> dict[str
     }
 
 
-def _recording() -> dict[str, Any] | None:
+def real_recording() -> dict[str, Any] | None:
     """Answers of `smol` about a real recording; None where its pretrained models are not cached."""
     if shipped.default() != "smol":
         return None
@@ -320,7 +320,8 @@ def _machine() -> dict[str, Any]:
     return {"system": platform.system(), "cpu_cores": cores, "gpu": gpu, "torch": torch.__version__}
 
 
-def _print_recording(console: Console, recording: dict[str, Any]) -> None:
+def print_recording(console: Console, recording: dict[str, Any]) -> None:
+    """Print the answers about the real recording."""
     console.print(f"\na real recording, {recording['file']}, asked of {recording['model']}:", highlight=False)
     for one in recording["questions"]:
         console.print(f"  {one['question']}  {one['answer']}", highlight=False, markup=False)

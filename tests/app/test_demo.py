@@ -93,13 +93,13 @@ def test_it_ends_with_a_real_recording_asked_of_smol(out, results, capsys):
     text = " ".join(Page((out / "report.html").read_text()).text)
     assert "A real recording" in text
     assert all(one["question"] in text and one["answer"] in text for one in recording["questions"])
-    demo._print_recording(demo.Console(), recording)
+    demo.print_recording(demo.Console(), recording)
     assert all(question in capsys.readouterr().out for question in demo.QUESTIONS[:1])
 
 
 def test_without_the_pretrained_models_it_ends_before(monkeypatch):
     monkeypatch.setattr("pal.shipped.default", lambda: "tiny")
-    assert demo._recording() is None
+    assert demo.real_recording() is None
 
 
 def test_it_can_be_joined_with_others(out, results, tmp_path):
