@@ -22,7 +22,8 @@ FOLDERS = {"smol": SMOL, "tiny": TINY}
 
 def default() -> str:
     """Name of the model that is used where none is given: `smol` if its pretrained models are cached, else `tiny`."""
-    return "smol" if all(pretrained.is_cached(name) for name in pretrained.KNOWN) else "tiny"
+    there = SMOL.is_dir() and all(pretrained.is_cached(name) for name in pretrained.KNOWN)
+    return "smol" if there else "tiny"
 
 
 def explain(name: str) -> str:

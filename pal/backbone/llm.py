@@ -152,6 +152,13 @@ class Backbone(nn.Module):
         weight: Tensor | None = table._parameters.get("weight")  # at once, where nothing wraps the embeddings
         return next(table.parameters()) if weight is None else weight
 
+    @property
+    def embedding_rms(self) -> float:
+        """Root mean square of the elements of the first thousand embeddings; 1 for an LLM without weights."""
+        with torch.no_grad():
+            x_XD = self.embed(torch.arange(min(self.vocab, 1000), device=self.device))
+            return 1.0 if x_XD.is_meta else float(x_XD.float().square().mean().sqrt())
+
     def embed(self, ids: Tensor) -> Tensor:
         """Token ids [...] -> embeddings [..., D], the first layer's input (Gemma's are scaled).
 

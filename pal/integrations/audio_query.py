@@ -39,7 +39,7 @@ class LALAudioQuery(Route):
         self.config = config
         self.layers = chosen_layers(config.layers, llm)
         self.in_width = in_width
-        self.projector = projector(config, in_width, llm.width)
+        self.projector = projector(config, in_width, llm)
         self.gate = gate_of(config, self.layers, llm)
 
     def bias(self) -> Bias | None:

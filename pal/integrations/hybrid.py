@@ -41,8 +41,8 @@ class PAL(Route):
         self.summarize = nn.Conv1d(in_width, in_width, kernel_size=config.stride, stride=config.stride)
         if config.projector == "residual":
             self._start_from_means()
-        self.projector = projector(config, in_width, llm.width)
-        self.projectors = LayerProjectors(config, self.layers, in_width, llm.width)
+        self.projector = projector(config, in_width, llm)
+        self.projectors = LayerProjectors(config, self.layers, in_width, llm)
 
     def inject(self, features: AudioFeatures, llm: Backbone) -> IntegrationOutput:
         """One key per token in the early layers, one row per `stride` tokens."""

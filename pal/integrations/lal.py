@@ -34,7 +34,7 @@ class LAL(Route):
         super().__init__()
         self.config = config
         self.layers = chosen_layers(config.layers, llm)
-        self.projectors = LayerProjectors(config, self.layers, in_width, llm.width)
+        self.projectors = LayerProjectors(config, self.layers, in_width, llm)
         self.gate = gate_of(config, self.layers, llm)
 
     def bias(self) -> Bias | None:

@@ -19,7 +19,7 @@ class PLITS(Route):
         super().__init__()
         self.config = config
         self.in_width = in_width
-        self.projector = projector(config, in_width, llm.width)
+        self.projector = projector(config, in_width, llm)
 
     def inject(self, features: AudioFeatures, llm: Backbone) -> IntegrationOutput:
         """One row per token."""

@@ -7,6 +7,7 @@ from itertools import pairwise
 from typing import Literal, Self
 
 import torch
+import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
@@ -53,25 +54,32 @@ class LayerProjectorOptions(ProjectorOptions):
 
 
 class Residual(nn.Module):
-    """x + inner(x); the last linear layer of `inner` is zero at first."""
+    """x at the size of the LLM's embeddings, plus inner(x); the last linear layer of `inner` is zero at first.
 
-    def __init__(self, inner: nn.Sequential) -> None:
+    Args:
+        inner: ends with a linear layer.
+        rms: root mean square of x's elements at first; learned.
+    """
+
+    def __init__(self, inner: nn.Sequential, rms: float) -> None:
         super().__init__()
         self.inner = inner
+        self.rms = nn.Parameter(torch.tensor(rms))
         for parameter in inner[-1].parameters():
             nn.init.zeros_(parameter)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., D] -> [..., D]."""
-        return x + self.inner(x)
+        return self.rms * F.rms_norm(x.float(), x.shape[-1:]).to(x.dtype) + self.inner(x)
 
 
-def projector(options: ProjectorOptions, in_width: int, out_width: int) -> nn.Module:
-    """Build a projector of features [..., in_width] to [..., out_width].
+def projector(options: ProjectorOptions, in_width: int, llm: Backbone) -> nn.Module:
+    """Build a projector of features [..., in_width] to rows of the LLM [..., D].
 
     Raises:
         ConfigError: `residual` with two different widths.
     """
+    out_width = llm.width
     if options.projector == "residual" and in_width != out_width:
         raise ConfigError(
             f"projector 'residual' needs features of the LLM's width {out_width}, but the connector's are "
@@ -87,18 +95,18 @@ def projector(options: ProjectorOptions, in_width: int, out_width: int) -> nn.Mo
     for a, b in pairwise(widths):
         layers += [nn.Linear(a, b), nn.GELU()]
     whole = nn.Sequential(*layers[:-1])
-    return Residual(whole) if options.projector == "residual" else whole
+    return Residual(whole, llm.embedding_rms) if options.projector == "residual" else whole
 
 
 class LayerProjectors(nn.ModuleDict):
     """P_l by the number of the layer, or one for all layers."""
 
-    def __init__(self, options: LayerProjectorOptions, layers: Sequence[int], in_width: int, out_width: int) -> None:
+    def __init__(self, options: LayerProjectorOptions, layers: Sequence[int], in_width: int, llm: Backbone) -> None:
         names = ["shared"] if options.shared else [str(layer) for layer in layers]
-        super().__init__({name: projector(options, in_width, out_width) for name in names})
+        super().__init__({name: projector(options, in_width, llm) for name in names})
         self.is_shared = options.shared
         self.options = options
-        self.widths = (in_width, out_width)
+        self.widths = (in_width, llm.width)
         self._folds: dict[int, FusedKV] = {}
 
     def of(self, layer: int) -> nn.Module:

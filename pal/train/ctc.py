@@ -19,9 +19,15 @@ from pal.types import IGNORE, AudioFeatures, Tokens
 
 logger = logging.getLogger(__name__)
 
+FACTOR = 20.0
+"""Factor on the cosines at first."""
+
 
 class Alignment(nn.Module):
-    """CTC scores of a connector's tokens: their products with the embeddings of a vocabulary.
+    """CTC scores of a connector's tokens: the cosines to the embeddings of a vocabulary, times a learned factor.
+
+    Cosines and not products, which are as large for a long vector of another direction: with products the tokens learn
+    cosines of about 0.1 to the right embedding and 20 times its length, and an LLM makes nothing of them.
 
     Tokens of another width than the LLM's are mapped to it first, by a linear layer that only this objective uses.
     The vocabulary is every token of the stage's answers, and the blank. So a connector learns to say, token by token
@@ -48,7 +54,8 @@ class Alignment(nn.Module):
         self.linears = nn.ModuleList(
             nn.Identity() if stream.width == D else nn.Linear(stream.width, D) for stream in model.ears.streams
         )
-        self.blank_D = nn.Parameter(torch.zeros(model.llm.width))
+        self.blank_D = nn.Parameter(torch.randn(model.llm.width) / model.llm.width**0.5)
+        self.factor = nn.Parameter(torch.tensor(FACTOR))
 
     def targets(self, conversations: Sequence[Tokens]) -> list[tuple[int, list[int]]]:
         """Clip of each conversation, and its answer as places in the vocabulary.
@@ -116,10 +123,10 @@ class Alignment(nn.Module):
         return self._used_V
 
     def _scores(self, x_BAD: Tensor, embedded_VD: Tensor) -> Tensor:
-        """Scores [B, A, V + 1], the blank last; in float32, since bfloat16 has steps of 0.25 at the scores' size."""
-        table_VD = torch.cat([embedded_VD.float(), self.blank_D[None]])
+        """Scores [B, A, V + 1], the blank last; in float32, since bfloat16 has steps of 0.1 at the scores' size."""
+        table_VD = F.normalize(torch.cat([embedded_VD.float(), self.blank_D[None]]), dim=-1)
         with torch.autocast(x_BAD.device.type, enabled=False):
-            return x_BAD.float() @ table_VD.T
+            return self.factor * (F.normalize(x_BAD.float(), dim=-1) @ table_VD.T)
 
     def _words(self, texts: list[str]) -> list[list[int]]:
         """Token ids of texts as they stand within a sentence, with a space before their first word."""

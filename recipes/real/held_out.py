@@ -72,7 +72,7 @@ def scores(
 
 
 @torch.inference_mode()
-def text_answers(model: PalModel, max_new_tokens: int = 48) -> dict[str, Any]:
+def text_answers(model: PalModel, max_new_tokens: int = 24) -> dict[str, Any]:
     """How far training changed the LLM where it hears nothing, with the adapters on and as `ask` answers.
 
     The reference are the greedy answers of the LLM without its adapters to `PROMPTS`: loss a token of these answers
@@ -80,9 +80,9 @@ def text_answers(model: PalModel, max_new_tokens: int = 48) -> dict[str, Any]:
     """
     rows = [encode(model.tokenizer, [{"role": "user", "content": prompt}], []) for prompt in PROMPTS]
     with adapters.disabled(model.llm):
-        before = [model.generate([], [row], max_new_tokens=max_new_tokens)[0] for row in tqdm(rows, desc="text")]
-    after = [model.generate([], [row], max_new_tokens=max_new_tokens)[0] for row in tqdm(rows, desc="adapted")]
-    asked = [model.ask([], prompt, max_new_tokens=max_new_tokens) for prompt in tqdm(PROMPTS, desc="asked")]
+        before = model.generate([], rows, max_new_tokens=max_new_tokens)
+    after = model.generate([], rows, max_new_tokens=max_new_tokens)
+    asked = [model.ask([], prompt, max_new_tokens=max_new_tokens) for prompt in tqdm(PROMPTS, desc="text alone")]
     records = [
         Record(id=str(i), clips=(), turns=(Turn(prompt, answer),), task="text", dataset="text")
         for i, (prompt, answer) in enumerate(zip(PROMPTS, before, strict=True))

@@ -99,9 +99,7 @@ def card(model: PalModel, found: dict[str, Any], text: dict[str, Any], reports: 
 def main() -> None:
     """Write, measure, check the size."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "runs", type=Path, nargs="+", help="runs that made the model; the last is shipped"
-    )
+    parser.add_argument("runs", type=Path, nargs="+", help="runs that made the model; the last is shipped")
     parser.add_argument("--curriculum", type=Path, default=Path("runs/curriculum"))
     parser.add_argument("--only", nargs="+", choices=list(SETS), help="some of the sets, to try the script")
     args = parser.parse_args()
