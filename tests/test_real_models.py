@@ -11,7 +11,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import WhisperFeatureExtractor
 
-from pal import hub_configs
+import pal
+from pal import hub_configs, shipped
+from pal.backbone.adapters import disabled
 from pal.backbone.llm import Backbone
 from pal.backbone.sources import load_tokenizer
 from pal.pretrained import GET, SMOLLM2, WHISPER, KnownModel, folder_of, is_cached
@@ -83,3 +85,22 @@ def record(folder: str) -> None:
 
 if __name__ == "__main__":
     record(sys.argv[1])
+
+
+@needs(SMOLLM2)
+@needs(WHISPER)
+def test_smol_hears_and_answers_text_as_its_llm() -> None:
+    model = pal.load("smol")
+    assert model.source == "smol"
+    assert model.ask(str(shipped.RECORDING), "What sound is this?") == "dog"
+    question = "What is the capital of France?"
+    assert model.ask([], question, max_new_tokens=12) == "The capital of France is Paris."
+    with disabled(model.llm):
+        plain = model.ask([], question, max_new_tokens=12)
+    assert plain == model.ask([], question, max_new_tokens=12)
+
+
+def test_smol_is_small_and_says_where_it_came_from() -> None:
+    assert sum(path.stat().st_size for path in shipped.SMOL.iterdir()) <= 16_000_000
+    card = (shipped.SMOL / "README.md").read_text(encoding="utf-8")
+    assert "pal data curriculum" in card and "What it cannot do" in card

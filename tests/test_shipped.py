@@ -18,6 +18,7 @@ def test_smol_needs_both_pretrained_models(cached, monkeypatch, tmp_path, loaded
     import pal
 
     monkeypatch.setenv("PAL_CACHE", str(tmp_path))
+    monkeypatch.setattr(shipped, "SMOL", tmp_path)
     for name in cached:
         folder = pretrained.folder_of(name)
         folder.mkdir(parents=True)

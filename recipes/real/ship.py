@@ -71,7 +71,7 @@ instruments were chosen so that they differ in both sound fonts (docs/curriculum
 
 Questions without audio: of {prompts} fixed prompts, {asked:.0%} have the same first sentence as SmolLM2's own answer.
 With the adapters on, as in no use of this model, it would be {adapted:.0%}, and the loss of SmolLM2's answers
-{loss_before:.3f} instead of {loss_after:.3f}.
+{loss_after:.3f} a token instead of {loss_before:.3f}.
 """
 
 
