@@ -51,7 +51,8 @@ speakers, sentences and word lists by flite and eSpeak NG, notes and melodies by
 
 Answer short questions like those below about clips of up to 8 seconds: transcribe a clearly spoken English sentence of
 common words, say whether a word is spoken, name a digit, one of ten sounds, an instrument or its family. Questions
-without audio are answered by SmolLM2 itself: the adapters are used only where there is audio.
+without audio are answered by SmolLM2 itself: the adapters are used only where there is audio. The scores below say how
+well it does each; where a score is near the one without audio, it has not learned the task.
 
 ## What it cannot do
 
