@@ -36,8 +36,8 @@ class StridedConv(Connector):
             return self
 
         def toy(self) -> "StridedConv.Config":
-            """Toy size: a given width becomes 16."""
-            return self.model_copy(update={"width": self.width and 16})
+            """Toy size: a given width becomes 32, that of the toy LLM."""
+            return self.model_copy(update={"width": self.width and 32})
 
     def __init__(self, config: Config, in_width: int) -> None:
         super().__init__()

@@ -69,7 +69,7 @@ def test_all_start_from_the_same_encoder_and_llm(out, small):
 def test_page_stands_alone_and_says_what_the_results_say(out, results):
     source = (out / "report.html").read_text()
     page = Page(source)
-    assert len(page.sources) == 1 + 3
+    assert len(page.sources) == 2 + 4  # two sounds, four pictures
     assert all(one.startswith("data:") for one in page.sources)
     assert "http" not in source.replace("http-equiv", "")
     audio = next(one for one in page.sources if one.startswith("data:audio/wav;base64,"))
