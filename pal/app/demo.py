@@ -88,6 +88,7 @@ def run_demo(out: Path, quick: bool = False, seed: int = 0, recipe_path: Path = 
     console.rule("5/5 a fresh scene")
     fresh_manifest = Manifest(_scenes(out / "fresh", scenes=12, seed=_FRESH_SEED + seed, questions_per_scene=8))
     fresh = _fresh_scene(models, fresh_manifest)
+    recording = real_recording()
 
     results = {
         "pal_version": pal.__version__,
@@ -112,14 +113,14 @@ def run_demo(out: Path, quick: bool = False, seed: int = 0, recipe_path: Path = 
             for name in METHODS
         },
         "fresh_scene": fresh,
-        "recording": real_recording(),
+        "recording": recording,
     }
     write_json(out / "results.json", results)
     write_page(out / "report.html", results, Path(fresh_manifest.folder) / "audio" / fresh["file"])
     Console().print(table(results))
     _print_answers(console, fresh)
-    if results["recording"] is not None:
-        print_recording(console, results["recording"])
+    if recording is not None:
+        print_recording(console, recording)
     console.print(f"results: {out / 'results.json'}   page: {out / 'report.html'}", highlight=False)
     return results
 

@@ -63,6 +63,7 @@ class PAL(Route):
         """Summary tokens that are the mean of their tokens at first, as residual projectors pass on what they get."""
         with torch.no_grad():
             self.summarize.weight.copy_(torch.eye(self.in_width)[:, :, None] / self.config.stride)
+            assert self.summarize.bias is not None
             nn.init.zeros_(self.summarize.bias)
 
     def _summary(self, features: AudioFeatures) -> Tensor:
