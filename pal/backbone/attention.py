@@ -91,8 +91,8 @@ def attend(
 def _trained_half_precision(query: Tensor) -> torch.dtype | None:
     """The 16-bit dtype of attention that is trained on a CPU, else None.
 
-    The backward pass of the CPU's flash kernel takes 5 to 7 times as long in bfloat16 as in float32
-    (docs/benchmarks/cpu_attention.py), so such attention is computed in float32.
+    The backward pass of the CPU's flash kernel takes 4 to 8 times as long in bfloat16 as in float32 for short
+    rows (docs/benchmarks/cpu_attention.py), so such attention is computed in float32.
     """
     if query.device.type != "cpu" or not (query.requires_grad and torch.is_grad_enabled()):
         return None
