@@ -48,7 +48,7 @@ def attend_backward(
     """Gradients of q, k and v. `out_BHQC` and `lse_BHQ` may be merged results over more keys than these."""
     given = [grad_BHQC, q_BHQC, k_BGKC, v_BGKC, out_BHQC, lse_BHQ]
     if q_BHQC.itemsize == 2:
-        # in 16 bits the kernel's backward pass takes 4 to 8 times as long for short rows (docs/benchmarks/cpu_attention.py)
+        # in 16 bits it takes 4 to 8 times as long for short rows (docs/benchmarks/cpu_attention.py)
         given = [x.float() for x in given]
         mask = None if mask is None else mask.float()
     dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
