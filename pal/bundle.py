@@ -1,9 +1,9 @@
 """Bundles: a model as a folder of safetensors, configuration and tokenizer, with digests checked on load.
 
 A bundle holds the weights that are new or trained, or all (`full`). Weights left out are listed with their SHA-256
-and loaded from their source, so that another LLM or encoder is noticed; sketches of them tell how far it differs.
-transformers' Auto classes read and write the
-same folder through `pal.hf`.
+and loaded from their source, so that another LLM or encoder is noticed; sketches of them tell how far it differs. The
+tokenizer is left out with the LLM where `pal.source_tokenizer` knows its source. transformers' Auto classes read and
+write the same folder through `pal.hf`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from pal import shipped
+from pal import shipped, source_tokenizer
 from pal.backbone.finetuning import LoRA
 from pal.config import parse
 from pal.errors import BundleError, WeightsWarning
@@ -76,6 +76,8 @@ def save(
     ours = {tensor.data_ptr() for name, tensor in state.items() if full or _is_ours(model, name)}
     kept = {name: tensor for name, tensor in state.items() if tensor.data_ptr() in ours}
     description = {**describe(model), "left_out": _left_out(model, set(kept))}
+    if any(_part_of(name) == "llm" for name in description["left_out"]):
+        description["tokenizer"] = source_tokenizer.named(model)
     with atomic_folder(Path(folder)) as temporary:
         _write_weights(kept, temporary, dtype, largest)
         (temporary / _CONFIG).write_text(_json(description))
@@ -85,7 +87,8 @@ def save(
             save_file({"sketches": rows}, temporary / _SKETCHES)
         for name, text in (extra or {}).items():
             (temporary / name).write_text(text)
-        model.tokenizer.save_pretrained(temporary)
+        if description["tokenizer"] is None:
+            model.tokenizer.save_pretrained(temporary)
 
 
 def describe(model: PalModel) -> dict[str, Any]:
@@ -105,6 +108,7 @@ def describe(model: PalModel) -> dict[str, Any]:
         ],
         "lora": None if model.llm.lora is None else model.llm.lora.model_dump(),
         "left_out": {},
+        "tokenizer": None,
     }
 
 
@@ -121,13 +125,11 @@ def load(path: str | Path, dtype: torch.dtype | None = None, other_weights: bool
     Raises:
         BundleError: missing, damaged, of another format, or with another LLM or encoder at the source.
     """
-    from transformers import AutoTokenizer
-
     folder = find(path, **hub)
     files = verify(folder)
     description = read_description(folder)
     weights = _read_weights(folder, set(files))
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    tokenizer = source_tokenizer.load(description.get("tokenizer"), folder, other_weights, local_files_only=True)
     model = _build(description, {_part_of(name) for name in description["left_out"]}, tokenizer, f"bundle {folder}")
     if description.get("dtype"):
         cast(model, getattr(torch, description["dtype"]))

@@ -18,6 +18,7 @@ class PalConfig(PreTrainedConfig):
         encoders: name and options of each encoder, enough to build it without its source.
         lora: options of the LoRA adapters; None without adapters.
         left_out: SHA-256 of each weight that is read from its source, not stored in the bundle; by name.
+        tokenizer: source and digest of a tokenizer that is read from there; None if the bundle has it.
         kwargs: fields of `PreTrainedConfig`.
     """
 
@@ -31,6 +32,7 @@ class PalConfig(PreTrainedConfig):
         encoders: list[dict[str, Any]] | None = None,
         lora: dict[str, Any] | None = None,
         left_out: dict[str, str] | None = None,
+        tokenizer: dict[str, str] | None = None,
         **kwargs: Any,
     ) -> None:
         self.format = format
@@ -39,6 +41,7 @@ class PalConfig(PreTrainedConfig):
         self.encoders = encoders
         self.lora = lora
         self.left_out = left_out or {}
+        self.tokenizer = tokenizer
         super().__init__(**kwargs)
         _register_model()
 
@@ -55,7 +58,7 @@ class PalConfig(PreTrainedConfig):
     def description(self) -> dict[str, Any]:
         """The part of `config.json` that `pal.bundle` reads."""
         dtype = None if self.dtype is None else str(self.dtype).removeprefix("torch.")
-        names = ("format", "model", "llm", "encoders", "lora", "left_out")
+        names = ("format", "model", "llm", "encoders", "lora", "left_out", "tokenizer")
         return {"dtype": dtype, **{name: getattr(self, name) for name in names}}
 
 

@@ -14,7 +14,8 @@ from torch import nn
 from pal.backbone.attention import NAME
 from pal.errors import BundleError, PalError
 
-_HUB = ("revision", "token", "cache_dir", "local_files_only", "force_download")
+HUB = ("revision", "token", "cache_dir", "local_files_only", "force_download")
+"""Options of downloads from the Hub."""
 _WITHOUT_EFFECT = {
     *("trust_remote_code", "use_safetensors", "low_cpu_mem_usage", "weights_only", "code_revision", "proxies"),
     *("_from_auto", "_from_pipeline", "_commit_hash", "subfolder"),
@@ -51,13 +52,13 @@ class LoadOptions:
         old_dtype = given.pop("torch_dtype", None)
         if given.pop("attn_implementation", None) not in (None, NAME):
             raise PalError(f"attn_implementation must be '{NAME}', since others ignore audio; leave it out")
-        other = [name for name, value in given.items() if name not in {*_HUB, *_WITHOUT_EFFECT} and value is not None]
+        other = [name for name, value in given.items() if name not in {*HUB, *_WITHOUT_EFFECT} and value is not None]
         if given.get("subfolder"):
             other.append("subfolder")
         for name in other:
             if name.startswith(("quantization", "load_in_")):
                 raise PalError(f"from_pretrained: '{name}': quantised weights are not supported; give dtype='bfloat16'")
-            raise PalError(f"from_pretrained: '{name}' is not supported; known: dtype, device_map, {', '.join(_HUB)}")
+            raise PalError(f"from_pretrained: '{name}' is not supported; known: dtype, device_map, {', '.join(HUB)}")
         return cls(
             hub=_of_hub(given),
             dtype=_dtype(old_dtype if dtype is None else dtype),
@@ -101,7 +102,7 @@ def load_adapter(model: nn.Module, path: str, hub: Mapping[str, Any], device: to
 
 
 def _of_hub(options: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in options.items() if name in _HUB and value is not None}
+    return {name: value for name, value in options.items() if name in HUB and value is not None}
 
 
 def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:

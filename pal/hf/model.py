@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from pal import bundle
+from pal import bundle, source_tokenizer
 from pal.backbone import adapters
 from pal.errors import BundleError, ConfigError, PalError, PromptError
 from pal.files import move_into, unlisted_files
@@ -432,10 +432,8 @@ def _used_columns(prompts: PromptColumns, labels: Tensor | None, kept: slice | T
 
 
 def _untrained(config: PalConfig) -> PalModel:
-    from transformers import AutoTokenizer
-
     if not config.model:
         raise ConfigError("a PalConfig without a model; read it from a bundle with PalConfig.from_pretrained")
     if not config.name_or_path:
         raise ConfigError("the configuration names no bundle to read the tokenizer from; use from_pretrained")
-    return bundle.untrained(config.description(), AutoTokenizer.from_pretrained(config.name_or_path))
+    return bundle.untrained(config.description(), source_tokenizer.load(config.tokenizer, config.name_or_path))

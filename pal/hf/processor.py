@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import ProcessorMixin
 
+from pal import source_tokenizer
 from pal.clips import AudioInput, clip_list, clip_notes, read_waveform, warn_of
 from pal.data import prompts
 from pal.data.manifest import PLACEHOLDER
@@ -20,7 +21,9 @@ from pal.data.prompts import PromptStyle
 from pal.errors import ConfigError, PromptError
 from pal.files import MANIFEST, amend, verify
 from pal.hf.chats import read_chat
+from pal.hf.config import PalConfig
 from pal.hf.inputs import stack_prompts
+from pal.hf.loading import HUB
 from pal.types import AUDIO, IGNORE, Tokens
 
 if TYPE_CHECKING:
@@ -93,9 +96,26 @@ class PalProcessor(ProcessorMixin):
         folder = Path(pretrained_model_name_or_path)
         if (folder / MANIFEST).is_file():
             verify(folder, _PROCESSOR_FILES)
-        processor: PalProcessor = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        processor = cls._with_source_tokenizer(pretrained_model_name_or_path, kwargs)
+        if processor is None:
+            processor = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         processor.allow_urls = allow_urls
         return processor
+
+    @classmethod
+    def _with_source_tokenizer(cls, source: str | Path, kwargs: dict[str, Any]) -> PalProcessor | None:
+        """The processor of a bundle that leaves its tokenizer out; None for others."""
+        hub = {name: kwargs[name] for name in HUB if kwargs.get(name) is not None}
+        try:
+            entry = PalConfig.get_config_dict(source, **hub)[0].get("tokenizer")
+        except OSError:  # a processor saved without a model
+            return None
+        if not isinstance(entry, dict):
+            return None
+        tokenizer = source_tokenizer.load(entry, source)
+        options, _ = cls.get_processor_dict(str(source), **hub)
+        options.pop("processor_class", None)
+        return cls(tokenizer, getattr(tokenizer, "chat_template", None), **options)
 
     def save_pretrained(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs: Any) -> list[str]:
         """Save the processor to a folder; if that is a bundle, update its `manifest.json`, too."""
