@@ -25,6 +25,7 @@ from tests.models import noise, tiny_model
 CONNECTORS: list[dict[str, Any]] = [
     {"name": "mlp"},
     {"name": "strided_conv"},
+    {"name": "conv_transformer"},
     {"name": "qformer", "queries": 3},
     {"name": "qformer", "queries": 2, "window_seconds": 0.4},
     {"name": "lfst", "width": 16},

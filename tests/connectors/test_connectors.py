@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.testing import assert_close
 
 from pal.connectors.base import Connector
@@ -20,6 +20,17 @@ OPTIONS: list[dict[str, Any]] = [
     {"name": "strided_conv"},
     {"name": "strided_conv", "stride": 1, "kernel": 3},
     {"name": "strided_conv", "stride": 2, "kernel": 5, "width": 7, "norm": False},
+    {"name": "conv_transformer"},
+    {
+        "name": "conv_transformer",
+        "stride": 3,
+        "kernel": 5,
+        "layers": 1,
+        "inner": 10,
+        "heads": 2,
+        "hidden": 11,
+        "width": 7,
+    },
     {"name": "qformer", "queries": 4, "layers": 3, "heads": 2},
     {"name": "qformer", "queries": 2, "layers": 2, "heads": 3, "window_seconds": 0.4, "width": 9},
     {"name": "qformer", "queries": 3, "layers": 2, "cross_attention_every": 1, "positions": False},
@@ -101,7 +112,9 @@ def test_order_is_kept(options: dict[str, Any]) -> None:
     changed = AudioFeatures(features.x_BAE.clone(), features.lengths, 0.1)
     changed.x_BAE[0, -1].neg_()
     moved = (connector(changed).x_BAE[0] - out).abs().sum(1) > 1e-5
-    if options["name"] != "qformer":
+    if options["name"] == "conv_transformer":
+        assert moved.all()
+    elif options["name"] != "qformer":
         assert moved[-1] and not moved[: len(moved) // 2].any()
     elif "window_seconds" in options:
         assert moved.tolist() == [False] * 4 + [True] * 2
@@ -141,6 +154,41 @@ def test_strided_conv_against_sums_over_its_window(stride: int, kernel: int, len
     assert out.lengths == (math.ceil(length / stride), math.ceil(12 / stride))
     assert_close(out.x_BAE[0, : len(rows)], torch.stack(rows), atol=1e-5, rtol=1e-5)
     assert out.seconds_per_token == pytest.approx(0.1 * stride)
+
+
+def test_conv_transformer_against_torchs_layers() -> None:
+    connector = make({"name": "conv_transformer", "stride": 2, "layers": 2, "inner": 8, "heads": 2, "hidden": 20})
+    features = batch(7, 12)
+    own = connector.state_dict()
+    conv = make({"name": "strided_conv", "stride": 2, "width": 8})
+    conv.load_state_dict({name.removeprefix("conv."): x for name, x in own.items() if name.startswith("conv.")})
+    tokens = conv(features)
+    x = tokens.x_BAE
+    for i in range(2):
+        layer = nn.TransformerEncoderLayer(8, 2, 20, 0.0, "gelu", batch_first=True, norm_first=True)
+        part = {name.removeprefix(f"layers.{i}."): x for name, x in own.items() if name.startswith(f"layers.{i}.")}
+        given = {
+            "self_attn.in_proj_weight": torch.cat([part[f"attention.{name}.weight"] for name in "qkv"]),
+            "self_attn.in_proj_bias": torch.cat([part[f"attention.{name}.bias"] for name in "qkv"]),
+            "self_attn.out_proj.weight": part["attention.out.weight"],
+            "self_attn.out_proj.bias": part["attention.out.bias"],
+        }
+        for name, place in {"norm1": "norm", "norm2": "ffn.0", "linear1": "ffn.1", "linear2": "ffn.3"}.items():
+            given |= {f"{name}.{kind}": part[f"{place}.{kind}"] for kind in ("weight", "bias")}
+        layer.load_state_dict(given)
+        x = layer(x, src_key_padding_mask=~tokens.mask_BA)
+    x = norm(x, own, "out.0") @ own["out.1.weight"].T + own["out.1.bias"]
+    out = connector(features)
+    assert (out.lengths, out.seconds_per_token) == (tokens.lengths, tokens.seconds_per_token) == ((4, 6), 0.2)
+    assert_close(out.x_BAE[out.mask_BA], x[out.mask_BA], atol=1e-5, rtol=1e-5)
+
+
+def test_dropout_is_for_training_only() -> None:
+    connector = make({"name": "conv_transformer", "dropout": 0.5})
+    features = batch(9)
+    assert torch.equal(connector(features).x_BAE, connector(features).x_BAE)
+    connector.train()
+    assert not torch.equal(connector(features).x_BAE, connector(features).x_BAE)
 
 
 @pytest.mark.parametrize("every", [1, 2])
