@@ -26,7 +26,7 @@ def rows_seen(context: AudioContext, kind: RowKind, valid_BK: Tensor, positions_
     index_Q = index_K[-Q:]
     seen_BQK = valid_BK[:, None, :] & (index_K <= index_Q[:, None])
     if window is not None:
-        distance_BQK = positions_BQ[:, :, None] - _positions(context, K, beams)[:, None, :]
+        distance_BQK = positions_BQ[:, :, None] - continued(context.rows_BT, K, beams)[:, None, :]
         seen_BQK = seen_BQK & (distance_BQK < window)
     if context.repeats_BT is not None:
         text_BK = valid_BK & ~of_prompt(context.audio_rows_BT, valid_BK, beams)
@@ -52,13 +52,13 @@ def row_tiles_of(kind: RowKind, valid_BK: Tensor, seen_B1QK: Tensor) -> tuple[At
     return (whole,) if Q == 1 and bool(valid_BK.all()) else masked(seen_B1QK)
 
 
-def _positions(context: AudioContext, length: int, beams: int) -> Tensor:
-    """Positions of the first `length` rows: the prompt's, then those of generated tokens."""
-    rows_BT = for_beams(context.rows_BT, beams)
-    more = length - rows_BT.shape[1]
+def continued(x_BT: Tensor, length: int, beams: int) -> Tensor:
+    """Positions or places of the first `length` rows: the prompt's, then those of generated tokens."""
+    x_BT = for_beams(x_BT, beams)
+    more = length - x_BT.shape[1]
     if more <= 0:
-        return rows_BT[:, :length]
-    return torch.cat((rows_BT, rows_BT[:, -1:] + torch.arange(1, more + 1, device=rows_BT.device)), dim=1)
+        return x_BT[:, :length]
+    return torch.cat((x_BT, x_BT[:, -1:] + torch.arange(1, more + 1, device=x_BT.device)), dim=1)
 
 
 def of_prompt(x_BT: Tensor, valid_BK: Tensor, beams: int) -> Tensor:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from pal.backbone.attention_masks import RowKind, for_beams, of_prompt, row_tiles_of, rows_seen
+from pal.backbone.attention_masks import RowKind, continued, for_beams, row_tiles_of, rows_seen
 from pal.backbone.interfaces import Rope
 from pal.backbone.kernels import supports_split_attention
 from pal.backbone.merged import AttentionTile, TiledKeys, masked
@@ -76,11 +76,7 @@ class AttentionMetadata:
             for layer, kind in enumerate(kinds)
             if context.joined(layer) or kind != (None, ()) or context.observer is not None
         }
-        ahead_BQ = (
-            None
-            if context.repeats_BT is None
-            else of_prompt(context.repeats_BT, valid_BK, beams)[:, -position_ids.shape[1] :]
-        )
+        order_BQ = continued(context.order_BT, valid_BK.shape[1], beams)[:, -position_ids.shape[1] :]
         joined = {(i, windows[layer]) for layer in range(len(windows)) for i in context.joined(layer)}
         device = position_ids.device
         apart = not context.llm.dropout and supports_split_attention(device)
@@ -98,13 +94,13 @@ class AttentionMetadata:
             else None,
             keys_seen={}
             if apart and context.observer is None
-            else {(i, w): context.keys[i].seen(w, position_ids, beams, ahead_BQ) for i, w in joined},
-            key_tiles={(i, w): context.keys[i].tiles(w, position_ids, beams, ahead_BQ) for i, w in joined}
+            else {(i, w): context.keys[i].seen(w, order_BQ, position_ids, beams) for i, w in joined},
+            key_tiles={(i, w): context.keys[i].tiles(w, order_BQ, position_ids, beams) for i, w in joined}
             if apart
             else {},
             # a block looks at whole clips, however short the windows of the layer after it
             cross_seen=tuple(
-                None if keys.blocks is None else keys.seen(None, position_ids, beams, ahead_BQ) for keys in context.keys
+                None if keys.blocks is None else keys.seen(None, order_BQ, position_ids, beams) for keys in context.keys
             ),
         )
 

@@ -30,8 +30,10 @@ class AudioKeys:
     """Layers that attend to them."""
     tokens_BA: Tensor | None
     """Index of each key among the clips' flattened tokens [U * A]; None if conversation i has clip i and no other."""
+    order_BA: Tensor
+    """Place of each key; a row sees the keys at or before its own place."""
     positions_BA: Tensor
-    """Positions; a row sees the keys at or before its own position."""
+    """Positions in sliding windows."""
     rope_positions_BA: Tensor
     """Positions that RoPE rotates the keys by: the same, except for keys that reserve no position ids."""
     mask_BA: Tensor
@@ -79,7 +81,7 @@ class AudioKeys:
 
     def _to_rows(self, x_UGAC: Tensor) -> Tensor:
         if self.tokens_BA is None:
-            return x_UGAC[:, :, : self.positions_BA.shape[1]]
+            return x_UGAC[:, :, : self.order_BA.shape[1]]
         return gather(x_UGAC.transpose(1, 2).flatten(0, 1), self.tokens_BA).transpose(1, 2)
 
     def prebuilt(self, llm: AttentionGeometry) -> AudioKeys:
@@ -90,27 +92,32 @@ class AudioKeys:
         return replace(self, built={layer: self.keys_values(layer, llm, rope) for layer in self.layers})
 
     def tiles(
-        self, window: int | None, positions_BQ: Tensor, beams: int, ahead_BQ: Tensor | None = None
+        self, window: int | None, order_BQ: Tensor, positions_BQ: Tensor, beams: int
     ) -> tuple[AttentionTile, ...]:
         """`seen` as tiles."""
         if window is not None or self.gaps:
-            return masked(self.seen(window, positions_BQ, beams, ahead_BQ))
-        far = torch.iinfo(self.positions_BA.dtype).max
-        positions_BA = for_beams(self.positions_BA.masked_fill(~self.mask_BA, far), beams)
-        reach_BQ = positions_BQ if ahead_BQ is None else positions_BQ + ahead_BQ
-        counts_BQ = torch.searchsorted(positions_BA, reach_BQ.contiguous(), right=True)
-        # padding, whose position is 0, may see any keys
+            return masked(self.seen(window, order_BQ, positions_BQ, beams))
+        far = torch.iinfo(self.order_BA.dtype).max
+        order_BA = for_beams(self.order_BA.masked_fill(~self.mask_BA, far), beams)
+        counts_BQ = torch.searchsorted(order_BA, order_BQ.contiguous(), right=True)
+        # padding, whose place is 0, may see any keys
         return prefixes(counts_BQ.cummax(1).values.tolist(), counts_BQ.device)
 
-    def seen(self, window: int | None, positions_BQ: Tensor, beams: int, ahead_BQ: Tensor | None = None) -> Tensor:
-        """Which keys each query sees, bool [B, 1, Q, A]: real ones at or before its position.
+    def seen(self, window: int | None, order_BQ: Tensor, positions_BQ: Tensor, beams: int) -> Tensor:
+        """Which keys each query sees, bool [B, 1, Q, A]: real ones at or before its place, and within the window.
 
-        Repeated rows, True in `ahead_BQ`, also see keys one position later, that of the token they predict.
+        Args:
+            window: sliding window in positions; None: everything.
+            order_BQ: places of the queries.
+            positions_BQ: their position ids.
+            beams: queries of each item.
         """
-        distance_BQA = positions_BQ[:, :, None] - for_beams(self.positions_BA, beams)[:, None, :]
-        reach_BQA = distance_BQA if ahead_BQ is None else distance_BQA + ahead_BQ[:, :, None]
-        seen_BQA = for_beams(self.mask_BA, beams)[:, None, :] & (reach_BQA >= 0)
-        return (seen_BQA if window is None else seen_BQA & (distance_BQA < window))[:, None]
+        seen_BQA = for_beams(self.order_BA, beams)[:, None, :] <= order_BQ[:, :, None]
+        seen_BQA = seen_BQA & for_beams(self.mask_BA, beams)[:, None, :]
+        if window is not None:
+            distance_BQA = positions_BQ[:, :, None] - for_beams(self.positions_BA, beams)[:, None, :]
+            seen_BQA = seen_BQA & (distance_BQA < window)
+        return seen_BQA[:, None]
 
 
 def rotate(x_BGAC: Tensor, cos_BAC: Tensor, sin_BAC: Tensor) -> Tensor:

@@ -23,6 +23,8 @@ class AudioContext:
     keys: tuple[AudioKeys, ...]
     rows_BT: Tensor
     """Position ids of the prompt's rows; sliding windows need them in decoding, when the cache holds only keys."""
+    order_BT: Tensor
+    """Places of the prompt's rows, which decide what keys they see."""
     audio_rows_BT: Tensor
     """True where a row of the sequence is not text: an audio row (PLITS, summary tokens) or a repeated row."""
     hidden_rows: tuple[tuple[frozenset[int], Tensor], ...] = ()
@@ -82,6 +84,7 @@ class AudioContext:
         return replace(
             self,
             rows_BT=self.rows_BT.gather(1, order_BT),
+            order_BT=self.order_BT.gather(1, order_BT),
             audio_rows_BT=self.audio_rows_BT.gather(1, order_BT),
             hidden_rows=tuple((layers, hidden_BT.gather(1, order_BT)) for layers, hidden_BT in self.hidden_rows),
             token_spans=None if self.token_spans is None else self.token_spans.ordered(order_BT),

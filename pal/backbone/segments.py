@@ -28,16 +28,20 @@ COPIES = 3
 
 @dataclass(frozen=True)
 class Conversation:
-    """Positions of one conversation's rows and audio keys."""
+    """Order and positions of one conversation's rows and audio keys."""
 
     positions_T: Ints
-    """Positions of its rows."""
+    """Position ids of its rows."""
     text_T: Bools
     """True for rows of text; False for audio rows and repeated rows."""
     repeats_T: Bools
     """True where a row repeats the last text row, behind clips; it and the original do not see each other."""
     keys: tuple[Ints, ...]
-    """Positions of the audio keys of each stream."""
+    """Positions of the audio keys of each stream, in sliding windows."""
+    order_T: Ints
+    """Place of each row; it sees the keys at or before its own place."""
+    key_order: tuple[Ints, ...]
+    """Place of the audio keys of each stream."""
 
 
 @dataclass(frozen=True)
@@ -168,8 +172,8 @@ def crossing_segments(conversations: Sequence[Conversation], stream: int) -> Seg
 
 def _seen_keys(one: Conversation, streams: Sequence[int]) -> Ints:
     """Number of audio keys that each row sees, the earliest ones; never fewer than the row before sees."""
-    positions_A = np.sort(np.concatenate([np.zeros(0, np.int64), *(one.keys[s] for s in streams)]))
-    seen_keys_T = np.searchsorted(positions_A, one.positions_T + one.repeats_T, side="right")
+    order_A = np.sort(np.concatenate([np.zeros(0, np.int64), *(one.key_order[s] for s in streams)]))
+    seen_keys_T = np.searchsorted(order_A, one.order_T, side="right")
     return np.asarray(np.maximum.accumulate(seen_keys_T) if len(seen_keys_T) else seen_keys_T, dtype=np.int64)
 
 
@@ -179,7 +183,7 @@ def _runs(one: Conversation, streams: Sequence[int], windowed: bool) -> Iterator
     With sliding windows, no segment has a gap in its positions.
     """
     T = len(one.positions_T)
-    order_A = np.argsort(np.concatenate([np.zeros(0, np.int64), *(one.keys[s] for s in streams)]), kind="stable")
+    order_A = np.argsort(np.concatenate([np.zeros(0, np.int64), *(one.key_order[s] for s in streams)]), kind="stable")
     seen_keys_T = _seen_keys(one, streams)
     # ordered by when queries see them: each key before the rows that see it
     place_T, place_A = 2 * seen_keys_T, 2 * np.arange(len(order_A)) + 1

@@ -25,7 +25,8 @@ class Layout:
     """How audio tokens, audio rows and position ids of one clip lie in time.
 
     A clip is a sequence of groups of tokens, which cannot be divided. For LAL a group is one token, for the
-    hybrid the r tokens that share a summary token.
+    hybrid the r tokens that share a summary token. Keys and rows of a clip have a place in the order of the
+    conversation, which says what sees what, and position ids, by which RoPE rotates.
     """
 
     seconds_per_token: float
@@ -37,34 +38,49 @@ class Layout:
     keys: bool = True
     """The tokens enter as keys and values."""
     beside: bool = False
-    """Keys reserve no position ids; RoPE rotates them by their index in the clip (cross-attention)."""
+    """The clip reserves no position ids; RoPE rotates keys by their index in the clip (cross-attention)."""
     before: bool = False
-    """With `beside`: RoPE rotates the keys as if they stood directly before the next text row, the last one at the
-    position before it; they share these positions with the text before the clip."""
+    """With `beside`: RoPE rotates keys and rows as if they stood directly before the next text row, the last one at
+    the position before it; they share these positions with the text before the clip."""
     joint: bool = False
     """Tokens of a clip attended to one another inside the LLM, so that chunks of a clip cannot be joined."""
 
     @property
+    def places(self) -> int:
+        """Places of a group in the order of the conversation."""
+        return self.tokens * self.keys + self.rows
+
+    @property
     def span(self) -> int:
         """Position ids that a group reserves."""
-        return 0 if self.beside else self.tokens * self.keys + self.rows
+        return 0 if self.beside else self.places
 
     def groups(self, tokens: int) -> int:
         """Number of groups in a clip of `tokens` tokens; the last group may be incomplete."""
         return -(-tokens // self.tokens)
 
     def key_offsets(self, tokens: int) -> Ints:
-        """Positions of a clip's keys, counted from its start: [A], or [0] without keys."""
-        if not self.keys or self.beside:
-            return np.zeros(tokens * self.keys, np.int64)
-        j_A = np.arange(tokens)
+        """Places of a clip's keys, counted from its start: [A], or [0] without keys."""
+        j_A = np.arange(tokens * self.keys)
         return j_A + j_A // self.tokens * self.rows
+
+    def key_positions(self, tokens: int, start: int) -> Ints:
+        """Positions of a clip's keys in sliding windows, for a clip at position `start`: [A], or [0] without keys."""
+        return np.full(tokens * self.keys, start) if self.beside else start + self.key_offsets(tokens)
 
     def key_rope_positions(self, tokens: int, start: int) -> Ints:
         """Positions that RoPE rotates the keys by, for a clip at position `start`: [A], or [0] without keys."""
-        if not self.beside:
-            return start + self.key_offsets(tokens)
-        return np.arange(tokens * self.keys) + (start - tokens if self.before else 0)
+        if self.beside and not self.before:
+            return np.arange(tokens * self.keys)
+        return self._first(tokens, start) + self.key_offsets(tokens)
+
+    def row_positions(self, tokens: int, start: int) -> Ints:
+        """Position ids of a clip's rows, for a clip at position `start`: [S]."""
+        return self._first(tokens, start) + self.row_offsets(tokens)
+
+    def _first(self, tokens: int, start: int) -> int:
+        """Position id of the first place."""
+        return start - self.groups(tokens) * self.places if self.before else start
 
     def key_times(self, tokens: int) -> Floats:
         """Start and end of each key's token in seconds of the clip: [A, 2]; NaN for tokens without a time."""
@@ -79,10 +95,10 @@ class Layout:
         return np.asarray(tokens_X * (self.seconds_per_token or math.nan), np.float64)
 
     def row_offsets(self, tokens: int) -> Ints:
-        """Positions of a clip's rows, counted from its start: [S]."""
+        """Places of a clip's rows, counted from its start: [S]."""
         group_S = np.arange(self.groups(tokens)).repeat(self.rows)
         within_S = np.tile(np.arange(self.rows), self.groups(tokens))
-        return group_S * self.span + self.tokens * self.keys + within_S
+        return group_S * self.places + self.tokens * self.keys + within_S
 
 
 @dataclass(frozen=True)

@@ -197,10 +197,13 @@ def _padded(
     starts = np.cumsum([0, *lengths])
     table_BT, real_BT = _stack([index_N[a:b] for a, b in pairwise(starts)], left, 0)
     positions_BT, _ = _stack([one.positions for one in layouts], left, 0)
+    order_BT, _ = _stack([one.order for one in layouts], left, 0)
     labels_BT, _ = _stack([one.labels for one in layouts], left, IGNORE)
     moves = Moves()
     token_ids = moves.add(_text_ids(conversations))
-    at_table, at_positions, at_real, at_labels = map(moves.add, (table_BT, positions_BT, real_BT, labels_BT))
+    at_table, at_positions, at_order, at_real, at_labels = map(
+        moves.add, (table_BT, positions_BT, order_BT, real_BT, labels_BT)
+    )
     firsts = [b * longest + (longest - length if left else 0) for b, length in enumerate(lengths)]
     targets = MovedTargets(layouts, firsts, moves)
     moves.go(device)
@@ -219,6 +222,7 @@ def _padded(
                 if output.keys is not None
             ),
             rows_BT=moves[at_positions].long(),
+            order_BT=moves[at_order].long(),
             audio_rows_BT=torch.tensor(audio_rows_BT).to(device),
             token_spans=_token_spans([one.spans for one in layouts], left, device) if with_spans else None,
         )
@@ -258,15 +262,19 @@ def _audio_keys(
 ) -> AudioKeys:
     keys = [one.keys[stream] for one in layouts]
     tokens_BA, mask_BA = _stack([one.clips * output.width_A + one.tokens for one in keys], False, 0)
+    order_BA, _ = _stack([one.order for one in keys], False, 0)
     positions_BA, _ = _stack([one.positions for one in keys], False, 0)
     rope_positions_BA, _ = _stack([one.rope_positions for one in keys], False, 0)
-    tokens, positions, rope_positions = (x.long() for x in move([tokens_BA, positions_BA, rope_positions_BA], device))
+    tokens, order, positions, rope_positions = (
+        x.long() for x in move([tokens_BA, order_BA, positions_BA, rope_positions_BA], device)
+    )
     one_each = [one.clips for one in conversations] == [[clip] for clip in range(len(output.lengths))]
     spans = [one.spans for one in keys]
     return AudioKeys(
         source=source,
         layers=output.layers,
         tokens_BA=None if one_each else tokens,
+        order_BA=order,
         positions_BA=positions,
         rope_positions_BA=rope_positions,
         mask_BA=torch.tensor(mask_BA).to(device),

@@ -63,6 +63,7 @@ def filler(
             sources=np.full(count, -1),
             clips=np.full(count, -1),
             numbers=np.arange(text, text + count),
+            order=np.arange(count),
             positions=np.arange(count),
             labels=np.full(count, IGNORE),
             repeats=np.zeros(count, bool),
@@ -74,11 +75,12 @@ def filler(
 
 
 def _keys(clip: int, tokens: int, count: int, after: int) -> KeyLayout:
-    """Filling keys: their positions are after all rows of their conversation, so that no row sees them."""
+    """Filling keys: they stand after all rows of their conversation, so that no row sees them."""
     positions: Ints = np.arange(after, after + count)
     return KeyLayout(
         clips=np.full(count, clip),
         tokens=np.arange(count) % max(1, tokens),
+        order=positions,
         positions=positions,
         rope_positions=positions,
         spans=None,

@@ -42,8 +42,10 @@ class KeyLayout:
     """Index of the clip in the batch."""
     tokens: Ints
     """Index of the token in its clip."""
+    order: Ints
+    """Place of each key in the conversation; a row sees the keys at or before its own place."""
     positions: Ints
-    """Position of each key; a row sees the keys at or before its own position."""
+    """Position of each key in sliding windows."""
     rope_positions: Ints
     """Positions that RoPE rotates the keys by."""
     spans: Floats | None
@@ -60,7 +62,10 @@ class SequenceLayout:
     """Index of the row's clip in the batch; -1 for text."""
     numbers: Ints
     """Index of an audio row in its clip; index of a text row among the text tokens of all conversations."""
+    order: Ints
+    """Place of each row in the conversation, of which a clip takes one for each key and row."""
     positions: Ints
+    """Position ids, for RoPE and sliding windows."""
     labels: Ints
     repeats: NDArray[np.bool_]
     """True for a repeated row: the last text row again, behind clips."""
@@ -79,7 +84,14 @@ class SequenceLayout:
 
     def conversation(self) -> Conversation:
         """The part of the layout that attention depends on."""
-        return Conversation(self.positions, self.is_text, self.repeats, tuple(one.positions for one in self.keys))
+        return Conversation(
+            self.positions,
+            self.is_text,
+            self.repeats,
+            tuple(one.positions for one in self.keys),
+            self.order,
+            tuple(one.order for one in self.keys),
+        )
 
 
 @dataclass
@@ -113,19 +125,24 @@ class _SequenceBuilder:
         self.count = 0
         self.next = 0
         """Position of the next row."""
+        self.place = 0
+        """Place of the next row."""
         self.last = -1
-        """Position of the last row."""
-        self.last_key = -1
-        """Position of the latest key."""
+        """Place of the last row."""
+        self.beside = False
+        """The last row is of a clip that reserved no position ids."""
         self.last_row: tuple[int, int, int] | None = None
         self.last_text: int | None = None
 
-    def _add(self, source: int, clip: int, numbers: Ints, positions: Ints, labels: Ints, spans: Floats | None) -> None:
+    def _add(
+        self, source: int, clip: int, numbers: Ints, order: Ints, positions: Ints, labels: Ints, spans: Floats | None
+    ) -> None:
         count = len(numbers)
         self.rows.add(
             sources=np.full(count, source),
             clips=np.full(count, clip),
             numbers=numbers,
+            order=order,
             positions=positions,
             labels=labels,
             repeats=np.zeros(count, bool),
@@ -133,15 +150,17 @@ class _SequenceBuilder:
         )
         self.count += count
         if count:
-            self.last = int(positions[-1])
+            self.last, self.beside = int(order[-1]), source >= 0 and self.streams[source].layout.beside
             self.last_row = (source, clip, int(numbers[-1]))
 
     def add_text(self, first: int, count: int, labels: list[int] | None) -> None:
         numbers = np.arange(first, first + count)
         row_labels = np.full(count, IGNORE) if labels is None else np.asarray(labels, np.int64)
-        self._add(-1, -1, numbers, np.arange(self.next, self.next + count), row_labels, self._no_spans(count))
+        order, positions = (np.arange(start, start + count) for start in (self.place, self.next))
+        self._add(-1, -1, numbers, order, positions, row_labels, self._no_spans(count))
         if count:
             self.last_text = first + count - 1
+        self.place += count
         self.next += count
 
     def add_clip(self, clip: int, number: int, stream: int) -> None:
@@ -149,40 +168,45 @@ class _SequenceBuilder:
         stream_layout = self.streams[stream]
         layout, tokens = stream_layout.layout, stream_layout.lengths[clip]
         if stream_layout.rows:
-            offsets = layout.row_offsets(tokens)
+            order, positions = self.place + layout.row_offsets(tokens), layout.row_positions(tokens, self.next)
             spans = self._spans(stream, number, layout.row_times(tokens))
-            self._add(stream, clip, np.arange(len(offsets)), self.next + offsets, np.full(len(offsets), IGNORE), spans)
+            count = len(order)
+            self._add(stream, clip, np.arange(count), order, positions, np.full(count, IGNORE), spans)
         if stream_layout.keys:
-            positions = self.next + layout.key_offsets(tokens)
             self.keys[stream].add(
                 clips=np.full(tokens, clip),
                 tokens=np.arange(tokens),
-                positions=positions,
+                order=self.place + layout.key_offsets(tokens),
+                positions=layout.key_positions(tokens, self.next),
                 rope_positions=layout.key_rope_positions(tokens, self.next),
                 spans=self._spans(stream, number, layout.key_times(tokens)),
             )
-            self.last_key = max(self.last_key, int(positions.max(initial=-1)))
         # reserved even without rows or keys, so that text after the clip has the same position ids as in PLITS
+        self.place += layout.groups(tokens) * layout.places
         self.next += layout.groups(tokens) * layout.span
 
     def repeat_last_row(self) -> None:
-        """Repeat the last text row at the last reserved position, unless the last row sees all audio so far."""
+        """Repeat the last text row at the last reserved position, unless the last row sees all audio so far.
+
+        It is also repeated if the last row is a clip's, but the clip reserved no position ids.
+        """
         if self.last_row is None:
             return  # there is no row to repeat
-        if self.last == self.next - 1 and self.last_key <= self.last:
+        if self.last == self.place - 1 and not self.beside:
             return
         source, clip, number = self.last_row if self.last_text is None else (-1, -1, self.last_text)
         self.rows.add(
             sources=np.array([source]),
             clips=np.array([clip]),
             numbers=np.array([number]),
+            order=np.array([self.place - 1]),
             positions=np.array([self.next - 1]),
             labels=np.array([IGNORE]),
             repeats=np.ones(1, bool),
             spans=self._no_spans(1),
         )
         self.count += 1
-        self.last, self.last_row = self.next - 1, (source, clip, number)
+        self.last, self.last_row, self.beside = self.place - 1, (source, clip, number), False
 
     def _spans(self, stream: int, clip: int, times_X2: Floats) -> Floats | None:
         if not self.with_spans:
@@ -203,8 +227,8 @@ class _SequenceBuilder:
         return SequenceLayout(**rows, repeats=repeats, spans=_floats(self.rows, self.with_spans), keys=tuple(keys))
 
 
-_ROW_COLUMNS = ("sources", "clips", "numbers", "positions", "labels")
-_KEY_COLUMNS = ("clips", "tokens", "positions", "rope_positions")
+_ROW_COLUMNS = ("sources", "clips", "numbers", "order", "positions", "labels")
+_KEY_COLUMNS = ("clips", "tokens", "order", "positions", "rope_positions")
 
 
 def _floats(parts: _GrowingColumns, with_spans: bool) -> Floats | None:

@@ -11,7 +11,7 @@ from pal.backbone.segments import BRIDGE, COPIES, Conversation, crossing_segment
 def seen_by_rule(one, streams, window):
     """[T, T + A]: which rows and which audio keys each row sees."""
     T = len(one.positions_T)
-    keys = np.concatenate([np.zeros(0, int), *(one.keys[s] for s in streams)])
+    keys, places = (np.concatenate([np.zeros(0, int), *(of[s] for s in streams)]) for of in (one.keys, one.key_order))
     seen = np.zeros((T, T + len(keys)), bool)
     for q in range(T):
         text = [s for s in range(q) if one.text_T[s]]
@@ -21,7 +21,7 @@ def seen_by_rule(one, streams, window):
             near = window is None or one.positions_T[q] - one.positions_T[s] < window
             seen[q, s] = not hidden and not repeated and near
         near = True if window is None else one.positions_T[q] - keys < window
-        seen[q, T:] = (keys <= one.positions_T[q] + one.repeats_T[q]) & near
+        seen[q, T:] = (places <= one.order_T[q]) & near
     return seen
 
 
@@ -42,35 +42,49 @@ def seen_in_segments(segments, sources, window=None, causal=True):
 
 @st.composite
 def conversations(draw, streams=1):
-    """Text, clips with keys and summaries, and rows that ask again, as the hybrid lays them out."""
-    positions, text, repeats = [], [], []
-    keys = [[] for _ in range(streams)]
-    now = 0
+    """Text, clips with keys and summaries, and rows that ask again, as the hybrid lays them out.
+
+    Clips reserve position ids, or share those of the text: keys stand at the next text, rows right before it.
+    """
+    order, positions, text, repeats = [], [], [], []
+    key_order, keys = ([[] for _ in range(streams)] for _ in range(2))
+    place = now = 0
+    reserves = draw(st.booleans())
     for _ in range(draw(st.integers(1, 4))):
         count = draw(st.integers(0, 4))
+        order += range(place, place + count)
         positions += range(now, now + count)
         text += [True] * count
         repeats += [False] * count
-        now += count
+        place, now = place + count, now + count
         for stream in range(streams):
             groups = draw(st.integers(0, 2 * BRIDGE))
             stride, summaries = draw(st.sampled_from([(1, 0), (3, 1), (BRIDGE + 1, 1)]))
-            for _ in range(groups if stride < BRIDGE else min(groups, 3)):
-                keys[stream] += range(now, now + stride)
-                now += stride
+            groups = groups if stride < BRIDGE else min(groups, 3)
+            total = groups * (stride + summaries)
+            shift = now - place - (0 if reserves else total)
+            for _ in range(groups):
+                key_order[stream] += range(place, place + stride)
+                keys[stream] += [at + shift if reserves else now for at in range(place, place + stride)]
+                place += stride
                 if summaries:
-                    positions.append(now)
+                    order.append(place)
+                    positions.append(place + shift)
                     text.append(False)
                     repeats.append(False)
-                    now += 1
+                    place += 1
+            now += total * reserves
         if positions and draw(st.booleans()):
+            order.append(place - 1)
             positions.append(now - 1)
             text.append(False)
             repeats.append(True)
     if not positions:
-        positions, text, repeats = [now], [True], [False]
-    as_ints = [np.array(x, np.int64) for x in keys]
-    return Conversation(np.array(positions, np.int64), np.array(text), np.array(repeats), tuple(as_ints))
+        order, positions, text, repeats = [place], [now], [True], [False]
+    as_ints, places = ([np.array(x, np.int64) for x in each] for each in (keys, key_order))
+    return Conversation(
+        np.array(positions, np.int64), np.array(text), np.array(repeats), tuple(as_ints), np.array(order), tuple(places)
+    )
 
 
 @settings(max_examples=150, deadline=None)
@@ -111,7 +125,8 @@ def test_windows_are_right_or_refused(one, window):
 def plain(positions, keys=(), repeats=()):
     positions = np.array(positions)
     again = np.isin(np.arange(len(positions)), repeats)
-    return Conversation(positions, ~again, again, (np.array(keys, np.int64),))
+    keys = (np.array(keys, np.int64),)
+    return Conversation(positions, ~again, again, keys, positions, keys)
 
 
 def test_windows_of_ordinary_clips_are_not_refused():
@@ -172,7 +187,8 @@ def test_rows_look_through_blocks_at_all_keys_before_them(batch):
 
 @pytest.mark.parametrize("order", [[0, 1], [1, 0]])
 def test_streams_count_in_the_order_they_are_given(order):
-    one = Conversation(np.array([0, 40]), np.ones(2, bool), np.zeros(2, bool), (np.arange(1, 20), np.arange(20, 40)))
+    rows, keys = np.array([0, 40]), (np.arange(1, 20), np.arange(20, 40))
+    one = Conversation(rows, np.ones(2, bool), np.zeros(2, bool), keys, rows, keys)
     segments = segments_of([one], order)
     last = segments.keys_K[segments.cu_seqlens_k[-2] :]
     sizes = [len(one.keys[s]) for s in order]
