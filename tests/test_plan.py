@@ -308,7 +308,9 @@ def test_recipes(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("integration", INTEGRATIONS.values(), ids=INTEGRATIONS)
 @pytest.mark.parametrize(
-    "connector", ["mlp", "qformer", {"name": "strided_conv", "stride": 4}, {"name": "conv_transformer", "layers": 1}], ids=str
+    "connector",
+    ["mlp", "qformer", {"name": "strided_conv", "stride": 4}, {"name": "conv_transformer", "layers": 1}],
+    ids=str,
 )
 def test_parameters_are_those_of_the_model(integration: Any, connector: Any) -> None:
     one = recipe(integration, connector=connector)

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from pal.backbone.attention_masks import RowKind, continued, for_beams, row_tiles_of, rows_seen
+from pal.backbone.attention_masks import RowKind, continued, for_beams, of_prompt, row_tiles_of, rows_seen
 from pal.backbone.interfaces import Rope
 from pal.backbone.kernels import supports_split_attention
 from pal.backbone.merged import AttentionTile, TiledKeys, masked
 from pal.backbone.observers import AttentionWeights, attention_weights
-from pal.backbone.score_bias import with_bias
+from pal.backbone.score_bias import SetBias, with_bias
 from pal.errors import PalError
 
 if TYPE_CHECKING:
@@ -42,6 +42,8 @@ class AttentionMetadata:
     """The same as tiles."""
     cross_seen: tuple[Tensor | None, ...]
     """Which audio keys each query sees in cross-attention blocks: bool [B, 1, Q, A]; None for keys without blocks."""
+    biased_rows: tuple[Tensor, ...]
+    """Rows [B, 1, K] of each of the context's `row_biases`."""
 
     @classmethod
     def of(cls, context: AudioContext, attention_mask: Tensor | None, position_ids: Tensor | None) -> AttentionMetadata:
@@ -67,14 +69,17 @@ class AttentionMetadata:
                 f"audio of {context.rows_BT.shape[0]} conversations does not fit position_ids of "
                 f"{position_ids.shape[0]} and attention_mask of {attention_mask.shape[0]}"
             )
-        far = int(position_ids.max())
+        far = int(position_ids.max() - context.rows_BT.min())  # a clip's rows may have negative positions
         windows = tuple(None if window is None or window > far else window for window in context.llm.windows)
         valid_BK = attention_mask.bool()
         kinds = tuple(context.rows_kind(layer, window) for layer, window in enumerate(windows))
         seen = {
             kind: rows_seen(context, kind, valid_BK, position_ids, beams)
             for layer, kind in enumerate(kinds)
-            if context.joined(layer) or kind != (None, ()) or context.observer is not None
+            if context.joined(layer)
+            or kind != (None, ())
+            or context.observer is not None
+            or _row_biases(context, layer)
         }
         order_BQ = continued(context.order_BT, valid_BK.shape[1], beams)[:, -position_ids.shape[1] :]
         joined = {(i, windows[layer]) for layer in range(len(windows)) for i in context.joined(layer)}
@@ -102,6 +107,7 @@ class AttentionMetadata:
             cross_seen=tuple(
                 None if keys.blocks is None else keys.seen(None, order_BQ, position_ids, beams) for keys in context.keys
             ),
+            biased_rows=tuple(of_prompt(rows_BT, valid_BK, beams)[:, None] for _, rows_BT in context.row_biases),
         )
 
     def sets(self, layer: int, key: Tensor, value: Tensor) -> list[TiledKeys] | None:
@@ -116,8 +122,8 @@ class AttentionMetadata:
         if key.shape[2] != self.rows_seen[kind].shape[3]:  # a windowed cache drops old rows
             rows = masked(self.rows_seen[kind][..., -key.shape[2] :])
         joined = [(i, self.key_tiles[i, window]) for i in self.context.joined(layer)]
-        audio = [TiledKeys(*self._made(i, layer), tiles, self._bias(i, layer)) for i, tiles in joined if tiles]
-        return [TiledKeys(key, value, rows), *audio]
+        audio = [TiledKeys(*self._made(i, layer), tiles, self._biases(i, layer)) for i, tiles in joined if tiles]
+        return [TiledKeys(key, value, rows, self._own_biases(layer, key)), *audio]
 
     def whole(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None
@@ -129,25 +135,35 @@ class AttentionMetadata:
         window = self.windows[layer]
         seen = [self.rows_seen[self.kinds[layer]][..., -key.shape[2] :]]
         keys, values = [key], [value]
-        biases: list[Tensor | None] = [None]
+        biases = [self._own_biases(layer, key)]
         for i in self.context.joined(layer):
             seen.append(self.keys_seen[i, window])
             k_BGAC, v_BGAC = self._made(i, layer)
             keys.append(k_BGAC.to(key.dtype))
             values.append(v_BGAC.to(key.dtype))
-            biases.append(self._bias(i, layer))
-        if any(bias is not None for bias in biases):
+            biases.append(self._biases(i, layer))
+        if any(biases):
             query, keys, values, scale = with_bias(query, keys, values, biases, scale)
         return query, torch.cat(keys, dim=2), torch.cat(values, dim=2), torch.cat(seen, dim=3), scale
 
-    def _bias(self, which: int, layer: int) -> Tensor | None:
-        """Bias [H or 1, 1] on the scores of a set of audio keys in a layer."""
+    def _biases(self, which: int, layer: int) -> tuple[SetBias, ...]:
+        """Bias [H or 1, 1] on the scores of a set of audio keys in a layer, if there is one."""
         bias = self.context.keys[which].bias
-        return None if bias is None else bias[layer][:, None]
+        return () if bias is None else ((bias[layer][:, None], None),)
+
+    def _own_biases(self, layer: int, key: Tensor) -> tuple[SetBias, ...]:
+        """Biases [H or 1, 1] on the scores of audio rows in a layer, each with its rows among the keys [B, 1, K]."""
+        return tuple(
+            (bias[layer][:, None], rows_B1K[..., -key.shape[2] :])  # a windowed cache drops old rows
+            for (bias, _), rows_B1K in zip(self.context.row_biases, self.biased_rows, strict=True)
+            if layer in bias
+        )
 
     def ordinary(self, layer: int) -> bool:
         """True if transformers' own mask is right for this layer; it counts windows in rows, not in positions."""
-        return not self.context.joined(layer) and self.kinds[layer] == (None, ())
+        return (
+            not self.context.joined(layer) and self.kinds[layer] == (None, ()) and not _row_biases(self.context, layer)
+        )
 
     def show(self, layer: int, query: Tensor, key: Tensor, scale: float | None) -> None:
         """Call the context's observer with a layer's attention weights, which are computed here for it."""
@@ -157,8 +173,8 @@ class AttentionMetadata:
         window, rows_BN = self.windows[layer], observer.rows_BN
         joined = self.context.joined(layer)
         keys = [key, *(self._made(i, layer)[0].to(key.dtype) for i in joined)]
-        biases = [None, *(self._bias(i, layer) for i in joined)]
-        if any(bias is not None for bias in biases):
+        biases = [self._own_biases(layer, key), *(self._biases(i, layer) for i in joined)]
+        if any(biases):
             query, keys, _, scale = with_bias(query, keys, [], biases, scale)
         seen = [self.rows_seen[self.kinds[layer]], *(self.keys_seen[i, window] for i in joined)]
         weights_BHNX = attention_weights(
@@ -190,6 +206,10 @@ class AttentionMetadata:
                 self.context.observer.crossed(layer, i, _rows(weights_BHQA, self.context.observer.rows_BN))
             x_BQD = blocks[layer](x_BQD, k_BGAC, v_BGAC, seen_B1QA)
         return x_BQD
+
+
+def _row_biases(context: AudioContext, layer: int) -> bool:
+    return any(layer in bias for bias, _ in context.row_biases)
 
 
 def _rows(x_BHQX: Tensor, rows_BN: Tensor) -> Tensor:

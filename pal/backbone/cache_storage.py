@@ -54,6 +54,8 @@ class CachedPrompts:
     keys: tuple[AudioKeyLayout, ...] = ()
     hidden: tuple[tuple[frozenset[int], Tensor], ...] = ()
     """Layers, and rows [B, T] that generated rows do not see in these layers."""
+    row_biases: tuple[tuple[Bias, Tensor], ...] = ()
+    """Biases on the scores of audio rows, and the rows [B, T] that each is for."""
 
     @classmethod
     def padded(cls, context: AudioContext | None, valid_BT: Tensor, positions_BT: Tensor) -> CachedPrompts:
@@ -64,7 +66,7 @@ class CachedPrompts:
             AudioKeyLayout(one.layers, one.blocks is not None, one.mask_BA, one.positions_BA, one.bias)
             for one in context.keys
         )
-        return cls(valid_BT.bool(), positions_BT, keys, context.hidden_rows)
+        return cls(valid_BT.bool(), positions_BT, keys, context.hidden_rows, context.row_biases)
 
     @classmethod
     def packed(cls, context: PackedContext) -> CachedPrompts:
@@ -76,7 +78,9 @@ class CachedPrompts:
             positions_BA, mask_BA = filled([talk.keys[one.stream] for talk in context.conversations], left=False)
             keys.append(AudioKeyLayout(one.layers, one.blocks is not None, mask_BA, positions_BA, one.bias))
         hidden = ((frozenset(range(len(context.windows))), repeats_BT),) if bool(repeats_BT.any()) else ()
-        return cls(valid_BT, positions_BT, tuple(keys), hidden)
+        sources_BT, _ = filled([one.sources_T + 1 for one in context.conversations], left=True)
+        row_biases = tuple((one.bias, sources_BT == one.stream + 1) for one in context.row_biases)
+        return cls(valid_BT, positions_BT, tuple(keys), hidden, row_biases)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -97,9 +101,9 @@ class CachedPrompts:
         return kinds, [kinds.index(kind) for kind in each]
 
     def heads_of_bias(self, kind: Kind, layer: int) -> int:
-        """Most numbers in a bias on the scores of a layer's audio keys: H or 1; 0 without a bias."""
-        biases = [self.keys[i].bias for i in kind[2]]
-        return max((len(bias[layer]) for bias in biases if bias is not None), default=0)
+        """Most numbers in a bias on the scores of a layer's audio: H or 1; 0 without a bias."""
+        biases = [*(self.keys[i].bias for i in kind[2]), *(bias for bias, _ in self.row_biases)]
+        return max((len(bias[layer]) for bias in biases if bias is not None and layer in bias), default=0)
 
 
 def filled(rows: Sequence[Any], left: bool) -> tuple[Tensor, Tensor]:
@@ -137,7 +141,7 @@ class CachePlan:
     crossed: tuple[tuple[int, tuple[int, ...]], ...]
     """For each key set of cross-attention blocks: A, and the layers that the blocks come before."""
     biases: tuple[int, ...]
-    """For each layer, numbers in the bias on the scores of its audio keys: H or 1; 0 without a bias."""
+    """For each layer, numbers in the bias on the scores of its audio: H or 1; 0 without a bias."""
 
     @property
     def slots(self) -> int:

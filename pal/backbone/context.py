@@ -13,6 +13,7 @@ from pal.backbone.audio_keys import AudioKeys
 from pal.backbone.audio_mask import AudioMask, TokenSpans
 from pal.backbone.interfaces import AttentionGeometry
 from pal.backbone.observers import AttentionObserver
+from pal.backbone.score_bias import Bias
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,8 @@ class AudioContext:
     """Places of the prompt's rows, which decide what keys they see."""
     audio_rows_BT: Tensor
     """True where a row of the sequence is not text: an audio row (PLITS, summary tokens) or a repeated row."""
+    row_biases: tuple[tuple[Bias, Tensor], ...] = ()
+    """Biases on the scores of audio rows as keys, and the rows [B, T] that each is for."""
     hidden_rows: tuple[tuple[frozenset[int], Tensor], ...] = ()
     """Layers, and rows [B, T] that no other row sees there."""
     token_spans: TokenSpans | None = None
@@ -86,6 +89,7 @@ class AudioContext:
             rows_BT=self.rows_BT.gather(1, order_BT),
             order_BT=self.order_BT.gather(1, order_BT),
             audio_rows_BT=self.audio_rows_BT.gather(1, order_BT),
+            row_biases=tuple((bias, rows_BT.gather(1, order_BT)) for bias, rows_BT in self.row_biases),
             hidden_rows=tuple((layers, hidden_BT.gather(1, order_BT)) for layers, hidden_BT in self.hidden_rows),
             token_spans=None if self.token_spans is None else self.token_spans.ordered(order_BT),
             repeats_BT=None if self.repeats_BT is None else self.repeats_BT.gather(1, order_BT),

@@ -51,11 +51,12 @@ class DecodeMask:
         crossed = [keys.mask_BA for keys in prompts.keys if keys.crossed]
         seen = [self._seen_by(kind, width, prompts) for kind, (_, width) in zip(kinds, plan.kinds, strict=True)]
         self.far = 0
-        """Largest position of a prompt's row; 0 where the storage is fixed, which does not need it."""
+        """Largest distance of a prompt's rows; 0 where the storage is fixed, which does not need it."""
         whole = [False] * (len(seen) + len(crossed))
         if not plan.fixed:
             facts = [seen_BK[:, : -plan.slots].all() for seen_BK, _ in seen] + [mask_BA.all() for mask_BA in crossed]
-            *found, self.far = torch.stack([*(fact.long() for fact in facts), prompts.positions_BT.max()]).tolist()
+            far = prompts.positions_BT.max() - prompts.positions_BT.min()
+            *found, self.far = torch.stack([*(fact.long() for fact in facts), far]).tolist()
             whole = [bool(fact) for fact in found]
         order_X = torch.arange(plan.slots, device=device) // plan.beams + 1
         with torch.inference_mode(False):  # a fixed storage is reused by other calls
@@ -82,12 +83,22 @@ class DecodeMask:
         ]
         """For each key set of cross-attention blocks, which keys are seen: bool [B, 1, 1, A]; None where all are."""
         self._biases: dict[int, Tensor] = {}
-        """For layers with a bias on the scores of audio, the bias on each key: [1, H or 1, 1, K], 0 for text."""
+        """For layers with a bias on the scores of audio, the bias on each key: [B or 1, H or 1, 1, K], 0 for text."""
         for layer, heads in enumerate(plan.biases):
             if heads:
                 kind = plan.layers[layer]
                 sets = [prompts.keys[i] for i in kinds[kind][2]]
-                self._biases[layer] = kept(self._bias_of(layer, heads, sets, self._seen[kind].seen_BK.shape[1]))
+                bias_1H1K = self._bias_of(layer, heads, sets, self._seen[kind].seen_BK.shape[1])
+                self._biases[layer] = kept(self._with_rows(bias_1H1K, layer, self._seen[kind].prompt, prompts))
+
+    def _with_rows(self, bias_1H1K: Tensor, layer: int, prompt: int, prompts: CachedPrompts) -> Tensor:
+        """The same with the biases on the prompts' audio rows, which end before key `prompt`."""
+        for bias, rows_BT in prompts.row_biases:
+            if layer in bias:
+                places = (prompt - rows_BT.shape[1], bias_1H1K.shape[-1] - prompt)
+                rows_B11K = F.pad(to_device(rows_BT, self.device), places)[:, None, None]
+                bias_1H1K = bias_1H1K + rows_B11K * bias[layer].detach().to(bias_1H1K)[:, None, None]
+        return bias_1H1K
 
     def _bias_of(self, layer: int, heads: int, sets: Sequence[AudioKeyLayout], length: int) -> Tensor:
         """Bias on each of at least `length` keys, of which the audio's are the first: [1, heads, 1, K]."""

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from pal.backbone import kernels
-from pal.backbone.score_bias import with_bias
+from pal.backbone.score_bias import SetBias, with_bias
 
 BLOCK = 128
 """Queries per block where each query sees a few keys more than the one before."""
@@ -54,8 +54,8 @@ class TiledKeys:
     k_BGKC: Tensor
     v_BGKC: Tensor
     tiles: tuple[AttentionTile, ...]
-    bias: Tensor | None = None
-    """Bias [H or 1, 1] on the scores."""
+    biases: tuple[SetBias, ...] = ()
+    """Biases [H or 1, 1] on the scores of all keys or, marked [B, 1, K], of some."""
 
 
 def merged_attention(q_BHQC: Tensor, sets: Sequence[TiledKeys], scale: float | None) -> Tensor:
@@ -76,8 +76,8 @@ def merged_attention(q_BHQC: Tensor, sets: Sequence[TiledKeys], scale: float | N
     keys, values = (
         [x.to(dtype) for x in each] for each in zip(*((one.k_BGKC, one.v_BGKC) for one in sets), strict=True)
     )
-    biases = [one.bias for one in sets]
-    if any(bias is not None for bias in biases):
+    biases = [one.biases for one in sets]
+    if any(biases):
         q_BHQC, keys, values, scale = with_bias(q_BHQC, keys, values, biases, scale)
     tiles = tuple(one.tiles for one in sets)
     tensors = [x for pair in zip(keys, values, strict=True) for x in pair]

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from pal.backbone.audio_keys import rotate
 from pal.backbone.interfaces import AttentionGeometry, KeySource, PackedBlock
 from pal.backbone.rms import rms_norm
-from pal.backbone.score_bias import Bias, KeyScale, with_bias
+from pal.backbone.score_bias import Bias, KeyScale, SetBias, with_bias
 from pal.backbone.segments import Conversation
 from pal.backbone.varlen import segment_attention
 
@@ -136,6 +136,16 @@ class PackedKeys:
 
 
 @dataclass(frozen=True, eq=False)
+class PackedRowBias:
+    """Bias on the scores of a stream's audio rows as keys."""
+
+    stream: int
+    bias: Bias
+    rows_N: Tensor
+    """True for the stream's rows."""
+
+
+@dataclass(frozen=True, eq=False)
 class PackedContext:
     """Layout of a packed batch, and its audio keys."""
 
@@ -151,6 +161,7 @@ class PackedContext:
     windows: tuple[int | None, ...]
     """Sliding window of each layer; None where it covers the whole sequence."""
     keys: tuple[PackedKeys, ...]
+    row_biases: tuple[PackedRowBias, ...] = ()
 
     def mask(self, mask_BT: Tensor) -> Tensor:
         """Placeholder mask [1, 1, 1, 1]: given a 4-dimensional mask, transformers makes none."""
@@ -180,7 +191,8 @@ class PackedContext:
             )
             for one in (self.keys[i] for i in self.joined(layer))
         )
-        return PackedLayer(self.segments[self.kinds[layer]], self.windows[layer], joined, kv_sink)
+        own = tuple((one.bias[layer], one.rows_N[:, None]) for one in self.row_biases if layer in one.bias)
+        return PackedLayer(self.segments[self.kinds[layer]], self.windows[layer], joined, kv_sink, own)
 
     def crosses(self, layer: int) -> bool:
         """Whether blocks stand before a layer."""
@@ -229,6 +241,8 @@ class PackedLayer:
     window: int | None
     joined: tuple[JoinedKeys, ...]
     kv_sink: KVSink | None = None
+    own: tuple[SetBias, ...] = ()
+    """Biases on the scores of the layer's own keys."""
 
     def attend(self, attention: Any, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
         """Queries [1, H, N, C], keys and values [1, G, N, C], after RoPE -> [1, N, H, C]."""
@@ -243,8 +257,8 @@ class PackedLayer:
         if made and self.kv_sink is not None:
             self.kv_sink.joined = made
         keys, values = ([own, *(pair[i].to(dtype) for pair in made)] for i, own in enumerate((k_KGC, v_KGC)))
-        if any(one.bias is not None for one in self.joined):
-            biases = [None, *(one.bias for one in self.joined)]
+        biases = [self.own, *(() if one.bias is None else ((one.bias, None),) for one in self.joined)]
+        if any(biases):
             q_NHC, keys, values, scale = with_bias(q_NHC, keys, values, biases, scale)
         if made:
             k_KGC, v_KGC = torch.cat(keys), torch.cat(values)

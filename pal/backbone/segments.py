@@ -42,6 +42,8 @@ class Conversation:
     """Place of each row; it sees the keys at or before its own place."""
     key_order: tuple[Ints, ...]
     """Place of the audio keys of each stream."""
+    sources_T: Ints
+    """Stream of each row; -1 for text."""
 
 
 @dataclass(frozen=True)

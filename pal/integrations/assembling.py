@@ -17,7 +17,7 @@ from pal.backbone.audio_mask import TokenSpans
 from pal.backbone.context import AudioContext
 from pal.backbone.interfaces import KeySource, PackedBlock
 from pal.backbone.llm import Backbone
-from pal.backbone.packed import PackedContext, PackedSource, take_rows
+from pal.backbone.packed import PackedContext, PackedRowBias, PackedSource, take_rows
 from pal.backbone.score_bias import Bias, KeyScale
 from pal.backbone.segments import Segments, segments_of, where, widened
 from pal.backbone.stream_kv import Layout
@@ -51,6 +51,8 @@ class IntegrationOutput:
     """Bias on the scores of the keys; None without."""
     scale: KeyScale | None = None
     """Factor on the keys; None without."""
+    row_bias: Bias | None = None
+    """Bias on the scores of the rows as keys; None without."""
 
     @property
     def stream_layout(self) -> StreamLayout:
@@ -108,11 +110,12 @@ def _packed(
         layouts = [*layouts, last]
     packed_conversations = [one.conversation() for one in layouts]
     lengths = tuple(len(one) for one in layouts)
-    furthest = max(int(one.positions.max()) for one in layouts)
+    furthest = max(int(one.positions.max() - one.positions.min()) for one in layouts)
     windows = tuple(None if window is None or window > furthest else window for window in llm.windows)
     has_keys = any(len(positions_A) for one in packed_conversations for positions_A in one.keys)
     repeats = any(one.repeats.any() for one in layouts)
-    equal = len(set(lengths)) == 1 and not (fills or has_keys or any(windows) or repeats)
+    biased = [(i, output.row_bias) for i, output in enumerate(streams) if output.row_bias is not None]
+    equal = len(set(lengths)) == 1 and not (fills or has_keys or any(windows) or repeats or biased)
     kinds = [(windows[layer], _joined(streams, layer) if has_keys else ()) for layer in range(llm.n_layers)]
     segments_of_kind: dict[tuple[int | None, tuple[int, ...]], Segments] = {}
     for kind in () if equal else dict.fromkeys(kinds):
@@ -126,6 +129,7 @@ def _packed(
     token_ids = moves.add(_text_ids(conversations, len(layouts[-1]) if fills else 0))
     positions = moves.add(np.concatenate([one.positions for one in layouts]))
     table = None if index_N is None else (moves.add(index_N), [moves.add(x) for x in back])
+    sources = [moves.add(np.concatenate([one.sources == i for one in layouts])) for i, _ in biased]
     targets = MovedTargets(layouts[:n_real], list(np.cumsum([0, *lengths])[:n_real]), moves, lengths[n_real:])
     size = rounded if fills else None
     on_device = {kind: move_segments(segments, moves, size) for kind, segments in segments_of_kind.items()}
@@ -154,6 +158,9 @@ def _packed(
             conversations=tuple(packed_conversations[:n_real]),
             windows=windows,
             keys=tuple(one.keys(moves, llm) for one in keys),
+            row_biases=tuple(
+                PackedRowBias(i, bias, moves[at].bool()) for (i, bias), at in zip(biased, sources, strict=True)
+            ),
         ),
         labels_BT=targets.labels(moves, shape) if labelled else None,
         targets=targets.made(moves) if labelled else None,
@@ -211,7 +218,9 @@ def _padded(
 
     context = None
     _ready(streams, None)
-    if any(output.keys is not None or with_spans for output in streams) and any(one.clips for one in conversations):
+    if any(output.keys is not None or output.row_bias is not None or with_spans for output in streams) and any(
+        one.clips for one in conversations
+    ):
         audio_rows_BT, _ = _stack([~one.is_text for one in layouts], left, False)
         repeats_BT, _ = _stack([one.repeats for one in layouts], left, False)
         context = AudioContext(
@@ -224,6 +233,14 @@ def _padded(
             rows_BT=moves[at_positions].long(),
             order_BT=moves[at_order].long(),
             audio_rows_BT=torch.tensor(audio_rows_BT).to(device),
+            row_biases=tuple(
+                (
+                    output.row_bias,
+                    torch.tensor(_stack([one.sources == i for one in layouts], left, False)[0]).to(device),
+                )
+                for i, output in enumerate(streams)
+                if output.row_bias is not None
+            ),
             token_spans=_token_spans([one.spans for one in layouts], left, device) if with_spans else None,
         )
         if repeats_BT.any():

@@ -130,6 +130,10 @@ class Route(Integration):
         """Factor on the keys; None without."""
         return None
 
+    def row_bias(self) -> Bias | None:
+        """Bias on the attention scores of the rows, as keys; None without."""
+        return None
+
     def fold(self, llm: Backbone) -> int:
         """Fuse linear layers for inference; returns the number of LLM layers in which that was possible.
 
@@ -149,6 +153,7 @@ class Route(Integration):
             blocks=self.blocks(),
             bias=self.bias(),
             scale=self.scale(),
+            row_bias=self.row_bias() if stream.layout.rows else None,
         )
 
 

@@ -26,8 +26,8 @@ class GateOptions(StrictConfig):
     """Gate, and place of the audio among the position ids."""
 
     gate: float | None = Field(default=None, le=0)
-    """Initial bias on the attention scores of audio keys, such as -16; it is learned. None: neither bias nor
-    `key_scale`, as in the paper."""
+    """Initial bias on the attention scores of audio keys, such as -16; it is learned. Audio rows of `pal` have one of
+    their own. None: neither bias nor `key_scale`, as in the paper."""
     key_scale: float = 0.1
     """With `gate`: initial factor on the audio keys, learned for each key/value head. Projected audio can have scores
     above 20 in some heads of an LLM, which no bias of this size would close."""
@@ -35,22 +35,28 @@ class GateOptions(StrictConfig):
     """One bias for each layer, or for each query head of each layer."""
     positions: Literal["reserved", "shared"] = "reserved"
     """`reserved`: a clip reserves position ids, as its rows do in PLITS, and the text after it moves back. `shared`: it
-    reserves none, so the text keeps the position ids it has without audio; RoPE rotates the keys as if they stood
+    reserves none, so the text keeps the position ids it has without audio; RoPE rotates keys and rows as if they stood
     directly before the text that follows the clip."""
 
 
 class ScoreGate(nn.Module):
-    """Bias and factor of each layer: their initial values plus `RATE` or `SCALE_RATE` times weights that start at 0."""
+    """Bias and factor of each layer: their initial values plus `RATE` or `SCALE_RATE` times weights that start at 0.
 
-    def __init__(self, options: GateOptions, layers: Sequence[int], llm: Backbone) -> None:
+    Args:
+        options: initial values.
+        layers: layers that have a gate.
+        llm: the backbone.
+        rows: the gate is of audio rows, whose keys the LLM makes; there is no factor.
+    """
+
+    def __init__(self, options: GateOptions, layers: Sequence[int], llm: Backbone, rows: bool = False) -> None:
         super().__init__()
         assert options.gate is not None
         self.initial, self.initial_scale = options.gate, options.key_scale
         self.layers = tuple(layers)
         heads = llm.heads if options.gate_by == "head" else 1
         self.weight_LH = nn.Parameter(torch.zeros(len(layers), heads))
-
-        self.scale_LG = nn.Parameter(torch.zeros(len(layers), llm.kv_heads))
+        self.scale_LG = None if rows else nn.Parameter(torch.zeros(len(layers), llm.kv_heads))
 
     def bias(self) -> Bias:
         """Bias of each layer, [H] or [1] in float32."""
@@ -59,16 +65,19 @@ class ScoreGate(nn.Module):
 
     def scale(self) -> KeyScale:
         """Factor on the keys of each layer, [G] in float32."""
+        assert self.scale_LG is not None
         scale_LG = self.initial_scale + SCALE_RATE * self.scale_LG.float()
         return dict(zip(self.layers, scale_LG, strict=True))
 
 
-def layout_of(options: GateOptions, seconds_per_token: float, joint: bool = False) -> Layout:
-    """Layout of keys without rows at the positions that the options name."""
+def layout_of(
+    options: GateOptions, seconds_per_token: float, *, tokens: int = 1, rows: int = 0, joint: bool = False
+) -> Layout:
+    """Layout of keys and rows at the positions that the options name."""
     shared = options.positions == "shared"
-    return Layout(seconds_per_token, beside=shared, before=shared, joint=joint)
+    return Layout(seconds_per_token, tokens=tokens, rows=rows, beside=shared, before=shared, joint=joint)
 
 
-def gate_of(options: GateOptions, layers: Sequence[int], llm: Backbone) -> ScoreGate | None:
-    """The gate that the options name; None without."""
-    return None if options.gate is None else ScoreGate(options, layers, llm)
+def gate_of(options: GateOptions, layers: Sequence[int], llm: Backbone, rows: bool = False) -> ScoreGate | None:
+    """The gate that the options name, of keys or of rows; None without."""
+    return None if options.gate is None else ScoreGate(options, layers, llm, rows)

@@ -8,8 +8,9 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from pal.backbone.llm import Backbone
-from pal.backbone.stream_kv import Layout
+from pal.backbone.score_bias import Bias, KeyScale
 from pal.integrations.base import IntegrationOutput, Route
+from pal.integrations.gate import GateOptions, gate_of, layout_of
 from pal.integrations.keys import ProjectedKeys, zeroed
 from pal.integrations.layers import Layers, chosen_layers, toy_layers
 from pal.integrations.projector import LayerProjectorOptions, LayerProjectors, projector
@@ -21,8 +22,8 @@ from pal.types import AudioFeatures
 class PAL(Route):
     """s = MLP(Conv1d_stride_r(a)) as rows, a by LAL in the first third; s_i comes after its r tokens (paper v3)."""
 
-    class Config(LayerProjectorOptions):
-        """Options of `pal` and of its projectors; that of summary tokens is never shared."""
+    class Config(GateOptions, LayerProjectorOptions):
+        """Options of `pal`, of its gates and of its projectors; that of summary tokens is never shared."""
 
         stride: int = Field(default=3, ge=1)
         """r, audio tokens per summary token (paper: 3)."""
@@ -43,16 +44,33 @@ class PAL(Route):
             self._start_from_means()
         self.projector = projector(config, in_width, llm)
         self.projectors = LayerProjectors(config, self.layers, in_width, llm)
+        self.gate = gate_of(config, self.layers, llm)
+        self.row_gate = gate_of(config, range(llm.n_layers), llm, rows=True)
+
+    def bias(self) -> Bias | None:
+        """Bias of the keys' gate."""
+        return None if self.gate is None else self.gate.bias()
+
+    def scale(self) -> KeyScale | None:
+        """Factor of the keys' gate."""
+        return None if self.gate is None else self.gate.scale()
+
+    def row_bias(self) -> Bias | None:
+        """Bias of the summary tokens' gate."""
+        return None if self.row_gate is None else self.row_gate.bias()
 
     def inject(self, features: AudioFeatures, llm: Backbone) -> IntegrationOutput:
         """One key per token in the early layers, one row per `stride` tokens."""
         return IntegrationOutput(
             lengths=features.lengths,
-            layout=Layout(features.seconds_per_token, tokens=self.config.stride, rows=1),
+            layout=layout_of(self.config, features.seconds_per_token, tokens=self.config.stride, rows=1),
             rows_USD=self.projector(self._summary(features)),
             keys=ProjectedKeys(features, self.projectors, llm),
             layers=self.layers,
             width_A=features.x_BAE.shape[1],
+            bias=self.bias(),
+            scale=self.scale(),
+            row_bias=self.row_bias(),
         )
 
     def fold(self, llm: Backbone) -> int:

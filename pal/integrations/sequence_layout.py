@@ -91,6 +91,7 @@ class SequenceLayout:
             tuple(one.positions for one in self.keys),
             self.order,
             tuple(one.order for one in self.keys),
+            self.sources,
         )
 
 

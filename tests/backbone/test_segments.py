@@ -83,7 +83,13 @@ def conversations(draw, streams=1):
         order, positions, text, repeats = [place], [now], [True], [False]
     as_ints, places = ([np.array(x, np.int64) for x in each] for each in (keys, key_order))
     return Conversation(
-        np.array(positions, np.int64), np.array(text), np.array(repeats), tuple(as_ints), np.array(order), tuple(places)
+        np.array(positions, np.int64),
+        np.array(text),
+        np.array(repeats),
+        tuple(as_ints),
+        np.array(order),
+        tuple(places),
+        np.array(text) - 1,
     )
 
 
@@ -126,7 +132,7 @@ def plain(positions, keys=(), repeats=()):
     positions = np.array(positions)
     again = np.isin(np.arange(len(positions)), repeats)
     keys = (np.array(keys, np.int64),)
-    return Conversation(positions, ~again, again, keys, positions, keys)
+    return Conversation(positions, ~again, again, keys, positions, keys, positions * 0 - 1)
 
 
 def test_windows_of_ordinary_clips_are_not_refused():
@@ -188,7 +194,7 @@ def test_rows_look_through_blocks_at_all_keys_before_them(batch):
 @pytest.mark.parametrize("order", [[0, 1], [1, 0]])
 def test_streams_count_in_the_order_they_are_given(order):
     rows, keys = np.array([0, 40]), (np.arange(1, 20), np.arange(20, 40))
-    one = Conversation(rows, np.ones(2, bool), np.zeros(2, bool), keys, rows, keys)
+    one = Conversation(rows, np.ones(2, bool), np.zeros(2, bool), keys, rows, keys, rows * 0 - 1)
     segments = segments_of([one], order)
     last = segments.keys_K[segments.cu_seqlens_k[-2] :]
     sizes = [len(one.keys[s]) for s in order]

@@ -1,8 +1,8 @@
 """A decoder in plain matmuls, float64, one conversation at a time; it shares no code with the product.
 
-Audio and text are entities with positions. Rows are entities that run through all layers; keys are
-entities that exist only as input of a layer's key and value projections. A query sees an entity iff its
-position is not later and, on windowed layers, less than the window away.
+Audio and text are entities with a time and with positions. Rows are entities that run through all layers; keys
+are entities that exist only as input of a layer's key and value projections. A query sees an entity iff its
+time is not later and, on windowed layers, its position is less than the window away.
 """
 
 import math
@@ -17,14 +17,29 @@ AUDIO = -1
 class Scene:
     rows: list = field(default_factory=list)
     """(embedding [D], position, is_text)"""
+    times: list = field(default_factory=list)
+    """Time of each row."""
+    now: int = 0
     keys: dict = field(default_factory=dict)
-    """layer -> list of (u [D], position, position for RoPE, gate: bias on its scores [H] or [1], factor on its keys [G] or [1])"""
+    """layer -> list of (u [D], position, position for RoPE, gate, time); gate: bias on its scores [H] or [1], factor
+    on its keys [G] or [1]"""
     crossed: list = field(default_factory=list)
-    """Flamingo's clips: (weights, layers, position, features [A, E])"""
+    """Flamingo's clips: (weights, layers, time, features [A, E])"""
     updated: list = field(default_factory=list)
-    """Clips of audio queries: (layers, u [A, D], positions [A], positions for RoPE [A], layer -> gate)"""
+    """Clips of audio queries: (layers, u [A, D], positions [A], positions for RoPE [A], layer -> gate, times [A])"""
+    row_gates: dict = field(default_factory=dict)
+    """Number of an audio row -> biases of its scores as a key [layers, H or 1]."""
     asks: dict = field(default_factory=dict)
     """Number of a row that asks again behind clips -> number of the text row that it repeats."""
+
+    def tick(self):
+        """The next time."""
+        self.now += 1
+        return self.now
+
+    def row(self, x, position, is_text):
+        self.rows.append((x, position, is_text))
+        self.times.append(self.tick())
 
 
 def mlp(weights, prefix, x):
@@ -62,14 +77,15 @@ def lay_out(streams, ids, clips, embed, keys=True, rows=True, asked=()):
     said = None
     for number, token in enumerate([*ids, None]):
         behind = number in asked and number > 0 and ids[number - 1] == AUDIO
-        if behind and said is not None and streams[-1].method not in ("PLITS", "PAL"):
+        rows_last = streams and streams[-1].method in ("PLITS", "PAL") and not streams[-1].shared
+        if behind and said is not None and not rows_last:
             scene.asks[len(scene.rows)] = said
-            scene.rows.append((scene.rows[said][0], p - 1, False))
+            scene.row(scene.rows[said][0], p - 1, False)
         if token is None:
             break
         if token != AUDIO:
             said = len(scene.rows)
-            scene.rows.append((embed(token), p, True))
+            scene.row(embed(token), p, True)
             p += 1
             continue
         for stream, a in zip(streams, clips.pop(0), strict=True):
@@ -83,11 +99,11 @@ def place(scene, p, stream, a, keys, rows):
     r, weights, method = stream.stride, stream.weights, stream.method
     if method == "PLITS":
         for u in mlp(weights, "projector", a):
-            scene.rows.append((u, p, False))
+            scene.row(u, p, False)
             p += 1
         return p
     if method == "Flamingo":
-        scene.crossed.append((weights, stream.layers, p, a.double()))
+        scene.crossed.append((weights, stream.layers, scene.tick(), a.double()))
         return p
     none = torch.zeros(1, dtype=torch.float64), torch.ones(1, dtype=torch.float64)
     gates = dict.fromkeys(stream.layers, none)
@@ -97,24 +113,36 @@ def place(scene, p, stream, a, keys, rows):
     if method == "LALAudioQuery":
         turned = p + torch.arange(len(a)) - (len(a) if stream.shared else 0)
         at = torch.full((len(a),), p) if stream.shared else turned
-        scene.updated.append((stream.layers, mlp(weights, "projector", a), at, turned, gates))
+        times = torch.tensor([scene.tick() for _ in a])
+        scene.updated.append((stream.layers, mlp(weights, "projector", a), at, turned, gates, times))
         return p if stream.shared else p + len(a)
+    groups = [range(i, min(i + r, len(a))) for i in range(0, len(a), r)] if method == "PAL" else [range(len(a))]
+    S = len(groups) if method == "PAL" else 0
+    taken = S * (r + 1) if S else len(a)
+    first = p - taken if stream.shared else p
+    started, times = scene.now, {}
+    for i, group in enumerate(groups):  # a group's tokens, then its summary
+        times |= {j: started + j + i + 1 for j in group}
     for layer in stream.layers if keys else ():
         for j, u in enumerate(per_layer(weights, layer, a)):
-            at = p + j + (j // r if method == "PAL" else 0)
-            own = (p, p - len(a) + j) if stream.shared else (at, at)
-            scene.keys.setdefault(layer, []).append((u, *own, gates[layer]))
+            turned = first + j + (j // r if method == "PAL" else 0)
+            at = p if stream.shared else turned
+            scene.keys.setdefault(layer, []).append((u, at, turned, gates[layer], times[j]))
+    scene.now = started + len(a)
     if method == "LAL":
         return p if stream.shared else p + len(a)
-    S = math.ceil(len(a) / r)
     kernel, bias = weights["summarize.weight"].double(), weights["summarize.bias"].double()
     for i in range(S):
         total = bias.clone()
         for j in range(i * r, min((i + 1) * r, len(a))):
             total = total + kernel[:, :, j - i * r] @ a[j].double()
+        scene.now = times[groups[i][-1]]
         if rows:
-            scene.rows.append((mlp(weights, "projector", total[None])[0], p + (i + 1) * r + i, False))
-    return p + S * (r + 1)
+            if stream.gate is not None:
+                scene.row_gates[len(scene.rows)] = stream.gate + 100 * weights["row_gate.weight_LH"].double()
+            scene.row(mlp(weights, "projector", total[None])[0], first + (i + 1) * r + i, False)
+        scene.now = times[groups[i][-1]] + 1
+    return p if stream.shared else p + S * (r + 1)
 
 
 def per_layer(weights, layer, a):
@@ -141,6 +169,8 @@ class Decoder:
         self.hidden = lambda layer, which: torch.zeros(0, dtype=torch.bool)
         """What no other entity sees in a layer: of "rows", "keys" or "crossed", True for each that is hidden."""
         self.asks = {}
+        self.times = None
+        self.row_gates = {}
         self.weights = {}
         """Layer -> softmax of the rows over rows, then keys [H, N, K]; "crossed" and layer -> those of a block."""
 
@@ -189,7 +219,7 @@ class Decoder:
         key_positions = positions
         if extra:
             u = torch.stack([one[0] for one in extra])
-            at, turned = (torch.tensor([one[i] for one in extra]) for i in (1, 2))
+            at, turned, heard = (torch.tensor([one[i] for one in extra]) for i in (1, 2, 4))
             k2, v2 = self.keys_values(layer, u, turned)
             k2 = k2 * torch.stack([one[3][1].expand(k.shape[1]) for one in extra])[..., None]
             k, v, key_positions = torch.cat([k, k2]), torch.cat([v, v2]), torch.cat([positions, at])
@@ -199,11 +229,8 @@ class Decoder:
         q = self.rope(q, positions, layer)
         scale = (self.c.query_pre_attn_scalar if self.kind == "gemma3_text" else self.C) ** -0.5
         distance = positions[:, None] - key_positions[None, :]
-        reach = distance.clone()
-        if not updating:
-            reach[list(self.asks)] += 1
-        seen = reach >= 0
-        seen[:, : len(x)] = distance[:, : len(x)] >= 0
+        times = positions if updating else self.times
+        seen = times[:, None] >= (torch.cat([times, heard]) if extra else times)[None]
         if self.layer_kind(layer) == "sliding_attention":
             seen = seen & (distance < self.c.sliding_window)
         if not updating:
@@ -219,8 +246,10 @@ class Decoder:
         out, weights = [], []
         for head in range(q.shape[1]):
             score = q[:, head] @ k[:, head // groups].T * scale
-            for number, (_, _, _, (bias, _)) in enumerate(extra):
+            for number, (_, _, _, (bias, _), _) in enumerate(extra):
                 score[:, len(x) + number] += bias[head % len(bias)]
+            for number, bias in {} if updating else self.row_gates.items():
+                score[:, number] += bias[layer][head % len(bias[layer])]
             weights.append(torch.softmax(score.masked_fill(~seen, -torch.inf), -1))
             out.append(weights[-1] @ v[:, head // groups])
         if not updating:
@@ -232,17 +261,15 @@ class Decoder:
         w, width = {k: v.double() for k, v in clips[0][0].items()}, self.C
         block = f"cross.{layer}."
         k, v, at, turns = [], [], [], []
-        for _, _, position, a in clips:
+        for _, _, time, a in clips:
             a = layer_norm(w, block + "audio_norm", a)
             k.append((a @ w[block + "k.weight"].T).view(len(a), -1, width))
             v.append((a @ w[block + "v.weight"].T).view(len(a), -1, width))
-            at += [position] * len(a)
+            at += [time] * len(a)
             turns += range(len(a))
         k, v = self.rope(torch.cat(k), torch.tensor(turns), layer), torch.cat(v)
         q = (layer_norm(w, block + "norm", x) @ w[block + "q.weight"].T).view(len(x), -1, width)
-        reach = positions.clone()
-        reach[list(self.asks)] += 1
-        seen = reach[:, None] >= torch.tensor(at)[None]
+        seen = self.times[:, None] >= torch.tensor(at)[None]
         hidden = self.hidden(layer, "crossed")
         if len(hidden):
             seen = seen & ~hidden
@@ -274,7 +301,7 @@ class Decoder:
 
     def every(self, scene):
         """Logits [rows, vocabulary] of all rows, in order."""
-        self.asks = scene.asks
+        self.asks, self.row_gates, self.times = scene.asks, scene.row_gates, torch.tensor(scene.times)
         x = torch.stack([row.double() for row, _, _ in scene.rows])
         positions = torch.tensor([position for _, position, _ in scene.rows])
         for layer in range(self.c.num_hidden_layers):
@@ -283,14 +310,14 @@ class Decoder:
             for weights in {id(clip[0]): clip[0] for clip in crossed}.values():  # stream after stream
                 x = self.cross(layer, x, positions, [clip for clip in crossed if clip[0] is weights])
             extra = list(scene.keys.get(layer, []))
-            for i, (layers, u, at, turned, gates) in enumerate(scene.updated):
+            for i, (layers, u, at, turned, gates, times) in enumerate(scene.updated):
                 if layer not in layers:
                     continue
-                extra += zip(u, at.tolist(), turned.tolist(), [gates[layer]] * len(u), strict=True)
+                extra += zip(u, at.tolist(), turned.tolist(), [gates[layer]] * len(u), times.tolist(), strict=True)
                 change = self.attention(layer, u, turned, [], updating=True)
                 if self.kind == "gemma3_text":
                     change = self.norm(p + "post_attention_layernorm", change)
-                scene.updated[i] = (layers, u + change, at, turned, gates)
+                scene.updated[i] = (layers, u + change, at, turned, gates, times)
             a = self.attention(layer, x, positions, extra)
             if self.kind == "gemma3_text":
                 x = x + self.norm(p + "post_attention_layernorm", a)

@@ -144,7 +144,8 @@ def test_the_first_word_depends_on_the_last_clip(name, place):
 @torch.no_grad()
 def test_positions_go_on_behind_the_clip(name, tokens):
     llm, integration = shared("llama", name)
-    span = {"flamingo": 0, "lal_gated": 0, "query_gated": 0, "pal": -(-tokens // 3) * 4}.get(name, tokens)
+    spans = {"pal": -(-tokens // 3) * 4, **dict.fromkeys(("flamingo", "lal_gated", "query_gated", "pal_gated"), 0)}
+    span = spans.get(name, tokens)
     seen = []
     hook = llm.lm.model.register_forward_pre_hook(
         lambda module, args, kwargs: seen.append(kwargs["position_ids"][0].tolist()), with_kwargs=True

@@ -275,7 +275,7 @@ def test_a_failure_to_record_is_said_once_and_training_goes_on(caplog):
 def test_widened_segments_show_the_same(talks, window, rows):
     """Of all conversations but the last, of text alone, which takes what is added."""
     text = np.arange(rows)
-    last = Conversation(text, text >= 0, text < 0, (text[:0],), text, (text[:0],))
+    last = Conversation(text, text >= 0, text < 0, (text[:0],), text, (text[:0],), text - rows - 1)
     segments = segments_of([*talks, last], [0], window)
     if segments is None:
         return

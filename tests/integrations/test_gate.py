@@ -1,4 +1,4 @@
-"""The gate of LAL: a bias on the scores of audio keys, and positions shared with the text."""
+"""The gates of LAL and PAL: a bias on the scores of audio keys and rows, and positions shared with the text."""
 
 import pytest
 import torch
@@ -17,46 +17,72 @@ TEXT = [5, 6, 7, 8, 9]
 WITH_CLIP = [5, 6, AUDIO, 7, 8, 9]
 
 
-def gated(llm, gate, **options):
+NAMES = ["lal", "pal", "lal_audio_query"]
+
+
+def gated(llm, gate, name="lal", **options):
     torch.manual_seed(3)
-    return build("integration", {"name": "lal", "gate": gate, "positions": "shared"} | options, in_width=E, llm=llm)
+    return build("integration", {"name": name, "gate": gate, "positions": "shared"} | options, in_width=E, llm=llm)
 
 
 def logits_of(llm, integration, ids, side="right"):
+    """Logits of the text."""
     clips = list(range(ids.count(AUDIO)))
-    return llm(integration(features(9) if clips else None, [Tokens(ids, clips)], llm, side)).logits[0]
+    inputs = integration(features(9) if clips else None, [Tokens(ids, clips)], llm, side)
+    logits_TV = llm(inputs).logits[0]
+    return logits_TV[~inputs.audio_context.audio_rows_BT[0]] if clips else logits_TV
 
 
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("family", ["llama", "gemma3", "mistral"])
 @torch.no_grad()
-def test_a_closed_gate_leaves_the_text_llm(family):
+def test_a_closed_gate_leaves_the_text_llm(family, name):
     """-1e4 is closed to the last bit of a float; -16 to what the share exp(-16) of the audio can change."""
     llm, plain = shared(family, "lal")
     text = logits_of(llm, plain, TEXT)
-    torch.testing.assert_close(logits_of(llm, gated(llm, -1e4), WITH_CLIP), text, rtol=1e-5, atol=1e-5)
-    assert (logits_of(llm, gated(llm, -16.0), WITH_CLIP) - text).abs().max() < 1e-3
-    assert (logits_of(llm, gated(llm, 0.0, key_scale=1.0), WITH_CLIP) - text).abs().max() > 1e-2
+    torch.testing.assert_close(logits_of(llm, gated(llm, -1e4, name), WITH_CLIP), text, rtol=1e-5, atol=1e-5)
+    assert (logits_of(llm, gated(llm, -16.0, name), WITH_CLIP) - text).abs().max() < 1e-3
+    assert (logits_of(llm, gated(llm, 0.0, name, key_scale=1.0), WITH_CLIP) - text).abs().max() > 1e-2
     # the clip's positions alone change the text's logits
-    assert (logits_of(llm, gated(llm, -1e4, positions="reserved"), WITH_CLIP) - text).abs().max() > 1e-2
+    assert (logits_of(llm, gated(llm, -1e4, name, positions="reserved"), WITH_CLIP) - text).abs().max() > 1e-2
 
 
+@pytest.mark.parametrize("name", NAMES)
 @torch.no_grad()
-def test_an_open_gate_is_lal():
+def test_an_open_gate_is_the_plain_form(name):
     llm, _ = shared("llama", "lal")
     torch.manual_seed(3)
-    plain = build("integration", {"name": "lal"}, in_width=E, llm=llm)
-    found = logits_of(llm, gated(llm, 0.0, positions="reserved", key_scale=1.0), WITH_CLIP)
+    plain = build("integration", {"name": name}, in_width=E, llm=llm)
+    found = logits_of(llm, gated(llm, 0.0, name, positions="reserved", key_scale=1.0), WITH_CLIP)
     torch.testing.assert_close(found, logits_of(llm, plain, WITH_CLIP), rtol=1e-5, atol=1e-5)
 
 
-def test_projectors_and_gate_learn_behind_a_closed_gate():
+@pytest.mark.parametrize("name", NAMES)
+def test_projectors_and_gates_learn_behind_a_closed_gate(name):
     llm = make_backbone("llama")
-    integration = gated(llm, -16.0, gate_by="head")
+    integration = gated(llm, -16.0, name, gate_by="head")
     labels = [*[-100] * 5, 9]
     llm.loss(integration(features(9), [Tokens(WITH_CLIP, [0], labels)], llm))[0].backward()
-    for name, weight in integration.named_parameters():
-        assert weight.grad.abs().max() > 0, name
+    for part, weight in integration.named_parameters():
+        assert weight.grad.abs().max() > 0, part
     assert integration.gate.weight_LH.grad.abs().min() > 0
+    if name == "pal":
+        assert integration.row_gate.weight_LH.grad.abs().min() > 0
+
+
+@torch.no_grad()
+def test_a_text_after_a_clip_at_the_end_hears_nothing_either():
+    """A row of a clip with a closed gate predicts nothing: the last text row is repeated."""
+    llm, plain = shared("llama", "lal")
+    integration = gated(llm, -1e4, "pal")
+    options = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    said = [
+        llm.generate(
+            one(features(9) if AUDIO in ids else None, [Tokens(ids, [0][: ids.count(AUDIO)])], llm, "left"), **options
+        )
+        for one, ids in ((plain, TEXT), (integration, [*TEXT, AUDIO]))
+    ]
+    assert said[0].tolist() == said[1].tolist()
 
 
 def test_a_weight_moves_its_bias_a_hundredfold():
@@ -86,6 +112,18 @@ def test_two_clips_share_positions_with_the_text():
     torch.testing.assert_close(
         llm(inputs).logits[0].double(), expected_logits(llm, integration, row, audio), rtol=1e-4, atol=1e-4
     )
+
+
+@torch.no_grad()
+def test_summaries_and_keys_share_positions_in_the_order_of_time():
+    """Two groups of three tokens, each with its summary, and one of one, before the text at position 1."""
+    llm, _ = shared("llama", "lal")
+    inputs = gated(llm, -1.0, "pal")(features(7), [Tokens([5, AUDIO, 6], [0])], llm)
+    keys = inputs.audio_context.keys[0]
+    assert inputs.position_ids_BT[0].tolist() == [0, -8, -4, 0, 1]
+    assert keys.rope_positions_BA[0].tolist() == [-11, -10, -9, -7, -6, -5, -3]
+    assert keys.order_BA[0].tolist() == [1, 2, 3, 5, 6, 7, 9]
+    assert inputs.audio_context.order_BT[0].tolist() == [0, 4, 8, 12, 13]
 
 
 def test_a_gate_never_opens_at_the_start():
