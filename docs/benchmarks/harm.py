@@ -20,6 +20,7 @@ SHARED = {"positions": "shared"}
 VARIANTS: dict[str, dict[str, object]] = {
     "LAL, gate, shared positions": {"name": "lal", "gate": -16, **SHARED},
     "first third, gate, shared positions": {"name": "lal", "layers": "first_third", "gate": -16, **SHARED},
+    "PAL, gate, shared positions": {"name": "pal", "gate": -16, **SHARED},
     "audio queries, gate, shared positions": {"name": "lal_audio_query", "gate": -16, **SHARED},
     "LAL, bias -16 alone, shared positions": {"name": "lal", "gate": -16, "key_scale": 1.0, **SHARED},
     "LAL, bias -32 alone, shared positions": {"name": "lal", "gate": -32, "key_scale": 1.0, **SHARED},

@@ -260,8 +260,7 @@ class PackedLayer:
         biases = [self.own, *(() if one.bias is None else ((one.bias, None),) for one in self.joined)]
         if any(biases):
             q_NHC, keys, values, scale = with_bias(q_NHC, keys, values, biases, scale)
-        if made:
-            k_KGC, v_KGC = torch.cat(keys), torch.cat(values)
+        k_KGC, v_KGC = (torch.cat(parts) if made else parts[0] for parts in (keys, values))
         if segments.keys_K is not None:
             k_KGC, v_KGC = (take_rows(x, segments.keys_K, segments.back) for x in (k_KGC, v_KGC))
         out_NHC = packed_attention(segments, q_NHC, k_KGC, v_KGC, True, self.window, scale)

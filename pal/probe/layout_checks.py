@@ -133,7 +133,7 @@ def _memory(model: PalModel, row: Tokens, features: Sequence[AudioFeatures]) -> 
 
 
 def order(inputs: LLMInputs) -> HealthCheck:
-    """Check that positions of a clip's rows and keys are in the order of their times."""
+    """Check that a clip's rows and keys are in the order of their times."""
     name = "order of summary tokens and keys"
     remedy = "Place each summary token right after the last token it stands for: Layout.row_offsets and key_offsets."
     context = inputs.audio_context
@@ -141,31 +141,34 @@ def order(inputs: LLMInputs) -> HealthCheck:
         return HealthCheck(name, "does not apply", "no audio", remedy)
     wrong = compared = 0
     for b in range(inputs.position_ids_BT.shape[0]):
-        rows = _entities(context.token_spans, inputs.position_ids_BT, b)
+        rows = _entities(context.token_spans, context.order_BT, b)
         for keys in context.keys:
             assert keys.token_spans is not None
-            theirs = _entities(keys.token_spans, keys.positions_BA, b)
-            for stream, clip, end, position in rows:
-                for other_stream, other_clip, other_end, other_position in theirs:
+            theirs = _entities(keys.token_spans, keys.order_BA, b)
+            for stream, clip, end, place in rows:
+                for other_stream, other_clip, other_end, other_place in theirs:
                     if (stream, clip) == (other_stream, other_clip) and keys.blocks is None:
                         compared += 1
                         # a row comes after the tokens it stands for, and before all later ones
-                        wrong += (position > other_position) != (other_end <= end + 1e-6)
+                        wrong += (place > other_place) != (other_end <= end + 1e-6)
     if not compared:
         return HealthCheck(name, "does not apply", "audio enters as rows or keys, not both", remedy)
     status: Status = "fault" if wrong else "ok"
     return HealthCheck(name, status, f"{wrong} of {compared} pairs of a row and a key are out of order", remedy)
 
 
-def _entities(spans: TokenSpans, positions_BX: Tensor, b: int) -> list[tuple[int, int, float, int]]:
-    """(stream, clip, end in seconds, position) of the audio tokens of one conversation."""
+def _entities(spans: TokenSpans, order_BX: Tensor, b: int) -> list[tuple[int, int, float, int]]:
+    """(stream, clip, end in seconds, place) of the audio tokens of one conversation."""
     is_audio = spans.stream_BX[b] >= 0
-    columns = (spans.stream_BX, spans.clip_BX, spans.end_BX, positions_BX)
+    columns = (spans.stream_BX, spans.clip_BX, spans.end_BX, order_BX)
     return list(zip(*(column[b][is_audio].tolist() for column in columns), strict=True))
 
 
 def gaps(inputs: LLMInputs) -> HealthCheck:
-    """Check that positions of text leave a gap for each clip, and that text after a clip sees all of it."""
+    """Check that text after a clip sees all of it, and that positions of text leave a gap for each clip.
+
+    Where they leave none, the clips must lie before the text that follows them.
+    """
     name = "gaps in the positions"
     remedy = (
         "Reserve a position id for every audio token and row (Layout.span), and pass position_ids and "
@@ -179,16 +182,20 @@ def gaps(inputs: LLMInputs) -> HealthCheck:
     for b in range(inputs.position_ids_BT.shape[0]):
         is_audio_T = context.token_spans.stream_BX[b] >= 0
         positions_T = inputs.position_ids_BT[b]
-        text = positions_T[inputs.attention_mask_BT[b].bool() & ~is_audio_T]
+        is_text_T = inputs.attention_mask_BT[b].bool() & ~context.audio_rows_BT[b]
+        text = positions_T[is_text_T]
         taken = [positions_T[is_audio_T]]
+        late = 0
         for keys in context.keys:
-            own = keys.positions_BA[b][keys.mask_BA[b]]
             faults += _rope_faults(keys, b)
-            late = int((own > text[-1]).sum())
-            if late:
-                faults.append(f"{late} audio tokens lie after the last text token, which never sees them")
+            late += int((keys.order_BA[b][keys.mask_BA[b]] > context.order_BT[b][is_text_T][-1]).sum())
             if keys.blocks is None:
-                taken.append(own)
+                taken.append(keys.rope_positions_BA[b][keys.mask_BA[b]])
+        if late:
+            faults.append(f"{late} audio tokens lie after the last text token, which never sees them")
+        if not late and len(text) == int(text[-1]) + 1:  # no gaps
+            faults += _shared_faults(context, positions_T, is_text_T, b)
+            continue
         places = torch.cat(taken)
         if len(places.unique()) != len(places):
             faults.append("two audio tokens have the same position")
@@ -206,6 +213,22 @@ def gaps(inputs: LLMInputs) -> HealthCheck:
     return HealthCheck(
         name, "ok", f"{reserved} positions are reserved for audio, and text after each clip sees all of it", remedy
     )
+
+
+def _shared_faults(context: AudioContext, positions_T: Tensor, is_text_T: Tensor, b: int) -> Iterator[str]:
+    """Message if audio does not lie before the text that follows it."""
+    assert context.token_spans is not None
+    is_audio_T = context.token_spans.stream_BX[b] >= 0
+    parts = [(context.order_BT[b][is_audio_T], positions_T[is_audio_T])]
+    for keys in context.keys:
+        if keys.blocks is None:
+            real_A = keys.mask_BA[b]
+            parts.append((keys.order_BA[b][real_A], keys.rope_positions_BA[b][real_A]))
+    for order_X, positions_X in parts:
+        following_X = torch.searchsorted(context.order_BT[b][is_text_T].contiguous(), order_X.contiguous())
+        beyond = int((positions_X >= positions_T[is_text_T][following_X]).sum())
+        if beyond:
+            yield f"{beyond} audio tokens have positions of the text that follows them"
 
 
 def _rope_faults(keys: AudioKeys, b: int) -> Iterator[str]:

@@ -165,6 +165,13 @@ class Loose(LAL):
         return replace(spans, layout=Wide(**vars(spans.layout)))
 
 
+@pytest.mark.parametrize("name", ["lal", "pal", "lal_audio_query"])
+def test_clips_may_share_positions_with_the_text(name, records):
+    found = layout(tiny_model({"name": name, "gate": -1.0, "positions": "shared"}), records)
+    assert found["gaps in the positions"][0] == "ok"
+    assert found["order of summary tokens and keys"][0] == ("ok" if name == "pal" else "does not apply")
+
+
 @pytest.mark.parametrize(("route", "says"), [(Crowded, "audio tokens"), (Loose, "positions free")])
 def test_missing_gaps_are_seen(route, says, records):
     kind, measured = layout(with_route(tiny_model("lal"), route), records)["gaps in the positions"]
