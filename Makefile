@@ -66,7 +66,7 @@ mutants: $(STAMP)
 AUDIO ?= ../shared/audio
 REAL := plits lal-plain lal lal-first-third pal flamingo
 real: $(STAMP)
-	$(BIN)/pal data curriculum --esc10 $(AUDIO)/esc10 --fsdd $(AUDIO)/fsdd --out runs/curriculum --seed 1
+	$(BIN)/pal data curriculum --esc10 $(AUDIO)/esc10 --fsdd $(AUDIO)/fsdd --out runs/curriculum --seed 1 --clips 24000
 	for name in align $(REAL); do \
 		$(BIN)/pal train recipes/real/$$name.yaml --out runs/real/$$name --resume || exit 1; done
 	$(BIN)/python recipes/real/held_out.py $(REAL:%=runs/real/%)

@@ -43,7 +43,7 @@ stay as they are; `pal models get smol` downloads them.
 
 ## What it was trained on
 
-{clips:,} clips of `pal data curriculum` (seed 1): ESC-10 folds 1 to 3 and mixtures of them, spoken digits of four
+{clips:,} clips of `pal data curriculum` (seed {seed}): ESC-10 folds 1 to 3 and mixtures of them, spoken digits of four
 speakers, sentences and word lists by flite and eSpeak NG, notes and melodies by FluidSynth. Recipes:
 {recipes}; {minutes:.0f} minutes on two CPU cores in all. No recorded speech but the digits.
 
@@ -76,8 +76,10 @@ With the adapters on, as in no use of this model, it would be {adapted:.0%}, and
 """
 
 
-def card(model: PalModel, found: dict[str, Any], text: dict[str, Any], reports: list[dict[str, Any]]) -> str:
-    """The model card as Markdown."""
+def card(
+    model: PalModel, found: dict[str, Any], text: dict[str, Any], reports: list[dict[str, Any]], made: dict[str, Any]
+) -> str:
+    """The model card as Markdown; `made` is the curriculum's description."""
     rows = []
     for name, own in found.items():
         low, high = own["ci95"]
@@ -85,7 +87,8 @@ def card(model: PalModel, found: dict[str, Any], text: dict[str, Any], reports: 
     return CARD.format(
         integration=model.config.integration["name"],
         trained=sum(tensor.numel() for tensor in load_file(shipped.SMOL / "model.safetensors").values()),
-        clips=6_000,
+        clips=made["clips"],
+        seed=made["seed"],
         recipes=", ".join(f"`recipes/real/{report['name']}.yaml`" for report in reports),
         minutes=sum(report["seconds"] for report in reports) / 60,
         scores="\n".join(rows),
@@ -116,7 +119,8 @@ def main() -> None:
     found, text = scores(model, args.curriculum, only=args.only), text_answers(model)
     reports = [json.loads((run / "train.json").read_text()) | {"name": run.name} for run in args.runs]
     write_json(args.runs[-1] / "shipped.json", {"scores": found, "text": text})
-    write_text(shipped.SMOL / "README.md", card(model, found, text, reports))
+    made = json.loads((args.curriculum / "curriculum.json").read_text())
+    write_text(shipped.SMOL / "README.md", card(model, found, text, reports, made))
 
 
 if __name__ == "__main__":
