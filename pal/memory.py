@@ -1,7 +1,22 @@
-"""Freed memory of the C library (glibc): kept by the process, or given back to the system."""
+"""Memory of the process: its peak, and whether the C library (glibc) keeps what was freed."""
 
 import ctypes
 import gc
+import sys
+
+import torch
+
+
+def peak_memory(device: torch.device) -> int | None:
+    """Bytes at the peak so far: allocated on a CUDA device, else resident in the process; None where unknown."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def keep_freed_memory() -> bool:

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from pal.data.collate import WaveformCache
 from pal.errors import ConfigError, PalError
 from pal.files import atomic_folder
-from pal.memory import keep_freed_memory
+from pal.memory import keep_freed_memory, peak_memory
 from pal.model import PalModel
 from pal.train import checkpoint, curves, optim, run_folder, stages
 from pal.train.checkpoint import Checkpoint, State
@@ -299,6 +299,7 @@ class Trainer:
                 yield state.step
                 ready = time.monotonic()
         total["median_step_seconds"] = meter.median()
+        total["peak_memory_bytes"] = peak_memory(self.model.llm.device)
         self.model.llm.checkpoint_gradients(False)
         if compiled:  # the next stage may not compile, and the trained model is returned uncompiled
             self.model.llm.uncompile()

@@ -1,5 +1,7 @@
 """Scores of trained runs on the curriculum's held-out questions, and what training did to answers without audio.
 
+How they learned, DIR/curves.png, has each run's training loss over steps and over minutes.
+
     python recipes/real/held_out.py runs/real/plits runs/real/lal runs/real/pal --out runs/real/held-out
 
 For each run DIR/NAME.json, and a Markdown table of all runs whose scores are in DIR. A run whose scores are there is
@@ -10,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +25,11 @@ from pal.data.manifest import Manifest, Record, Turn
 from pal.data.prompts import conversation_of, encode
 from pal.evaluate import evaluate, from_records
 from pal.features import FeatureCache
-from pal.files import write_json
+from pal.files import write_bytes, write_json
 from pal.memory import keep_freed_memory
 from pal.model import PalModel
+from pal.plots import render, style_of
+from pal.train.curves import read_log, smooth
 from pal.types import Batch
 
 PROMPTS = Path(__file__).with_name("prompts.txt").read_text(encoding="utf-8").splitlines()
@@ -123,6 +128,7 @@ def measure(run: Path, curriculum: Path, features: Path) -> dict[str, Any]:
         "steps": sum(stage["steps"] for stage in report["stages"]),
         "seconds": report["seconds"],
         "median_step_seconds": report["stages"][-1]["median_step_seconds"],
+        "peak_memory_bytes": report["stages"][-1].get("peak_memory_bytes"),
         "trained_parameters": report["stages"][-1]["trained_parameters"],
     }
 
@@ -145,10 +151,24 @@ def table(found: list[dict[str, Any]]) -> str:
         ("steps", lambda one: f"{one['steps']:,}"),
         ("median step, s", lambda one: f"{one['median_step_seconds']:.2f}"),
         ("minutes", lambda one: f"{one['seconds'] / 60:.0f}"),
+        ("peak memory in training, GB", lambda one: f"{(one['peak_memory_bytes'] or float('nan')) / 1e9:.1f}"),
         ("trained parameters", lambda one: f"{one['trained_parameters']:,}"),
     ):
         lines.append(f"| {name} | " + " | ".join(of(one) for one in found) + " |")
     return "\n".join(lines)
+
+
+def draw_curves(figure: Any, logs: dict[str, list[dict[str, Any]]]) -> None:
+    """Running means of the loss over steps and over minutes, of each run's log."""
+    by_step, by_minute = figure.subplots(1, 2, sharey=True)
+    for place, (name, lines) in enumerate(logs.items()):
+        style = {**style_of(place), "marker": ""}
+        losses = smooth([line["loss"] for line in lines], 0.8)
+        by_step.plot([line["step"] for line in lines], losses, label=name, **style)
+        by_minute.plot([line["seconds"] / 60 for line in lines], losses, **style)
+    by_step.set(xlabel="step", ylabel="loss a token, running mean", ylim=(0, None))
+    by_minute.set(xlabel="minutes")
+    by_step.legend(fontsize=8, frameon=False)
 
 
 def main() -> None:
@@ -167,6 +187,10 @@ def main() -> None:
         if not path.is_file():
             write_json(path, measure(run, args.curriculum, args.features))
         found.append(json.loads(path.read_text()))
+    logs = {run.name: read_log(run / "log.jsonl") for run in args.runs}
+    rendered = render(partial(draw_curves, logs=logs), (10.0, 4.0))
+    if rendered is not None:
+        write_bytes(args.out / "curves.png", rendered.png)
     print(table(found))
 
 

@@ -49,6 +49,8 @@ def test_the_log_of_the_whole_run(whole: Path) -> None:
     report = json.loads((whole / "train.json").read_text())
     assert [(stage["name"], stage["steps"]) for stage in report["stages"]] == [("hear", 3), ("read", 3), ("join", 5)]
     assert all(stage["median_step_seconds"] > 0 for stage in report["stages"])
+    peaks = [stage["peak_memory_bytes"] for stage in report["stages"]]
+    assert 1e8 < peaks[0] <= peaks[1] <= peaks[2] < 1e12
     assert (whole / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 
