@@ -61,6 +61,18 @@ def load(
     return tokenizer
 
 
+def find(source: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a bundle, also one that leaves it out, of a known LLM, of a folder or on the Hub.
+
+    Raises:
+        BundleError: as `load`.
+        ConfigError: there is no tokenizer that transformers can read.
+    """
+    config = Path(source) / "config.json"
+    entry = json.loads(config.read_text()).get("tokenizer") if config.is_file() else None
+    return load(entry, source) if isinstance(entry, dict) else load_tokenizer(str(source))
+
+
 def digest(tokenizer: PreTrainedTokenizerBase) -> str:
     """SHA-256 of what makes a tokenizer's ids: its vocabulary, special tokens and chat template."""
     about: list[Any] = [

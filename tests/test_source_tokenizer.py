@@ -8,7 +8,7 @@ from transformers import AutoModelForMultimodalLM, AutoProcessor
 from pal.errors import BundleError
 from pal.files import atomic_folder, verify
 from pal.pretrained import SMOLLM2, folder_of
-from pal.source_tokenizer import digest
+from pal.source_tokenizer import digest, find
 from tests.models import noise, pal, tiny_model
 
 CLIP = (noise(0.8).numpy(), 16_000)
@@ -62,6 +62,10 @@ def test_another_tokenizer_is_refused(known, tmp_path):
     with pytest.raises(BundleError, match=f"tokenizer found in '{SMOLLM2.name}' is not that of then.*other_weights"):
         pal.load(tmp_path / "m")
     assert "new" in pal.load(tmp_path / "m", other_weights=True).tokenizer.get_vocab()
+    with pytest.raises(BundleError, match="is not that of then"):
+        AutoProcessor.from_pretrained(tmp_path / "m")
+    assert "new" in AutoProcessor.from_pretrained(tmp_path / "m", other_weights=True).tokenizer.get_vocab()
+    assert AutoModelForMultimodalLM.from_pretrained(tmp_path / "m", other_weights=True).pal.tokenizer is not None
 
 
 @pytest.mark.parametrize("change", ["token", "template", "full"])
@@ -80,3 +84,11 @@ def test_what_the_source_does_not_have_is_kept(known, tmp_path, change):
 def test_other_llms_keep_theirs(tmp_path):
     tiny_model().save_pretrained(tmp_path / "m")
     assert "tokenizer.json" in tokenizer_files(tmp_path / "m")
+
+
+def test_a_tokenizer_is_found_in_any_of_these(known, tmp_path):
+    folder, model = known
+    model.save_pretrained(tmp_path / "m")
+    model.save_pretrained(tmp_path / "full", full=True)
+    for source in (tmp_path / "m", tmp_path / "full", folder, SMOLLM2.name):
+        assert digest(find(source)) == digest(model.tokenizer)

@@ -104,7 +104,7 @@ def data_check(
     tokenizer: Annotated[
         str,
         typer.Option(
-            help="Tokenizer for the example: a bundle, a folder or a Hub id; 'tiny' and 'smol' ship with the package."
+            help="Tokenizer for the example: a bundle, an LLM's folder or Hub id; 'tiny' and 'smol' ship here."
         ),
     ] = "tiny",
     read_to_end: ReadToEnd = False,
@@ -124,9 +124,7 @@ def data_check(
 
     The exit status is 1 if anything is bad, also with --write-clean.
     """
-    from transformers import AutoTokenizer
-
-    from pal import shipped
+    from pal import shipped, source_tokenizer
     from pal.data import clean
     from pal.data.check import check
 
@@ -135,7 +133,7 @@ def data_check(
             clean.check_out(out, file)
     if write_clean is not None and write_clean == write_bad:
         raise ConfigError(f"{write_bad}: --write-clean and --write-bad name the same file; give two files")
-    words = AutoTokenizer.from_pretrained(shipped.FOLDERS.get(tokenizer, tokenizer))
+    words = source_tokenizer.find(shipped.FOLDERS.get(tokenizer, tokenizer))
     report = check(file, words, root=root, progress=shows_progress(), read_to_end=read_to_end)
     facts = report.to_dict()
     if not as_json:

@@ -84,6 +84,7 @@ class PalForConditionalGeneration(PreTrainedModel, GenerationMixin):
         config: PalConfig | None = None,
         dtype: torch.dtype | str | None = None,
         device_map: Any = None,
+        other_weights: bool = False,
         **kwargs: Any,
     ) -> PalForConditionalGeneration:
         """Load a bundle from a folder or the Hub and check its digests; the model is in evaluation mode.
@@ -94,6 +95,7 @@ class PalForConditionalGeneration(PreTrainedModel, GenerationMixin):
             config: the bundle's configuration, if it was read before.
             dtype: dtype of all weights; None or "auto": as they were saved.
             device_map: a device, "auto" for the accelerator if there is one, or a dict that names one device.
+            other_weights: as in `pal.load`.
             kwargs: transformers' options of downloads from the Hub.
 
         Raises:
@@ -104,7 +106,7 @@ class PalForConditionalGeneration(PreTrainedModel, GenerationMixin):
             raise PalError("from_pretrained: arguments by position are not supported; give them by name")
         options = LoadOptions.of(dtype, device_map, kwargs)
         folder = bundle.find(pretrained_model_name_or_path, **options.hub)
-        model = bundle.load(folder, dtype=options.dtype)
+        model = bundle.load(folder, options.dtype, other_weights)
         if config is None:
             config = PalConfig(**bundle.read_description(folder))
         config.name_or_path = str(pretrained_model_name_or_path)
@@ -113,7 +115,7 @@ class PalForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if (folder / _GENERATION_CONFIG).is_file():
             loaded.generation_config = GenerationConfig.from_pretrained(folder)
         left_out = config.left_out
-        if options.dtype is not None:
+        if options.dtype is not None or other_weights:
             state = model.state_dict()
             left_out = {name: bundle.digest(state[name]) for name in left_out}
         loaded._digests = left_out

@@ -80,7 +80,12 @@ class PalProcessor(ProcessorMixin):
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
-        cls, pretrained_model_name_or_path: str | Path, *args: Any, allow_urls: bool = False, **kwargs: Any
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        *args: Any,
+        allow_urls: bool = False,
+        other_weights: bool = False,
+        **kwargs: Any,
     ) -> PalProcessor:
         """Load a processor from a bundle, a folder that `save_pretrained` wrote, or the Hub.
 
@@ -88,6 +93,7 @@ class PalProcessor(ProcessorMixin):
             pretrained_model_name_or_path: folder or Hub id.
             args: as in transformers.
             allow_urls: fetch clips from URLs.
+            other_weights: take the tokenizer of the LLM's source also where it is not that of then.
             kwargs: transformers' options.
 
         Raises:
@@ -96,14 +102,16 @@ class PalProcessor(ProcessorMixin):
         folder = Path(pretrained_model_name_or_path)
         if (folder / MANIFEST).is_file():
             verify(folder, _PROCESSOR_FILES)
-        processor = cls._with_source_tokenizer(pretrained_model_name_or_path, kwargs)
+        processor = cls._with_source_tokenizer(pretrained_model_name_or_path, other_weights, kwargs)
         if processor is None:
             processor = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         processor.allow_urls = allow_urls
         return processor
 
     @classmethod
-    def _with_source_tokenizer(cls, source: str | Path, kwargs: dict[str, Any]) -> PalProcessor | None:
+    def _with_source_tokenizer(
+        cls, source: str | Path, other_weights: bool, kwargs: dict[str, Any]
+    ) -> PalProcessor | None:
         """The processor of a bundle that leaves its tokenizer out; None for others."""
         hub = {name: kwargs[name] for name in HUB if kwargs.get(name) is not None}
         try:
@@ -112,7 +120,7 @@ class PalProcessor(ProcessorMixin):
             return None
         if not isinstance(entry, dict):
             return None
-        tokenizer = source_tokenizer.load(entry, source)
+        tokenizer = source_tokenizer.load(entry, source, other_weights)
         options, _ = cls.get_processor_dict(str(source), **hub)
         options.pop("processor_class", None)
         return cls(tokenizer, getattr(tokenizer, "chat_template", None), **options)
