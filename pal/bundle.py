@@ -118,12 +118,12 @@ def load(path: str | Path, dtype: torch.dtype | None = None, other_weights: bool
     Args:
         path: folder of the bundle or of the training run that made it, or a Hub id.
         dtype: type of the weights in memory; by default, the type they had when they were saved.
-        other_weights: go on with a `WeightsWarning` where weights at the source of the LLM or encoder are not those
-            that the bundle was made with, such as another quantisation of the same LLM.
+        other_weights: go on with a `WeightsWarning` where weights at the source of the LLM or encoder, or the LLM's
+            tokenizer, are not those that the bundle was made with, such as another quantisation of the same LLM.
         hub: options of huggingface_hub's snapshot_download, such as `revision` and `token`.
 
     Raises:
-        BundleError: missing, damaged, of another format, or with another LLM or encoder at the source.
+        BundleError: missing, damaged, of another format, or with another LLM, tokenizer or encoder at the source.
     """
     folder = find(path, **hub)
     files = verify(folder)

@@ -5,7 +5,7 @@ import json
 import pytest
 from transformers import AutoModelForMultimodalLM, AutoProcessor
 
-from pal.errors import BundleError
+from pal.errors import BundleError, WeightsWarning
 from pal.files import atomic_folder, verify
 from pal.pretrained import SMOLLM2, folder_of
 from pal.source_tokenizer import digest, find
@@ -61,11 +61,14 @@ def test_another_tokenizer_is_refused(known, tmp_path):
     other.save_pretrained(folder)
     with pytest.raises(BundleError, match=f"tokenizer found in '{SMOLLM2.name}' is not that of then.*other_weights"):
         pal.load(tmp_path / "m")
-    assert "new" in pal.load(tmp_path / "m", other_weights=True).tokenizer.get_vocab()
+    with pytest.warns(WeightsWarning, match=r"tokenizer found .* answers will differ"):
+        assert "new" in pal.load(tmp_path / "m", other_weights=True).tokenizer.get_vocab()
     with pytest.raises(BundleError, match="is not that of then"):
         AutoProcessor.from_pretrained(tmp_path / "m")
-    assert "new" in AutoProcessor.from_pretrained(tmp_path / "m", other_weights=True).tokenizer.get_vocab()
-    assert AutoModelForMultimodalLM.from_pretrained(tmp_path / "m", other_weights=True).pal.tokenizer is not None
+    with pytest.warns(WeightsWarning, match="tokenizer found"):
+        assert "new" in AutoProcessor.from_pretrained(tmp_path / "m", other_weights=True).tokenizer.get_vocab()
+    with pytest.warns(WeightsWarning, match="tokenizer found"):
+        AutoModelForMultimodalLM.from_pretrained(tmp_path / "m", other_weights=True)
 
 
 @pytest.mark.parametrize("change", ["token", "template", "full"])
@@ -79,6 +82,44 @@ def test_what_the_source_does_not_have_is_kept(known, tmp_path, change):
     assert "tokenizer.json" in tokenizer_files(tmp_path / "m")
     assert json.loads((tmp_path / "m" / "config.json").read_text())["tokenizer"] is None
     assert digest(pal.load(tmp_path / "m").tokenizer) == digest(model.tokenizer)
+
+
+def test_a_source_out_of_reach_does_not_keep_a_bundle_from_being_written(known, tmp_path):
+    folder, model = known
+    folder.rename(tmp_path / "gone")
+    (tmp_path / "gone").joinpath("tokenizer.json").unlink()
+    (tmp_path / "gone").rename(folder)
+    model.save_pretrained(tmp_path / "m")
+    assert "tokenizer.json" in tokenizer_files(tmp_path / "m")
+
+
+def test_options_of_the_processor_hold(known, tmp_path):
+    _, model = known
+    model.save_pretrained(tmp_path / "m")
+    processor = AutoProcessor.from_pretrained(tmp_path / "m", system="Be short.", after_clip="|")
+    assert (processor.system, processor.after_clip) == ("Be short.", "|")
+
+
+@pytest.mark.parametrize("change", [None, "token", "template"])
+def test_a_processor_saved_into_a_bundle_comes_back(known, tmp_path, change):
+    _, model = known
+    model.save_pretrained(tmp_path / "m")
+    processor = AutoProcessor.from_pretrained(tmp_path / "m")
+    if change == "token":
+        processor.tokenizer.add_tokens(["new"])
+    if change == "template":
+        processor.chat_template = "{{ messages[0]['content'] }}"
+    processor.save_pretrained(tmp_path / "m")
+    again = AutoProcessor.from_pretrained(tmp_path / "m")
+    assert again.tokenizer.get_vocab() == processor.tokenizer.get_vocab()
+    assert again.chat_template == processor.chat_template
+    assert (tokenizer_files(tmp_path / "m") == []) == (change is None)
+
+
+def test_a_configuration_that_is_none(tmp_path):
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(BundleError, match=r"config\.json: no JSON object"):
+        find(tmp_path)
 
 
 def test_other_llms_keep_theirs(tmp_path):

@@ -2,9 +2,9 @@
 
     python docs/benchmarks/real_step.py --json
 
-Eight clips of five seconds, whose features are there already, one short question and answer each; LoRA on the LLM's
-attention, connector and projectors, in float32, with AdamW. SmolLM2-135M-Instruct and Whisper tiny.en, at 50 tokens a
-second (`mlp`) and at 12.5 (`strided_conv`). Median of the steps after one that does not count.
+Eight clips of five seconds, whose features are there already, one short question and answer each. Trained are LoRA on
+the LLM's attention, the connector and the projectors, in float32, with AdamW. SmolLM2-135M-Instruct and Whisper
+tiny.en, at 50 tokens a second (`mlp`) and at 12.5 (`strided_conv`). Median of the steps after one that does not count.
 """
 
 from __future__ import annotations

@@ -58,7 +58,8 @@ def continued(x_BT: Tensor, length: int, beams: int) -> Tensor:
     more = length - x_BT.shape[1]
     if more <= 0:
         return x_BT[:, :length]
-    return torch.cat((x_BT, x_BT[:, -1:] + torch.arange(1, more + 1, device=x_BT.device)), dim=1)
+    # the last real row has the largest, on whichever side the padding is, whose numbers are 0
+    return torch.cat((x_BT, x_BT.amax(1, keepdim=True) + torch.arange(1, more + 1, device=x_BT.device)), dim=1)
 
 
 def of_prompt(x_BT: Tensor, valid_BK: Tensor, beams: int) -> Tensor:

@@ -69,7 +69,8 @@ class AttentionMetadata:
                 f"audio of {context.rows_BT.shape[0]} conversations does not fit position_ids of "
                 f"{position_ids.shape[0]} and attention_mask of {attention_mask.shape[0]}"
             )
-        far = int(position_ids.max() - context.rows_BT.min())  # a clip's rows may have negative positions
+        # rows of a clip may have negative positions, or share them, and transformers counts rows
+        far = max(int(position_ids.max() - context.rows_BT.min().clamp(max=0)), attention_mask.shape[1] - 1)
         windows = tuple(None if window is None or window > far else window for window in context.llm.windows)
         valid_BK = attention_mask.bool()
         kinds = tuple(context.rows_kind(layer, window) for layer, window in enumerate(windows))

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pal.backbone.cache_storage import AudioKeyLayout, CachedPrompts, CachePlan, Kind, kept
+from pal.backbone.score_bias import Bias
 from pal.transfer import to_device
 
 ALIGNED = 8
@@ -55,7 +56,7 @@ class DecodeMask:
         whole = [False] * (len(seen) + len(crossed))
         if not plan.fixed:
             facts = [seen_BK[:, : -plan.slots].all() for seen_BK, _ in seen] + [mask_BA.all() for mask_BA in crossed]
-            far = prompts.positions_BT.max() - prompts.positions_BT.min()
+            far = prompts.positions_BT.max() - prompts.positions_BT.min().clamp(max=0)
             *found, self.far = torch.stack([*(fact.long() for fact in facts), far]).tolist()
             whole = [bool(fact) for fact in found]
         order_X = torch.arange(plan.slots, device=device) // plan.beams + 1
@@ -84,19 +85,20 @@ class DecodeMask:
         """For each key set of cross-attention blocks, which keys are seen: bool [B, 1, 1, A]; None where all are."""
         self._biases: dict[int, Tensor] = {}
         """For layers with a bias on the scores of audio, the bias on each key: [B or 1, H or 1, 1, K], 0 for text."""
+        biased = [(bias, to_device(rows_BT, device)) for bias, rows_BT in prompts.row_biases]
         for layer, heads in enumerate(plan.biases):
             if heads:
                 kind = plan.layers[layer]
                 sets = [prompts.keys[i] for i in kinds[kind][2]]
                 bias_1H1K = self._bias_of(layer, heads, sets, self._seen[kind].seen_BK.shape[1])
-                self._biases[layer] = kept(self._with_rows(bias_1H1K, layer, self._seen[kind].prompt, prompts))
+                self._biases[layer] = kept(self._with_rows(bias_1H1K, layer, self._seen[kind].prompt, biased))
 
-    def _with_rows(self, bias_1H1K: Tensor, layer: int, prompt: int, prompts: CachedPrompts) -> Tensor:
+    def _with_rows(self, bias_1H1K: Tensor, layer: int, prompt: int, biased: Sequence[tuple[Bias, Tensor]]) -> Tensor:
         """The same with the biases on the prompts' audio rows, which end before key `prompt`."""
-        for bias, rows_BT in prompts.row_biases:
+        for bias, rows_BT in biased:
             if layer in bias:
                 places = (prompt - rows_BT.shape[1], bias_1H1K.shape[-1] - prompt)
-                rows_B11K = F.pad(to_device(rows_BT, self.device), places)[:, None, None]
+                rows_B11K = F.pad(rows_BT, places)[:, None, None]
                 bias_1H1K = bias_1H1K + rows_B11K * bias[layer].detach().to(bias_1H1K)[:, None, None]
         return bias_1H1K
 

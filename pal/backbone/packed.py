@@ -157,7 +157,7 @@ class PackedContext:
     kinds: tuple[int, ...]
     """Index in `segments` of each layer."""
     conversations: tuple[Conversation, ...]
-    """Positions of each conversation's rows and keys; on the host."""
+    """Order and positions of each conversation's rows and keys; on the host."""
     windows: tuple[int | None, ...]
     """Sliding window of each layer; None where it covers the whole sequence."""
     keys: tuple[PackedKeys, ...]

@@ -1,10 +1,10 @@
 """Segments of a variable-length attention call: which rows and keys belong to each; computed on the host.
 
 Queries of a conversation that see the same audio keys in a layer are a run. Each run becomes a segment, whose keys are
-all that it sees, ordered by position: [before | audio | after]. Attention in a segment is causal, aligned at the end:
-its last query sees all keys, the query before it all but the last (`segment_attention`). Where only a few keys lie
-between two runs, as between PAL's summary tokens, the runs share a segment, and each of these keys gets a dummy query,
-whose output is not used.
+all that it sees, in the order of the conversation: [before | audio | after]. Attention in a segment is causal, aligned
+at the end: its last query sees all keys, the query before it all but the last (`segment_attention`). Where only a few
+keys lie between two runs, as between PAL's summary tokens, the runs share a segment, and each of these keys gets a
+dummy query, whose output is not used.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -122,11 +123,16 @@ class PalProcessor(ProcessorMixin):
             return None
         tokenizer = source_tokenizer.load(entry, source, other_weights)
         options, _ = cls.get_processor_dict(str(source), **hub)
-        options.pop("processor_class", None)
-        return cls(tokenizer, getattr(tokenizer, "chat_template", None), **options)
+        options["chat_template"] = getattr(tokenizer, "chat_template", None)
+        given = {name: value for name, value in kwargs.items() if name not in {*HUB, "trust_remote_code"}}
+        made: PalProcessor = cls.from_args_and_dict([tokenizer], options, **given)
+        return made
 
     def save_pretrained(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs: Any) -> list[str]:
-        """Save the processor to a folder; if that is a bundle, update its `manifest.json`, too."""
+        """Save the processor to a folder; if that is a bundle, update its `manifest.json`, too.
+
+        A bundle that leaves its LLM's tokenizer out still does if this is the same, else it has this one from now on.
+        """
         folder = Path(save_directory)
         if push_to_hub:
             raise ConfigError("a processor is uploaded with its model: model.push_to_hub(...), or pal push")
@@ -136,6 +142,14 @@ class PalProcessor(ProcessorMixin):
         with tempfile.TemporaryDirectory() as scratch:
             super().save_pretrained(scratch, **kwargs)
             contents = {str(p.relative_to(scratch)): p.read_bytes() for p in Path(scratch).rglob("*") if p.is_file()}
+        config = json.loads((folder / "config.json").read_text())
+        entry = config.get("tokenizer")
+        if entry:
+            same = source_tokenizer.digest(self.tokenizer) == entry["digest"]
+            if same and self.chat_template == getattr(self.tokenizer, "chat_template", None):
+                contents = {name: data for name, data in contents.items() if name == "processor_config.json"}
+            else:
+                contents["config.json"] = (json.dumps({**config, "tokenizer": None}, indent=1) + "\n").encode()
         amend(folder, contents)
         return [str(folder / name) for name in contents]
 

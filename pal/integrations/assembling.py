@@ -36,7 +36,7 @@ class IntegrationOutput:
     lengths: Sequence[int]
     """Audio tokens of each clip."""
     layout: Layout
-    """Offsets of keys and rows within the position ids that a clip reserves."""
+    """How keys and rows of a clip lie in the order of the conversation, and their position ids."""
     rows_USD: Tensor | None = None
     """Embeddings of audio rows, which run through all layers; None without any."""
     keys: KeySource | None = None
@@ -110,7 +110,7 @@ def _packed(
         layouts = [*layouts, last]
     packed_conversations = [one.conversation() for one in layouts]
     lengths = tuple(len(one) for one in layouts)
-    furthest = max(int(one.positions.max() - one.positions.min()) for one in layouts)
+    furthest = max(max(int(one.positions.max() - min(0, one.positions.min())), len(one) - 1) for one in layouts)
     windows = tuple(None if window is None or window > furthest else window for window in llm.windows)
     has_keys = any(len(positions_A) for one in packed_conversations for positions_A in one.keys)
     repeats = any(one.repeats.any() for one in layouts)

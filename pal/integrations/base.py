@@ -57,8 +57,8 @@ class Integration(nn.Module, ABC):
             conversations: token ids; their `clips` are indices into the clips of `features`.
             llm: the backbone, for embeddings and K/V.
             padding_side: side of the padding of shorter conversations. "none": packed, one after the other without
-                padding. If attention does not fit into segments (a sliding window over positions without a row or key,
-                or `with_spans`), conversations are padded on the right instead.
+                padding. If attention does not fit into segments (a sliding window over positions that have no
+                row or key, or several, or `with_spans`), conversations are padded on the right instead.
             with_spans: add stream, clip and time span of each row and key (`TokenSpans`), which audio masks and
                 attention observers need. A batch with clips then always has an audio context.
 

@@ -1,4 +1,4 @@
-"""`ScoreGate`: a learned bias and factor on the scores of audio keys, so that attaching audio does the LLM no harm."""
+"""`ScoreGate`: a learned bias on the scores of audio, so that attaching it does the LLM no harm."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ class StreamLayout:
     lengths: Sequence[int]
     """Audio tokens of each clip."""
     layout: Layout
-    """Offsets of keys and rows within the position ids that a clip reserves."""
+    """How keys and rows of a clip lie in the order of the conversation, and their position ids."""
     rows: bool
     """True if the stream has audio rows."""
     keys: bool
@@ -187,7 +187,7 @@ class _SequenceBuilder:
         self.next += layout.groups(tokens) * layout.span
 
     def repeat_last_row(self) -> None:
-        """Repeat the last text row at the last reserved position, unless the last row sees all audio so far.
+        """Repeat the last text row at the last position so far, unless the last row sees all audio so far.
 
         It is also repeated if the last row is a clip's, but the clip reserved no position ids.
         """

@@ -28,7 +28,7 @@ from pal.features import FeatureCache
 from pal.files import write_bytes, write_json
 from pal.memory import keep_freed_memory
 from pal.model import PalModel
-from pal.plots import render, style_of
+from pal.plots import escape_label, render, style_of
 from pal.train.curves import read_log, smooth
 from pal.types import Batch
 
@@ -151,7 +151,7 @@ def table(found: list[dict[str, Any]]) -> str:
         ("steps", lambda one: f"{one['steps']:,}"),
         ("median step, s", lambda one: f"{one['median_step_seconds']:.2f}"),
         ("minutes", lambda one: f"{one['seconds'] / 60:.0f}"),
-        ("peak memory in training, GB", lambda one: f"{(one['peak_memory_bytes'] or float('nan')) / 1e9:.1f}"),
+        ("peak memory in training, GB", lambda one: f"{(one.get('peak_memory_bytes') or float('nan')) / 1e9:.1f}"),
         ("trained parameters", lambda one: f"{one['trained_parameters']:,}"),
     ):
         lines.append(f"| {name} | " + " | ".join(of(one) for one in found) + " |")
@@ -164,7 +164,7 @@ def draw_curves(figure: Any, logs: dict[str, list[dict[str, Any]]]) -> None:
     for place, (name, lines) in enumerate(logs.items()):
         style = {**style_of(place), "marker": ""}
         losses = smooth([line["loss"] for line in lines], 0.8)
-        by_step.plot([line["step"] for line in lines], losses, label=name, **style)
+        by_step.plot([line["step"] for line in lines], losses, label=escape_label(name), **style)
         by_minute.plot([line["seconds"] / 60 for line in lines], losses, **style)
     by_step.set(xlabel="step", ylabel="loss a token, running mean", ylim=(0, None))
     by_minute.set(xlabel="minutes")

@@ -1,9 +1,10 @@
-"""Keys that rows see, as rectangles and as a mask: the same."""
+"""Keys that rows see, as rectangles and as a mask: the same; and the places of what is generated."""
 
 from unittest.mock import Mock
 
 import torch
 
+from pal.backbone.attention_masks import continued
 from pal.backbone.audio_keys import AudioKeys
 
 
@@ -23,3 +24,10 @@ def test_rectangles_show_what_the_mask_shows() -> None:
                     masked = piece.mask is not None and piece.mask[min(b - rows[0], len(piece.mask) - 1), 0, i, j] < 0
                     found_BQA[b, query, key] |= not masked and not (piece.causal and j > i)
     assert torch.equal(found_BQA, seen_B1QA[:, 0])
+
+
+def test_what_is_generated_stands_behind_the_last_real_row() -> None:
+    places_BT = torch.tensor([[0, 1, 5, 0], [0, 0, 1, 2]])  # padded on the right, and on the left
+    assert continued(places_BT, 6, 1)[:, 4:].tolist() == [[6, 7], [3, 4]]
+    assert torch.equal(continued(places_BT, 3, 1), places_BT[:, :3])
+    assert continued(places_BT, 5, 2)[:, 4].tolist() == [6, 6, 3, 3]

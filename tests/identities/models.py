@@ -37,6 +37,7 @@ INTEGRATIONS = {
     "lal_audio_query": {"name": "lal_audio_query"},
     "lal_gated": {"name": "lal", "gate": -1.5, "gate_by": "head", "positions": "shared"},
     "pal_gated": {"name": "pal", "stride": STRIDE, "gate": -1.2, "gate_by": "head", "positions": "shared"},
+    "pal_together": {"name": "pal", "stride": STRIDE, "positions": "shared"},
     "query_gated": {"name": "lal_audio_query", "gate": -1.0, "positions": "shared"},
 }
 CROSSED = [

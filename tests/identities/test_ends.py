@@ -144,7 +144,8 @@ def test_the_first_word_depends_on_the_last_clip(name, place):
 @torch.no_grad()
 def test_positions_go_on_behind_the_clip(name, tokens):
     llm, integration = shared("llama", name)
-    spans = {"pal": -(-tokens // 3) * 4, **dict.fromkeys(("flamingo", "lal_gated", "query_gated", "pal_gated"), 0)}
+    without = ("flamingo", "lal_gated", "query_gated", "pal_gated", "pal_together")
+    spans = {"pal": -(-tokens // 3) * 4, **dict.fromkeys(without, 0)}
     span = spans.get(name, tokens)
     seen = []
     hook = llm.lm.model.register_forward_pre_hook(
