@@ -65,7 +65,9 @@ class ConvTransformer(Connector):
             StridedConv.Config(stride=config.stride, kernel=config.kernel, width=inner), in_width=in_width
         )
         hidden = config.hidden or 4 * inner
-        self.layers = nn.ModuleList(_Layer(inner, heads, hidden, config.dropout) for _ in range(config.layers))
+        self.layers = nn.ModuleList(
+            _SelfAttentionLayer(inner, heads, hidden, config.dropout) for _ in range(config.layers)
+        )
         self.out = nn.Sequential(nn.LayerNorm(inner), nn.Linear(inner, self.width))
 
     def forward(self, features: AudioFeatures) -> AudioFeatures:
@@ -78,7 +80,7 @@ class ConvTransformer(Connector):
         return AudioFeatures(self.out(x_BAE), tokens.lengths, tokens.seconds_per_token)
 
 
-class _Layer(nn.Module):
+class _SelfAttentionLayer(nn.Module):
     """Self-attention and a feed-forward network, pre-norm."""
 
     def __init__(self, width: int, heads: int, hidden: int, dropout: float) -> None:

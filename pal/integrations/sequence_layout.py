@@ -189,11 +189,11 @@ class _SequenceBuilder:
     def repeat_last_row(self) -> None:
         """Repeat the last text row at the last position so far, unless the last row sees all audio so far.
 
-        It is also repeated if the last row is a clip's, but the clip reserved no position ids.
+        It is also repeated if the last row is a clip's, but the clip reserved no position ids and there is text.
         """
         if self.last_row is None:
             return  # there is no row to repeat
-        if self.last == self.place - 1 and not self.beside:
+        if self.last == self.place - 1 and (not self.beside or self.last_text is None):
             return
         source, clip, number = self.last_row if self.last_text is None else (-1, -1, self.last_text)
         self.rows.add(

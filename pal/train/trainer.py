@@ -299,7 +299,9 @@ class Trainer:
                 yield state.step
                 ready = time.monotonic()
         total["median_step_seconds"] = meter.median()
-        total["peak_memory_bytes"] = peak_memory(self.model.llm.device)
+        peak = peak_memory(self.model.llm.device)
+        if peak is not None:
+            total["peak_memory_bytes"] = peak
         self.model.llm.checkpoint_gradients(False)
         if compiled:  # the next stage may not compile, and the trained model is returned uncompiled
             self.model.llm.uncompile()

@@ -172,7 +172,7 @@ def test_the_grid_of_compare_yaml():
         (["ffn=half"], [], "axis 'ffn': unknown value 'half'; known: trained, frozen"),
         (["queries=maybe"], [], "axis 'queries': unknown value 'maybe'; known: without, with"),
         (["integration=nope"], [], "unknown integration 'nope'; known: flamingo, lal"),
-        (["connector=5"], [], "unknown connector '5'; known: lfst"),
+        (["connector=5"], [], "unknown connector '5'; known: conv_transformer"),
         (["depth=deep"], [], "axis 'depth': unknown value 'deep'; it takes shares"),
         (["depth=3"], [], "axis 'depth': unknown value '3'"),
         (["width=wide"], [], "axis 'width': unknown value 'wide'"),
