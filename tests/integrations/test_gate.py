@@ -33,6 +33,12 @@ def logits_of(llm, integration, ids, side="right"):
     return logits_TV[~inputs.audio_context.audio_rows_BT[0]] if clips else logits_TV
 
 
+def logits_of_row(llm, integration, row, audio):
+    """Logits of a row's text, in float64."""
+    inputs = integration(audio, [row], llm)
+    return llm(inputs).logits[0][~inputs.audio_context.audio_rows_BT[0]].double()
+
+
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("family", ["llama", "gemma3", "mistral"])
 @torch.no_grad()
@@ -71,6 +77,17 @@ def test_projectors_and_gates_learn_behind_a_closed_gate(name):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize(("tokens", "ids"), [(3, [5, 6, 7, 8, AUDIO, 9, 10, 11]), (12, [5, AUDIO, 6, 7])])
+def test_windows_count_positions_where_rows_share_them(tokens, ids):
+    """A window of 7: eight rows at positions 0 to 6, which all see each other; seven rows at positions from -12 to 2."""
+    llm, integration = shared("mistral", "pal_together")
+    assert set(llm.windows) == {7}
+    row, audio = Tokens(ids, [0]), features(tokens)
+    found = logits_of_row(llm, integration, row, audio)
+    torch.testing.assert_close(found, expected_logits(llm, integration, row, audio), rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
 def test_a_text_after_a_clip_at_the_end_hears_nothing_either():
     """A row of a clip with a closed gate predicts nothing: the last text row is repeated."""
     llm, plain = shared("llama", "lal")
@@ -83,6 +100,8 @@ def test_a_text_after_a_clip_at_the_end_hears_nothing_either():
         for one, ids in ((plain, TEXT), (integration, [*TEXT, AUDIO]))
     ]
     assert said[0].tolist() == said[1].tolist()
+    inputs = integration(features(9), [Tokens([*TEXT, AUDIO], [0])], llm, "left")
+    assert inputs.audio_context.repeats_BT[0].tolist() == [False] * 8 + [True]
 
 
 def test_a_weight_moves_its_bias_a_hundredfold():
