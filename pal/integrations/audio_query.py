@@ -5,9 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from pal.backbone.llm import Backbone
-from pal.backbone.score_bias import Bias, KeyScale
-from pal.integrations.base import IntegrationOutput, Route
-from pal.integrations.gate import GateOptions, gate_of, layout_of
+from pal.integrations.base import IntegrationOutput
+from pal.integrations.gate import GatedRoute, GateOptions, gate_of, layout_of
 from pal.integrations.keys import zeroed
 from pal.integrations.layers import Layers, chosen_layers, toy_layers
 from pal.integrations.projector import ProjectorOptions, projector
@@ -16,7 +15,7 @@ from pal.types import AudioFeatures
 
 
 @register("integration", "lal_audio_query")
-class LALAudioQuery(Route):
+class LALAudioQuery(GatedRoute):
     """u_0 = P(a); u_{l+1} = u_l + attention_l(u_l), without the feed-forward network; K and V of layer l from u_l.
 
     Audio tokens attend to their own clip, causally and within the layer's window, as in PLITS; the paper's LAL has no
@@ -41,14 +40,6 @@ class LALAudioQuery(Route):
         self.in_width = in_width
         self.projector = projector(config, in_width, llm)
         self.gate = gate_of(config, self.layers, llm)
-
-    def bias(self) -> Bias | None:
-        """Bias of the gate."""
-        return None if self.gate is None else self.gate.bias()
-
-    def scale(self) -> KeyScale | None:
-        """Factor of the gate."""
-        return None if self.gate is None else self.gate.scale()
 
     def inject(self, features: AudioFeatures, llm: Backbone) -> IntegrationOutput:
         """One key per token in each injected layer, no rows."""

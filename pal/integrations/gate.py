@@ -13,6 +13,7 @@ from pal.backbone.llm import Backbone
 from pal.backbone.score_bias import Bias, KeyScale
 from pal.backbone.stream_kv import Layout
 from pal.config import StrictConfig
+from pal.integrations.base import Route
 
 RATE = 100.0
 """Change of a bias per change of its weight: with learning rate 0.001 AdamW moves a bias by at most 0.1 a step."""
@@ -68,6 +69,21 @@ class ScoreGate(nn.Module):
         assert self.scale_LG is not None
         scale_LG = self.initial_scale + SCALE_RATE * self.scale_LG.float()
         return dict(zip(self.layers, scale_LG, strict=True))
+
+
+class GatedRoute(Route):
+    """Route whose keys may have a gate."""
+
+    gate: ScoreGate | None
+    """Gate of the keys."""
+
+    def bias(self) -> Bias | None:
+        """Bias of the gate."""
+        return None if self.gate is None else self.gate.bias()
+
+    def scale(self) -> KeyScale | None:
+        """Factor of the gate."""
+        return None if self.gate is None else self.gate.scale()
 
 
 def layout_of(

@@ -8,9 +8,9 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from pal.backbone.llm import Backbone
-from pal.backbone.score_bias import Bias, KeyScale
-from pal.integrations.base import IntegrationOutput, Route
-from pal.integrations.gate import GateOptions, gate_of, layout_of
+from pal.backbone.score_bias import Bias
+from pal.integrations.base import IntegrationOutput
+from pal.integrations.gate import GatedRoute, GateOptions, gate_of, layout_of
 from pal.integrations.keys import ProjectedKeys, zeroed
 from pal.integrations.layers import Layers, chosen_layers, toy_layers
 from pal.integrations.projector import LayerProjectorOptions, LayerProjectors, projector
@@ -19,7 +19,7 @@ from pal.types import AudioFeatures
 
 
 @register("integration", "pal")
-class PAL(Route):
+class PAL(GatedRoute):
     """s = MLP(Conv1d_stride_r(a)) as rows, a by LAL in the first third; s_i comes after its r tokens (paper v3)."""
 
     class Config(GateOptions, LayerProjectorOptions):
@@ -46,14 +46,6 @@ class PAL(Route):
         self.projectors = LayerProjectors(config, self.layers, in_width, llm)
         self.gate = gate_of(config, self.layers, llm)
         self.row_gate = gate_of(config, range(llm.n_layers), llm, rows=True)
-
-    def bias(self) -> Bias | None:
-        """Bias of the keys' gate."""
-        return None if self.gate is None else self.gate.bias()
-
-    def scale(self) -> KeyScale | None:
-        """Factor of the keys' gate."""
-        return None if self.gate is None else self.gate.scale()
 
     def row_bias(self) -> Bias | None:
         """Bias of the summary tokens' gate."""

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from pal.backbone.llm import Backbone
-from pal.backbone.score_bias import Bias, KeyScale
-from pal.integrations.base import IntegrationOutput, Route
-from pal.integrations.gate import GateOptions, gate_of, layout_of
+from pal.integrations.base import IntegrationOutput
+from pal.integrations.gate import GatedRoute, GateOptions, gate_of, layout_of
 from pal.integrations.keys import ProjectedKeys
 from pal.integrations.layers import Layers, chosen_layers, toy_layers
 from pal.integrations.projector import LayerProjectorOptions, LayerProjectors
@@ -14,7 +13,7 @@ from pal.types import AudioFeatures
 
 
 @register("integration", "lal")
-class LAL(Route):
+class LAL(GatedRoute):
     """u_l = P_l(a); keys and values by layer l's own norm and projections (paper, section on LAL).
 
     With a range of layers that does not start at 0, it is the delayed injection of the paper's first version.
@@ -36,14 +35,6 @@ class LAL(Route):
         self.layers = chosen_layers(config.layers, llm)
         self.projectors = LayerProjectors(config, self.layers, in_width, llm)
         self.gate = gate_of(config, self.layers, llm)
-
-    def bias(self) -> Bias | None:
-        """Bias of the gate."""
-        return None if self.gate is None else self.gate.bias()
-
-    def scale(self) -> KeyScale | None:
-        """Factor of the gate."""
-        return None if self.gate is None else self.gate.scale()
 
     def inject(self, features: AudioFeatures, llm: Backbone) -> IntegrationOutput:
         """One key per token in each injected layer, no rows."""
