@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import warnings
 from collections.abc import Collection, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -380,7 +382,13 @@ def source_digests(model: PalModel) -> dict[str, str]:
 
 def _left_out(model: PalModel, kept: set[str]) -> dict[str, str]:
     """Name and SHA-256 of each tensor that the bundle does not hold."""
-    return {name: digest(tensor) for name, tensor in model.state_dict().items() if name not in kept}
+    return digests({name: tensor for name, tensor in model.state_dict().items() if name not in kept})
+
+
+def digests(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """SHA-256 of each tensor's bytes, on all cores: on one, half a gigabyte takes a second."""
+    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+        return dict(zip(tensors, pool.map(digest, tensors.values()), strict=True))
 
 
 def digest(tensor: Tensor) -> str:
@@ -397,7 +405,8 @@ def _for_disk(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
 def _differences(model: PalModel, left_out: Mapping[str, str], folder: Path) -> str | None:
     """How far weights at their source differ from those that the bundle was made with; None where none does."""
     state = model.state_dict()
-    different = [name for name in sorted(left_out) if name in state and digest(state[name]) != left_out[name]]
+    found = digests({name: state[name] for name in sorted(left_out) if name in state})
+    different = [name for name, own in found.items() if own != left_out[name]]
     if not different:
         return None
     parts = [_source_of_part(model, part) for part in dict.fromkeys(map(_part_of, different))]
