@@ -5,8 +5,10 @@ from __future__ import annotations
 import reprlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
+from pal.backbone.shared_prefix import Continuations
 from pal.data.manifest import PLACEHOLDER
 from pal.data.prompts import PromptStyle, encode, user_turn
 from pal.errors import PromptError, shortened
@@ -76,6 +78,30 @@ def check_ids(conversations: Sequence[Tokens], vocab: int, tokenizer: PreTrained
                     f"{named} is outside of the LLM's vocabulary of {vocab}; leave it out, or give the LLM a row "
                     "for it with resize_token_embeddings"
                 )
+
+
+@dataclass(frozen=True)
+class SharedPrefixes:
+    """Conversations in two parts: what neighbours have in common, up to the end of their last clip, and the rest."""
+
+    prefixes: list[Tokens]
+    continuations: Continuations
+
+
+def shared_prefixes(conversations: Sequence[Tokens]) -> SharedPrefixes | None:
+    """Conversations split after their last clips; None if no neighbours begin alike, or one has nothing after it."""
+    parts = [_split(one) for one in conversations]
+    groups = [list(group) for _, group in groupby(parts, key=lambda part: (part[0].ids, part[0].clips))]
+    if len(groups) == len(parts) or any(not prefix.clips or not rest for prefix, rest in parts):
+        return None
+    rests = tuple(rest for _, rest in parts)
+    return SharedPrefixes([group[0][0] for group in groups], Continuations(tuple(map(len, groups)), rests))
+
+
+def _split(one: Tokens) -> tuple[Tokens, list[int]]:
+    """The part of a conversation up to its last clip, and the token ids after it."""
+    end = len(one.ids) - one.ids[::-1].index(AUDIO) if one.clips else 0
+    return Tokens(one.ids[:end], one.clips), one.ids[end:]
 
 
 def _check(questions: list[Any], fits: Callable[[Any], bool]) -> None:

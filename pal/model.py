@@ -35,7 +35,7 @@ from pal.clips import (
     to_one_kind,
     warn_of,
 )
-from pal.conversations import ChatTurns, Question, check_ids, read_question
+from pal.conversations import ChatTurns, Question, check_ids, read_question, shared_prefixes
 from pal.digest import CachedModelDigest
 from pal.errors import ConfigError, PromptError
 from pal.integrations.routed import build_integration
@@ -226,7 +226,13 @@ class PalModel(nn.Module):
         if not conversations:
             return []
         options = {**default_options(self.tokenizer, self.llm.vocab), **options}
-        ids_BT = self.llm.generate(self.inputs(clips, conversations, self.llm.prompt_side(**options)), **options)
+        features = clips if isinstance(clips, ClipFeatures) else self.encode(clips)
+        ids_BT, side = None, self.llm.prompt_side(**options)
+        if (shared := shared_prefixes(conversations)) is not None:
+            prompts = self.inputs(features, shared.prefixes, side)
+            ids_BT = self.llm.generate_shared(prompts, shared.continuations, **options)
+        if ids_BT is None:
+            ids_BT = self.llm.generate(self.inputs(features, conversations, side), **options)
         return [text.strip() for text in self.tokenizer.batch_decode(ids_BT, skip_special_tokens=True)]
 
     def stream(self, clips: Clips, conversation: Tokens, max_new_tokens: int = 64, **options: Any) -> Iterator[str]:

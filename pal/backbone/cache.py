@@ -58,6 +58,16 @@ class JointCache(Cache):
         return self._decode_mask
 
     @property
+    def answers(self) -> int:
+        """Number of rows of a decoding step."""
+        return self.plan.rows * self.plan.beams
+
+    @property
+    def fixed_room(self) -> int | None:
+        """Most rows that can be generated; None if the storage grows."""
+        return self.plan.room if self.plan.fixed else None
+
+    @property
     def begun(self) -> bool:
         """True once the prompts are stored."""
         return self.get_seq_length() > 0

@@ -17,7 +17,8 @@ from pal.backbone.cache import JointCache
 from pal.backbone.context import AudioContext
 from pal.backbone.families import FAMILIES
 from pal.backbone.packed import PackedContext
-from pal.backbone.prefill import cache_for, through_cache
+from pal.backbone.prefill import cache_for, continued, through_cache
+from pal.backbone.shared_prefix import SharedPrefixCache
 from pal.errors import PalError
 
 
@@ -59,6 +60,9 @@ class AudioCausalLM:
             compiled = regions.is_compiled(self.model.layers[0])  # type: ignore[attr-defined]
             given = (input_ids, inputs_embeds, attention_mask, position_ids)
             return through_cache(forward, past_key_values, *given, kwargs, compiled)
+        if isinstance(past_key_values, SharedPrefixCache):
+            compiled = regions.is_compiled(self.model.layers[0])  # type: ignore[attr-defined]
+            return continued(forward, past_key_values, input_ids, position_ids, kwargs, compiled)
         if audio_context is not None:
             if getattr(past_key_values, "is_compileable", False):
                 raise PalError("this cache cannot be used with audio; leave cache_implementation out or say 'static'")

@@ -140,6 +140,19 @@ class DecodeMask:
         for layer, bias in self._biases.items():
             bias.copy_(other._biases[layer])
 
+    def reaches(self, rows: int) -> bool:
+        """True if each of `rows` further rows sees all of the prompts, however short the sliding windows."""
+        return all(one.window is None or one.window > self.far + 1 + rows for one in self._seen)
+
+    def of_prompts(self, layer: int) -> Tensor | None:
+        """Additive mask of the prompts' keys for later rows, with biases: [B or 1, H or 1, 1, K]; None without."""
+        one = self._seen[self.plan.layers[layer]]
+        mask = None if one.whole else self._added(one.seen_BK[:, None, None, : one.prompt])
+        if layer not in self._biases:
+            return mask
+        bias = self._biases[layer][..., : one.prompt]
+        return bias if mask is None else mask + bias
+
     def biased(self, mask: Tensor | None, layer: int, steps: int) -> Tensor | None:
         """A layer's mask of the next step plus its bias on the scores of audio: [B or 1, H or 1, 1 or beams, K].
 

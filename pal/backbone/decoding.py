@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import GenerationConfig, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from pal.backbone.cache import JointCache
+from pal.backbone.shared_prefix import SharedPrefixCache
 
 if TYPE_CHECKING:
     from pal.backbone.llm import Backbone
@@ -116,12 +117,11 @@ class DecodingState:
         cache: of the prompts.
         options: end of an answer, and choice of a token.
         device: of the LLM.
-        fixed: buffers are reused by other calls.
     """
 
-    def __init__(self, cache: JointCache, options: DecodingOptions, device: torch.device) -> None:
-        rows = cache.plan.rows * cache.plan.beams
-        room = cache.plan.room if cache.plan.fixed else options.tokens
+    def __init__(self, cache: JointCache | SharedPrefixCache, options: DecodingOptions, device: torch.device) -> None:
+        rows = cache.answers
+        room = options.tokens if cache.fixed_room is None else cache.fixed_room
         self.cache = cache
         self.pad = options.pad
         self.warpers = None if options.warpers is None else [kind(value) for kind, value in options.warpers]
@@ -136,10 +136,10 @@ class DecodingState:
         self.logits_RV: Tensor | None = None
         """Of the last token."""
 
-    def begin(self, last_B1: Tensor) -> None:
-        """Initialise before the first token, from the positions of the prompts' last rows."""
+    def begin(self, last_R1: Tensor) -> None:
+        """Initialise before the first token, from the position of each answer's last row."""
         self.said_RN.fill_(self.pad)
-        self.positions_R1.copy_(last_B1.repeat_interleave(self.cache.plan.beams, dim=0))
+        self.positions_R1.copy_(last_R1)
         for state in (self.ended_R, self.lengths_R, self.count_1):
             state.zero_()
 

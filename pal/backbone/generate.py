@@ -28,6 +28,7 @@ from pal.backbone.decoding import DecodingOptions, DecodingState, options_of, re
 from pal.backbone.options import check_generation
 from pal.backbone.packed import PackedContext
 from pal.backbone.prefill import as_given, prepared, prompts_of, query_dtype, read_prompts
+from pal.backbone.shared_prefix import Continuations, SharedPrefixCache
 from pal.errors import PalError
 from pal.transfer import to_device
 from pal.types import LLMInputs
@@ -134,13 +135,68 @@ def _decode(llm: Backbone, inputs: LLMInputs, options: DecodingOptions) -> Tenso
     plan = CachePlan.of(llm.windows, prompts, beams=options.copies, room=room, fixed=fixed)
     kept = graphs.borrow(llm, plan, options) if fixed else None
     state = kept.state if kept is not None else DecodingState(JointCache(plan), options, llm.device)
-    state.cache.begin(inputs, prompts, query_dtype(llm, llm.device))
-    logits_RV = read_prompts(llm, state.cache, inputs).repeat_interleave(options.copies, dim=0)
-    state.begin(to_device(prompts.positions_BT[:, -1:], llm.device))
+    cache = state.cache
+    assert isinstance(cache, JointCache)
+    cache.begin(inputs, prompts, query_dtype(llm, llm.device))
+    logits_RV = read_prompts(llm, cache, inputs).repeat_interleave(options.copies, dim=0)
+    last_B1 = to_device(prompts.positions_BT[:, -1:], llm.device)
+    state.begin(last_B1.repeat_interleave(options.copies, dim=0))
     graph = graphs.Stepper(llm, state, kept) if fixed and gpu else None
-    look = 1 if not gpu else LOOK // 4 if graph is None else LOOK
+    said_RN = _said(llm, state, options, logits_RV, graph)
+    if fixed:
+        graphs.give_back(llm, plan, options, state, graph)
+    return said_RN
+
+
+@torch.no_grad()
+def generate_shared(llm: Backbone, prompts: LLMInputs, continuations: Continuations, **kwargs: Any) -> Tensor | None:
+    """New token ids [R (times returned sequences), N] of continuations that share prompts.
+
+    The answers are those of `generate` for each prompt with its continuation as one conversation.
+
+    Args:
+        llm: the LLM.
+        prompts: what conversations have in common, up to the end of their last clip.
+        continuations: the rest of each conversation.
+        kwargs: as in `generate`.
+
+    Returns:
+        None where nothing can be shared: with options that only transformers' loop supports, a static cache, dropout,
+        or sliding windows that end within the prompts.
+    """
+    check_generation(kwargs)
+    options = options_of(resolved(llm, kwargs), kwargs)
+    if options is None or options.cache == "static" or options.streamer is not None or not llm.attends_to_audio:
+        return None
+    if llm.lm.training and llm.dropout:
+        return None
+    inputs = padded_left(prompts)
+    layout = prompts_of(inputs)
+    cache = JointCache(CachePlan.of(llm.windows, layout, room=1))
+    cache.begin(inputs, layout, query_dtype(llm, llm.device))
+    if not cache.decode_mask.reaches(max(map(len, continuations.ids)) + options.tokens):
+        return None
+    read_prompts(llm, cache, inputs)
+    continuations = continuations.repeated(options.copies)
+    ids_RT, positions_RT = continuations.rows(to_device(layout.positions_BT[:, -1], llm.device))
+    shared = SharedPrefixCache(cache, continuations, room=min(options.tokens, ROOM))
+    state = DecodingState(shared, options, llm.device)
+    out = llm.lm(input_ids=ids_RT, position_ids=positions_RT, past_key_values=shared, use_cache=True, logits_to_keep=1)
+    state.begin(positions_RT[:, -1:])
+    return _said(llm, state, options, out.logits[:, -1], None)
+
+
+def _said(
+    llm: Backbone,
+    state: DecodingState,
+    options: DecodingOptions,
+    logits_RV: Tensor,
+    graph: graphs.Stepper | None,
+) -> Tensor:
+    """Decode answers, from the logits of their first tokens: [R, N]."""
+    look = 1 if not graphs.possible(llm.device) else LOOK // 4 if graph is None else LOOK
     if options.streamer is not None:
-        options.streamer.put(torch.zeros(plan.rows, 0, dtype=torch.long))
+        options.streamer.put(torch.zeros(len(logits_RV), 0, dtype=torch.long))
     for count in range(options.tokens):
         if count == 0:
             state.choose(logits_RV)
@@ -158,10 +214,7 @@ def _decode(llm: Backbone, inputs: LLMInputs, options: DecodingOptions) -> Tenso
     if options.streamer is not None:
         options.streamer.end()
     longest = int(state.lengths_R.max())
-    said_RN = state.said_RN[:, :longest].clone()
-    if fixed:
-        graphs.give_back(llm, plan, options, state, graph)
-    return said_RN
+    return state.said_RN[:, :longest].clone()
 
 
 def padded_left(inputs: LLMInputs) -> LLMInputs:

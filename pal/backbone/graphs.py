@@ -12,6 +12,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
+from pal.backbone.cache import JointCache
+
 if TYPE_CHECKING:
     from pal.backbone.cache_storage import CachePlan
     from pal.backbone.decoding import DecodingOptions, DecodingState
@@ -52,6 +54,7 @@ def give_back(
     llm: Backbone, plan: CachePlan, options: DecodingOptions, state: DecodingState, stepper: Stepper | None
 ) -> None:
     """Return buffers for reuse by another call."""
+    assert isinstance(state.cache, JointCache)
     state.cache.end()
     state.logits_RV = None
     mine = _kept.setdefault(llm, OrderedDict())
@@ -114,6 +117,7 @@ def _made_of(llm: Backbone, state: DecodingState) -> Hashable | None:
     """Identity of a decoding step's graph; None where the step must run eagerly."""
     if (llm.lm.training and llm.dropout) or torch.is_autocast_enabled(llm.device.type):
         return None  # autocast's casts of weights are freed when its block ends
+    assert isinstance(state.cache, JointCache)
     blocks = [block for blocks in state.cache.blocks for block in blocks.values()]
     parts = [llm.lm, *(block for block in blocks if isinstance(block, torch.nn.Module))]
     return made_of(modules_of(parts), llm.layers)

@@ -17,13 +17,14 @@ from pal.backbone.cache import CapturingCache, DecodingStep, JointCache
 from pal.backbone.causal_lm import AudioCausalLM
 from pal.backbone.finetuning import LLMPart, LoRA, freeze_except, insert_lora
 from pal.backbone.fused_kv import FusedKV, fold, unhooked
-from pal.backbone.generate import generate, prompt_side, stream
+from pal.backbone.generate import generate, generate_shared, prompt_side, stream
 from pal.backbone.interfaces import Rope
 from pal.backbone.loading import load_lm
 from pal.backbone.loss import Per, label_scores, loss
 from pal.backbone.loss_graphs import LossGraphs
 from pal.backbone.packed import PackedContext, Projection
 from pal.backbone.prompt_graphs import PromptGraphs
+from pal.backbone.shared_prefix import Continuations, ContinuedRows
 from pal.backbone.varlen import has_kernel
 from pal.errors import ConfigError, PalError
 from pal.types import LLMInputs
@@ -296,6 +297,10 @@ class Backbone(nn.Module):
         """New token ids [B (times returned sequences), N] that continue each row; see `pal.backbone.generate`."""
         return generate(self, inputs, **kwargs)
 
+    def generate_shared(self, prompts: LLMInputs, continuations: Continuations, **kwargs: Any) -> Tensor | None:
+        """As `generate`, for continuations that share prompts; see `pal.backbone.generate`."""
+        return generate_shared(self, prompts, continuations, **kwargs)
+
     def prompt_side(self, **kwargs: Any) -> Literal["left", "none"]:
         """The `padding_side` of inputs for `generate` with these options."""
         return prompt_side(self, kwargs)
@@ -397,7 +402,7 @@ class Backbone(nn.Module):
 def _enter(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
     """Pre-hook of a layer: apply cross-attention blocks to its input rows, and give it its attention metadata."""
     metadata = kwargs.get("attention_metadata")
-    if not isinstance(metadata, AttentionMetadata | PackedContext | DecodingStep):
+    if not isinstance(metadata, AttentionMetadata | PackedContext | DecodingStep | ContinuedRows):
         return None
     layer: int = block.self_attn.layer_idx  # type: ignore[union-attr, assignment]
     if not isinstance(metadata, PackedContext):

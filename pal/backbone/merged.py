@@ -101,7 +101,7 @@ class _Merged(torch.autograd.Function):
                 # laid out as the output projection takes it, so that what is kept for it is this, not a copy
                 out_BHQC = q_BHQC.new_zeros(q_BHQC.transpose(1, 2).shape).transpose(1, 2)
                 lse_BHQ = torch.full(q_BHQC.shape[:3], -torch.inf, device=q_BHQC.device)
-            _merge(tile.of(out_BHQC, tile.queries), tile.of(lse_BHQ, tile.queries), out, lse)
+            merge(tile.of(out_BHQC, tile.queries), tile.of(lse_BHQ, tile.queries), out, lse)
         assert out_BHQC is not None and lse_BHQ is not None
         ctx.save_for_backward(q_BHQC, out_BHQC, lse_BHQ, *tensors)
         ctx.scale, ctx.tiles = scale, tiles
@@ -132,7 +132,7 @@ def _each(
             yield tile, k_BGKC, v_BGKC
 
 
-def _merge(into_BHQC: Tensor, into_BHQ: Tensor, out_BHQC: Tensor, lse_BHQ: Tensor) -> None:
+def merge(into_BHQC: Tensor, into_BHQ: Tensor, out_BHQC: Tensor, lse_BHQ: Tensor) -> None:
     """Merge the output over some keys into the output over other keys, in place."""
     together_BHQ = torch.logaddexp(into_BHQ, lse_BHQ)
     old_BHQ1, new_BHQ1 = ((x - together_BHQ).exp()[..., None] for x in (into_BHQ, lse_BHQ))

@@ -13,6 +13,7 @@ from pal.backbone.attention import without_cudnn
 from pal.backbone.cache import JointCache
 from pal.backbone.cache_storage import ROOM, CachedPrompts, CachePlan
 from pal.backbone.packed import PackedContext
+from pal.backbone.shared_prefix import ContinuedRows, SharedPrefixCache
 from pal.errors import PalError
 from pal.transfer import to_device
 from pal.types import LLMInputs
@@ -133,6 +134,24 @@ def through_cache(
         if beams > 1:
             out.logits = out.logits.repeat_interleave(beams, dim=0)
         return out
+
+
+def continued(
+    forward: Callable[..., Any],
+    cache: SharedPrefixCache,
+    input_ids: Tensor | None,
+    position_ids: Tensor | None,
+    kwargs: dict[str, Any],
+    compiled: bool,
+) -> Any:
+    """A causal LLM's forward with a `SharedPrefixCache`: given rows of all continuations, or a decoding step.
+
+    The arguments are those of `through_cache`.
+    """
+    given: dict[str, Any] = {"input_ids": input_ids, "position_ids": position_ids, "attention_mask": cache.no_mask}
+    plain = torch.compiler.set_stance("force_eager") if compiled else nullcontext()
+    with torch.no_grad(), without_cudnn(), plain:
+        return forward(**given, past_key_values=cache, attention_metadata=ContinuedRows(cache), **kwargs)
 
 
 def _read_packed(forward: Callable[..., Any], cache: JointCache, inputs: LLMInputs, kwargs: dict[str, Any]) -> Any:

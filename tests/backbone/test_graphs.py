@@ -29,7 +29,7 @@ def ready(llm, integration, fixed, rows=RAGGED, copies=1, **options):
     cache = prepared(llm, inputs, beams=copies, room=8, fixed=fixed)
     state = DecodingState(cache, DecodingOptions(8, ends=(1,), copies=copies, **options), llm.device)
     logits_BV = read_prompts(llm, cache, inputs)
-    state.begin(prompts_of(inputs).positions_BT[:, -1:])
+    state.begin(prompts_of(inputs).positions_BT[:, -1:].repeat_interleave(copies, dim=0))
     state.choose(logits_BV.repeat_interleave(copies, dim=0))
     return state
 

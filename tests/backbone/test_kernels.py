@@ -39,9 +39,10 @@ def test_values_and_gradients_beside_other_keys(case, scale):
     grad = random(*q.shape, seed=9)
     expected = torch.autograd.grad(together, (k, v), grad)
 
-    out, lse = kernels.attend(q.detach(), k.detach(), v.detach(), causal, mask, scale)
-    torch.testing.assert_close(lse, scores[..., :K].logsumexp(-1).to(lse.dtype))
-    torch.testing.assert_close(out, scores[..., :K].softmax(-1) @ repeated[1][:, :, :K])
+    for attend in (kernels.attend, kernels.attend_elsewhere):
+        out, lse = attend(q.detach(), k.detach(), v.detach(), causal, mask, scale)
+        torch.testing.assert_close(lse, scores[..., :K].logsumexp(-1).to(lse.dtype))
+        torch.testing.assert_close(out, scores[..., :K].softmax(-1) @ repeated[1][:, :, :K])
     _, dk, dv = kernels.attend_backward(
         grad, q.detach(), k.detach(), v.detach(), together.detach(), scores.logsumexp(-1).detach(), causal, mask, scale
     )
