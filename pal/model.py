@@ -41,7 +41,7 @@ from pal.errors import ConfigError, PromptError
 from pal.integrations.routed import build_integration
 from pal.model_config import ModelConfig
 from pal.registry import check
-from pal.types import AudioFeatures, Batch, EncodedClip, LLMInputs, Tokens
+from pal.types import AudioFeatures, Batch, EncodedClip, LLMInputs, PaddingSide, Tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -151,7 +151,7 @@ class PalModel(nn.Module):
         self,
         clips: Clips | ClipFeatures,
         conversations: Sequence[Tokens],
-        padding_side: Literal["left", "right", "none"] = "right",
+        padding_side: PaddingSide = "right",
         with_spans: bool = False,
     ) -> LLMInputs:
         """Inputs of the LLM for a batch of conversations.
@@ -161,8 +161,7 @@ class PalModel(nn.Module):
         Args:
             clips: clips of the batch, or the result of `encode`.
             conversations: token ids; `Tokens.clips` are indices into `clips`.
-            padding_side: "left" for generation; "right" for training and scoring; "none" for packed rows
-                (`Integration.forward`), which are faster on a GPU.
+            padding_side: "left" for generation; "any" for training and scoring (`Integration.forward`).
             with_spans: add stream, clip and time span of each row and key (`TokenSpans`).
 
         Raises:
@@ -199,14 +198,14 @@ class PalModel(nn.Module):
 
     def forward(self, batch: Batch, per: Per = "token") -> Loss:
         """Cross-entropy on the answers of a batch; `per` weights all tokens or all answers equally."""
-        return Loss(*self.llm.loss(self.inputs(batch.clips, batch.conversations, self.llm.side), per))
+        return Loss(*self.llm.loss(self.inputs(batch.clips, batch.conversations, "any"), per))
 
     loss = forward
 
     @torch.inference_mode()
     def answer_scores(self, clips: Clips, conversations: list[Tokens]) -> Tensor:
         """Log-likelihood [B] of each conversation: the sum over its labelled tokens."""
-        return self.llm.label_scores(self.inputs(clips, conversations, self.llm.side))
+        return self.llm.label_scores(self.inputs(clips, conversations, "any"))
 
     # Answers
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
@@ -33,6 +33,10 @@ AUDIO = -1
 
 IGNORE = -100
 """Label of a row without loss (transformers' convention)."""
+
+
+PaddingSide = Literal["left", "right", "none", "any"]
+"""Side of the padding of shorter conversations; "none": packed without padding; "any": packed or on the right."""
 
 
 @dataclass(frozen=True)

@@ -55,7 +55,7 @@ def attend(
         [B, Q, H, C] and None (no attention weights).
     """
     if isinstance(attention_metadata, PackedLayer):  # first, since a compiled layer must not learn its own number
-        if attention_metadata.segments is None:
+        if attention_metadata.causal:
             with sdpa_kernel(_KERNELS):  # here, since backward may recompute a layer outside of the forward pass
                 return sdpa_attention_forward(module, query, key, value, None, dropout=dropout, scaling=scaling)
         return attention_metadata.attend(module, query, key, value, scaling), None

@@ -19,6 +19,7 @@ from pal.backbone.finetuning import LLMPart, LoRA, freeze_except, insert_lora
 from pal.backbone.fused_kv import FusedKV, fold, unhooked
 from pal.backbone.generate import generate, generate_shared, prompt_side, stream
 from pal.backbone.interfaces import Rope
+from pal.backbone.kernels import supports_split_attention
 from pal.backbone.loading import load_lm
 from pal.backbone.loss import Per, label_scores, loss
 from pal.backbone.loss_graphs import LossGraphs
@@ -44,6 +45,8 @@ class Backbone(nn.Module):
         windows: per layer, how many positions back a query sees, itself included; None means all.
         recomputes_audio: recompute projector activations in backward, so that only one layer's are in memory at a
             time. K/V and the text's activations are kept.
+        shares_prefixes: conversations that begin alike, as questions about one clip do, share the rows, keys and values
+            of what they have in common, in training and generation.
     """
 
     def __init__(self, lm: PreTrainedModel) -> None:
@@ -52,6 +55,7 @@ class Backbone(nn.Module):
         self.lm: Any = lm  # transformers' classes are too dynamic for types
         self.lora: LoRA | None = None
         self.recomputes_audio = True
+        self.shares_prefixes = True
         self._tied: tied.TiedRows | None = None
         self._packs: bool | None = None
         self.loss_graphs: LossGraphs | None = None
@@ -364,9 +368,9 @@ class Backbone(nn.Module):
         self._packs = packs
 
     @property
-    def side(self) -> Literal["right", "none"]:
-        """The `padding_side` of inputs for training and scoring."""
-        return "none" if self.packs else "right"
+    def tiles(self) -> bool:
+        """True if attention may be computed tile by tile (`pal.backbone.packed_tiles`)."""
+        return supports_split_attention(self.device) and not self.dropout
 
     def projection(self, layer: int, projector: nn.Module, x_ME: Tensor) -> Projection:
         """Projection of packed features to audio K/V of `layer`."""

@@ -18,6 +18,8 @@ from torch.utils.checkpoint import checkpoint
 
 from pal.backbone.audio_keys import rotate
 from pal.backbone.interfaces import AttentionGeometry, KeySource, PackedBlock
+from pal.backbone.merged import AttentionTile, TiledKeys, merged_attention
+from pal.backbone.packed_tiles import PackedTiles
 from pal.backbone.rms import rms_norm
 from pal.backbone.score_bias import Bias, KeyScale, SetBias, with_bias
 from pal.backbone.segments import Conversation
@@ -162,6 +164,8 @@ class PackedContext:
     """Sliding window of each layer; None where it covers the whole sequence."""
     keys: tuple[PackedKeys, ...]
     row_biases: tuple[PackedRowBias, ...] = ()
+    tiles: PackedTiles | None = None
+    """Tiles in place of segments, on a CPU."""
 
     def mask(self, mask_BT: Tensor) -> Tensor:
         """Placeholder mask [1, 1, 1, 1]: given a 4-dimensional mask, transformers makes none."""
@@ -177,7 +181,7 @@ class PackedContext:
 
     def at(self, layer: int, kv_sink: KVSink | None = None) -> PackedLayer:
         """Attention metadata of one layer; `kv_sink` receives its audio keys and values."""
-        if not self.segments:
+        if not self.segments and self.tiles is None:
             return PackedLayer(None, None, ())
         kind = self.llm.layer_types[layer]
         joined = tuple(
@@ -192,6 +196,9 @@ class PackedContext:
             for one in (self.keys[i] for i in self.joined(layer))
         )
         own = tuple((one.bias[layer], one.rows_N[:, None]) for one in self.row_biases if layer in one.bias)
+        if self.tiles is not None:
+            tiles = (self.tiles.rows, *(self.tiles.keys[self.keys[i].stream] for i in self.joined(layer)))
+            return PackedLayer(None, None, joined, kv_sink, own, tiles)
         return PackedLayer(self.segments[self.kinds[layer]], self.windows[layer], joined, kv_sink, own)
 
     def crosses(self, layer: int) -> bool:
@@ -243,9 +250,26 @@ class PackedLayer:
     kv_sink: KVSink | None = None
     own: tuple[SetBias, ...] = ()
     """Biases on the scores of the layer's own keys."""
+    tiles: tuple[tuple[AttentionTile, ...], ...] | None = None
+    """Tiles of the rows, and of each set of audio keys, in place of segments."""
+
+    @property
+    def causal(self) -> bool:
+        """True if attention is transformers' causal one."""
+        return self.segments is None and self.tiles is None
 
     def attend(self, attention: Any, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
         """Queries [1, H, N, C], keys and values [1, G, N, C], after RoPE -> [1, N, H, C]."""
+        if self.tiles is not None:
+            own = tuple((bias[..., None], None if rows is None else rows.T[None]) for bias, rows in self.own)
+            sets = [TiledKeys(key, value, self.tiles[0], own)]
+            for one, tiles in zip(self.joined, self.tiles[1:], strict=True):
+                k_1GIC, v_1GIC = (x_IGC.transpose(0, 1)[None] for x_IGC in one.rotated(attention))
+                if tiles:
+                    sets.append(
+                        TiledKeys(k_1GIC, v_1GIC, tiles, () if one.bias is None else ((one.bias[:, None], None),))
+                    )
+            return merged_attention(query, sets, scale).contiguous()
         segments = self.segments
         assert segments is not None
         dtype = query.dtype

@@ -44,6 +44,16 @@ class Conversation:
     """Place of the audio keys of each stream."""
     sources_T: Ints
     """Stream of each row; -1 for text."""
+    shared: int = 0
+    """Number of its first rows that it shares with an earlier conversation, and all audio keys with them: only the
+    later rows are in the batch a second time."""
+    base: int = -1
+    """Number of that conversation, which shares nothing itself."""
+
+    @property
+    def own(self) -> int:
+        """Number of rows that it does not share."""
+        return len(self.positions_T) - self.shared
 
 
 @dataclass(frozen=True)
@@ -131,26 +141,29 @@ def segments_of(
         window: sliding window in positions, the query's own included. The kernel's window counts keys, so the
             positions of a segment's keys must have no gaps.
     """
-    rows = sum(len(one.positions_T) for one in conversations)
-    counts = [sum(len(one.keys[stream]) for one in conversations) for stream in streams]
-    first_row, first_keys = 0, list(np.cumsum([rows, *counts[:-1]])) if streams else []
+    rows, counts = sizes_of(conversations, streams)
+    key_firsts = np.cumsum([rows, *counts])
     queries: list[Ints] = []
     keys: list[Ints] = []
-    for one in conversations:
-        numbers_A = [np.arange(len(one.keys[s])) + first for s, first in zip(streams, first_keys, strict=True)]
+    for one, (row_numbers_T, key_numbers) in zip(conversations, numbers_of(conversations, streams), strict=True):
+        # numbers below T are rows, those from T on audio keys
+        table_X = np.concatenate(
+            [row_numbers_T, *(numbers_A + first for numbers_A, first in zip(key_numbers, key_firsts, strict=False))]
+        )
+        positions_X = np.concatenate([one.positions_T, *(one.keys[s] for s in streams)])
         for own, before in _runs(one, streams, window is not None):
-            # numbers below T are rows, those from T on audio keys
-            table_X = np.concatenate([np.arange(len(one.positions_T)) + first_row, *numbers_A])
-            positions_X = np.concatenate([one.positions_T, *(one.keys[s] for s in streams)])
+            asking = np.flatnonzero(own < one.shared)
+            first = int(asking[-1]) + 1 if len(asking) else 0
+            own, before = own[first:], np.concatenate((before, own[:first]))
+            if not (own < len(one.positions_T)).any():
+                continue  # all its rows are those of another conversation
             if window is not None:
                 before = before[positions_X[before] > positions_X[own[0]] - window]
             seen = np.concatenate((before, own))
             if window is not None and not _counts_positions(positions_X[seen], len(own), window):
                 return None
             keys.append(table_X[seen])
-            queries.append(np.where(own < len(one.positions_T), own + first_row, -1))
-        first_row += len(one.positions_T)
-        first_keys = [first + len(number) for first, number in zip(first_keys, numbers_A, strict=True)]
+            queries.append(np.where(own < len(one.positions_T), table_X[own], -1))
     return _joined(queries, keys, rows, rows + sum(counts))
 
 
@@ -159,17 +172,37 @@ def crossing_segments(conversations: Sequence[Conversation], stream: int) -> Seg
 
     Rows before all audio have a segment without keys.
     """
-    rows = sum(len(one.positions_T) for one in conversations)
+    rows, (count,) = sizes_of(conversations, [stream])
     queries, keys = [], []
-    first_row = first_key = 0
-    for one in conversations:
+    for one, (row_numbers_T, (key_numbers_A,)) in zip(conversations, numbers_of(conversations, [stream]), strict=True):
         seen_keys_T = _seen_keys(one, [stream])
-        for start, end in _same(seen_keys_T):
-            queries.append(np.arange(start, end) + first_row)
-            keys.append(np.arange(seen_keys_T[start]) + first_key)
-        first_row += len(one.positions_T)
-        first_key += len(one.keys[stream])
-    return _joined(queries, keys, rows, first_key)
+        for start, end in _same(seen_keys_T[one.shared :]):
+            queries.append(row_numbers_T[one.shared + start : one.shared + end])
+            keys.append(key_numbers_A[: seen_keys_T[one.shared + start]])
+    return _joined(queries, keys, rows, count)
+
+
+def sizes_of(conversations: Sequence[Conversation], streams: Sequence[int]) -> tuple[int, list[int]]:
+    """Number of rows of the batch, and of audio keys of each stream; shared ones count once."""
+    keys = [sum(0 if one.shared else len(one.keys[stream]) for one in conversations) for stream in streams]
+    return sum(one.own for one in conversations), keys
+
+
+def numbers_of(conversations: Sequence[Conversation], streams: Sequence[int]) -> Iterator[tuple[Ints, list[Ints]]]:
+    """For each conversation the number in the batch of each row, and of each audio key among those of its stream."""
+    found: list[tuple[Ints, list[Ints]]] = []
+    row, firsts = 0, [0] * len(streams)
+    for one in conversations:
+        rows_T = np.arange(row, row + one.own)
+        row += one.own
+        if one.shared:
+            rows_B, keys = found[one.base]
+            rows_T = np.concatenate((rows_B[: one.shared], rows_T))
+        else:
+            keys = [np.arange(len(one.keys[s])) + first for s, first in zip(streams, firsts, strict=True)]
+            firsts = [first + len(numbers_A) for first, numbers_A in zip(firsts, keys, strict=True)]
+        found.append((rows_T, keys))
+        yield rows_T, keys
 
 
 def _seen_keys(one: Conversation, streams: Sequence[int]) -> Ints:

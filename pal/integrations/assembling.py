@@ -18,15 +18,16 @@ from pal.backbone.context import AudioContext
 from pal.backbone.interfaces import KeySource, PackedBlock
 from pal.backbone.llm import Backbone
 from pal.backbone.packed import PackedContext, PackedRowBias, PackedSource, take_rows
+from pal.backbone.packed_tiles import tiles_of
 from pal.backbone.score_bias import Bias, KeyScale
-from pal.backbone.segments import Segments, segments_of, where, widened
+from pal.backbone.segments import Segments, numbers_of, segments_of, where, widened
 from pal.backbone.stream_kv import Layout
 from pal.errors import PromptError
 from pal.integrations.filling import filler, rounded, uniform
 from pal.integrations.moving import MovedKeys, MovedTargets, Moves, device_segments, move_segments
-from pal.integrations.sequence_layout import Ints, SequenceLayout, StreamLayout, lay_out
+from pal.integrations.sequence_layout import Ints, SequenceLayout, StreamLayout, lay_out, share_prefixes
 from pal.transfer import move
-from pal.types import AUDIO, IGNORE, LLMInputs, Tokens
+from pal.types import AUDIO, IGNORE, LLMInputs, PaddingSide, Tokens
 
 
 @dataclass(frozen=True)
@@ -76,65 +77,89 @@ def assemble(
     streams: Sequence[IntegrationOutput],
     conversations: Sequence[Tokens],
     llm: Backbone,
-    side: Literal["left", "right", "none"],
+    side: PaddingSide,
     with_spans: bool,
 ) -> LLMInputs:
     """`LLMInputs` of conversations; see `Integration.forward`."""
     if not conversations:
         raise PromptError("there is no conversation; give at least one")
     layouts = lay_out(conversations, [output.stream_layout for output in streams], with_spans)
-    inputs = _packed(layouts, streams, conversations, llm) if side == "none" and not with_spans else None
-    return inputs or _padded(layouts, streams, conversations, llm, "left" if side == "left" else "right", with_spans)
+    if side in ("none", "any") and not with_spans:
+        shared = layouts
+        if llm.shares_prefixes and any(one.labels is not None for one in conversations):
+            shared = share_prefixes(layouts, conversations)
+        tiled = side == "any" and not llm.packs
+        if side == "none" or llm.packs or (any(one.shared for one in shared) and llm.tiles):
+            inputs = _packed(shared, streams, conversations, llm, tiled)
+            if inputs is not None:
+                return inputs
+    return _padded(layouts, streams, conversations, llm, "left" if side == "left" else "right", with_spans)
 
 
 # Packed
 
 
 def _packed(
-    layouts: list[SequenceLayout], streams: Sequence[IntegrationOutput], conversations: Sequence[Tokens], llm: Backbone
+    layouts: list[SequenceLayout],
+    streams: Sequence[IntegrationOutput],
+    conversations: Sequence[Tokens],
+    llm: Backbone,
+    tiled: bool,
 ) -> LLMInputs | None:
-    """Packed inputs; None if attention in some layer does not fit into segments."""
+    """Packed inputs; None if attention in some layer does not fit into segments or, if `tiled`, tiles."""
     joining = [i for i, output in enumerate(streams) if output.keys is not None]
     labelled = any(one.labels is not None for one in conversations)
+    shares = any(one.shared for one in layouts)
     n_real = len(layouts)
     more: tuple[int, ...] = (0,) * len(streams)
     # only what can become CUDA graphs: see `LossGraphs.total` and `PromptGraphs.read`
     if labelled:
-        capturable = all(streams[i].packs for i in joining) and not uniform(layouts)
+        capturable = all(streams[i].packs for i in joining) and (shares or not uniform(layouts))
     else:
         capturable = all(streams[i].blocks is None for i in joining)
     fills = capturable and llm.captures(labelled)
     if fills:
         totals = [int(output.firsts[-1]) if output.packs else None for output in streams]
-        last, more = filler(layouts, len(streams[0].lengths) if streams else 0, totals)
+        last, more = filler([one.own for one in layouts], len(streams[0].lengths) if streams else 0, totals)
         layouts = [*layouts, last]
     packed_conversations = [one.conversation() for one in layouts]
-    lengths = tuple(len(one) for one in layouts)
+    own_layouts = [one.own for one in layouts]
+    lengths = tuple(len(one) for one in own_layouts)
     furthest = max(max(int(one.positions.max() - min(0, one.positions.min())), len(one) - 1) for one in layouts)
     windows = tuple(None if window is None or window > furthest else window for window in llm.windows)
     has_keys = any(len(positions_A) for one in packed_conversations for positions_A in one.keys)
     repeats = any(one.repeats.any() for one in layouts)
     biased = [(i, output.row_bias) for i, output in enumerate(streams) if output.row_bias is not None]
-    equal = len(set(lengths)) == 1 and not (fills or has_keys or any(windows) or repeats or biased)
+    equal = len(set(lengths)) == 1 and not (fills or has_keys or any(windows) or repeats or biased or shares)
     kinds = [(windows[layer], _joined(streams, layer) if has_keys else ()) for layer in range(llm.n_layers)]
     segments_of_kind: dict[tuple[int | None, tuple[int, ...]], Segments] = {}
-    for kind in () if equal else dict.fromkeys(kinds):
+    if tiled and (any(windows) or repeats):
+        return None
+    for kind in () if equal or tiled else dict.fromkeys(kinds):
         segments = segments_of(packed_conversations, kind[1], kind[0])
         if segments is None:
             return None
         segments_of_kind[kind] = widened(segments, rounded) if fills else segments
 
     moves = Moves()
-    index_N, back = _table_index(layouts, streams)
-    token_ids = moves.add(_text_ids(conversations, len(layouts[-1]) if fills else 0))
-    positions = moves.add(np.concatenate([one.positions for one in layouts]))
+    text_ids = _text_ids(conversations, len(layouts[-1]) if fills else 0)
+    index_N, back = _table_index(own_layouts, streams, len(text_ids))
+    token_ids = moves.add(text_ids)
+    positions = moves.add(np.concatenate([one.positions for one in own_layouts]))
     table = None if index_N is None else (moves.add(index_N), [moves.add(x) for x in back])
-    sources = [moves.add(np.concatenate([one.sources == i for one in layouts])) for i, _ in biased]
-    targets = MovedTargets(layouts[:n_real], list(np.cumsum([0, *lengths])[:n_real]), moves, lengths[n_real:])
+    sources = [moves.add(np.concatenate([one.sources == i for one in own_layouts])) for i, _ in biased]
+    targets = MovedTargets(
+        layouts[:n_real],
+        [rows_T for rows_T, _ in numbers_of(packed_conversations[:n_real], ())],
+        moves,
+        lengths[n_real:],
+    )
     size = rounded if fills else None
     on_device = {kind: move_segments(segments, moves, size) for kind, segments in segments_of_kind.items()}
     _ready(streams, more)
-    keys = [MovedKeys(i, streams[i], more[i], layouts, packed_conversations, moves, size) for i in joining if has_keys]
+    keys = [
+        MovedKeys(i, streams[i], more[i], own_layouts, packed_conversations, moves, size) for i in joining if has_keys
+    ]
     moves.go(llm.device)
 
     shape = (len(layouts), lengths[0]) if equal else (1, sum(lengths))
@@ -154,6 +179,7 @@ def _packed(
             llm=llm,
             lengths=lengths[:n_real],
             segments=tuple(device_segments(moves, on_device[kind]) for kind in segments_of_kind),
+            tiles=tiles_of(packed_conversations, joining if has_keys else (), llm.device) if tiled else None,
             kinds=tuple(order[kind] for kind in kinds) if segments_of_kind else (),
             conversations=tuple(packed_conversations[:n_real]),
             windows=windows,
@@ -198,7 +224,8 @@ def _padded(
     device, left = llm.device, side == "left"
     labelled = any(one.labels is not None for one in conversations)
     longest = max(len(one) for one in layouts)
-    index_N, _ = _table_index(layouts, streams, always=True)
+    text_ids = _text_ids(conversations)
+    index_N, _ = _table_index(layouts, streams, len(text_ids), always=True)
     assert index_N is not None
     lengths = [len(one) for one in layouts]
     starts = np.cumsum([0, *lengths])
@@ -207,12 +234,12 @@ def _padded(
     order_BT, _ = _stack([one.order for one in layouts], left, 0)
     labels_BT, _ = _stack([one.labels for one in layouts], left, IGNORE)
     moves = Moves()
-    token_ids = moves.add(_text_ids(conversations))
+    token_ids = moves.add(text_ids)
     at_table, at_positions, at_order, at_real, at_labels = map(
         moves.add, (table_BT, positions_BT, order_BT, real_BT, labels_BT)
     )
     firsts = [b * longest + (longest - length if left else 0) for b, length in enumerate(lengths)]
-    targets = MovedTargets(layouts, firsts, moves)
+    targets = MovedTargets(layouts, [np.arange(n) + first for n, first in zip(lengths, firsts, strict=True)], moves)
     moves.go(device)
     table_XD = _table(llm, moves[token_ids], streams)
 
@@ -341,13 +368,12 @@ def _table(llm: Backbone, ids_X: Tensor, streams: Sequence[IntegrationOutput]) -
 
 
 def _table_index(
-    layouts: list[SequenceLayout], streams: Sequence[IntegrationOutput], always: bool = False
+    layouts: list[SequenceLayout], streams: Sequence[IntegrationOutput], words: int, always: bool = False
 ) -> tuple[Ints | None, tuple[Ints, ...]]:
     """Index of each row in the table of embeddings, and of each table entry in the rows; None if both are the same.
 
-    Table entries without a row are padding of shorter clips.
+    Table entries without a row are padding of shorter clips, or text of a shared prefix. `words`: number of text tokens.
     """
-    words = sum(int(one.is_text.sum()) for one in layouts)
     firsts, widths, total = [], [], words
     for output in streams:
         firsts.append(total)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Literal
 
 import torch
 from torch import nn
@@ -15,7 +14,7 @@ from pal.backbone.llm import Backbone
 from pal.backbone.score_bias import Bias, KeyScale
 from pal.backbone.stream_kv import StreamKV
 from pal.integrations.assembling import IntegrationOutput, assemble
-from pal.types import AudioFeatures, LLMInputs, Tokens
+from pal.types import AudioFeatures, LLMInputs, PaddingSide, Tokens
 
 __all__ = ["Integration", "IntegrationOutput", "Route"]
 
@@ -37,7 +36,7 @@ class Integration(nn.Module, ABC):
         features: AudioFeatures | Sequence[AudioFeatures] | AudioKV | Sequence[AudioKV] | None,
         conversations: Sequence[Tokens],
         llm: Backbone,
-        padding_side: Literal["left", "right", "none"] = "right",
+        padding_side: PaddingSide = "right",
         with_spans: bool = False,
     ) -> LLMInputs:
         """Compute the `LLMInputs` of conversations.
@@ -58,7 +57,9 @@ class Integration(nn.Module, ABC):
             llm: the backbone, for embeddings and K/V.
             padding_side: side of the padding of shorter conversations. "none": packed, one after the other without
                 padding. If attention does not fit into segments (a sliding window over positions that have no
-                row or key, or several, or `with_spans`), conversations are padded on the right instead.
+                row or key, or several, or `with_spans`), conversations are padded on the right instead. "any": packed
+                on a GPU and where labelled conversations share a prefix, else padded on the right. Neighbours that
+                begin alike, up to the end of their last clip, share it: its rows and keys are in the batch once.
             with_spans: add stream, clip and time span of each row and key (`TokenSpans`), which audio masks and
                 attention observers need. A batch with clips then always has an audio context.
 

@@ -15,7 +15,7 @@ from pal.backbone.llm import Backbone
 from pal.backbone.packed import DeviceSegments, PackedKeys, RopeTable
 from pal.backbone.segments import Conversation, Segments, crossing_segments, where
 from pal.integrations.filling import rounded
-from pal.integrations.sequence_layout import SequenceLayout
+from pal.integrations.sequence_layout import Ints, SequenceLayout
 from pal.transfer import move
 from pal.types import IGNORE, Targets
 
@@ -150,17 +150,24 @@ class MovedTargets:
     """Targets (rows that predict a labelled token), before and after the move to the device."""
 
     def __init__(
-        self, layouts: list[SequenceLayout], firsts: Sequence[int], moves: Moves, filling: Sequence[int] = ()
+        self, layouts: list[SequenceLayout], numbers: Sequence[Ints], moves: Moves, filling: Sequence[int] = ()
     ) -> None:
-        """`filling`: lengths of filling conversations, if any; targets without label are then added, too."""
+        """Find the targets.
+
+        Args:
+            layouts: of the conversations.
+            numbers: number of each row in the batch, for each conversation.
+            moves: for the move to the device.
+            filling: lengths of filling conversations, if any; targets without label are then added, too.
+        """
         rows, labels, owners = [], [], []
         self.lengths: list[int] = []
-        for number, (one, first) in enumerate(zip(layouts, firsts, strict=True)):
+        for number, (one, row_numbers_T) in enumerate(zip(layouts, numbers, strict=True)):
             # no row predicts the first token of a conversation
             at = np.flatnonzero(one.labels[1:] != IGNORE)
             starts = np.diff(at, prepend=-2) != 1
             self.lengths += np.diff([*np.flatnonzero(starts), len(at)]).tolist()
-            rows.append(at + first)
+            rows.append(row_numbers_T[at])
             labels.append(one.labels[1:][at])
             owners.append(np.full(len(at), number))
         self.conversations = len(layouts)
@@ -171,7 +178,7 @@ class MovedTargets:
             moves.add(np.pad(x, (0, more), constant_values=fill)) for x, fill in zip(joined, fills, strict=True)
         ]
         ignored = np.full(sum(filling), IGNORE)
-        self._all = moves.add(np.concatenate([*(one.labels for one in layouts), ignored]))
+        self._all = moves.add(np.concatenate([*(one.own.labels for one in layouts), ignored]))
 
     def made(self, moves: Moves) -> Targets:
         """The targets after the move."""

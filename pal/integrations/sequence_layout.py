@@ -6,7 +6,8 @@ Nothing here uses a device, so threads that load data can do it while the device
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -73,6 +74,10 @@ class SequenceLayout:
     """[T, 4], as in `KeyLayout`."""
     keys: tuple[KeyLayout, ...]
     """Audio keys of each stream."""
+    shared: int = 0
+    """Number of its first rows that an earlier conversation of the batch has, and all audio keys with them."""
+    base: int = -1
+    """Number of that conversation."""
 
     def __len__(self) -> int:
         return len(self.positions)
@@ -92,7 +97,20 @@ class SequenceLayout:
             self.order,
             tuple(one.order for one in self.keys),
             self.sources,
+            self.shared,
+            self.base,
         )
+
+    @property
+    def own(self) -> SequenceLayout:
+        """The rows and keys that are not shared."""
+        if not self.shared:
+            return self
+        rows: dict[str, Any] = {name: getattr(self, name)[self.shared :] for name in (*_ROW_COLUMNS, "repeats")}
+        keys = tuple(
+            KeyLayout(**{name: getattr(one, name)[:0] for name in _KEY_COLUMNS}, spans=None) for one in self.keys
+        )
+        return SequenceLayout(**rows, spans=None, keys=keys)
 
 
 @dataclass
@@ -256,6 +274,26 @@ def lay_out(
         layouts.append(_lay_out_one(one, first, streams, with_spans))
         first += len(one.ids) - len(one.clips)
     return layouts
+
+
+def share_prefixes(layouts: Sequence[SequenceLayout], conversations: Sequence[Tokens]) -> list[SequenceLayout]:
+    """The layouts, in which neighbours that begin alike, up to the end of their last clip, share rows and keys.
+
+    A conversation shares nothing if its last clip is at its end, or a row is repeated.
+    """
+    found: list[SequenceLayout] = []
+    base, begins = -1, None
+    for number, (layout, conversation) in enumerate(zip(layouts, conversations, strict=True)):
+        end = len(conversation.ids) - conversation.ids[::-1].index(AUDIO) if conversation.clips else 0
+        text = len(conversation.ids) - end
+        mine = (conversation.ids[:end], conversation.clips)
+        whole = not text or not end or bool(layout.repeats.any())
+        if not whole and mine == begins:
+            found.append(replace(layout, shared=len(layout) - text, base=base))
+            continue
+        base, begins = number, None if whole else mine
+        found.append(layout)
+    return found
 
 
 def _lay_out_one(

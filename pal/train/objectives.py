@@ -130,7 +130,7 @@ class TranscriptLoss(Objective):
     def forward(self, micro_batch: MicroBatch) -> LossOutput:
         """The LLM's loss on the answers."""
         features = self.transcript.features(micro_batch.batch)
-        inputs = self.transcript(features, micro_batch.batch.conversations, self.model.llm, self.model.llm.side)
+        inputs = self.transcript(features, micro_batch.batch.conversations, self.model.llm, "any")
         return LossOutput(*self.model.llm.loss(inputs, self.per))
 
 

@@ -117,7 +117,12 @@ def test_the_prompts_keys_are_stored_once(monkeypatch):
     llm, integration = shared("llama", "lal")
     caches = []
     begin = JointCache.begin
-    monkeypatch.setattr(JointCache, "begin", lambda self, *args: (caches.append(self), begin(self, *args)) and None)
+
+    def watched(self, *args):
+        caches.append(self)
+        begin(self, *args)
+
+    monkeypatch.setattr(JointCache, "begin", watched)
     answered(llm, integration, questions(16), "left")
     once, each = caches
     assert {store.keys.shape[0] for store in once.stores} == {1}
