@@ -8,6 +8,7 @@ import soundfile
 import torch
 
 from pal.backbone.audio_kv import AudioKV
+from pal.backbone.packed import PackedContext
 from pal.config import parse
 from pal.data.prompts import encode, user_turn
 from pal.errors import AudioError, BundleError, ConfigError, PalError, PromptError
@@ -46,6 +47,29 @@ def test_batched_logits_equal_single_ones(model):
 def test_questions_share_a_clip(model):
     questions = [QUESTION, "Is there a dog?", "How many sounds are there?"]
     assert model.ask(clip(1.0), questions) == [model.ask(clip(1.0), question) for question in questions]
+
+
+@pytest.mark.parametrize("integration", ["plits", "lal", "pal", {"name": "flamingo", "every": 2}], ids=str)
+def test_sixteen_questions_on_one_copy_of_a_clip_get_the_single_answers(integration, monkeypatch):
+    model = tiny_model(integration)
+    read = []
+    ours = model.llm.read_prefixes
+
+    def watched(prefixes, rows):
+        read.append(prefixes.inputs_embeds_BTD.shape[0])
+        return ours(prefixes, rows)
+
+    monkeypatch.setattr(model.llm, "read_prefixes", watched)
+    questions = [f"{'Please say: ' * (i % 3)}What is sound {i}?" for i in range(16)]
+    heard = clip(1.3)
+    alone = [model.ask(heard, question, max_new_tokens=6) for question in questions]
+    assert len(set(alone)) > 3 and not read
+    assert model.ask(heard, questions, max_new_tokens=6) == alone and read == [1]
+    assert model.ask(model.index(heard), questions, max_new_tokens=6) == alone and read == [1, 1]
+    two = model.ask(heard, questions[:2], max_new_tokens=6, num_beams=2)  # as transformers' loop does it
+    assert two == [model.ask(heard, one, max_new_tokens=6, num_beams=2) for one in questions[:2]] and read == [1, 1]
+    model.llm.shares_prefixes = False
+    assert model.ask(heard, questions, max_new_tokens=6) == alone and read == [1, 1]
 
 
 def test_an_indexed_clip_answers_alike(model, tmp_path):
@@ -311,10 +335,12 @@ def test_numbers_and_parts_are_one_line(model):
 
 def test_losses_and_scores_are_packed_where_the_llm_packs():
     model = tiny_model("lal")
-    sides = []
-    model.integration.register_forward_pre_hook(lambda module, given: sides.append(given[3]))
+    packed = []
+    model.integration.register_forward_hook(
+        lambda module, given, inputs: packed.append(isinstance(inputs.audio_context, PackedContext))
+    )
     rows = [Tokens([5, AUDIO, 6], [0], [IGNORE, IGNORE, 6])]
     for model.llm.packs in (False, True):
         model.loss(Batch([noise(0.3)], rows))
         model.answer_scores([noise(0.3)], rows)
-    assert sides == ["right"] * 2 + ["none"] * 2
+    assert packed == [False] * 2 + [True] * 2

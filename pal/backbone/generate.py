@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from threading import Thread
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -148,40 +148,66 @@ def _decode(llm: Backbone, inputs: LLMInputs, options: DecodingOptions) -> Tenso
     return said_RN
 
 
-@torch.no_grad()
-def generate_shared(llm: Backbone, prompts: LLMInputs, continuations: Continuations, **kwargs: Any) -> Tensor | None:
-    """New token ids [R (times returned sequences), N] of continuations that share prompts.
+@dataclass(frozen=True, eq=False)
+class ReadPrefixes:
+    """Prefixes that have been read, for any number of continuations."""
 
-    The answers are those of `generate` for each prompt with its continuation as one conversation.
+    cache: JointCache
+    last_U: Tensor
+    """Position of each prefix's last row."""
+
+
+@torch.no_grad()
+def read_prefixes(llm: Backbone, prefixes: LLMInputs, rows: int) -> ReadPrefixes | None:
+    """Read what conversations have in common, up to the end of their last clip.
 
     Args:
         llm: the LLM.
-        prompts: what conversations have in common, up to the end of their last clip.
-        continuations: the rest of each conversation.
-        kwargs: as in `generate`.
+        prefixes: inputs of the common beginnings.
+        rows: most rows that will follow one, generated ones included.
 
     Returns:
-        None where nothing can be shared: with options that only transformers' loop supports, a static cache, dropout,
-        or sliding windows that end within the prompts.
+        None where later rows would not see all of a prefix, since a sliding window ends within it.
     """
-    check_generation(kwargs)
-    options = options_of(resolved(llm, kwargs), kwargs)
-    if options is None or options.cache == "static" or options.streamer is not None or not llm.attends_to_audio:
-        return None
-    if llm.lm.training and llm.dropout:
-        return None
-    inputs = padded_left(prompts)
+    inputs = padded_left(prefixes)
     layout = prompts_of(inputs)
     cache = JointCache(CachePlan.of(llm.windows, layout, room=1))
     cache.begin(inputs, layout, query_dtype(llm, llm.device))
-    if not cache.decode_mask.reaches(max(map(len, continuations.ids)) + options.tokens):
+    if not cache.decode_mask.reaches(rows):
         return None
     read_prompts(llm, cache, inputs)
+    return ReadPrefixes(cache, to_device(layout.positions_BT[:, -1], llm.device))
+
+
+def continues(llm: Backbone, kwargs: Mapping[str, Any]) -> int | None:
+    """Most new tokens of `generate_after` with these options; None with ones that it does not support.
+
+    These are options that only transformers' loop has, a static cache, and dropout of attention probabilities.
+    """
+    options = options_of(resolved(llm, kwargs), kwargs)
+    if options is None or options.cache == "static" or options.streamer is not None or not llm.attends_to_audio:
+        return None
+    return None if llm.lm.training and llm.dropout else options.tokens
+
+
+@torch.no_grad()
+def generate_after(llm: Backbone, read: ReadPrefixes, continuations: Continuations, **kwargs: Any) -> Tensor:
+    """New token ids [R (times returned sequences), N]: those of `generate` for each prefix with its continuation.
+
+    Args:
+        llm: the LLM.
+        read: the prefixes.
+        continuations: the rest of each conversation.
+        kwargs: as in `generate`, if `continues` supports them.
+    """
+    check_generation(kwargs)
+    options = options_of(resolved(llm, kwargs), kwargs)
+    assert options is not None, "ask `continues` first"
     continuations = continuations.repeated(options.copies)
-    ids_RT, positions_RT = continuations.rows(to_device(layout.positions_BT[:, -1], llm.device))
-    shared = SharedPrefixCache(cache, continuations, room=min(options.tokens, ROOM))
-    state = DecodingState(shared, options, llm.device)
-    out = llm.lm(input_ids=ids_RT, position_ids=positions_RT, past_key_values=shared, use_cache=True, logits_to_keep=1)
+    ids_RT, positions_RT = continuations.rows(read.last_U)
+    cache = SharedPrefixCache(read.cache, continuations, room=min(options.tokens, ROOM))
+    state = DecodingState(cache, options, llm.device)
+    out = llm.lm(input_ids=ids_RT, position_ids=positions_RT, past_key_values=cache, use_cache=True, logits_to_keep=1)
     state.begin(positions_RT[:, -1:])
     return _said(llm, state, options, out.logits[:, -1], None)
 

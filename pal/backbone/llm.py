@@ -17,7 +17,15 @@ from pal.backbone.cache import CapturingCache, DecodingStep, JointCache
 from pal.backbone.causal_lm import AudioCausalLM
 from pal.backbone.finetuning import LLMPart, LoRA, freeze_except, insert_lora
 from pal.backbone.fused_kv import FusedKV, fold, unhooked
-from pal.backbone.generate import generate, generate_shared, prompt_side, stream
+from pal.backbone.generate import (
+    ReadPrefixes,
+    continues,
+    generate,
+    generate_after,
+    prompt_side,
+    read_prefixes,
+    stream,
+)
 from pal.backbone.interfaces import Rope
 from pal.backbone.kernels import supports_split_attention
 from pal.backbone.loading import load_lm
@@ -301,9 +309,17 @@ class Backbone(nn.Module):
         """New token ids [B (times returned sequences), N] that continue each row; see `pal.backbone.generate`."""
         return generate(self, inputs, **kwargs)
 
-    def generate_shared(self, prompts: LLMInputs, continuations: Continuations, **kwargs: Any) -> Tensor | None:
-        """As `generate`, for continuations that share prompts; see `pal.backbone.generate`."""
-        return generate_shared(self, prompts, continuations, **kwargs)
+    def continues(self, **kwargs: Any) -> int | None:
+        """Most new tokens of `generate_after` with these options; None if it does not support one."""
+        return continues(self, kwargs)
+
+    def read_prefixes(self, prefixes: LLMInputs, rows: int) -> ReadPrefixes | None:
+        """Read common beginnings of conversations; see `pal.backbone.generate`."""
+        return read_prefixes(self, prefixes, rows)
+
+    def generate_after(self, read: ReadPrefixes, continuations: Continuations, **kwargs: Any) -> Tensor:
+        """As `generate`, for continuations that share prefixes; see `pal.backbone.generate`."""
+        return generate_after(self, read, continuations, **kwargs)
 
     def prompt_side(self, **kwargs: Any) -> Literal["left", "none"]:
         """The `padding_side` of inputs for `generate` with these options."""

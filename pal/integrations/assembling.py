@@ -372,7 +372,8 @@ def _table_index(
 ) -> tuple[Ints | None, tuple[Ints, ...]]:
     """Index of each row in the table of embeddings, and of each table entry in the rows; None if both are the same.
 
-    Table entries without a row are padding of shorter clips, or text of a shared prefix. `words`: number of text tokens.
+    Table entries without a row are padding of shorter clips, or text of a shared prefix. `words`: number of text
+    tokens.
     """
     firsts, widths, total = [], [], words
     for output in streams:

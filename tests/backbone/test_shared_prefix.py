@@ -6,14 +6,13 @@ import torch
 from pal.backbone import generate as generation
 from pal.backbone import kernels
 from pal.backbone.cache import JointCache
-from pal.backbone.generate import generate_shared
 from pal.backbone.shared_prefix import Continuations
 from pal.conversations import shared_prefixes
 from pal.types import AUDIO, Tokens
 from tests.backbone.generating import GREEDY, Watch
 from tests.identities.models import CROSSED, INTEGRATIONS, features, make_backbone, make_integration, shared
 
-WIDE = {"mistral": {"sliding_window": 64}, "gemma3": {"sliding_window": 64}}
+WIDE = {"mistral": {"sliding_window": 128}, "gemma3": {"sliding_window": 128}}
 """Sliding windows that do not end within the prompts."""
 
 
@@ -25,6 +24,11 @@ def questions(count, seed=0, first=(5, AUDIO, 6, AUDIO), clips=(0, 1)):
     return [Tokens([*first, *text], list(clips)) for text in texts]
 
 
+def after(llm, prefixes, split, **options):
+    read = llm.read_prefixes(prefixes, 20)
+    return llm.generate_after(read, split.continuations, **options)
+
+
 def answered(llm, integration, rows, side, audio=None, **options):
     """Answers of continuations and of whole conversations, each with the logits of all their tokens."""
     audio = features(7, 11) if audio is None else audio
@@ -34,7 +38,7 @@ def answered(llm, integration, rows, side, audio=None, **options):
         watch = Watch(read_only=True)
         asked = {"max_new_tokens": 9, **GREEDY, **options, "logits_processor": [watch]}
         if prompts is not None:
-            made = llm.generate_shared(prompts, split.continuations, **asked)
+            made = after(llm, prompts, split, **asked)
         else:
             made = llm.generate(integration(audio, rows, llm, "left"), **asked)
         found.append((made, torch.stack([logits for _, logits in watch.seen])))
@@ -75,9 +79,7 @@ def test_samples_of_continuations_are_those_of_whole_conversations():
     split = shared_prefixes(rows)
     options = {**GREEDY, "do_sample": True, "num_return_sequences": 2, "max_new_tokens": 6}
     torch.manual_seed(3)
-    mine = llm.generate_shared(
-        integration(features(7, 11), split.prefixes, llm, "left"), split.continuations, **options
-    )
+    mine = after(llm, integration(features(7, 11), split.prefixes, llm, "left"), split, **options)
     torch.manual_seed(3)
     theirs = llm.generate(integration(features(7, 11), rows, llm, "left"), **options)
     assert mine.shape == (6, 6) and torch.equal(mine, theirs)
@@ -135,22 +137,20 @@ def test_the_prompts_keys_are_stored_once(monkeypatch):
     ids=str,
 )
 def test_options_that_only_whole_conversations_support(options):
-    llm, integration = shared("llama", "lal")
-    split = shared_prefixes(questions(2))
-    prompts = integration(features(7, 11), split.prefixes, llm, "left")
-    assert llm.generate_shared(prompts, split.continuations, max_new_tokens=2, **GREEDY, **options) is None
+    llm, _ = shared("llama", "lal")
+    assert llm.continues(max_new_tokens=2, **GREEDY) == 2
+    assert llm.continues(max_new_tokens=2, **GREEDY, **options) is None
 
 
-def test_nothing_is_shared_where_a_sliding_window_ends_within_the_prompt_or_dropout_is_on():
+def test_nothing_is_shared_where_a_sliding_window_ends_within_the_prefix_or_with_dropout():
     llm, integration = shared("mistral", "lal")
     split = shared_prefixes(questions(2))
     prompts = integration(features(7, 11), split.prefixes, llm, "left")
-    assert generate_shared(llm, prompts, split.continuations, max_new_tokens=2, **GREEDY) is None
+    assert llm.read_prefixes(prompts, 2) is None
     llm = make_backbone("llama", attention_dropout=0.1)
-    prompts = make_integration("lal", llm)(features(7, 11), split.prefixes, llm, "left")
-    assert llm.generate_shared(prompts, split.continuations, max_new_tokens=2, **GREEDY) is not None
+    assert llm.continues(max_new_tokens=2, **GREEDY) == 2
     llm.train()
-    assert llm.generate_shared(prompts, split.continuations, max_new_tokens=2, **GREEDY) is None
+    assert llm.continues(max_new_tokens=2, **GREEDY) is None
 
 
 def test_neighbours_that_begin_alike_are_split_after_their_last_clip():
