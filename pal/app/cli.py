@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 from typer.core import TyperGroup
 
-from pal.app import ablating, evaluating, reporting
+from pal.app import ablating, benching, evaluating, reporting
 from pal.app.data import data_app
 from pal.app.models import models_app
 from pal.app.options import AllowUrls, AsJson, OtherWeights, ReadToEnd
-from pal.app.output import note, one_line, print_json, shows_progress
+from pal.app.output import note, one_line, print_json
 from pal.app.probing import probe_app
 from pal.errors import AudioWarning, ConfigError, PalError, PromptError, WeightsWarning
 
@@ -243,63 +243,7 @@ def plan(
         typer.echo(to_text(made))
 
 
-@app.command()
-def bench(
-    preset: Annotated[
-        str, typer.Option(help="Sizes to measure: cpu-small (counts only), cpu, gpu-quick, gpu or gpu-3b.")
-    ] = "cpu",
-    variants: Annotated[str | None, typer.Option(help="Comma-separated variants: plits,lal.")] = None,
-    tokens: Annotated[
-        str | None, typer.Option(help="Comma-separated numbers of audio tokens: 750,1500,ragged.")
-    ] = None,
-    phases: Annotated[
-        str | None, typer.Option(help="Comma-separated phases, of prefill,decode,train,decode_graph.")
-    ] = None,
-    scopes: Annotated[str | None, typer.Option(help="Comma-separated scopes, of llm,end_to_end.")] = None,
-    batch: Annotated[str | None, typer.Option(help="Comma-separated batch sizes, in conversations.")] = None,
-    repeats: Annotated[
-        int | None, typer.Option(help="Number of timed rounds; 0 counts operations without timing.")
-    ] = None,
-    train: Annotated[
-        str | None, typer.Option(help="Trained parts of a step: joint (with the LLM) or projectors.")
-    ] = None,
-    json_file: Annotated[
-        Path | None, typer.Option("--json", metavar="FILE", help="File for the numbers; '-' prints them.")
-    ] = None,
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder for JSON, tables and pictures.")] = None,
-) -> None:
-    """Measure time, memory and operations of all integrations and of comparable models, in one run."""
-    from pal.bench.presets import preset_of
-    from pal.bench.report import to_json, to_markdown, write, write_numbers
-    from pal.bench.run import run
-    from pal.files import write_text
-
-    chosen = preset_of(
-        preset,
-        variants=_listed(variants),
-        audio_tokens=_listed(tokens),
-        phases=_listed(phases),
-        scopes=_listed(scopes),
-        batch=_listed(batch),
-        repeats=repeats,
-        train=train,
-    )
-    keep = (lambda found: None) if out is None else (lambda found: write_numbers(found, out))
-    result = run(chosen, progress=shows_progress(), keep=keep)
-    if json_file is not None and str(json_file) != "-":
-        write_text(json_file, to_json(result))
-    typer.echo(to_json(result) if str(json_file) == "-" else to_markdown(result), nl=False)
-    if out is not None:
-        for path in write(result, out):
-            typer.echo(f"written: {path}", err=True)
-    if result.interrupted:
-        raise KeyboardInterrupt("interrupted; the measurements so far are above")
-
-
-def _listed(text: str | None) -> list[str] | None:
-    return None if text is None else [part.strip() for part in text.split(",") if part.strip()]
-
-
+app.command()(benching.bench)
 app.command("eval")(evaluating.eval_)
 app.command()(evaluating.compare)
 app.command()(ablating.ablate)

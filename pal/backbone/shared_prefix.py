@@ -126,6 +126,8 @@ class _OwnRows(CacheLayerMixin):
 
     is_sliding = False
     supports_early_init = False
+    keys: Any
+    values: Any
 
     def __init__(self, room: int) -> None:
         super().__init__()

@@ -29,9 +29,16 @@ def check_device(preset: Preset) -> None:
 
 def machine(preset: Preset) -> dict[str, Any]:
     """Facts about the machine, versions, and the preset."""
-    facts: dict[str, Any] = {
+    kept = ("name", "shape", "dtype", "train", "repeats", "decode_tokens", "compiled")
+    measured = {("preset" if key == "name" else key): getattr(preset, key) for key in kept}
+    return {**machine_facts(preset.device), **measured, "projector_width": preset.width}
+
+
+def machine_facts(device: str) -> dict[str, Any]:
+    """Facts about the machine, and versions."""
+    return {
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        "device": _cpu() if preset.device == "cpu" else torch.cuda.get_device_name(),
+        "device": _cpu() if device == "cpu" else torch.cuda.get_device_name(),
         "system": f"{platform.system()} {platform.machine()}",
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
@@ -40,9 +47,6 @@ def machine(preset: Preset) -> dict[str, Any]:
         "transformers": transformers.__version__,
         "pal": pal.__version__,
     }
-    kept = ("name", "shape", "dtype", "train", "repeats", "decode_tokens", "compiled")
-    measured = {("preset" if key == "name" else key): getattr(preset, key) for key in kept}
-    return {**facts, **measured, "projector_width": preset.width}
 
 
 def _cpu() -> str:

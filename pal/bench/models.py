@@ -169,13 +169,17 @@ class AttachedModel(BenchModel):
 
 def attached(name: str, llm: Backbone, preset: Preset) -> AttachedModel:
     """Model of one of this package's variants."""
-    device, dtype = torch.device(preset.device), getattr(torch, preset.dtype)
+    return attached_to(name, llm, preset.width, torch.device(preset.device), getattr(torch, preset.dtype))
+
+
+def attached_to(name: str, llm: Backbone, width: int, device: torch.device, dtype: torch.dtype) -> AttachedModel:
+    """Model of one of this package's variants, for features of a width, which is also that inside projectors."""
     part = INTEGRATIONS["plits" if name == "text" else name]
     options: Any = lookup("integration", part["name"]).Config  # type: ignore[attr-defined]
     if issubclass(options, ProjectorOptions):
-        part = {**part, "hidden": preset.width}
+        part = {**part, "hidden": width}
     with device:
-        integration = build("integration", part, in_width=preset.width, llm=llm)
+        integration = build("integration", part, in_width=width, llm=llm)
     return AttachedModel(name, llm, integration.to(dtype), with_audio=name != "text")
 
 

@@ -121,7 +121,7 @@ def _encoder(width: int, layers: int, heads: int, mels: int = 128, positions: in
     }
 
 
-_SMALL = {
+SMALL = {
     "model_type": "llama",
     "hidden_size": 32,
     "intermediate_size": 96,
@@ -132,7 +132,7 @@ _SMALL = {
     "max_position_embeddings": 32768,
     "tie_word_embeddings": True,
 }
-_LLAMA_1B = hub_configs.CONFIGS["meta-llama/Llama-3.2-1B-Instruct"]
+LLAMA_1B = hub_configs.CONFIGS["meta-llama/Llama-3.2-1B-Instruct"]
 _LLAMA_3B = hub_configs.CONFIGS["meta-llama/Llama-3.2-3B-Instruct"]
 _AF_WHISPER = _encoder(1280, 32, 20)
 _GPU: dict[str, Any] = {
@@ -151,7 +151,7 @@ PRESETS = {
         Preset(
             name="cpu-small",
             shape="4 layers of 32",
-            llm=_SMALL,
+            llm=SMALL,
             encoder=_encoder(16, 1, 2, mels=80),
             # at 15000 PLITS alone takes a minute, whatever the width: attention's exponentials are what it does
             audio_tokens=(64, 256, 750, 1500),
@@ -160,14 +160,14 @@ PRESETS = {
         Preset(
             name="cpu",
             shape="Llama-3.2-1B cut to 4 layers, with an encoder of Whisper-small's size",
-            llm={**_LLAMA_1B, "num_hidden_layers": 4},
+            llm={**LLAMA_1B, "num_hidden_layers": 4},
             encoder=_encoder(768, 12, 12),
             audio_tokens=(750, 1500),
         ),
         Preset(
             name="gpu-quick",
             shape="Llama-3.2-1B",
-            llm=_LLAMA_1B,
+            llm=LLAMA_1B,
             **{
                 **_GPU,
                 "audio_tokens": (750, 1500, "ragged", 7500),
@@ -179,7 +179,7 @@ PRESETS = {
                 "seconds": 300,
             },
         ),
-        Preset(name="gpu", shape="Llama-3.2-1B, with an encoder of AF-Whisper's size", llm=_LLAMA_1B, **_GPU),
+        Preset(name="gpu", shape="Llama-3.2-1B, with an encoder of AF-Whisper's size", llm=LLAMA_1B, **_GPU),
         Preset(name="gpu-3b", shape="Llama-3.2-3B, with an encoder of AF-Whisper's size", llm=_LLAMA_3B, **_GPU),
     )
 }

@@ -237,7 +237,7 @@ class _SequenceBuilder:
 
     def build(self) -> SequenceLayout:
         """The finished layout."""
-        rows = {name: self.rows.get(name, _NO_ROWS).astype(np.int64) for name in _ROW_COLUMNS}
+        rows: dict[str, Any] = {name: self.rows.get(name, _NO_ROWS).astype(np.int64) for name in _ROW_COLUMNS}
         keys = []
         for parts in self.keys:
             columns = {name: parts.get(name, _NO_ROWS).astype(np.int64) for name in _KEY_COLUMNS}
