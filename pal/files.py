@@ -167,18 +167,23 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 
 @contextmanager
-def writing(path: Path) -> Iterator[BinaryIO]:
-    """Context manager of a temporary file, which replaces `path` at the end, unless the block raises an error."""
+def replacing(path: Path) -> Iterator[Path]:
+    """Context manager of a temporary path, whose file replaces `path` at the end, unless the block raises an error."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
-        with temporary.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
+        yield temporary
+        _sync(temporary)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[BinaryIO]:
+    """Context manager of a temporary file, which replaces `path` at the end, unless the block raises an error."""
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        yield file
 
 
 def _sync(path: Path) -> None:

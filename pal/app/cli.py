@@ -4,23 +4,22 @@ from __future__ import annotations
 
 import os
 import time
-import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from typer.core import TyperGroup
 
-from pal.app import ablating, benching, evaluating, reporting
+from pal.app import ablating, benching, evaluating, indexing, reporting
 from pal.app.data import data_app
+from pal.app.loading import load_model, stored_clip
 from pal.app.models import models_app
-from pal.app.options import AllowUrls, AsJson, OtherWeights, ReadToEnd
+from pal.app.options import AllowUrls, AsJson, Model, OtherWeights, ReadToEnd
 from pal.app.output import note, one_line, print_json
 from pal.app.probing import probe_app
-from pal.errors import AudioWarning, ConfigError, PalError, PromptError, WeightsWarning
+from pal.errors import PalError, PromptError
 
 if TYPE_CHECKING:
-    from pal.model import PalModel
     from pal.train.recipe import Recipe
 
 INTERRUPTED = 130
@@ -56,17 +55,6 @@ app.add_typer(data_app, name="data")
 app.add_typer(probe_app, name="probe")
 app.add_typer(models_app, name="models")
 
-Model = Annotated[
-    str | None,
-    typer.Option(
-        "--model",
-        "-m",
-        help="Bundle folder or Hub id, or a model that ships with the package: 'smol' or 'tiny'. "
-        "Default: smol if `pal models get smol` has been run, else tiny.",
-        show_default=False,
-    ),
-]
-
 
 def main() -> None:
     """Entry point of the command `pal`."""
@@ -94,17 +82,23 @@ def ask(
     other_weights: OtherWeights = False,
     as_json: AsJson = False,
 ) -> None:
-    """Answer a question about audio files, or about clips that `pal index` wrote (.safetensors)."""
+    """Answer a question about audio files, or about what `pal index` wrote: .safetensors or .palidx.
+
+    All clips belong to one question, but an indexed folder is asked clip by clip.
+    """
     *clips, question = items
     if not clips:
         raise PromptError(f"no clip for the question '{question}'; write: pal ask AUDIO... \"QUESTION\"")
     if Path(question).is_file():
         raise PromptError(f"the last argument is the question, but '{question}' is a file")
+    if len(clips) == 1 and clips[0].rstrip("/").endswith(".palidx"):
+        indexing.ask_folder(Path(clips[0]), question, model, max_new_tokens, other_weights, as_json)
+        return
     started = time.perf_counter()
-    loaded = _load(model, other_weights)
+    loaded = load_model(model, other_weights)
     if loaded.config.notice:
         note(loaded.config.notice)
-    audio = [_clip(clip) for clip in clips]
+    audio = [stored_clip(clip) for clip in clips]
     if len(audio) > 1 and "<audio>" not in question:
         question = "<audio>" * len(audio) + question
     load_seconds = time.perf_counter() - started
@@ -130,34 +124,7 @@ def ask(
     )
 
 
-@app.command()
-def index(
-    audio: Annotated[str, typer.Argument(help="An audio file.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="The .safetensors file to write.")],
-    model: Model = None,
-    allow_urls: AllowUrls = False,
-    read_to_end: ReadToEnd = False,
-    other_weights: OtherWeights = False,
-    as_json: AsJson = False,
-) -> None:
-    """Precompute the attention keys and values of a clip, to ask many questions about it (models with LAL)."""
-    if out.suffix != ".safetensors":
-        raise typer.BadParameter(f"'{out}' must end in .safetensors", param_hint="--out")
-    loaded = _load(model, other_weights)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", AudioWarning)
-        clip = loaded.index(audio, allow_urls, read_to_end)
-    notes = [str(warning.message) for warning in caught if issubclass(warning.category, AudioWarning)]
-    out.parent.mkdir(parents=True, exist_ok=True)
-    clip.save(out)
-    seconds, tokens, size = clip.seconds, clip.tokens, out.stat().st_size
-    if as_json:
-        about = {"out": str(out), "audio_seconds": seconds, "audio_tokens": tokens, "bytes": size, "notes": notes}
-        print_json(about)
-    else:
-        for line in notes:
-            note(line)
-        typer.echo(f"{out}: {seconds:.1f} s of audio, {tokens} tokens, {size:,} bytes")
+app.command()(indexing.index)
 
 
 @app.command()
@@ -347,35 +314,6 @@ def push(
         print_json(pushed.to_dict())
     else:
         typer.echo(f"{pushed.url}: {len(pushed.files)} files, {pushed.size:,} bytes")
-
-
-def _load(model: str | None, other_weights: bool) -> PalModel:
-    """Load a bundle; notes say which model is the default, and where it goes on with other weights."""
-    import pal
-    from pal import shipped
-
-    if model is None:
-        model = shipped.default()
-        note(shipped.explain(model))
-
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", WeightsWarning)
-        loaded = pal.load(model, other_weights=other_weights)
-    for warning in caught:
-        if issubclass(warning.category, WeightsWarning):
-            note(str(warning.message))
-    return loaded
-
-
-def _clip(path: str) -> Any:
-    """The indexed clip in a .safetensors file, or the path of any other file."""
-    if not path.endswith(".safetensors"):
-        return path
-    if not Path(path).is_file():
-        raise ConfigError(f"{path}: no such file; make it with: pal index AUDIO --out {path}")
-    from pal.backbone.audio_kv import AudioKV
-
-    return AudioKV.load(path)
 
 
 def _fail(text: str, status: int) -> NoReturn:

@@ -10,6 +10,16 @@ Exclude = Annotated[str | None, typer.Option(help="fsdd: comma-separated speaker
 Settings = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Other option of the data set; can be repeated.")
 ]
+Model = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        "-m",
+        help="Bundle folder or Hub id, or a model that ships with the package: 'smol' or 'tiny'. "
+        "Default: smol if `pal models get smol` has been run, else tiny.",
+        show_default=False,
+    ),
+]
 AllowUrls = Annotated[bool, typer.Option("--allow-urls", help="Allow clips to be http, https and file URLs.")]
 ReadToEnd = Annotated[
     bool,

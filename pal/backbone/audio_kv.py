@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from torch import Tensor
 from pal.backbone.stream_kv import StreamKV
 from pal.digest import digest as content_digest
 from pal.errors import BundleError, PalError
+from pal.files import replacing
 
 _FORMAT = "pal-audio-kv-3"
 
@@ -120,11 +121,12 @@ class AudioKV:
         first, last = min(a for a, _ in stretches), max(b for _, b in stretches)
         return replace(self, streams=streams, durations=tuple(min(last, whole) - first for whole in self.durations))
 
-    def save(self, path: str | Path) -> None:
-        """Write one safetensors file, with the digest of the model and of the content."""
+    def save(self, path: str | Path, **more: Any) -> None:
+        """Write one safetensors file, with the digest of the model and of the content, and `more` facts about it."""
         tensors = {name: x.contiguous().cpu() for name, x in self._tensors().items()}
-        about = self._about()
-        save_file(tensors, path, metadata={"about": about, "sha256": content_digest(tensors, about)})
+        about = self._about(more)
+        with replacing(Path(path)) as temporary:
+            save_file(tensors, temporary, metadata={"about": about, "sha256": content_digest(tensors, about)})
 
     @classmethod
     def load(cls, path: str | Path, digest: str | None = None) -> AudioKV:
@@ -158,9 +160,10 @@ class AudioKV:
             clip.check(digest, where=str(path))
         return clip
 
-    def _about(self) -> str:
+    def _about(self, more: Mapping[str, Any]) -> str:
         streams = [stream.facts() for stream in self.streams]
-        return json.dumps({"format": _FORMAT, "digest": self.digest, "durations": self.durations, "streams": streams})
+        own = {"format": _FORMAT, "digest": self.digest, "durations": self.durations, "streams": streams}
+        return json.dumps({**own, **more})
 
     def _tensors(self) -> dict[str, Tensor]:
         return {f"{i}.{name}": x for i, stream in enumerate(self.streams) for name, x in stream.tensors().items()}
