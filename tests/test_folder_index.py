@@ -175,7 +175,7 @@ def test_damaged_and_moved_entries_are_refused(model, folder, store):
     with pytest.raises(BundleError, match="no stored clip"):
         made.clips()
     shutil.copy(second.file, first.file)
-    with pytest.raises(BundleError, match="'b.flac' under another name"):
+    with pytest.raises(BundleError, match=r"'b\.flac' under another name"):
         made.clips()
     save_file({"0": torch.zeros(2)}, first.file)
     with pytest.raises(BundleError, match="no clip of this index"):
