@@ -15,6 +15,7 @@ from torch import Tensor
 
 from pal.backbone import adapters
 from pal.backbone.options import check_generation
+from pal.conversations import shared_prefixes
 from pal.data.prompts import end_of_answer
 from pal.errors import PalError, shortened
 
@@ -71,6 +72,23 @@ def generate(model: PalModel, clips: Clips | ClipFeatures, rows: list[Tokens], *
     each = len(answers) // len(rows)
     place = {row: position for position, row in enumerate([*text, *heard])}
     return [answers[each * place[i] + k] for i in range(len(rows)) for k in range(each)]
+
+
+def generate_shared(
+    model: PalModel, features: ClipFeatures, conversations: list[Tokens], options: dict[str, Any]
+) -> Tensor | None:
+    """New token ids of conversations of which neighbours begin alike; None where nothing can be shared.
+
+    What neighbours have in common is read once (`Backbone.read_prefixes`).
+    """
+    llm = model.llm
+    tokens = llm.continues(**options)
+    shared = shared_prefixes(conversations) if llm.shares_prefixes and tokens is not None else None
+    if shared is None or tokens is None:
+        return None
+    prefixes = model.inputs(features, shared.prefixes, llm.prompt_side(**options))
+    read = llm.read_prefixes(prefixes, max(map(len, shared.continuations.ids)) + tokens)
+    return None if read is None else llm.generate_after(read, shared.continuations, **options)
 
 
 def stream(model: PalModel, clips: Clips, row: Tokens, **options: Any) -> Iterator[str]:

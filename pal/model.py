@@ -35,7 +35,7 @@ from pal.clips import (
     to_one_kind,
     warn_of,
 )
-from pal.conversations import ChatTurns, Question, check_ids, read_question, shared_prefixes
+from pal.conversations import ChatTurns, Question, check_ids, read_question
 from pal.digest import CachedModelDigest
 from pal.errors import ConfigError, PromptError
 from pal.integrations.routed import build_integration
@@ -226,23 +226,11 @@ class PalModel(nn.Module):
             return []
         options = {**default_options(self.tokenizer, self.llm.vocab), **options}
         features = clips if isinstance(clips, ClipFeatures) else self.encode(clips)
-        ids_BT = self._generate_shared(features, conversations, options)
+        ids_BT = answering.generate_shared(self, features, conversations, options)
         if ids_BT is None:
             inputs = self.inputs(features, conversations, self.llm.prompt_side(**options))
             ids_BT = self.llm.generate(inputs, **options)
         return [text.strip() for text in self.tokenizer.batch_decode(ids_BT, skip_special_tokens=True)]
-
-    def _generate_shared(
-        self, features: ClipFeatures, conversations: list[Tokens], options: dict[str, Any]
-    ) -> Tensor | None:
-        """New token ids of conversations of which neighbours begin alike, from one copy of that; None otherwise."""
-        tokens = self.llm.continues(**options)
-        shared = shared_prefixes(conversations) if self.llm.shares_prefixes and tokens is not None else None
-        if shared is None or tokens is None:
-            return None
-        prefixes = self.inputs(features, shared.prefixes, self.llm.prompt_side(**options))
-        read = self.llm.read_prefixes(prefixes, max(map(len, shared.continuations.ids)) + tokens)
-        return None if read is None else self.llm.generate_after(read, shared.continuations, **options)
 
     def stream(self, clips: Clips, conversation: Tokens, max_new_tokens: int = 64, **options: Any) -> Iterator[str]:
         """Answer one conversation, piece by piece during generation."""

@@ -148,10 +148,10 @@ class DecodeMask:
         """Additive mask of the prompts' keys for later rows, with biases: [B or 1, H or 1, 1, K]; None without."""
         one = self._seen[self.plan.layers[layer]]
         mask = None if one.whole else self._added(one.seen_BK[:, None, None, : one.prompt])
-        if layer not in self._biases:
+        bias = self._biases.get(layer)
+        if bias is None:
             return mask
-        bias = self._biases[layer][..., : one.prompt]
-        return bias if mask is None else mask + bias
+        return bias[..., : one.prompt] if mask is None else mask + bias[..., : one.prompt]
 
     def biased(self, mask: Tensor | None, layer: int, steps: int) -> Tensor | None:
         """A layer's mask of the next step plus its bias on the scores of audio: [B or 1, H or 1, 1 or beams, K].

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -113,8 +113,7 @@ def through_cache(
         raise PalError("a forward with audio needs position_ids: positions have gaps that cannot be guessed")
     given: dict[str, Any] = {"input_ids": input_ids, "inputs_embeds": inputs_embeds, "position_ids": position_ids}
     # a compiled layer cannot write to a cache; the K/V of packed prompts are captured and stored outside of it
-    plain = torch.compiler.set_stance("force_eager") if compiled and cache.packed is None else nullcontext()
-    with torch.no_grad(), without_cudnn(), plain:
+    with torch.no_grad(), without_cudnn(), eager(compiled and cache.packed is None):
         if cache.begun:
             given |= {"attention_mask": cache.no_mask, "past_key_values": cache}
             return forward(**given, attention_metadata=cache.step(position_ids), **kwargs)
@@ -136,6 +135,11 @@ def through_cache(
         return out
 
 
+def eager(on: bool) -> AbstractContextManager[Any]:
+    """Run compiled layers eagerly inside the block."""
+    return torch.compiler.set_stance("force_eager") if on else nullcontext()
+
+
 def continued(
     forward: Callable[..., Any],
     cache: SharedPrefixCache,
@@ -149,8 +153,7 @@ def continued(
     The arguments are those of `through_cache`.
     """
     given: dict[str, Any] = {"input_ids": input_ids, "position_ids": position_ids, "attention_mask": cache.no_mask}
-    plain = torch.compiler.set_stance("force_eager") if compiled else nullcontext()
-    with torch.no_grad(), without_cudnn(), plain:
+    with torch.no_grad(), without_cudnn(), eager(compiled):
         return forward(**given, past_key_values=cache, attention_metadata=ContinuedRows(cache), **kwargs)
 
 
