@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from pal.integrations.base import Integration
+    from pal.live import LiveAudio
 
 
 class Loss(NamedTuple):
@@ -258,6 +259,12 @@ class PalModel(nn.Module):
         clip = read_clip(audio, self.sampling_rate, allow_urls=allow_urls, read_to_end=read_to_end)
         warn_of(clip_notes([clip]))
         return self._indexed(clip)
+
+    def listen(self, window: float | None = None) -> LiveAudio:
+        """Audio that is still arriving, to be asked at any time; `window`: seconds that are kept, None for all."""
+        from pal.live import LiveAudio
+
+        return LiveAudio(self, window)
 
     def _indexed(self, clip: Clip) -> AudioKV:
         if isinstance(clip, AudioKV):

@@ -19,6 +19,10 @@ class Connector(nn.Module, ABC):
     """Number of encoders whose features it takes."""
     width: int
     """E of the output."""
+    stride: int = 1
+    """Tokens that become one."""
+    reach: int | None = None
+    """Tokens before and after its own that can change a token of the output; None: all of the clip's."""
 
     @abstractmethod
     def forward(self, *features: Any, **options: Any) -> AudioFeatures:

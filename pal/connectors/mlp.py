@@ -26,6 +26,8 @@ class MLP(Connector):
             """Toy size: given widths become 16."""
             return self.model_copy(update={"width": self.width and 16, "hidden": self.hidden and 16})
 
+    reach = 0
+
     def __init__(self, config: Config, in_width: int) -> None:
         super().__init__()
         self.width = config.width or in_width

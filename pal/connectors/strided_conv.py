@@ -44,6 +44,7 @@ class StridedConv(Connector):
         self.width = config.width or in_width
         self.stride = config.stride
         self.kernel = config.kernel or config.stride
+        self.reach = self.kernel - self.stride
         self.norm = nn.LayerNorm(in_width) if config.norm else nn.Identity()
         self.conv = nn.Conv1d(in_width, self.width, self.kernel, self.stride)
 

@@ -38,6 +38,8 @@ class Encoder(nn.Module, ABC):
     seconds_per_token: float
     window_seconds: float | None = None
     """Longest window that the network takes; None: any length."""
+    reach_seconds: float | None = None
+    """Of an encoder without windows: audio further than this from a token does not change it. None: all of it does."""
 
     def standalone_config(self) -> Any:
         """Configuration that builds this network without reading weights, for bundles that contain all of them."""

@@ -75,6 +75,8 @@ class Tiny(Encoder):
         self.project = nn.Linear(config.channels[-1] * -(-config.mels // 16), config.width)
         self.blocks = nn.ModuleList(_TinyBlock(config) for _ in range(config.blocks))
         self.norm = nn.LayerNorm(config.width)
+        # the spectra and the four convolutions reach over 13 frames, less than four tokens
+        self.reach_seconds = (4 + config.blocks * (config.kernel // 2)) * self.seconds_per_token
 
     def frontend(self, samples_N: Tensor) -> Tensor:
         """Samples [N] at 16 kHz -> log10 mel power [ceil(N / 160), M], scaled so that -40 dB is 0 and 0 dB is 1."""

@@ -142,6 +142,11 @@ class Route(Integration):
         """
         return 0
 
+    @torch.no_grad()
+    def stream_kv(self, features: AudioFeatures, llm: Backbone) -> StreamKV:
+        """Keys, values and audio rows of clips, computed now."""
+        return _stream_kv(self.inject(features, llm), llm)
+
     def stored(self, stream: StreamKV) -> IntegrationOutput:
         """`IntegrationOutput` of indexed clips, in place of `inject`."""
         return IntegrationOutput(

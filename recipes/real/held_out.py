@@ -5,7 +5,8 @@ How they learned, DIR/curves.png, has each run's training loss over steps and ov
     python recipes/real/held_out.py runs/real/plits runs/real/lal runs/real/pal --out runs/real/held-out
 
 For each run DIR/NAME.json, and a Markdown table of all runs whose scores are in DIR. A run whose scores are there is
-not measured again.
+not measured again. A step of the last stage is measured for all runs in turns, on the same batch, since training shares
+its machine with other work; DIR/steps.json has it, and the minutes of the curves come from it.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from tqdm import tqdm
 
 import pal
 from pal.backbone import adapters
+from pal.bench.measure import training_costs
+from pal.data.collate import WaveformCache
 from pal.data.manifest import Manifest, Record, Turn
 from pal.data.prompts import conversation_of, encode
 from pal.evaluate import evaluate, from_records
@@ -30,6 +33,9 @@ from pal.memory import keep_freed_memory
 from pal.model import PalModel
 from pal.plots import escape_label, render, style_of
 from pal.train.curves import read_log, smooth
+from pal.train.objectives import AnswerLoss
+from pal.train.recipe import load_recipe
+from pal.train.sources import StageData, open_sources
 from pal.types import Batch
 
 PROMPTS = Path(__file__).with_name("prompts.txt").read_text(encoding="utf-8").splitlines()
@@ -116,27 +122,35 @@ def _first(text: str) -> str:
     return text.strip()
 
 
-def measure(run: Path, curriculum: Path, features: Path) -> dict[str, Any]:
+def step_costs(runs: list[Path], rounds: int = 5) -> dict[str, dict[str, float]]:
+    """Seconds and peak memory of a step of each run's last stage, in turns, on the first batch of the first run's."""
+    models = {run.name: pal.load(run) for run in runs}
+    recipe = load_recipe(Path(__file__).with_name(f"{runs[0].name}.yaml"))
+    data = StageData(recipe, len(recipe.stages) - 1, open_sources(recipe, runs[0] / "data"))
+    first = models[runs[0].name]
+    data.start(first, AnswerLoss(first, AnswerLoss.Config()), WaveformCache(1 << 28))
+    costs = training_costs(models, data.micro_batches(0, 0, 1)[0].batch, recipe.stages[-1], rounds)
+    return {name: {"seconds": cost.step_seconds, "peak_bytes": cost.peak_bytes} for name, cost in costs.items()}
+
+
+def measure(run: Path, curriculum: Path, features: Path, only: list[str] | None) -> dict[str, Any]:
     """All numbers of one run."""
     model = pal.load(run)
     cache = FeatureCache(features, model.ears, "bf16")
     report = json.loads((run / "train.json").read_text())
     return {
         "run": run.name,
-        "scores": scores(model, curriculum, cache),
+        "scores": scores(model, curriculum, cache, only),
         "text": text_answers(model),
         "steps": sum(stage["steps"] for stage in report["stages"]),
-        "seconds": report["seconds"],
-        "median_step_seconds": report["stages"][-1]["median_step_seconds"],
-        "peak_memory_bytes": report["stages"][-1].get("peak_memory_bytes"),
         "trained_parameters": report["stages"][-1]["trained_parameters"],
     }
 
 
-def table(found: list[dict[str, Any]]) -> str:
-    """Markdown: a column for each run."""
+def table(found: list[dict[str, Any]], steps: dict[str, dict[str, float]]) -> str:
+    """Markdown: a column for each run; `steps` as from `step_costs`."""
     lines = ["| | " + " | ".join(one["run"] for one in found) + " |", "|---|" + "---|" * len(found)]
-    for name in SETS:
+    for name in (name for name in SETS if all(name in one["scores"] for one in found)):
         cells = []
         for one in found:
             own = one["scores"][name]
@@ -149,24 +163,26 @@ def table(found: list[dict[str, Any]]) -> str:
             lambda one: f"{one['text']['loss_before']:.3f} -> {one['text']['loss_after']:.3f}",
         ),
         ("steps", lambda one: f"{one['steps']:,}"),
-        ("median step, s", lambda one: f"{one['median_step_seconds']:.2f}"),
-        ("minutes", lambda one: f"{one['seconds'] / 60:.0f}"),
-        ("peak memory in training, GB", lambda one: f"{(one.get('peak_memory_bytes') or float('nan')) / 1e9:.1f}"),
+        ("a step, s", lambda one: f"{steps[one['run']]['seconds']:.2f}"),
+        ("its peak memory, GB", lambda one: f"{steps[one['run']]['peak_bytes'] / 1e9:.2f}"),
         ("trained parameters", lambda one: f"{one['trained_parameters']:,}"),
     ):
         lines.append(f"| {name} | " + " | ".join(of(one) for one in found) + " |")
     return "\n".join(lines)
 
 
-def draw_curves(figure: Any, logs: dict[str, list[dict[str, Any]]]) -> None:
-    """Running means of the loss over steps and over minutes, of each run's log."""
+def draw_curves(figure: Any, logs: dict[str, list[dict[str, Any]]], steps: dict[str, dict[str, float]]) -> None:
+    """Running means of the loss of each run's last stage over steps, and over minutes by the seconds of a step."""
     by_step, by_minute = figure.subplots(1, 2, sharey=True)
     for place, (name, lines) in enumerate(logs.items()):
         style = {**style_of(place), "marker": ""}
-        losses = smooth([line["loss"] for line in lines], 0.8)
-        by_step.plot([line["step"] for line in lines], losses, label=escape_label(name), **style)
-        by_minute.plot([line["seconds"] / 60 for line in lines], losses, **style)
-    by_step.set(xlabel="step", ylabel="loss a token, running mean", ylim=(0, None))
+        own = [line for line in lines if line["stage"] == lines[-1]["stage"]]
+        before = max((line["step"] for line in lines if line["stage"] != own[0]["stage"]), default=0)
+        counts = [line["step"] - before for line in own]
+        losses = smooth([line["loss"] for line in own], 0.8)
+        by_step.plot(counts, losses, label=escape_label(name), **style)
+        by_minute.plot([count * steps[name]["seconds"] / 60 for count in counts], losses, **style)
+    by_step.set(xlabel="step of the joint stage", ylabel="loss a token, running mean", ylim=(0, None))
     by_minute.set(xlabel="minutes")
     by_step.legend(fontsize=8, frameon=False)
 
@@ -176,6 +192,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", type=Path, nargs="+", help="folders that pal train wrote")
     parser.add_argument("--out", type=Path, default=Path("runs/real/held-out"))
+    parser.add_argument("--only", nargs="+", choices=list(SETS), help="some of the held-out sets")
     parser.add_argument("--curriculum", type=Path, default=Path("runs/curriculum"))
     parser.add_argument("--features", type=Path, default=Path("runs/real/features"), help="the recipes' feature cache")
     args = parser.parse_args()
@@ -185,13 +202,18 @@ def main() -> None:
     for run in args.runs:
         path = args.out / f"{run.name}.json"
         if not path.is_file():
-            write_json(path, measure(run, args.curriculum, args.features))
+            write_json(path, measure(run, args.curriculum, args.features, args.only))
         found.append(json.loads(path.read_text()))
+    steps_file = args.out / "steps.json"
+    steps = json.loads(steps_file.read_text()) if steps_file.is_file() else {}
+    if not {run.name for run in args.runs} <= steps.keys():
+        steps = step_costs(args.runs)
+        write_json(steps_file, steps)
     logs = {run.name: read_log(run / "log.jsonl") for run in args.runs}
-    rendered = render(partial(draw_curves, logs=logs), (10.0, 4.0))
+    rendered = render(partial(draw_curves, logs=logs, steps=steps), (10.0, 4.0))
     if rendered is not None:
         write_bytes(args.out / "curves.png", rendered.png)
-    print(table(found))
+    print(table(found, steps))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,333 @@
+"""`LiveAudio`: audio that is still arriving, and can be asked at any time.
+
+An append encodes what is new, and what may still change: an encoder's last window, or the tokens near the end that
+depend on what comes next. All before is settled: its keys and values are made once. At any moment the stream is an
+`AudioKV`, equal to that of a file with the same samples.
+
+How much may still change is said by `Encoder.reach_seconds` and `Connector.reach`. Where either is None and there are
+no windows (a connector whose tokens see the whole clip, such as a Q-Former), nothing settles and an append makes
+everything anew.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from pal import answering
+from pal.audio import resample
+from pal.backbone.audio_kv import AudioKV
+from pal.backbone.stream_kv import Layout, StreamKV
+from pal.clips import ClipFeatures
+from pal.connectors.base import Connector
+from pal.conversations import Question, read_question
+from pal.encoders.base import Encoder
+from pal.errors import AudioError, ConfigError
+from pal.types import AudioFeatures
+
+if TYPE_CHECKING:
+    from pal.integrations.base import Route
+    from pal.model import PalModel
+
+
+class LiveAudio:
+    """Audio that is still arriving; `PalModel.listen` makes it.
+
+    Args:
+        model: in evaluation mode. Its weights must not change while it listens.
+        window: seconds that are kept; None keeps all. Older audio is dropped in whole groups of tokens, as
+            `AudioKV.slice` does.
+
+    Raises:
+        ConfigError: a window for a model whose tokens stand for no time of their own.
+    """
+
+    def __init__(self, model: PalModel, window: float | None = None) -> None:
+        if window is not None and window <= 0:
+            raise ConfigError(f"a stream's window is a number of seconds above 0, not {window:g}")
+        self.model = model
+        self.window = window
+        self.samples = 0
+        """Samples so far, at `PalModel.sampling_rate`."""
+        self._digest = model.digest
+        ears = model.ears
+        self._encoders = [_EncoderTail(ears.encoder(i), ears.sampling_rate) for i in range(len(ears.encoders))]
+        self._streams = [
+            _StreamTail(connector, indices, route)  # type: ignore[arg-type]
+            for connector, indices, route in zip(
+                ears.connectors, ears.encoder_indices, model.integration.routes(), strict=True
+            )
+        ]
+
+    def __enter__(self) -> LiveAudio:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._encoders, self._streams = [], []
+
+    @property
+    def seconds(self) -> float:
+        """Seconds so far, those that have left the window included."""
+        return self.samples / self.model.sampling_rate
+
+    @torch.inference_mode()
+    def append(self, samples: Any) -> None:
+        """Hear more.
+
+        Args:
+            samples: mono, float, [N] at `PalModel.sampling_rate`; a chunk of any length.
+
+        Raises:
+            AudioError: another shape, or numbers that are not finite.
+        """
+        samples_N = torch.as_tensor(samples).detach().float().cpu()
+        if samples_N.ndim != 1:
+            raise AudioError(f"a stream takes mono samples [N], not {list(samples_N.shape)}; mix the channels first")
+        if not bool(torch.isfinite(samples_N).all()):
+            raise AudioError("a stream's samples must be finite; check where they come from")
+        if not self._encoders:
+            raise AudioError("this stream was closed; begin another with model.listen()")
+        if not len(samples_N):
+            return
+        self.samples += len(samples_N)
+        heard = [encoder.append(samples_N) for encoder in self._encoders]
+        for stream in self._streams:
+            stream.append([heard[i] for i in stream.indices], self.model)
+            if self.window is not None:
+                stream.forget(self.seconds - self.window)
+
+    @property
+    def audio(self) -> AudioKV:
+        """What was heard, as audio keys and values.
+
+        Raises:
+            AudioError: nothing was heard yet.
+        """
+        if not self.samples:
+            raise AudioError("nothing was heard yet; append samples first")
+        kept = tuple(stream.keys_values() for stream in self._streams)
+        seconds = self.seconds - (0.0 if self.window is None else min(stream.start for stream in self._streams))
+        return AudioKV(streams=kept, durations=(seconds,), digest=self._digest)
+
+    def ask(self, question: Question, **options: Any) -> str | list[str]:
+        """As `PalModel.ask`, about what was heard so far."""
+        asked = read_question(question, 1, self.model.tokenizer, self.model.config.style)
+        heard = self.audio
+        answers = answering.generate(self.model, ClipFeatures([heard], [heard.seconds]), asked.tokens, **options)
+        return answers[0] if asked.single else answers
+
+
+class _EncoderTail:
+    """End of the audio for one encoder: samples that are still needed, since tokens may change or see them."""
+
+    def __init__(self, encoder: Encoder, rate: int) -> None:
+        self.encoder = encoder
+        # resampled audio is made from all of it
+        whole = encoder.sampling_rate != rate
+        self.window = None if whole or encoder.window_seconds is None else round(encoder.window_seconds * rate)
+        self.hop = round(encoder.seconds_per_token * rate)
+        self.reach: int | None = None
+        if self.window is None and encoder.reach_seconds is not None and not whole:
+            self.reach = -(-round(encoder.reach_seconds * rate) // self.hop)
+        self.rate = rate
+        self.tail_N = torch.zeros(0)
+        self.first = 0
+        """Tokens before the tail."""
+        self.settled = 0
+
+    def append(self, samples_N: Tensor) -> tuple[Tensor, Tensor]:
+        """New settled tokens [A, E], and those after them, which may still change."""
+        self.tail_N = torch.cat((self.tail_N, samples_N))
+        if self.window is not None:
+            return self._by_windows(self.window)
+        x_AE = self._encode(self.tail_N)
+        if self.reach is None:
+            return x_AE[:0], x_AE
+        whole = self.first + len(self.tail_N) // self.hop
+        settled = max(self.settled, whole - self.reach)
+        new_AE, rest_AE = x_AE[self.settled - self.first : settled - self.first], x_AE[settled - self.first :]
+        self.settled = settled
+        drop = max(0, settled - self.reach) - self.first
+        self.tail_N = self.tail_N[drop * self.hop :]
+        self.first += drop
+        return new_AE, rest_AE
+
+    def _by_windows(self, window: int) -> tuple[Tensor, Tensor]:
+        whole = len(self.tail_N) // window * window
+        done_N, self.tail_N = self.tail_N[:whole], self.tail_N[whole:]
+        parts = [self._encode(x_N) if len(x_N) else None for x_N in (done_N, self.tail_N)]
+        some = next(x_AE for x_AE in parts if x_AE is not None)
+        new_AE, rest_AE = (some[:0] if x_AE is None else x_AE for x_AE in parts)
+        return new_AE, rest_AE
+
+    def _encode(self, samples_N: Tensor) -> Tensor:
+        if self.encoder.sampling_rate != self.rate:
+            samples_N = resample(samples_N, self.rate, self.encoder.sampling_rate)
+        features = self.encoder.encode([samples_N])
+        return features.x_BAE[0, : features.lengths[0]]
+
+
+class _StreamTail:
+    """One stream: settled keys and values, and the end of its features."""
+
+    def __init__(self, connector: Connector, indices: Sequence[int], route: Route) -> None:
+        self.connector, self.indices, self.route = connector, list(indices), route
+        local = len(self.indices) == 1 and connector.reach is not None
+        self.reach = connector.reach if local else None
+        self.inputs: list[Tensor] = []
+        """Settled features of each encoder that the connector still needs."""
+        self.first = 0
+        """Features before these."""
+        self.given = 0
+        """Settled features so far."""
+        self.out = 0
+        """Settled tokens of the connector so far."""
+        self.waiting_AE: Tensor | None = None
+        """Settled tokens that do not fill a group yet."""
+        self.kv: _GrowingKV | None = None
+        self.rest: StreamKV | None = None
+        """What may still change, or does not fill a group; None if that is nothing."""
+        self.layout: Layout | None = None
+        self.dropped = 0
+        """Tokens that have left the window."""
+
+    @property
+    def start(self) -> float:
+        """Seconds that have left the window."""
+        assert self.layout is not None
+        return self.dropped * self.layout.seconds_per_token
+
+    def append(self, heard: Sequence[tuple[Tensor, Tensor]], model: PalModel) -> None:
+        """Take new features: of each encoder the settled ones and the rest."""
+        settled = [new_AE for new_AE, _ in heard]
+        before = self.inputs or [x_AE[:0] for x_AE in settled]
+        self.inputs = [torch.cat(pair) for pair in zip(before, settled, strict=True)]
+        self.given += len(settled[0])
+        encoders = [model.ears.encoder(i) for i in self.indices]
+        features = [
+            AudioFeatures(torch.cat((x_AE, rest_AE))[None], (len(x_AE) + len(rest_AE),), encoder.seconds_per_token)
+            for x_AE, (_, rest_AE), encoder in zip(self.inputs, heard, encoders, strict=True)
+        ]
+        made = self.connector(*features)
+        tokens_AE = made.x_BAE[0, : made.lengths[0]]
+        new_AE, rest_AE = self._settle(tokens_AE)
+        waiting_AE = new_AE if self.waiting_AE is None else torch.cat((self.waiting_AE, new_AE))
+        layout = self._layout_of(model, tokens_AE, made.seconds_per_token)
+        whole = 0 if layout.joint else len(waiting_AE) // layout.tokens * layout.tokens
+        if whole:
+            chunk = self._stream_kv(model, waiting_AE[:whole], made.seconds_per_token)
+            self.kv = self.kv or _GrowingKV(chunk)
+            self.kv.append(chunk)
+        self.waiting_AE = waiting_AE[whole:]
+        end_AE = torch.cat((self.waiting_AE, rest_AE))
+        self.rest = self._stream_kv(model, end_AE, made.seconds_per_token) if len(end_AE) else None
+
+    def forget(self, until: float) -> None:
+        """Drop settled groups that end before a time in seconds.
+
+        Raises:
+            ConfigError: tokens without a time.
+        """
+        layout = self.layout
+        assert layout is not None
+        if not layout.seconds_per_token:
+            raise ConfigError("this model's tokens stand for no time of their own; listen without a window")
+        groups = int(until / (layout.seconds_per_token * layout.tokens) + 1e-6)
+        tokens = max(0, groups * layout.tokens - self.dropped)
+        if self.kv is not None and tokens:
+            tokens = min(tokens, self.kv.tokens)
+            self.kv.drop(tokens)
+            self.dropped += tokens
+
+    def keys_values(self) -> StreamKV:
+        """Settled keys and values, then the others."""
+        if self.kv is None or not self.kv.tokens:
+            assert self.rest is not None
+            return self.rest
+        settled = self.kv.view()
+        return settled if self.rest is None else settled.append(self.rest)
+
+    def _settle(self, tokens_AE: Tensor) -> tuple[Tensor, Tensor]:
+        """Split the connector's tokens into newly settled ones and the rest; drop features that are not needed."""
+        stride = self.connector.stride
+        first = self.first // stride
+        if self.reach is None:
+            return tokens_AE[:0], tokens_AE
+        settled = max(self.out, (self.given - self.reach) // stride)
+        new_AE, rest_AE = tokens_AE[self.out - first : settled - first], tokens_AE[settled - first :]
+        self.out = settled
+        drop = max(0, settled * stride - self.reach) // stride * stride - self.first
+        self.inputs = [x_AE[drop:] for x_AE in self.inputs]
+        self.first += drop
+        return new_AE, rest_AE
+
+    def _layout_of(self, model: PalModel, tokens_AE: Tensor, seconds: float) -> Layout:
+        if self.layout is None:
+            self.layout = self.route.inject(AudioFeatures(tokens_AE[None, :1], (1,), seconds), model.llm).layout
+        return self.layout
+
+    def _stream_kv(self, model: PalModel, x_AE: Tensor, seconds: float) -> StreamKV:
+        return self.route.stream_kv(AudioFeatures(x_AE[None], (len(x_AE),), seconds), model.llm)
+
+
+class _GrowingKV:
+    """Keys, values and rows of one clip that grows at its end and may be dropped at its beginning, in whole groups."""
+
+    def __init__(self, like: StreamKV) -> None:
+        self.like = like
+        self.tokens = 0
+        self._buffers = {name: _GrowingTensor(1 if name == "rows_BSD" else 3) for name in like.tensors()}
+
+    def append(self, chunk: StreamKV) -> None:
+        """Add groups."""
+        for name, x in chunk.tensors().items():
+            self._buffers[name].append(x)
+        self.tokens += chunk.lengths[0]
+
+    def drop(self, tokens: int) -> None:
+        """Forget groups at the beginning."""
+        rows = tokens // self.like.layout.tokens * self.like.layout.rows
+        for name, buffer in self._buffers.items():
+            buffer.drop(min(rows if name == "rows_BSD" else tokens, buffer.used))  # PLITS has no keys
+        self.tokens -= tokens
+
+    def view(self) -> StreamKV:
+        """The clip, without a copy."""
+        tensors: dict[str, Any] = {name: buffer.view() for name, buffer in self._buffers.items()}
+        return replace(self.like, lengths=(self.tokens,), **tensors)
+
+
+class _GrowingTensor:
+    """Tensor that grows along an axis; its storage is twice as large as needed when it is full."""
+
+    def __init__(self, axis: int) -> None:
+        self.axis = axis
+        self.first = self.used = 0
+        self._storage: Tensor | None = None
+
+    def append(self, x: Tensor) -> None:
+        """Add entries at the end."""
+        added = x.shape[self.axis]
+        if self._storage is None or self.first + self.used + added > self._storage.shape[self.axis]:
+            shape = list(x.shape)
+            shape[self.axis] = 2 * (self.used + added)
+            grown = x.new_empty(shape)
+            if self.used:
+                grown.narrow(self.axis, 0, self.used).copy_(self.view())
+            self._storage, self.first = grown, 0
+        self._storage.narrow(self.axis, self.first + self.used, added).copy_(x)
+        self.used += added
+
+    def drop(self, count: int) -> None:
+        """Forget entries at the beginning."""
+        self.first += count
+        self.used -= count
+
+    def view(self) -> Tensor:
+        """The entries, without a copy."""
+        assert self._storage is not None
+        return self._storage.narrow(self.axis, self.first, self.used)

@@ -1,0 +1,170 @@
+"""Streams: audio in chunks has the keys and values, and the answers, of the same audio as a file."""
+
+import pytest
+import torch
+
+from pal.backbone.audio_kv import AudioKV
+from pal.errors import AudioError, ConfigError
+from tests.models import LLM, noise, pal, tiny_model  # noqa: F401
+
+QUESTION = "What sound is this?"
+SAME = {"rtol": 1e-5, "atol": 2e-5}
+WHISPER = {
+    "name": "whisper",
+    "architecture": {
+        "d_model": 16,
+        "encoder_layers": 1,
+        "encoder_attention_heads": 2,
+        "encoder_ffn_dim": 32,
+        "max_source_positions": 50,
+    },
+}
+CONNECTORS = {
+    "mlp": {"name": "mlp"},
+    "conv": {"name": "strided_conv", "stride": 3, "kernel": 6},
+    "wide": {"name": "strided_conv", "stride": 2, "kernel": 7},
+    "qformer": {"name": "qformer", "queries": 4},
+    "transformer": {"name": "conv_transformer", "stride": 2, "layers": 1},
+}
+
+
+def chunks(samples, count, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    cuts = torch.randint(1, len(samples), (count - 1,), generator=generator).sort().values.tolist()
+    return [samples[a:b] for a, b in zip([0, *cuts], [*cuts, len(samples)], strict=True)]
+
+
+def same(found, expected):
+    assert isinstance(found, AudioKV) and found.digest == expected.digest
+    assert found.durations == pytest.approx(expected.durations)
+    for mine, theirs in zip(found.streams, expected.streams, strict=True):
+        assert (mine.lengths, mine.layers, mine.layout) == (theirs.lengths, theirs.layers, theirs.layout)
+        for name, x in mine.tensors().items():
+            torch.testing.assert_close(x, theirs.tensors()[name], **SAME, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def model_of(integration="lal", connector="mlp", encoders=None, **options):
+    more = {} if encoders is None else {"encoders": encoders}
+    warm = encoders is None
+    return tiny_model(integration, warm=warm, connector=CONNECTORS[connector], **more, **options)
+
+
+@pytest.mark.parametrize("count", [1, 7, 50])
+@pytest.mark.parametrize(
+    "integration", ["plits", "lal", "pal", "lal_audio_query", {"name": "flamingo", "every": 2}], ids=str
+)
+def test_chunks_are_the_file(integration, count):
+    model = model_of(integration)
+    samples = noise(5.3)
+    with model.listen() as live:
+        for chunk in chunks(samples, count, count):
+            live.append(chunk)
+        same(live.audio, model.index((samples.numpy(), 16_000)))
+        asked = [QUESTION, "Is it loud?"]
+        assert live.ask(asked, max_new_tokens=6) == model.ask((samples.numpy(), 16_000), asked, max_new_tokens=6)
+        assert live.ask(QUESTION, max_new_tokens=6) == model.ask((samples.numpy(), 16_000), QUESTION, max_new_tokens=6)
+
+
+@pytest.mark.parametrize("connector", CONNECTORS)
+@pytest.mark.parametrize("encoders", [None, [WHISPER]], ids=["local", "windows"])
+def test_every_moment_is_the_file_so_far(connector, encoders):
+    """Windows of one second; connectors that reach over their borders, and such that see the whole clip."""
+    model = model_of("pal", connector, encoders)
+    samples = noise(4.4, 1)
+    live, heard = model.listen(), 0
+    for chunk in [*chunks(samples[:48_000], 9, 3), samples[48_000:64_000], samples[64_000:]]:
+        live.append(chunk)
+        heard += len(chunk)
+        same(live.audio, model.index((samples[:heard].numpy(), 16_000)))
+    assert live.seconds == pytest.approx(4.4)
+
+
+def test_several_encoders_with_routes_of_their_own():
+    model = model_of(
+        "pal_routed", encoders=[{"name": "tiny", "width": 12, "channels": [2, 3, 4, 6], "blocks": 1}, WHISPER]
+    )
+    samples = noise(3.7, 2)
+    live = model.listen()
+    for chunk in chunks(samples, 12, 5):
+        live.append(chunk)
+    same(live.audio, model.index((samples.numpy(), 16_000)))
+
+
+@pytest.mark.parametrize("integration", ["lal", "pal", "plits"])
+@pytest.mark.parametrize("encoders", [None, [WHISPER]], ids=["local", "windows"])
+def test_a_window_keeps_the_last_seconds_as_they_were_heard(integration, encoders):
+    model = model_of(integration, encoders=encoders)
+    samples = noise(9.0, 4)
+    live = model.listen(window=2.0)
+    for chunk in chunks(samples, 40, 6):
+        live.append(chunk)
+    whole = model.index((samples.numpy(), 16_000))
+    same(live.audio, whole.slice(7.0, 9.0))
+    assert live.seconds == 9.0 and live.audio.seconds == pytest.approx(2.0, abs=0.13)
+    assert live.ask(QUESTION, max_new_tokens=5) == model.ask(whole.slice(7.0, 9.0), QUESTION, max_new_tokens=5)
+
+
+def test_an_append_encodes_what_is_new_and_what_may_change():
+    model = model_of("pal", "conv")
+    encoded, made = [], []
+    encoder = model.ears.encoder(0)
+    encoder.register_forward_pre_hook(lambda module, given: encoded.append(given[0].shape[1]))
+    ours = type(model.integration).stream_kv
+    try:
+        type(model.integration).stream_kv = lambda self, x, llm: (made.append(x.lengths[0]), ours(self, x, llm))[1]
+        live = model.listen()
+        for _ in range(60):
+            live.append(noise(1.0, 7))
+    finally:
+        type(model.integration).stream_kv = ours
+    first, late = encoded[10], encoded[-1]
+    # a second has 100 frames; a token depends on 11 tokens of 4 frames to either side
+    assert first == late == 100 + 2 * 44
+    assert max(made) <= 15
+
+
+def test_with_windows_only_the_newest_is_encoded_again():
+    model = model_of("lal", encoders=[WHISPER])
+    encoded = []
+    model.ears.encoder(0).register_forward_pre_hook(lambda module, given: encoded.append(len(given[1])))
+    live = model.listen()
+    for _ in range(12):
+        live.append(noise(0.3, 8))
+    # every append, and each window once more when it was full; at three seconds sharp nothing else is left
+    assert sum(encoded) == 12 + 3 - 1 and max(encoded) == 1
+
+
+def test_storage_is_not_copied_at_each_append():
+    model = model_of("lal")
+    live = model.listen()
+    places = set()
+    for _ in range(64):
+        live.append(noise(1.0, 9))
+        kept = live._streams[0].kv
+        if kept is not None:
+            places.add(kept.view().k_LBGAC.untyped_storage().data_ptr())
+    assert len(places) <= 8
+
+
+def test_what_is_no_stream_of_samples():
+    model = model_of("lal")
+    live = model.listen()
+    with pytest.raises(AudioError, match="nothing was heard yet"):
+        live.ask(QUESTION)
+    live.append([])
+    with pytest.raises(AudioError, match="nothing was heard yet"):
+        live.audio  # noqa: B018
+    with pytest.raises(AudioError, match="mix the channels first"):
+        live.append(torch.zeros(2, 100))
+    with pytest.raises(AudioError, match="finite"):
+        live.append([0.0, float("nan")])
+    live.append([0.1] * 800)
+    with live:
+        pass
+    with pytest.raises(AudioError, match="closed"):
+        live.append([0.1])
+    with pytest.raises(ConfigError, match="above 0, not -1"):
+        model.listen(window=-1.0)
+    late = model_of("lal", "qformer").listen(window=1.0)
+    with pytest.raises(ConfigError, match="no time of their own"):
+        late.append(noise(1.0))
