@@ -226,11 +226,10 @@ class PalModel(nn.Module):
         if not conversations:
             return []
         options = {**default_options(self.tokenizer, self.llm.vocab), **options}
-        features = clips if isinstance(clips, ClipFeatures) else self.encode(clips)
-        ids_BT = answering.generate_shared(self, features, conversations, options)
+        heard = clips if isinstance(clips, ClipFeatures) else self.encode(clips)
+        ids_BT = answering.generate_shared(self, heard, conversations, options)
         if ids_BT is None:
-            inputs = self.inputs(features, conversations, self.llm.prompt_side(**options))
-            ids_BT = self.llm.generate(inputs, **options)
+            ids_BT = self.llm.generate(self.inputs(heard, conversations, self.llm.prompt_side(**options)), **options)
         return [text.strip() for text in self.tokenizer.batch_decode(ids_BT, skip_special_tokens=True)]
 
     def stream(self, clips: Clips, conversation: Tokens, max_new_tokens: int = 64, **options: Any) -> Iterator[str]:
