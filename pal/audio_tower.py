@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
@@ -13,12 +14,17 @@ from pal.audio import resample
 from pal.clips import ClipBatch, Clips
 from pal.connectors.base import Connector
 from pal.encoders.base import Encoder
+from pal.encoders.stream import EncoderStream
 from pal.errors import ConfigError, PalError
 from pal.integrations.routed import Stream
 from pal.model_config import ModelConfig, Part
 from pal.registry import build, check, lookup
 from pal.transfer import to_device
 from pal.types import AudioFeatures, EncodedClip, Frames, PreparedClips, waveform_seconds
+
+LONG_SECONDS = 120
+"""Clips that are longer are encoded in blocks, in a batch of their own."""
+BLOCK_SECONDS = 30
 
 
 class AudioTower(nn.Module):
@@ -83,10 +89,25 @@ class AudioTower(nn.Module):
         return [self._encode_part(i, part) for i, part in enumerate(self.prepare(clips).parts)]
 
     def encode_one(self, samples_N: Tensor) -> EncodedClip:
-        """Encode one waveform at `sampling_rate` in a batch of its own."""
+        """Encode one waveform at `sampling_rate` in a batch of its own; a long one in blocks, where that is exact."""
+        seconds = waveform_seconds(samples_N, self.sampling_rate)
+        if seconds > LONG_SECONDS:
+            blocks = samples_N.split(BLOCK_SECONDS * self.sampling_rate)
+            return EncodedClip(tuple(self._in_blocks(i, blocks) for i in range(len(self.encoders))), seconds)
         # copies, since views would keep the padded tensors in memory
         real = tuple(stream.x_BAE[0, : stream.lengths[0]].clone() for stream in self.encode([samples_N]))
-        return EncodedClip(real, waveform_seconds(samples_N, self.sampling_rate))
+        return EncodedClip(real, seconds)
+
+    def _in_blocks(self, index: int, blocks: Sequence[Tensor]) -> Tensor:
+        """Tokens [A, E] of one encoder. Its activations are those of one block, if its tokens are local in time."""
+        stream = EncoderStream(self.encoder(index), self.sampling_rate)
+        if not stream.settles:
+            blocks = (torch.cat(list(blocks)),)
+        settled: list[Tensor] = []
+        for samples_N in blocks:
+            new_AE, rest_AE = stream.append(samples_N)
+            settled.append(new_AE.clone())
+        return torch.cat((*settled, rest_AE))
 
     def encode_with(self, index: int, clips: Sequence[Tensor] | Frames) -> AudioFeatures:
         """Features [B, A, E] of one encoder, from waveforms at `sampling_rate` or its frames."""

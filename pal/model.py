@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 import torch
 from torch import Tensor, nn
 
-from pal import answering
+from pal import answering, bundle
 from pal.answering import DetailedAnswer, FirstTokenTimer, default_options, generation_options
-from pal.audio_tower import AudioTower, check_audio_tower
+from pal.audio_tower import LONG_SECONDS, AudioTower, check_audio_tower
 from pal.backbone import adapters
 from pal.backbone.audio_kv import AudioKV
 from pal.backbone.audio_mask import AudioMask
@@ -39,6 +39,7 @@ from pal.conversations import ChatTurns, Question, check_ids, read_question
 from pal.digest import CachedModelDigest
 from pal.errors import ConfigError, PromptError
 from pal.integrations.routed import build_integration
+from pal.live import LiveAudio
 from pal.model_config import ModelConfig
 from pal.registry import check
 from pal.types import AudioFeatures, Batch, EncodedClip, LLMInputs, PaddingSide, Tokens
@@ -47,7 +48,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from pal.integrations.base import Integration
-    from pal.live import LiveAudio
 
 
 class Loss(NamedTuple):
@@ -261,15 +261,13 @@ class PalModel(nn.Module):
 
     def listen(self, window: float | None = None) -> LiveAudio:
         """Audio that is still arriving, to be asked at any time; `window`: seconds that are kept, None for all."""
-        from pal.live import LiveAudio
-
         return LiveAudio(self, window)
 
     def _indexed(self, clip: Clip) -> AudioKV:
         if isinstance(clip, AudioKV):
             clip.check(self.digest)
             return clip
-        return self.integration.index(self.features([clip]), self.llm, self.digest, [clip.seconds])
+        return self.integration.index(self.features([self._short(clip)]), self.llm, self.digest, [clip.seconds])
 
     @overload
     def ask(
@@ -411,7 +409,11 @@ class PalModel(nn.Module):
     ) -> tuple[list[Clip], tuple[str, ...]]:
         """Clips of any input forms as one type, and the notes on clips of unknown length."""
         clips = [read_clip(clip, self.sampling_rate, allow_urls=allow_urls, read_to_end=read_to_end) for clip in given]
-        return to_one_kind(clips, self.encode_clip, self._indexed), clip_notes(clips)
+        return to_one_kind([self._short(clip) for clip in clips], self.encode_clip, self._indexed), clip_notes(clips)
+
+    def _short(self, clip: Clip) -> Clip:
+        """The clip, encoded if it is so long that it is encoded in blocks."""
+        return self.encode_clip(clip) if clip.seconds > LONG_SECONDS else clip
 
     # Identity
 
@@ -438,13 +440,9 @@ class PalModel(nn.Module):
         max_shard_size: int | str = "50GB",
     ) -> None:
         """Write a bundle; see `pal.bundle.save`."""
-        from pal import bundle
-
         bundle.save(self, folder, full=full, dtype=dtype, max_shard_size=max_shard_size)
 
     @classmethod
     def from_pretrained(cls, path: str | Path) -> PalModel:
         """Read a bundle from a folder or the Hub; see `pal.bundle.load`."""
-        from pal import bundle
-
         return bundle.load(path)

@@ -3,8 +3,11 @@
 import pytest
 import torch
 
+from pal import audio_tower
+from pal import model as model_module
 from pal.backbone.audio_kv import AudioKV
 from pal.errors import AudioError, ConfigError
+from pal.integrations import base
 from tests.models import LLM, noise, pal, tiny_model  # noqa: F401
 
 QUESTION = "What sound is this?"
@@ -132,6 +135,43 @@ def test_with_windows_only_the_newest_is_encoded_again():
         live.append(noise(0.3, 8))
     # every append, and each window once more when it was full; at three seconds sharp nothing else is left
     assert sum(encoded) == 12 + 3 - 1 and max(encoded) == 1
+
+
+@pytest.mark.parametrize("connector", ["mlp", "conv", "qformer"])
+@pytest.mark.parametrize("encoders", [None, [WHISPER]], ids=["local", "windows"])
+def test_long_clips_are_encoded_in_blocks_to_the_same(connector, encoders, monkeypatch):
+    model = model_of("pal", connector, encoders)
+    samples = noise(7.7, 3)
+    whole = model.index((samples.numpy(), 16_000))
+    answer = model.ask((samples.numpy(), 16_000), QUESTION, max_new_tokens=6)
+    frames = []
+    model.ears.encoder(0).register_forward_pre_hook(lambda module, given: frames.append(given[0].shape[:2].numel()))
+    monkeypatch.setattr(audio_tower, "LONG_SECONDS", 4)
+    monkeypatch.setattr(model_module, "LONG_SECONDS", 4)
+    monkeypatch.setattr(audio_tower, "BLOCK_SECONDS", 2)
+    monkeypatch.setattr(base, "BLOCK_TOKENS", 20)
+    same(model.index((samples.numpy(), 16_000)), whole)
+    assert len(frames) >= 4 and max(frames) <= 400
+    assert model.ask((samples.numpy(), 16_000), QUESTION, max_new_tokens=6) == answer
+    two = [(samples.numpy(), 16_000), (noise(1.0).numpy(), 16_000)]
+    assert model.ask(two, QUESTION, max_new_tokens=6) == [answer, model.ask(two[1], QUESTION, max_new_tokens=6)]
+
+
+@pytest.mark.parametrize("integration", ["lal", "pal", "plits", "lal_audio_query"])
+def test_keys_and_values_of_long_clips_are_made_in_blocks(integration, monkeypatch):
+    model = model_of(integration)
+    clips = [noise(3.1, 1), noise(1.9, 2)]
+    features = model.features(clips)
+    whole = model.integration.index(features, model.llm, "")
+    made = []
+    ours = type(model.llm).project_kv
+    monkeypatch.setattr(
+        type(model.llm), "project_kv", lambda self, layer, x: (made.append(x.shape[1]), ours(self, layer, x))[1]
+    )
+    monkeypatch.setattr(base, "BLOCK_TOKENS", 10)
+    same(model.integration.index(features, model.llm, ""), whole)
+    if integration in ("lal", "pal"):
+        assert max(made) <= 10
 
 
 def test_storage_is_not_copied_at_each_append():

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from pal.backbone.audio_kv import AudioKV
 from pal.backbone.interfaces import PackedBlock
@@ -15,6 +15,9 @@ from pal.backbone.score_bias import Bias, KeyScale
 from pal.backbone.stream_kv import StreamKV
 from pal.integrations.assembling import IntegrationOutput, assemble
 from pal.types import AudioFeatures, LLMInputs, PaddingSide, Tokens
+
+BLOCK_TOKENS = 4096
+"""Tokens of a clip whose keys and values are made at once."""
 
 __all__ = ["Integration", "IntegrationOutput", "Route"]
 
@@ -101,7 +104,7 @@ class Integration(nn.Module, ABC):
         given = [features] if isinstance(features, AudioFeatures) else list(features)
         if durations is None:
             durations = [count * given[0].seconds_per_token for count in given[0].lengths]
-        streams = [_stream_kv(output, llm) for output in self._outputs_of(given, llm)]
+        streams = [route.stream_kv(stream, llm) for route, stream in zip(self.routes(), given, strict=True)]
         return AudioKV(streams=tuple(streams), durations=tuple(durations), digest=digest)
 
 
@@ -145,7 +148,7 @@ class Route(Integration):
     @torch.no_grad()
     def stream_kv(self, features: AudioFeatures, llm: Backbone) -> StreamKV:
         """Keys, values and audio rows of clips, computed now."""
-        return _stream_kv(self.inject(features, llm), llm)
+        return _stream_kv(self, features, llm)
 
     def stored(self, stream: StreamKV) -> IntegrationOutput:
         """`IntegrationOutput` of indexed clips, in place of `inject`."""
@@ -163,22 +166,40 @@ class Route(Integration):
         )
 
 
-def _stream_kv(output: IntegrationOutput, llm: Backbone) -> StreamKV:
-    """Compute all keys, values and audio rows of a route's output."""
-    clips = len(output.lengths)
-    empty = torch.zeros(0, clips, llm.kv_heads, output.width_A, llm.head_width, device=llm.device, dtype=llm.dtype)
-    k_LBGAC = v_LBGAC = empty
-    if output.keys is not None:
-        made = [output.keys.keys_values(layer) for layer in output.layers]
-        k_LBGAC, v_LBGAC = (torch.stack(tensors) for tensors in zip(*made, strict=True))
-    rows_BSD = output.rows_USD
-    if rows_BSD is None:
-        rows_BSD = torch.zeros(clips, 0, llm.width, device=llm.device, dtype=llm.dtype)
+def _stream_kv(route: Route, features: AudioFeatures, llm: Backbone) -> StreamKV:
+    """Keys, values and audio rows of clips; of long ones in blocks of whole groups, for little memory.
+
+    Nothing is joined afterwards: each block is written to its place.
+    """
+    output = route.inject(features, llm)
+    layout, clips, width = output.layout, len(output.lengths), output.width_A
+    step = width if layout.joint else max(1, BLOCK_TOKENS // layout.tokens) * layout.tokens
+    shape = (len(output.layers), clips, llm.kv_heads, width, llm.head_width)
+    k_LBGAC, v_LBGAC = (torch.empty(shape, device=llm.device, dtype=llm.dtype) for _ in range(2))
+    rows: list[Tensor] = []
+    for first in range(0, max(1, features.x_BAE.shape[1]), step):
+        part = _block(features, first, step) if step < features.x_BAE.shape[1] else features
+        made = output if part is features else route.inject(part, llm)
+        for place, layer in enumerate(output.layers if made.keys is not None else ()):
+            assert made.keys is not None
+            k, v = made.keys.keys_values(layer)
+            k_LBGAC[place, :, :, first : first + k.shape[2]] = k
+            v_LBGAC[place, :, :, first : first + k.shape[2]] = v
+        if made.rows_USD is not None:
+            rows.append(made.rows_USD)
+    rows_BSD = torch.cat(rows, dim=1) if rows else k_LBGAC.new_zeros(clips, 0, llm.width)
     return StreamKV(
         k_LBGAC=k_LBGAC,
         v_LBGAC=v_LBGAC,
         rows_BSD=rows_BSD,
         lengths=tuple(output.lengths),
         layers=output.layers,
-        layout=output.layout,
+        layout=layout,
     )
+
+
+def _block(features: AudioFeatures, first: int, count: int) -> AudioFeatures:
+    """Some tokens of all clips."""
+    x_BAE = features.x_BAE[:, first : first + count]
+    lengths = tuple(min(max(0, n - first), x_BAE.shape[1]) for n in features.lengths)
+    return AudioFeatures(x_BAE, lengths, features.seconds_per_token)
