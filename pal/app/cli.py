@@ -80,6 +80,10 @@ def ask(
     allow_urls: AllowUrls = False,
     read_to_end: ReadToEnd = False,
     other_weights: OtherWeights = False,
+    when: Annotated[
+        bool,
+        typer.Option("--when", help="Also print the most attended seconds of the clip; no proof of what was heard."),
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Answer a question about audio files, or about what `pal index` wrote: .safetensors or .palidx.
@@ -89,9 +93,13 @@ def ask(
     *clips, question = items
     if not clips:
         raise PromptError(f"no clip for the question '{question}'; write: pal ask AUDIO... \"QUESTION\"")
+    if when and len(clips) > 1:
+        raise PromptError("--when shows seconds of one clip; ask about one")
     if Path(question).is_file():
         raise PromptError(f"the last argument is the question, but '{question}' is a file")
     if len(clips) == 1 and clips[0].rstrip("/").endswith(".palidx"):
+        if when:
+            raise PromptError("--when shows seconds of one clip, and this is a folder of clips; ask about one")
         indexing.ask_folder(Path(clips[0]), question, model, max_new_tokens, other_weights, as_json)
         return
     started = time.perf_counter()
@@ -105,10 +113,18 @@ def ask(
     answer = loaded.ask_detailed(
         audio, question, max_new_tokens=max_new_tokens, allow_urls=allow_urls, read_to_end=read_to_end
     )[0]
+    spans = []
+    if when:
+        from pal.probe.when import most_attended
+
+        spans = most_attended(loaded, audio[0], question, answer.text)
     if not as_json:
         for line in answer.notes:
             note(line)
         typer.echo(answer.text)
+        if spans:
+            shown = ", ".join(f"{one.start:.1f} to {one.end:.1f} s ({one.share:.0%})" for one in spans)
+            typer.echo(f"attention, which is no proof: {shown}")
         return
     print_json(
         {
@@ -120,6 +136,7 @@ def ask(
             "audio_tokens": answer.audio_tokens,
             "seconds": {"load": load_seconds, **answer.seconds},
             "notes": list(answer.notes),
+            **({"most_attended": [vars(one) for one in spans]} if when else {}),
         }
     )
 
