@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pal.backbone import adapters
 from pal.backbone.options import check_generation
-from pal.conversations import shared_prefixes
+from pal.conversations import check_ids, shared_prefixes
 from pal.data.prompts import end_of_answer
 from pal.errors import PalError, shortened
 
@@ -86,6 +86,7 @@ def generate_shared(
     shared = shared_prefixes(conversations) if llm.shares_prefixes and tokens is not None else None
     if shared is None or tokens is None:
         return None
+    check_ids(conversations, llm.vocab, model.tokenizer)
     prefixes = model.inputs(features, shared.prefixes, llm.prompt_side(**options))
     read = llm.read_prefixes(prefixes, max(map(len, shared.continuations.ids)) + tokens)
     return None if read is None else llm.generate_after(read, shared.continuations, **options)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from pal.audio import resample
-from pal.clips import ClipBatch, Clips
+from pal.clips import LONG_SECONDS, ClipBatch, Clips
 from pal.connectors.base import Connector
 from pal.encoders.base import Encoder
 from pal.encoders.stream import EncoderStream
@@ -22,9 +22,8 @@ from pal.registry import build, check, lookup
 from pal.transfer import to_device
 from pal.types import AudioFeatures, EncodedClip, Frames, PreparedClips, waveform_seconds
 
-LONG_SECONDS = 120
-"""Clips that are longer are encoded in blocks, in a batch of their own."""
 BLOCK_SECONDS = 30
+"""Audio that is encoded at once, of a clip of more than `LONG_SECONDS`."""
 
 
 class AudioTower(nn.Module):
@@ -92,20 +91,23 @@ class AudioTower(nn.Module):
         """Encode one waveform at `sampling_rate` in a batch of its own; a long one in blocks, where that is exact."""
         seconds = waveform_seconds(samples_N, self.sampling_rate)
         if seconds > LONG_SECONDS:
-            blocks = samples_N.split(BLOCK_SECONDS * self.sampling_rate)
-            return EncodedClip(tuple(self._in_blocks(i, blocks) for i in range(len(self.encoders))), seconds)
+            return EncodedClip(tuple(self._in_blocks(i, samples_N) for i in range(len(self.encoders))), seconds)
         # copies, since views would keep the padded tensors in memory
         real = tuple(stream.x_BAE[0, : stream.lengths[0]].clone() for stream in self.encode([samples_N]))
         return EncodedClip(real, seconds)
 
-    def _in_blocks(self, index: int, blocks: Sequence[Tensor]) -> Tensor:
-        """Tokens [A, E] of one encoder. Its activations are those of one block, if its tokens are local in time."""
+    def _in_blocks(self, index: int, samples_N: Tensor) -> Tensor:
+        """Tokens [A, E] of one encoder, with the activations of one block if they are local in time.
+
+        An encoder with windows has them in batches anyway.
+        """
         stream = EncoderStream(self.encoder(index), self.sampling_rate)
-        if not stream.settles:
-            blocks = (torch.cat(list(blocks)),)
+        if stream.reach is None:
+            features = self.encode_with(index, [samples_N])
+            return features.x_BAE[0, : features.lengths[0]].clone()
         settled: list[Tensor] = []
-        for samples_N in blocks:
-            new_AE, rest_AE = stream.append(samples_N)
+        for block_N in samples_N.split(BLOCK_SECONDS * self.sampling_rate):
+            new_AE, rest_AE = stream.append(block_N)
             settled.append(new_AE.clone())
         return torch.cat((*settled, rest_AE))
 

@@ -74,6 +74,9 @@ Clips = (
 )
 """The clips of a batch, all of one kind; tensors are waveforms [N] at the model's rate."""
 
+LONG_SECONDS = 120
+"""Clips that are longer are encoded one by one and in blocks, for little memory."""
+
 _ARRAYS, _RATES = ("array", "raw", "waveform"), ("sampling_rate", "sample_rate")
 """Keys of samples, and of their rate, in a clip given as a dict."""
 _LIMITS = Limits()
@@ -192,11 +195,14 @@ def to_one_kind(
 ) -> list[Clip]:
     """Convert the clips of a batch to one type: the most processed one among them (`AudioKV`, then `EncodedClip`).
 
+    A waveform of more than `LONG_SECONDS` is encoded, which is done in blocks.
+
     Args:
         clips: of any types.
         encode: runs the encoders on a waveform.
         index: computes audio keys and values; checks those of an `AudioKV`.
     """
+    clips = [encode(clip) if isinstance(clip, Waveform) and clip.seconds > LONG_SECONDS else clip for clip in clips]
     if any(isinstance(clip, AudioKV) for clip in clips):
         return [index(clip) for clip in clips]
     if any(isinstance(clip, EncodedClip) for clip in clips):

@@ -89,10 +89,13 @@ class SharedPrefixes:
 
 
 def shared_prefixes(conversations: Sequence[Tokens]) -> SharedPrefixes | None:
-    """Conversations split after their last clips; None if no neighbours begin alike, or one has nothing after it."""
+    """Conversations split after their last clips.
+
+    None if fewer than half would be saved, or a conversation has no clip, or no text before or after its clips.
+    """
     parts = [_split(one) for one in conversations]
     groups = [list(group) for _, group in groupby(parts, key=lambda part: (part[0].ids, part[0].clips))]
-    if len(groups) == len(parts) or any(not prefix.clips or not rest for prefix, rest in parts):
+    if 2 * len(groups) > len(parts) or not all(rest and set(prefix.ids) > {AUDIO} for prefix, rest in parts):
         return None
     rests = tuple(rest for _, rest in parts)
     return SharedPrefixes([group[0][0] for group in groups], Continuations(tuple(map(len, groups)), rests))

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -27,7 +28,7 @@ from safetensors.torch import save_file
 from pal.backbone.audio_kv import AudioKV
 from pal.clips import clip_notes, read_waveform
 from pal.conversations import read_question
-from pal.data.tables import SUFFIXES, files_in
+from pal.data.tables import SUFFIXES, is_metadata
 from pal.digest import digest
 from pal.errors import AudioError, AudioWarning, BundleError
 from pal.files import replacing, sha256, write_json
@@ -42,6 +43,8 @@ and values are made when the clip is asked."""
 
 STORES: tuple[Store, ...] = get_args(Store)
 SUFFIX = ".palidx"
+BATCH_SECONDS = 1800.0
+"""Most audio that is asked at once."""
 _FORMAT = "pal-folder-index-1"
 _ABOUT = "index.json"
 
@@ -90,7 +93,7 @@ class StoredSizes:
 
     @classmethod
     def of_seconds(cls, model: PalModel, seconds: float) -> StoredSizes:
-        """The sizes of a clip of some seconds, of silence."""
+        """The sizes of a clip of some seconds."""
         clip = model.ears.encode_one(torch.zeros(round(seconds * model.sampling_rate)))
         made = model.index(clip)
         return cls(made.nbytes, made.quantized().nbytes, sum(x_AE.nbytes for x_AE in clip.x_AE))
@@ -114,16 +117,17 @@ class FolderIndex:
         """Of the model, or of its encoders where features are stored."""
 
     @classmethod
-    def open(cls, path: Path, model: PalModel, store: Store = "kv") -> FolderIndex:
-        """The index at a path, made if there is none.
+    def open(cls, path: Path, model: PalModel, store: Store | None = None) -> FolderIndex:
+        """The index at a path, made if there is none; `store` None is that of the index, or "kv".
 
         Raises:
             BundleError: another kind of folder, or an index of another model or another form.
         """
-        if not path.exists():
-            write_json(path / _ABOUT, {"format": _FORMAT, "store": store, "digest": _digest(model, store)})
+        if not path.exists() or (path.is_dir() and not any(path.glob("[!.]*"))):
+            about = {"format": _FORMAT, "store": store or "kv", "digest": _digest(model, store or "kv")}
+            write_json(path / _ABOUT, about)
         found = cls(path)
-        if found.store != store:
+        if store is not None and found.store != store:
             raise BundleError(f"{path}: stores {found.store}, not {store}; give another path, or delete it")
         found.check(model)
         return found
@@ -153,32 +157,49 @@ class FolderIndex:
             model: that the index was opened with.
             read_to_end: as in `PalModel.ask`.
             progress: wraps the audio files in a progress bar.
+
+        Raises:
+            BundleError: no clip of the index is in the folder, so it is of another one, whose clips would be removed.
         """
-        report = IndexReport()
+        paths, report = _audio_files(folder)
         before = {clip.source.path: clip for clip in self.clips()}
-        for path in progress(files_in(folder, "**/*", SUFFIXES)):
-            name = path.relative_to(folder).as_posix()
-            old = before.pop(name, None)
+        names = {path: path.relative_to(folder).as_posix() for path in paths}
+        if before and not before.keys() & set(names.values()):
+            raise BundleError(
+                f"{self.path}: none of its {len(before)} clips is in {folder}; give the folder that it was made of, or "
+                "index this one under another path"
+            )
+        for path in progress(paths):
+            old = before.pop(names[path], None)
             try:
-                source = _source(path, name, None if old is None else old.source)
-                if old is not None and old.source.sha256 == source.sha256:
-                    report.unchanged += 1
-                    continue
+                source = _source(path, names[path], None if old is None else old.source)
+            except OSError as error:  # what is stored is still true of what was there
+                report.failed[names[path]] = f"it cannot be read ({error.strerror}); check its permissions"
+                continue
+            if old is not None and old.source.sha256 == source.sha256:
+                report.unchanged += 1
+                continue
+            try:
                 report.notes += self._add(path, source, model, read_to_end)
                 report.added += 1
             except AudioError as error:
-                report.failed[name] = str(error)
+                report.failed[names[path]] = str(error)
                 if old is not None:
                     old.file.unlink()
-        for gone in before.values():
-            gone.file.unlink()
-        report.removed = len(before)
+        for name, gone in before.items():
+            if not any(name.startswith(f"{unread}/") for unread in report.failed):
+                gone.file.unlink()
+                report.removed += 1
         return report
 
     def load(self, clip: StoredClip) -> AudioKV | EncodedClip:
         """Read a clip; raises BundleError if its file is damaged or of another index."""
         if self.store != "features":
-            return AudioKV.load(clip.file, self.digest)
+            try:
+                return AudioKV.load(clip.file, self.digest)
+            except BundleError as error:
+                what = str(error).split(";")[0]
+                raise BundleError(f"{what}; delete it, and index the folder again") from None
         about, tensors = _read(clip.file)
         if about.get("digest") != self.digest:
             raise BundleError(f"{clip.file}: was made by other encoders; delete it, and index the folder again")
@@ -197,7 +218,7 @@ class FolderIndex:
         Args:
             model: that made the index.
             question: about one clip.
-            batch: most clips in one batch; clips of similar length share one.
+            batch: most clips in one batch; clips of similar length share one, of at most `BATCH_SECONDS` together.
             progress: wraps the clips in a progress bar.
             options: transformers' generation options, such as `max_new_tokens`.
         """
@@ -208,7 +229,9 @@ class FolderIndex:
         clips = sorted(self.clips(), key=lambda clip: clip.seconds)
         for number, clip in enumerate(progress(clips)):
             waiting.append((clip.source.path, self.load(clip)))
-            if len(waiting) == batch or number == len(clips) - 1:
+            following = clips[number + 1].seconds if number + 1 < len(clips) else BATCH_SECONDS
+            # all are padded to the longest, which is the next one
+            if len(waiting) == batch or (len(waiting) + 1) * following > BATCH_SECONDS:
                 rows = [replace(asked, clips=[at] * len(asked.clips)) for at in range(len(waiting))]
                 texts = model.generate([one for _, one in waiting], rows, **options)
                 found |= dict(zip((name for name, _ in waiting), texts, strict=True))
@@ -232,7 +255,7 @@ class FolderIndex:
         return list(clip_notes([wave]))
 
     def _file(self, name: str) -> Path:
-        key = hashlib.sha256(name.encode()).hexdigest()
+        key = hashlib.sha256(os.fsencode(name)).hexdigest()
         return self.path / key[:2] / f"{key}.safetensors"
 
     def _entry(self, file: Path) -> StoredClip:
@@ -256,14 +279,23 @@ def _digest(model: PalModel, store: Store) -> str:
     return digest(model.ears.encoders.state_dict(), json.dumps(options, sort_keys=True))
 
 
+def _audio_files(folder: Path) -> tuple[list[Path], IndexReport]:
+    """Audio files in a folder and those below it, sorted, and a report with the folders that cannot be listed."""
+    unread: list[OSError] = []
+    found: list[Path] = []
+    for where, _, files in os.walk(folder, onerror=unread.append):
+        found += [Path(where, name) for name in files if Path(name).suffix.lower() in SUFFIXES]
+    report = IndexReport()
+    for error in unread:
+        report.failed[Path(error.filename).relative_to(folder).as_posix()] = f"it cannot be listed ({error.strerror})"
+    return sorted(path for path in found if not is_metadata(path.relative_to(folder))), report
+
+
 def _source(path: Path, name: str, old: ClipSource | None) -> ClipSource:
     """The audio file as it is now; it is read only if its size or time has changed."""
-    try:
-        status = path.stat()
-        same = old is not None and (old.size, old.changed) == (status.st_size, status.st_mtime_ns)
-        content = old.sha256 if old is not None and same else sha256(path)
-    except OSError as error:
-        raise AudioError(f"{path}: it cannot be read ({error.strerror}); check the path") from None
+    status = path.stat()
+    same = old is not None and (old.size, old.changed) == (status.st_size, status.st_mtime_ns)
+    content = old.sha256 if old is not None and same else sha256(path)
     return ClipSource(name, status.st_size, status.st_mtime_ns, content)
 
 

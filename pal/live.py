@@ -33,13 +33,16 @@ if TYPE_CHECKING:
     from pal.model import PalModel
 
 
+_CLOSED = "this stream was closed; begin another with model.listen()"
+
+
 class LiveAudio:
     """Audio that is still arriving; `PalModel.listen` makes it.
 
     Args:
         model: in evaluation mode. Its weights must not change while it listens.
-        window: seconds that are kept; None keeps all. Older audio is dropped in whole groups of tokens, as
-            `AudioKV.slice` does.
+        window: seconds that are kept; None keeps all. Where keys and values settle, older ones are dropped in whole
+            groups of tokens, as `AudioKV.slice` does; else older samples are dropped.
 
     Raises:
         ConfigError: a window for a model whose tokens stand for no time of their own.
@@ -56,11 +59,15 @@ class LiveAudio:
         ears = model.ears
         self._encoders = [EncoderStream(ears.encoder(i), ears.sampling_rate) for i in range(len(ears.encoders))]
         self._streams = [
-            _StreamTail(connector, indices, route)  # type: ignore[arg-type]
+            _StreamTail(connector, indices, route, model)  # type: ignore[arg-type]
             for connector, indices, route in zip(
                 ears.connectors, ears.encoder_indices, model.integration.routes(), strict=True
             )
         ]
+        if window is not None and not all(stream.layout.seconds_per_token for stream in self._streams):
+            raise ConfigError("this model's tokens stand for no time of their own; listen without a window")
+        self._recent_N = torch.zeros(0)
+        """The window's samples, where nothing settles."""
 
     def __enter__(self) -> LiveAudio:
         return self
@@ -83,16 +90,25 @@ class LiveAudio:
         Raises:
             AudioError: another shape, or numbers that are not finite.
         """
-        samples_N = torch.as_tensor(samples).detach().float().cpu()
+        if not self._streams:
+            raise AudioError(_CLOSED)
+        samples_N = torch.as_tensor(samples).detach().cpu()
+        if len(samples_N) and not samples_N.is_floating_point():
+            raise AudioError(
+                f"a stream's samples are floats of -1 to 1, not {samples_N.dtype}; scale the integers first"
+            )
+        samples_N = samples_N.float()
         if samples_N.ndim != 1:
             raise AudioError(f"a stream takes mono samples [N], not {list(samples_N.shape)}; mix the channels first")
         if not bool(torch.isfinite(samples_N).all()):
             raise AudioError("a stream's samples must be finite; check where they come from")
-        if not self._encoders:
-            raise AudioError("this stream was closed; begin another with model.listen()")
         if not len(samples_N):
             return
         self.samples += len(samples_N)
+        if self.window is not None and not self.settles:
+            most = max(1, round(self.window * self.model.sampling_rate))
+            self._recent_N = torch.cat((self._recent_N, samples_N))[-most:]
+            return
         heard = [encoder.append(samples_N) for encoder in self._encoders]
         for stream in self._streams:
             stream.append([heard[i] for i in stream.indices], self.model)
@@ -100,20 +116,33 @@ class LiveAudio:
                 stream.forget(self.seconds - self.window)
 
     @property
+    def settles(self) -> bool:
+        """True if keys and values become final while more audio arrives."""
+        return all(one.settles for one in self._encoders) and all(one.settles for one in self._streams)
+
+    @property
+    @torch.inference_mode()
     def audio(self) -> AudioKV:
         """What was heard, as audio keys and values.
 
         Raises:
-            AudioError: nothing was heard yet.
+            AudioError: nothing was heard yet, or the stream was closed.
         """
+        if not self._streams:
+            raise AudioError(_CLOSED)
         if not self.samples:
             raise AudioError("nothing was heard yet; append samples first")
-        kept = tuple(stream.keys_values() for stream in self._streams)
-        seconds = self.seconds - (0.0 if self.window is None else min(stream.start for stream in self._streams))
-        return AudioKV(streams=kept, durations=(seconds,), digest=self._digest)
+        if len(self._recent_N):
+            model, seconds = self.model, len(self._recent_N) / self.model.sampling_rate
+            features = model.features([self._recent_N])
+            return model.integration.index(features, model.llm, self._digest, [seconds])
+        begin = 0.0 if self.window is None else self.seconds - self.window
+        kept = [stream.keys_values(begin) for stream in self._streams]
+        seconds = self.seconds - min(start for _, start in kept)
+        return AudioKV(streams=tuple(stream for stream, _ in kept), durations=(seconds,), digest=self._digest)
 
     def ask(self, question: Question, **options: Any) -> str | list[str]:
-        """As `PalModel.ask`, about what was heard so far."""
+        """As `PalModel.ask`, about what was heard so far, without streaming the answer."""
         asked = read_question(question, 1, self.model.tokenizer, self.model.config.style)
         heard = self.audio
         answers = answering.generate(self.model, ClipFeatures([heard], [heard.seconds]), asked.tokens, **options)
@@ -123,10 +152,16 @@ class LiveAudio:
 class _StreamTail:
     """One stream: settled keys and values, and the end of its features."""
 
-    def __init__(self, connector: Connector, indices: Sequence[int], route: Route) -> None:
+    def __init__(self, connector: Connector, indices: Sequence[int], route: Route, model: PalModel) -> None:
         self.connector, self.indices, self.route = connector, list(indices), route
         local = len(self.indices) == 1 and connector.reach is not None
         self.reach = connector.reach if local else None
+        one = []
+        for encoder in (model.ears.encoder(i) for i in self.indices):
+            x_11E = torch.zeros(1, 1, encoder.width, device=model.device, dtype=next(connector.parameters()).dtype)
+            one.append(AudioFeatures(x_11E, (1,), encoder.seconds_per_token))
+        with torch.no_grad():
+            self.layout: Layout = route.inject(connector(*one), model.llm).layout
         self.inputs: list[Tensor] = []
         """Settled features of each encoder that the connector still needs."""
         self.first = 0
@@ -140,15 +175,13 @@ class _StreamTail:
         self.kv: _GrowingKV | None = None
         self.rest: StreamKV | None = None
         """What may still change, or does not fill a group; None if that is nothing."""
-        self.layout: Layout | None = None
         self.dropped = 0
-        """Tokens that have left the window."""
+        """Settled tokens that have left the window."""
 
     @property
-    def start(self) -> float:
-        """Seconds that have left the window."""
-        assert self.layout is not None
-        return self.dropped * self.layout.seconds_per_token
+    def settles(self) -> bool:
+        """True if keys and values become final while more features arrive."""
+        return self.reach is not None and not self.layout.joint
 
     def append(self, heard: Sequence[tuple[Tensor, Tensor]], model: PalModel) -> None:
         """Take new features: of each encoder the settled ones and the rest."""
@@ -165,8 +198,8 @@ class _StreamTail:
         tokens_AE = made.x_BAE[0, : made.lengths[0]]
         new_AE, rest_AE = self._settle(tokens_AE)
         waiting_AE = new_AE if self.waiting_AE is None else torch.cat((self.waiting_AE, new_AE))
-        layout = self._layout_of(model, tokens_AE, made.seconds_per_token)
-        whole = 0 if layout.joint else len(waiting_AE) // layout.tokens * layout.tokens
+        group = self.layout.tokens
+        whole = len(waiting_AE) // group * group if self.settles else 0
         if whole:
             chunk = self._stream_kv(model, waiting_AE[:whole], made.seconds_per_token)
             self.kv = self.kv or _GrowingKV(chunk)
@@ -176,29 +209,31 @@ class _StreamTail:
         self.rest = self._stream_kv(model, end_AE, made.seconds_per_token) if len(end_AE) else None
 
     def forget(self, until: float) -> None:
-        """Drop settled groups that end before a time in seconds.
-
-        Raises:
-            ConfigError: tokens without a time.
-        """
-        layout = self.layout
-        assert layout is not None
-        if not layout.seconds_per_token:
-            raise ConfigError("this model's tokens stand for no time of their own; listen without a window")
-        groups = int(until / (layout.seconds_per_token * layout.tokens) + 1e-6)
-        tokens = max(0, groups * layout.tokens - self.dropped)
+        """Drop settled groups that end before a time in seconds."""
+        tokens = self._tokens_before(until)
         if self.kv is not None and tokens:
             tokens = min(tokens, self.kv.tokens)
             self.kv.drop(tokens)
             self.dropped += tokens
 
-    def keys_values(self) -> StreamKV:
-        """Settled keys and values, then the others."""
-        if self.kv is None or not self.kv.tokens:
-            assert self.rest is not None
-            return self.rest
-        settled = self.kv.view()
-        return settled if self.rest is None else settled.append(self.rest)
+    def keys_values(self, begin: float) -> tuple[StreamKV, float]:
+        """Keys and values of the groups that end after `begin`, and when they begin, in seconds."""
+        whole = self.rest
+        if self.kv is not None and self.kv.tokens:
+            whole = self.kv.view() if self.rest is None else self.kv.view().append(self.rest)
+        assert whole is not None
+        seconds, group = self.layout.seconds_per_token, self.layout.tokens
+        tokens = min(self._tokens_before(begin), (whole.lengths[0] - 1) // group * group)
+        if tokens:
+            whole = whole.slice(tokens * seconds, whole.lengths[0] * seconds)
+        return whole, (self.dropped + tokens) * seconds
+
+    def _tokens_before(self, until: float) -> int:
+        """Tokens kept so far in whole groups that end before a time in seconds."""
+        if until <= 0:
+            return 0
+        groups = int(until / (self.layout.seconds_per_token * self.layout.tokens) + 1e-6)
+        return max(0, groups * self.layout.tokens - self.dropped)
 
     def _settle(self, tokens_AE: Tensor) -> tuple[Tensor, Tensor]:
         """Split the connector's tokens into newly settled ones and the rest; drop features that are not needed."""
@@ -213,11 +248,6 @@ class _StreamTail:
         self.inputs = [x_AE[drop:] for x_AE in self.inputs]
         self.first += drop
         return new_AE, rest_AE
-
-    def _layout_of(self, model: PalModel, tokens_AE: Tensor, seconds: float) -> Layout:
-        if self.layout is None:
-            self.layout = self.route.inject(AudioFeatures(tokens_AE[None, :1], (1,), seconds), model.llm).layout
-        return self.layout
 
     def _stream_kv(self, model: PalModel, x_AE: Tensor, seconds: float) -> StreamKV:
         return self.route.stream_kv(AudioFeatures(x_AE[None], (len(x_AE),), seconds), model.llm)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from pal import answering, bundle
 from pal.answering import DetailedAnswer, FirstTokenTimer, default_options, generation_options
-from pal.audio_tower import LONG_SECONDS, AudioTower, check_audio_tower
+from pal.audio_tower import AudioTower, check_audio_tower
 from pal.backbone import adapters
 from pal.backbone.audio_kv import AudioKV
 from pal.backbone.audio_mask import AudioMask
@@ -267,7 +267,7 @@ class PalModel(nn.Module):
         if isinstance(clip, AudioKV):
             clip.check(self.digest)
             return clip
-        return self.integration.index(self.features([self._short(clip)]), self.llm, self.digest, [clip.seconds])
+        return self.integration.index(self.features(self._ready([clip])), self.llm, self.digest, [clip.seconds])
 
     @overload
     def ask(
@@ -362,8 +362,8 @@ class PalModel(nn.Module):
         if stream:
             if len(asked.tokens) != 1:
                 raise PromptError("stream=True takes one conversation; ask the others one by one")
-            return answering.stream(self, clips, asked.tokens[0], **options)
-        answers = answering.generate(self, clips, asked.tokens, **options)
+            return answering.stream(self, self._ready(clips), asked.tokens[0], **options)
+        answers = answering.generate(self, self._ready(clips), asked.tokens, **options)
         return answers[0] if asked.single else answers
 
     @torch.inference_mode()
@@ -383,7 +383,7 @@ class PalModel(nn.Module):
         asked = read_question(question, len(given), self.tokenizer, self.config.style)
         clips, notes = self._read(given, allow_urls, read_to_end)
         start = time.perf_counter()
-        features = self.encode(clips)
+        features = self.encode(self._ready(clips))
         encoded = time.perf_counter()
         first = FirstTokenTimer()
         all_options["logits_processor"] = [first, *(all_options.get("logits_processor") or ())]
@@ -407,13 +407,13 @@ class PalModel(nn.Module):
     def _read(
         self, given: Sequence[AudioInput], allow_urls: bool, read_to_end: bool
     ) -> tuple[list[Clip], tuple[str, ...]]:
-        """Clips of any input forms as one type, and the notes on clips of unknown length."""
+        """Clips of any input forms, and the notes on those of unknown length."""
         clips = [read_clip(clip, self.sampling_rate, allow_urls=allow_urls, read_to_end=read_to_end) for clip in given]
-        return to_one_kind([self._short(clip) for clip in clips], self.encode_clip, self._indexed), clip_notes(clips)
+        return clips, clip_notes(clips)
 
-    def _short(self, clip: Clip) -> Clip:
-        """The clip, encoded if it is so long that it is encoded in blocks."""
-        return self.encode_clip(clip) if clip.seconds > LONG_SECONDS else clip
+    def _ready(self, clips: Sequence[Clip]) -> list[Clip]:
+        """The clips of a batch as one type; long ones are encoded."""
+        return to_one_kind(clips, self.encode_clip, self._indexed)
 
     # Identity
 

@@ -12,6 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
+from pal import folder_index
 from pal.app.cli import app
 from pal.backbone.audio_kv import AudioKV
 from pal.errors import BundleError, PromptError
@@ -102,6 +103,71 @@ def test_only_what_changed_is_prepared_again(model, folder, monkeypatch):
     found = made.ask(model, QUESTION, max_new_tokens=6)
     assert list(found) == ["a.wav", "b.flac", "f.wav", "inner/c.wav", "inner/d.wav"]
     assert found["a.wav"] == model.ask(folder / "a.wav", QUESTION, max_new_tokens=6)
+
+
+def test_an_index_is_not_emptied_by_another_folder(model, folder, tmp_path):
+    made, _ = indexed(folder, model)
+    (tmp_path / "empty").mkdir()
+    write(tmp_path / "other" / "x.wav", 0.3)
+    for other in ("empty", "other"):
+        with pytest.raises(BundleError, match=r"none of its 5 clips is in .*; give the folder that it was made of"):
+            made.update(tmp_path / other, model)
+    assert len(made.clips()) == 5
+
+
+def test_what_cannot_be_reached_keeps_its_entry(model, folder, monkeypatch):
+    made, _ = indexed(folder, model)
+
+    def denied(path):
+        raise PermissionError(13, "Permission denied")
+
+    os.utime(folder / "a.wav", ns=(1, 1))
+    with monkeypatch.context() as patch:
+        patch.setattr(folder_index, "sha256", denied)
+        report = made.update(folder, model)
+    assert list(report.failed) == ["a.wav"] and "Permission denied" in report.failed["a.wav"] and not report.removed
+    walk = os.walk
+
+    def partly(top, onerror):
+        onerror(PermissionError(13, "Permission denied", str(folder / "inner")))
+        return (step for step in walk(top) if not step[0].endswith("inner"))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(folder_index.os, "walk", partly)
+        report = made.update(folder, model)
+    assert list(report.failed) == ["inner"] and not report.removed and len(made.clips()) == 5
+    assert made.update(folder, model).failed == {}
+
+
+def test_an_index_keeps_its_form(model, folder):
+    made, _ = indexed(folder, model, "int8")
+    assert FolderIndex.open(made.path, model).store == "int8"
+    (folder.with_name("begun.palidx")).mkdir()  # killed before anything was written
+    assert FolderIndex.open(folder.with_name("begun.palidx"), model).store == "kv"
+
+
+def test_names_that_are_not_utf_8(model, folder):
+    name = os.fsdecode(b"caf\xe9.wav")
+    shutil.copy(folder / "a.wav", folder / name)
+    made, report = indexed(folder, model)
+    assert report.added == 6 and made.ask(model, QUESTION, max_new_tokens=3)[name] == model.ask(
+        folder / "a.wav", QUESTION, max_new_tokens=3
+    )
+
+
+def test_long_clips_do_not_share_a_batch(model, folder, monkeypatch):
+    made, _ = indexed(folder, model)
+    alone = made.ask(model, QUESTION, max_new_tokens=4)
+    sizes = []
+    ours = model.generate
+    monkeypatch.setattr(
+        type(model),
+        "generate",
+        lambda self, clips, *more, **options: (sizes.append(len(clips)), ours(clips, *more, **options))[1],
+    )
+    monkeypatch.setattr(folder_index, "BATCH_SECONDS", 1.5)
+    assert made.ask(model, QUESTION, max_new_tokens=4) == alone
+    assert sizes == [2, 1, 1, 1]  # of 0.4, 0.4, 0.7, 1.1 and 2 seconds
 
 
 def test_an_interrupted_index_goes_on(model, folder):
@@ -211,7 +277,7 @@ def bundle(model, tmp_path_factory):
     return path
 
 
-def test_commands(model, folder, bundle):
+def test_commands(model, folder, bundle, monkeypatch):
     done = run("index", folder, "--model", bundle)
     out = folder.with_name("sounds.palidx")
     assert done.exit_code == 0 and f"{out}: 5 clips (5 added, 0 unchanged)" in done.stdout
@@ -240,6 +306,8 @@ def test_commands_with_wrong_options(folder, bundle, tmp_path):
     assert "must end in .safetensors" in run("index", folder / "a.wav", "--model", bundle).output
     done = run("index", folder / "a.wav", "--out", tmp_path / "a.safetensors", "--store", "int8")
     assert "is for folders" in done.output
+    done = run("ask", tmp_path / "none.palidx", QUESTION, "--model", bundle, "--when")
+    assert done.exit_code == 1 and "--when is for audio files" in done.stderr
     done = run("ask", tmp_path / "none.palidx", QUESTION, "--model", bundle)
     assert done.exit_code == 1 and "no folder index; make it with" in done.stderr
     (tmp_path / "empty").mkdir()

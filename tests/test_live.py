@@ -1,10 +1,11 @@
 """Streams: audio in chunks has the keys and values, and the answers, of the same audio as a file."""
 
+import numpy as np
 import pytest
 import torch
 
 from pal import audio_tower
-from pal import model as model_module
+from pal import clips as clips_module
 from pal.backbone.audio_kv import AudioKV
 from pal.errors import AudioError, ConfigError
 from pal.integrations import base
@@ -107,6 +108,32 @@ def test_a_window_keeps_the_last_seconds_as_they_were_heard(integration, encoder
     assert live.ask(QUESTION, max_new_tokens=5) == model.ask(whole.slice(7.0, 9.0), QUESTION, max_new_tokens=5)
 
 
+@pytest.mark.parametrize("window", [0.4, 2.0])
+def test_a_window_is_cut_within_what_has_not_settled(window):
+    """Windows of a second of the encoder, of which the last is not full."""
+    model = model_of("pal", encoders=[WHISPER])
+    samples = noise(8.7, 4)
+    live = model.listen(window=window)
+    for chunk in chunks(samples, 13, 6):
+        live.append(chunk)
+    same(live.audio, model.index((samples.numpy(), 16_000)).slice(8.7 - window, 8.7))
+
+
+@pytest.mark.parametrize(("integration", "connector"), [("pal", "transformer"), ("lal_audio_query", "mlp")])
+def test_where_nothing_settles_a_window_is_the_last_samples(integration, connector):
+    model = model_of(integration, connector)
+    samples = noise(5.0, 4)
+    live = model.listen(window=1.5)
+    assert not live.settles and model_of("pal").listen().settles
+    for chunk in chunks(samples, 9, 2):
+        live.append(chunk)
+    same(live.audio, model.index((samples[-24_000:].numpy(), 16_000)))
+    assert live.ask(QUESTION, max_new_tokens=5) == model.ask(
+        (samples[-24_000:].numpy(), 16_000), QUESTION, max_new_tokens=5
+    )
+    assert len(live._recent_N) == 24_000
+
+
 def test_an_append_encodes_what_is_new_and_what_may_change():
     model = model_of("pal", "conv")
     encoded, made = [], []
@@ -147,12 +174,14 @@ def test_long_clips_are_encoded_in_blocks_to_the_same(connector, encoders, monke
     frames = []
     model.ears.encoder(0).register_forward_pre_hook(lambda module, given: frames.append(given[0].shape[:2].numel()))
     monkeypatch.setattr(audio_tower, "LONG_SECONDS", 4)
-    monkeypatch.setattr(model_module, "LONG_SECONDS", 4)
+    monkeypatch.setattr(clips_module, "LONG_SECONDS", 4)
     monkeypatch.setattr(audio_tower, "BLOCK_SECONDS", 2)
     monkeypatch.setattr(base, "BLOCK_TOKENS", 20)
     same(model.index((samples.numpy(), 16_000)), whole)
-    assert len(frames) >= 4 and max(frames) <= 400
+    # blocks of two seconds with the tokens before them; windows of one second go together anyway
+    assert len(frames) >= 4 and max(frames) <= 400 if encoders is None else len(frames) == 1
     assert model.ask((samples.numpy(), 16_000), QUESTION, max_new_tokens=6) == answer
+    assert model.ask(whole, QUESTION, max_new_tokens=6) == answer
     two = [(samples.numpy(), 16_000), (noise(1.0).numpy(), 16_000)]
     assert model.ask(two, QUESTION, max_new_tokens=6) == [answer, model.ask(two[1], QUESTION, max_new_tokens=6)]
 
@@ -198,13 +227,16 @@ def test_what_is_no_stream_of_samples():
         live.append(torch.zeros(2, 100))
     with pytest.raises(AudioError, match="finite"):
         live.append([0.0, float("nan")])
+    with pytest.raises(AudioError, match=r"floats of -1 to 1, not torch\.int16"):
+        live.append(np.zeros(10, np.int16))
     live.append([0.1] * 800)
     with live:
         pass
     with pytest.raises(AudioError, match="closed"):
         live.append([0.1])
+    with pytest.raises(AudioError, match="closed"):
+        live.ask(QUESTION)
     with pytest.raises(ConfigError, match="above 0, not -1"):
         model.listen(window=-1.0)
-    late = model_of("lal", "qformer").listen(window=1.0)
     with pytest.raises(ConfigError, match="no time of their own"):
-        late.append(noise(1.0))
+        model_of("lal", "qformer").listen(window=1.0)

@@ -72,6 +72,12 @@ def test_sixteen_questions_on_one_copy_of_a_clip_get_the_single_answers(integrat
     assert model.ask(heard, questions, max_new_tokens=6) == alone and read == [1, 1]
 
 
+def test_a_question_outside_of_the_vocabulary_is_one_line(model):
+    rows = [Tokens([5, AUDIO, 6], [0]), Tokens([5, AUDIO, 10_000], [0])]
+    with pytest.raises(PromptError, match=r"10000.*outside of the LLM's vocabulary"):
+        model.generate([noise(0.3)], rows)
+
+
 def test_an_indexed_clip_answers_alike(model, tmp_path):
     indexed = model.index(clip(1.3))
     assert model.ask(indexed, QUESTION) == model.ask(clip(1.3), QUESTION)

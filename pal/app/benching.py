@@ -56,6 +56,8 @@ def bench(
         keep_so_far = (lambda found: None) if out is None else (lambda found: reuse_report.write(found, out))
         measured = reuse.run(sizes, progress=shows_progress(), keep=keep_so_far)
         _show(json_file, reuse_report.to_json(measured), reuse_report.to_markdown(measured))
+        if measured.interrupted:
+            raise KeyboardInterrupt("interrupted; the measurements so far are above")
         return
     chosen = preset_of(
         preset,

@@ -98,8 +98,9 @@ def ask(
     if Path(question).is_file():
         raise PromptError(f"the last argument is the question, but '{question}' is a file")
     if len(clips) == 1 and clips[0].rstrip("/").endswith(".palidx"):
-        if when:
-            raise PromptError("--when shows seconds of one clip, and this is a folder of clips; ask about one")
+        if when or allow_urls or read_to_end:
+            name = "--when" if when else "--allow-urls" if allow_urls else "--read-to-end"
+            raise PromptError(f"{name} is for audio files, and this is an indexed folder; leave it out")
         indexing.ask_folder(Path(clips[0]), question, model, max_new_tokens, other_weights, as_json)
         return
     started = time.perf_counter()
@@ -107,25 +108,27 @@ def ask(
     if loaded.config.notice:
         note(loaded.config.notice)
     audio = [stored_clip(clip) for clip in clips]
+    if when:  # read once, with the same options
+        from pal.clips import read_clip
+        from pal.probe.when import most_attended
+
+        audio = [read_clip(audio[0], loaded.sampling_rate, allow_urls=allow_urls, read_to_end=read_to_end)]
     if len(audio) > 1 and "<audio>" not in question:
         question = "<audio>" * len(audio) + question
     load_seconds = time.perf_counter() - started
     answer = loaded.ask_detailed(
         audio, question, max_new_tokens=max_new_tokens, allow_urls=allow_urls, read_to_end=read_to_end
     )[0]
-    spans = []
-    if when:
-        from pal.probe.when import most_attended
-
-        spans = most_attended(loaded, audio[0], question, answer.text)
     if not as_json:
         for line in answer.notes:
             note(line)
         typer.echo(answer.text)
-        if spans:
+        if when:
+            spans = most_attended(loaded, audio[0], question, answer.text)
             shown = ", ".join(f"{one.start:.1f} to {one.end:.1f} s ({one.share:.0%})" for one in spans)
             typer.echo(f"attention, which is no proof: {shown}")
         return
+    spans = most_attended(loaded, audio[0], question, answer.text) if when else []
     print_json(
         {
             "answer": answer.text,

@@ -6,7 +6,7 @@ import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TypeVar
+from typing import Annotated, TypeVar
 
 import typer
 
@@ -14,9 +14,6 @@ from pal.app.loading import load_model
 from pal.app.options import AllowUrls, AsJson, Model, OtherWeights, ReadToEnd
 from pal.app.output import note, print_json, shows_progress
 from pal.errors import AudioError, AudioWarning
-
-if TYPE_CHECKING:
-    pass
 
 _T = TypeVar("_T")
 
@@ -80,11 +77,12 @@ def _index_folder(
 ) -> None:
     from pal.folder_index import STORES, SUFFIX, FolderIndex, StoredSizes, describe
 
-    out = out or folder.with_name(folder.name + SUFFIX)
+    folder = folder.resolve()
+    out = out or folder.with_name((folder.name or "root") + SUFFIX)
     if out.suffix != SUFFIX:
         raise typer.BadParameter(f"'{out}' must end in {SUFFIX} for a folder", param_hint="--out")
-    kind = next((one for one in STORES if one == (store or "kv")), None)
-    if kind is None:
+    kind = next((one for one in STORES if one == store), None)
+    if store is not None and kind is None:
         raise typer.BadParameter(f"'{store}' is none of {', '.join(STORES)}", param_hint="--store")
     loaded = load_model(model, other_weights)
     made = FolderIndex.open(out, loaded, kind)

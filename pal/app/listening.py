@@ -86,10 +86,15 @@ def _show(seconds: float, answer: str, as_json: bool) -> None:
 
 def raw_blocks(stream: IO[bytes], rate: int) -> Iterator[Samples]:
     """Blocks of raw 16-bit samples; half a sample at the end is an error."""
-    while data := stream.read(2 * round(_BLOCK * rate)):
-        if len(data) % 2:
-            raise AudioError("standard input ended within a sample; raw samples have 16 bits each")
-        yield np.frombuffer(data, "<i2").astype(np.float32) / np.float32(32768)
+    # below the buffer, whose lock a thread that still reads would hold when Python ends
+    unbuffered = getattr(stream, "raw", stream)
+    half = b""
+    while data := unbuffered.read(2 * round(_BLOCK * rate)):
+        data = half + data
+        half = data[len(data) // 2 * 2 :]
+        yield np.frombuffer(data[: len(data) - len(half)], "<i2").astype(np.float32) / np.float32(32768)
+    if half:
+        raise AudioError("standard input ended within a sample; raw samples have 16 bits each")
 
 
 def paced_blocks(samples_N: Samples, rate: int, fast: bool) -> Iterator[Samples]:

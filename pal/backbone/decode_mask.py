@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pal.backbone.cache_storage import AudioKeyLayout, CachedPrompts, CachePlan, Kind, kept
+from pal.backbone.merged import UNSEEN
 from pal.backbone.score_bias import Bias
 from pal.transfer import to_device
 
@@ -31,6 +32,10 @@ class _SeenKeys:
     """Keys before the generated ones."""
     whole: bool
     """All of the prompts' keys are seen."""
+    last: int
+    """One past the last of the prompts' keys that is seen in any prompt; a repeated row at their end is not."""
+    solid: bool
+    """All of the prompts' keys before `last` are seen."""
     mask_B11K: Tensor | None = None
     """Additive mask, where it is the same in all steps."""
 
@@ -54,11 +59,17 @@ class DecodeMask:
         self.far = 0
         """Largest distance of a prompt's rows; 0 where the storage is fixed, which does not need it."""
         whole = [False] * (len(seen) + len(crossed))
+        shown = [(width + plan.text, False) for width in (width for _, width in plan.kinds)]
         if not plan.fixed:
             facts = [seen_BK[:, : -plan.slots].all() for seen_BK, _ in seen] + [mask_BA.all() for mask_BA in crossed]
             far = prompts.positions_BT.max() - prompts.positions_BT.min().clamp(max=0)
-            *found, self.far = torch.stack([*(fact.long() for fact in facts), far]).tolist()
-            whole = [bool(fact) for fact in found]
+            lasts = [fact for seen_BK, _ in seen for fact in _shown(seen_BK[:, : -plan.slots])]
+            *found, self.far = torch.stack([*(fact.long() for fact in (*facts, *lasts)), far]).tolist()
+            whole = [bool(fact) for fact in found[: len(facts)]]
+            shown = [
+                (last, bool(solid))
+                for last, solid in zip(found[len(facts) :: 2], found[len(facts) + 1 :: 2], strict=True)
+            ]
         order_X = torch.arange(plan.slots, device=device) // plan.beams + 1
         with torch.inference_mode(False):  # a fixed storage is reused by other calls
             self.done_1 = torch.zeros(1, dtype=torch.long, device=device) if plan.fixed else None
@@ -75,8 +86,11 @@ class DecodeMask:
                 kept(F.pad(order_X, (width + plan.text, 0))),
                 width + plan.text,
                 all_seen,
+                *ends,
             )
-            for kind, (_, width), (seen_BK, positions_BK), all_seen in zip(kinds, plan.kinds, seen, whole, strict=False)
+            for kind, (_, width), (seen_BK, positions_BK), all_seen, ends in zip(
+                kinds, plan.kinds, seen, whole, shown, strict=False
+            )
         ]
         self.crossed: list[Tensor | None] = [
             None if all_seen else kept(to_device(F.pad(mask_BA, (0, width - mask_BA.shape[1])), device)[:, None, None])
@@ -140,18 +154,19 @@ class DecodeMask:
         for layer, bias in self._biases.items():
             bias.copy_(other._biases[layer])
 
-    def reaches(self, rows: int) -> bool:
-        """True if each of `rows` further rows sees all of the prompts, however short the sliding windows."""
-        return all(one.window is None or one.window > self.far + 1 + rows for one in self._seen)
+    def of_prompts(self, layer: int) -> tuple[int, Tensor | None]:
+        """Number of the prompts' keys that any later row sees, and their additive mask, with biases.
 
-    def of_prompts(self, layer: int) -> Tensor | None:
-        """Additive mask of the prompts' keys for later rows, with biases: [B or 1, H or 1, 1, K]; None without."""
+        The mask is [B or 1, H or 1, 1, K]; None where all are seen and there is no bias.
+        """
         one = self._seen[self.plan.layers[layer]]
-        mask = None if one.whole else self._added(one.seen_BK[:, None, None, : one.prompt])
+        mask = None
+        if not one.solid:  # finite, since later rows may see no key of a prompt
+            mask = torch.where(one.seen_BK[:, None, None, : one.last], self.zero, UNSEEN)
         bias = self._biases.get(layer)
         if bias is None:
-            return mask
-        return bias[..., : one.prompt] if mask is None else mask + bias[..., : one.prompt]
+            return one.last, mask
+        return one.last, bias[..., : one.last] if mask is None else mask + bias[..., : one.last]
 
     def biased(self, mask: Tensor | None, layer: int, steps: int) -> Tensor | None:
         """A layer's mask of the next step plus its bias on the scores of audio: [B or 1, H or 1, 1 or beams, K].
@@ -244,3 +259,10 @@ class DecodeMask:
         beams = self.plan.beams
         from_BX = from_R.to(self.device).unflatten(0, (-1, beams)).long() % beams
         self._tree_BXX = self._tree_BXX.gather(1, from_BX[..., None].expand(self._tree_BXX.shape))
+
+
+def _shown(seen_BK: Tensor) -> tuple[Tensor, Tensor]:
+    """One past the last key that any row of a batch sees, and whether all rows see all keys before it."""
+    at_K = torch.arange(seen_BK.shape[1], device=seen_BK.device)
+    last = (seen_BK.any(0) * (at_K + 1)).max() if seen_BK.shape[1] else at_K.sum()
+    return last, (seen_BK | (at_K >= last)).all()

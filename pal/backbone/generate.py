@@ -171,10 +171,12 @@ def read_prefixes(llm: Backbone, prefixes: LLMInputs, rows: int) -> ReadPrefixes
     """
     inputs = padded_left(prefixes)
     layout = prompts_of(inputs)
+    if any(llm.windows):
+        far = int(layout.positions_BT.max() - layout.positions_BT.min().clamp(max=0)) + 1 + rows
+        if any(window is not None and window <= far for window in llm.windows):
+            return None
     cache = JointCache(CachePlan.of(llm.windows, layout, room=1))
     cache.begin(inputs, layout, query_dtype(llm, llm.device))
-    if not cache.decode_mask.reaches(rows):
-        return None
     read_prompts(llm, cache, inputs)
     return ReadPrefixes(cache, to_device(layout.positions_BT[:, -1], llm.device))
 

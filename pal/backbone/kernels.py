@@ -53,8 +53,9 @@ def attend_elsewhere(
             q_BHQC, k_BGKC, v_BGKC, 0.0, causal, False, scale=scale
         )
         return out_BHQC, lse_BHQ
-    q_BGXC = (q_BHQC * (C**-0.5 if scale is None else scale)).reshape(B, G, -1, C)
-    scores_BHQK = (q_BGXC @ k_BGKC.mT).to(torch.promote_types(q_BHQC.dtype, torch.float32)).reshape(B, H, Q, K)
+    wide = torch.promote_types(q_BHQC.dtype, torch.float32)  # scores of 16 bits would be too coarse
+    q_BGXC = (q_BHQC.to(wide) * (C**-0.5 if scale is None else scale)).reshape(B, G, -1, C)
+    scores_BHQK = (q_BGXC @ k_BGKC.to(wide).mT).reshape(B, H, Q, K)
     if mask is not None:
         scores_BHQK = scores_BHQK + mask
     if causal:

@@ -153,7 +153,7 @@ class PackedContext:
 
     llm: AttentionGeometry
     lengths: tuple[int, ...]
-    """Rows of each conversation; those of a filling one follow and are not counted."""
+    """Rows of each conversation, without those that it shares; those of a filling one follow and are not counted."""
     segments: tuple[DeviceSegments, ...]
     """Segments of each kind of layer; empty where conversations form a rectangle [B, T] without audio keys."""
     kinds: tuple[int, ...]
@@ -264,8 +264,8 @@ class PackedLayer:
             own = tuple((bias[..., None], None if rows is None else rows.T[None]) for bias, rows in self.own)
             sets = [TiledKeys(key, value, self.tiles[0], own)]
             for one, tiles in zip(self.joined, self.tiles[1:], strict=True):
-                k_1GIC, v_1GIC = (x_IGC.transpose(0, 1)[None] for x_IGC in one.rotated(attention))
                 if tiles:
+                    k_1GIC, v_1GIC = (x_IGC.transpose(0, 1)[None] for x_IGC in one.rotated(attention))
                     sets.append(
                         TiledKeys(k_1GIC, v_1GIC, tiles, () if one.bias is None else ((one.bias[:, None], None),))
                     )

@@ -45,6 +45,8 @@ def prepared(
 def prompts_of(inputs: LLMInputs) -> CachedPrompts:
     """Layout of prompts."""
     if isinstance(inputs.audio_context, PackedContext):
+        if inputs.audio_context.tiles is not None or any(one.shared for one in inputs.audio_context.conversations):
+            raise PalError("these inputs are laid out for training; make those of prompts without labels")
         return CachedPrompts.packed(inputs.audio_context)
     return CachedPrompts.padded(inputs.audio_context, inputs.attention_mask_BT, inputs.position_ids_BT)
 

@@ -59,7 +59,8 @@ class CompiledLayer:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The layer's output."""
         metadata = kwargs.get("attention_metadata")
-        packed = metadata is None or isinstance(metadata, PackedLayer)
+        # a batch has tiles of its own, which no graph of another batch has
+        packed = metadata is None or (isinstance(metadata, PackedLayer) and metadata.tiles is None)
         return (self._compiled if packed else self._plain)(*args, **kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CompiledLayer:

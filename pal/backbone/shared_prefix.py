@@ -9,7 +9,7 @@ rows generated after it would see, so masks, biases and hidden rows are those of
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -76,8 +76,9 @@ class SharedPrefixCache(Cache):
         super().__init__(layers=list(self.stores))
         device = prompts.decode_mask.device
         padding_R = torch.tensor(continuations.padding, device=device)
-        self._first_R1 = padding_R[:, None] if any(continuations.padding) else None
-        self._masks: dict[int, Tensor | None] = {}
+        self.first_R1 = padding_R[:, None] if any(continuations.padding) else None
+        """First real row of each continuation; None where none has padding."""
+        self._shown: dict[int, tuple[int, Tensor | None]] = {}
 
     @property
     def answers(self) -> int:
@@ -99,26 +100,11 @@ class SharedPrefixCache(Cache):
         ends = torch.tensor(self.counts).cumsum(0).tolist()
         return [(end - count, end) for end, count in zip(ends, self.counts, strict=True)]
 
-    def own_mask(self, queries: int, keys: int, dtype: torch.dtype) -> Tensor | None:
-        """Additive mask [R, 1, Q, K] of own rows; None where none has padding.
-
-        Args:
-            queries: the last rows.
-            keys: rows so far.
-            dtype: of the mask.
-        """
-        if self._first_R1 is None:
-            return None
-        at_K = torch.arange(keys, device=self._first_R1.device)
-        seen_RQK = (at_K >= self._first_R1)[:, None] & (at_K <= at_K[-queries:, None])
-        mask_RQK = torch.zeros(seen_RQK.shape, dtype=dtype, device=seen_RQK.device)
-        return mask_RQK.masked_fill_(~seen_RQK, UNSEEN)[:, None]
-
-    def prompt_mask(self, layer: int) -> Tensor | None:
-        """Additive mask of the prompts' keys in a layer, with biases: [U or 1, H or 1, 1, K]; None without."""
-        if layer not in self._masks:
-            self._masks[layer] = self.prompts.decode_mask.of_prompts(layer)
-        return self._masks[layer]
+    def shown(self, layer: int) -> tuple[int, Tensor | None]:
+        """Number of the prompts' keys in a layer, and their mask; see `DecodeMask.of_prompts`."""
+        if layer not in self._shown:
+            self._shown[layer] = self.prompts.decode_mask.of_prompts(layer)
+        return self._shown[layer]
 
 
 class _OwnRows(CacheLayerMixin):
@@ -168,6 +154,7 @@ class ContinuedRows:
     """Attention metadata of the continuations' rows in one forward."""
 
     cache: SharedPrefixCache
+    _masks: dict[tuple[int, int, torch.dtype], Tensor | None] = field(default_factory=dict)
 
     def crosses(self, layer: int) -> bool:
         """True if cross-attention blocks come before the layer."""
@@ -185,6 +172,16 @@ class ContinuedRows:
             x_RQD = torch.cat(parts)
         return x_RQD
 
+    def _own_mask(self, queries: int, keys: int, dtype: torch.dtype) -> Tensor | None:
+        """Additive mask [R, 1, Q, K] of own rows, made once for all layers; None where none has padding."""
+        first_R1, about = self.cache.first_R1, (queries, keys, dtype)
+        if first_R1 is not None and about not in self._masks:
+            at_K = torch.arange(keys, device=first_R1.device)
+            seen_RQK = (at_K >= first_R1)[:, None] & (at_K <= at_K[-queries:, None])
+            mask_RQK = torch.zeros(seen_RQK.shape, dtype=dtype, device=seen_RQK.device)
+            self._masks[about] = mask_RQK.masked_fill_(~seen_RQK, UNSEEN)[:, None]
+        return self._masks.get(about)
+
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
         """Queries [R, H, Q, C], keys and values of own rows so far [R, G, K, C] -> [R, Q, H, C]."""
         store = self.cache.prompts.stores[layer]
@@ -193,12 +190,12 @@ class ContinuedRows:
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else query.dtype
         q_RHQC, k_RGKC, v_RGKC = (x.to(dtype) for x in (query, key, value))
         Q, K = q_RHQC.shape[2], k_RGKC.shape[2]
-        mask = self.cache.own_mask(Q, K, q_RHQC.dtype)
+        mask = self._own_mask(Q, K, dtype)
         out_RHQC, lse_RHQ = kernels.attend(q_RHQC, k_RGKC, v_RGKC, mask is None and Q == K > 1, mask, scale)
         # laid out as the output projection takes it
         out_RHQC = out_RHQC.transpose(1, 2).contiguous().transpose(1, 2)
-        k_UGKC, v_UGKC = (x[:, :, : store.prompt].to(dtype) for x in (store.keys, store.values))
-        shared = self.cache.prompt_mask(layer)
+        width, shared = self.cache.shown(layer)
+        k_UGKC, v_UGKC = (x[:, :, :width].to(dtype) for x in (store.keys, store.values))
         for prompt, (first, last) in enumerate(self.cache.groups):
             one, rows = slice(prompt, prompt + 1), slice(first, last)
             of_prompt = shared if shared is None or len(shared) == 1 else shared[one]

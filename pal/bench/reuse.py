@@ -125,6 +125,8 @@ class ReuseResult:
     machine: dict[str, Any]
     rows: list[ReuseMeasurement] = field(default_factory=list)
     left_out: list[dict[str, Any]] = field(default_factory=list)
+    interrupted: bool = False
+    """Whether the run was stopped; its rows are complete all the same."""
 
     def seconds(self, variant: str, shared: bool, phase: ReusePhase, questions: int) -> float | None:
         """Median seconds of a row; None if there is none."""
@@ -136,7 +138,13 @@ class ReuseResult:
 def run(
     preset: ReusePreset, progress: bool = False, keep: Callable[[ReuseResult], object] = lambda result: None
 ) -> ReuseResult:
-    """Measure everything in a preset, with random weights. `keep` is called with the result so far."""
+    """Measure everything in a preset, with random weights. Ctrl-C ends it with the rows so far.
+
+    Args:
+        preset: what to measure.
+        progress: whether to draw a bar.
+        keep: called with the result so far after each phase and number of questions.
+    """
     torch.manual_seed(0)
     dtype = getattr(torch, preset.dtype)
     facts = machine_facts("cpu")
@@ -151,11 +159,14 @@ def run(
             parameter.requires_grad_(False)
     places = [(phase, count) for phase in preset.phases for count in preset.questions]
     with quick_collection(), tqdm(places, desc="bench", disable=None if progress else True) as bar:
-        for phase, count in bar:
-            bar.set_postfix_str(f"{phase}, {count} questions")
-            _measure(preset, models, phase, count, result)
-            keep(result)
-            give_back_freed_memory()
+        try:
+            for phase, count in bar:
+                bar.set_postfix_str(f"{phase}, {count} questions")
+                _measure(preset, models, phase, count, result)
+                keep(result)
+                give_back_freed_memory()
+        except KeyboardInterrupt:
+            result.interrupted = True
     return result
 
 

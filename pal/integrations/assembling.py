@@ -120,7 +120,8 @@ def _packed(
     fills = capturable and llm.captures(labelled)
     if fills:
         totals = [int(output.firsts[-1]) if output.packs else None for output in streams]
-        last, more = filler([one.own for one in layouts], len(streams[0].lengths) if streams else 0, totals)
+        clips, text = len(streams[0].lengths) if streams else 0, len(_text_ids(conversations))
+        last, more = filler([one.own for one in layouts], clips, totals, text)
         layouts = [*layouts, last]
     packed_conversations = [one.conversation() for one in layouts]
     own_layouts = [one.own for one in layouts]
@@ -135,6 +136,7 @@ def _packed(
     segments_of_kind: dict[tuple[int | None, tuple[int, ...]], Segments] = {}
     if tiled and (any(windows) or repeats):
         return None
+    seen = [i for i in joining if streams[i].blocks is None] if has_keys else []
     for kind in () if equal or tiled else dict.fromkeys(kinds):
         segments = segments_of(packed_conversations, kind[1], kind[0])
         if segments is None:
@@ -179,7 +181,7 @@ def _packed(
             llm=llm,
             lengths=lengths[:n_real],
             segments=tuple(device_segments(moves, on_device[kind]) for kind in segments_of_kind),
-            tiles=tiles_of(packed_conversations, joining if has_keys else (), llm.device) if tiled else None,
+            tiles=tiles_of(packed_conversations, seen, llm.device) if tiled else None,
             kinds=tuple(order[kind] for kind in kinds) if segments_of_kind else (),
             conversations=tuple(packed_conversations[:n_real]),
             windows=windows,

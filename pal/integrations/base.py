@@ -171,16 +171,16 @@ def _stream_kv(route: Route, features: AudioFeatures, llm: Backbone) -> StreamKV
 
     Nothing is joined afterwards: each block is written to its place.
     """
-    output = route.inject(features, llm)
-    layout, clips, width = output.layout, len(output.lengths), output.width_A
-    step = width if layout.joint else max(1, BLOCK_TOKENS // layout.tokens) * layout.tokens
-    shape = (len(output.layers), clips, llm.kv_heads, width, llm.head_width)
+    one = route.inject(_block(features, 0, 1), llm)
+    layout, clips, tokens = one.layout, len(features.lengths), features.x_BAE.shape[1]
+    width = tokens if one.keys is not None else 0
+    step = tokens if layout.joint else max(1, BLOCK_TOKENS // layout.tokens) * layout.tokens
+    shape = (len(one.layers), clips, llm.kv_heads, width, llm.head_width)
     k_LBGAC, v_LBGAC = (torch.empty(shape, device=llm.device, dtype=llm.dtype) for _ in range(2))
     rows: list[Tensor] = []
-    for first in range(0, max(1, features.x_BAE.shape[1]), step):
-        part = _block(features, first, step) if step < features.x_BAE.shape[1] else features
-        made = output if part is features else route.inject(part, llm)
-        for place, layer in enumerate(output.layers if made.keys is not None else ()):
+    for first in range(0, tokens, step):
+        made = route.inject(_block(features, first, step), llm)
+        for place, layer in enumerate(one.layers if made.keys is not None else ()):
             assert made.keys is not None
             k, v = made.keys.keys_values(layer)
             k_LBGAC[place, :, :, first : first + k.shape[2]] = k
@@ -192,8 +192,8 @@ def _stream_kv(route: Route, features: AudioFeatures, llm: Backbone) -> StreamKV
         k_LBGAC=k_LBGAC,
         v_LBGAC=v_LBGAC,
         rows_BSD=rows_BSD,
-        lengths=tuple(output.lengths),
-        layers=output.layers,
+        lengths=tuple(features.lengths),
+        layers=one.layers,
         layout=layout,
     )
 

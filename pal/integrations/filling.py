@@ -39,17 +39,17 @@ def filling_tokens(tokens: int, keys: int) -> int:
 
 
 def filler(
-    layouts: Sequence[SequenceLayout], clips: int, tokens: Sequence[int | None]
+    layouts: Sequence[SequenceLayout], clips: int, tokens: Sequence[int | None], text: int
 ) -> tuple[SequenceLayout, tuple[int, ...]]:
     """Filling conversation of a batch, and the number of filling audio tokens of each stream.
 
     Args:
         layouts: layouts of the batch's conversations.
         clips: clips in the batch; the filling tokens belong to one more clip.
+        text: text tokens of all conversations.
         tokens: audio tokens of each stream; None if it cannot have filling tokens, so that its keys are not filled.
     """
     rows = sum(len(one) for one in layouts)
-    text = sum(int(one.is_text.sum()) for one in layouts)
     count = rounded(rows + 1) - rows
     more, keys = [], []
     for stream, total in enumerate(tokens):

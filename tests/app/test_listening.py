@@ -3,6 +3,7 @@
 import io
 import json
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -116,6 +117,25 @@ def test_a_slow_answer_delays_no_later_one():
         time.sleep(0.2)
     assert sum(taken) == 200 and len(taken) <= 3
     assert [len(chunk) for chunk in listening.gathered(blocks(), 30, ahead=False)] == [30] * 6 + [20]
+
+
+class Short(io.RawIOBase):
+    """A pipe, which gives what is there: here three bytes at a time."""
+
+    def __init__(self, data):
+        self.data = data
+
+    def read(self, size=-1):
+        some, self.data = self.data[:3], self.data[3:]
+        return some
+
+
+def test_short_reads_lose_no_half_sample():
+    numbers = np.arange(-5, 6, dtype="<i2")
+    found = np.concatenate(list(listening.raw_blocks(Short(numbers.tobytes()), RATE)))
+    assert (found * 32768).tolist() == numbers.tolist()
+    below = list(listening.raw_blocks(SimpleNamespace(raw=Short(numbers.tobytes())), RATE))  # the buffer is not used
+    assert sum(map(len, below)) == len(numbers)
 
 
 def test_raw_blocks_are_scaled():

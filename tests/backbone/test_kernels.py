@@ -55,3 +55,15 @@ def test_sets_are_taken_apart_on_a_cpu_alone():
     assert not kernels.supports_split_attention(torch.device("cuda")) and not kernels.supports_split_attention(
         torch.device("meta")
     )
+
+
+def test_scores_of_half_precision_are_computed_in_float32():
+    q, k, v = (
+        4 * random(1, heads, length, 16, seed=i).to(torch.bfloat16)
+        for i, (heads, length) in enumerate([(4, 3), (2, 50), (2, 50)])
+    )
+    out, lse = kernels.attend_elsewhere(q, k, v, False, None, None)
+    exact, exact_lse = kernels.attend_elsewhere(q.double(), k.double(), v.double(), False, None, None)
+    assert out.dtype == torch.bfloat16 and lse.dtype == torch.float32
+    torch.testing.assert_close(lse.double(), exact_lse, atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(out.double(), exact, atol=0.04, rtol=0.01)

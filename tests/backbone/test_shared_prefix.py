@@ -1,14 +1,18 @@
 """Continuations that share a prompt: the answers of whole conversations, from one copy of the prompt's keys."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from pal.backbone import generate as generation
 from pal.backbone import kernels
+from pal.backbone.audio_mask import AudioMask
 from pal.backbone.cache import JointCache
 from pal.backbone.shared_prefix import Continuations
 from pal.conversations import shared_prefixes
-from pal.types import AUDIO, Tokens
+from pal.errors import PalError
+from pal.types import AUDIO, IGNORE, Tokens
 from tests.backbone.generating import GREEDY, Watch
 from tests.identities.models import CROSSED, INTEGRATIONS, features, make_backbone, make_integration, shared
 
@@ -114,6 +118,40 @@ def test_without_the_kernel_of_cpus(monkeypatch):
     torch.testing.assert_close(logits, expected, atol=2e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["lal", "flamingo", "pal_gated"])
+@torch.no_grad()
+def test_a_prompts_repeated_row_needs_no_mask(name):
+    """It is the last one, and no later row sees it, so it is left out."""
+    llm, integration = shared("llama", name)
+    split = shared_prefixes(questions(4))
+    read = llm.read_prefixes(integration(features(7, 11), split.prefixes, llm, "left"), 20)
+    for layer, store in enumerate(read.cache.stores):
+        width, mask = read.cache.decode_mask.of_prompts(layer)
+        assert width == store.prompt - 1 and (mask is None) == (name != "pal_gated")
+
+
+@torch.no_grad()
+def test_a_prompt_of_which_nothing_is_seen_changes_nothing():
+    llm, integration = shared("llama", "plits")
+    split = shared_prefixes(questions(3))
+    inputs = integration(features(7, 11), split.prefixes, llm, "left", with_spans=True)
+    hidden = inputs.audio_context.without(AudioMask(pathway="rows"))
+    read = llm.read_prefixes(replace(inputs, audio_context=hidden), 20)
+    made = llm.generate_after(read, split.continuations, max_new_tokens=4, **GREEDY)
+    whole = integration(features(7, 11), questions(3), llm, "left", with_spans=True)
+    expected = replace(whole, audio_context=whole.audio_context.without(AudioMask(pathway="rows")))
+    assert torch.equal(made, llm.generate(expected, max_new_tokens=4, **GREEDY))
+
+
+def test_labelled_batches_are_no_prompts():
+    llm, integration = shared("llama", "lal")
+    rows = [replace(row, labels=[IGNORE] * (len(row.ids) - 1) + row.ids[-1:]) for row in questions(4)[1:3]]
+    assert all(len(row.ids) > 5 for row in rows)
+    for side in ("any", "none"):
+        with pytest.raises(PalError, match="laid out for training; make those of prompts without labels"):
+            llm.generate(integration(features(7, 11), rows, llm, side), max_new_tokens=1)
+
+
 @torch.no_grad()
 def test_the_prompts_keys_are_stored_once(monkeypatch):
     llm, integration = shared("llama", "lal")
@@ -154,15 +192,18 @@ def test_nothing_is_shared_where_a_sliding_window_ends_within_the_prefix_or_with
 
 
 def test_neighbours_that_begin_alike_are_split_after_their_last_clip():
-    rows = [Tokens([5, AUDIO, 6, 7], [0]), Tokens([5, AUDIO, 8], [0]), Tokens([5, AUDIO, 6], [1])]
-    split = shared_prefixes(rows)
+    rows = [Tokens([5, AUDIO, 6, 7], [0]), Tokens([5, AUDIO, 8], [0]), Tokens([5, AUDIO, 9], [0])]
+    other = Tokens([5, AUDIO, 6], [1])
+    split = shared_prefixes([*rows, other])
     assert [(one.ids, one.clips) for one in split.prefixes] == [([5, AUDIO], [0]), ([5, AUDIO], [1])]
-    assert split.continuations == Continuations((2, 1), ([6, 7], [8], [6]))
-    assert split.continuations.prompts == [0, 0, 1] and split.continuations.padding == [0, 1, 1]
-    assert shared_prefixes(rows[1:]) is None  # another clip
-    assert shared_prefixes([rows[0], rows[2], rows[1]]) is None  # no neighbours
+    assert split.continuations == Continuations((3, 1), ([6, 7], [8], [9], [6]))
+    assert split.continuations.prompts == [0, 0, 0, 1] and split.continuations.padding == [0, 1, 1, 1]
+    assert shared_prefixes([rows[0], other]) is None  # another clip
+    assert shared_prefixes([rows[0], other, rows[1], other]) is None  # no neighbours
+    assert shared_prefixes([*rows[:2], other]) is None  # too little is saved
     assert shared_prefixes([rows[0], Tokens([5, AUDIO], [0])]) is None  # nothing after the clip
     assert shared_prefixes([Tokens([5, 6], []), Tokens([5, 7], [])]) is None  # no clip
+    assert shared_prefixes([Tokens([AUDIO, 6], [0]), Tokens([AUDIO, 7], [0])]) is None  # no text before it
 
 
 def test_rows_follow_their_prompts_positions():

@@ -84,6 +84,20 @@ def test_recomputed_layers_share_too(name):
         torch.testing.assert_close(grad, wanted[key], **(GATE if "gate" in key else SAME))
 
 
+def test_compiled_layers_run_tiles_eagerly():
+    """Each batch has tiles of its own."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    llm = make_backbone("llama")
+    integration = make_integration("lal", llm)
+    audio, rows = batch()
+    _, expected, _ = loss_and_gradients(llm, integration, audio, rows, "any")
+    llm.compile(backend="eager")
+    _, total, _ = loss_and_gradients(llm, integration, audio, rows, "any")
+    torch.testing.assert_close(total, expected, **SAME)
+    assert not torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
 @pytest.mark.parametrize("name", ["plits", "lal", "pal", "flamingo"])
 @pytest.mark.parametrize("side", ["any", "none"])
 @torch.no_grad()

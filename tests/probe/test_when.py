@@ -57,5 +57,10 @@ def test_the_command(tmp_path):
     done = CliRunner().invoke(app, [*given, "--json"])
     spans = json.loads(done.stdout)["most_attended"]
     assert len(spans) == 3 and set(spans[0]) == {"start", "end", "share"}
+    made = tiny_model("lal", connector={"name": "qformer", "queries": 4})
+    made.save_pretrained(tmp_path / "late", full=True)
+    done = CliRunner().invoke(app, [*given[:4], str(tmp_path / "late"), "--when"])
+    assert done.exit_code == 1 and done.stdout.strip() and "attention" not in done.stdout  # the answer is there
+    assert "no time of their own" in done.stderr
     done = CliRunner().invoke(app, [given[0], given[1], *given[1:]])
     assert done.exit_code == 1 and "--when shows seconds of one clip" in done.stderr
