@@ -20,6 +20,7 @@ from torch import Tensor
 
 from pal import answering
 from pal.backbone.audio_kv import AudioKV
+from pal.backbone.growing import GrowingTensor
 from pal.backbone.stream_kv import Layout, StreamKV
 from pal.clips import ClipFeatures
 from pal.connectors.base import Connector
@@ -259,7 +260,7 @@ class _GrowingKV:
     def __init__(self, like: StreamKV) -> None:
         self.like = like
         self.tokens = 0
-        self._buffers = {name: _GrowingTensor(1 if name == "rows_BSD" else 3) for name in like.tensors()}
+        self._buffers = {name: GrowingTensor(1 if name == "rows_BSD" else 3) for name in like.tensors()}
 
     def append(self, chunk: StreamKV) -> None:
         """Add groups."""
@@ -278,35 +279,3 @@ class _GrowingKV:
         """The clip, without a copy."""
         tensors: dict[str, Any] = {name: buffer.view() for name, buffer in self._buffers.items()}
         return replace(self.like, lengths=(self.tokens,), **tensors)
-
-
-class _GrowingTensor:
-    """Tensor that grows along an axis; its storage is twice as large as needed when it is full."""
-
-    def __init__(self, axis: int) -> None:
-        self.axis = axis
-        self.first = self.used = 0
-        self._storage: Tensor | None = None
-
-    def append(self, x: Tensor) -> None:
-        """Add entries at the end."""
-        added = x.shape[self.axis]
-        if self._storage is None or self.first + self.used + added > self._storage.shape[self.axis]:
-            shape = list(x.shape)
-            shape[self.axis] = 2 * (self.used + added)
-            grown = x.new_empty(shape)
-            if self.used:
-                grown.narrow(self.axis, 0, self.used).copy_(self.view())
-            self._storage, self.first = grown, 0
-        self._storage.narrow(self.axis, self.first + self.used, added).copy_(x)
-        self.used += added
-
-    def drop(self, count: int) -> None:
-        """Forget entries at the beginning."""
-        self.first += count
-        self.used -= count
-
-    def view(self) -> Tensor:
-        """The entries, without a copy."""
-        assert self._storage is not None
-        return self._storage.narrow(self.axis, self.first, self.used)

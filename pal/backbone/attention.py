@@ -20,9 +20,9 @@ from transformers.masking_utils import sdpa_mask
 
 from pal.backbone.attention_metadata import AttentionMetadata
 from pal.backbone.cache import DecodingStep
+from pal.backbone.interfaces import LaterRows
 from pal.backbone.merged import merged_attention
 from pal.backbone.packed import PackedLayer
-from pal.backbone.shared_prefix import ContinuedRows
 from pal.errors import PalError
 
 NAME = "pal"
@@ -40,7 +40,7 @@ def attend(
     attention_mask: Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
-    attention_metadata: AttentionMetadata | PackedLayer | DecodingStep | ContinuedRows | None = None,
+    attention_metadata: AttentionMetadata | PackedLayer | DecodingStep | LaterRows | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """One layer's attention, in the signature that transformers prescribes.
@@ -60,7 +60,7 @@ def attend(
                 return sdpa_attention_forward(module, query, key, value, None, dropout=dropout, scaling=scaling)
         return attention_metadata.attend(module, query, key, value, scaling), None
     layer: int = module.layer_idx  # type: ignore[assignment]
-    if isinstance(attention_metadata, ContinuedRows):
+    if isinstance(attention_metadata, LaterRows):
         return attention_metadata.attend(layer, query, key, value, scaling), None
     if isinstance(attention_metadata, DecodingStep):
         attention_mask = attention_metadata.masks[layer]

@@ -5,15 +5,12 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import GenerationConfig, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
-
-from pal.backbone.cache import JointCache
-from pal.backbone.shared_prefix import SharedPrefixCache
 
 if TYPE_CHECKING:
     from pal.backbone.llm import Backbone
@@ -110,6 +107,20 @@ def _warpers(config: GenerationConfig) -> tuple[tuple[type, float], ...] | None:
     return tuple(found)
 
 
+class AnswerCache(Protocol):
+    """What the loop needs to know of a cache."""
+
+    @property
+    def answers(self) -> int:
+        """Number of rows of a decoding step."""
+        ...
+
+    @property
+    def fixed_room(self) -> int | None:
+        """Most rows that can be generated; None if the storage grows."""
+        ...
+
+
 class DecodingState:
     """Decoding state of each row, on the device; the host reads none of it during a step.
 
@@ -119,7 +130,7 @@ class DecodingState:
         device: of the LLM.
     """
 
-    def __init__(self, cache: JointCache | SharedPrefixCache, options: DecodingOptions, device: torch.device) -> None:
+    def __init__(self, cache: AnswerCache, options: DecodingOptions, device: torch.device) -> None:
         rows = cache.answers
         room = options.tokens if cache.fixed_room is None else cache.fixed_room
         self.cache = cache

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -34,6 +35,22 @@ class PackedBlock(Block, Protocol):
     ) -> Tensor:
         """Rows, K and V of the batch, segments of keys, and which rows see any -> rows [1, N, D]."""
         ...
+
+
+class LaterRows(ABC):
+    """Attention metadata of rows that see stored keys and values, and one another causally."""
+
+    @abstractmethod
+    def crosses(self, layer: int) -> bool:
+        """Whether cross-attention blocks come before the layer."""
+
+    @abstractmethod
+    def cross(self, layer: int, x_BQD: Tensor) -> Tensor:
+        """The layer's input rows after the blocks before it."""
+
+    @abstractmethod
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
+        """Queries [B, H, Q, C], keys and values of the rows [B, G, K, C], after RoPE -> [B, Q, H, C]."""
 
 
 class AttentionGeometry(Protocol):

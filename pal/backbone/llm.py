@@ -26,14 +26,14 @@ from pal.backbone.generate import (
     read_prefixes,
     stream,
 )
-from pal.backbone.interfaces import Rope
+from pal.backbone.interfaces import LaterRows, Rope
 from pal.backbone.kernels import supports_split_attention
 from pal.backbone.loading import load_lm
 from pal.backbone.loss import Per, label_scores, loss
 from pal.backbone.loss_graphs import LossGraphs
 from pal.backbone.packed import PackedContext, Projection
 from pal.backbone.prompt_graphs import PromptGraphs
-from pal.backbone.shared_prefix import Continuations, ContinuedRows
+from pal.backbone.shared_prefix import Continuations
 from pal.backbone.varlen import has_kernel
 from pal.errors import ConfigError, PalError
 from pal.types import LLMInputs
@@ -422,7 +422,7 @@ class Backbone(nn.Module):
 def _enter(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
     """Pre-hook of a layer: apply cross-attention blocks to its input rows, and give it its attention metadata."""
     metadata = kwargs.get("attention_metadata")
-    if not isinstance(metadata, AttentionMetadata | PackedContext | DecodingStep | ContinuedRows):
+    if not isinstance(metadata, AttentionMetadata | PackedContext | DecodingStep | LaterRows):
         return None
     layer: int = block.self_attn.layer_idx  # type: ignore[union-attr, assignment]
     if not isinstance(metadata, PackedContext):

@@ -20,6 +20,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from pal.backbone import kernels
 from pal.backbone.cache import JointCache
+from pal.backbone.interfaces import LaterRows
 from pal.backbone.merged import UNSEEN, merge
 
 
@@ -150,7 +151,7 @@ class _OwnRows(CacheLayerMixin):
 
 
 @dataclass(frozen=True, eq=False)
-class ContinuedRows:
+class ContinuedRows(LaterRows):
     """Attention metadata of the continuations' rows in one forward."""
 
     cache: SharedPrefixCache
