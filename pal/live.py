@@ -19,15 +19,17 @@ import torch
 from torch import Tensor
 
 from pal import answering
+from pal.answering import default_options, generation_options
 from pal.backbone.audio_kv import AudioKV
 from pal.backbone.growing import GrowingTensor
+from pal.backbone.session import Session
 from pal.backbone.stream_kv import Layout, StreamKV
 from pal.clips import ClipFeatures
 from pal.connectors.base import Connector
 from pal.conversations import Question, read_question
 from pal.encoders.stream import EncoderStream
 from pal.errors import AudioError, ConfigError
-from pal.types import AudioFeatures
+from pal.types import AUDIO, AudioFeatures, Tokens
 
 if TYPE_CHECKING:
     from pal.integrations.base import Route
@@ -67,6 +69,8 @@ class LiveAudio:
         ]
         if window is not None and not all(stream.layout.seconds_per_token for stream in self._streams):
             raise ConfigError("this model's tokens stand for no time of their own; listen without a window")
+        self._session: tuple[list[int], Session] | None = None
+        """Text before the clip, and the conversation that begins with it."""
         self._recent_N = torch.zeros(0)
         """The window's samples, where nothing settles."""
 
@@ -74,7 +78,7 @@ class LiveAudio:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._encoders, self._streams = [], []
+        self._encoders, self._streams, self._session = [], [], None
 
     @property
     def seconds(self) -> float:
@@ -145,9 +149,46 @@ class LiveAudio:
     def ask(self, question: Question, **options: Any) -> str | list[str]:
         """As `PalModel.ask`, about what was heard so far, without streaming the answer."""
         asked = read_question(question, 1, self.model.tokenizer, self.model.config.style)
+        if self.samples and self._streams and len(asked.tokens) == 1:
+            text = self._ask_in_session(asked.tokens[0], options)
+            if text is not None:
+                return text if asked.single else [text]
         heard = self.audio
         answers = answering.generate(self.model, ClipFeatures([heard], [heard.seconds]), asked.tokens, **options)
         return answers[0] if asked.single else answers
+
+    @torch.inference_mode()
+    def _ask_in_session(self, asked: Tokens, options: dict[str, Any]) -> str | None:
+        """The answer from a `Session`, which hears each settled group once; None where there can be none.
+
+        The session forgets the question, its answer, and the audio that may still change.
+        """
+        model, stream = self.model, self._streams[0]
+        options = generation_options({"max_new_tokens": 64, **options}, model.tokenizer)
+        options = {**default_options(model.tokenizer, model.llm.vocab), **options}
+        alone = len(self._streams) == 1 and self.window is None and self.settles
+        if not alone or not Session.suits(model.llm, stream.layout) or model.llm.continues(**options) is None:
+            return None
+        place = asked.ids.index(AUDIO)
+        before, after = asked.ids[:place], asked.ids[place + 1 :]
+        if not before or not after or AUDIO in after:
+            return None
+        if self._session is None or self._session[0] != before:
+            route = stream.route
+            row_bias = route.row_bias() if stream.layout.rows else None
+            session = Session(model.llm, stream.layout, route.blocks(), route.bias(), row_bias, route.scale())
+            session.read(before)
+            self._session = (before, session)
+        session = self._session[1]
+        if stream.kv is not None and stream.kv.tokens > session.tokens:
+            session.hear(stream.kv.view(session.tokens))
+        mark = session.mark()
+        if stream.rest is not None:
+            session.hear(stream.rest)
+        said_1N = session.generate(session.read(after), **options)
+        session.back_to(mark)
+        text: str = model.tokenizer.batch_decode(said_1N, skip_special_tokens=True)[0]
+        return text.strip()
 
 
 class _StreamTail:
@@ -275,7 +316,11 @@ class _GrowingKV:
             buffer.drop(min(rows if name == "rows_BSD" else tokens, buffer.used))  # PLITS has no keys
         self.tokens -= tokens
 
-    def view(self) -> StreamKV:
-        """The clip, without a copy."""
-        tensors: dict[str, Any] = {name: buffer.view() for name, buffer in self._buffers.items()}
-        return replace(self.like, lengths=(self.tokens,), **tensors)
+    def view(self, first: int = 0) -> StreamKV:
+        """The clip from token `first` on, the first of a group, without a copy."""
+        rows = first // self.like.layout.tokens * self.like.layout.rows
+        tensors: dict[str, Any] = {}
+        for name, buffer in self._buffers.items():
+            left_out = min(rows if name == "rows_BSD" else first, buffer.used)  # PLITS has no keys
+            tensors[name] = buffer.view().narrow(buffer.axis, left_out, buffer.used - left_out)
+        return replace(self.like, lengths=(self.tokens - first,), **tensors)

@@ -7,6 +7,7 @@ import torch
 from pal import audio_tower
 from pal import clips as clips_module
 from pal.backbone.audio_kv import AudioKV
+from pal.backbone.session import Session
 from pal.errors import AudioError, ConfigError
 from pal.integrations import base
 from tests.models import LLM, noise, pal, tiny_model  # noqa: F401
@@ -201,6 +202,46 @@ def test_keys_and_values_of_long_clips_are_made_in_blocks(integration, monkeypat
     same(model.integration.index(features, model.llm, ""), whole)
     if integration in ("lal", "pal"):
         assert max(made) <= 10
+
+
+@pytest.mark.parametrize("integration", ["plits", "lal", "pal", {"name": "flamingo", "every": 2}], ids=str)
+def test_a_standing_question_reads_each_part_once(integration, monkeypatch):
+    model = model_of(integration)
+    parts = chunks(noise(6.0, 5), 6, 1)
+    so_far = [torch.cat(parts[: n + 1]).numpy() for n in range(len(parts))]
+    answers = [model.ask((samples, 16_000), QUESTION, max_new_tokens=4) for samples in so_far]
+    rows = []
+    ours = Session.run
+
+    def watched(self, x_1QD, *more):
+        rows.append(x_1QD.shape[1])
+        return ours(self, x_1QD, *more)
+
+    monkeypatch.setattr(Session, "run", watched)
+    monkeypatch.setattr(type(model), "generate", None)  # a conversation read whole
+    live = model.listen()
+    for number, (chunk, answer) in enumerate(zip(parts, answers, strict=True)):
+        live.append(chunk)
+        rows.clear()
+        assert live.ask(QUESTION, max_new_tokens=4) == answer
+        # rows of audio that is new or may still change (11 tokens to either side), the question and the answer
+        audio = {"plits": len(chunk) // 640 + 24, "pal": (len(chunk) // 640 + 24) // 3 + 1}.get(
+            integration if isinstance(integration, str) else "", 0
+        )
+        assert sum(rows[-4:]) <= 40 and (number == 0 or sum(rows) <= 40 + audio)
+    assert live.ask([QUESTION], max_new_tokens=4) == [answers[-1]]
+
+
+def test_a_session_begins_anew_where_the_text_before_the_clip_differs():
+    model = model_of("lal")
+    samples = noise(3.0, 5)
+    live = model.listen()
+    live.append(samples)
+    talk = [{"role": "user", "content": f"Listen: <audio> {QUESTION}"}]
+    for question in (QUESTION, talk, QUESTION, [QUESTION, "Is it loud?"]):
+        assert live.ask(question, max_new_tokens=4) == model.ask((samples.numpy(), 16_000), question, max_new_tokens=4)
+    beams = {"max_new_tokens": 4, "num_beams": 2}
+    assert live.ask(QUESTION, **beams) == model.ask((samples.numpy(), 16_000), QUESTION, **beams)
 
 
 def test_storage_is_not_copied_at_each_append():

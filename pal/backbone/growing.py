@@ -55,6 +55,11 @@ class GrowingKeys:
         self.k.append(k_1GKC)
         self.v.append(v_1GKC)
 
+    def drop(self, count: int) -> None:
+        """Forget the first `count`."""
+        self.k.drop(count)
+        self.v.drop(count)
+
     def keep(self, count: int) -> None:
         """Forget all but the first `count`."""
         self.k.keep(count)

@@ -95,6 +95,16 @@ class Session:
             store.keep(count)
         self.position, self.tokens = mark.position, mark.tokens
 
+    def forget(self, tokens: int) -> None:
+        """Hide the oldest audio tokens, in whole groups, from all that comes later; earlier marks are void.
+
+        Positions stay, so what is kept is as far from what comes later as before.
+        """
+        groups = tokens // self.layout.tokens
+        for kind, each in (("rows", self.layout.rows), ("keys", self.layout.tokens), ("crossed", self.layout.tokens)):
+            for store in self.stores[kind]:
+                store.drop(min(groups * each, len(store)))
+
     @torch.no_grad()
     def hear(self, chunk: StreamKV) -> None:
         """Append audio: the next whole groups of the clip, or its end.
@@ -120,7 +130,7 @@ class Session:
             order_S = layout.row_offsets(tokens)
             counts_S = np.searchsorted(layout.key_offsets(tokens), order_S, side="right")
             positions_S = torch.from_numpy(layout.row_positions(tokens, self.position))
-            self._run(chunk.rows_BSD, positions_S, "rows", keys, counts_S.tolist())
+            self.run(chunk.rows_BSD, positions_S, "rows", keys, counts_S.tolist())
         kind = "keys" if self.blocks is None else "crossed"
         for layer, pair in keys.items():
             self.stores[kind][layer].append(*pair)
@@ -134,7 +144,7 @@ class Session:
         ids_1T = torch.tensor([list(ids)], device=self.llm.device)
         positions_T = torch.arange(self.position, self.position + len(ids))
         self.position += len(ids)
-        hidden_1TD = self._run(self.llm.embed(ids_1T), positions_T, "text")
+        hidden_1TD = self.run(self.llm.embed(ids_1T), positions_T, "text")
         logits: Tensor = self.llm.lm.lm_head(hidden_1TD[:, -1])
         return logits
 
@@ -166,7 +176,7 @@ class Session:
                 break
         return state.said_RN[:, : int(state.lengths_R.max())].clone()
 
-    def _run(
+    def run(
         self,
         x_1QD: Tensor,
         positions_Q: Tensor,

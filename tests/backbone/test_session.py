@@ -1,10 +1,12 @@
 """Growing conversations: the logits and answers of whole conversations, whatever the order in which parts arrive."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
 
+from pal.backbone.audio_mask import AudioMask
 from pal.backbone.session import Session
 from pal.backbone.stream_kv import Layout
 from pal.errors import PalError
@@ -105,6 +107,23 @@ def test_gates(name, options):
         session.hear(chunk)
     logits = session.read([6, 7, 8])
     torch.testing.assert_close(logits, logits_of(llm, integration, audio, Tokens([5, 9, AUDIO, 6, 7, 8], [0])), **SAME)
+
+
+@pytest.mark.parametrize("name", ["lal", "lal_first", "flamingo"])
+@torch.no_grad()
+def test_forgotten_audio_is_audio_that_is_hidden(name):
+    """Positions stay: the logits are those of the whole conversation with an audio mask."""
+    llm, integration = shared("llama", name)
+    audio = features(13)
+    session = session_of(llm, integration)
+    session.read([5, 9])
+    for chunk in chunks_of(llm, integration, audio, 0, 6):
+        session.hear(chunk)
+    session.forget(4)
+    logits = session.read([6, 7, 8])
+    inputs = integration(audio, [Tokens([5, 9, AUDIO, 6, 7, 8], [0])], llm, with_spans=True)
+    hidden = inputs.audio_context.without(AudioMask(seconds=(0.0, 4 * audio.seconds_per_token - 1e-6)))
+    torch.testing.assert_close(logits, llm(replace(inputs, audio_context=hidden)).logits[:, -1], **SAME)
 
 
 @torch.no_grad()
