@@ -1,8 +1,8 @@
 """`pal bench --preset reuse`: several questions on one clip, with and without sharing what they have in common.
 
 A conversation is some text, the clip, and a question. With sharing, text and clip are read once for all questions
-(`pal.backbone.shared_prefix`, and packed rows in training); without, each conversation is a row of its own. All
-variants are measured both ways, PLITS, too, whose shared prefix is its clip's rows.
+(`pal.backbone.shared_prefix`, and packed rows in training); without, each conversation has a clip of its own, in one
+batch. All variants are measured both ways, PLITS, too, whose shared prefix is its clip's rows.
 """
 
 from __future__ import annotations
@@ -228,7 +228,9 @@ class _Steps:
         generator = torch.Generator().manual_seed(0)
         dtype = getattr(torch, preset.dtype)
         x_1AE = torch.randn(1, preset.audio_tokens, preset.width, generator=generator).to(dtype)
-        self.features = AudioFeatures(x_1AE, (preset.audio_tokens,), 0.04) if model.routes() else None
+        clips = 1 if shared else count
+        features = AudioFeatures(x_1AE.repeat(clips, 1, 1), (preset.audio_tokens,) * clips, 0.04)
+        self.features = features if model.routes() else None
         text = torch.randint(
             3, self.llm.vocab, (count, preset.before + preset.question + preset.answer), generator=generator
         )
@@ -240,17 +242,18 @@ class _Steps:
         self.trained = [
             Tokens(
                 [*self.heads, *row],
-                [0] * len(clip),
+                [0 if shared else number] * len(clip),
                 [IGNORE] * (len(self.heads) + preset.question) + row[preset.question :],
             )
-            for row in ends
+            for number, row in enumerate(ends)
         ]
         self._read: ReadPrefixes | None = None
 
     @property
     def prompts(self) -> list[Tokens]:
         """Conversations up to their answers."""
-        return [Tokens([*self.heads, *question], [0] * (AUDIO in self.heads)) for question in self.questions]
+        clips = [[0 if self.shared else number] * (AUDIO in self.heads) for number in range(len(self.questions))]
+        return [Tokens([*self.heads, *ids], of_row) for ids, of_row in zip(self.questions, clips, strict=True)]
 
     @torch.inference_mode()
     def rows(self) -> int:

@@ -12,7 +12,8 @@ from pal.bench.reuse import ReuseMeasurement, ReuseResult, preset_of
 from pal.bench.reuse_report import goals, to_dict, to_markdown, write
 from pal.errors import ConfigError
 
-PRESET = preset_of("reuse-small", questions=[1, 8], variants=["text", "plits", "lal", "pal", "flamingo"])
+SMALL = {"audio_tokens": 120, "question": 16, "answer": 4}
+PRESET = preset_of("reuse-small", questions=[1, 4], variants=["text", "plits", "lal", "pal", "flamingo"], **SMALL)
 
 
 @pytest.fixture(scope="module")
@@ -31,26 +32,35 @@ def row(result, variant, shared, phase, questions):
 
 @pytest.mark.parametrize("variant", ["plits", "lal", "pal", "flamingo"])
 def test_shared_keys_and_values_are_there_once(result, variant):
-    one, eight = (row(result, variant, True, "answers", count).kv_bytes for count in (1, 8))
+    one, four = (row(result, variant, True, "answers", count).kv_bytes for count in (1, 4))
     layers, heads, width, size = 4, 1, 16, 4
-    assert eight - one == 7 * 2 * layers * PRESET.question * heads * width * size
-    assert row(result, variant, False, "answers", 8).kv_bytes > 4 * one
+    assert four - one == 3 * 2 * layers * PRESET.question * heads * width * size
+    assert row(result, variant, False, "answers", 4).kv_bytes > 2 * one
+
+
+def test_without_sharing_each_question_has_its_own_clip(result):
+    """LAL projects four clips, or one."""
+    one, four, apart = (
+        row(result, "lal", shared, "answers", count).flops for shared, count in ((False, 1), (True, 4), (False, 4))
+    )
+    text = row(result, "text", False, "answers", 1).flops
+    assert apart == pytest.approx(4 * one, rel=0.02) and apart - four > 0.5 * 3 * (one - text)
 
 
 @pytest.mark.parametrize("variant", ["plits", "pal"])
 @pytest.mark.parametrize("phase", ["answers", "train"])
 def test_shared_rows_run_once(result, variant, phase):
-    """Eight questions' own rows, and the clip's once, against eight times."""
-    one, eight, apart = (
-        row(result, variant, shared, phase, count).flops for shared, count in ((False, 1), (True, 8), (False, 8))
+    """Four questions' own rows, and the clip's once, against four times."""
+    one, four, apart = (
+        row(result, variant, shared, phase, count).flops for shared, count in ((False, 1), (True, 4), (False, 4))
     )
-    text = row(result, "text", False, phase, 8).flops
-    assert apart == pytest.approx(8 * one, rel=0.1)
-    assert eight < 0.6 * apart and eight < one + 1.6 * text
+    text = row(result, "text", False, phase, 4).flops
+    assert apart == pytest.approx(4 * one, rel=0.1)
+    assert four < 0.7 * apart and four < one + 1.6 * text
 
 
 def test_a_further_question_runs_its_own_rows_alone(result):
-    """32 rows of 48; the clip's keys are only attended to."""
+    """16 rows of 32; the clip's keys are only attended to."""
     text, plits = (row(result, variant, True, "again", 1).flops for variant in ("text", "plits"))
     whole = row(result, "plits", False, "answers", 1).flops
     assert text < plits < whole / 4
@@ -60,9 +70,9 @@ def test_a_further_question_runs_its_own_rows_alone(result):
 def test_memory_of_shared_prompts(result):
     for variant in ("plits", "lal", "pal", "flamingo"):
         assert (
-            row(result, variant, True, "answers", 8).peak_bytes < row(result, variant, False, "answers", 8).peak_bytes
+            row(result, variant, True, "answers", 4).peak_bytes < row(result, variant, False, "answers", 4).peak_bytes
         )
-        assert row(result, variant, True, "train", 8).peak_bytes < row(result, variant, False, "train", 8).peak_bytes
+        assert row(result, variant, True, "train", 4).peak_bytes < row(result, variant, False, "train", 4).peak_bytes
 
 
 def test_what_is_too_large_is_left_out_and_listed():
