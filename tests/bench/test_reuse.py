@@ -13,7 +13,7 @@ from pal.bench.reuse_report import goals, to_dict, to_markdown, write
 from pal.errors import ConfigError
 
 SMALL = {"audio_tokens": 120, "question": 16, "answer": 4}
-PRESET = preset_of("reuse-small", questions=[1, 4], variants=["text", "plits", "lal", "pal", "flamingo"], **SMALL)
+PRESET = preset_of("reuse-small", questions=[1, 4], variants=["text", "plits", "lal", "pal"], **SMALL)
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +30,7 @@ def row(result, variant, shared, phase, questions):
     return found
 
 
-@pytest.mark.parametrize("variant", ["plits", "lal", "pal", "flamingo"])
+@pytest.mark.parametrize("variant", ["plits", "lal", "pal"])
 def test_shared_keys_and_values_are_there_once(result, variant):
     one, four = (row(result, variant, True, "answers", count).kv_bytes for count in (1, 4))
     layers, heads, width, size = 4, 1, 16, 4
@@ -68,7 +68,7 @@ def test_a_further_question_runs_its_own_rows_alone(result):
 
 
 def test_memory_of_shared_prompts(result):
-    for variant in ("plits", "lal", "pal", "flamingo"):
+    for variant in ("plits", "lal", "pal"):
         assert (
             row(result, variant, True, "answers", 4).peak_bytes < row(result, variant, False, "answers", 4).peak_bytes
         )
@@ -128,6 +128,6 @@ def test_the_command(tmp_path, monkeypatch):
 
 def test_the_tables_name_every_row(result, tmp_path):
     text = to_markdown(result)
-    assert text.count("| flamingo | yes |") == 2 * 3 and text.count("| text | no |") == 2 * 2
+    assert text.count("| pal | yes |") == 2 * 3 and text.count("| text | no |") == 2 * 2
     assert len(to_dict(result)["rows"]) == len(result.rows)
     assert [path.name for path in write(result, tmp_path)] == ["reuse.json", "reuse.md"]

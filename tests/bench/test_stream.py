@@ -10,7 +10,7 @@ from pal.backbone.session import Session
 from pal.bench import stream
 from pal.bench.stream import StreamMeasurement, StreamResult, preset_of
 
-PRESET = preset_of("stream-small")
+PRESET = preset_of("stream-small", turns=4, answer=3)
 
 
 @pytest.mark.parametrize("window", [None, 2])
@@ -23,7 +23,7 @@ def test_turns_read_what_is_new_and_stored_is_what_was_read(window, monkeypatch)
         return ours(self, x_1QD, *more)
 
     monkeypatch.setattr(Session, "run", watched)
-    result = stream.run(preset_of("stream-small", window=window))
+    result = stream.run(PRESET.model_copy(update={"window": window}))
     assert [row.variant for row in result.rows] == ["lal", "lal_third", "pal", "plits"]
     text = PRESET.question + PRESET.turns * (PRESET.question + PRESET.answer - 1)
     audio = {"lal": 0, "lal_third": 0, "pal": PRESET.turns * 4, "plits": PRESET.turns * 12}
