@@ -59,7 +59,7 @@ class DecodeMask:
         self.far = 0
         """Largest distance of a prompt's rows; 0 where the storage is fixed, which does not need it."""
         whole = [False] * (len(seen) + len(crossed))
-        shown = [(width + plan.text, False) for width in (width for _, width in plan.kinds)]
+        shown = [(width + plan.text, False) for _, width in plan.kinds]
         if not plan.fixed:
             facts = [seen_BK[:, : -plan.slots].all() for seen_BK, _ in seen] + [mask_BA.all() for mask_BA in crossed]
             far = prompts.positions_BT.max() - prompts.positions_BT.min().clamp(max=0)
