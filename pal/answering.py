@@ -14,10 +14,13 @@ import torch
 from torch import Tensor
 
 from pal.backbone import adapters
+from pal.backbone.audio_kv import AudioKV
 from pal.backbone.options import check_generation
+from pal.backbone.session import Session
 from pal.conversations import check_ids, shared_prefixes
 from pal.data.prompts import end_of_answer
 from pal.errors import PalError, shortened
+from pal.types import AUDIO
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedTokenizerBase
@@ -25,6 +28,10 @@ if TYPE_CHECKING:
     from pal.clips import ClipFeatures, Clips
     from pal.model import PalModel
     from pal.types import Tokens
+
+
+LONG_TOKENS = 16_384
+"""Audio tokens of a clip that is read in blocks."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +81,29 @@ def generate(model: PalModel, clips: Clips | ClipFeatures, rows: list[Tokens], *
     return [answers[each * place[i] + k] for i in range(len(rows)) for k in range(each)]
 
 
-def generate_shared(
+def generate_ids(
+    model: PalModel, features: ClipFeatures, conversations: list[Tokens], options: dict[str, Any], masked: bool
+) -> Tensor | list[list[int]]:
+    """New token ids of conversations.
+
+    Args:
+        model: to ask.
+        features: the clips.
+        conversations: to answer.
+        options: complete and checked options.
+        masked: audio may be hidden in the inputs (`PalModel.hiding`).
+    """
+    if not masked:
+        in_blocks = _generate_in_blocks(model, features, conversations, options)
+        if in_blocks is not None:
+            return in_blocks
+    shared = _generate_shared(model, features, conversations, options)
+    if shared is not None:
+        return shared
+    return model.llm.generate(model.inputs(features, conversations, model.llm.prompt_side(**options)), **options)
+
+
+def _generate_shared(
     model: PalModel, features: ClipFeatures, conversations: list[Tokens], options: dict[str, Any]
 ) -> Tensor | None:
     """New token ids of conversations of which neighbours begin alike; None where nothing can be shared.
@@ -90,6 +119,41 @@ def generate_shared(
     prefixes = model.inputs(features, shared.prefixes, llm.prompt_side(**options))
     read = llm.read_prefixes(prefixes, max(map(len, shared.continuations.ids)) + tokens)
     return None if read is None else llm.generate_after(read, shared.continuations, **options)
+
+
+def _generate_in_blocks(
+    model: PalModel, features: ClipFeatures, conversations: list[Tokens], options: dict[str, Any]
+) -> list[list[int]] | None:
+    """New token ids of conversations about one long clip; None where the clip is not long, or for a `Session`.
+
+    The clip is read in blocks, once for all that begin alike. Its keys and values are attended where they are stored,
+    so memory grows by what is stored and by the keys and values of the audio rows, if there are any.
+    """
+    llm, routes = model.llm, model.integration.routes()
+    if len(routes) != 1 or len(features.seconds) != 1 or features.tokens()[0] < LONG_TOKENS:
+        return None
+    if not Session.answers_with(llm, options):
+        return None
+    parts = []
+    for one in conversations:
+        place = one.ids.index(AUDIO) if one.clips == [0] else 0
+        parts.append((one.ids[:place], one.ids[place + 1 :]))
+    if not all(before and after for before, after in parts):
+        return None
+    (route,), (given,) = routes, features.features
+    clip = given.streams[0] if isinstance(given, AudioKV) else route.stream_kv(given, llm)
+    if not Session.suits(llm, clip.layout):
+        return None
+    check_ids(conversations, llm.vocab, model.tokenizer)
+    answers: list[list[int]] = []
+    session, read = route.session(llm, clip.layout), None
+    for before, after in parts:
+        if before != read:
+            session, read = route.session(llm, clip.layout), before
+            session.read(before)
+            session.hear_stored(clip)
+        answers += session.answer(after, **options).tolist()
+    return answers
 
 
 def stream(model: PalModel, clips: Clips, row: Tokens, **options: Any) -> Iterator[str]:

@@ -15,7 +15,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -25,12 +24,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from pal import long_clips
 from pal.backbone.audio_kv import AudioKV
 from pal.clips import clip_notes, read_waveform
 from pal.conversations import read_question
 from pal.data.tables import SUFFIXES, is_metadata
 from pal.digest import digest
-from pal.errors import AudioError, AudioWarning, BundleError
+from pal.errors import AudioError, BundleError
 from pal.files import replacing, sha256, write_json
 from pal.types import EncodedClip
 
@@ -240,19 +240,17 @@ class FolderIndex:
 
     def _add(self, path: Path, source: ClipSource, model: PalModel, read_to_end: bool) -> list[str]:
         """Prepare one clip; notes on its length."""
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", AudioWarning)  # the notes say it
-            wave = read_waveform(path, model.sampling_rate, read_to_end=read_to_end)
-        encoded = model.encode_clip(wave)
         file = self._file(source.path)
         file.parent.mkdir(exist_ok=True)
         about = asdict(source)
         if self.store == "features":
+            wave = read_waveform(path, model.sampling_rate, read_to_end=read_to_end)
+            encoded = model.encode_clip(wave)
             _write(file, encoded, {"digest": self.digest, "seconds": encoded.seconds, "source": about})
-        else:
-            made = model.index(encoded)
-            (made.quantized() if self.store == "int8" else made).save(file, source=about)
-        return list(clip_notes([wave]))
+            return list(clip_notes([wave]))
+        made, notes = long_clips.index(model, path, read_to_end=read_to_end)
+        (made.quantized() if self.store == "int8" else made).save(file, source=about)
+        return list(notes)
 
     def _file(self, name: str) -> Path:
         key = hashlib.sha256(os.fsencode(name)).hexdigest()

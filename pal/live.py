@@ -167,16 +167,14 @@ class LiveAudio:
         options = generation_options({"max_new_tokens": 64, **options}, model.tokenizer)
         options = {**default_options(model.tokenizer, model.llm.vocab), **options}
         alone = len(self._streams) == 1 and self.window is None and self.settles
-        if not alone or not Session.suits(model.llm, stream.layout) or model.llm.continues(**options) is None:
+        if not alone or not Session.suits(model.llm, stream.layout) or not Session.answers_with(model.llm, options):
             return None
         place = asked.ids.index(AUDIO)
         before, after = asked.ids[:place], asked.ids[place + 1 :]
         if not before or not after or AUDIO in after:
             return None
         if self._session is None or self._session[0] != before:
-            route = stream.route
-            row_bias = route.row_bias() if stream.layout.rows else None
-            session = Session(model.llm, stream.layout, route.blocks(), route.bias(), row_bias, route.scale())
+            session = stream.route.session(model.llm, stream.layout)
             session.read(before)
             self._session = (before, session)
         session = self._session[1]
@@ -185,7 +183,7 @@ class LiveAudio:
         mark = session.mark()
         if stream.rest is not None:
             session.hear(stream.rest)
-        said_1N = session.generate(session.read(after), **options)
+        said_1N = session.answer(after, **options)
         session.back_to(mark)
         text: str = model.tokenizer.batch_decode(said_1N, skip_special_tokens=True)[0]
         return text.strip()

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 import torch
 from torch import Tensor, nn
 
-from pal import answering, bundle
+from pal import answering, bundle, long_clips
 from pal.answering import DetailedAnswer, FirstTokenTimer, default_options, generation_options
 from pal.audio_tower import AudioTower, check_audio_tower
 from pal.backbone import adapters
@@ -227,10 +227,8 @@ class PalModel(nn.Module):
             return []
         options = {**default_options(self.tokenizer, self.llm.vocab), **options}
         heard = clips if isinstance(clips, ClipFeatures) else self.encode(clips)
-        ids_BT = answering.generate_shared(self, heard, conversations, options)
-        if ids_BT is None:
-            ids_BT = self.llm.generate(self.inputs(heard, conversations, self.llm.prompt_side(**options)), **options)
-        return [text.strip() for text in self.tokenizer.batch_decode(ids_BT, skip_special_tokens=True)]
+        ids = answering.generate_ids(self, heard, conversations, options, masked=self._with_spans)
+        return [text.strip() for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]
 
     def stream(self, clips: Clips, conversation: Tokens, max_new_tokens: int = 64, **options: Any) -> Iterator[str]:
         """Answer one conversation, piece by piece during generation."""
@@ -253,17 +251,18 @@ class PalModel(nn.Module):
     def index(self, audio: AudioInput, allow_urls: bool = False, read_to_end: bool = False) -> AudioKV:
         """Audio keys and values of a clip for all layers with audio, computed once for any number of questions.
 
-        The options are those of `ask`.
+        The options are those of `ask`. A long file is never whole in memory, where the model allows that.
         """
-        clip = read_clip(audio, self.sampling_rate, allow_urls=allow_urls, read_to_end=read_to_end)
-        warn_of(clip_notes([clip]))
-        return self._indexed(clip)
+        made, notes = long_clips.index(self, audio, allow_urls, read_to_end)
+        warn_of(notes)
+        return made
 
     def listen(self, window: float | None = None) -> LiveAudio:
         """Audio that is still arriving, to be asked at any time; `window`: seconds that are kept, None for all."""
         return LiveAudio(self, window)
 
-    def _indexed(self, clip: Clip) -> AudioKV:
+    def keys_values(self, clip: Clip) -> AudioKV:
+        """`index` of a clip that was read."""
         if isinstance(clip, AudioKV):
             clip.check(self.digest)
             return clip
@@ -413,7 +412,7 @@ class PalModel(nn.Module):
 
     def _ready(self, clips: Sequence[Clip]) -> list[Clip]:
         """The clips of a batch as one type; long ones are encoded."""
-        return to_one_kind(clips, self.encode_clip, self._indexed)
+        return to_one_kind(clips, self.encode_clip, self.keys_values)
 
     # Identity
 

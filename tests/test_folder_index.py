@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
-from pal import folder_index
+from pal import folder_index, long_clips
 from pal.app.cli import app
 from pal.backbone.audio_kv import AudioKV
 from pal.errors import BundleError, PromptError
@@ -88,8 +88,10 @@ def test_clips_are_what_is_stored(model, folder):
 def test_only_what_changed_is_prepared_again(model, folder, monkeypatch):
     made, _ = indexed(folder, model)
     prepared = []
-    ours = model.encode_clip
-    monkeypatch.setattr(type(model), "encode_clip", lambda self, clip: (prepared.append(clip.name), ours(clip))[1])
+    ours = long_clips.index
+    monkeypatch.setattr(
+        long_clips, "index", lambda model, path, **more: (prepared.append(path.name), ours(model, path, **more))[1]
+    )
     report = made.update(folder, model)
     assert (report.added, report.unchanged) == (0, 5) and not prepared
     os.utime(folder / "a.wav", ns=(1, 1))  # another time, the same content
@@ -99,7 +101,7 @@ def test_only_what_changed_is_prepared_again(model, folder, monkeypatch):
     (folder / "e.wav").unlink()
     report = made.update(folder, model)
     assert (report.added, report.unchanged, report.removed) == (2, 3, 1)
-    assert sorted(os.path.basename(name) for name in prepared) == ["a.wav", "f.wav"]  # noqa: PTH119
+    assert sorted(prepared) == ["a.wav", "f.wav"]
     found = made.ask(model, QUESTION, max_new_tokens=6)
     assert list(found) == ["a.wav", "b.flac", "f.wav", "inner/c.wav", "inner/d.wav"]
     assert found["a.wav"] == model.ask(folder / "a.wav", QUESTION, max_new_tokens=6)

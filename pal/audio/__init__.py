@@ -1,6 +1,6 @@
 """Audio loading: any source becomes a mono waveform at the requested rate, or an AudioError is raised."""
 
-from pal.audio.decode import Limits, Source, Waveform, load, seconds
+from pal.audio.decode import Limits, Source, Waveform, load, load_into, seconds
 from pal.audio.pcm import resample
 
-__all__ = ["Limits", "Source", "Waveform", "load", "resample", "seconds"]
+__all__ = ["Limits", "Source", "Waveform", "load", "load_into", "resample", "seconds"]

@@ -9,9 +9,10 @@ resampled, so that no header can cause a large allocation.
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import IO, Any
+from typing import IO, Any, Protocol
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from pal.audio import containers, flac, mpeg, ogg, sndfile
@@ -29,6 +30,14 @@ _APPLE_DOUBLE = b"\x00\x05\x16\x07"
 
 Source = str | os.PathLike[str] | bytes | IO[bytes] | tuple[Any, int]
 """Audio source of `load`: a path, the bytes of a file, an open file, or samples and their rate."""
+
+
+class Parts(Protocol):
+    """What takes decoded samples part by part, as a list does."""
+
+    def append(self, part_N: Tensor, /) -> object:
+        """Take a part, float32 [n]."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -68,16 +77,38 @@ def load(
         AudioError: one line with name, fault and remedy. A file that ends before its declared
             end, or declares no end (a streamed WAV or FLAC), is refused: results are never shortened.
     """
+    parts: list[Tensor] = []
+    seconds, shown, note = load_into(parts, source, rate, limits, name, read_to_end)
+    return Waveform(torch.cat(parts), rate, seconds, shown, note)
+
+
+def load_into(
+    parts: Parts,
+    source: Source,
+    rate: int,
+    limits: Limits = _LIMITS,
+    name: str | None = None,
+    read_to_end: bool = False,
+) -> tuple[float, str, str | None]:
+    """As `load`, but give the samples part by part, so that they are never all in memory.
+
+    Args:
+        parts: where each part, float32 [n], is appended. What came before an error is not to be used.
+        source: as in `load`, as are the others.
+
+    Returns:
+        Seconds, name and note of the `Waveform`.
+    """
     shown = printable(name or name_of(source))
     note = None
     try:
         if isinstance(source, tuple):
-            samples_N, seconds = _from_array(source, rate, limits)
+            seconds = _from_array(source, rate, limits, parts)
         else:
-            samples_N, seconds, note = _from_file(read(source, limits), rate, limits, read_to_end)
+            seconds, note = _from_file(read(source, limits), rate, limits, read_to_end, parts)
     except DecodeError as error:
         raise AudioError(f"{shown}: {error.what}; {error.remedy}") from None
-    return Waveform(samples_N, rate, seconds, shown, note)
+    return seconds, shown, note
 
 
 def seconds(path: str | os.PathLike[str], limits: Limits = _LIMITS, read_to_end: bool = False) -> float:
@@ -124,7 +155,7 @@ def _length(data: bytes, limits: Limits, read_to_end: bool) -> float:
     return total / rate
 
 
-def _from_array(source: tuple[Any, ...], rate: int, limits: Limits) -> tuple[Tensor, float]:
+def _from_array(source: tuple[Any, ...], rate: int, limits: Limits, parts: Parts) -> float:
     remedy = "pass (samples [N] or [N, channels], rate in Hz)"
     if len(source) != 2 or isinstance(source[0], (int, float)):
         raise DecodeError("the pair is not an array and its rate", remedy)
@@ -146,34 +177,40 @@ def _from_array(source: tuple[Any, ...], rate: int, limits: Limits) -> tuple[Ten
     array_NC = array[:, None] if array.ndim == 1 else array
     if array.ndim == 2 and array_NC.shape[1] > limits.max_channels >= array_NC.shape[0]:
         raise DecodeError(f"an array of shape {list(array.shape)} has its axes swapped", remedy)
-    mixer = limits.mixer(source_rate, array_NC.shape[1], len(array_NC), rate)
+    mixer = limits.mixer(source_rate, array_NC.shape[1], len(array_NC), rate, parts.append)
     for start in range(0, len(array_NC), limits.block):
         mixer.add(to_float(array_NC[start : start + limits.block]))
-    return mixer.finish(), mixer.frames / source_rate
+    mixer.finish()
+    return mixer.frames / source_rate
 
 
-def _from_file(data: bytes, rate: int, limits: Limits, read_to_end: bool) -> tuple[Tensor, float, str | None]:
+def _from_file(data: bytes, rate: int, limits: Limits, read_to_end: bool, parts: Parts) -> tuple[float, str | None]:
     data, reader = _kind(data)
     if reader is None:
-        return _from_track(Track(data, read_to_end=read_to_end), rate, limits)
+        return _from_track(Track(data, read_to_end=read_to_end), rate, limits, parts)
     if read_to_end and reader is flac.read_header:
+        tried: list[Tensor] = []
         try:
-            return _from_parts(data, reader(data), rate, limits, read_to_end)
+            found = _from_parts(data, reader(data), rate, limits, read_to_end, tried)
         except DecodeError:  # libFLAC returns nothing of a block whose end is cut
             data = flac.whole_frames(data)
-    return _from_parts(data, reader(data), rate, limits, read_to_end)
+        else:
+            for part_N in tried:
+                parts.append(part_N)
+            return found
+    return _from_parts(data, reader(data), rate, limits, read_to_end, parts)
 
 
 def _from_parts(
-    data: bytes, whole: StreamInfo, rate: int, limits: Limits, read_to_end: bool
-) -> tuple[Tensor, float, str | None]:
+    data: bytes, whole: StreamInfo, rate: int, limits: Limits, read_to_end: bool, parts: Parts
+) -> tuple[float, str | None]:
     note = whole.doubt
     if note is not None and not read_to_end:
         raise DecodeError(note, TO_THE_END)
     if whole.av_format is not None:
         sound = data if whole.span is None else data[slice(*whole.span)]
-        samples_N, seconds, cut = _from_track(Track(sound, whole, read_to_end), rate, limits)
-        return samples_N, seconds, _note(note) or cut
+        seconds, cut = _from_track(Track(sound, whole, read_to_end), rate, limits, parts)
+        return seconds, _note(note) or cut
     if whole.rate is not None and whole.channels is not None:
         limits.check(whole.rate, whole.channels, whole.frames)
     mixer: Mixer | None = None
@@ -183,7 +220,7 @@ def _from_parts(
             frames = sndfile.length(file, part)
             if mixer is None:
                 stream = file.samplerate, file.channels
-                mixer = limits.mixer(*stream, frames, rate)
+                mixer = limits.mixer(*stream, frames, rate, parts.append)
             elif stream != (file.samplerate, file.channels):
                 raise DecodeError("its rate or number of channels changes on the way", "split it there")
             before = mixer.frames
@@ -196,14 +233,16 @@ def _from_parts(
                 raise DecodeError(fault, TO_THE_END)
             note = note or fault
     assert mixer is not None
-    return mixer.finish(), mixer.frames / stream[0], _note(note)
+    mixer.finish()
+    return mixer.frames / stream[0], _note(note)
 
 
-def _from_track(track: Track, rate: int, limits: Limits) -> tuple[Tensor, float, str | None]:
-    mixer = limits.mixer(track.rate, track.channels, track.frames, rate)
+def _from_track(track: Track, rate: int, limits: Limits, parts: Parts) -> tuple[float, str | None]:
+    mixer = limits.mixer(track.rate, track.channels, track.frames, rate, parts.append)
     for block_NC in track.blocks():
         mixer.add(block_NC)
-    return mixer.finish(), mixer.frames / track.rate, _note(track.doubt)
+    mixer.finish()
+    return mixer.frames / track.rate, _note(track.doubt)
 
 
 def _note(doubt: str | None) -> str | None:

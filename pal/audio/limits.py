@@ -1,6 +1,9 @@
 """Input limits of a clip, checked before decoding."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+
+from torch import Tensor
 
 from pal.audio.pcm import Mixer
 from pal.audio.stream_info import CONVERT, DecodeError
@@ -43,6 +46,8 @@ class Limits:
             raise too_long
         return max_frames, too_long
 
-    def mixer(self, source_rate: int, channels: int, frames: int | None, rate: int) -> Mixer:
+    def mixer(
+        self, source_rate: int, channels: int, frames: int | None, rate: int, sink: Callable[[Tensor], object]
+    ) -> Mixer:
         """Mixer for the blocks of a source under these limits. Raises DecodeError as `check` does."""
-        return Mixer(source_rate, rate, *self.check(source_rate, channels, frames))
+        return Mixer(source_rate, rate, *self.check(source_rate, channels, frames), sink)

@@ -1,5 +1,7 @@
 """Conversion of sample blocks to a mono waveform: scaling, checks, downmix, resampling."""
 
+from collections.abc import Callable
+
 import numpy as np
 import soxr
 import torch
@@ -24,16 +26,27 @@ def to_float(block: np.ndarray) -> np.ndarray:
 
 
 class Mixer:
-    """Downmix and resampling of blocks [n, channels] to mono samples at another rate, with a check of every sample."""
+    """Downmix and resampling of blocks [n, channels] to mono samples at another rate, with a check of every sample.
 
-    def __init__(self, source_rate: int, rate: int, max_frames: int, too_long: DecodeError) -> None:
+    Args:
+        source_rate: of the blocks in Hz.
+        rate: of the result.
+        max_frames: most samples of each channel.
+        too_long: error for more.
+        sink: takes the result in parts, float32 [n].
+    """
+
+    def __init__(
+        self, source_rate: int, rate: int, max_frames: int, too_long: DecodeError, sink: Callable[[Tensor], object]
+    ) -> None:
         self.frames = 0
         """Samples of each channel so far."""
         self._resample = None
         if source_rate != rate:
             self._resample = soxr.ResampleStream(source_rate, rate, 1, dtype="float32")
         self._max_frames, self._too_long = max_frames, too_long
-        self._parts: list[np.ndarray] = []
+        self._sink = sink
+        self._made = 0
 
     def add(self, block_NC: np.ndarray) -> None:
         """Add a block. Raises DecodeError on samples that are not finite, and past the limit."""
@@ -46,18 +59,21 @@ class Mixer:
                 raise DecodeError("it holds samples that are not finite (NaN or infinity)", "repair what wrote it")
             raise DecodeError(f"its samples reach {peak:.1e}", "scale them to -1..1")
         mono_N = block_NC.mean(axis=1, dtype=np.float32)
-        self._parts.append(self._resample.resample_chunk(mono_N) if self._resample else mono_N)
+        self._give(self._resample.resample_chunk(mono_N) if self._resample else mono_N)
 
-    def finish(self) -> Tensor:
-        """All samples, float32 [N]. Raises DecodeError if there are none."""
+    def finish(self) -> None:
+        """Give the last samples. Raises DecodeError if there are none at all."""
         if self.frames == 0:
             raise DecodeError("it holds no samples", "record or export it again")
         if self._resample:
-            self._parts.append(self._resample.resample_chunk(np.zeros(0, np.float32), last=True))
-        samples_N = np.concatenate(self._parts)
-        if len(samples_N) == 0:
+            self._give(self._resample.resample_chunk(np.zeros(0, np.float32), last=True))
+        if not self._made:
             raise DecodeError(f"its {self.frames} samples are too short to resample", "give a longer recording")
-        return torch.from_numpy(samples_N)
+
+    def _give(self, mono_N: np.ndarray) -> None:
+        self._made += len(mono_N)
+        if len(mono_N):
+            self._sink(torch.from_numpy(mono_N))
 
 
 def resample(samples_N: Tensor, rate: int, to: int) -> Tensor:

@@ -8,7 +8,7 @@ with the merged output and log-sum-exp in place of the set's own; no probabiliti
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
@@ -83,6 +83,31 @@ def merged_attention(q_BHQC: Tensor, sets: Sequence[TiledKeys], scale: float | N
     tensors = [x for pair in zip(keys, values, strict=True) for x in pair]
     out_BHQC: Tensor = _Merged.apply(q_BHQC, scale, tiles, *tensors)
     return out_BHQC[..., :width].transpose(1, 2)
+
+
+def attention_in_turn(q_BHQC: Tensor, sets: Iterable[TiledKeys], scale: float | None) -> Tensor:
+    """`merged_attention` without gradients, one set of keys after the other: a set can be made when its turn comes.
+
+    Biases must be on all keys of their set.
+    """
+    device = q_BHQC.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else q_BHQC.dtype
+    q_BHQC = q_BHQC.to(dtype)
+    # laid out as the output projection takes it
+    out_BHQC = q_BHQC.new_zeros(q_BHQC.transpose(1, 2).shape).transpose(1, 2)
+    lse_BHQ = torch.full(q_BHQC.shape[:3], -torch.inf, device=q_BHQC.device)
+    for one in sets:
+        for tile in one.tiles:
+            q, k, v = (
+                tile.of(q_BHQC, tile.queries),
+                *(tile.of(x.to(dtype), tile.keys) for x in (one.k_BGKC, one.v_BGKC)),
+            )
+            out, lse = _attend(q, k, v, tile, scale)
+            for bias_H1, marked in one.biases:
+                assert marked is None
+                lse = lse + bias_H1.to(lse.dtype)  # as on every score
+            merge(tile.of(out_BHQC, tile.queries), tile.of(lse_BHQ, tile.queries), out, lse)
+    return out_BHQC.transpose(1, 2)
 
 
 class _Merged(torch.autograd.Function):

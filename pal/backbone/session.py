@@ -7,12 +7,13 @@ storage; audio costs its own keys and, where the integration has any, its own ro
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from pal.backbone.attention import without_cudnn
@@ -20,7 +21,7 @@ from pal.backbone.audio_keys import rotate
 from pal.backbone.decoding import DecodingState, options_of, resolved
 from pal.backbone.growing import GrowingKeys
 from pal.backbone.interfaces import Block, LaterRows
-from pal.backbone.merged import AttentionTile, TiledKeys, merged_attention, prefixes
+from pal.backbone.merged import AttentionTile, TiledKeys, attention_in_turn, prefixes
 from pal.backbone.options import check_generation
 from pal.backbone.score_bias import Bias, KeyScale
 from pal.backbone.stream_kv import Layout, StreamKV
@@ -34,11 +35,16 @@ KINDS = ("text", "rows", "keys", "crossed")
 a cross-attention block before it attends to."""
 
 
+BLOCK = 4096
+"""Tokens of a stored clip that are attended to at once."""
+
+
 @dataclass(frozen=True)
 class SessionMark:
     """A moment of a session, to return to."""
 
     counts: tuple[int, ...]
+    stored: int
     position: int
     tokens: int
 
@@ -77,37 +83,64 @@ class Session:
         self.tokens = 0
         """Audio tokens of the clip so far."""
         self.stores = {kind: [GrowingKeys() for _ in range(llm.n_layers)] for kind in KINDS}
+        self.stored: list[StoredKeys] = []
+        """Audio that is attended where it is stored."""
 
     @staticmethod
     def suits(llm: Backbone, layout: Layout) -> bool:
         """Whether a session with this LLM and audio is possible."""
         return not (any(llm.windows) or layout.before or layout.joint) and llm.attends_to_audio
 
+    @staticmethod
+    def answers_with(llm: Backbone, options: Mapping[str, Any]) -> bool:
+        """Whether `generate` supports transformers' options: greedy search, or one sample."""
+        known = options_of(resolved(llm, options), options)
+        return known is not None and known.copies == 1 and known.streamer is None and llm.attends_to_audio
+
     def mark(self) -> SessionMark:
         """This moment."""
         counts = tuple(len(store) for stores in self.stores.values() for store in stores)
-        return SessionMark(counts, self.position, self.tokens)
+        return SessionMark(counts, len(self.stored), self.position, self.tokens)
 
     def back_to(self, mark: SessionMark) -> None:
         """Forget all that came after a moment."""
         stores = [store for stores in self.stores.values() for store in stores]
         for store, count in zip(stores, mark.counts, strict=True):
             store.keep(count)
+        del self.stored[mark.stored :]
         self.position, self.tokens = mark.position, mark.tokens
 
     def forget(self, tokens: int) -> None:
         """Hide the oldest audio tokens, in whole groups, from all that comes later; earlier marks are void.
 
         Positions stay, so what is kept is as far from what comes later as before.
+
+        Raises:
+            PalError: audio that is attended where it is stored.
         """
+        if self.stored:
+            raise PalError("stored audio is attended whole; to forget a part of it, hear it chunk by chunk")
         groups = tokens // self.layout.tokens
         for kind, each in (("rows", self.layout.rows), ("keys", self.layout.tokens), ("crossed", self.layout.tokens)):
             for store in self.stores[kind]:
                 store.drop(min(groups * each, len(store)))
 
     @torch.no_grad()
-    def hear(self, chunk: StreamKV) -> None:
+    def hear_stored(self, clip: StreamKV) -> None:
+        """Append a clip whose keys and values stay where they are, on any device or in a mapped file.
+
+        Attention reads them in blocks, each time anew. Those of cross-attention blocks are copied, as by `hear`.
+        """
+        for block in clip.blocks(BLOCK):
+            self.hear(block, in_place=self.blocks is None)
+
+    @torch.no_grad()
+    def hear(self, chunk: StreamKV, in_place: bool = False) -> None:
         """Append audio: the next whole groups of the clip, or its end.
+
+        Args:
+            chunk: of the clip.
+            in_place: do not copy its keys and values; see `hear_stored`.
 
         Raises:
             PalError: the clip already ended within a group.
@@ -118,22 +151,23 @@ class Session:
         keys: dict[int, tuple[Tensor, Tensor]] = {}
         if layout.keys:
             start = self.tokens if layout.beside else 0
-            positions_A = layout.key_rope_positions(tokens, self.position) + start
-            rope = self.llm.rope(torch.from_numpy(positions_A).to(self.llm.device)[None])
-            for layer in chunk.layers:
-                k_1GAC, v_1GAC = (x_1GAC[:, :, :tokens] for x_1GAC in chunk.keys_values(layer))
-                k_1GAC = rotate(k_1GAC, *rope[self.llm.layer_types[layer]])
-                if layer in self.scale:
-                    k_1GAC = k_1GAC * self.scale[layer].to(k_1GAC.dtype)[:, None, None]
-                keys[layer] = k_1GAC, v_1GAC
+            arrived = StoredKeys(chunk, layout.key_rope_positions(tokens, self.position) + start, self)
+            if in_place and not layout.rows:
+                self.stored.append(arrived)
+            else:
+                keys = {layer: arrived.keys_values(layer) for layer in chunk.layers}
         if layout.rows:
             order_S = layout.row_offsets(tokens)
             counts_S = np.searchsorted(layout.key_offsets(tokens), order_S, side="right")
             positions_S = torch.from_numpy(layout.row_positions(tokens, self.position))
-            self.run(chunk.rows_BSD, positions_S, "rows", keys, counts_S.tolist())
-        kind = "keys" if self.blocks is None else "crossed"
-        for layer, pair in keys.items():
-            self.stores[kind][layer].append(*pair)
+            rows_1SD = chunk.rows_BSD.to(self.llm.device)
+            self.run(rows_1SD, positions_S, "rows", keys, counts_S.tolist())
+        if in_place and keys:
+            self.stored.append(arrived)
+        elif keys:
+            kind = "keys" if self.blocks is None else "crossed"
+            for layer, pair in keys.items():
+                self.stores[kind][layer].append(*pair)
         self.position += layout.groups(tokens) * layout.span
         self.tokens += tokens
 
@@ -176,6 +210,13 @@ class Session:
                 break
         return state.said_RN[:, : int(state.lengths_R.max())].clone()
 
+    def answer(self, ids: Sequence[int], **options: Any) -> Tensor:
+        """New token ids [1, N] after a text; the session then forgets the text and the answer."""
+        mark = self.mark()
+        made_1N = self.generate(self.read(ids), **options)
+        self.back_to(mark)
+        return made_1N
+
     def run(
         self,
         x_1QD: Tensor,
@@ -196,6 +237,26 @@ class Session:
             )
         hidden: Tensor = out.last_hidden_state
         return hidden
+
+
+@dataclass(frozen=True, eq=False)
+class StoredKeys:
+    """Audio keys and values that stay where they are stored; attention asks for those of a layer when it needs them."""
+
+    chunk: StreamKV
+    positions_A: NDArray[np.int64]
+    """Positions that RoPE rotates the keys by."""
+    session: Session
+
+    def keys_values(self, layer: int) -> tuple[Tensor, Tensor]:
+        """K after RoPE and V of a layer on the LLM's device, each [1, G, A, C]."""
+        llm, tokens, scale = self.session.llm, self.chunk.lengths[0], self.session.scale
+        k_1GAC, v_1GAC = (x_1GAC[:, :, :tokens].to(llm.device, llm.dtype) for x_1GAC in self.chunk.keys_values(layer))
+        rope = llm.rope(torch.from_numpy(self.positions_A).to(llm.device)[None])
+        k_1GAC = rotate(k_1GAC, *rope[llm.layer_types[layer]])
+        if layer in scale:
+            k_1GAC = k_1GAC * scale[layer].to(k_1GAC.dtype)[:, None, None]
+        return k_1GAC, v_1GAC
 
 
 class _OneAnswer:
@@ -234,14 +295,20 @@ class SessionRows(LaterRows):
             bias = biases.get(kind)
             return TiledKeys(*pair, tiles, () if bias is None else ((bias[:, None], None),))
 
-        own = AttentionTile((0, 1), (0, Q), (0, Q), causal=True)
-        sets = [keys_of((key, value), self.kind, (own,))]
-        if layer in self.new and session.blocks is None and any(self.counts_Q):
-            sets.append(keys_of(self.new[layer], "keys", prefixes([self.counts_Q], query.device)))
-        for kind in ("text", "rows", "keys"):
-            store = session.stores[kind][layer]
-            if len(store):
-                sets.append(keys_of(store.view(), kind, (AttentionTile((0, 1), (0, Q), (0, len(store))),)))
-        out = merged_attention(query, sets, scale)
+        def sets() -> Iterator[TiledKeys]:
+            own = AttentionTile((0, 1), (0, Q), (0, Q), causal=True)
+            yield keys_of((key, value), self.kind, (own,))
+            if layer in self.new and session.blocks is None and any(self.counts_Q):
+                yield keys_of(self.new[layer], "keys", prefixes([self.counts_Q], query.device))
+            for kind in ("text", "rows", "keys"):
+                store = session.stores[kind][layer]
+                if len(store):
+                    yield keys_of(store.view(), kind, (AttentionTile((0, 1), (0, Q), (0, len(store))),))
+            for one in session.stored:
+                if layer in one.chunk.layers:
+                    whole = AttentionTile((0, 1), (0, Q), (0, len(one.positions_A)))
+                    yield keys_of(one.keys_values(layer), "keys", (whole,))
+
+        out = attention_in_turn(query, sets(), scale)
         session.stores[self.kind][layer].append(key, value)
         return out.contiguous()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -211,6 +211,15 @@ class StreamKV:
             shortest = min(self.lengths) * self.layout.seconds_per_token
             raise PalError(f"cannot take {start:g} to {end:g} s of a clip of {shortest:g} s")
         return self._with(lengths, {name: self._groups(name, x, first, last) for name, x in self.tensors().items()})
+
+    def blocks(self, tokens: int) -> Iterator[StreamKV]:
+        """One clip in parts of at most `tokens` tokens, but of one group at least, without a copy."""
+        (length,) = self.lengths
+        each = max(1, tokens // self.layout.tokens)
+        for first in range(0, self.layout.groups(length), each):
+            parts: dict[str, Any] = {n: self._groups(n, x, first, first + each) for n, x in self.tensors().items()}
+            begin = first * self.layout.tokens
+            yield replace(self, lengths=(min(length - begin, each * self.layout.tokens),), **parts)
 
     def groups_between(self, start: float, end: float) -> tuple[int, int]:
         """Groups that overlap a time span in seconds: the first, and one past the last."""

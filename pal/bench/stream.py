@@ -20,7 +20,7 @@ from pydantic import Field
 from tqdm import tqdm
 
 from pal.backbone.llm import Backbone
-from pal.backbone.session import KINDS, Session
+from pal.backbone.session import KINDS
 from pal.bench.machine import machine_facts
 from pal.bench.models import AttachedModel, attached_to
 from pal.bench.presets import LLAMA_1B, SMALL
@@ -161,7 +161,7 @@ def measure(preset: StreamPreset, model: AttachedModel, progress: bool = False) 
     x_1AE = torch.randn(1, preset.audio_tokens, preset.width, generator=generator).to(dtype)
     features = AudioFeatures(x_1AE, (preset.audio_tokens,), 0.04)
     question = torch.randint(3, llm.vocab, (preset.question,), generator=generator).tolist()
-    session = Session(llm, route.stream_kv(features, llm).layout, route.blocks(), route.bias(), None, route.scale())
+    session = route.session(llm, route.stream_kv(features, llm).layout)
     session.read(question)
     options = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, "max_new_tokens": preset.answer}
     turns: list[StreamTurn] = []

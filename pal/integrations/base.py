@@ -12,7 +12,8 @@ from pal.backbone.audio_kv import AudioKV
 from pal.backbone.interfaces import PackedBlock
 from pal.backbone.llm import Backbone
 from pal.backbone.score_bias import Bias, KeyScale
-from pal.backbone.stream_kv import StreamKV
+from pal.backbone.session import Session
+from pal.backbone.stream_kv import Layout, StreamKV
 from pal.integrations.assembling import IntegrationOutput, assemble
 from pal.types import AudioFeatures, LLMInputs, PaddingSide, Tokens
 
@@ -149,6 +150,11 @@ class Route(Integration):
     def stream_kv(self, features: AudioFeatures, llm: Backbone) -> StreamKV:
         """Keys, values and audio rows of clips, computed now."""
         return _stream_kv(self, features, llm)
+
+    def session(self, llm: Backbone, layout: Layout) -> Session:
+        """A conversation that grows, with audio of this route; raises PalError as `Session` does."""
+        row_bias = self.row_bias() if layout.rows else None
+        return Session(llm, layout, self.blocks(), self.bias(), row_bias, self.scale())
 
     def stored(self, stream: StreamKV) -> IntegrationOutput:
         """`IntegrationOutput` of indexed clips, in place of `inject`."""

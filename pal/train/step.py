@@ -7,6 +7,7 @@ still computes the previous one.
 
 from __future__ import annotations
 
+import platform
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
@@ -128,3 +129,9 @@ def _number(x: Tensor | float, device: torch.device) -> Tensor:
 def autocast(device: torch.device, precision: str) -> torch.autocast:
     """Autocast of matrix products to bfloat16; disabled for other precisions."""
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
+
+
+def emulates_bf16(device: torch.device) -> bool:
+    """True on an x86 processor without AVX-512, where products in bfloat16 take tens of times as long as in float32."""
+    x86 = platform.machine().lower() in ("x86_64", "amd64")
+    return device.type == "cpu" and x86 and not torch.backends.cpu.get_cpu_capability().startswith("AVX512")

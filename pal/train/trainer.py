@@ -33,7 +33,7 @@ from pal.train.seeding import seed_everything
 from pal.train.setup import build_model
 from pal.train.skips import digests
 from pal.train.sources import PrefetchLoader, StageData, open_sources
-from pal.train.step import Update
+from pal.train.step import Update, emulates_bf16
 from pal.train.stopping import stop_signals
 
 logger = logging.getLogger(__name__)
@@ -223,6 +223,13 @@ class Trainer:
         stages.set_modes(self.model, stage)
         data.start(self.model, objective, self.waveforms)
         accelerator = self.accelerator
+        if stage.precision == "bf16" and emulates_bf16(accelerator.device):
+            logger.warning(
+                "stage '%s': this processor only emulates bfloat16, tens of times slower than float32; use --set "
+                "stages.%d.precision=fp32, and another cache if the stage has one",
+                stage.name,
+                index,
+            )
         compiled = stages.compiles(stage, accelerator.device)
         if compiled:
             logger.info(

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from pal.backbone import session as session_module
 from pal.backbone.audio_mask import AudioMask
 from pal.backbone.session import Session
 from pal.backbone.stream_kv import Layout
@@ -20,8 +21,7 @@ SAME = {"rtol": 1e-5, "atol": 2e-5}
 
 def session_of(llm, integration):
     (route,) = integration.routes()
-    layout = route.stream_kv(features(3), llm).layout
-    return Session(llm, layout, route.blocks(), route.bias(), route.row_bias() if layout.rows else None, route.scale())
+    return route.session(llm, route.stream_kv(features(3), llm).layout)
 
 
 def chunks_of(llm, integration, audio, clip, *cuts):
@@ -103,10 +103,43 @@ def test_gates(name, options):
     audio = features(13)
     session = session_of(llm, integration)
     session.read([5, 9])
+    mark = session.mark()
     for chunk in chunks_of(llm, integration, audio, 0, 6):
         session.hear(chunk)
     logits = session.read([6, 7, 8])
     torch.testing.assert_close(logits, logits_of(llm, integration, audio, Tokens([5, 9, AUDIO, 6, 7, 8], [0])), **SAME)
+    session.back_to(mark)
+    session.hear_stored(integration.index(audio, llm, "").streams[0])
+    torch.testing.assert_close(session.read([6, 7, 8]), logits, **SAME)
+    with pytest.raises(PalError, match="attended whole"):
+        session.forget(3)
+
+
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name not in ("mistral", "gemma3")])
+@pytest.mark.parametrize("name", NAMES)
+@torch.no_grad()
+def test_a_stored_clip_is_attended_in_blocks(family, name, monkeypatch):
+    monkeypatch.setattr(session_module, "BLOCK", 4)
+    llm, integration = shared(family, name)
+    audio = features(13)
+    (clip,) = chunks_of(llm, integration, audio, 0)
+    session = session_of(llm, integration)
+    session.read([5, 9])
+    mark = session.mark()
+    session.hear_stored(clip)
+    assert name in ("plits", "flamingo") or len(session.stored) == (5 if name == "pal" else 4)
+    assert not any(map(len, session.stores["keys"]))
+    row = Tokens([5, 9, AUDIO, 6, 7, 8], [0])
+    expected = logits_of(llm, integration, audio, row)
+    torch.testing.assert_close(session.read([6, 7, 8]), expected, **SAME)
+    session.back_to(mark)
+    session.hear(clip)
+    torch.testing.assert_close(session.read([6, 7, 8]), expected, **SAME)
+    session.back_to(mark)
+    session.hear_stored(clip)
+    made = session.answer([6, 7, 8], max_new_tokens=5, **GREEDY)
+    assert torch.equal(made, llm.generate(integration(audio, [row], llm, "left"), max_new_tokens=5, **GREEDY))
+    assert torch.equal(session.answer([6, 7, 8], max_new_tokens=5, **GREEDY), made)  # the first was forgotten
 
 
 @pytest.mark.parametrize("name", ["lal", "lal_first", "flamingo"])

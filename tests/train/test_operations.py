@@ -1,6 +1,7 @@
 """Operations of a step by the cost model against those counted while it happens, and what the log makes of them."""
 
 import logging
+import platform
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -222,6 +223,32 @@ def test_whether_layers_are_compiled(
             assert calls == (["compile", "uncompile"] if compiles else [])
             calls.clear()
     assert caplog.text.count("its first step compiles the LLM's layers") == 1
+
+
+@pytest.mark.parametrize(
+    ("processor", "capability", "precision", "warns"),
+    [
+        ("x86_64", "AVX2", "bf16", True),
+        ("AMD64", "DEFAULT", "bf16", True),
+        ("x86_64", "AVX2", "fp32", False),
+        ("x86_64", "AVX512", "bf16", False),
+        ("aarch64", "DEFAULT", "bf16", False),
+    ],
+)
+def test_a_processor_that_only_emulates_bfloat16_is_named(
+    manifest: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    processor: str,
+    capability: str,
+    precision: str,
+    warns: bool,
+) -> None:
+    monkeypatch.setattr(platform, "machine", lambda: processor)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    ran(manifest, tmp_path, steps=1, precision=precision)
+    assert ("--set stages.0.precision=fp32" in caplog.text) is warns
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,79 @@
+"""Long recordings: decoded, encoded and indexed in blocks, so that memory grows by what is stored of them."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from pal.audio import Limits, load_into
+from pal.audio import seconds as length_of
+from pal.audio.urls import is_url
+from pal.backbone.audio_kv import AudioKV
+from pal.clips import LONG_SECONDS, AudioInput, clip_notes, read_clip
+from pal.live import LiveAudio
+
+if TYPE_CHECKING:
+    from pal.model import PalModel
+
+LIMITS = Limits(max_seconds=86_400.0, max_decoded_bytes=1 << 38)
+"""Of recordings whose samples are never in memory together."""
+BLOCK_SECONDS = 30.0
+"""Audio that is encoded at once."""
+
+
+def index(
+    model: PalModel, audio: AudioInput, allow_urls: bool = False, read_to_end: bool = False
+) -> tuple[AudioKV, tuple[str, ...]]:
+    """Audio keys and values of a clip, and the notes on its length.
+
+    A long audio file is indexed in blocks where the model's keys and values settle while audio arrives
+    (`LiveAudio.settles`); it may have a day, other clips an hour.
+
+    Raises:
+        AudioError: as `pal.audio.load`.
+    """
+    made = _index_file(model, audio, read_to_end)
+    if made is not None:
+        return made
+    clip = read_clip(audio, model.sampling_rate, allow_urls=allow_urls, read_to_end=read_to_end)
+    return model.keys_values(clip), clip_notes([clip])
+
+
+def _index_file(model: PalModel, audio: AudioInput, read_to_end: bool) -> tuple[AudioKV, tuple[str, ...]] | None:
+    """A long audio file in blocks; None for another clip, and for a model that has to hear it whole."""
+    if not isinstance(audio, str | os.PathLike) or (isinstance(audio, str) and is_url(audio)):
+        return None
+    if length_of(audio, LIMITS, read_to_end) <= LONG_SECONDS:
+        return None
+    with model.listen() as live:
+        if not live.settles:
+            return None
+        blocks = _Blocks(live, round(BLOCK_SECONDS * model.sampling_rate))
+        seconds, name, note = load_into(blocks, audio, model.sampling_rate, LIMITS, read_to_end=read_to_end)
+        blocks.flush()
+        made = replace(live.audio, durations=(seconds,))
+    return made, () if note is None else (f"{name}: {note}",)
+
+
+class _Blocks:
+    """Decoded parts, gathered to blocks for a stream."""
+
+    def __init__(self, live: LiveAudio, size: int) -> None:
+        self.live, self.size = live, size
+        self.waiting: list[Tensor] = []
+
+    def append(self, part_N: Tensor) -> None:
+        """Take a part."""
+        self.waiting.append(part_N)
+        if sum(map(len, self.waiting)) >= self.size:
+            self.flush()
+
+    def flush(self) -> None:
+        """Give what is waiting to the stream."""
+        if self.waiting:
+            self.live.append(torch.cat(self.waiting))
+        self.waiting = []
