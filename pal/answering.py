@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral
 from typing import TYPE_CHECKING, Any
@@ -25,7 +25,7 @@ from pal.types import AUDIO
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-    from pal.clips import ClipFeatures, Clips
+    from pal.clips import Clip, ClipFeatures, Clips
     from pal.model import PalModel
     from pal.types import Tokens
 
@@ -81,19 +81,38 @@ def generate(model: PalModel, clips: Clips | ClipFeatures, rows: list[Tokens], *
     return [answers[each * place[i] + k] for i in range(len(rows)) for k in range(each)]
 
 
-def generate_ids(
-    model: PalModel, features: ClipFeatures, conversations: list[Tokens], options: dict[str, Any], masked: bool
-) -> Tensor | list[list[int]]:
-    """New token ids of conversations.
+def generate_detailed(
+    model: PalModel, clips: Sequence[Clip], rows: list[Tokens], notes: tuple[str, ...], options: dict[str, Any]
+) -> list[DetailedAnswer]:
+    """As `generate`, with lengths, numbers of audio tokens and timings; `notes` on the clips are in each answer."""
+    start = time.perf_counter()
+    features = model.encode(clips)
+    encoded = time.perf_counter()
+    first = FirstTokenTimer()
+    options = {**options, "logits_processor": [first, *(options.get("logits_processor") or ())]}
+    texts = generate(model, features, rows, **options)
+    done = time.perf_counter()
+    timings = {"encode": encoded - start, "prefill": first.at - encoded, "generate": done - first.at}
+    used = [min(clip.seconds, covered) for clip, covered in zip(clips, features.seconds, strict=True)]
+    tokens = features.tokens()
+    return [
+        DetailedAnswer(
+            text=text,
+            audio_seconds=sum(clips[clip].seconds for clip in row.clips),
+            audio_seconds_used=sum(used[clip] for clip in row.clips),
+            audio_tokens=sum(tokens[clip] for clip in row.clips),
+            seconds=timings,
+            notes=notes,
+        )
+        for text, row in zip(texts, rows, strict=True)
+    ]
 
-    Args:
-        model: to ask.
-        features: the clips.
-        conversations: to answer.
-        options: complete and checked options.
-        masked: audio may be hidden in the inputs (`PalModel.hiding`).
-    """
-    if not masked:
+
+def generate_ids(
+    model: PalModel, features: ClipFeatures, conversations: list[Tokens], options: dict[str, Any]
+) -> Tensor | list[list[int]]:
+    """New token ids of conversations, with complete and checked options."""
+    if not model.hides:
         in_blocks = _generate_in_blocks(model, features, conversations, options)
         if in_blocks is not None:
             return in_blocks

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pal import answering, bundle, long_clips
-from pal.answering import DetailedAnswer, FirstTokenTimer, default_options, generation_options
+from pal.answering import DetailedAnswer, default_options, generation_options
 from pal.audio_tower import AudioTower, check_audio_tower
 from pal.backbone import adapters
 from pal.backbone.audio_kv import AudioKV
@@ -22,6 +21,7 @@ from pal.backbone.finetuning import keep_frozen_in_evaluation
 from pal.backbone.llm import Backbone
 from pal.backbone.loss import Per
 from pal.backbone.sources import load_tokenizer
+from pal.chat import Chat
 from pal.clips import (
     AudioInput,
     Clip,
@@ -197,6 +197,11 @@ class PalModel(nn.Module):
         finally:
             self._masks, self._with_spans = before
 
+    @property
+    def hides(self) -> bool:
+        """True inside `hiding`."""
+        return self._with_spans
+
     def forward(self, batch: Batch, per: Per = "token") -> Loss:
         """Cross-entropy on the answers of a batch; `per` weights all tokens or all answers equally."""
         return Loss(*self.llm.loss(self.inputs(batch.clips, batch.conversations, "any"), per))
@@ -227,7 +232,7 @@ class PalModel(nn.Module):
             return []
         options = {**default_options(self.tokenizer, self.llm.vocab), **options}
         heard = clips if isinstance(clips, ClipFeatures) else self.encode(clips)
-        ids = answering.generate_ids(self, heard, conversations, options, masked=self._with_spans)
+        ids = answering.generate_ids(self, heard, conversations, options)
         return [text.strip() for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]
 
     def stream(self, clips: Clips, conversation: Tokens, max_new_tokens: int = 64, **options: Any) -> Iterator[str]:
@@ -260,6 +265,10 @@ class PalModel(nn.Module):
     def listen(self, window: float | None = None) -> LiveAudio:
         """Audio that is still arriving, to be asked at any time; `window`: seconds that are kept, None for all."""
         return LiveAudio(self, window)
+
+    def chat(self) -> Chat:
+        """A conversation in which questions, answers and clips follow one another, each read once."""
+        return Chat(self)
 
     def keys_values(self, clip: Clip) -> AudioKV:
         """`index` of a clip that was read."""
@@ -381,27 +390,7 @@ class PalModel(nn.Module):
         given = clip_list(audio)
         asked = read_question(question, len(given), self.tokenizer, self.config.style)
         clips, notes = self._read(given, allow_urls, read_to_end)
-        start = time.perf_counter()
-        features = self.encode(self._ready(clips))
-        encoded = time.perf_counter()
-        first = FirstTokenTimer()
-        all_options["logits_processor"] = [first, *(all_options.get("logits_processor") or ())]
-        texts = answering.generate(self, features, asked.tokens, **all_options)
-        done = time.perf_counter()
-        timings = {"encode": encoded - start, "prefill": first.at - encoded, "generate": done - first.at}
-        used = [min(clip.seconds, covered) for clip, covered in zip(clips, features.seconds, strict=True)]
-        tokens = features.tokens()
-        return [
-            DetailedAnswer(
-                text=text,
-                audio_seconds=sum(clips[clip].seconds for clip in row.clips),
-                audio_seconds_used=sum(used[clip] for clip in row.clips),
-                audio_tokens=sum(tokens[clip] for clip in row.clips),
-                seconds=timings,
-                notes=notes,
-            )
-            for text, row in zip(texts, asked.tokens, strict=True)
-        ]
+        return answering.generate_detailed(self, self._ready(clips), asked.tokens, notes, all_options)
 
     def _read(
         self, given: Sequence[AudioInput], allow_urls: bool, read_to_end: bool

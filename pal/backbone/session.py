@@ -110,6 +110,10 @@ class Session:
         del self.stored[mark.stored :]
         self.position, self.tokens = mark.position, mark.tokens
 
+    def begin_clip(self) -> None:
+        """What is heard next is another clip; text in between says so, too."""
+        self.tokens = 0
+
     def forget(self, tokens: int) -> None:
         """Hide the oldest audio tokens, in whole groups, from all that comes later; earlier marks are void.
 
@@ -174,7 +178,7 @@ class Session:
     @torch.no_grad()
     def read(self, ids: Sequence[int]) -> Tensor:
         """Append text; logits [1, V] of the token after it."""
-        self.tokens = 0  # audio after it is another clip
+        self.begin_clip()
         ids_1T = torch.tensor([list(ids)], device=self.llm.device)
         positions_T = torch.arange(self.position, self.position + len(ids))
         self.position += len(ids)
