@@ -161,7 +161,7 @@ def _generate_in_blocks(
         return None
     (route,), (given,) = routes, features.features
     clip = given.streams[0] if isinstance(given, AudioKV) else route.stream_kv(given, llm)
-    if not Session.suits(llm, clip.layout):
+    if not Session.suits(llm, clip.layout) or clip.kept_LBA is not None:
         return None
     check_ids(conversations, llm.vocab, model.tokenizer)
     answers: list[list[int]] = []

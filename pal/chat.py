@@ -24,9 +24,9 @@ if TYPE_CHECKING:
 class Chat:
     """Conversation with a model; `PalModel.chat` makes it.
 
-    Every answer is that of `PalModel.ask` about all clips and turns so far. Where the model allows a `Session`, what was
-    read stays valid when audio or text follow, so a turn costs its own rows alone; else the whole conversation is read
-    again.
+    Every answer is that of `PalModel.ask` about all clips and turns so far. Where the model allows a `Session`, what
+    was read stays valid when audio or text follow, so a turn costs its own rows alone; else the whole conversation is
+    read again.
 
     Args:
         model: in evaluation mode. Its weights must not change in between.
@@ -121,7 +121,7 @@ class Chat:
         if not clips or len(routes) != 1 or model.hides or not Session.answers_with(model.llm, options):
             return None
         layout = clips[0].streams[0].layout
-        if not Session.suits(model.llm, layout):
+        if not Session.suits(model.llm, layout) or any(clip.streams[0].kept_LBA is not None for clip in clips):
             return None
         if self._session is not None:
             return self._session

@@ -18,7 +18,8 @@ from pal.digest import digest as content_digest
 from pal.errors import BundleError, PalError
 from pal.files import replacing
 
-_FORMAT = "pal-audio-kv-3"
+_FORMATS = ("pal-audio-kv-3", "pal-audio-kv-4")
+"""Formats of files: the second one is for thinned clips, which earlier readers do not know."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,29 @@ class AudioKV:
     def quantized(self) -> AudioKV:
         """K and V in int8 with one scale per head and token: about half the bytes of bf16."""
         return replace(self, streams=tuple(stream.quantized() for stream in self.streams))
+
+    def thin(self, share: float, scores: Sequence[Tensor | None] | None = None) -> AudioKV:
+        """Keep only a share of each clip's keys and values; never done by default, since answers may change.
+
+        In each layer the keys of the highest score stay, at their positions, so that what is kept is as far from the
+        text as before. Audio rows stay, too. What it costs is measured in docs/audio_once.md.
+
+        Args:
+            share: of the tokens, above 0 and at most 1; rounded, at least one token a clip.
+            scores: for each stream, a score of each key [L, B, A], such as `pal.thinning.attention_scores`. Without,
+                keys with the smallest norm stay (mean over heads), as in the KV cache compression of Devoto et al.
+                (2024).
+
+        Raises:
+            PalError: another share, clips that were thinned already, or scores of another shape.
+        """
+        if not 0 < share <= 1:
+            raise PalError(f"thin takes a share above 0 and at most 1, not {share:g}")
+        if scores is not None and len(scores) != len(self.streams):
+            raise PalError(f"thin takes scores for each of {len(self.streams)} streams, not {len(scores)}")
+        each = scores or [None] * len(self.streams)
+        thinner = [stream.thin(share, own) for stream, own in zip(self.streams, each, strict=True)]
+        return replace(self, streams=tuple(thinner))
 
     def __getitem__(self, clip: int) -> AudioKV:
         """One clip, without the batch's padding."""
@@ -146,7 +170,7 @@ class AudioKV:
         except (SafetensorError, OSError) as error:
             raise BundleError(f"{path} is not an audio index: {str(error).splitlines()[0]}") from None
         about = metadata.get("about", "")
-        if not about.startswith(f'{{"format": "{_FORMAT}"'):
+        if not any(about.startswith(f'{{"format": "{known}"') for known in _FORMATS):
             raise BundleError(f"{path} is not an audio index of this version; index the audio again")
         if content_digest(tensors, about) != metadata.get("sha256"):
             raise BundleError(f"{path} is damaged: its content does not match its digest; index the audio again")
@@ -162,7 +186,8 @@ class AudioKV:
 
     def _about(self, more: Mapping[str, Any]) -> str:
         streams = [stream.facts() for stream in self.streams]
-        own = {"format": _FORMAT, "digest": self.digest, "durations": self.durations, "streams": streams}
+        known = _FORMATS[any(stream.kept_LBA is not None for stream in self.streams)]
+        own = {"format": known, "digest": self.digest, "durations": self.durations, "streams": streams}
         return json.dumps({**own, **more})
 
     def _tensors(self) -> dict[str, Tensor]:

@@ -150,6 +150,8 @@ class Session:
             PalError: the clip already ended within a group.
         """
         layout, tokens = self.layout, chunk.lengths[0]
+        if chunk.kept_LBA is not None:
+            raise PalError("a growing conversation takes whole clips, not thinned ones; ask about the AudioKV instead")
         if self.tokens % layout.tokens:
             raise PalError("this clip ended within a group of tokens; go back to a mark before its end")
         keys: dict[int, tuple[Tensor, Tensor]] = {}

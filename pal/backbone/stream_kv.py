@@ -17,7 +17,7 @@ from pal.errors import PalError
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
 
-_KEEP_DTYPE = ("k_scale_LBGA", "v_scale_LBGA")
+_KEEP_DTYPE = ("k_scale_LBGA", "v_scale_LBGA", "kept_LBA")
 
 
 @dataclass(frozen=True)
@@ -120,6 +120,10 @@ class StreamKV:
     layout: Layout
     k_scale_LBGA: Tensor | None = None
     v_scale_LBGA: Tensor | None = None
+    kept_LBA: Tensor | None = None
+    """After `thin`: the token of each key, int32, ascending; other layers may keep other tokens."""
+    counts: tuple[int, ...] | None = None
+    """After `thin`: keys of each clip in each layer; None: as many as tokens."""
 
     def tensors(self) -> dict[str, Tensor]:
         """All tensors by name."""
@@ -129,13 +133,16 @@ class StreamKV:
     def facts(self) -> dict[str, Any]:
         """All fields but the tensors, for JSON."""
         layout = {part.name: getattr(self.layout, part.name) for part in fields(self.layout)}
-        return {"lengths": self.lengths, "layers": self.layers, "layout": layout}
+        thinned = {} if self.counts is None else {"counts": self.counts}
+        return {"lengths": self.lengths, "layers": self.layers, "layout": layout, **thinned}
 
     @classmethod
     def restored(cls, tensors: dict[str, Tensor], facts: dict[str, Any]) -> StreamKV:
         """A `StreamKV` from its `tensors` and `facts`."""
         layout = Layout(**facts["layout"])
-        return cls(**tensors, lengths=tuple(facts["lengths"]), layers=tuple(facts["layers"]), layout=layout)
+        counts = tuple(facts["counts"]) if "counts" in facts else None
+        lengths, layers = tuple(facts["lengths"]), tuple(facts["layers"])
+        return cls(**tensors, lengths=lengths, layers=layers, layout=layout, counts=counts)
 
     def keys_values(self, layer: int) -> tuple[Tensor, Tensor]:
         """Keys before RoPE and values of one layer of the LLM, each [B, G, A, C], never int8."""
@@ -165,11 +172,50 @@ class StreamKV:
         v, v_scale = _quantize(self.v_LBGAC)
         return replace(self, k_LBGAC=k, v_LBGAC=v, k_scale_LBGA=k_scale, v_scale_LBGA=v_scale)
 
+    def thin(self, share: float, scores_LBA: Tensor | None = None) -> StreamKV:
+        """Keep a share of each clip's keys in each layer, those of the highest score; see `AudioKV.thin`."""
+        if self.kept_LBA is not None:
+            raise PalError("this clip was thinned already; thin the whole one")
+        if not self.layers or not self.layout.keys:
+            return self
+        if scores_LBA is None:
+            k_LBGA = self.k_LBGAC.float().norm(dim=-1)
+            scores_LBA = -(k_LBGA if self.k_scale_LBGA is None else k_LBGA * self.k_scale_LBGA).mean(2)
+        elif scores_LBA.shape != self.k_LBGAC[:, :, 0, :, 0].shape:
+            raise PalError(
+                f"scores of shape {list(scores_LBA.shape)} are not those of {list(self.k_LBGAC[:, :, 0, :, 0].shape)} "
+                "layers, clips and tokens"
+            )
+        counts = tuple(max(1, round(share * length)) for length in self.lengths)
+        kept_LBA = torch.zeros(*scores_LBA.shape[:2], max(counts), dtype=torch.int32, device=scores_LBA.device)
+        for clip, (length, count) in enumerate(zip(self.lengths, counts, strict=True)):
+            best_LA = scores_LBA[:, clip, :length].topk(count, dim=-1).indices.sort(-1).values
+            kept_LBA[:, clip, :count] = best_LA.to(torch.int32)
+        index_LB1A = kept_LBA.to(self.k_LBGAC.device)[:, :, None].long()
+        thinner: dict[str, Any] = {}
+        for name, x in self.tensors().items():
+            if name != "rows_BSD":
+                index = index_LB1A.reshape(*index_LB1A.shape, *[1] * (x.ndim - 4)).expand(
+                    -1, -1, x.shape[2], -1, *x.shape[4:]
+                )
+                thinner[name] = x.gather(3, index)
+        return replace(self, **thinner, kept_LBA=kept_LBA.to(self.k_LBGAC.device), counts=counts)
+
+    def kept(self) -> dict[int, list[Ints]] | None:
+        """After `thin`: for each layer and clip, the tokens that have keys; else None."""
+        if self.kept_LBA is None or self.counts is None:
+            return None
+        kept_LBA = self.kept_LBA.cpu().numpy().astype(np.int64)
+        counts = self.counts
+        return {
+            layer: [kept_A[:count] for kept_A, count in zip(kept_BA, counts, strict=True)]
+            for layer, kept_BA in zip(self.layers, kept_LBA, strict=True)
+        }
+
     def __getitem__(self, clip: int) -> StreamKV:
         """One clip, without the batch's padding."""
-        return self._with(
-            self.lengths[clip : clip + 1], {n: x.narrow(_batch_axis(n), clip, 1) for n, x in self.tensors().items()}
-        )
+        one = {n: x.narrow(_batch_axis(n), clip, 1) for n, x in self.tensors().items()}
+        return self._with(self.lengths[clip : clip + 1], one, self.counts and self.counts[clip : clip + 1])
 
     @staticmethod
     def concat(parts: Sequence[StreamKV]) -> StreamKV:
@@ -182,11 +228,13 @@ class StreamKV:
             tensors = [part.tensors()[name] for part in parts]
             longest = max(x.shape[_time_axis(name)] for x in tensors)
             joined[name] = torch.cat([_pad(x, _time_axis(name), longest) for x in tensors], dim=_batch_axis(name))
-        return first._with(tuple(count for part in parts for count in part.lengths), joined)
+        counts = None if first.counts is None else tuple(count for part in parts for count in part.counts or ())
+        return first._with(tuple(count for part in parts for count in part.lengths), joined, counts)
 
     def append(self, later: StreamKV) -> StreamKV:
         """Each clip followed by its continuation."""
         self._check_alike(later)
+        self._check_whole()
         if self.layout.joint:
             raise PalError("audio whose tokens were made from one another cannot be appended to; index it whole")
         for count in self.lengths:
@@ -204,6 +252,7 @@ class StreamKV:
 
     def slice(self, start: float, end: float) -> StreamKV:
         """The part of every clip from `start` to `end` seconds, extended to whole groups."""
+        self._check_whole()
         first, last = self.groups_between(start, end)
         a, b = first * self.layout.tokens, last * self.layout.tokens
         lengths = tuple(max(0, min(length, b) - a) for length in self.lengths)
@@ -214,6 +263,7 @@ class StreamKV:
 
     def blocks(self, tokens: int) -> Iterator[StreamKV]:
         """One clip in parts of at most `tokens` tokens, but of one group at least, without a copy."""
+        self._check_whole()
         (length,) = self.lengths
         each = max(1, tokens // self.layout.tokens)
         for first in range(0, self.layout.groups(length), each):
@@ -245,17 +295,28 @@ class StreamKV:
         a, b = (min(group * each, x.shape[axis]) for group in (first, last))
         return x.narrow(axis, a, b - a)
 
-    def _with(self, lengths: tuple[int, ...], tensors: dict[str, Tensor]) -> StreamKV:
+    def _with(
+        self, lengths: tuple[int, ...], tensors: dict[str, Tensor], counts: tuple[int, ...] | None = None
+    ) -> StreamKV:
         """The same layout with other clips, without padding beyond the longest one."""
         last = self.layout.groups(max(lengths))
         cut: dict[str, Any] = {name: self._groups(name, x, 0, last) for name, x in tensors.items()}
-        return replace(self, lengths=lengths, **cut)
+        if counts is not None:
+            longest = max(counts)
+            cut = {n: x if n == "rows_BSD" else x.narrow(_time_axis(n), 0, longest) for n, x in cut.items()}
+        return replace(self, lengths=lengths, counts=counts, **cut)
+
+    def _check_whole(self) -> None:
+        if self.kept_LBA is not None:
+            raise PalError("a thinned clip has gaps, so it cannot be cut, continued or read in blocks; thin it last")
 
     def _check_alike(self, other: StreamKV) -> None:
         if (self.layers, self.layout) != (other.layers, other.layout):
             raise PalError("clips of different layers or time scales cannot be joined")
         if (self.k_scale_LBGA is None) != (other.k_scale_LBGA is None):
             raise PalError("cannot join an int8 clip with one that is not; quantize both or neither")
+        if (self.kept_LBA is None) != (other.kept_LBA is None):
+            raise PalError("cannot join a thinned clip with one that is not; thin both or neither")
 
 
 def _batch_axis(name: str) -> int:
@@ -263,7 +324,7 @@ def _batch_axis(name: str) -> int:
 
 
 def _time_axis(name: str) -> int:
-    return 1 if name == "rows_BSD" else 3
+    return {"rows_BSD": 1, "kept_LBA": 2}.get(name, 3)
 
 
 def _pad(x: Tensor, axis: int, length: int) -> Tensor:

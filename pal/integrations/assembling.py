@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Literal
 
@@ -46,6 +46,8 @@ class IntegrationOutput:
     """Layers that attend to the keys."""
     width_A: int = 0
     """A of `keys`, padding included."""
+    kept: Mapping[int, Sequence[Ints]] | None = None
+    """For each layer and clip, the tokens that have keys; None: all."""
     blocks: Mapping[int, PackedBlock] | None = None
     """Cross-attention blocks before layers: they attend to the keys, and the layers themselves do not."""
     bias: Bias | None = None
@@ -68,6 +70,13 @@ class IntegrationOutput:
         return np.arange(len(self.lengths) + 1) * self.width_A
 
     @property
+    def by_layer(self) -> Sequence[IntegrationOutput]:
+        """The same for each layer, if other layers may have keys of other tokens."""
+        if self.kept is None:
+            return (self,)
+        return [replace(self, layers=(layer,)) for layer in self.layers]
+
+    @property
     def packs(self) -> bool:
         """True if `keys` can compute K/V of packed tokens, without padding."""
         return isinstance(self.keys, PackedSource)
@@ -84,7 +93,7 @@ def assemble(
     if not conversations:
         raise PromptError("there is no conversation; give at least one")
     layouts = lay_out(conversations, [output.stream_layout for output in streams], with_spans)
-    if side in ("none", "any") and not with_spans:
+    if side in ("none", "any") and not with_spans and all(output.kept is None for output in streams):
         shared = layouts
         if llm.shares_prefixes and any(one.labels is not None for one in conversations):
             shared = share_prefixes(layouts, conversations)
@@ -255,9 +264,10 @@ def _padded(
         context = AudioContext(
             llm=llm,
             keys=tuple(
-                _audio_keys(output, output.keys, i, layouts, conversations, device)
+                _audio_keys(part, part.keys, i, layouts, conversations, device)
                 for i, output in enumerate(streams)
-                if output.keys is not None
+                for part in output.by_layer
+                if part.keys is not None
             ),
             rows_BT=moves[at_positions].long(),
             order_BT=moves[at_order].long(),
@@ -307,6 +317,8 @@ def _audio_keys(
     device: torch.device,
 ) -> AudioKeys:
     keys = [one.keys[stream] for one in layouts]
+    if output.kept is not None:
+        keys = [one.of_tokens(output.kept[output.layers[0]]) for one in keys]
     tokens_BA, mask_BA = _stack([one.clips * output.width_A + one.tokens for one in keys], False, 0)
     order_BA, _ = _stack([one.order for one in keys], False, 0)
     positions_BA, _ = _stack([one.positions for one in keys], False, 0)

@@ -165,6 +165,7 @@ class Route(Integration):
             keys=stream if stream.layers else None,
             layers=stream.layers,
             width_A=stream.k_LBGAC.shape[3],
+            kept=stream.kept(),
             blocks=self.blocks(),
             bias=self.bias(),
             scale=self.scale(),

@@ -52,6 +52,18 @@ class KeyLayout:
     spans: Floats | None
     """[A, 4]: stream, number of the clip in the conversation, start and end in seconds; None if not asked for."""
 
+    def of_tokens(self, kept: Sequence[Ints]) -> KeyLayout:
+        """Only the keys of some tokens of each clip, which are then numbered from 0."""
+        number_UA = np.full((len(kept), max((int(one.max()) for one in kept), default=0) + 1), -1)
+        for clip, tokens in enumerate(kept):
+            number_UA[clip, tokens] = np.arange(len(tokens))
+        inside = self.tokens < number_UA.shape[1]
+        number_A = np.where(inside, number_UA[self.clips, np.where(inside, self.tokens, 0)], -1)
+        chosen = number_A >= 0
+        columns = {name: getattr(self, name)[chosen] for name in _KEY_COLUMNS if name != "tokens"}
+        spans = None if self.spans is None else self.spans[chosen]
+        return KeyLayout(**columns, tokens=number_A[chosen], spans=spans)
+
 
 @dataclass(frozen=True)
 class SequenceLayout:
