@@ -8,6 +8,7 @@ from pal import audio_tower
 from pal import clips as clips_module
 from pal.backbone.audio_kv import AudioKV
 from pal.backbone.session import Session
+from pal.encoders.stream import EncoderStream
 from pal.errors import AudioError, ConfigError
 from pal.integrations import base
 from tests.models import LLM, noise, pal, tiny_model  # noqa: F401
@@ -24,6 +25,7 @@ WHISPER = {
         "max_source_positions": 50,
     },
 }
+CAUSAL = {"name": "tiny", "width": 12, "channels": [2, 3, 4, 6], "blocks": 1, "causal": True}
 CONNECTORS = {
     "mlp": {"name": "mlp"},
     "conv": {"name": "strided_conv", "stride": 3, "kernel": 6},
@@ -71,7 +73,7 @@ def test_chunks_are_the_file(integration, count):
 
 
 @pytest.mark.parametrize("connector", CONNECTORS)
-@pytest.mark.parametrize("encoders", [None, [WHISPER]], ids=["local", "windows"])
+@pytest.mark.parametrize("encoders", [None, [CAUSAL], [WHISPER]], ids=["local", "causal", "windows"])
 def test_every_moment_is_the_file_so_far(connector, encoders):
     """Windows of one second; connectors that reach over their borders, and such that see the whole clip."""
     model = model_of("pal", connector, encoders)
@@ -82,6 +84,20 @@ def test_every_moment_is_the_file_so_far(connector, encoders):
         heard += len(chunk)
         same(live.audio, model.index((samples[:heard].numpy(), 16_000)))
     assert live.seconds == pytest.approx(4.4)
+
+
+def test_a_causal_encoder_leaves_only_a_token_that_is_not_whole():
+    model = model_of("lal", encoders=[CAUSAL])
+    samples = noise(2.0, 1)
+    whole = model.ears.encode_one(samples).x_AE[0]
+    stream, settled = EncoderStream(model.ears.encoder(0), 16_000), []
+    for first in range(0, len(samples), 6_400):  # whole tokens
+        new_AE, rest_AE = stream.append(samples[first : first + 6_400])
+        assert (len(new_AE), len(rest_AE)) == (10, 0)
+        settled.append(new_AE)
+    torch.testing.assert_close(torch.cat(settled), whole, **SAME)
+    new_AE, rest_AE = stream.append(samples[:700])
+    assert (len(new_AE), len(rest_AE)) == (1, 1)
 
 
 def test_several_encoders_with_routes_of_their_own():

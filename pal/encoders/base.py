@@ -40,6 +40,8 @@ class Encoder(nn.Module, ABC):
     """Longest window that the network takes; None: any length."""
     reach_seconds: float | None = None
     """Of an encoder without windows: audio further than this from a token does not change it. None: all of it does."""
+    ahead_seconds: float | None = None
+    """The same for audio after a token, 0 for a causal encoder; None: `reach_seconds`."""
 
     def standalone_config(self) -> Any:
         """Configuration that builds this network without reading weights, for bundles that contain all of them."""

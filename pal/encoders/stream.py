@@ -24,8 +24,13 @@ class EncoderStream:
         self.window = None if whole or encoder.window_seconds is None else round(encoder.window_seconds * rate)
         self.hop = round(encoder.seconds_per_token * rate)
         self.reach: int | None = None
+        """Tokens before a token that it depends on."""
+        self.ahead = 0
+        """Tokens after a token that it depends on."""
         if self.window is None and encoder.reach_seconds is not None and not whole:
             self.reach = -(-round(encoder.reach_seconds * rate) // self.hop)
+            ahead = encoder.reach_seconds if encoder.ahead_seconds is None else encoder.ahead_seconds
+            self.ahead = -(-round(ahead * rate) // self.hop)
         self.rate = rate
         self.tail_N = torch.zeros(0)
         self.first = 0
@@ -46,7 +51,7 @@ class EncoderStream:
         if self.reach is None:
             return x_AE[:0], x_AE
         whole = self.first + len(self.tail_N) // self.hop
-        settled = max(self.settled, whole - self.reach)
+        settled = max(self.settled, whole - self.ahead)
         new_AE, rest_AE = x_AE[self.settled - self.first : settled - self.first], x_AE[settled - self.first :]
         self.settled = settled
         drop = max(0, settled - self.reach) - self.first

@@ -54,6 +54,9 @@ class Tiny(Encoder):
         """Largest width, in mel bins, of the two random bands of each clip that are masked in training (SpecAugment,
         Park et al. 2019); the default masks at most a quarter of all bins. A masked tone keeps its label. 0: none."""
 
+        causal: bool = False
+        """A token does not depend on audio after it, so that a stream encodes nothing twice."""
+
         def toy(self) -> "Tiny.Config":
             """Toy size, with a few thousand weights."""
             return self.model_copy(update={"width": 12, "channels": (2, 3, 4, 6), "blocks": 1})
@@ -67,16 +70,22 @@ class Tiny(Encoder):
         self.width = config.width
         channels = (1, *config.channels)
         strides = [(2, 2), (2, 2), (1, 2), (1, 2)]
+        # a stride of 2 ends with the pair of frames that it joins; the other convolutions look back in `forward`
+        self.back = [2 * (config.causal and along == 1) for along, _ in strides]
         self.convs = nn.ModuleList(
-            nn.Conv2d(channels[i], channels[i + 1], 3, stride=stride, padding=1, bias=False)
-            for i, stride in enumerate(strides)
+            nn.Conv2d(channels[i], channels[i + 1], 3, stride=stride, padding=(0 if back else 1, 1), bias=False)
+            for i, (stride, back) in enumerate(zip(strides, self.back, strict=True))
         )
         self.norms = nn.ModuleList(nn.BatchNorm2d(c) for c in config.channels)
         self.project = nn.Linear(config.channels[-1] * -(-config.mels // 16), config.width)
         self.blocks = nn.ModuleList(_TinyBlock(config) for _ in range(config.blocks))
         self.norm = nn.LayerNorm(config.width)
-        # the spectra and the four convolutions reach over 13 frames, less than four tokens
-        self.reach_seconds = (4 + config.blocks * (config.kernel // 2)) * self.seconds_per_token
+        # the spectra and the four convolutions reach over 13 frames, less than four tokens, if causal less than six
+        if config.causal:
+            self.reach_seconds = (6 + config.blocks * (config.kernel - 1)) * self.seconds_per_token
+            self.ahead_seconds = 0.0
+        else:
+            self.reach_seconds = (4 + config.blocks * (config.kernel // 2)) * self.seconds_per_token
 
     def frontend(self, samples_N: Tensor) -> Tensor:
         """Samples [N] at 16 kHz -> log10 mel power [ceil(N / 160), M], scaled so that -40 dB is 0 and 0 dB is 1."""
@@ -85,8 +94,9 @@ class Tiny(Encoder):
     def frontends(self, windows: Sequence[Tensor]) -> list[Tensor]:
         """`frontend` of several clips, in one STFT over all of them with silence between."""
         counts = [-(-len(samples_N) // _HOP) for samples_N in windows]
-        # Frame f is centred on sample 160 f + 80, so that the last frame overlaps the clip, whatever its length.
-        before = _FFT // 2 - _HOP // 2
+        # Frame f is centred on sample 160 f + 80, so that the last frame overlaps the clip, whatever its length; if
+        # causal, its window ends before sample 160 (f + 1).
+        before = _FFT // 2 + (_WINDOW // 2 - _HOP if self.config.causal else -_HOP // 2)
         padded = []
         for samples_N, count in zip(windows, counts, strict=True):
             padded.append(F.pad(samples_N, (before, (count + _BETWEEN) * _HOP - before - len(samples_N))))
@@ -117,9 +127,11 @@ class Tiny(Encoder):
         x_WCFM = frames_WFM[:, None].to(memory_format=torch.channels_last)
         # Padding is set to zero before every convolution, as is the convolution's own padding: so a clip has the same
         # tokens in a padded batch as alone.
-        for conv, norm, halves in zip(self.convs, self.norms, (True, True, False, False), strict=True):
+        for conv, norm, back, halves in zip(self.convs, self.norms, self.back, (True, True, False, False), strict=True):
             if mask_WF is not None:
                 x_WCFM = x_WCFM * mask_WF[:, None, :, None]
+            if back:
+                x_WCFM = F.pad(x_WCFM, (0, 0, back, 0))
             x_WCFM = F.gelu(norm(conv(x_WCFM)))
             if halves:
                 lengths = [(n + 1) // 2 for n in lengths]
@@ -140,7 +152,9 @@ class _TinyBlock(nn.Module):
     def __init__(self, config: Tiny.Config) -> None:
         super().__init__()
         width = config.width
-        self.conv = nn.Conv1d(width, width, config.kernel, padding=config.kernel // 2, groups=width)
+        self.back = config.kernel - 1 if config.causal else 0
+        padding = 0 if config.causal else config.kernel // 2
+        self.conv = nn.Conv1d(width, width, config.kernel, padding=padding, groups=width)
         self.norm = nn.LayerNorm(width)
         self.expand = nn.Linear(width, 4 * width)
         self.contract = nn.Linear(4 * width, width)
@@ -148,7 +162,7 @@ class _TinyBlock(nn.Module):
 
     def forward(self, x_WAE: Tensor, mask_WA: Tensor | None) -> Tensor:
         real_WAE = x_WAE if mask_WA is None else x_WAE * mask_WA[..., None]
-        y_WAE = self.conv(real_WAE.mT).mT
+        y_WAE = self.conv(F.pad(real_WAE.mT, (self.back, 0))).mT
         return x_WAE + self.dropout(self.contract(F.gelu(self.expand(self.norm(y_WAE)))))
 
 

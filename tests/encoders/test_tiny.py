@@ -12,14 +12,28 @@ from tests.models import noise
 SMALL = {"name": "tiny", "width": 12, "channels": [2, 3, 4, 6], "blocks": 2}
 
 
-@pytest.fixture(scope="module")
-def encoder():
+def made(**options):
     torch.manual_seed(0)
-    encoder = build("encoder", SMALL)
+    encoder = build("encoder", {**SMALL, **options})
     # Statistics that do something, as after training.
     encoder.train()
     encoder.encode([noise(1.0, seed=s) for s in range(3)])
     return encoder.eval()
+
+
+@pytest.fixture(scope="module")
+def encoder():
+    return made()
+
+
+@pytest.fixture(scope="module")
+def causal():
+    return made(causal=True)
+
+
+@pytest.fixture(scope="module", params=["encoder", "causal"])
+def either(request):
+    return request.getfixturevalue(request.param)
 
 
 def test_frontend_is_a_log_mel_spectrogram(encoder):
@@ -34,7 +48,8 @@ def test_frontend_is_a_log_mel_spectrogram(encoder):
 
 
 @pytest.mark.parametrize("samples", [1, 159, 160, 161, 639, 640, 641, 16_000])
-def test_every_sample_is_covered(encoder, samples):
+def test_every_sample_is_covered(either, samples):
+    encoder = either
     features = encoder.encode([torch.ones(samples)])
     assert features.lengths == (-(-samples // 640),)
     assert features.lengths[0] * features.seconds_per_token >= samples / 16_000
@@ -45,7 +60,8 @@ def test_twenty_five_tokens_a_second(encoder):
     assert encoder.seconds_per_token == 1 / 25
 
 
-def test_padded_batch_equals_single_clips(encoder):
+def test_padded_batch_equals_single_clips(either):
+    encoder = either
     clips = [noise(seconds, seed=i) for i, seconds in enumerate((0.4, 1.7, 0.93, 2.2))]
     together = encoder.encode(clips)
     for i, clip in enumerate(clips):
@@ -64,6 +80,21 @@ def test_an_event_moves_the_tokens_of_its_time(encoder):
     # Two blocks of 15 tokens and the convolutions before them hear at most 20 tokens to either side.
     assert not change_A[:30].any()
     assert not change_A[80:].any()
+
+
+def test_no_token_depends_on_what_comes_later(causal, encoder):
+    """Up to the last sample of a token; and every sample that it may depend on is heard."""
+    whole = noise(3.0, seed=5)
+    tokens_AE = causal.encode([whole]).x_BAE[0]
+    for end in (1, 2, 7, 40, 74):
+        torch.testing.assert_close(causal.encode([whole[: 640 * end]]).x_BAE[0], tokens_AE[:end], atol=1e-5, rtol=0)
+    changed = whole.clone()
+    changed[640 * 40 - 1] += 0.5
+    change_A = (causal.encode([changed]).x_BAE[0] - tokens_AE).abs().amax(-1)
+    assert not change_A[:39].any() and change_A[39] > 0
+    assert not change_A[40 + round(causal.reach_seconds / causal.seconds_per_token) :].any()
+    cut = encoder.encode([whole[:25_600]]).x_BAE[0]
+    assert not torch.allclose(cut[-1], encoder.encode([whole]).x_BAE[0, 39], atol=1e-3)  # as others do
 
 
 def test_silence_is_finite(encoder):
