@@ -239,7 +239,10 @@ def test_kv_bytes(integration: Any) -> None:
     rows = sum(stream.rows_BSD.shape[1] for stream in index.streams)
     cached = rows * 2 * 4 * LLM["num_hidden_layers"] * LLM["num_key_value_heads"] * LLM["head_dim"]  # type: ignore[operator]
     # half of it: two bytes a number
-    assert plan(one, seconds=SECONDS).kv_bytes == (stored + cached) / 2
+    made = plan(one, seconds=SECONDS, text_tokens=24, turns=7)
+    assert made.kv_bytes == (stored + cached) / 2
+    text = 24 * model.llm.n_layers * 2 * model.llm.kv_heads * model.llm.head_width * 2
+    assert (made.turns, made.conversation_bytes) == (7, 7 * (made.kv_bytes + text))
 
 
 def test_closed_forms_by_hand() -> None:

@@ -217,6 +217,7 @@ def plan(
     gpu: Annotated[str, typer.Option(help="GPU to plan for: H100, H200, A100-80, A100-40, L40S, 4090 or T4.")] = "H100",
     seconds: Annotated[float, typer.Option(min=0.1, help="Length of a clip in seconds.")] = 10.0,
     text_tokens: Annotated[int, typer.Option(min=2, help="Tokens of a question and its answer.")] = 128,
+    turns: Annotated[int, typer.Option(min=1, help="Turns of a conversation, each a clip and a question.")] = 1,
     as_json: AsJson = False,
 ) -> None:
     """Estimate parameters, FLOPs and memory of a recipe, and whether it fits on a GPU; loads no weights."""
@@ -224,7 +225,8 @@ def plan(
     from pal.plan.report import to_dict, to_text
     from pal.train.recipe import load_recipe
 
-    made = make_plan(load_recipe(recipe, settings or []), gpu=gpu, seconds=seconds, text_tokens=text_tokens)
+    loaded = load_recipe(recipe, settings or [])
+    made = make_plan(loaded, gpu=gpu, seconds=seconds, text_tokens=text_tokens, turns=turns)
     if as_json:
         print_json(to_dict(made))
     else:

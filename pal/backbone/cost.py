@@ -153,9 +153,10 @@ def attention(batch: int, heads: int, queries: int, keys: float, width: int, gra
     return Cost(2 * product, 5 * product * grad)
 
 
-def kv_bytes(llm: Backbone, added: Iterable[AddedCost], size: int) -> int:
-    """Bytes that one clip takes in the KV cache: its audio K/V and those of its rows."""
+def kv_bytes(llm: Backbone, added: Iterable[AddedCost], size: int, text: int = 0) -> int:
+    """Bytes that one clip takes in the KV cache, its audio K/V and those of its rows, and `text` rows of text."""
     pairs = sum(llm.n_layers * one.rows + sum(layer.keys for layer in one.layers.values()) for one in added)
+    pairs += llm.n_layers * text
     return 2 * llm.kv_heads * llm.head_width * size * pairs
 
 

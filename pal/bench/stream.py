@@ -19,6 +19,7 @@ import torch
 from pydantic import Field
 from tqdm import tqdm
 
+from pal.backbone.cost import StepSize, kv_bytes
 from pal.backbone.llm import Backbone
 from pal.backbone.session import KINDS
 from pal.bench.machine import machine_facts
@@ -26,6 +27,7 @@ from pal.bench.models import AttachedModel, attached_to
 from pal.bench.presets import LLAMA_1B, SMALL
 from pal.config import StrictConfig, parse
 from pal.files import write_text
+from pal.integrations.cost import route_cost
 from pal.lab.numbers import three_digits
 from pal.lab.tables import markdown_table
 from pal.memory import give_back_freed_memory, keep_freed_memory
@@ -114,6 +116,8 @@ class StreamMeasurement:
     token: tuple[float, float]
     kv_bytes: int
     """Keys and values of text and audio, without room for later ones."""
+    planned_bytes: int
+    """The same by the closed form of `pal plan`."""
 
 
 @dataclass
@@ -185,7 +189,14 @@ def measure(preset: StreamPreset, model: AttachedModel, progress: bool = False) 
 
     stored = [x for kind in KINDS for store in session.stores[kind] if len(store) for x in store.view()]
     size = sum(x.numel() * x.element_size() for x in stored)
-    return StreamMeasurement(model.name, preset.turns, medians("append"), medians("first"), medians("token"), size)
+    # the last token of an answer is not read
+    text = preset.question + preset.turns * (preset.question + preset.answer - 1)
+    kept = preset.turns if preset.window is None else preset.window
+    step = StepSize(clips=1, rows=1, text=1, targets=1)
+    heard = route_cost(route, step, preset.audio_tokens, llm)
+    planned = kv_bytes(llm, [heard] * kept, dtype.itemsize, text)
+    times = (medians("append"), medians("first"), medians("token"))
+    return StreamMeasurement(model.name, preset.turns, *times, size, planned)
 
 
 def to_dict(result: StreamResult) -> dict[str, Any]:
@@ -228,10 +239,11 @@ def to_markdown(result: StreamResult) -> str:
         times = [cell for first, last in pairs for cell in (three_digits(first, 1e3), three_digits(last, 1e3))]
         growth = [last / first for first, last in pairs[1:]]
         mark = "ok" if max(growth) <= _MOST else "missed"
-        cells.append((row.variant, *times, *(f"{one:.2f}" for one in growth), mark, three_digits(row.kv_bytes, 1e-6)))
+        sizes = (three_digits(size, 1e-6) for size in (row.kv_bytes, row.planned_bytes))
+        cells.append((row.variant, *times, *(f"{one:.2f}" for one in growth), mark, *sizes))
     head = (
         *("variant", "append, ms", "last", "first token, ms", "last", "a token, ms", "last"),
-        *("first token, last over first", "a token", f"<= {_MOST}", "KV MB"),
+        *("first token, last over first", "a token", f"<= {_MOST}", "KV MB", "planned"),
     )
     return "\n".join([*lines, *markdown_table(head, cells, left=1)]) + "\n"
 

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 __all__ = ["plan"]
 
 
-def plan(recipe: Recipe, gpu: str = "H100", seconds: float = 10.0, text_tokens: int = 128) -> Plan:
+def plan(recipe: Recipe, gpu: str = "H100", seconds: float = 10.0, text_tokens: int = 128, turns: int = 1) -> Plan:
     """The plan of a recipe; see `pal.plan.estimate.make`."""
     from pal.plan.estimate import make
 
-    return make(recipe, gpu=gpu, seconds=seconds, text_tokens=text_tokens)
+    return make(recipe, gpu=gpu, seconds=seconds, text_tokens=text_tokens, turns=turns)

@@ -99,6 +99,11 @@ class Plan:
     """Part -> number of parameters of the initial model."""
     kv_bytes: int
     """KV cache of one clip during generation, in bfloat16."""
+    turns: int
+    """Turns of a conversation, each a clip, a question and an answer."""
+    conversation_bytes: int
+    """KV cache of such a conversation (`PalModel.chat`, `PalModel.listen`), in bfloat16; storage that grows may have as
+    much room again."""
     stages: list[StagePlan]
 
     @property
@@ -107,7 +112,7 @@ class Plan:
         return all(stage.fits for stage in self.stages)
 
 
-def make(recipe: Recipe, gpu: str = "H100", seconds: float = 10.0, text_tokens: int = 128) -> Plan:
+def make(recipe: Recipe, gpu: str = "H100", seconds: float = 10.0, text_tokens: int = 128, turns: int = 1) -> Plan:
     """The plan of a recipe.
 
     Args:
@@ -115,6 +120,7 @@ def make(recipe: Recipe, gpu: str = "H100", seconds: float = 10.0, text_tokens: 
         gpu: a name in `GPUS`; one GPU computes the whole batch.
         seconds: length of each clip.
         text_tokens: of a question and its answer.
+        turns: of a conversation whose keys and values are kept.
 
     Raises:
         ConfigError: the recipe cannot be built, or the GPU is not known.
@@ -125,8 +131,9 @@ def make(recipe: Recipe, gpu: str = "H100", seconds: float = 10.0, text_tokens: 
     ears = _AudioSide(model.ears, seconds)
     stages = [_stage(model, stage, chosen, ears, text_tokens) for stage in recipe.stages]
     step = StepSize(clips=1, rows=1, text=text_tokens, targets=1)
-    cache = kv_bytes(model.llm, _added(model, step, ears.streams_and_costs()[0]), size=2)
-    return Plan(chosen, seconds, text_tokens, parameters, cache, stages)
+    added = _added(model, step, ears.streams_and_costs()[0])
+    clip, turn = (kv_bytes(model.llm, added, 2, text) for text in (0, text_tokens))
+    return Plan(chosen, seconds, text_tokens, parameters, clip, turns, turns * turn, stages)
 
 
 def _stage(model: PalModel, stage: Stage, gpu: GPU, ears: _AudioSide, text_tokens: int) -> StagePlan:

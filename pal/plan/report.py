@@ -20,6 +20,7 @@ def to_dict(plan: Plan) -> dict[str, Any]:
         },
         "parameters": {**plan.parameters, "all": sum(plan.parameters.values())},
         "kv_bytes": plan.kv_bytes,
+        "conversation": {"turns": plan.turns, "kv_bytes": plan.conversation_bytes},
         "fits": plan.fits,
         "stages": [_stage_dict(stage) for stage in plan.stages],
     }
@@ -59,6 +60,7 @@ def to_text(plan: Plan) -> str:
         f"parameters  {_count(whole)}: {parts}",
         f"clip        {plan.clip_seconds:g} s; its keys and values in bf16: {_bytes(plan.kv_bytes)}",
         f"text        {plan.text_tokens} tokens a question, {ANSWER_SHARE:.0%} of them its answer (assumed)",
+        f"turns       {plan.turns} of clip and text; keys and values in bf16: {_bytes(plan.conversation_bytes)}",
     ]
     for number, stage in enumerate(plan.stages, 1):
         lines += ["", *_stage_lines(number, stage, plan)]

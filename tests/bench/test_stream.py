@@ -31,17 +31,17 @@ def test_turns_read_what_is_new_and_stored_is_what_was_read(window, monkeypatch)
     kept = PRESET.turns if window is None else window
     keys = {"lal": 4 * 12, "lal_third": 12, "pal": 4 * 4 + 12, "plits": 4 * 12}  # by layer: 12 tokens, or 4 summaries
     for row in result.rows:
-        assert row.kv_bytes == 2 * 16 * 4 * (4 * text + kept * keys[row.variant])
+        assert row.planned_bytes == row.kv_bytes == 2 * 16 * 4 * (4 * text + kept * keys[row.variant])
         assert min(*row.append, *row.first, *row.token) > 0
 
 
 def test_growth_is_the_last_turns_over_the_first():
-    rows = [StreamMeasurement("lal", 512, (0.1, 0.1), (0.2, 0.21), (0.05, 0.06), 1_000_000)]
+    rows = [StreamMeasurement("lal", 512, (0.1, 0.1), (0.2, 0.21), (0.05, 0.06), 1_000_000, 2_000_000)]
     result = StreamResult(
         PRESET, {"device": "a CPU", "threads": 2, "torch": "", "transformers": "", "pal": "", "date": ""}, rows
     )
     assert stream.to_dict(result)["rows"][0]["growth"] == pytest.approx({"append": 1.0, "first": 1.05, "token": 1.2})
-    assert "| lal | 100 | 100 | 200 | 210 | 50 | 60 | 1.05 | 1.20 | missed | 1 |" in stream.to_markdown(result)
+    assert "| lal | 100 | 100 | 200 | 210 | 50 | 60 | 1.05 | 1.20 | missed | 1 | 2 |" in stream.to_markdown(result)
 
 
 def test_the_command(tmp_path):
