@@ -112,6 +112,7 @@ def generate_ids(
     model: PalModel, features: ClipFeatures, conversations: list[Tokens], options: dict[str, Any]
 ) -> Tensor | list[list[int]]:
     """New token ids of conversations, with complete and checked options."""
+    check_ids(conversations, model.llm.vocab, model.tokenizer)
     if not model.hides:
         in_blocks = _generate_in_blocks(model, features, conversations, options)
         if in_blocks is not None:
@@ -134,7 +135,6 @@ def _generate_shared(
     shared = shared_prefixes(conversations) if llm.shares_prefixes and tokens is not None else None
     if shared is None or tokens is None:
         return None
-    check_ids(conversations, llm.vocab, model.tokenizer)
     prefixes = model.inputs(features, shared.prefixes, llm.prompt_side(**options))
     read = llm.read_prefixes(prefixes, max(map(len, shared.continuations.ids)) + tokens)
     return None if read is None else llm.generate_after(read, shared.continuations, **options)
@@ -163,7 +163,6 @@ def _generate_in_blocks(
     clip = given.streams[0] if isinstance(given, AudioKV) else route.stream_kv(given, llm)
     if not Session.suits(llm, clip.layout) or clip.kept_LBA is not None:
         return None
-    check_ids(conversations, llm.vocab, model.tokenizer)
     answers: list[list[int]] = []
     session, read = route.session(llm, clip.layout), None
     for before, after in parts:

@@ -154,23 +154,20 @@ class Session:
             raise PalError("a growing conversation takes whole clips, not thinned ones; ask about the AudioKV instead")
         if self.tokens % layout.tokens:
             raise PalError("this clip ended within a group of tokens; go back to a mark before its end")
+        start = self.tokens if layout.beside else 0
+        stored = StoredKeys(chunk, layout.key_rope_positions(tokens, self.position) + start, self)
         keys: dict[int, tuple[Tensor, Tensor]] = {}
-        if layout.keys:
-            start = self.tokens if layout.beside else 0
-            arrived = StoredKeys(chunk, layout.key_rope_positions(tokens, self.position) + start, self)
-            if in_place and not layout.rows:
-                self.stored.append(arrived)
-            else:
-                keys = {layer: arrived.keys_values(layer) for layer in chunk.layers}
+        if layout.keys and (layout.rows or not in_place):
+            keys = {layer: stored.keys_values(layer) for layer in chunk.layers}
         if layout.rows:
             order_S = layout.row_offsets(tokens)
             counts_S = np.searchsorted(layout.key_offsets(tokens), order_S, side="right")
             positions_S = torch.from_numpy(layout.row_positions(tokens, self.position))
             rows_1SD = chunk.rows_BSD.to(self.llm.device)
             self.run(rows_1SD, positions_S, "rows", keys, counts_S.tolist())
-        if in_place and keys:
-            self.stored.append(arrived)
-        elif keys:
+        if layout.keys and in_place:
+            self.stored.append(stored)
+        else:
             kind = "keys" if self.blocks is None else "crossed"
             for layer, pair in keys.items():
                 self.stores[kind][layer].append(*pair)
