@@ -24,7 +24,7 @@ FLAMINGO = {"name": "flamingo", "every": 2}
 def small(monkeypatch):
     """Limits so low that seconds are long."""
     monkeypatch.setattr(long_clips, "LONG_SECONDS", 2)
-    monkeypatch.setattr(long_clips, "BLOCK_SECONDS", 0.9)
+    monkeypatch.setattr(long_clips, "BLOCK_SECONDS", 1.5)
     monkeypatch.setattr(answering, "LONG_TOKENS", 40)
     monkeypatch.setattr(session_module, "BLOCK", 7)
 

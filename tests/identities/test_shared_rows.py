@@ -122,6 +122,21 @@ def test_an_answer_right_after_the_clip_is_predicted_by_the_clips_last_row():
     assert not isinstance(inputs.audio_context, PackedContext)
     expected = torch.cat([llm.label_scores(lal(audio, [row], llm)) for row in rows])
     torch.testing.assert_close(llm.label_scores(inputs), expected, **SAME)
+    packed = lal(audio, rows, llm, "none")
+    assert not any(one.shared for one in packed.audio_context.conversations)
+    torch.testing.assert_close(llm.label_scores(packed), expected, **SAME)
+
+
+@pytest.mark.parametrize("side", ["any", "none"])
+@torch.no_grad()
+def test_the_same_words_about_another_clip_are_not_shared(side):
+    llm, lal = shared("llama", "lal")
+    rows = [*asked([5, AUDIO], (0,), [6, 7, 8], [4, 9, 9]), *asked([5, AUDIO], (1,), [6, 7, 8], [4, 9, 9])]
+    audio = features(7, 11)
+    inputs = lal(audio, rows, llm, side)
+    assert [one.base for one in inputs.audio_context.conversations] == [-1, 0, -1, 2]
+    alone = torch.cat([llm.label_scores(lal(audio, [row], llm, "right")) for row in rows])
+    torch.testing.assert_close(llm.label_scores(inputs), alone, **SAME)
 
 
 def test_what_does_not_share():
