@@ -1,4 +1,4 @@
-"""Which keys of an indexed clip may be left out: scores for `AudioKV.thin` by the attention of a probe question."""
+"""Scores for `AudioKV.thin`: which keys of an indexed clip may be left out."""
 
 from __future__ import annotations
 
@@ -34,6 +34,24 @@ class _KeyMass:
     def crossed(self, layer: int, which: int, weights_BHNA: Tensor) -> None:
         """Attention of a cross-attention block before a layer."""
         self.mass_A[which, layer] = weights_BHNA.sum((0, 1, 2))
+
+
+def norm_scores(clip: AudioKV, smallest: bool = True) -> list[Tensor | None]:
+    """Scores by the norm of each key, mean over heads: those of the smallest stay, or of the largest.
+
+    Small keys stay in the KV cache compression of Devoto et al. (2024), for text. For audio both lose more than even
+    spacing (docs/audio_once.md).
+
+    Returns:
+        [L, B, A] for each stream; None for a stream without keys.
+    """
+    found: list[Tensor | None] = []
+    for stream in clip.streams:
+        norm_LBGA = stream.k_LBGAC.float().norm(dim=-1)
+        if stream.k_scale_LBGA is not None:
+            norm_LBGA = norm_LBGA * stream.k_scale_LBGA
+        found.append((-1 if smallest else 1) * norm_LBGA.mean(2) if stream.layers else None)
+    return found
 
 
 @torch.inference_mode()

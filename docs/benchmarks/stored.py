@@ -3,8 +3,8 @@
     pal demo
     python docs/benchmarks/stored.py runs/demo/lal/model runs/demo/held-out/manifest.jsonl
 
-Keys are thinned by four rules: those of the smallest or the largest norm stay, those that a probe question attends to
-most ("What can be heard?"), or random ones.
+Keys are thinned by five rules: evenly spaced ones stay, random ones, those of the smallest or the largest norm, or
+those that a probe question attends to most ("What can be heard?").
 """
 
 from __future__ import annotations
@@ -25,17 +25,16 @@ from pal.data.manifest import Manifest, Record
 from pal.evaluate.bootstrap import bootstrap_ci
 from pal.evaluate.text import exact_match
 from pal.model import PalModel
-from pal.thinning import attention_scores
+from pal.thinning import attention_scores, norm_scores
 
 PROBE = "What can be heard?"
 SHARES = (0.75, 0.5, 0.25, 0.1)
 Change = Callable[[PalModel, AudioKV], AudioKV]
 
 
-def by_norm(share: float, sign: float, model: PalModel, clip: AudioKV) -> AudioKV:
-    """Keys of the smallest (sign -1) or the largest norm."""
-    scores: list[Tensor | None] = [sign * stream.k_LBGAC.norm(dim=-1).mean(2) for stream in clip.streams]
-    return clip.thin(share, scores)
+def by_norm(share: float, smallest: bool, model: PalModel, clip: AudioKV) -> AudioKV:
+    """Keys of the smallest or the largest norm."""
+    return clip.thin(share, norm_scores(clip, smallest))
 
 
 def by_attention(share: float, model: PalModel, clip: AudioKV) -> AudioKV:
@@ -56,10 +55,11 @@ def changes() -> dict[str, Change]:
     """Name and function of each form of storage."""
     found: dict[str, Change] = {"whole": lambda model, clip: clip, "int8": lambda model, clip: clip.quantized()}
     for share in SHARES:
-        found[f"smallest keys, {share:.0%}"] = partial(by_norm, share, -1.0)
-        found[f"largest keys, {share:.0%}"] = partial(by_norm, share, 1.0)
-        found[f"by a question, {share:.0%}"] = partial(by_attention, share)
+        found[f"evenly, {share:.0%}"] = lambda model, clip, share=share: clip.thin(share)
         found[f"random, {share:.0%}"] = partial(at_random, share)
+        found[f"smallest keys, {share:.0%}"] = partial(by_norm, share, True)
+        found[f"largest keys, {share:.0%}"] = partial(by_norm, share, False)
+        found[f"by a question, {share:.0%}"] = partial(by_attention, share)
     return found
 
 
@@ -68,6 +68,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("manifest")
+    parser.add_argument("--only", nargs="+", help="only forms whose name begins so, and whole")
     parser.add_argument("--clips", type=int, default=600, help="most clips to ask about")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
@@ -85,6 +86,8 @@ def main() -> None:
         questions = [record.turns[0].question for record in records]
         clips += [path] * len(records)
         for name, change in changes().items():
+            if args.only and name != "whole" and not name.startswith(tuple(args.only)):
+                continue
             answers = model.ask(change(model, whole), questions, max_new_tokens=32)
             right.setdefault(name, []).extend(
                 float(exact_match(answer, record.turns[0].answer))

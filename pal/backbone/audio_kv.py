@@ -77,14 +77,13 @@ class AudioKV:
     def thin(self, share: float, scores: Sequence[Tensor | None] | None = None) -> AudioKV:
         """Keep only a share of each clip's keys and values; never done by default, since answers may change.
 
-        In each layer the keys of the highest score stay, at their positions, so that what is kept is as far from the
-        text as before. Audio rows stay, too. What it costs is measured in docs/audio_once.md.
+        What stays is at its positions, as far from the text as before. Audio rows stay, too. By default, tokens that
+        are evenly spaced in time stay, the same in all layers; with scores, those of the highest score in each layer.
+        Neighbours are alike, so even spacing loses least: docs/audio_once.md has what each rule costs.
 
         Args:
             share: of the tokens, above 0 and at most 1; rounded, at least one token a clip.
-            scores: for each stream, a score of each key [L, B, A], such as `pal.thinning.attention_scores`. Without,
-                keys with the smallest norm stay (mean over heads), as in the KV cache compression of Devoto et al.
-                (2024).
+            scores: for each stream, a score of each key [L, B, A], such as `pal.thinning.attention_scores`.
 
         Raises:
             PalError: another share, clips that were thinned already, or scores of another shape.

@@ -173,25 +173,25 @@ class StreamKV:
         return replace(self, k_LBGAC=k, v_LBGAC=v, k_scale_LBGA=k_scale, v_scale_LBGA=v_scale)
 
     def thin(self, share: float, scores_LBA: Tensor | None = None) -> StreamKV:
-        """Keep a share of each clip's keys in each layer, those of the highest score; see `AudioKV.thin`."""
+        """Keep a share of each clip's keys in each layer, evenly or by score; see `AudioKV.thin`."""
         if self.kept_LBA is not None:
             raise PalError("this clip was thinned already; thin the whole one")
         if not self.layers or not self.layout.keys:
             return self
-        if scores_LBA is None:
-            k_LBGA = self.k_LBGAC.float().norm(dim=-1)
-            scores_LBA = -(k_LBGA if self.k_scale_LBGA is None else k_LBGA * self.k_scale_LBGA).mean(2)
-        elif scores_LBA.shape != self.k_LBGAC[:, :, 0, :, 0].shape:
+        shape = self.k_LBGAC[:, :, 0, :, 0].shape
+        if scores_LBA is not None and scores_LBA.shape != shape:
             raise PalError(
-                f"scores of shape {list(scores_LBA.shape)} are not those of {list(self.k_LBGAC[:, :, 0, :, 0].shape)} "
-                "layers, clips and tokens"
+                f"scores of shape {list(scores_LBA.shape)} are not those of {list(shape)} layers, clips, tokens"
             )
         counts = tuple(max(1, round(share * length)) for length in self.lengths)
-        kept_LBA = torch.zeros(*scores_LBA.shape[:2], max(counts), dtype=torch.int32, device=scores_LBA.device)
+        kept_LBA = torch.zeros(*shape[:2], max(counts), dtype=torch.int32, device=self.k_LBGAC.device)
         for clip, (length, count) in enumerate(zip(self.lengths, counts, strict=True)):
-            best_LA = scores_LBA[:, clip, :length].topk(count, dim=-1).indices.sort(-1).values
-            kept_LBA[:, clip, :count] = best_LA.to(torch.int32)
-        index_LB1A = kept_LBA.to(self.k_LBGAC.device)[:, :, None].long()
+            if scores_LBA is None:
+                best_LA = (2 * torch.arange(count) + 1) * length // (2 * count)  # the middle of equal stretches
+            else:
+                best_LA = scores_LBA[:, clip, :length].topk(count, dim=-1).indices.sort(-1).values
+            kept_LBA[:, clip, :count] = best_LA.to(kept_LBA)
+        index_LB1A = kept_LBA[:, :, None].long()
         thinner: dict[str, Any] = {}
         for name, x in self.tensors().items():
             if name != "rows_BSD":
@@ -199,7 +199,7 @@ class StreamKV:
                     -1, -1, x.shape[2], -1, *x.shape[4:]
                 )
                 thinner[name] = x.gather(3, index)
-        return replace(self, **thinner, kept_LBA=kept_LBA.to(self.k_LBGAC.device), counts=counts)
+        return replace(self, **thinner, kept_LBA=kept_LBA, counts=counts)
 
     def kept(self) -> dict[int, list[Ints]] | None:
         """After `thin`: for each layer and clip, the tokens that have keys; else None."""

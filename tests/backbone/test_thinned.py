@@ -9,7 +9,7 @@ import torch
 from pal.backbone.audio_kv import AudioKV
 from pal.backbone.audio_mask import TokenSpans
 from pal.errors import BundleError, PalError
-from pal.thinning import attention_scores
+from pal.thinning import attention_scores, norm_scores
 from pal.types import AUDIO, Tokens
 from tests.backbone.generating import GREEDY
 from tests.identities.models import FAMILIES, features, make_backbone, make_integration, shared
@@ -97,20 +97,27 @@ def test_all_of_it_is_the_whole():
 
 
 @torch.no_grad()
-def test_small_keys_stay_by_default():
+def test_even_spacing_by_default_and_norms_by_scores():
     llm, integration = shared("llama", "lal")
-    whole = integration.index(features(13, 8), llm, "").streams[0]
-    (thinned,) = integration.index(features(13, 8), llm, "").thin(0.5).streams
-    kept = thinned.kept()
-    for place, layer in enumerate(whole.layers):
-        for clip, length in enumerate(whole.lengths):
-            norm_A = whole.k_LBGAC[place, clip, :, :length].square().sum(-1).sqrt().mean(0)
-            expected = np.sort(np.argsort(norm_A.numpy())[: round(0.5 * length)])
-            assert kept[layer][clip].tolist() == expected.tolist()
-            k, v = thinned.keys_values(layer)
-            count = len(expected)
-            assert torch.equal(k[clip, :, :count], whole.k_LBGAC[place, clip][:, expected])
-            assert torch.equal(v[clip, :, :count], whole.v_LBGAC[place, clip][:, expected])
+    clip = integration.index(features(13, 8), llm, "")
+    (whole,) = clip.streams
+    even = clip.thin(0.5).streams[0].kept()
+    for layer in whole.layers:
+        # the middle of six stretches of 13 tokens, and of four of 8
+        assert [kept.tolist() for kept in even[layer]] == [[1, 3, 5, 7, 9, 11], [1, 3, 5, 7]]
+    for smallest in (True, False):
+        (thinned,) = clip.thin(0.5, norm_scores(clip, smallest)).streams
+        kept = thinned.kept()
+        for place, layer in enumerate(whole.layers):
+            for number, length in enumerate(whole.lengths):
+                norm_A = whole.k_LBGAC[place, number, :, :length].square().sum(-1).sqrt().mean(0)
+                order = np.argsort(norm_A.numpy() if smallest else -norm_A.numpy())
+                expected = np.sort(order[: round(0.5 * length)])
+                assert kept[layer][number].tolist() == expected.tolist()
+                k, v = thinned.keys_values(layer)
+                count = len(expected)
+                assert torch.equal(k[number, :, :count], whole.k_LBGAC[place, number][:, expected])
+                assert torch.equal(v[number, :, :count], whole.v_LBGAC[place, number][:, expected])
 
 
 @torch.no_grad()
@@ -132,7 +139,7 @@ def test_thinned_clips_are_saved_rounded_taken_apart_and_joined(tmp_path):
     both = (thinned.quantized(), whole.quantized().thin(0.5, [scores_of(whole)]))
     for name, x in both[0].streams[0].tensors().items():
         assert torch.equal(both[1].streams[0].tensors()[name], x)
-    by_norm = (whole.quantized().thin(0.5), whole.thin(0.5))
+    by_norm = [clip.thin(0.5, norm_scores(clip)) for clip in (whole.quantized(), whole)]
     assert torch.equal(by_norm[0].streams[0].kept_LBA, by_norm[1].streams[0].kept_LBA)
     half = thinned.to("cpu", torch.float64)
     assert half.streams[0].kept_LBA.dtype == torch.int32 and half.streams[0].k_LBGAC.dtype == torch.float64
