@@ -13,7 +13,7 @@ from pal.audio import Limits, load_into
 from pal.audio import seconds as length_of
 from pal.audio.urls import is_url
 from pal.backbone.audio_kv import AudioKV
-from pal.clips import LONG_SECONDS, AudioInput, clip_notes, read_clip
+from pal.clips import LONG_SECONDS, AudioInput, Clip, clip_notes, read_clip
 from pal.live import LiveAudio
 
 if TYPE_CHECKING:
@@ -25,13 +25,13 @@ BLOCK_SECONDS = 30.0
 """Audio that is encoded at once."""
 
 
-def index(
+def read(
     model: PalModel, audio: AudioInput, allow_urls: bool = False, read_to_end: bool = False
-) -> tuple[AudioKV, tuple[str, ...]]:
-    """Audio keys and values of a clip, and the notes on its length.
+) -> tuple[Clip, tuple[str, ...]]:
+    """`read_clip` with the notes on the clip's length; a long audio file is indexed in blocks on the way.
 
-    A long audio file is indexed in blocks where the model's keys and values settle while audio arrives
-    (`LiveAudio.settles`); it may have a day, other clips an hour.
+    That needs a model whose keys and values settle while audio arrives (`LiveAudio.settles`). Such a file may have a
+    day, other clips an hour.
 
     Raises:
         AudioError: as `pal.audio.load`.
@@ -40,7 +40,15 @@ def index(
     if made is not None:
         return made
     clip = read_clip(audio, model.sampling_rate, allow_urls=allow_urls, read_to_end=read_to_end)
-    return model.keys_values(clip), clip_notes([clip])
+    return clip, clip_notes([clip])
+
+
+def index(
+    model: PalModel, audio: AudioInput, allow_urls: bool = False, read_to_end: bool = False
+) -> tuple[AudioKV, tuple[str, ...]]:
+    """Audio keys and values of a clip that is read as by `read`, and the notes on its length."""
+    clip, notes = read(model, audio, allow_urls, read_to_end)
+    return model.keys_values(clip), notes
 
 
 def _index_file(model: PalModel, audio: AudioInput, read_to_end: bool) -> tuple[AudioKV, tuple[str, ...]] | None:

@@ -29,7 +29,6 @@ from pal.clips import (
     ClipFeatures,
     Clips,
     clip_list,
-    clip_notes,
     read_clip,
     read_waveform,
     to_one_kind,
@@ -396,8 +395,8 @@ class PalModel(nn.Module):
         self, given: Sequence[AudioInput], allow_urls: bool, read_to_end: bool
     ) -> tuple[list[Clip], tuple[str, ...]]:
         """Clips of any input forms, and the notes on those of unknown length."""
-        clips = [read_clip(clip, self.sampling_rate, allow_urls=allow_urls, read_to_end=read_to_end) for clip in given]
-        return clips, clip_notes(clips)
+        found = [long_clips.read(self, clip, allow_urls, read_to_end) for clip in given]
+        return [clip for clip, _ in found], tuple(note for _, notes in found for note in notes)
 
     def _ready(self, clips: Sequence[Clip]) -> list[Clip]:
         """The clips of a batch as one type; long ones are encoded."""

@@ -50,6 +50,22 @@ def test_a_long_file_is_indexed_in_blocks(integration, encoders, file, small, mo
     assert made.durations == (5.3,)
 
 
+@pytest.mark.parametrize("integration", ["plits", "lal", "pal"])
+def test_a_long_file_is_asked_in_blocks(integration, file, small, monkeypatch):
+    model = model_of(integration)
+    whole, _ = soundfile.read(file, dtype="float32")
+    expected = model.ask((whole, 16_000), ASKED, max_new_tokens=6)
+    two = model.ask([(whole, 16_000), (whole[:20_000], 16_000)], QUESTION, max_new_tokens=6)
+    heard = []
+    ours = LiveAudio.append
+    monkeypatch.setattr(LiveAudio, "append", lambda self, part: (heard.append(len(part)), ours(self, part))[1])
+    assert model.ask(str(file), ASKED, max_new_tokens=6) == expected
+    (detailed,) = model.ask_detailed(file, QUESTION, max_new_tokens=6)
+    assert (detailed.text, detailed.audio_seconds, detailed.audio_seconds_used) == (expected[0], 5.3, 5.3)
+    assert sum(heard) == 2 * 84_800
+    assert model.ask([file, (whole[:20_000], 16_000)], QUESTION, max_new_tokens=6) == two
+
+
 def test_another_rate_is_resampled_as_a_whole(tmp_path, small):
     samples = noise(4.1, 2, rate=22_050)
     soundfile.write(tmp_path / "a.wav", np.stack([samples, samples], 1), 22_050, subtype="FLOAT")

@@ -1,7 +1,7 @@
-"""Time and memory of a long recording with the model `tiny`: a file indexed, then asked.
+"""Time and memory of a long recording: a file indexed, then asked.
 
     python docs/benchmarks/hours.py --hours 1
-    python docs/benchmarks/hours.py --hours 10 --int8
+    python docs/benchmarks/hours.py --hours 10 --int8 --model runs/demo/lal/model
 
 The recording is noise in a FLAC file, which another process writes. The index is saved, and loaded to be asked.
 """
@@ -41,6 +41,7 @@ def main() -> None:
     """Index and ask."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--hours", type=float, default=1.0)
+    parser.add_argument("--model", default="tiny")
     parser.add_argument("--int8", action="store_true", help="keep keys and values in int8")
     parser.add_argument("--questions", type=int, default=1)
     args = parser.parse_args()
@@ -49,7 +50,7 @@ def main() -> None:
         writer = multiprocessing.get_context("spawn").Process(target=write, args=(sound, args.hours))
         writer.start()
         writer.join()
-        model = pal.load("tiny")
+        model = pal.load(args.model)
         print(f"the model: {peak():.2f} GiB; the file: {sound.stat().st_size / 1e6:.0f} MB", flush=True)
         began = time.perf_counter()
         made = model.index(sound)
