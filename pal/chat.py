@@ -41,10 +41,10 @@ class Chat:
         self.reads = 0
         """Token ids and clips of questions and rewritten answers that were read so far."""
         self._session: Session | None = None
-        self._read: list[int] = []
-        """Token ids in the session, -1 for a clip."""
+        self._read: list[int | AudioKV] = []
+        """Token ids and clips in the session."""
         self._marks: dict[int, SessionMark] = {}
-        """Moments of the session, by the number of ids before them."""
+        """Moments of the session, by the number of ids and clips before them."""
 
     def ask(
         self,
@@ -88,29 +88,26 @@ class Chat:
     @torch.inference_mode()
     def _answer(self, asked: Tokens, clips: list[AudioKV], options: dict[str, Any]) -> str:
         session = self._session_for(clips, options)
-        if session is None:
+        if session is None or asked.ids[-1] == AUDIO:
             self._session = None
             return answering.generate(self.model, clips, [asked], **options)[0]
         self._session = session
-        start = self._go_back(session, asked.ids)
-        heard = asked.ids[:start].count(AUDIO)
-        logits_1V = None
-        end = len(asked.ids)
-        places = [at for at in range(start, end) if asked.ids[at] == AUDIO]
-        for place in [*places, end]:
+        following = iter(clips)
+        whole = [next(following) if token == AUDIO else token for token in asked.ids]
+        start = self._go_back(session, whole)
+        end = len(whole)
+        for place in [*(at for at in range(start, end) if asked.ids[at] == AUDIO), end]:
             if place > start:
                 logits_1V = session.read(asked.ids[start:place])
-                self._mark(session, asked.ids[:place])
+                self._mark(session, whole[:place])
             if place < end:
-                clip = clips[heard].streams[0]
+                clip = clips[asked.ids[:place].count(AUDIO)].streams[0]
                 session.begin_clip()
                 (session.hear if clip.lengths[0] < answering.LONG_TOKENS else session.hear_stored)(clip)
-                heard += 1
                 start = place + 1
-                self._mark(session, asked.ids[:start])
-        assert logits_1V is not None, "a chat template ends with text"
+                self._mark(session, whole[:start])
         said_1N = session.generate(logits_1V, **options)
-        self._read = [*asked.ids, *said_1N[0, :-1].tolist()]  # the last was not read
+        self._read = [*whole, *said_1N[0, :-1].tolist()]  # the last was not read
         self._marks[len(self._read)] = session.mark()
         text: str = self.model.tokenizer.batch_decode(said_1N, skip_special_tokens=True)[0]
         return text.strip()
@@ -129,18 +126,22 @@ class Chat:
         self._read, self._marks = [], {0: session.mark()}
         return session
 
-    def _go_back(self, session: Session, ids: list[int]) -> int:
-        """Forget what does not agree with the ids; the number of ids that remain, always fewer than all."""
-        same = next((at for at, pair in enumerate(zip(self._read, ids, strict=False)) if pair[0] != pair[1]), None)
-        agreed = min(len(self._read), len(ids)) if same is None else same
+    def _go_back(self, session: Session, whole: list[int | AudioKV]) -> int:
+        """Forget what does not agree with a conversation; how much of it remains, always less than all."""
+        agreed = 0
+        for old, new in zip(self._read, whole, strict=False):
+            # a clip of a turn that failed is not that of the next one
+            if old is not new if isinstance(new, AudioKV) or isinstance(old, AudioKV) else old != new:
+                break
+            agreed += 1
         # the last id is read again, since it gives the logits
-        start = max(at for at in self._marks if at <= min(agreed, len(ids) - 1))
+        start = max(at for at in self._marks if at <= min(agreed, len(whole) - 1))
         session.back_to(self._marks[start])
         self._marks = {at: mark for at, mark in self._marks.items() if at <= start}
-        self._read = ids[:start]
+        self._read = whole[:start]
         return start
 
-    def _mark(self, session: Session, ids: list[int]) -> None:
-        self.reads += len(ids) - len(self._read)
-        self._read = ids
-        self._marks[len(ids)] = session.mark()
+    def _mark(self, session: Session, whole: list[int | AudioKV]) -> None:
+        self.reads += len(whole) - len(self._read)
+        self._read = whole
+        self._marks[len(whole)] = session.mark()
