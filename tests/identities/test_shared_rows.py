@@ -9,10 +9,7 @@ from pal.backbone.packed import PackedContext
 from pal.backbone.segments import numbers_of, sizes_of
 from pal.types import AUDIO, IGNORE, Tokens
 from tests.identities.models import CROSSED, INTEGRATIONS, features, make_backbone, make_integration, shared
-from tests.identities.test_packed import SAME, loss_and_gradients
-
-GATE = {"rtol": 2e-4, "atol": 5e-5}
-"""A gate's gradient is a sum over all scores, most of which cancel."""
+from tests.identities.test_packed import GATE, SAME, loss_and_gradients
 
 WIDE = {"mistral": {"sliding_window": 64}, "gemma3": {"sliding_window": 64}}
 

@@ -169,7 +169,7 @@ def test_the_connector_learns_and_the_llm_s_layers_do_not_run(model):
     optimizer = torch.optim.Adam(weights, 2e-2)
     batch = objective.prepare(MicroBatch(Batch(clips, rows), ["a", "a"], seed=0))
     losses = []
-    for _ in range(150):
+    for _ in range(400):
         loss, items, _ = objective(batch)
         optimizer.zero_grad()
         loss.backward()
