@@ -248,8 +248,8 @@ class FolderIndex:
             encoded = model.encode_clip(wave)
             _write(file, encoded, {"digest": self.digest, "seconds": encoded.seconds, "source": about})
             return list(clip_notes([wave]))
-        made, notes = long_clips.index(model, path, read_to_end=read_to_end)
-        (made.quantized() if self.store == "int8" else made).save(file, source=about)
+        made, notes = long_clips.index(model, path, read_to_end=read_to_end, int8=self.store == "int8")
+        made.save(file, source=about)
         return list(notes)
 
     def _file(self, name: str) -> Path:

@@ -46,23 +46,24 @@ class LiveAudio:
         model: in evaluation mode. Its weights must not change while it listens.
         window: seconds that are kept; None keeps all. Where keys and values settle, older ones are dropped in whole
             groups of tokens, as `AudioKV.slice` does; else older samples are dropped.
+        int8: keep keys and values as `AudioKV.quantized` does.
 
     Raises:
         ConfigError: a window for a model whose tokens stand for no time of their own.
     """
 
-    def __init__(self, model: PalModel, window: float | None = None) -> None:
+    def __init__(self, model: PalModel, window: float | None = None, int8: bool = False) -> None:
         if window is not None and window <= 0:
             raise ConfigError(f"a stream's window is a number of seconds above 0, not {window:g}")
         self.model = model
-        self.window = window
+        self.window, self.int8 = window, int8
         self.samples = 0
         """Samples so far, at `PalModel.sampling_rate`."""
         self._digest = model.digest
         ears = model.ears
         self._encoders = [EncoderStream(ears.encoder(i), ears.sampling_rate) for i in range(len(ears.encoders))]
         self._streams = [
-            _StreamTail(connector, indices, route, model)  # type: ignore[arg-type]
+            _StreamTail(connector, indices, route, model, int8)  # type: ignore[arg-type]
             for connector, indices, route in zip(
                 ears.connectors, ears.encoder_indices, model.integration.routes(), strict=True
             )
@@ -140,7 +141,8 @@ class LiveAudio:
         if len(self._recent_N):
             model, seconds = self.model, len(self._recent_N) / self.model.sampling_rate
             features = model.features([self._recent_N])
-            return model.integration.index(features, model.llm, self._digest, [seconds])
+            made = model.integration.index(features, model.llm, self._digest, [seconds])
+            return made.quantized() if self.int8 else made
         begin = 0.0 if self.window is None else self.seconds - self.window
         kept = [stream.keys_values(begin) for stream in self._streams]
         seconds = self.seconds - min(start for _, start in kept)
@@ -192,8 +194,8 @@ class LiveAudio:
 class _StreamTail:
     """One stream: settled keys and values, and the end of its features."""
 
-    def __init__(self, connector: Connector, indices: Sequence[int], route: Route, model: PalModel) -> None:
-        self.connector, self.indices, self.route = connector, list(indices), route
+    def __init__(self, connector: Connector, indices: Sequence[int], route: Route, model: PalModel, int8: bool) -> None:
+        self.connector, self.indices, self.route, self.int8 = connector, list(indices), route, int8
         local = len(self.indices) == 1 and connector.reach is not None
         self.reach = connector.reach if local else None
         one = []
@@ -290,7 +292,8 @@ class _StreamTail:
         return new_AE, rest_AE
 
     def _stream_kv(self, model: PalModel, x_AE: Tensor, seconds: float) -> StreamKV:
-        return self.route.stream_kv(AudioFeatures(x_AE[None], (len(x_AE),), seconds), model.llm)
+        made = self.route.stream_kv(AudioFeatures(x_AE[None], (len(x_AE),), seconds), model.llm)
+        return made.quantized() if self.int8 else made
 
 
 class _GrowingKV:

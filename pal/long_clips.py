@@ -44,20 +44,26 @@ def read(
 
 
 def index(
-    model: PalModel, audio: AudioInput, allow_urls: bool = False, read_to_end: bool = False
+    model: PalModel, audio: AudioInput, allow_urls: bool = False, read_to_end: bool = False, int8: bool = False
 ) -> tuple[AudioKV, tuple[str, ...]]:
-    """Audio keys and values of a clip that is read as by `read`, and the notes on its length."""
+    """Audio keys and values of a clip that is read as by `read`, and the notes on its length; `int8`: rounded."""
+    made = _index_file(model, audio, read_to_end, int8)
+    if made is not None:
+        return made
     clip, notes = read(model, audio, allow_urls, read_to_end)
-    return model.keys_values(clip), notes
+    whole = model.keys_values(clip)
+    return whole.quantized() if int8 else whole, notes
 
 
-def _index_file(model: PalModel, audio: AudioInput, read_to_end: bool) -> tuple[AudioKV, tuple[str, ...]] | None:
+def _index_file(
+    model: PalModel, audio: AudioInput, read_to_end: bool, int8: bool = False
+) -> tuple[AudioKV, tuple[str, ...]] | None:
     """A long audio file in blocks; None for another clip, and for a model that has to hear it whole."""
     if not isinstance(audio, str | os.PathLike) or (isinstance(audio, str) and is_url(audio)):
         return None
     if length_of(audio, LIMITS, read_to_end) <= LONG_SECONDS:
         return None
-    with model.listen() as live:
+    with LiveAudio(model, int8=int8) as live:
         if not live.settles:
             return None
         blocks = _Blocks(live, round(BLOCK_SECONDS * model.sampling_rate))

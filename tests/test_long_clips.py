@@ -66,6 +66,19 @@ def test_a_long_file_is_asked_in_blocks(integration, file, small, monkeypatch):
     assert model.ask([file, (whole[:20_000], 16_000)], QUESTION, max_new_tokens=6) == two
 
 
+@pytest.mark.parametrize("integration", ["plits", "lal", "pal"])
+def test_int8_is_rounded_block_by_block(integration, file, small):
+    model = model_of(integration)
+    expected = model.index(file).quantized()
+    made, _ = long_clips.index(model, file, int8=True)
+    same(made, expected)
+    assert made.streams[0].k_LBGAC.dtype == torch.int8
+    assert model.ask(made, QUESTION, max_new_tokens=5) == model.ask(expected, QUESTION, max_new_tokens=5)
+    live = LiveAudio(model, window=1.0, int8=True)
+    live.append(noise(1.5, 1))
+    assert live.audio.streams[0].k_scale_LBGA is not None
+
+
 def test_another_rate_is_resampled_as_a_whole(tmp_path, small):
     samples = noise(4.1, 2, rate=22_050)
     soundfile.write(tmp_path / "a.wav", np.stack([samples, samples], 1), 22_050, subtype="FLOAT")

@@ -19,6 +19,7 @@ import numpy as np
 import soundfile
 
 import pal
+from pal import long_clips
 from pal.backbone.audio_kv import AudioKV
 
 RATE = 16_000
@@ -53,8 +54,8 @@ def main() -> None:
         model = pal.load(args.model)
         print(f"the model: {peak():.2f} GiB; the file: {sound.stat().st_size / 1e6:.0f} MB", flush=True)
         began = time.perf_counter()
-        made = model.index(sound)
-        (made.quantized() if args.int8 else made).save(index)
+        made, _ = long_clips.index(model, sound, int8=args.int8)
+        made.save(index)
         print(f"indexed in {time.perf_counter() - began:.0f} s: {made}, {index.stat().st_size / 1e6:.0f} MB stored")
         print(f"at most {peak():.2f} GiB", flush=True)
         del made
