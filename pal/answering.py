@@ -86,7 +86,7 @@ def generate_detailed(
 ) -> list[DetailedAnswer]:
     """As `generate`, with lengths, numbers of audio tokens and timings; `notes` on the clips are in each answer."""
     start = time.perf_counter()
-    features = model.encode(clips)
+    features = model.encode(model.ready(clips))
     encoded = time.perf_counter()
     first = FirstTokenTimer()
     options = {**options, "logits_processor": [first, *(options.get("logits_processor") or ())]}

@@ -39,7 +39,7 @@ class Chat:
         self.clips: list[AudioKV] = []
         """Clips so far."""
         self.reads = 0
-        """Token ids and clips of questions and rewritten answers that were read so far."""
+        """Number of prompt tokens and clips that were run through the LLM so far; generated tokens are not counted."""
         self._session: Session | None = None
         self._read: list[int | AudioKV] = []
         """Token ids and clips in the session."""

@@ -12,6 +12,7 @@ from torch import Tensor
 from pal.audio import Limits, load_into
 from pal.audio import seconds as length_of
 from pal.audio.urls import is_url
+from pal.audio_tower import BLOCK_SECONDS
 from pal.backbone.audio_kv import AudioKV
 from pal.clips import LONG_SECONDS, AudioInput, Clip, clip_notes, read_clip
 from pal.live import LiveAudio
@@ -21,8 +22,6 @@ if TYPE_CHECKING:
 
 LIMITS = Limits(max_seconds=86_400.0, max_decoded_bytes=1 << 38)
 """Of recordings whose samples are never in memory together."""
-BLOCK_SECONDS = 30.0
-"""Audio that is encoded at once."""
 
 
 def read(
@@ -31,7 +30,7 @@ def read(
     """`read_clip` with the notes on the clip's length; a long audio file is indexed in blocks on the way.
 
     That needs a model whose keys and values settle while audio arrives (`LiveAudio.settles`). Such a file may have a
-    day, other clips an hour.
+    day and, as all files, 1 GiB; other clips may have an hour.
 
     Raises:
         AudioError: as `pal.audio.load`.

@@ -274,7 +274,7 @@ class PalModel(nn.Module):
         if isinstance(clip, AudioKV):
             clip.check(self.digest)
             return clip
-        return self.integration.index(self.features(self._ready([clip])), self.llm, self.digest, [clip.seconds])
+        return self.integration.index(self.features(self.ready([clip])), self.llm, self.digest, [clip.seconds])
 
     @overload
     def ask(
@@ -369,8 +369,8 @@ class PalModel(nn.Module):
         if stream:
             if len(asked.tokens) != 1:
                 raise PromptError("stream=True takes one conversation; ask the others one by one")
-            return answering.stream(self, self._ready(clips), asked.tokens[0], **options)
-        answers = answering.generate(self, self._ready(clips), asked.tokens, **options)
+            return answering.stream(self, self.ready(clips), asked.tokens[0], **options)
+        answers = answering.generate(self, self.ready(clips), asked.tokens, **options)
         return answers[0] if asked.single else answers
 
     @torch.inference_mode()
@@ -389,7 +389,7 @@ class PalModel(nn.Module):
         given = clip_list(audio)
         asked = read_question(question, len(given), self.tokenizer, self.config.style)
         clips, notes = self._read(given, allow_urls, read_to_end)
-        return answering.generate_detailed(self, self._ready(clips), asked.tokens, notes, all_options)
+        return answering.generate_detailed(self, clips, asked.tokens, notes, all_options)
 
     def _read(
         self, given: Sequence[AudioInput], allow_urls: bool, read_to_end: bool
@@ -398,7 +398,7 @@ class PalModel(nn.Module):
         found = [long_clips.read(self, clip, allow_urls, read_to_end) for clip in given]
         return [clip for clip, _ in found], tuple(note for _, notes in found for note in notes)
 
-    def _ready(self, clips: Sequence[Clip]) -> list[Clip]:
+    def ready(self, clips: Sequence[Clip]) -> list[Clip]:
         """The clips of a batch as one type; long ones are encoded."""
         return to_one_kind(clips, self.encode_clip, self.keys_values)
 

@@ -98,11 +98,8 @@ def attention_in_turn(q_BHQC: Tensor, sets: Iterable[TiledKeys], scale: float | 
     lse_BHQ = torch.full(q_BHQC.shape[:3], -torch.inf, device=q_BHQC.device)
     for one in sets:
         for tile in one.tiles:
-            q, k, v = (
-                tile.of(q_BHQC, tile.queries),
-                *(tile.of(x.to(dtype), tile.keys) for x in (one.k_BGKC, one.v_BGKC)),
-            )
-            out, lse = _attend(q, k, v, tile, scale)
+            k, v = (tile.of(x.to(dtype), tile.keys) for x in (one.k_BGKC, one.v_BGKC))
+            out, lse = _attend(tile.of(q_BHQC, tile.queries), k, v, tile, scale)
             for bias_H1, marked in one.biases:
                 assert marked is None
                 lse = lse + bias_H1.to(lse.dtype)  # as on every score

@@ -55,7 +55,7 @@ class Tiny(Encoder):
         Park et al. 2019); the default masks at most a quarter of all bins. A masked tone keeps its label. 0: none."""
 
         causal: bool = False
-        """A token does not depend on audio after it, so that a stream encodes nothing twice."""
+        """Causal convolutions: a token does not depend on audio after it, so in a stream it is final at once."""
 
         def toy(self) -> "Tiny.Config":
             """Toy size, with a few thousand weights."""
