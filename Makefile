@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: demo test tests coverage lint format bench bench-gpu gpu full-size full-evaluation cross-product mutants real install
+.PHONY: demo test tests coverage lint format bench bench-gpu gpu full-size full-evaluation cross-product torture mutants real install
 .DEFAULT_GOAL := demo
 
 demo: $(STAMP)
@@ -56,6 +56,10 @@ full-evaluation: $(STAMP)
 
 cross-product: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests/product.py
+
+# Tests of what goes wrong by chance (kills, full disks, damaged files), with the full counts of repetitions: hours.
+torture: $(STAMP)
+	PAL_TORTURE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m torture
 
 # Deliberate mistakes in a copy of the project, and the test that must notice each; `make mutants ONLY="mpeg fold"`.
 mutants: $(STAMP)
