@@ -14,10 +14,12 @@ from pal.errors import ConfigError
 from pal.pretrained import SMOLLM2, WHISPER, source_of
 
 
-def _llama(width: int, ffn: int, layers: int, heads: int, head_width: int) -> dict[str, Any]:
-    """Llama 3.2 (model cards of Meta)."""
+def _llama(
+    width: int, ffn: int, layers: int, heads: int, head_width: int, factor: float = 32.0, tied: bool = True
+) -> dict[str, Any]:
+    """Llama 3.2, or with factor 8 Llama 3.1 and 3.3 (model cards of Meta; arXiv 2407.21783, table 3)."""
     scaling = {
-        "factor": 32.0,
+        "factor": factor,
         "high_freq_factor": 4.0,
         "low_freq_factor": 1.0,
         "original_max_position_embeddings": 8192,
@@ -36,7 +38,7 @@ def _llama(width: int, ffn: int, layers: int, heads: int, head_width: int) -> di
         "rms_norm_eps": 1e-5,
         "rope_theta": 500000.0,
         "rope_scaling": scaling,
-        "tie_word_embeddings": True,
+        "tie_word_embeddings": tied,
     }
 
 
@@ -85,16 +87,24 @@ _SMOLLM2_135M = {
 """SmolLM2 (arXiv 2502.02737), as in the file of `pal.pretrained.SMOLLM2`."""
 _LLAMA_1B = _llama(2048, 8192, 16, 32, 64)
 _LLAMA_3B = _llama(3072, 8192, 28, 24, 128)
+_LLAMA_8B = _llama(4096, 14336, 32, 32, 128, factor=8.0, tied=False)
+_LLAMA_70B = _llama(8192, 28672, 80, 64, 128, factor=8.0, tied=False)
 _QWEN_05B = _qwen(896, 4864, 24, 14, 2, 151936, tied=True)
 _QWEN_15B = _qwen(1536, 8960, 28, 12, 2, 151936, tied=True)
 _QWEN_3B = _qwen(2048, 11008, 36, 16, 2, 151936, tied=True)
 _QWEN_7B = _qwen(3584, 18944, 28, 28, 4, 152064, tied=False)
+_QWEN_14B = _qwen(5120, 13824, 48, 40, 8, 152064, tied=False)
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "meta-llama/Llama-3.2-1B": _LLAMA_1B,
     "meta-llama/Llama-3.2-1B-Instruct": _LLAMA_1B,
     "meta-llama/Llama-3.2-3B": _LLAMA_3B,
     "meta-llama/Llama-3.2-3B-Instruct": _LLAMA_3B,
+    "meta-llama/Llama-3.1-8B": _LLAMA_8B,
+    "meta-llama/Llama-3.1-8B-Instruct": _LLAMA_8B,
+    "meta-llama/Llama-3.1-70B": _LLAMA_70B,
+    "meta-llama/Llama-3.1-70B-Instruct": _LLAMA_70B,
+    "meta-llama/Llama-3.3-70B-Instruct": _LLAMA_70B,
     "Qwen/Qwen2.5-0.5B": _QWEN_05B,
     "Qwen/Qwen2.5-0.5B-Instruct": _QWEN_05B,
     "Qwen/Qwen2.5-1.5B": _QWEN_15B,
@@ -103,6 +113,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "Qwen/Qwen2.5-3B-Instruct": _QWEN_3B,
     "Qwen/Qwen2.5-7B": _QWEN_7B,
     "Qwen/Qwen2.5-7B-Instruct": _QWEN_7B,
+    "Qwen/Qwen2.5-14B": _QWEN_14B,
+    "Qwen/Qwen2.5-14B-Instruct": _QWEN_14B,
     SMOLLM2.hub_id: _SMOLLM2_135M,
     "openai/whisper-tiny": _whisper(384, 4, 6),
     WHISPER.hub_id: _whisper(384, 4, 6),

@@ -12,6 +12,22 @@ from pal.plan import plan
 from pal.train.recipe import Recipe
 from tests.test_plan import LLM
 
+PUBLISHED = {
+    "meta-llama/Llama-3.1-8B": 8.03e9,
+    "meta-llama/Llama-3.1-70B": 70.55e9,
+    "Qwen/Qwen2.5-14B": 14.77e9,
+    "meta-llama/Llama-3.2-1B": 1.2358e9,
+}
+"""Parameters of LLMs by the headers of their published weights."""
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_sizes_are_the_published_ones(name: str) -> None:
+    model = {"llm": name, "encoders": ["tiny"], "integration": "plits"}
+    stage = {"train": {"projectors": True}, "lr": 1, "steps": 1, "batch": {"rows": 1}}
+    made = plan(Recipe(model=model, data={"x": {"manifest": "x"}}, stages=[stage]), seconds=1)
+    assert made.parameters["llm"] == pytest.approx(PUBLISHED[name], rel=1e-3)
+
 
 def test_a_folder_and_a_bundle_say_their_shape(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(LLM | {"num_hidden_layers": 2}))

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from pal.model_config import ModelConfig
 from pal.plan import plan
 from pal.plan.estimate import ANSWER_SHARE, StagePlan
 from pal.plan.gpus import GPUS
+from pal.plan.parallel import Parallel
 from pal.plan.skeleton import skeleton
 from pal.train.recipe import Recipe, load_recipe
 from pal.train.stages import freeze, set_modes
@@ -371,6 +373,68 @@ def test_verdict() -> None:
     assert times[0] > times[1]
 
 
+def test_copies_on_several_gpus() -> None:
+    one = recipe("lal", {**STAGES["all"], "batch": {"rows": 12, "accumulate": 2}})
+    alone, each = (plan(one, seconds=SECONDS, parallel=Parallel(n)).stages[0] for n in (1, 4))
+    assert (each.clips, each.passes, alone.clips, alone.passes) == (2, 2, 6, 2)  # 3 of 12, in 2 parts
+    assert each.memory.weights == alone.memory.weights and each.memory.optimizer == alone.memory.optimizer
+    # DDP's buckets are as large as the gradients; a ring sends each gradient twice but for the own quarter
+    assert each.memory.buffers == each.memory.gradients and alone.memory.buffers == 0
+    assert each.exchange_seconds == pytest.approx(2 * 0.75 * each.memory.gradients / GPUS["H100"].link)
+    assert alone.exchange_seconds == 0
+
+
+def test_shards_on_several_gpus() -> None:
+    """Sizes of the units are counted on the model that is built, by the names of its weights."""
+    one = recipe("lal", {**STAGES["all"], "batch": {"rows": 4, "accumulate": 2}})
+    alone, each = (plan(one, seconds=SECONDS, parallel=p).stages[0] for p in (Parallel(), Parallel(2, sharded=True)))
+    for part in ("weights", "gradients", "optimizer"):
+        assert getattr(each.memory, part) == getattr(alone.memory, part) / 2, part
+    model = built(one)
+    sizes: dict[str, int] = {}
+    for name, p in model.named_parameters():
+        found = re.search(r"(layers|projectors|connectors|encoders)\.\d+\.", name)
+        at = found[0] if found else "rest"
+        sizes[at] = sizes.get(at, 0) + 4 * p.numel()
+    assert len(sizes) == 4 + 4 + 1 + 1 + 1, sizes.keys()  # layers, projectors, connector, encoder, the rest
+    buffers = sum(4 * b.numel() for b in model.buffers())
+    rest = sizes.pop("rest")
+    assert each.memory.buffers == 2 * rest + buffers + 2 * 2 * max(sizes.values())
+    weights, gradients = alone.memory.weights, alone.memory.gradients
+    assert each.passes == 2
+    assert each.exchange_seconds == pytest.approx(2 * 0.5 * (2 * weights + gradients) / GPUS["H100"].link)
+    with pytest.raises(ConfigError, match="a single GPU has nothing to shard; give --gpus, or remove --shard"):
+        Parallel(1, sharded=True)
+
+
+def test_a_slow_link_sets_the_time() -> None:
+    one = recipe("lal", STAGES["all"])
+    fast, slow = (plan(one, gpu=name, seconds=SECONDS, parallel=Parallel(8)).stages[0] for name in ("H100", "4090"))
+    assert slow.seconds == slow.exchange_seconds > fast.exchange_seconds
+
+
+def test_steps_of_epochs() -> None:
+    stage = {**STAGES["connector"], "batch": {"rows": 4}, "steps": None, "epochs": 1.5}
+    one = recipe("plits", stage)
+    assert planned(one).steps is None
+    # 1.5 passes over 1000 records, 4 a step
+    assert plan(one, seconds=SECONDS, records={"x": 1000}).stages[0].steps == 375
+    halved = one.model_dump(mode="json")
+    halved["data"]["x"]["repeat"] = 0.5
+    assert plan(Recipe(**halved), seconds=SECONDS, records={"x": 1000}).stages[0].steps == round(1.5 * 500 / 4)
+    by_clip = recipe("plits", {**stage, "batch": {"clips": 2, "rows_per_clip": 3}})
+    assert plan(by_clip, seconds=SECONDS, records={"x": 1000}).stages[0].steps == 250
+    with pytest.raises(ConfigError, match="records: no data source 'y'; known: x"):
+        plan(one, records={"y": 3})
+
+
+def test_a_measured_rate() -> None:
+    one = recipe("plits", {**STAGES["all"], "batch": {"rows": 512}})
+    slow, fast = (plan(one, seconds=SECONDS, utilisation=mfu).stages[0] for mfu in (0.001, 0.002))
+    update = 7 * slow.memory.gradients / GPUS["H100"].bandwidth
+    assert slow.seconds - update == pytest.approx(2 * (fast.seconds - update))
+
+
 def test_half_precision_takes_less() -> None:
     full, half = (
         planned(recipe("lal", {**STAGES["connector"], "precision": precision})) for precision in ("fp32", "bf16")
@@ -427,6 +491,20 @@ def test_the_command(tmp_path: Path) -> None:
     text = runner.invoke(app, ["plan", str(file), "--set", "stages.0.batch.rows=8"])
     assert text.exit_code == 0, text.stderr
     assert "estimate" in text.stdout and "fits" in text.stdout and "8 clips" in text.stdout
+    options = ["--gpus", "2", "--shard", "--mfu", "0.25", "--records", "x=100", "--set", "stages.0.steps=null"]
+    options += ["--set", "stages.0.epochs=1"]
+    several = runner.invoke(app, ["plan", str(file), *options])
+    assert several.exit_code == 0, several.stderr
+    for said in (
+        "1 a step, each GPU",
+        "buffers",
+        "25% of the peak (exchanges between GPUs:",
+        "; 50 steps:",
+        "2 x H100",
+    ):
+        assert said in several.stdout
+    form = runner.invoke(app, ["plan", str(file), "--records", "x"])
+    assert form.stderr == "error: --records 'x' is not of the form NAME=N; write it such as --records all=5600000\n"
     wrong = runner.invoke(app, ["plan", str(file), "--gpu", "H1000"])
     assert wrong.exit_code == 1
     assert wrong.stderr == f"error: unknown GPU 'H1000'; known: {', '.join(GPUS)}\n"

@@ -14,7 +14,7 @@ from pal.app import ablating, benching, evaluating, indexing, listening, reporti
 from pal.app.data import data_app
 from pal.app.loading import load_model, stored_clip
 from pal.app.models import models_app
-from pal.app.options import AllowUrls, AsJson, Model, OtherWeights, ReadToEnd
+from pal.app.options import AllowUrls, AsJson, Model, OtherWeights, ReadToEnd, numbers_by_name
 from pal.app.output import note, one_line, print_json
 from pal.app.probing import probe_app
 from pal.errors import PalError, PromptError
@@ -218,15 +218,35 @@ def plan(
     seconds: Annotated[float, typer.Option(min=0.1, help="Length of a clip in seconds.")] = 10.0,
     text_tokens: Annotated[int, typer.Option(min=2, help="Tokens of a question and its answer.")] = 128,
     turns: Annotated[int, typer.Option(min=1, help="Turns of a conversation, each a clip and a question.")] = 1,
+    gpus: Annotated[int, typer.Option(min=1, help="Number of GPUs of one machine, which divide the batch.")] = 1,
+    shard: Annotated[bool, typer.Option("--shard", help="Shard the weights (FSDP2), instead of copies (DDP).")] = False,
+    mfu: Annotated[
+        float | None,
+        typer.Option(min=0.001, max=1.0, help="Share of the GPU's peak that a step reaches. Default: 0.4."),
+    ] = None,
+    records: Annotated[
+        list[str] | None,
+        typer.Option("--records", metavar="SOURCE=N", help="Records of a data source, for stages set in epochs."),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Estimate parameters, FLOPs and memory of a recipe, and whether it fits on a GPU; loads no weights."""
     from pal.plan import plan as make_plan
+    from pal.plan.estimate import UTILISATION
+    from pal.plan.parallel import Parallel
     from pal.plan.report import to_dict, to_text
     from pal.train.recipe import load_recipe
 
-    loaded = load_recipe(recipe, settings or [])
-    made = make_plan(loaded, gpu=gpu, seconds=seconds, text_tokens=text_tokens, turns=turns)
+    made = make_plan(
+        load_recipe(recipe, settings or []),
+        gpu=gpu,
+        seconds=seconds,
+        text_tokens=text_tokens,
+        turns=turns,
+        parallel=Parallel(gpus, shard),
+        utilisation=UTILISATION if mfu is None else mfu,
+        records=numbers_by_name(records or [], "--records"),
+    )
     if as_json:
         print_json(to_dict(made))
     else:

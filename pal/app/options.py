@@ -4,6 +4,8 @@ from typing import Annotated
 
 import typer
 
+from pal.errors import ConfigError
+
 Folds = Annotated[str | None, typer.Option(help="esc50: comma-separated folds to include.")]
 Speakers = Annotated[str | None, typer.Option(help="fsdd: comma-separated speakers to include.")]
 Exclude = Annotated[str | None, typer.Option(help="fsdd: comma-separated speakers to leave out.")]
@@ -36,3 +38,14 @@ OtherWeights = Annotated[
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def numbers_by_name(given: list[str], option: str) -> dict[str, int]:
+    """Values of an option of the form NAME=N. Raises ConfigError that names a value of another form."""
+    found = {}
+    for one in given:
+        name, equals, number = one.partition("=")
+        if not equals or not name or not number.isdigit():
+            raise ConfigError(f"{option} '{one}' is not of the form NAME=N; write it such as {option} all=5600000")
+        found[name] = int(number)
+    return found

@@ -8,7 +8,7 @@ The time of a step is an estimate and labelled as such.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pal.plan.estimate import Plan
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 __all__ = ["plan"]
 
 
-def plan(recipe: Recipe, gpu: str = "H100", seconds: float = 10.0, text_tokens: int = 128, turns: int = 1) -> Plan:
-    """The plan of a recipe; see `pal.plan.estimate.make`."""
+def plan(recipe: Recipe, **options: Any) -> Plan:
+    """The plan of a recipe; `options` are those of `pal.plan.estimate.make`."""
     from pal.plan.estimate import make
 
-    return make(recipe, gpu=gpu, seconds=seconds, text_tokens=text_tokens, turns=turns)
+    return make(recipe, **options)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import nn
@@ -9,10 +10,12 @@ from torch import nn
 from pal.audio_tower import AudioTower
 from pal.backbone.cost import AddedCost, Cost, StepSize, decoder, kv_bytes, total
 from pal.connectors.base import Connector
+from pal.errors import ConfigError
 from pal.integrations.cost import route_cost
 from pal.model import PalModel
 from pal.plan.counted import connected, encoded
 from pal.plan.gpus import GPU, gpu_of
+from pal.plan.parallel import Parallel, Shares, exchange_seconds, shares
 from pal.plan.skeleton import skeleton
 from pal.train.recipe import BatchSize, Recipe, Stage
 from pal.train.stages import freeze
@@ -21,7 +24,7 @@ from pal.types import AudioFeatures
 ANSWER_SHARE = 0.25
 """Share of the text tokens that belong to answers, which are trained."""
 UTILISATION = 0.4
-"""Assumed MFU of a training step; Llama 3's reached 0.38 to 0.43 (arXiv 2407.21783, table 4)."""
+"""MFU of a training step unless one is given; Llama 3's reached 0.38 to 0.43 (arXiv 2407.21783, table 4)."""
 RESERVE = 1.5e9
 """Bytes for the CUDA context, kernel workspace and allocator fragmentation."""
 
@@ -35,12 +38,14 @@ class Memory:
     optimizer: float
     activations: float
     """Activations saved by one forward pass, of all parts, with the logits."""
+    buffers: float = 0.0
+    """Buffers for exchanges with other GPUs."""
     reserve: float = RESERVE
 
     @property
     def total(self) -> float:
         """Sum of all parts."""
-        return self.weights + self.gradients + self.optimizer + self.activations + self.reserve
+        return self.weights + self.gradients + self.optimizer + self.activations + self.buffers + self.reserve
 
 
 @dataclass(frozen=True)
@@ -64,13 +69,15 @@ class StagePlan:
     sequence: int
     """Sequence length of a conversation in the LLM."""
     costs: dict[str, Cost]
-    """Part -> cost of a step; its `saved` is of one forward pass."""
+    """Part -> cost of a step on one GPU; its `saved` is of one forward pass."""
     memory: Memory
     fits: bool
     seconds: float
     """Estimated seconds of a step."""
+    exchange_seconds: float
+    """Estimated seconds of its exchanges between GPUs, which run while the step computes."""
     steps: int | None
-    """Number of steps, if the recipe sets it."""
+    """Number of steps, if the recipe sets it or the numbers of records are given."""
 
     @property
     def trained_share(self) -> float:
@@ -90,9 +97,12 @@ class StagePlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """Estimate of a recipe on one GPU."""
+    """Estimate of a recipe on one GPU, or on each of several."""
 
     gpu: GPU
+    parallel: Parallel
+    utilisation: float
+    """MFU of a step."""
     clip_seconds: float
     text_tokens: int
     parameters: dict[str, int]
@@ -112,34 +122,71 @@ class Plan:
         return all(stage.fits for stage in self.stages)
 
 
-def make(recipe: Recipe, gpu: str = "H100", seconds: float = 10.0, text_tokens: int = 128, turns: int = 1) -> Plan:
+def make(
+    recipe: Recipe,
+    gpu: str = "H100",
+    seconds: float = 10.0,
+    text_tokens: int = 128,
+    turns: int = 1,
+    parallel: Parallel | None = None,
+    utilisation: float = UTILISATION,
+    records: Mapping[str, int] | None = None,
+) -> Plan:
     """The plan of a recipe.
 
     Args:
         recipe: to estimate.
-        gpu: a name in `GPUS`; one GPU computes the whole batch.
+        gpu: a name in `GPUS`.
         seconds: length of each clip.
         text_tokens: of a question and its answer.
         turns: of a conversation whose keys and values are kept.
+        parallel: several GPUs; default: one GPU computes the whole batch.
+        utilisation: MFU of a step, such as a measured one.
+        records: data source -> number of its records, for stages whose length is set in epochs.
 
     Raises:
-        ConfigError: the recipe cannot be built, or the GPU is not known.
+        ConfigError: the recipe cannot be built, or the GPU or a source of `records` is not known.
     """
-    chosen = gpu_of(gpu)
+    chosen, parallel, records = gpu_of(gpu), parallel or Parallel(), records or {}
+    for name in records:
+        if name not in recipe.data:
+            raise ConfigError(f"records: no data source '{name}'; known: {', '.join(recipe.data)}")
     model = skeleton(recipe)
     parameters = _parameters(model)
     ears = _AudioSide(model.ears, seconds)
-    stages = [_stage(model, stage, chosen, ears, text_tokens) for stage in recipe.stages]
+    setting = _Setting(chosen, parallel, utilisation, text_tokens)
+    stages = [_stage(model, stage, setting, ears, _steps(recipe, stage, records)) for stage in recipe.stages]
     step = StepSize(clips=1, rows=1, text=text_tokens, targets=1)
     added = _added(model, step, ears.streams_and_costs()[0])
     clip, turn = (kv_bytes(model.llm, added, 2, text) for text in (0, text_tokens))
-    return Plan(chosen, seconds, text_tokens, parameters, clip, turns, turns * turn, stages)
+    return Plan(chosen, parallel, utilisation, seconds, text_tokens, parameters, clip, turns, turns * turn, stages)
 
 
-def _stage(model: PalModel, stage: Stage, gpu: GPU, ears: _AudioSide, text_tokens: int) -> StagePlan:
+@dataclass(frozen=True)
+class _Setting:
+    gpu: GPU
+    parallel: Parallel
+    utilisation: float
+    text_tokens: int
+
+
+def _steps(recipe: Recipe, stage: Stage, records: Mapping[str, int]) -> int | None:
+    """Steps of a stage; None if its length is set in epochs and a source's number of records is not known."""
+    sources = recipe.stage_sources(stage)
+    if stage.steps is not None or any(name not in records for name in sources):
+        return stage.steps
+    rows = stage.batch.rows or (stage.batch.clips or 0) * (stage.batch.rows_per_clip or 1)
+    if not rows or stage.epochs is None:
+        return None
+    repeats = {name: 1.0 if source.weight is not None else source.repeat for name, source in sources.items()}
+    return max(1, round(stage.epochs * sum(repeats[name] * records[name] for name in sources) / rows))
+
+
+def _stage(model: PalModel, stage: Stage, setting: _Setting, ears: _AudioSide, steps: int | None) -> StagePlan:
+    gpu, text_tokens = setting.gpu, setting.text_tokens
     trained = freeze(model, stage.train)
     streams, audio_costs = ears.streams_and_costs()
-    batch = _one_pass(stage.batch, ears.seconds, stage.by_clip)
+    batch = _one_pass(stage.batch, ears.seconds, stage.by_clip, setting.parallel.gpus)
     questions = batch.questions
     autocast = stage.precision == "bf16"
     step = StepSize(
@@ -172,12 +219,16 @@ def _stage(model: PalModel, stage: Stage, gpu: GPU, ears: _AudioSide, text_token
     # master weights have moments and gradients in float32
     sizes = [p.numel() * (4 if stage.master_weights else p.itemsize) for p in weights]
     copies = sum(4 * p.numel() for p in weights if stage.master_weights and p.itemsize < 4)
-    memory = Memory(
+    alone = Shares(
         weights=sum(tensor.numel() * tensor.itemsize for tensor in (*model.parameters(), *model.buffers())),
         gradients=sum(sizes),
         optimizer=2.0 * sum(sizes) + copies,
-        activations=kept,
+        buffers=0.0,
+        exchanged=0.0,
     )
+    share = shares(setting.parallel, model, stage, alone, batch.passes)
+    memory = Memory(share.weights, share.gradients, share.optimizer, activations=kept, buffers=share.buffers)
+    exchanging = exchange_seconds(share, setting.parallel, gpu)
     costs = {part: Cost(c.forward * batch.passes, c.backward * batch.passes, c.saved) for part, c in costs.items()}
     return StagePlan(
         name=stage.name,
@@ -192,8 +243,9 @@ def _stage(model: PalModel, stage: Stage, gpu: GPU, ears: _AudioSide, text_token
         costs=costs,
         memory=memory,
         fits=memory.total <= gpu.memory,
-        seconds=_seconds(total(costs.values()), memory, batch.passes, gpu, autocast),
-        steps=stage.steps,
+        seconds=max(exchanging, _seconds(total(costs.values()), memory, batch.passes, setting, autocast)),
+        exchange_seconds=exchanging,
+        steps=steps,
     )
 
 
@@ -252,25 +304,26 @@ class _ForwardPass:
     passes: int
 
 
-def _one_pass(batch: BatchSize, seconds: float, by_clip: bool) -> _ForwardPass:
-    """Contents of one forward pass of a step, if every clip lasts `seconds` and has enough questions."""
+def _one_pass(batch: BatchSize, seconds: float, by_clip: bool, gpus: int) -> _ForwardPass:
+    """Contents of one forward pass of a GPU's step, if every clip lasts `seconds` and has enough questions."""
     each = 1 if by_clip else batch.rows_per_clip or 1
     limits = [
         None if batch.rows is None else batch.rows // each,
         batch.clips,
         None if batch.seconds is None else int(batch.seconds / seconds),
     ]
-    clips = max(1, min(limit for limit in limits if limit is not None))
+    clips = -(-max(1, min(limit for limit in limits if limit is not None)) // gpus)
     passes = min(batch.accumulate, clips)
     of_pass = -(-clips // passes)
     questions = min(batch.turns, each)
     return _ForwardPass(of_pass, of_pass * -(-each // questions), questions, passes)
 
 
-def _seconds(cost: Cost, memory: Memory, passes: int, gpu: GPU, autocast: bool) -> float:
+def _seconds(cost: Cost, memory: Memory, passes: int, setting: _Setting, autocast: bool) -> float:
     """Seconds of a step: the slower of computation and memory traffic, plus the optimizer's memory traffic."""
+    gpu = setting.gpu
     peak = gpu.bf16 if autocast and gpu.bf16 is not None else gpu.fp32
-    computing = (cost.forward + cost.backward) / (UTILISATION * peak)
+    computing = (cost.forward + cost.backward) / (setting.utilisation * peak)
     # weights are read forward and backward, activations are written and read
     moving = passes * 2 * (memory.weights + memory.activations) / gpu.bandwidth
     # AdamW reads weights, gradients and both moments, and writes all but the gradients

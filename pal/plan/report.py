@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-from pal.plan.estimate import ANSWER_SHARE, UTILISATION, Plan, StagePlan
+from pal.plan.estimate import ANSWER_SHARE, Plan, StagePlan
 
 
 def to_dict(plan: Plan) -> dict[str, Any]:
@@ -16,8 +16,9 @@ def to_dict(plan: Plan) -> dict[str, Any]:
             "clip_seconds": plan.clip_seconds,
             "text_tokens": plan.text_tokens,
             "answer_share": ANSWER_SHARE,
-            "utilisation": UTILISATION,
+            "utilisation": plan.utilisation,
         },
+        "parallel": asdict(plan.parallel),
         "parameters": {**plan.parameters, "all": sum(plan.parameters.values())},
         "kv_bytes": plan.kv_bytes,
         "conversation": {"turns": plan.turns, "kv_bytes": plan.conversation_bytes},
@@ -48,6 +49,7 @@ def _stage_dict(stage: StagePlan) -> dict[str, Any]:
         "memory_bytes": {**asdict(stage.memory), "total": stage.memory.total},
         "fits": stage.fits,
         "estimated_step_seconds": stage.seconds,
+        "estimated_exchange_seconds": stage.exchange_seconds,
         "steps": stage.steps,
     }
 
@@ -65,8 +67,10 @@ def to_text(plan: Plan) -> str:
     for number, stage in enumerate(plan.stages, 1):
         lines += ["", *_stage_lines(number, stage, plan)]
     misfits = [stage.name for stage in plan.stages if not stage.fits]
-    verdict = f"does not fit: {', '.join(misfits)}; raise batch.accumulate" if misfits else "fits"
-    lines += ["", f"{plan.gpu.name}, {_bytes(plan.gpu.memory)}: {verdict}"]
+    more = "" if plan.parallel.sharded else ", or shard the weights (--gpus N --shard)"
+    verdict = f"does not fit: {', '.join(misfits)}; raise batch.accumulate{more}" if misfits else "fits"
+    several = "" if plan.parallel.gpus == 1 else f"{plan.parallel.gpus} x "
+    lines += ["", f"{several}{plan.gpu.name}, {_bytes(plan.gpu.memory)}: {verdict}"]
     if plan.gpu.bf16 is None:
         lines.append(f"note: {plan.gpu.name} has no bfloat16; the times are those of float32")
     return "\n".join(lines)
@@ -74,19 +78,25 @@ def to_text(plan: Plan) -> str:
 
 def _stage_lines(number: int, stage: StagePlan, plan: Plan) -> list[str]:
     trained = ", ".join(f"{part} {_count(n)}" for part, n in stage.trained.items())
-    memory = ", ".join(f"{name} {_bytes(size)}" for name, size in asdict(stage.memory).items())
+    several = plan.parallel.gpus > 1
+    sizes = asdict(stage.memory)
+    if not several:
+        del sizes["buffers"]
+    memory = ", ".join(f"{name} {_bytes(size)}" for name, size in sizes.items())
     tokens = " + ".join(str(n) for n in stage.audio_tokens)
     by_part = ", ".join(f"{part} {_flops(c.forward + c.backward)}" for part, c in stage.costs.items())
     fits = "fits" if stage.fits else "does not fit"
     length = "" if stage.steps is None else f"; {stage.steps} steps: {stage.steps * stage.seconds / 3600:.2f} h"
+    each = ", each GPU" if several else ""
+    exchange = f" (exchanges between GPUs: {stage.exchange_seconds:.3g} s)" if several else ""
     return [
         f"stage {number}: {stage.name} ({stage.objective})",
         f"  trains    {trained}: {stage.trained_share:.2%} of all",
         f"  pass      {stage.clips} clips of {tokens} tokens, "
-        f"{stage.conversations} conversations of {stage.sequence} rows; {stage.passes} a step",
+        f"{stage.conversations} conversations of {stage.sequence} rows; {stage.passes} a step{each}",
         f"  a step    {_flops(stage.forward)} forward, {_flops(stage.backward)} backward ({by_part})",
         f"  memory    {_bytes(stage.memory.total)} of {_bytes(plan.gpu.memory)}, {fits}: {memory}",
-        f"  estimate  {stage.seconds:.3g} s a step at {UTILISATION:.0%} of the peak{length}",
+        f"  estimate  {stage.seconds:.3g} s a step at {plan.utilisation:.0%} of the peak{exchange}{length}",
     ]
 
 
