@@ -49,9 +49,7 @@ SETTINGS = [
 
 def main() -> None:
     """Print the table in Markdown."""
-    print(
-        "| LLM | integration | GB a GPU, stages 1 and 2 | s a step | of it at least for exchanges | hours | H100 hours |"
-    )
+    print("| LLM | integration | GB a GPU, stages 1 and 2 | s a step | exchanges, s | hours | H100 hours |")
     print("|---|---|--:|--:|--:|--:|--:|")
     for setting in SETTINGS:
         for integration in ("plits", "lal", "pal"):
