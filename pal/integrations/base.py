@@ -115,6 +115,10 @@ class Route(Integration):
     Constructed as `cls(config, in_width=E, llm=backbone)`.
     """
 
+    runs_layers = False
+    """True if it runs the attention of the LLM's layers outside of their forward pass; their weights are then not sharded
+    layer by layer in training."""
+
     @abstractmethod
     def inject(self, features: AudioFeatures, llm: Backbone) -> IntegrationOutput:
         """Rows, keys and values of the clips of `features` [U, A, E]."""

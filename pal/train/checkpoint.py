@@ -60,6 +60,11 @@ class Checkpoint:
     optimizer: StoredTensors
 
 
+def path_of(folder: Path, state: State) -> Path:
+    """Folder of the checkpoint of a state."""
+    return folder / f"step{state.step:07d}"
+
+
 def save(
     folder: Path,
     state: State,
@@ -83,7 +88,7 @@ def save(
     Raises:
         PalError: another of the writers failed.
     """
-    path = folder / f"step{state.step:07d}"
+    path = path_of(folder, state)
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         with writers.together():

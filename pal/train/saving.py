@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from copy import deepcopy
@@ -14,6 +15,8 @@ from pal.train import checkpoint
 from pal.train.distributed import Writers
 from pal.train.recipe import Recipe
 from pal.train.shards import Shard
+
+logger = logging.getLogger(__name__)
 
 
 class CheckpointSaver:
@@ -39,10 +42,11 @@ class CheckpointSaver:
         weights: Mapping[str, Tensor | Shard],
         optimizer: Mapping[str, Tensor | Shard],
         writers: Writers,
-    ) -> None:
+    ) -> Path:
         """Copy state and tensors, and begin to write them; later changes are not seen.
 
-        Waits until the checkpoint before is written, and raises its errors.
+        Waits until the checkpoint before is written, and raises its errors. Returns the folder of the new one, which is
+        there after `wait`.
         """
         self.wait()
         self._pending = self._pool.submit(
@@ -55,6 +59,7 @@ class CheckpointSaver:
             self.recipe.keep.checkpoints,
             writers,
         )
+        return checkpoint.path_of(self.folder, state)
 
     def check(self) -> None:
         """Raise the error of a checkpoint that could not be written; does not wait for one that is being written."""
@@ -66,6 +71,13 @@ class CheckpointSaver:
         pending, self._pending = self._pending, None
         if pending is not None:
             pending.result()
+
+    def close(self) -> None:
+        """Wait as `wait`, when a run ends by another error: that of the checkpoint is only logged."""
+        try:
+            self.wait()
+        except Exception as error:
+            logger.error("the last checkpoint could not be written: %s", error)
 
 
 def _copied(tensor: Tensor | Shard) -> Tensor | Shard:

@@ -51,9 +51,18 @@ def set_modes(model: PalModel, stage: Stage) -> None:
         model.llm.train()
 
 
-def compiles(stage: Stage, device: torch.device) -> bool:
-    """True if a stage compiles the LLM's layers: with `auto` on CUDA; never in a stage without the LLM."""
-    wanted = device.type == "cuda" if stage.compile == "auto" else stage.compile
+def compiles(stage: Stage, device: torch.device, sharded: bool = False) -> bool:
+    """True if a stage compiles the LLM's layers: with `auto` on CUDA, unless sharded; never in a stage without the LLM.
+
+    Raises:
+        ConfigError: the stage has `compile: true`, but its weights are sharded.
+    """
+    if sharded and stage.compile is True and stage.runs_llm:
+        raise ConfigError(
+            f"stage '{stage.name}': compile: true does not work with sharded weights (keep.engine: fsdp2); remove the "
+            "key, or use keep.engine=ddp"
+        )
+    wanted = device.type == "cuda" and not sharded if stage.compile == "auto" else stage.compile
     return wanted and stage.runs_llm
 
 
