@@ -7,6 +7,7 @@ optimizer state among them. An engine also has those methods of `accelerate.Acce
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -120,6 +121,8 @@ class FullyShardedEngine(Engine):
 
     def __init__(self, accelerator: Accelerator) -> None:
         super().__init__(accelerator)
+        # of modules that return views, which nothing here changes in place
+        warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
         from torch.distributed.device_mesh import init_device_mesh
 
         self.writers = Writers.of_all(accelerator.process_index, accelerator.num_processes)
@@ -145,7 +148,7 @@ class FullyShardedEngine(Engine):
         self._stage = stage
         places = {id(p): name for name, p in objective.named_parameters()}
         self._bare = without_weights(objective.model)
-        shard(objective, self.mesh)
+        shard(objective, self.mesh, with_encoders=stage.cache is None)
         objective.to(self.device)  # buffers, and what is not sharded
         self._objective = objective
         self._pairs, self._whole, self._shapes = [], [], {}

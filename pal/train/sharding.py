@@ -27,15 +27,23 @@ BLOCK_METHODS = ("keys_values", "packed")
 """Methods of a cross-attention block that are called as its forward pass is."""
 
 
-def shard(objective: Objective, mesh: Any) -> None:
+def shard(objective: Objective, mesh: Any, with_encoders: bool) -> None:
     """Cut all weights of an objective and its model by rows, in place, over the processes of a mesh.
 
     Weights are moved to the mesh's device group by group. Numbers without a dimension stay whole.
+
+    Args:
+        objective: its weights are on the host.
+        mesh: one-dimensional mesh of devices.
+        with_encoders: False leaves encoders whole, for loader threads that encode clips by themselves.
     """
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
     model = objective.model
-    options: dict[str, Any] = {"mesh": mesh, "ignored_params": {p for p in objective.parameters() if p.ndim == 0}}
+    whole = {p for p in objective.parameters() if p.ndim == 0}
+    if not with_encoders:
+        whole |= set(model.ears.encoders.parameters())
+    options: dict[str, Any] = {"mesh": mesh, "ignored_params": whole}
     for module in _units(model):
         fully_shard(module, reshard_after_forward=True, **options)
     for block in _blocks(model):
@@ -44,7 +52,7 @@ def shard(objective: Objective, mesh: Any) -> None:
             if hasattr(block, method):
                 register_fsdp_forward_method(block, method)
     for module in (*model.ears.encoders, *model.ears.connectors, model.integration):
-        if _rest(module):
+        if any(p not in whole and not hasattr(p, "to_local") for p in module.parameters()):
             fully_shard(module, reshard_after_forward=False, **options)
     fully_shard(objective, reshard_after_forward=False, **options)
     _share_statistics(objective)
@@ -63,11 +71,6 @@ def _blocks(model: PalModel) -> Iterator[Any]:
     """Cross-attention blocks."""
     for route in model.integration.routes():
         yield from (route.blocks() or {}).values()
-
-
-def _rest(module: nn.Module) -> bool:
-    """True if a module has weights that are not yet in a group and can be in one."""
-    return any(p.ndim and not hasattr(p, "to_local") for p in module.parameters())
 
 
 def _share_statistics(objective: nn.Module) -> None:
