@@ -1,6 +1,6 @@
 """Engines: how the processes of a run share a stage's work and memory.
 
-One process and DDP hold the whole model in each process (`Engine`); `FullyShardedEngine` cuts its weights, gradients and
+One process and DDP hold the whole model in each process (`Engine`); `FullyShardedEngine` cuts weights, gradients and
 optimizer state among them. An engine also has those methods of `accelerate.Accelerator` that a step needs.
 """
 
@@ -23,8 +23,8 @@ from pal.train.distributed import ALONE, HostReduce, Writers
 from pal.train.master_weights import Parts
 from pal.train.objectives import MicroBatch, Objective
 from pal.train.recipe import EngineName, Stage
-from pal.train.shards import Shard, StoredTensors, rows_of
 from pal.train.sharding import local, shard, unsharded, with_silence, without_weights
+from pal.train.shards import Shard, StoredTensors, rows_of
 
 
 class Engine:
@@ -112,8 +112,8 @@ class FullyShardedEngine(Engine):
     """FSDP2: each process holds some rows of all weights, gradients and optimizer state.
 
     A stage starts from the whole model in host memory. `prepare` shards it group by group (`pal.train.sharding`), and
-    the optimizer gets the rows of this process as ordinary parameters. `release` gathers the model in host memory again,
-    so that the next stage can freeze other parts and add adapters.
+    the optimizer gets the rows of this process as ordinary parameters. `release` gathers the model in host memory
+    again, so that the next stage can freeze other parts and add adapters.
     """
 
     name = "fsdp2"
@@ -194,7 +194,8 @@ class FullyShardedEngine(Engine):
         """Hand the gradients of the sharded parameters to the rows of this process."""
         for weight, own in self._pairs:
             if weight.grad is not None:
-                more = weight.grad.to_local()
+                sharded: Any = weight.grad
+                more = sharded.to_local()
                 own.grad = more if own.grad is None else own.grad.add_(more)
                 weight.grad = None
         if self._whole:

@@ -252,8 +252,8 @@ class CheckpointConfig(StrictConfig):
     """Number of batches loaded ahead."""
     engine: EngineName = "auto"
     """With several processes, as `torchrun` or `accelerate launch` start them: `ddp`, the whole model in each; `fsdp2`,
-    weights, gradients and optimizer state sharded. `auto`: what `accelerate launch` was configured for, else `ddp`. A run
-    can be resumed with another engine."""
+    weights, gradients and optimizer state sharded. `auto`: what `accelerate launch` was configured for, else `ddp`. A
+    run can be resumed with another engine."""
 
 
 class Recipe(StrictConfig):

@@ -3,9 +3,9 @@
 A group of weights is gathered while its module runs. The LLM's layers, projectors of single layers and cross-attention
 blocks are groups of their own. Encoders, connectors and the rest of an integration are gathered from their forward pass
 until the end of their backward pass, since the features that they return are no plain tensors, by which FSDP finds the
-beginning of a backward pass. Embeddings, LM head and final norm belong to the root group, which stays gathered for all of
-a step: the head's weight is used without a call of its module, and may be the embeddings'. So do layers whose attention
-an integration runs outside of them.
+beginning of a backward pass. Embeddings, LM head and final norm belong to the root group, which stays gathered for all
+of a step: the head's weight is used without a call of its module, and may be the embeddings'. So do layers whose
+attention an integration runs outside of them.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 A sharded tensor is cut by rows, its first dimension, and each process writes those it holds. The header of a file says
 where its parts begin, as torch's `HuggingFaceStorageWriter` writes it, so `torch.distributed.checkpoint` reads these
-files, too. That writer itself is not used: it sends its plans between processes as pickles, takes no copy on the host of
-a tensor that is sharded over GPUs, and holds a second copy of all that it writes.
+files, too. That writer itself is not used: it sends its plans between processes as pickles, takes no copy on the host
+of a tensor that is sharded over GPUs, and holds a second copy of all that it writes.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ class StoredTensors(Mapping[str, Tensor]):
 
     def rows(self, name: str, first: int, end: int) -> Tensor:
         """Rows from `first` up to, not including, `end`; nothing else is read."""
-        found = []
+        found: list[Tensor] = []
         for piece in self._pieces[name]:
             a, b = max(first, piece.first), min(end, piece.first + piece.rows)
             if a < b or not found:

@@ -53,8 +53,9 @@ def test_what_some_wrote_any_number_reads(
         assert torch.equal(found[name], tensor)
         if tensor.ndim:
             read = [found.rows(name, *rows_of(len(tensor), part, others)) for part in range(others)]
-            assert [len(part) for part in read] == [
-                len(c) for c in tensor.chunk(others)] + [0] * (others - len(tensor.chunk(others)))
+            assert [len(part) for part in read] == [len(c) for c in tensor.chunk(others)] + [0] * (
+                others - len(tensor.chunk(others))
+            )
             assert torch.equal(torch.cat(read), tensor) and {part.shape[1:] for part in read} == {tensor.shape[1:]}
 
 
