@@ -116,8 +116,8 @@ class Route(Integration):
     """
 
     runs_layers = False
-    """True if it runs the attention of the LLM's layers outside of their forward pass. Training that shards weights then
-    does not shard them layer by layer."""
+    """True if it runs the attention of the LLM's layers outside of their forward pass. Sharded training then does not
+    shard them layer by layer."""
 
     @abstractmethod
     def inject(self, features: AudioFeatures, llm: Backbone) -> IntegrationOutput:
