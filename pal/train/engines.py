@@ -27,6 +27,10 @@ from pal.train.sharding import local, shard, unsharded, with_silence, without_we
 from pal.train.shards import Shard, StoredTensors, rows_of
 
 
+_FSDP, _DEEPSPEED = "ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"
+"""Variables of the environment by which `accelerate launch` says what it is configured for."""
+
+
 class Engine:
     """One process, or several with the whole model in each, which average their gradients (DDP)."""
 
@@ -269,19 +273,29 @@ def start_engine(name: EngineName) -> Engine:
     """
     if name == "auto":
         name = _asked_by_launcher()
-    for variable in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"):
-        os.environ.pop(variable, None)  # the engine does what accelerate would do by them
-    # precision and accumulation are those of the stages, not the launcher's
-    accelerator = Accelerator(
-        mixed_precision="no", kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)]
-    )
+    # the engine does what accelerate would do by these
+    asked = {variable: os.environ.pop(variable) for variable in (_FSDP, _DEEPSPEED) if variable in os.environ}
+    try:
+        accelerator = Accelerator(
+            # unless told so, accelerate takes each of several processes without an accelerator for the only one
+            cpu=int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.accelerator.is_available(),
+            mixed_precision="no",  # that of the stages holds, not the launcher's
+            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+        )
+    finally:
+        os.environ.update(asked)
     if accelerator.num_processes == 1 or name == "ddp":
         return Engine(accelerator)
     return FullyShardedEngine(accelerator)
 
 
 def _asked_by_launcher() -> EngineName:
-    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+    if os.environ.get(_DEEPSPEED, "false").lower() == "true":
+        raise ConfigError(
+            "accelerate is configured for DeepSpeed, which training does not support; configure it without, and set "
+            "keep.engine=fsdp2 to shard weights, gradients and optimizer state"
+        )
+    if os.environ.get(_FSDP, "false").lower() == "true":
         if os.environ.get("FSDP_VERSION", "1") != "2":
             raise ConfigError("accelerate is configured for FSDP 1; give it --fsdp_version 2, or set keep.engine=fsdp2")
         return "fsdp2"

@@ -48,6 +48,8 @@ class Job(NamedTuple):
     out: Path
     resume: bool = False
     stop_at: int | None = None
+    launcher: dict[str, str] = {}
+    """What `accelerate launch` adds to the environment."""
 
 
 def stage(train: dict[str, Any], steps: int, **fields: Any) -> dict[str, Any]:
@@ -80,8 +82,11 @@ def with_engine(made: Recipe, engine: str) -> Recipe:
 
 def run_jobs(jobs: list[Job], environment: dict[str, str]) -> None:
     """What each of the two processes does."""
-    os.environ.update(environment)
+    # as `torchrun` does it on a machine without an accelerator
+    os.environ.update(environment | {"CUDA_VISIBLE_DEVICES": ""})
+    del os.environ["ACCELERATE_USE_CPU"]
     for job in jobs:
+        os.environ.update(job.launcher)
         trainer = Trainer(Recipe.model_validate_json(job.recipe), job.out, job.resume)
         try:
             for step in trainer.steps():
@@ -90,6 +95,8 @@ def run_jobs(jobs: list[Job], environment: dict[str, str]) -> None:
         except SystemExit:
             continue
         trainer.finish()
+        for name in job.launcher:
+            del os.environ[name]
 
 
 def run_pair(jobs: list[Job]) -> None:
@@ -122,13 +129,13 @@ def cases(manifest: Path) -> dict[str, Recipe]:
     return {
         # tied embeddings, whose gradient a hook completes; adapters that a later stage adds; batch statistics
         "plits": made(
-            manifest, "plits", [stage(TRAINED["joint"] | {"encoder": True}, 1), stage(TRAINED["lora"], 2)], **TIED
+            manifest, "plits", [stage(TRAINED["joint"] | {"encoder": True}, 1), stage(TRAINED["lora"], 1)], **TIED
         ),
         # keys made in the layers; a gate, used in all of them; two parts of a batch; a process may have text alone
         "lal": made(
             manifest,
             "lal",
-            [stage(AUDIO, 4) | {"batch": {"rows": 2}}, stage(TRAINED["adapters"], 1, accumulate=2)],
+            [stage(AUDIO, 3) | {"batch": {"rows": 2}}, stage(TRAINED["adapters"], 1, accumulate=2)],
             text=True,
         ),
         # a number that is not sharded; layers that are computed again in backward
@@ -140,9 +147,9 @@ def cases(manifest: Path) -> dict[str, Recipe]:
             connector={"name": "mlp", "width": 16},
         ),
         # blocks before the layers, gates of one element
-        "flamingo": made(manifest, "flamingo", [stage(TRAINED["joint"], 2)]),
+        "flamingo": made(manifest, "flamingo", [stage(TRAINED["joint"], 1)]),
         # attention of the layers, run outside of them
-        "lal_audio_query": made(manifest, "lal_audio_query", [stage(TRAINED["joint"], 2)]),
+        "lal_audio_query": made(manifest, "lal_audio_query", [stage(TRAINED["joint"], 1)]),
     }
 
 
@@ -153,7 +160,12 @@ def pair(manifest: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     jobs = []
     for name, made in cases(manifest).items():
         run(made, folder / f"{name}-one")
-        jobs.append(Job(with_engine(made, "fsdp2").model_dump_json(), folder / f"{name}-fsdp2"))
+        out = folder / f"{name}-fsdp2"
+        if name == "flamingo":
+            launcher = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+            jobs.append(Job(made.model_dump_json(), out, launcher=launcher))
+        else:
+            jobs.append(Job(with_engine(made, "fsdp2").model_dump_json(), out))
     long = lasting(manifest)
     run(long, folder / "long-one")
     stopped(long, folder / "one-to-two", 2)
@@ -162,8 +174,6 @@ def pair(manifest: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         Job(long.model_dump_json(), folder / "long-ddp"),
         Job(sharded, folder / "one-to-two", resume=True),
         Job(sharded, folder / "two-to-one", stop_at=2),
-        Job(sharded, folder / "two-to-two", stop_at=2),
-        Job(long.model_dump_json(), folder / "two-to-two", resume=True),
     ]
     run_pair(jobs)
     return folder
@@ -194,7 +204,7 @@ def test_whole_copies_train_as_one_process_does(pair: Path) -> None:
     assert losses(pair / "long-ddp") == pytest.approx(losses(pair / "long-one"), rel=1e-5)
 
 
-@pytest.mark.parametrize("cut", ["one-to-two", "two-to-one", "two-to-two"])
+@pytest.mark.parametrize("cut", ["one-to-two", "two-to-one"])
 def test_another_number_of_processes_goes_on(pair: Path, manifest: Path, cut: str) -> None:
     if cut == "two-to-one":
         names = sorted(path.name for path in (pair / cut / "checkpoints" / "step0000003").iterdir())
