@@ -59,6 +59,11 @@ class Checkpoint:
     weights: StoredTensors
     optimizer: StoredTensors
 
+    def close(self) -> None:
+        """Close the files, whose space on the disk is only then free after they are deleted."""
+        self.weights.close()
+        self.optimizer.close()
+
 
 def path_of(folder: Path, state: State) -> Path:
     """Folder of the checkpoint of a state."""

@@ -26,7 +26,6 @@ from pal.train.recipe import EngineName, Stage
 from pal.train.sharding import local, shard, unsharded, with_silence, without_weights
 from pal.train.shards import Shard, StoredTensors, rows_of
 
-
 _FSDP, _DEEPSPEED = "ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"
 """Variables of the environment by which `accelerate launch` says what it is configured for."""
 
@@ -34,7 +33,6 @@ _FSDP, _DEEPSPEED = "ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"
 class Engine:
     """One process, or several with the whole model in each, which average their gradients (DDP)."""
 
-    name = "ddp"
     shards = False
     """True if processes hold shards of the weights during a stage."""
 
@@ -42,6 +40,8 @@ class Engine:
         self.accelerator = accelerator
         self.device: torch.device = accelerator.device
         self.num_processes: int = accelerator.num_processes
+        self.name = "ddp" if accelerator.num_processes > 1 else "one process"
+        """Name in the run's report."""
         self.host_reduce = HostReduce(accelerator.num_processes)
         self.writers: Writers | None = ALONE if accelerator.is_main_process else None
         """Processes that write checkpoints; None: this one writes nothing."""
@@ -120,11 +120,11 @@ class FullyShardedEngine(Engine):
     again, so that the next stage can freeze other parts and add adapters.
     """
 
-    name = "fsdp2"
     shards = True
 
     def __init__(self, accelerator: Accelerator) -> None:
         super().__init__(accelerator)
+        self.name = "fsdp2"
         # of modules that return views, which nothing here changes in place
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
         from torch.distributed.device_mesh import init_device_mesh

@@ -95,6 +95,10 @@ class StoredTensors(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self._pieces)
 
+    def close(self) -> None:
+        """Close the files; nothing can be read any more."""
+        self._files.clear()
+
     def rows(self, name: str, first: int, end: int) -> Tensor:
         """Rows from `first` up to, not including, `end`; nothing else is read."""
         found: list[Tensor] = []

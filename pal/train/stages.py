@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from pal.errors import ConfigError
 from pal.model import PalModel
+from pal.train.objectives import Objective
 from pal.train.recipe import PARTS, Stage, Trained
 
 
@@ -84,6 +85,11 @@ def captures(stage: Stage, device: torch.device, processes: int) -> bool:
 def lasting_name(name: str) -> str:
     """Name of a weight in checkpoints: its name without adapters around its layer."""
     return name.replace(".base_layer.", ".")
+
+
+def head(objective: Objective) -> dict[str, nn.Parameter]:
+    """Weights of the objective itself, by checkpoint name."""
+    return {f"head.{name}": parameter for name, parameter in objective.head().items()}
 
 
 def named_weights(model: PalModel) -> dict[str, Tensor]:

@@ -43,7 +43,7 @@ class Update:
         optimizer: fused optimizer over the parameters of `masters`, without gradients yet.
         masters: trained weights with their float32 master weights.
         stage: sets gradient clipping and precision.
-        accelerator: `pal.train.engines.Engine` or an object with its methods.
+        accelerator: `pal.train.engines.Engine`, or `accelerate.Accelerator`.
         host_reduce: sums host numbers over the processes.
     """
 
@@ -89,7 +89,6 @@ class Update:
                 outcome: LossOutput = self.objective(micro_batch)
                 accelerator.backward(outcome.sum * micro_batch.counts)
             if alone or i + 1 == len(micro_batches):
-                accelerator.take_gradients()
                 self.masters.take_gradients()
             sums = sums + outcome.sum.detach() * micro_batch.counts
             items += outcome.items * micro_batch.counts

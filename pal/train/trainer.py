@@ -19,10 +19,10 @@ from pal.errors import ConfigError, PalError
 from pal.files import atomic_folder
 from pal.memory import keep_freed_memory, peak_memory
 from pal.model import PalModel
-from pal.train import checkpoint, curves, optim, run_folder, stages
+from pal.train import checkpoint, curves, optim, resuming, run_folder, stages
 from pal.train.checkpoint import Checkpoint, State
 from pal.train.distributed import ALONE
-from pal.train.engines import start_engine
+from pal.train.engines import Engine, start_engine
 from pal.train.master_weights import MasterWeights
 from pal.train.meter import Meter, NonFiniteStep, new_totals, step_inputs
 from pal.train.objectives import Objective, build_objective
@@ -157,12 +157,14 @@ class Trainer:
         with self.accelerator.main_process_first():
             found = checkpoint.load_newest(self.saver.folder, self.recipe) if self.resume else None
         if found is not None:
-            self._check_data(found)
+            resuming.check_data(found, self.state.data)
             self.state = found.state
             logger.info("resuming after step %d (%s)", self.state.step, found.path)
         # set up completed stages again, since they may have added adapters to the model and names to `trained`
         for stage in self.recipe.stages[: self.state.stage]:
             self._set_up(stage)
+        if found is not None and self.state.stage == len(self.recipe.stages):  # killed before `finish`
+            resuming.fill(self.model, {}, found)
         self.engine.place(self.model)
         if self.accelerator.device.type == "cpu":
             keep_freed_memory()  # else a step of a large vocabulary waits for pages longer than it computes
@@ -200,6 +202,7 @@ class Trainer:
                 self._seconds(),
                 {name: sum(p.numel() for p in part.parameters()) for name, part in self.model.parts().items()},
                 processes=self.accelerator.num_processes,
+                engine=self.engine.name,
                 device=str(self.accelerator.device),
             )
         self.accelerator.wait_for_everyone()
@@ -218,10 +221,11 @@ class Trainer:
         parameters = self._set_up(stage)
         data = StageData(self.recipe, index, self.manifests)
         objective = build_objective(self.model, stage, data.records())
+        head = stages.head(objective)
         if found is not None:
-            _fill(self.model, objective, found)
-        if objective.head():
-            parameters["head"] = {f"{_HEAD}{name}": p for name, p in objective.head().items()}
+            resuming.fill(self.model, head, found)
+        if head:
+            parameters["head"] = head
         self.model.llm.checkpoint_gradients(stage.gradient_checkpointing, recompute_audio=stage.recompute_audio)
         objective.train()
         stages.set_modes(self.model, stage)
@@ -244,12 +248,14 @@ class Trainer:
         self.model.llm.capture(captured)
         trained_parameters = sum(p.numel() for part in parameters.values() for p in part.values())
         prepared, held = self.engine.prepare(objective, parameters, stage)
-        masters = _masters(held, stage)
+        masters = _masters(held, stage, self.engine)
         named = {name: p for part in masters.parts.values() for name, p in part.items()}
         optimizer = optim.adamw(optim.parameter_groups(masters.parts, stage), stage)
         if found is not None and found.optimizer:
             optim.load_optimizer_tensors(optimizer, named, self.engine.own_part(found.optimizer))
             masters.give_weights()
+        if found is not None:
+            found.close()
         update = Update(prepared, optimizer, masters, stage, self.engine, self.engine.host_reduce)
 
         if len(state.totals) == index:
@@ -362,21 +368,13 @@ class Trainer:
         elif engine.writers is not None:
             engine.settle()
             tensors = stages.trained_weights(self.model, self.trained)
-            tensors |= {f"{_HEAD}{name}": p for name, p in objective.head().items()}
+            tensors |= stages.head(objective)
             state = optim.optimizer_tensors(optimizer, names, masters.copies)
             path = self.saver.save(
                 self.state, engine.weight_shards(tensors), engine.optimizer_shards(state), engine.writers
             )
         self.saved_at = time.monotonic()
         return path
-
-    def _check_data(self, found: Checkpoint) -> None:
-        for name, digest in found.state.data.items():
-            if self.state.data.get(name) != digest:
-                raise ConfigError(f"data '{name}' changed since the run was started; restore it, or start a new run")
-        new = sorted(set(self.state.data) - set(found.state.data))
-        if new:
-            raise ConfigError(f"data '{new[0]}' was missing when the run was started; remove it, or start a new run")
 
     def _seconds(self) -> float:
         return round(sum(total["seconds"] for total in self.state.totals), 3)
@@ -390,11 +388,8 @@ class Trainer:
         raise SystemExit(130)
 
 
-_HEAD = "head."
-
-
-def _masters(parameters: dict[str, dict[str, nn.Parameter]], stage: Stage) -> MasterWeights:
-    masters = MasterWeights(parameters, stage.master_weights)
+def _masters(parameters: dict[str, dict[str, nn.Parameter]], stage: Stage, engine: Engine) -> MasterWeights:
+    masters = MasterWeights(parameters, stage.master_weights, engine.take_gradients)
     if stage.master_weights and not masters.copies:
         raise ConfigError(
             f"stage '{stage.name}': 'master_weights' needs trained weights in bfloat16, but there are none; set the "
@@ -410,13 +405,3 @@ def _where(stage: Stage, state: State, fault: NonFiniteStep, saved: Path) -> str
         f"stage '{stage.name}', step {state.stage_step}: {fault.what} is not finite; records: {named}. The state "
         f"before it is in {saved}; check these records by `pal data check`, or lower the learning rate"
     )
-
-
-def _fill(model: PalModel, objective: Objective, found: Checkpoint) -> None:
-    """Load a checkpoint's weights into the model and the objective."""
-    own = stages.named_weights(model) | {f"{_HEAD}{name}": p for name, p in objective.head().items()}
-    with torch.no_grad():
-        for name, tensor in found.weights.items():
-            if name not in own or own[name].shape != tensor.shape:
-                raise ConfigError(f"{found.path}: its '{name}' does not fit the model of the recipe; start a new run")
-            own[name].copy_(tensor)

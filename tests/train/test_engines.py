@@ -15,8 +15,10 @@ import torch
 from safetensors.torch import load_file
 
 from pal.data.collate import WaveformCache
-from pal.train import Trainer, run
+from pal.errors import ConfigError
+from pal.train import Trainer, run, stages
 from pal.train.curves import read_log
+from pal.train.engines import start_engine
 from pal.train.objectives import build_objective
 from pal.train.recipe import Recipe
 from pal.train.setup import build_model
@@ -191,10 +193,12 @@ def test_shards_train_as_one_process_does(pair: Path, name: str) -> None:
         assert losses(two) == pytest.approx(losses(one), rel=1e-5)
     whole, gathered = weights(one), weights(two)
     assert {n: t.shape for n, t in whole.items()} == {n: t.shape for n, t in gathered.items()}
+    reports = [json.loads((out / "train.json").read_text()) for out in (one, two)]
+    assert [(report["processes"], report["engine"]) for report in reports] == [(1, "one process"), (2, "fsdp2")]
     for key in ("parameters", "recipe_digest"):
-        assert json.loads((one / "train.json").read_text())[key] == json.loads((two / "train.json").read_text())[key]
-    totals = [json.loads((out / "train.json").read_text())["stages"] for out in (one, two)]
-    assert [total["trained_parameters"] for total in totals[0]] == [total["trained_parameters"] for total in totals[1]]
+        assert reports[0][key] == reports[1][key]
+    counts = [[total["trained_parameters"] for total in report["stages"]] for report in reports]
+    assert counts[0] == counts[1]
     if name != "plits":
         for n, tensor in whole.items():
             torch.testing.assert_close(gathered[n], tensor, atol=1e-4, rtol=1e-3, msg=n)
@@ -215,6 +219,31 @@ def test_another_number_of_processes_goes_on(pair: Path, manifest: Path, cut: st
     whole, found = weights(pair / "long-one"), weights(pair / cut)
     for name, tensor in whole.items():
         torch.testing.assert_close(found[name], tensor, atol=1e-6, rtol=0, msg=name)
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}, "FSDP 1; give it --fsdp_version 2"),
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "DeepSpeed, which training does not support"),
+    ],
+)
+def test_what_the_launcher_is_configured_for_is_refused_where_it_cannot_be(
+    environment: dict[str, str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=message):
+        start_engine("auto")
+    assert start_engine("ddp").num_processes == 1
+    assert all(os.environ[name] == value for name, value in environment.items())
+
+
+def test_sharded_layers_are_not_compiled(manifest: Path) -> None:
+    insisting, left = (made(manifest, "lal", [stage(AUDIO, 1, **field)]).stages[0] for field in ({"compile": True}, {}))
+    assert stages.compiles(left, torch.device("cuda")) and not stages.compiles(left, torch.device("cuda"), sharded=True)
+    with pytest.raises(ConfigError, match="compile: true does not work with sharded weights"):
+        stages.compiles(insisting, torch.device("cuda"), sharded=True)
 
 
 @pytest.mark.torture

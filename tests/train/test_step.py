@@ -48,9 +48,6 @@ class Processes:
     def backward(self, loss: Tensor) -> None:
         loss.backward()
 
-    def take_gradients(self) -> None:
-        pass
-
     clip_grad_norm_ = staticmethod(nn.utils.clip_grad_norm_)
 
     def reduce(self, told: Tensor, reduction: str) -> Tensor:
