@@ -212,9 +212,9 @@ class FullyShardedEngine(Engine):
     @torch.no_grad()
     def clip_grad_norm_(self, parameters: list[nn.Parameter], max_norm: float) -> Tensor:
         """See `Engine.clip_grad_norm_`; the norm is that over all processes."""
-        whole = {id(weight) for weight in self._whole}
+        # all that trains is sharded, but numbers without a dimension
         sharded, once = (
-            [p.grad for p in parameters if p.grad is not None and (id(p) in whole) == kind] for kind in (False, True)
+            [p.grad for p in parameters if p.grad is not None and (p.ndim > 0) == kind] for kind in (True, False)
         )
         square = nn.utils.get_total_norm(sharded).to(self.device).square()
         torch.distributed.all_reduce(square)
