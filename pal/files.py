@@ -36,23 +36,36 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
     temporary.mkdir()
     try:
         yield temporary
-        digests = {
-            str(path.relative_to(temporary)): sha256(path) for path in sorted(temporary.rglob("*")) if path.is_file()
-        }
-        (temporary / MANIFEST).write_text(json.dumps({"sha256": digests}, indent=1) + "\n")
-        for path in temporary.rglob("*"):
-            if path.is_file():
-                _sync(path)
-        _sync(temporary)
-        old = folder.with_name(f"{folder.name}.old")
-        shutil.rmtree(old, ignore_errors=True)
-        if folder.exists():
-            folder.rename(old)
-        temporary.rename(folder)
-        _sync(folder.parent)
-        shutil.rmtree(old, ignore_errors=True)
+        publish(temporary, folder, digests_in(temporary))
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def digests_in(folder: Path) -> dict[str, str]:
+    """SHA-256 of all files in a folder, by name."""
+    return {str(path.relative_to(folder)): sha256(path) for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def publish(temporary: Path, folder: Path, digests: Mapping[str, str]) -> None:
+    """Write the manifest of a temporary folder, and put it in the place of `folder`, complete and on disk.
+
+    Args:
+        temporary: folder beside `folder`.
+        folder: is replaced.
+        digests: SHA-256 of all files in `temporary`, by name.
+    """
+    (temporary / MANIFEST).write_text(json.dumps({"sha256": dict(digests)}, indent=1) + "\n")
+    for path in temporary.rglob("*"):
+        if path.is_file():
+            _sync(path)
+    _sync(temporary)
+    old = folder.with_name(f"{folder.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.rename(old)
+    temporary.rename(folder)
+    _sync(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def recover(folder: Path) -> None:

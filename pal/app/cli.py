@@ -178,8 +178,10 @@ def train(
     folder = out or Path("runs") / recipe.stem
     # log messages of this package go to stderr, those of others do not
     logging.basicConfig(format="%(message)s")
-    logging.getLogger("pal").setLevel(logging.INFO)
+    logging.getLogger("pal").setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING)
     model = run(parsed, folder, resume=resume, overwrite=overwrite)
+    if os.environ.get("RANK", "0") != "0":  # the first of several processes speaks for all
+        return
     facts = {"out": str(folder), "model": str(folder), "integration": model.config.integration["name"]}
     if as_json:
         print_json({**facts, "model_digest": model.digest})

@@ -33,6 +33,8 @@ class LALAudioQuery(GatedRoute):
             """Toy size, for an LLM of few layers."""
             return super().toy().model_copy(update={"layers": toy_layers(self.layers)})
 
+    runs_layers = True
+
     def __init__(self, config: Config, in_width: int, llm: Backbone) -> None:
         super().__init__()
         self.config = config

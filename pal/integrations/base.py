@@ -115,6 +115,10 @@ class Route(Integration):
     Constructed as `cls(config, in_width=E, llm=backbone)`.
     """
 
+    runs_layers = False
+    """True if it runs the attention of the LLM's layers outside of their forward pass. Sharded training then does not
+    shard them layer by layer."""
+
     @abstractmethod
     def inject(self, features: AudioFeatures, llm: Backbone) -> IntegrationOutput:
         """Rows, keys and values of the clips of `features` [U, A, E]."""

@@ -5,6 +5,9 @@ checkpoints/step0000200/
     optimizer.safetensors   AdamW's state with float32 master weights (not between two stages)
     state.json              training progress and the recipe
     manifest.json           SHA-256 of the files
+
+Where processes hold shards of the tensors, each writes its own: `weights-00001-of-00002.safetensors` and so on. Any
+number of processes, with or without shards, can read either.
 """
 
 from __future__ import annotations
@@ -18,14 +21,17 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pal.errors import BundleError, ConfigError
-from pal.files import atomic_folder, recover, verify
+from pal.files import publish, recover, sha256, verify
+from pal.train.distributed import ALONE, Writers
 from pal.train.recipe import Recipe, differences
+from pal.train.shards import Shard, StoredTensors, write
 
 logger = logging.getLogger(__name__)
+
+_SUFFIX = ".safetensors"
 
 
 @dataclass
@@ -46,32 +52,79 @@ class State:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Loaded training checkpoint."""
+    """Training checkpoint; its tensors are read when they are asked for."""
 
     path: Path
     state: State
-    weights: dict[str, Tensor]
-    optimizer: dict[str, Tensor]
+    weights: StoredTensors
+    optimizer: StoredTensors
+
+    def close(self) -> None:
+        """Close the files, whose space on the disk is only then free after they are deleted."""
+        self.weights.close()
+        self.optimizer.close()
+
+
+def path_of(folder: Path, state: State) -> Path:
+    """Folder of the checkpoint of a state."""
+    return folder / f"step{state.step:07d}"
 
 
 def save(
     folder: Path,
     state: State,
     recipe: Recipe,
-    weights: Mapping[str, Tensor],
-    optimizer: Mapping[str, Tensor],
+    weights: Mapping[str, Tensor | Shard],
+    optimizer: Mapping[str, Tensor | Shard],
     keep: int,
+    writers: Writers = ALONE,
 ) -> Path:
-    """Write a checkpoint below `folder` and remove the oldest beyond `keep`."""
-    path = folder / f"step{state.step:07d}"
-    with atomic_folder(path) as temporary:
-        save_file(_plain(weights), temporary / "weights.safetensors")
-        if optimizer:
-            save_file(_plain(optimizer), temporary / "optimizer.safetensors")
-        content = {"state": asdict(state), "digest": recipe.digest, "recipe": recipe.settings()}
-        (temporary / "state.json").write_text(json.dumps(content, indent=1) + "\n")
-    for old in _folders(folder)[:-keep]:
-        shutil.rmtree(old)
+    """Write a checkpoint below `folder` and remove the oldest beyond `keep`.
+
+    Args:
+        folder: folder of all checkpoints.
+        state: training progress.
+        recipe: recipe of the run.
+        weights: trained weights, or this process's shards of them.
+        optimizer: state of the optimizer, in the same way; empty between two stages.
+        keep: number of newest checkpoints to keep.
+        writers: processes that write the checkpoint together; each calls this.
+
+    Raises:
+        PalError: another of the writers failed.
+    """
+    path = path_of(folder, state)
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with writers.together():
+            if writers.is_first:
+                folder.mkdir(parents=True, exist_ok=True)
+                shutil.rmtree(temporary, ignore_errors=True)
+                temporary.mkdir()
+        own: dict[str, str] = {}
+        with writers.together():
+            for kind, tensors in (("weights", weights), ("optimizer", optimizer)):
+                mine = tensors if writers.is_first else {n: t for n, t in tensors.items() if isinstance(t, Shard)}
+                if tensors:
+                    file = temporary / writers.file(kind)
+                    write(mine, file)
+                    own[kind] = sha256(file)
+        digests = {
+            writers.file(kind, writer): digest
+            for kind in ("weights", "optimizer")
+            for writer, digest in enumerate(writers.gather(own.get(kind)))
+            if digest is not None
+        }
+        with writers.together():
+            if writers.is_first:
+                content = {"state": asdict(state), "digest": recipe.digest, "recipe": recipe.settings()}
+                (temporary / "state.json").write_text(json.dumps(content, indent=1) + "\n")
+                publish(temporary, path, digests | {"state.json": sha256(temporary / "state.json")})
+                for old in _folders(folder)[:-keep]:
+                    shutil.rmtree(old)
+    finally:
+        if writers.is_first:
+            shutil.rmtree(temporary, ignore_errors=True)
     return path
 
 
@@ -103,8 +156,10 @@ def _load(path: Path, recipe: Recipe) -> Checkpoint:
     files = verify(path)
     try:
         content = json.loads((path / "state.json").read_text())
-        weights = load_file(path / "weights.safetensors")
-        optimizer = load_file(path / "optimizer.safetensors") if "optimizer.safetensors" in files else {}
+        weights, optimizer = (
+            StoredTensors(path / name for name in sorted(files) if name.startswith(kind) and name.endswith(_SUFFIX))
+            for kind in ("weights", "optimizer")
+        )
         state = State(**content["state"])
         digest, settings = content["digest"], content["recipe"]
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
@@ -126,7 +181,3 @@ def check_recipe(path: Path, digest: str, settings: dict[str, Any], recipe: Reci
 def _folders(folder: Path) -> list[Path]:
     """Complete checkpoints, oldest first."""
     return sorted(path for path in folder.glob("step*") if path.is_dir() and path.name[4:].isdigit())
-
-
-def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}

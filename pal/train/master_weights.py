@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -20,9 +20,11 @@ class MasterWeights:
     Args:
         parts: the trained weights.
         on: if False, no weight has a master weight.
+        complete: called before gradients are taken, to complete those of `parts`.
     """
 
-    def __init__(self, parts: Parts, on: bool) -> None:
+    def __init__(self, parts: Parts, on: bool, complete: Callable[[], None] | None = None) -> None:
+        self._complete = complete
         self.parts: dict[str, dict[str, nn.Parameter]] = {}
         """`parts`, with weights replaced by their master weights if they have one."""
         self.copies: list[Tensor] = []
@@ -38,6 +40,8 @@ class MasterWeights:
 
     def take_gradients(self) -> None:
         """Add the weights' gradients to those of the master weights, to sum, scale and clip them in float32."""
+        if self._complete is not None:
+            self._complete()
         for weight, copy in zip(self._weights, self.copies, strict=True):
             if weight.grad is not None:
                 more = weight.grad.float()

@@ -230,8 +230,12 @@ class Stage(StrictConfig):
         return self
 
 
+EngineName = Literal["auto", "ddp", "fsdp2"]
+"""How several processes share the work and the memory of training; see `pal.train.engines`."""
+
+
 class CheckpointConfig(StrictConfig):
-    """Checkpoints, log and loader threads. These settings do not change the result."""
+    """Checkpoints, log, loader threads and engine. These settings do not change the result."""
 
     checkpoint_every: int = Field(default=200, gt=0)
     """Steps between two checkpoints, the maximum that a killed run loses."""
@@ -246,6 +250,10 @@ class CheckpointConfig(StrictConfig):
     where threads compete with training (docs/experiments.md)."""
     prefetch: int = Field(default=3, gt=0)
     """Number of batches loaded ahead."""
+    engine: EngineName = "auto"
+    """With several processes, as `torchrun` or `accelerate launch` start them: `ddp`, the whole model in each; `fsdp2`,
+    weights, gradients and optimizer state sharded. `auto`: what `accelerate launch` was configured for, else `ddp`. A
+    run can be resumed with another engine."""
 
 
 class Recipe(StrictConfig):

@@ -51,7 +51,7 @@ def write_report(
         state: final state, with the totals of the stages.
         seconds: training time of all stages.
         parameters: part of the model -> number of its parameters.
-        machine: number of processes, and device.
+        machine: number of processes, engine and device.
     """
     import torch
     import transformers

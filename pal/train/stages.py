@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from pal.errors import ConfigError
 from pal.model import PalModel
+from pal.train.objectives import Objective
 from pal.train.recipe import PARTS, Stage, Trained
 
 
@@ -51,9 +52,18 @@ def set_modes(model: PalModel, stage: Stage) -> None:
         model.llm.train()
 
 
-def compiles(stage: Stage, device: torch.device) -> bool:
-    """True if a stage compiles the LLM's layers: with `auto` on CUDA; never in a stage without the LLM."""
-    wanted = device.type == "cuda" if stage.compile == "auto" else stage.compile
+def compiles(stage: Stage, device: torch.device, sharded: bool = False) -> bool:
+    """True if a stage compiles the LLM's layers: with `auto` on CUDA, unless sharded; never in a stage without the LLM.
+
+    Raises:
+        ConfigError: the stage has `compile: true`, but its weights are sharded.
+    """
+    if sharded and stage.compile is True and stage.runs_llm:
+        raise ConfigError(
+            f"stage '{stage.name}': compile: true does not work with sharded weights (keep.engine: fsdp2); remove the "
+            "key, or use keep.engine=ddp"
+        )
+    wanted = device.type == "cuda" and not sharded if stage.compile == "auto" else stage.compile
     return wanted and stage.runs_llm
 
 
@@ -75,6 +85,11 @@ def captures(stage: Stage, device: torch.device, processes: int) -> bool:
 def lasting_name(name: str) -> str:
     """Name of a weight in checkpoints: its name without adapters around its layer."""
     return name.replace(".base_layer.", ".")
+
+
+def head(objective: Objective) -> dict[str, nn.Parameter]:
+    """Weights of the objective itself, by checkpoint name."""
+    return {f"head.{name}": parameter for name, parameter in objective.head().items()}
 
 
 def named_weights(model: PalModel) -> dict[str, Tensor]:

@@ -43,7 +43,7 @@ class Update:
         optimizer: fused optimizer over the parameters of `masters`, without gradients yet.
         masters: trained weights with their float32 master weights.
         stage: sets gradient clipping and precision.
-        accelerator: `accelerate.Accelerator` or an object with its methods.
+        accelerator: `pal.train.engines.Engine`, or `accelerate.Accelerator`.
         host_reduce: sums host numbers over the processes.
     """
 
@@ -96,13 +96,13 @@ class Update:
             tries = tries + outcome.hits[1] * micro_batch.counts
         counted, *raised = self.host_reduce.sum(items, *flags)
         totals_3 = torch.stack([_number(x, sums.device) for x in (sums, hits, tries)])
-        totals_3 = accelerator.reduce(totals_3, reduction="sum")
+        totals_3 = accelerator.reduce(totals_3, "sum")
         # DDP averages the gradients of the sums over processes: scale to the mean over all items
         scale = accelerator.num_processes / max(1.0, counted)
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         for dtype in {gradient.dtype for gradient in gradients}:  # one kernel for each dtype
             torch._foreach_mul_([gradient for gradient in gradients if gradient.dtype == dtype], scale)
-        norm = nn.utils.clip_grad_norm_(self.parameters, self.stage.clip_grad or float("inf")).to(sums.device)
+        norm = accelerator.clip_grad_norm_(self.parameters, self.stage.clip_grad or float("inf")).to(sums.device)
         self._apply(totals_3[0], norm, before)
         numbers_4 = torch.stack((totals_3[0], norm.to(totals_3.dtype), totals_3[1], totals_3[2]))
         return StepResult(numbers_4, int(counted), [flag > 0 for flag in raised])

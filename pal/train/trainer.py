@@ -11,9 +11,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
 from pal.data.collate import WaveformCache
@@ -21,14 +19,16 @@ from pal.errors import ConfigError, PalError
 from pal.files import atomic_folder
 from pal.memory import keep_freed_memory, peak_memory
 from pal.model import PalModel
-from pal.train import checkpoint, curves, optim, run_folder, stages
+from pal.train import checkpoint, curves, optim, resuming, run_folder, stages
 from pal.train.checkpoint import Checkpoint, State
-from pal.train.distributed import HostReduce
+from pal.train.distributed import ALONE
+from pal.train.engines import Engine, start_engine
 from pal.train.master_weights import MasterWeights
 from pal.train.meter import Meter, NonFiniteStep, new_totals, step_inputs
 from pal.train.objectives import Objective, build_objective
 from pal.train.operations import Operations, product_rate
 from pal.train.recipe import Recipe, Stage
+from pal.train.saving import CheckpointSaver
 from pal.train.seeding import seed_everything
 from pal.train.setup import build_model
 from pal.train.skips import digests
@@ -97,14 +97,14 @@ class Trainer:
         self.out = out
         self.resume = resume
         self.on_stage = on_stage
-        self.accelerator = Accelerator(kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)])
+        self.engine = start_engine(recipe.keep.engine)
+        self.accelerator = self.engine.accelerator
         if self.accelerator.is_main_process:
             run_folder.claim(out, recipe, resume, overwrite)
         self.accelerator.wait_for_everyone()
         if read_every is None:
             read_every = 1 if self.accelerator.device.type == "cpu" else recipe.keep.log_every
         self.read_every = read_every
-        self.host_reduce = HostReduce(self.accelerator.num_processes)
         self.trained: set[str] = set()
         """Checkpoint names of the weights trained so far, over all stages."""
         self.stop_requested = False
@@ -116,6 +116,7 @@ class Trainer:
         self.peak: float | None = None
         """Measured FLOP/s of the device; None without CUDA."""
         self.saved_at = time.monotonic()
+        self.saver = CheckpointSaver(out / "checkpoints", recipe)
         self.waveforms = WaveformCache(_CACHE_BYTES)
         self.finished = resume and run_folder.is_finished(out)
         """True if the resumed run was already finished."""
@@ -153,15 +154,18 @@ class Trainer:
         """
         if self.finished:
             return
-        found = checkpoint.load_newest(self.out / "checkpoints", self.recipe) if self.resume else None
+        with self.accelerator.main_process_first():
+            found = checkpoint.load_newest(self.saver.folder, self.recipe) if self.resume else None
         if found is not None:
-            self._check_data(found)
+            resuming.check_data(found, self.state.data)
             self.state = found.state
             logger.info("resuming after step %d (%s)", self.state.step, found.path)
         # set up completed stages again, since they may have added adapters to the model and names to `trained`
         for stage in self.recipe.stages[: self.state.stage]:
             self._set_up(stage)
-        self.model.to(self.accelerator.device)
+        if found is not None and self.state.stage == len(self.recipe.stages):  # killed before `finish`
+            resuming.fill(self.model, {}, found)
+        self.engine.place(self.model)
         if self.accelerator.device.type == "cpu":
             keep_freed_memory()  # else a step of a large vocabulary waits for pages longer than it computes
         self.peak = product_rate(self.accelerator.device)
@@ -175,7 +179,9 @@ class Trainer:
                     found = None
                     if self.on_stage is not None:
                         self.on_stage(self.model)
+            self.saver.wait()
         finally:
+            self.saver.close()
             if log is not None:
                 log.close()
 
@@ -196,6 +202,7 @@ class Trainer:
                 self._seconds(),
                 {name: sum(p.numel() for p in part.parameters()) for name, part in self.model.parts().items()},
                 processes=self.accelerator.num_processes,
+                engine=self.engine.name,
                 device=str(self.accelerator.device),
             )
         self.accelerator.wait_for_everyone()
@@ -214,10 +221,11 @@ class Trainer:
         parameters = self._set_up(stage)
         data = StageData(self.recipe, index, self.manifests)
         objective = build_objective(self.model, stage, data.records())
+        head = stages.head(objective)
         if found is not None:
-            _fill(self.model, objective, found)
-        if objective.head():
-            parameters["head"] = {f"{_HEAD}{name}": p for name, p in objective.head().items()}
+            resuming.fill(self.model, head, found)
+        if head:
+            parameters["head"] = head
         self.model.llm.checkpoint_gradients(stage.gradient_checkpointing, recompute_audio=stage.recompute_audio)
         objective.train()
         stages.set_modes(self.model, stage)
@@ -230,7 +238,7 @@ class Trainer:
                 stage.name,
                 index,
             )
-        compiled = stages.compiles(stage, accelerator.device)
+        compiled = stages.compiles(stage, accelerator.device, self.engine.shards)
         if compiled:
             logger.info(
                 "stage '%s': its first step compiles the LLM's layers (compile: false turns it off)", stage.name
@@ -238,17 +246,20 @@ class Trainer:
             self.model.llm.compile()
         captured = stages.captures(stage, accelerator.device, accelerator.num_processes)
         self.model.llm.capture(captured)
-        objective.to(accelerator.device)
-        masters = _masters(parameters, stage)
+        trained_parameters = sum(p.numel() for part in parameters.values() for p in part.values())
+        prepared, held = self.engine.prepare(objective, parameters, stage)
+        masters = _masters(held, stage, self.engine)
         named = {name: p for part in masters.parts.values() for name, p in part.items()}
         optimizer = optim.adamw(optim.parameter_groups(masters.parts, stage), stage)
         if found is not None and found.optimizer:
-            optim.load_optimizer_tensors(optimizer, named, found.optimizer)
+            optim.load_optimizer_tensors(optimizer, named, self.engine.own_part(found.optimizer))
             masters.give_weights()
-        update = Update(accelerator.prepare(objective), optimizer, masters, stage, accelerator, self.host_reduce)
+        if found is not None:
+            found.close()
+        update = Update(prepared, optimizer, masters, stage, self.engine, self.engine.host_reduce)
 
         if len(state.totals) == index:
-            state.totals.append(new_totals() | {"trained_parameters": sum(p.numel() for p in named.values())})
+            state.totals.append(new_totals() | {"trained_parameters": trained_parameters})
         keep, total = self.recipe.keep, state.totals[index]
         place = (accelerator.process_index, accelerator.num_processes)
         workers = keep.workers
@@ -274,7 +285,7 @@ class Trainer:
                     optimizer, optim.lr_factor(state.stage_step, data.steps, stage.warmup, stage.schedule)
                 )
                 seed_everything(self.recipe.seed, index, state.stage_step, accelerator.process_index)
-                result = update(micro_batches, self.stop_requested, self._is_late())
+                result = update(self.engine.aligned(micro_batches), self.stop_requested, self._is_late())
                 done = 0.0 if operations is None else operations(micro_batches)
                 meter.add(
                     result, step_inputs(micro_batches, self.model.sampling_rate, objective.unit, done), loaded, ready
@@ -292,13 +303,16 @@ class Trainer:
                     if fault is not None:
                         state.step -= fault.undone
                         state.stage_step -= fault.undone
-                        raise TrainingError(_where(stage, state, fault, save()))
+                        saved = save()
+                        self.saver.wait()
+                        raise TrainingError(_where(stage, state, fault, saved))
                 if logs:
                     line = meter.line()
                     total["loss"] = line["loss"]
                     bar.set_postfix_str(f"loss {line['loss']:.3g}", refresh=False)
                     if log is not None:
                         log.write(step=state.step, stage=stage.name, lr=rates, **line, seconds=self._seconds())
+                self.saver.check()
                 if saves:
                     path = save()
                     if self.stop_agreed:
@@ -309,6 +323,7 @@ class Trainer:
         peak = peak_memory(self.model.llm.device)
         if peak is not None:
             total["peak_memory_bytes"] = peak
+        self.model = self.engine.release(self.model)
         self.model.llm.checkpoint_gradients(False)
         if compiled:  # the next stage may not compile, and the trained model is returned uncompiled
             self.model.llm.uncompile()
@@ -321,7 +336,7 @@ class Trainer:
         state.stage, state.stage_step = index + 1, 0
         self._save(None, None, {}, None)
         if self.stop_agreed and index + 1 < len(self.recipe.stages):
-            self._leave(self.out / "checkpoints")
+            self._leave(self.saver.folder)
 
     def _operations(self, stage: Stage) -> Operations | None:
         if self.peak is None:
@@ -345,32 +360,27 @@ class Trainer:
         names: dict[int, str],
         masters: MasterWeights | None,
     ) -> Path:
-        """Write a checkpoint; without an objective, a checkpoint between two stages."""
-        path = self.out / "checkpoints"
-        if self.accelerator.is_main_process:
+        """Copy a checkpoint, to be written in a thread; without an objective, a checkpoint between two stages."""
+        engine, path = self.engine, self.saver.folder
+        if objective is None or optimizer is None or masters is None:  # each process has the whole model
+            if self.accelerator.is_main_process:
+                path = self.saver.save(self.state, stages.trained_weights(self.model, self.trained), {}, ALONE)
+        elif engine.writers is not None:
+            engine.settle()
             tensors = stages.trained_weights(self.model, self.trained)
-            if objective is not None:
-                tensors |= {f"{_HEAD}{name}": p for name, p in objective.head().items()}
-            state: dict[str, Tensor] = {}
-            if optimizer is not None and masters is not None:
-                state = optim.optimizer_tensors(optimizer, names, masters.copies)
-            path = checkpoint.save(path, self.state, self.recipe, tensors, state, self.recipe.keep.checkpoints)
+            tensors |= stages.head(objective)
+            state = optim.optimizer_tensors(optimizer, names, masters.copies)
+            path = self.saver.save(
+                self.state, engine.weight_shards(tensors), engine.optimizer_shards(state), engine.writers
+            )
         self.saved_at = time.monotonic()
-        self.accelerator.wait_for_everyone()
         return path
-
-    def _check_data(self, found: Checkpoint) -> None:
-        for name, digest in found.state.data.items():
-            if self.state.data.get(name) != digest:
-                raise ConfigError(f"data '{name}' changed since the run was started; restore it, or start a new run")
-        new = sorted(set(self.state.data) - set(found.state.data))
-        if new:
-            raise ConfigError(f"data '{new[0]}' was missing when the run was started; remove it, or start a new run")
 
     def _seconds(self) -> float:
         return round(sum(total["seconds"] for total in self.state.totals), 3)
 
     def _leave(self, path: Path) -> None:
+        self.saver.wait()
         if self.accelerator.is_main_process:
             tqdm.write(
                 f"stopped after step {self.state.step}, saved in {path}; continue with --resume", file=sys.stderr
@@ -378,11 +388,8 @@ class Trainer:
         raise SystemExit(130)
 
 
-_HEAD = "head."
-
-
-def _masters(parameters: dict[str, dict[str, nn.Parameter]], stage: Stage) -> MasterWeights:
-    masters = MasterWeights(parameters, stage.master_weights)
+def _masters(parameters: dict[str, dict[str, nn.Parameter]], stage: Stage, engine: Engine) -> MasterWeights:
+    masters = MasterWeights(parameters, stage.master_weights, engine.take_gradients)
     if stage.master_weights and not masters.copies:
         raise ConfigError(
             f"stage '{stage.name}': 'master_weights' needs trained weights in bfloat16, but there are none; set the "
@@ -398,13 +405,3 @@ def _where(stage: Stage, state: State, fault: NonFiniteStep, saved: Path) -> str
         f"stage '{stage.name}', step {state.stage_step}: {fault.what} is not finite; records: {named}. The state "
         f"before it is in {saved}; check these records by `pal data check`, or lower the learning rate"
     )
-
-
-def _fill(model: PalModel, objective: Objective, found: Checkpoint) -> None:
-    """Load a checkpoint's weights into the model and the objective."""
-    own = stages.named_weights(model) | {f"{_HEAD}{name}": p for name, p in objective.head().items()}
-    with torch.no_grad():
-        for name, tensor in found.weights.items():
-            if name not in own or own[name].shape != tensor.shape:
-                raise ConfigError(f"{found.path}: its '{name}' does not fit the model of the recipe; start a new run")
-            own[name].copy_(tensor)

@@ -48,6 +48,8 @@ class Processes:
     def backward(self, loss: Tensor) -> None:
         loss.backward()
 
+    clip_grad_norm_ = staticmethod(nn.utils.clip_grad_norm_)
+
     def reduce(self, told: Tensor, reduction: str) -> Tensor:
         assert reduction == "sum"
         return told * self.num_processes
