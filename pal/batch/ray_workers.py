@@ -32,6 +32,8 @@ _STORE_BYTES = 100 * 2**20
 """Ray's store of objects, for tasks and reports; about its minimum."""
 _LONGEST_FOLDER = 40
 """Longest path of a temporary folder in which the paths of Ray's sockets keep within their 107 bytes."""
+_STARTS = 3
+"""Tries to start Ray on this machine."""
 _ADDRESS = "RAY_ADDRESS"
 _QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_BACKEND_LOG_LEVEL": "fatal", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
 """No statistics on usage are sent, and Ray's processes print nothing."""
@@ -140,11 +142,7 @@ def _started(address: str | None, cpus: int, gpus: float, parts: AnswerParts) ->
             _check_gpus(gpus)
             quiet |= {"num_cpus": cpus, "include_dashboard": False, "_temp_dir": str(temporary)}
             quiet |= {"object_store_memory": _STORE_BYTES}
-        try:
-            with _without_stderr():
-                ray.init(address or "local", **quiet)
-        except (ConnectionError, RuntimeError, ValueError, OSError) as error:
-            raise ConfigError(f"Ray could not be started: {first_sentence(error)}; see 'ray status'") from None
+        _init(address, quiet)
         yield
     finally:
         ray.shutdown()
@@ -155,6 +153,23 @@ def _started(address: str | None, cpus: int, gpus: float, parts: AnswerParts) ->
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
+
+
+def _init(address: str | None, options: dict[str, Any]) -> None:
+    """Start Ray or connect to it; raises ConfigError where that fails."""
+    import ray
+
+    tries = _STARTS if address is None else 1
+    for left in reversed(range(tries)):
+        try:
+            with _without_stderr():
+                ray.init(address or "local", **options)
+            return
+        except Exception as error:  # Ray raises bare ones, such as where a busy machine takes over 30 s to start it
+            ray.shutdown()
+            if not left:
+                what = f"Ray could not be started at {address}" if address else "Ray could not be started here"
+                raise ConfigError(f"{what}: {first_sentence(error)}; give --workers 1 to do without it") from None
 
 
 @contextmanager

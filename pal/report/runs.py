@@ -17,6 +17,7 @@ from pal.lab.names import distinct_names
 from pal.plots import MISSING, render
 from pal.report import training
 from pal.report.training import TrainingRun, setting_at
+from pal.train import provenance
 from pal.train.curves import draw_losses, loss_size, read_log
 from pal.train.recipe import differences
 
@@ -162,7 +163,7 @@ def _summary(path: Path, name: str) -> tuple[RunSummary, TrainingRun | None]:
             loss=run.curve[-1][1] if run.curve else None,
             seconds=run.seconds if run.seconds is not None else lines[-1].get("seconds") if lines else None,
             validation_accuracy=max(accuracies, default=None),
-            device=run.device,
+            device=run.device or next((one["device"] for one in provenance.read(path)[-1:]), ""),
         )
     except PalError as error:
         return RunSummary(str(path), name, reasons=(str(error),)), None

@@ -16,6 +16,7 @@ from pal.backbone.finetuning import LLMPart, LoRA
 from pal.config import StrictConfig, parse
 from pal.errors import ConfigError
 from pal.model_config import ModelConfig
+from pal.train.tracking import TrackerName
 
 PARTS = ("encoder", "connector", "projectors", "llm")
 """Parts that a stage can train, as in `PalModel.parts`."""
@@ -246,6 +247,8 @@ class CheckpointConfig(StrictConfig):
     where threads compete with training (docs/experiments.md)."""
     prefetch: int = Field(default=3, gt=0)
     """Number of batches loaded ahead."""
+    track: list[TrackerName] = Field(default_factory=list)
+    """Programs that show the log while the run trains; each is an extra of this package."""
 
 
 class Recipe(StrictConfig):

@@ -27,8 +27,13 @@ def test_two_workers_answer_as_one_and_leave_nothing(clips, model, tmp_path):
             if number == 2:
                 raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt):
-        run(given, out, str(tmp_path / "bundle"), max_new_tokens=6, workers=2, progress=counting)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run(given, out, str(tmp_path / "bundle"), max_new_tokens=6, workers=2, progress=counting)
+    except ConfigError as error:
+        if "timed out during startup" not in str(error):
+            raise
+        pytest.skip("this machine is so busy that Ray's processes need over 30 s to start, three times")
     assert 1 <= parts <= 2  # the model of a worker may be slow to load
     assert set(Path(tempfile.gettempdir()).glob("pal-ray-*")) == before
     # what the workers answered is taken up by another way to ask
