@@ -161,7 +161,7 @@ class FolderIndex:
         Raises:
             BundleError: no clip of the index is in the folder, so it is of another one, whose clips would be removed.
         """
-        paths, report = _audio_files(folder)
+        paths, report = audio_files(folder)
         before = {clip.source.path: clip for clip in self.clips()}
         names = {path: path.relative_to(folder).as_posix() for path in paths}
         if before and not before.keys() & set(names.values()):
@@ -277,7 +277,7 @@ def _digest(model: PalModel, store: Store) -> str:
     return digest(model.ears.encoders.state_dict(), json.dumps(options, sort_keys=True))
 
 
-def _audio_files(folder: Path) -> tuple[list[Path], IndexReport]:
+def audio_files(folder: Path) -> tuple[list[Path], IndexReport]:
     """Audio files in a folder and those below it, sorted, and a report with the folders that cannot be listed."""
     unread: list[OSError] = []
     found: list[Path] = []

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 from typer.core import TyperGroup
 
-from pal.app import ablating, benching, evaluating, indexing, listening, reporting
+from pal.app import ablating, batching, benching, evaluating, indexing, listening, reporting, running
 from pal.app.data import data_app
 from pal.app.loading import load_model, stored_clip
 from pal.app.models import models_app
@@ -145,6 +145,7 @@ def ask(
 
 
 app.command()(indexing.index)
+app.command()(batching.batch)
 app.command()(listening.listen)
 
 
@@ -260,6 +261,7 @@ app.command("eval")(evaluating.eval_)
 app.command()(evaluating.compare)
 app.command()(ablating.ablate)
 app.command()(reporting.report)
+app.command()(running.runs)
 
 
 @app.command()

@@ -115,14 +115,14 @@ def _recipe_differences(runs: Mapping[str, TrainingRun]) -> list[Part]:
     if not keys:
         return [Prose("None: all runs have the same recipe.")]
     shown = keys[:_DIFFERENCES]
-    rows = [[name, *(_setting(run.recipe, key) for key in shown)] for name, run in runs.items()]
+    rows = [[name, *(setting_at(run.recipe, key) for key in shown)] for name, run in runs.items()]
     parts: list[Part] = [Table.of("Settings that differ between runs", ["run", *shown], rows, words=True)]
     if len(keys) > len(shown):
         parts.append(Prose(f"{len(keys) - len(shown)} more settings differ and are not shown."))
     return parts
 
 
-def _setting(recipe: Any, key: str) -> str:
+def setting_at(recipe: Any, key: str) -> str:
     """Text of the value at a dotted key, as in `differences`; a dash if there is none."""
     at = recipe
     for name in key.split("."):

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+    from pal.train.tracking import TrackedRun, Trackers
+
 Curve = Sequence[tuple[float, float]]
 """Points (step, loss)."""
 Borders = Sequence[tuple[float, str]]
@@ -29,24 +31,33 @@ class Log:
     Args:
         path: path of the file.
         step: number of completed steps; lines of later steps are dropped.
+        trackers: get all lines, too.
+        run: that the trackers are told of.
     """
 
-    def __init__(self, path: Path, step: int) -> None:
+    def __init__(self, path: Path, step: int, trackers: Trackers | None = None, run: TrackedRun | None = None) -> None:
         self.path = path
+        self.trackers = trackers
         lines = [line for line in read_log(path) if line["step"] <= step]
         write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
         self._file = path.open("a", encoding="utf-8")
+        if trackers is not None and run is not None:
+            trackers.start(run, lines)
 
     def write(self, **values: Any) -> None:
         """Add a line."""
         self._file.write(json.dumps(values) + "\n")
         self._file.flush()
+        if self.trackers is not None:
+            self.trackers.log(values)
 
     def close(self) -> None:
         """Flush to disk and close."""
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
+        if self.trackers is not None:
+            self.trackers.finish()
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:

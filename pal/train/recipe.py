@@ -16,6 +16,7 @@ from pal.backbone.finetuning import LLMPart, LoRA
 from pal.config import StrictConfig, parse
 from pal.errors import ConfigError
 from pal.model_config import ModelConfig
+from pal.train.tracking import TrackerName
 
 PARTS = ("encoder", "connector", "projectors", "llm")
 """Parts that a stage can train, as in `PalModel.parts`."""
@@ -254,6 +255,8 @@ class CheckpointConfig(StrictConfig):
     """With several processes, as `torchrun` or `accelerate launch` start them: `ddp`, the whole model in each; `fsdp2`,
     weights, gradients and optimizer state sharded. `auto`: what `accelerate launch` was configured for, else `ddp`. A
     run can be resumed with another engine."""
+    track: list[TrackerName] = Field(default_factory=list)
+    """Programs that show the log while the run trains; each is an extra of this package."""
 
 
 class Recipe(StrictConfig):

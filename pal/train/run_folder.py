@@ -26,9 +26,9 @@ def claim(out: Path, recipe: Recipe, resume: bool, overwrite: bool) -> None:
     """
     marker = out / "recipe.json"
     if marker.exists() and overwrite and not resume:
-        for name in ("checkpoints", "data", "tokenizer", "model"):
+        for name in ("checkpoints", "data", "tokenizer", "model", "tensorboard"):
             shutil.rmtree(out / name, ignore_errors=True)
-        for name in ("train.json", "log.jsonl", "loss.png", "recipe.json"):
+        for name in ("train.json", "log.jsonl", "loss.png", "provenance.json", "recipe.json"):
             (out / name).unlink(missing_ok=True)
     if marker.exists():
         if not resume:

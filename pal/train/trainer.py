@@ -19,7 +19,7 @@ from pal.errors import ConfigError, PalError
 from pal.files import atomic_folder
 from pal.memory import keep_freed_memory, peak_memory
 from pal.model import PalModel
-from pal.train import checkpoint, curves, optim, resuming, run_folder, stages
+from pal.train import checkpoint, curves, optim, provenance, resuming, run_folder, stages, tracking
 from pal.train.checkpoint import Checkpoint, State
 from pal.train.distributed import ALONE
 from pal.train.engines import Engine, start_engine
@@ -99,6 +99,7 @@ class Trainer:
         self.on_stage = on_stage
         self.engine = start_engine(recipe.keep.engine)
         self.accelerator = self.engine.accelerator
+        self.trackers = tracking.Trackers(recipe.keep.track)
         if self.accelerator.is_main_process:
             run_folder.claim(out, recipe, resume, overwrite)
         self.accelerator.wait_for_everyone()
@@ -169,7 +170,7 @@ class Trainer:
         if self.accelerator.device.type == "cpu":
             keep_freed_memory()  # else a step of a large vocabulary waits for pages longer than it computes
         self.peak = product_rate(self.accelerator.device)
-        log = curves.Log(self.out / "log.jsonl", self.state.step) if self.accelerator.is_main_process else None
+        log = self._open_log() if self.accelerator.is_main_process else None
         try:
             with stop_signals(self.stop):
                 if self.on_stage is not None:
@@ -207,6 +208,14 @@ class Trainer:
             )
         self.accelerator.wait_for_everyone()
         return self.model
+
+    def _open_log(self) -> curves.Log:
+        """The log, followed by the trackers, after a note of what the run is started with."""
+        device, processes = str(self.accelerator.device), self.accelerator.num_processes
+        place = (self.out, self.recipe, self.state.data, self.state.step, self.model)
+        started = provenance.record(*place, device=device, processes=processes)
+        run = tracking.TrackedRun(self.out, self.recipe.model_dump(mode="json"), started)
+        return curves.Log(self.out / "log.jsonl", self.state.step, self.trackers, run)
 
     # One stage
 
