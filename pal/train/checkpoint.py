@@ -24,6 +24,7 @@ from torch import Tensor
 from pal.errors import BundleError, ConfigError
 from pal.files import atomic_folder, recover, verify
 from pal.train.recipe import Recipe, differences
+from pal.train.validation import ValidationScore
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +43,10 @@ class State:
     """For each started stage: steps, seconds, rows, clips, audio_seconds, tokens."""
     data: dict[str, str] = field(default_factory=dict)
     """Digest of each source's manifest."""
+    nonfinite: int = 0
+    """Number of steps skipped for a NaN or infinite loss or gradient."""
+    validations: list[ValidationScore] = field(default_factory=list)
+    """Results of the validations so far."""
 
 
 @dataclass(frozen=True)
@@ -70,9 +75,21 @@ def save(
             save_file(_plain(optimizer), temporary / "optimizer.safetensors")
         content = {"state": asdict(state), "digest": recipe.digest, "recipe": recipe.settings()}
         (temporary / "state.json").write_text(json.dumps(content, indent=1) + "\n")
+    remove_old(folder, keep)
+    return path
+
+
+def remove_old(folder: Path, keep: int) -> None:
+    """Remove all checkpoints below `folder` but the newest `keep`."""
     for old in _folders(folder)[:-keep]:
         shutil.rmtree(old)
-    return path
+
+
+def remove_later(folder: Path, step: int) -> None:
+    """Remove the checkpoints below `folder` of steps after `step`, which a resumed run repeats."""
+    for path in _folders(folder):
+        if int(path.name[4:]) > step:
+            shutil.rmtree(path)
 
 
 def load_newest(folder: Path, recipe: Recipe) -> Checkpoint | None:
@@ -88,6 +105,7 @@ def load_newest(folder: Path, recipe: Recipe) -> Checkpoint | None:
             recover(left.with_name(left.name.removesuffix(".old")))
         for left in folder.glob(".step*.tmp"):
             shutil.rmtree(left)
+    damaged = False
     for path in reversed(_folders(folder)):
         try:
             return _load(path, recipe)
@@ -96,6 +114,9 @@ def load_newest(folder: Path, recipe: Recipe) -> Checkpoint | None:
             aside = path.with_name(path.name + ".damaged")
             shutil.rmtree(aside, ignore_errors=True)
             path.rename(aside)
+            damaged = True
+    if damaged:
+        logger.warning("%s holds no intact checkpoint", folder)
     return None
 
 

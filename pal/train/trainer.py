@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import closing
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -17,33 +18,33 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from pal.data.collate import WaveformCache
-from pal.errors import ConfigError, PalError
+from pal.errors import ConfigError, PalError, TrainingError
 from pal.files import atomic_folder
 from pal.memory import keep_freed_memory, peak_memory
 from pal.model import PalModel
 from pal.train import checkpoint, curves, optim, run_folder, stages
 from pal.train.checkpoint import Checkpoint, State
+from pal.train.disk import naming_disk_faults
 from pal.train.distributed import HostReduce
-from pal.train.master_weights import MasterWeights
-from pal.train.meter import Meter, NonFiniteStep, new_totals, step_inputs
+from pal.train.master_weights import MasterWeights, masters_of
+from pal.train.meter import Meter, new_totals, step_inputs
 from pal.train.objectives import Objective, build_objective
 from pal.train.operations import Operations, product_rate
+from pal.train.quarantine import Quarantine
 from pal.train.recipe import Recipe, Stage
 from pal.train.seeding import seed_everything
 from pal.train.setup import build_model
-from pal.train.skips import digests
+from pal.train.skipped_steps import SkippedSteps
+from pal.train.skips import check_digests, digests
 from pal.train.sources import PrefetchLoader, StageData, open_sources
-from pal.train.step import Update, emulates_bf16
+from pal.train.step import Update, warn_of_emulation
 from pal.train.stopping import stop_signals
+from pal.train.validator import Validator
 
 logger = logging.getLogger(__name__)
 
 _CACHE_BYTES = 2 << 30
 """Maximum size of decoded audio in memory, over all sources and stages."""
-
-
-class TrainingError(PalError):
-    """NaN or infinite loss or gradient; names the step and its records."""
 
 
 def run(
@@ -55,6 +56,8 @@ def run(
     read_every: int | None = None,
 ) -> PalModel:
     """Train and write into `out`: `model/` (the bundle), `log.jsonl`, `loss.png`, `train.json`, `checkpoints/`.
+
+    Where there is something to tell, also `quarantine.jsonl`, `skipped_steps.jsonl` and `best/` (docs/training.md).
 
     SIGINT and SIGTERM end the run after the current step with a checkpoint and exit status 130. Arguments and errors
     are those of `Trainer` and its `steps`.
@@ -99,12 +102,17 @@ class Trainer:
         self.on_stage = on_stage
         self.accelerator = Accelerator(kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)])
         if self.accelerator.is_main_process:
-            run_folder.claim(out, recipe, resume, overwrite)
+            with naming_disk_faults(out):
+                run_folder.claim(out, recipe, resume, overwrite)
         self.accelerator.wait_for_everyone()
         if read_every is None:
             read_every = 1 if self.accelerator.device.type == "cpu" else recipe.keep.log_every
         self.read_every = read_every
         self.host_reduce = HostReduce(self.accelerator.num_processes)
+        place = (self.host_reduce, self.accelerator.is_main_process)
+        self.quarantine = Quarantine(out / "quarantine.jsonl", recipe.keep.max_bad, *place)
+        self.skipped_steps = SkippedSteps(out / "skipped_steps.jsonl", *place)
+        self.validator: Validator | None = None
         self.trained: set[str] = set()
         """Checkpoint names of the weights trained so far, over all stages."""
         self.stop_requested = False
@@ -124,8 +132,11 @@ class Trainer:
             self.model = PalModel.from_pretrained(out / "model")
             self.state = State()
             return
-        with self.accelerator.main_process_first():
+        with self.accelerator.main_process_first(), naming_disk_faults(out):
             self.manifests = open_sources(recipe, out / "data")
+        if recipe.validation is not None:
+            ranks = (self.accelerator.process_index, self.accelerator.num_processes)
+            self.validator = Validator(recipe.validation, recipe, self.manifests, self.host_reduce, ranks)
         self.state = State(data=digests(recipe, self.manifests))
         seed_everything(recipe.seed, "model")
         self.model = build_model(recipe, self.manifests, out)
@@ -147,17 +158,21 @@ class Trainer:
 
         Raises:
             ConfigError: the newest checkpoint does not fit, or a stage is unusable.
-            TrainingError: the loss or gradient of a step is not finite. It is raised when the step is read, after the
-                state before that step was saved.
+            TrainingError: more bad clips or steps that are not finite than the recipe's `keep` allows, raised after the
+                state before was saved; or a disk that is full or cannot be written.
             SystemExit: with status 130, after `stop`.
         """
-        if self.finished:
-            return
+        if not self.finished:
+            with naming_disk_faults(self.out):
+                yield from self._stages()
+
+    def _stages(self) -> Iterator[int]:
         found = checkpoint.load_newest(self.out / "checkpoints", self.recipe) if self.resume else None
         if found is not None:
-            self._check_data(found)
+            check_digests(found.state.data, self.state.data)
             self.state = found.state
             logger.info("resuming after step %d (%s)", self.state.step, found.path)
+        self._restore_lists()
         # set up completed stages again, since they may have added adapters to the model and names to `trained`
         for stage in self.recipe.stages[: self.state.stage]:
             self._set_up(stage)
@@ -176,8 +191,21 @@ class Trainer:
                     if self.on_stage is not None:
                         self.on_stage(self.model)
         finally:
-            if log is not None:
-                log.close()
+            for one in (log, self.quarantine, self.skipped_steps):
+                if one is not None:
+                    one.close()
+
+    def _restore_lists(self) -> None:
+        """Bring the lists of faults, and the best weights, to the step at which the run goes on."""
+        state, limit = self.state, self.recipe.keep.max_nonfinite
+        if state.nonfinite > limit:
+            raise TrainingError(
+                f"{state.nonfinite} steps were skipped, more than keep.max_nonfinite ({limit}); raise max_nonfinite"
+            )
+        self.quarantine.restore(state.step)
+        self.skipped_steps.restore(state.step)
+        if self.accelerator.is_main_process:
+            checkpoint.remove_later(self.out / "best", state.step)
 
     def finish(self) -> PalModel:
         """Write the bundle, the loss curve and `train.json`; returns the model frozen and in evaluation mode."""
@@ -187,17 +215,19 @@ class Trainer:
         changed = {stages.lasting_name(name) for name in self.model.trained} | self.trained
         self.model.trained = {name for name in self.model.state_dict() if stages.lasting_name(name) in changed}
         if self.accelerator.is_main_process:
-            self.model.save_pretrained(self.out / "model")
-            curves.draw({self.out.name: self.out / "log.jsonl"}, self.out / "loss.png")
-            run_folder.write_report(
-                self.out,
-                self.recipe,
-                self.state,
-                self._seconds(),
-                {name: sum(p.numel() for p in part.parameters()) for name, part in self.model.parts().items()},
-                processes=self.accelerator.num_processes,
-                device=str(self.accelerator.device),
-            )
+            with naming_disk_faults(self.out):
+                self.model.save_pretrained(self.out / "model")
+                curves.draw({self.out.name: self.out / "log.jsonl"}, self.out / "loss.png")
+                run_folder.write_report(
+                    self.out,
+                    self.recipe,
+                    self.state,
+                    self._seconds(),
+                    {name: sum(p.numel() for p in part.parameters()) for name, part in self.model.parts().items()},
+                    bad_clips=len(self.quarantine),
+                    processes=self.accelerator.num_processes,
+                    device=str(self.accelerator.device),
+                )
         self.accelerator.wait_for_everyone()
         return self.model
 
@@ -213,6 +243,7 @@ class Trainer:
         stage, state = self.recipe.stages[index], self.state
         parameters = self._set_up(stage)
         data = StageData(self.recipe, index, self.manifests)
+        data.bad_clips = self.quarantine.errors
         objective = build_objective(self.model, stage, data.records())
         if found is not None:
             _fill(self.model, objective, found)
@@ -223,13 +254,8 @@ class Trainer:
         stages.set_modes(self.model, stage)
         data.start(self.model, objective, self.waveforms)
         accelerator = self.accelerator
-        if stage.precision == "bf16" and emulates_bf16(accelerator.device):
-            logger.warning(
-                "stage '%s': this processor only emulates bfloat16, tens of times slower than float32; use --set "
-                "stages.%d.precision=fp32, and another cache if the stage has one",
-                stage.name,
-                index,
-            )
+        if stage.precision == "bf16":
+            warn_of_emulation(accelerator.device, stage.name, index)
         compiled = stages.compiles(stage, accelerator.device)
         if compiled:
             logger.info(
@@ -239,17 +265,20 @@ class Trainer:
         captured = stages.captures(stage, accelerator.device, accelerator.num_processes)
         self.model.llm.capture(captured)
         objective.to(accelerator.device)
-        masters = _masters(parameters, stage)
+        masters = masters_of(parameters, stage)
         named = {name: p for part in masters.parts.values() for name, p in part.items()}
         optimizer = optim.adamw(optim.parameter_groups(masters.parts, stage), stage)
         if found is not None and found.optimizer:
             optim.load_optimizer_tensors(optimizer, named, found.optimizer)
             masters.give_weights()
-        update = Update(accelerator.prepare(objective), optimizer, masters, stage, accelerator, self.host_reduce)
-
+        keep = self.recipe.keep
+        limits = (keep.max_nonfinite, state.nonfinite)
+        update = Update(
+            accelerator.prepare(objective), optimizer, masters, stage, accelerator, self.host_reduce, *limits
+        )
         if len(state.totals) == index:
             state.totals.append(new_totals() | {"trained_parameters": sum(p.numel() for p in named.values())})
-        keep, total = self.recipe.keep, state.totals[index]
+        total = state.totals[index]
         place = (accelerator.process_index, accelerator.num_processes)
         workers = keep.workers
         if workers is None:
@@ -264,39 +293,50 @@ class Trainer:
             disable=not accelerator.is_main_process,
         )
         save = partial(self._save, objective, optimizer, {id(p): name for name, p in named.items()}, masters)
+        save_best = partial(self._save, None, None, {}, None, best=True)
         operations = self._operations(stage)
-        meter = Meter(objective.unit, total, None if operations is None else self.peak)
+        peak_rate = None if operations is None else self.peak
+        meter = Meter(objective.unit, total, peak_rate, keep.max_nonfinite - state.nonfinite)
+        validation: dict[str, Any] = {}
         ready = time.monotonic()
         with bar, closing(loader):
             for micro_batches in loader:
                 loaded = time.monotonic()
+                left_out, excess = self.quarantine.meet(
+                    state.step + 1, [one for micro_batch in micro_batches for one in micro_batch.left_out]
+                )
+                if excess is not None:
+                    self._read(meter, stage, save)
+                    save()
+                    raise TrainingError(excess)
                 rates = optim.set_lr(
                     optimizer, optim.lr_factor(state.stage_step, data.steps, stage.warmup, stage.schedule)
                 )
                 seed_everything(self.recipe.seed, index, state.stage_step, accelerator.process_index)
                 result = update(micro_batches, self.stop_requested, self._is_late())
                 done = 0.0 if operations is None else operations(micro_batches)
-                meter.add(
-                    result, step_inputs(micro_batches, self.model.sampling_rate, objective.unit, done), loaded, ready
-                )
+                inputs = step_inputs(micro_batches, self.model.sampling_rate, objective.unit, done, left_out)
+                meter.add(result, inputs, loaded, ready)
                 self.stop_agreed, self.checkpoint_due = result.flags
                 state.step += 1
                 state.stage_step += 1
                 bar.update()
                 last = state.stage_step == data.steps
-                logs = last or self.stop_agreed or state.step % keep.log_every == 0
+                validates = self.validator is not None and self.validator.is_due(stage, state.stage_step, last)
+                logs = last or validates or self.stop_agreed or state.step % keep.log_every == 0
                 due = self.stop_agreed or self.checkpoint_due or state.step % keep.checkpoint_every == 0
+                if logs or due or state.step % self.read_every == 0:
+                    self._read(meter, stage, save)
+                if validates and self.validator is not None:
+                    validation, ends = self.validator(self.model, state, index, save_best)
+                    last = last or ends
+                    meter.restart()
                 saves = due and not last
-                if logs or saves or state.step % self.read_every == 0:
-                    fault = meter.read()
-                    if fault is not None:
-                        state.step -= fault.undone
-                        state.stage_step -= fault.undone
-                        raise TrainingError(_where(stage, state, fault, save()))
-                if logs:
-                    line = meter.line()
+                if logs and meter.has_line:
+                    line = meter.line() | validation
+                    validation = {}
                     total["loss"] = line["loss"]
-                    bar.set_postfix_str(f"loss {line['loss']:.3g}", refresh=False)
+                    bar.set_postfix_str(f"loss {line['loss']:.3g}{self._faults()}", refresh=False)
                     if log is not None:
                         log.write(step=state.step, stage=stage.name, lr=rates, **line, seconds=self._seconds())
                 if saves:
@@ -304,6 +344,8 @@ class Trainer:
                     if self.stop_agreed:
                         self._leave(path)
                 yield state.step
+                if last:
+                    break
                 ready = time.monotonic()
         total["median_step_seconds"] = meter.median()
         peak = peak_memory(self.model.llm.device)
@@ -314,6 +356,9 @@ class Trainer:
             self.model.llm.uncompile()
         self.model.llm.capture(False)
         accelerator.free_memory()
+        best = None if self.validator is None else self.validator.best_weights(self.out / "best", state, index)
+        if best is not None:
+            _fill(self.model, objective, best)
         if stage.save_llm and accelerator.is_main_process:
             with atomic_folder(self.out / "llm") as folder:
                 self.model.llm.save(folder)
@@ -322,6 +367,20 @@ class Trainer:
         self._save(None, None, {}, None)
         if self.stop_agreed and index + 1 < len(self.recipe.stages):
             self._leave(self.out / "checkpoints")
+
+    def _read(self, meter: Meter, stage: Stage, save: Callable[[], Path]) -> None:
+        """Read the pending steps; raise TrainingError after saving, if one non-finite step too many is among them."""
+        excess = self.skipped_steps.read(meter, stage.name, self.state)
+        if excess is not None:
+            raise TrainingError(
+                f"{excess}. The state before it is in {save()}; check these records by `pal data check`, or lower the "
+                "learning rate"
+            )
+
+    def _faults(self) -> str:
+        """Numbers of faults so far, for the progress line."""
+        bad, skipped = len(self.quarantine), self.state.nonfinite
+        return (f", bad clips: {bad}" if bad else "") + (f", skipped steps: {skipped}" if skipped else "")
 
     def _operations(self, stage: Stage) -> Operations | None:
         if self.peak is None:
@@ -344,9 +403,10 @@ class Trainer:
         optimizer: torch.optim.Optimizer | None,
         names: dict[int, str],
         masters: MasterWeights | None,
+        best: bool = False,
     ) -> Path:
-        """Write a checkpoint; without an objective, a checkpoint between two stages."""
-        path = self.out / "checkpoints"
+        """Write a checkpoint; without an objective, one between two stages, or the best weights."""
+        path = self.out / ("best" if best else "checkpoints")
         if self.accelerator.is_main_process:
             tensors = stages.trained_weights(self.model, self.trained)
             if objective is not None:
@@ -354,18 +414,14 @@ class Trainer:
             state: dict[str, Tensor] = {}
             if optimizer is not None and masters is not None:
                 state = optim.optimizer_tensors(optimizer, names, masters.copies)
-            path = checkpoint.save(path, self.state, self.recipe, tensors, state, self.recipe.keep.checkpoints)
+            # the best weights that the newest checkpoint knows are kept until there is a newer one
+            newest = sys.maxsize if best else self.recipe.keep.checkpoints
+            path = checkpoint.save(path, self.state, self.recipe, tensors, state, newest)
+            if not best:
+                checkpoint.remove_old(self.out / "best", 1)
         self.saved_at = time.monotonic()
         self.accelerator.wait_for_everyone()
         return path
-
-    def _check_data(self, found: Checkpoint) -> None:
-        for name, digest in found.state.data.items():
-            if self.state.data.get(name) != digest:
-                raise ConfigError(f"data '{name}' changed since the run was started; restore it, or start a new run")
-        new = sorted(set(self.state.data) - set(found.state.data))
-        if new:
-            raise ConfigError(f"data '{new[0]}' was missing when the run was started; remove it, or start a new run")
 
     def _seconds(self) -> float:
         return round(sum(total["seconds"] for total in self.state.totals), 3)
@@ -379,25 +435,6 @@ class Trainer:
 
 
 _HEAD = "head."
-
-
-def _masters(parameters: dict[str, dict[str, nn.Parameter]], stage: Stage) -> MasterWeights:
-    masters = MasterWeights(parameters, stage.master_weights)
-    if stage.master_weights and not masters.copies:
-        raise ConfigError(
-            f"stage '{stage.name}': 'master_weights' needs trained weights in bfloat16, but there are none; set the "
-            "model's 'llm.dtype' to bfloat16, or remove the key"
-        )
-    return masters
-
-
-def _where(stage: Stage, state: State, fault: NonFiniteStep, saved: Path) -> str:
-    records, more = fault.inputs.records, fault.inputs.more
-    named = ", ".join(records) + (f" and {more} more" if more else "")
-    return (
-        f"stage '{stage.name}', step {state.stage_step}: {fault.what} is not finite; records: {named}. The state "
-        f"before it is in {saved}; check these records by `pal data check`, or lower the learning rate"
-    )
 
 
 def _fill(model: PalModel, objective: Objective, found: Checkpoint) -> None:

@@ -11,13 +11,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from pal.errors import TrainingError
 from pal.model import PalModel
 from pal.train import optim, run, trainer
 from pal.train.curves import read_log
 from pal.train.master_weights import MasterWeights
 from pal.train.objectives import LossOutput
 from pal.train.step import StepResult, Update
-from pal.train.trainer import TrainingError
 from tests.train.test_step import Processes
 from tests.train.tiny import recipe
 
@@ -113,7 +113,7 @@ def poison(monkeypatch: pytest.MonkeyPatch, at: int, spoil: Callable[[Tensor], T
 
 def settings(manifest: Path, **keep: int) -> Any:
     data = {"scenes": {"manifest": str(manifest)}}
-    return recipe(manifest, [STAGE], data=data, keep={"checkpoint_every": 100, "log_every": 1, **keep})
+    return recipe(manifest, [STAGE], data=data, keep={"checkpoint_every": 100, "log_every": 1, "max_nonfinite": 0, **keep})
 
 
 def weights(model: PalModel) -> dict[str, Tensor]:
