@@ -145,7 +145,8 @@ class Meter:
         for i, ((result, inputs), (loss, norm, hits, tries)) in enumerate(zip(pending, numbers_X4, strict=True)):
             if math.isfinite(loss) and math.isfinite(norm):
                 items = result.items
-                self._steps.append(StepMetrics(loss / max(1.0, items), items, norm, int(hits), int(tries)))
+                if items:  # a step without usable clips has no loss
+                    self._steps.append(StepMetrics(loss / items, items, norm, int(hits), int(tries)))
             else:
                 what = "the gradient" if math.isfinite(loss) else "the loss"
                 faults.append(NonFiniteStep(what, inputs, len(pending) - i, len(faults) == self.skips))
@@ -164,7 +165,7 @@ class Meter:
 
     @property
     def has_line(self) -> bool:
-        """True if a step with a finite loss was read since the last line."""
+        """True if a step with a loss, and a finite one, was read since the last line."""
         return bool(self._steps)
 
     def _count(self, inputs: StepInputs, busy: float, passed: float) -> None:
