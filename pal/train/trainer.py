@@ -190,6 +190,8 @@ class Trainer:
                     found = None
                     if self.on_stage is not None:
                         self.on_stage(self.model)
+                if found is not None:  # the run ended between its last step and `finish`
+                    _fill(self.model, None, found)
         finally:
             for one in (log, self.quarantine, self.skipped_steps):
                 if one is not None:
@@ -437,9 +439,10 @@ class Trainer:
 _HEAD = "head."
 
 
-def _fill(model: PalModel, objective: Objective, found: Checkpoint) -> None:
+def _fill(model: PalModel, objective: Objective | None, found: Checkpoint) -> None:
     """Load a checkpoint's weights into the model and the objective."""
-    own = stages.named_weights(model) | {f"{_HEAD}{name}": p for name, p in objective.head().items()}
+    head = objective.head() if objective is not None else {}
+    own = stages.named_weights(model) | {f"{_HEAD}{name}": p for name, p in head.items()}
     with torch.no_grad():
         for name, tensor in found.weights.items():
             if name not in own or own[name].shape != tensor.shape:
