@@ -59,9 +59,12 @@ class Validator:
         self.settings = settings
         self.recipe = recipe
         records = _records(settings, recipe, manifests)
-        chosen = permutation(len(records), recipe.seed, "validation")[: settings.questions]
-        self.benchmark = from_records([records[i] for i in sorted(chosen.tolist())], "validation")
-        self.items = self.benchmark.items[: settings.questions]
+        self.benchmark = from_records(records, "validation")
+        if self.benchmark.left_out:
+            logger.info("validation: %d records without choices are left out", self.benchmark.left_out)
+        found = self.benchmark.items
+        chosen = permutation(len(found), recipe.seed, "validation")[: settings.questions]
+        self.items = [found[i] for i in sorted(chosen.tolist())]
         self._rule = self.benchmark.build_rule()
         self._host_reduce = host_reduce
         places: dict[tuple[str, ...], int] = {}

@@ -28,6 +28,8 @@ from pal.train.recipe import Recipe
 from tests.counts import repeats
 from tests.train.tiny import recipe
 
+pytestmark = pytest.mark.usefixtures("without_plots")
+
 STAGE: dict[str, Any] = {"train": {"projectors": True, "llm": "full"}, "lr": 1e-2, "steps": 4, "batch": {"clips": 2}}
 
 
@@ -150,7 +152,7 @@ def without_rights() -> Iterator[None]:
 
 def test_a_folder_that_cannot_be_written(manifest: Path, started: Path) -> None:
     with tempfile.TemporaryDirectory() as name:
-        os.chmod(name, 0o755)  # noqa: S103  else nobody could not even look into it
+        Path(name).chmod(0o755)  # else nobody could not even look into it
         out = Path(name) / "run"
         shutil.copytree(started, out)
         trainer = Trainer(made(manifest), out, resume=True)

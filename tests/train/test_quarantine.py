@@ -29,6 +29,8 @@ from tests.models import tiny_model
 from tests.processes import exit_codes, fresh, rendezvous
 from tests.train.tiny import MODEL, failing_after, run_elsewhere
 
+pytestmark = pytest.mark.usefixtures("without_plots")
+
 RATE = 16_000
 STAGE: dict[str, Any] = {
     "name": "one",
