@@ -10,8 +10,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from safetensors import SafetensorError
-
 from pal.errors import TrainingError
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -23,31 +21,28 @@ def naming_disk_faults(folder: Path) -> Iterator[None]:
     """Raise TrainingError with the remedy where writing into a run's folder fails in the block."""
     try:
         yield
-    except (OSError, SafetensorError) as error:
+    except Exception as error:  # safetensors and tokenizers have errors of their own
         number = _errno(error)
+        name = getattr(error, "filename", None)
+        place = folder if name is None else Path(os.fsdecode(name))
+        remedy = "continue with --resume; checkpoints written before are unchanged"
         if number in _FULL:
-            raise TrainingError(
-                f"{folder}: {os.strerror(number)} ({_free(folder)} free). Checkpoints written before are unchanged: "
-                "make room, and continue with --resume"
-            ) from None
-        if number in _REFUSED:
-            place = getattr(error, "filename", None) or folder
-            raise TrainingError(
-                f"{place}: {os.strerror(number)}. Checkpoints written before are unchanged: make {folder} writable, "
-                "and continue with --resume"
-            ) from None
+            fault = f"{os.strerror(number)} ({_free(place)} free)"
+            raise TrainingError(f"{place}: {fault}. Make room, and {remedy}") from None
+        if number in _REFUSED and place.absolute().is_relative_to(folder.absolute()):
+            raise TrainingError(f"{place}: {os.strerror(number)}. Make {folder} writable, and {remedy}") from None
         raise
 
 
-def _errno(error: OSError | SafetensorError) -> int:
+def _errno(error: Exception) -> int:
+    """Number of the system's error, also from the message of a library in Rust; 0 if there is none."""
     if isinstance(error, OSError):
         return error.errno or 0
-    found = re.search(r"os error (\d+)", str(error))  # from Rust's own message
+    found = re.search(r"\(os error (\d+)\)", str(error))
     return int(found[1]) if found else 0
 
 
-def _free(folder: Path) -> str:
-    try:
-        return f"{shutil.disk_usage(folder).free / 1e6:,.1f} MB"
-    except OSError:
-        return "unknown"
+def _free(place: Path) -> str:
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    return f"{shutil.disk_usage(place).free / 1e6:,.1f} MB"
