@@ -41,6 +41,10 @@ class BundleError(PalError):
     """A saved model, checkpoint, audio index or feature cache that cannot be used; names the file."""
 
 
+class TrainingError(PalError):
+    """A run that cannot go on: too many bad clips or steps that are not finite, or a disk that cannot be written."""
+
+
 class DownloadError(PalError):
     """A model that could not be downloaded; names the package or Hub id, the reason and the remedy."""
 

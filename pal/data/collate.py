@@ -14,7 +14,7 @@ from torch import Tensor
 import pal.audio
 from pal.data.manifest import Record
 from pal.data.prompts import PLAIN, PromptStyle, conversation_of, encode
-from pal.errors import AudioWarning
+from pal.errors import AudioError, AudioWarning
 from pal.types import Batch, EncodedClip, TagSpan
 
 if TYPE_CHECKING:
@@ -93,13 +93,20 @@ class Collator:
         self.cache = WaveformCache(cache_bytes)
         self.read_to_end = read_to_end
 
-    def __call__(self, records: Sequence[Record], seeds: Sequence[int] | None = None) -> Batch:
+    def __call__(
+        self,
+        records: Sequence[Record],
+        seeds: Sequence[int] | None = None,
+        bad_clips: dict[str, AudioError] | None = None,
+    ) -> Batch:
         """Batch of the records, one row each.
 
         Args:
             records: several may share a clip.
             seeds: one a record, for `augment`. A shared clip is augmented once, with the seed of its
                 first record.
+            bad_clips: unusable clips and their errors. Records about them are left out, and clips of these records
+                that cannot be used are added. None: an unusable clip raises its error.
 
         Raises:
             AudioError, PromptError: a clip or a conversation is unusable.
@@ -111,29 +118,51 @@ class Collator:
         encoded: list[EncodedClip] = []
         tags: list[Tags] = []
         conversations = []
+        ids = []
         for number, record in enumerate(records):
             clips = record.clips if self.with_audio else ()
+            sounds = self._sounds([path for path in dict.fromkeys(clips) if path not in place], bad_clips)
+            if sounds is None:
+                continue
             for at, path in enumerate(clips):
                 if path in place:
                     continue
                 place[path] = len(place)
                 known = list(record.tags) if at == 0 and record.tags is not None else None
-                if self.encode_clip is not None:
-                    encoded.append(self.encode_clip(path))
+                sound = sounds[path]
+                if isinstance(sound, EncodedClip):
+                    encoded.append(sound)
                     tags.append(known)
                     continue
-                samples_N = self._load(path)
                 if self.augment is not None and seeds is not None:
                     rng = np.random.default_rng([seeds[number], at])
-                    samples_N, known = self.augment(samples_N.clone(), self.rate, rng, known)
-                waveforms.append(samples_N)
+                    sound, known = self.augment(sound.clone(), self.rate, rng, known)
+                waveforms.append(sound)
                 tags.append(known)
+            ids.append(record.id)
             conversation = conversation_of(record, self.with_audio, with_answers=self.train, style=self.style)
             conversations.append(
                 encode(self.tokenizer, conversation, [place[path] for path in clips], train=self.train)
             )
         known_tags = tags if any(known is not None for known in tags) else None
-        return Batch(waveforms, conversations, [record.id for record in records], known_tags, encoded)
+        return Batch(waveforms, conversations, ids, known_tags, encoded)
+
+    def _sounds(
+        self, paths: Sequence[str], bad_clips: dict[str, AudioError] | None
+    ) -> dict[str, Tensor | EncodedClip] | None:
+        """Waveform or features of each clip; None if one is in `bad_clips`, to which an unusable one is added."""
+        sounds: dict[str, Tensor | EncodedClip] = {}
+        for path in paths:
+            if bad_clips is not None and path in bad_clips:
+                return None
+            try:
+                sounds[path] = self._load(path) if self.encode_clip is None else self.encode_clip(path)
+            except AudioError as error:
+                if bad_clips is None:
+                    raise
+                bad_clips[path] = error
+                return None
+        return sounds
 
     def _load(self, path: str) -> Tensor:
         key = f"{path}\0to the end" if self.read_to_end else path  # another source may not want it

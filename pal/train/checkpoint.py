@@ -28,6 +28,7 @@ from pal.files import publish, recover, sha256, verify
 from pal.train.distributed import ALONE, Writers
 from pal.train.recipe import Recipe, differences
 from pal.train.shards import Shard, StoredTensors, write
+from pal.train.validation import ValidationScore
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +49,10 @@ class State:
     """For each started stage: steps, seconds, rows, clips, audio_seconds, tokens."""
     data: dict[str, str] = field(default_factory=dict)
     """Digest of each source's manifest."""
+    nonfinite: int = 0
+    """Number of steps skipped for a NaN or infinite loss or gradient."""
+    validations: list[ValidationScore] = field(default_factory=list)
+    """Results of the validations so far."""
 
 
 @dataclass(frozen=True)
@@ -120,12 +125,24 @@ def save(
                 content = {"state": asdict(state), "digest": recipe.digest, "recipe": recipe.settings()}
                 (temporary / "state.json").write_text(json.dumps(content, indent=1) + "\n")
                 publish(temporary, path, digests | {"state.json": sha256(temporary / "state.json")})
-                for old in _folders(folder)[:-keep]:
-                    shutil.rmtree(old)
+                remove_old(folder, keep)
     finally:
         if writers.is_first:
             shutil.rmtree(temporary, ignore_errors=True)
     return path
+
+
+def remove_old(folder: Path, keep: int) -> None:
+    """Remove all checkpoints below `folder` but the newest `keep`."""
+    for old in _folders(folder)[:-keep]:
+        shutil.rmtree(old)
+
+
+def remove_later(folder: Path, step: int) -> None:
+    """Remove the checkpoints below `folder` of steps after `step`, which a resumed run repeats."""
+    for path in _folders(folder):
+        if int(path.name[4:]) > step:
+            shutil.rmtree(path)
 
 
 def load_newest(folder: Path, recipe: Recipe) -> Checkpoint | None:
@@ -141,6 +158,7 @@ def load_newest(folder: Path, recipe: Recipe) -> Checkpoint | None:
             recover(left.with_name(left.name.removesuffix(".old")))
         for left in folder.glob(".step*.tmp"):
             shutil.rmtree(left)
+    damaged = False
     for path in reversed(_folders(folder)):
         try:
             return _load(path, recipe)
@@ -149,6 +167,9 @@ def load_newest(folder: Path, recipe: Recipe) -> Checkpoint | None:
             aside = path.with_name(path.name + ".damaged")
             shutil.rmtree(aside, ignore_errors=True)
             path.rename(aside)
+            damaged = True
+    if damaged:
+        logger.warning("%s holds no intact checkpoint", folder)
     return None
 
 

@@ -46,6 +46,9 @@ class Engine:
         self.writers: Writers | None = ALONE if accelerator.is_main_process else None
         """Processes that write checkpoints; None: this one writes nothing."""
 
+    def check_validation(self) -> None:
+        """Raise ConfigError if a model cannot answer questions during a stage."""
+
     def place(self, model: PalModel) -> None:
         """Move the model to where a stage is set up."""
         model.to(self.device)
@@ -141,6 +144,12 @@ class FullyShardedEngine(Engine):
         """Trained parameters that are not sharded."""
         self._shapes: dict[str, tuple[int, ...]] = {}
         """Whole shape of each sharded parameter that trains, by name."""
+
+    def check_validation(self) -> None:
+        """Raise ConfigError: answers of different lengths would gather weights a different number of times."""
+        raise ConfigError(
+            "'validation' needs the whole model in each process, unlike keep.engine=fsdp2; remove one of them"
+        )
 
     def place(self, model: PalModel) -> None:
         """Stay in host memory: `prepare` moves group by group."""

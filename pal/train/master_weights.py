@@ -7,6 +7,9 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
+from pal.errors import ConfigError
+from pal.train.recipe import Stage
+
 Parts = Mapping[str, Mapping[str, nn.Parameter]]
 """part -> name -> parameter."""
 
@@ -53,3 +56,18 @@ class MasterWeights:
         """Copy the master weights into the weights, rounded."""
         if self.copies:
             torch._foreach_copy_(self._weights, self.copies)
+
+
+def masters_of(parameters: Parts, stage: Stage, complete: Callable[[], None] | None = None) -> MasterWeights:
+    """Trained weights of a stage with the master weights that it asks for; `complete` as of `MasterWeights`.
+
+    Raises:
+        ConfigError: it asks for some, but no trained weight is in bfloat16.
+    """
+    masters = MasterWeights(parameters, stage.master_weights, complete)
+    if stage.master_weights and not masters.copies:
+        raise ConfigError(
+            f"stage '{stage.name}': 'master_weights' needs trained weights in bfloat16, but there are none; set the "
+            "model's 'llm.dtype' to bfloat16, or remove the key"
+        )
+    return masters

@@ -13,13 +13,11 @@ from pal.train.objectives import MicroBatch
 from pal.train.sources import trained_tokens
 from pal.train.step import StepResult
 
-_SHOWN = 8
-"""Maximum number of records named in a message."""
-
 
 def new_totals() -> dict[str, float]:
     """Zero totals of a new stage, for checkpoints and `train.json`."""
-    return {"steps": 0, "seconds": 0.0, "rows": 0, "clips": 0, "audio_seconds": 0.0, "tokens": 0, "loss": 0.0}
+    counts = dict.fromkeys(("rows", "left_out", "skipped_steps", "clips"), 0)
+    return {"steps": 0, "seconds": 0.0, **counts, "audio_seconds": 0.0, "tokens": 0, "loss": 0.0}
 
 
 class StepInputs(NamedTuple):
@@ -30,14 +28,14 @@ class StepInputs(NamedTuple):
     totals: dict[str, float]
     """Added to the stage's totals."""
     records: list[str]
-    """Ids of the first few records, for messages."""
-    more: int
-    """Number of further records."""
+    """Ids of the records."""
     operations: float = 0.0
     """Floating-point operations by the cost model."""
 
 
-def step_inputs(micro_batches: list[MicroBatch], rate: int, unit: str, operations: float = 0.0) -> StepInputs:
+def step_inputs(
+    micro_batches: list[MicroBatch], rate: int, unit: str, operations: float = 0.0, left_out: int = 0
+) -> StepInputs:
     """Counts and record ids of a step's micro-batches, without the audio, which is large.
 
     Args:
@@ -45,18 +43,20 @@ def step_inputs(micro_batches: list[MicroBatch], rate: int, unit: str, operation
         rate: sampling rate of the waveforms in Hz.
         unit: unit of the objective's items.
         operations: FLOPs of the step.
+        left_out: number of records left out of the step for their clips.
     """
     counted = [micro_batch.batch for micro_batch in micro_batches if micro_batch.counts]
     totals: dict[str, float] = {
         "steps": 1,
         "rows": sum(len(batch.conversations) for batch in counted),
+        "left_out": left_out,
         "clips": sum(len(batch.clips) for batch in counted),
         "audio_seconds": sum(batch.seconds(rate) for batch in counted),
         "tokens": sum(trained_tokens(batch) for batch in counted) if unit == "tokens" else 0,
     }
     records = [record for micro_batch in micro_batches for record in micro_batch.batch.records]
     rows = sum(len(micro_batch.batch.conversations) for micro_batch in micro_batches)
-    return StepInputs(rows, totals, records[:_SHOWN], max(0, len(records) - _SHOWN), operations)
+    return StepInputs(rows, totals, records, operations)
 
 
 class StepMetrics(NamedTuple):
@@ -74,13 +74,15 @@ class StepMetrics(NamedTuple):
 
 
 class NonFiniteStep(NamedTuple):
-    """First step with a NaN or infinite loss or gradient."""
+    """A step with a NaN or infinite loss or gradient."""
 
     what: str
     """"the loss" or "the gradient"."""
     inputs: StepInputs
-    undone: int
-    """Number of steps without an update: this one and those started after it."""
+    back: int
+    """Number of steps from this one on: 1 for the last one started."""
+    ends: bool
+    """True if it is one too many, so that neither it nor the steps after it changed anything."""
 
 
 class Meter:
@@ -90,12 +92,14 @@ class Meter:
         unit: unit of the loss's items: "tokens", "answers" or "clips".
         total: totals of the stage; `read` adds to them.
         peak: peak FLOP/s of the device; None if unknown.
+        skips: number of further steps that may be non-finite, as `Update` counts them.
     """
 
-    def __init__(self, unit: str, total: dict[str, float], peak: float | None = None) -> None:
+    def __init__(self, unit: str, total: dict[str, float], peak: float | None = None, skips: int = 0) -> None:
         self.unit = unit
         self.total = total
         self.peak = peak
+        self.skips = skips
         self.seconds: list[float] = []
         """Seconds of each step read so far, without the wait for its data."""
         self._pending: list[tuple[StepResult, StepInputs]] = []
@@ -106,6 +110,8 @@ class Meter:
 
     def _start(self) -> None:
         self._steps: list[StepMetrics] = []
+        self._read = 0
+        self._left_out = 0
         self._rows = 0
         self._waited = 0.0
         self._operations = 0.0
@@ -123,40 +129,59 @@ class Meter:
         self._busy += time.monotonic() - began
         self._lost += began - ready
 
-    def read(self) -> NonFiniteStep | None:
-        """Wait for all pending steps and count them; returns the first non-finite step, or None.
+    def read(self) -> list[NonFiniteStep]:
+        """Wait for all pending steps and count them, up to one that ends the run; returns the non-finite ones.
 
         All steps are read at once, and their total time is divided equally among them.
         """
         pending, self._pending = self._pending, []
+        faults: list[NonFiniteStep] = []
         if not pending:
-            return None
+            return faults
         began = time.monotonic()
         numbers_X4: list[list[float]] = torch.stack([result.numbers_4 for result, _ in pending]).tolist()
         now = time.monotonic()
         busy, passed = self._busy + now - began, now - self._began
         for i, ((result, inputs), (loss, norm, hits, tries)) in enumerate(zip(pending, numbers_X4, strict=True)):
-            for what, number in (("the loss", loss), ("the gradient", norm)):
-                if not math.isfinite(number):
-                    return NonFiniteStep(what, inputs, len(pending) - i)
+            if math.isfinite(loss) and math.isfinite(norm):
+                items = result.items
+                if items:  # a step without usable clips has no loss
+                    self._steps.append(StepMetrics(loss / items, items, norm, int(hits), int(tries)))
+            else:
+                what = "the gradient" if math.isfinite(loss) else "the loss"
+                faults.append(NonFiniteStep(what, inputs, len(pending) - i, len(faults) == self.skips))
+                if faults[-1].ends:
+                    return faults
+                inputs.totals["skipped_steps"] = 1
             self._count(inputs, busy / len(pending), passed / len(pending))
-            self._steps.append(StepMetrics(loss / max(1.0, result.items), result.items, norm, int(hits), int(tries)))
+        self.skips -= len(faults)
         self._waited += self._lost
         self._busy, self._lost, self._began = 0.0, 0.0, now
-        return None
+        return faults
+
+    def restart(self) -> None:
+        """Leave out of the next step's time what passed since the last `read`, in which all steps were read."""
+        self._began = time.monotonic()
+
+    @property
+    def has_line(self) -> bool:
+        """True if a step with a loss, and a finite one, was read since the last line."""
+        return bool(self._steps)
 
     def _count(self, inputs: StepInputs, busy: float, passed: float) -> None:
         self.seconds.append(busy)
         self.total["seconds"] += passed
         for name, count in inputs.totals.items():
-            self.total[name] += count
+            self.total[name] = self.total.get(name, 0) + count
+        self._read += 1
+        self._left_out += int(inputs.totals.get("left_out", 0))
         self._rows += inputs.rows
         self._operations += inputs.operations
 
     def line(self) -> dict[str, Any]:
-        """Means over the steps read since the last line."""
+        """Means over the steps read since the last line; times and rates include steps that were skipped."""
         steps = self._steps
-        passed = sum(self.seconds[-len(steps) :]) + self._waited
+        passed = sum(self.seconds[-self._read :]) + self._waited
         items = sum(step.items for step in steps)
         tries = sum(step.tries for step in steps)
         line = {
@@ -165,10 +190,12 @@ class Meter:
             self.unit: items,
             f"{self.unit}_per_second": round(items / passed, 1),
             "rows_per_second": round(self._rows / passed, 1),
-            "step_seconds": round(self.median(len(steps)), 5),
-            "wait_seconds": round(self._waited / len(steps), 5),
+            "step_seconds": round(self.median(self._read), 5),
+            "wait_seconds": round(self._waited / self._read, 5),
             "wait_share": round(self._waited / passed, 4),
         }
+        if self._left_out:
+            line["left_out"] = self._left_out
         if self.peak is not None:
             line["mfu"] = round(self._operations / passed / self.peak, 4)
         if tries:

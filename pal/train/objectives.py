@@ -19,6 +19,7 @@ from pal.data.manifest import Record
 from pal.errors import ConfigError
 from pal.model import PalModel
 from pal.train.ctc import Alignment, answers_of
+from pal.train.quarantine import LeftOut
 from pal.train.recipe import Stage
 from pal.train.tag_targets import tag_targets
 from pal.train.transcript import TranscriptRoute
@@ -49,6 +50,8 @@ class MicroBatch:
     """False for a repeated micro-batch whose loss is multiplied by 0."""
     mixed: MixedClips | None = None
     """Inputs of the objective `tags`, set by its `prepare`."""
+    left_out: tuple[LeftOut, ...] = ()
+    """Records that are not in the batch, since their clips cannot be used."""
 
 
 class LossOutput(NamedTuple):

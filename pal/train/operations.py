@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from itertools import combinations_with_replacement
 
@@ -10,6 +11,7 @@ import torch
 
 from pal.backbone.cost import Cost, StepSize, decoder, total
 from pal.connectors.base import Connector
+from pal.errors import PalError
 from pal.integrations.cost import route_cost
 from pal.model import PalModel
 from pal.plan.counted import connected, encoded
@@ -18,6 +20,8 @@ from pal.train.objectives import MicroBatch
 from pal.train.recipe import Recipe, Stage
 from pal.train.stages import freeze
 from pal.types import AUDIO, IGNORE, Batch
+
+logger = logging.getLogger(__name__)
 
 _SECONDS = 12.0
 """Length of the clip on which encoders and connectors are counted, in seconds."""
@@ -145,3 +149,12 @@ def product_rate(device: torch.device, width: int = 4096, times: int = 20) -> fl
     ended.record()
     ended.synchronize()
     return times * 2 * width**3 / (began.elapsed_time(ended) / 1000)
+
+
+def operations_of(recipe: Recipe, stage: Stage, model: PalModel) -> Operations | None:
+    """`Operations` of a stage; None with a line in the log where a part has no cost model."""
+    try:
+        return Operations(recipe, stage, model)
+    except PalError as error:
+        logger.info("stage '%s': no 'mfu' in the log: %s", stage.name, error)
+        return None

@@ -17,6 +17,7 @@ from pal.config import StrictConfig, parse
 from pal.errors import ConfigError
 from pal.model_config import ModelConfig
 from pal.train.tracking import TrackerName
+from pal.train.validation import Validation
 
 PARTS = ("encoder", "connector", "projectors", "llm")
 """Parts that a stage can train, as in `PalModel.parts`."""
@@ -76,6 +77,10 @@ class Source(StrictConfig):
     Records with these clips are skipped, and their number is logged."""
     read_to_end: bool = False
     """Read clips of unknown length (such as a streamed WAV) to the end of the file, with a warning for each."""
+
+    def takes(self, task: str, dataset: str) -> bool:
+        """True if `tasks` and `datasets` select records of this task and dataset."""
+        return (self.tasks is None or task in self.tasks) and (self.datasets is None or dataset in self.datasets)
 
     @model_validator(mode="after")
     def _one_origin(self) -> Source:
@@ -236,7 +241,7 @@ EngineName = Literal["auto", "ddp", "fsdp2"]
 
 
 class CheckpointConfig(StrictConfig):
-    """Checkpoints, log, loader threads and engine. These settings do not change the result."""
+    """Checkpoints, log, loader threads, engine and limits of faults. These settings do not change the result."""
 
     checkpoint_every: int = Field(default=200, gt=0)
     """Steps between two checkpoints, the maximum that a killed run loses."""
@@ -257,6 +262,12 @@ class CheckpointConfig(StrictConfig):
     run can be resumed with another engine."""
     track: list[TrackerName] = Field(default_factory=list)
     """Programs that show the log while the run trains; each is an extra of this package."""
+    max_bad: int = Field(default=100, ge=0)
+    """Maximum number of bad clips: records about clips that cannot be used are left out, and listed in the run's
+    `quarantine.jsonl`. With more, the run ends. 0: it ends at the first."""
+    max_nonfinite: int = Field(default=10, ge=0)
+    """Maximum number of steps with a NaN or infinite loss or gradient: they change no weights, and are listed in the
+    run's `skipped_steps.jsonl`. With more, the run ends. 0: it ends at the first."""
 
 
 class Recipe(StrictConfig):
@@ -271,6 +282,7 @@ class Recipe(StrictConfig):
     """Part of `model` -> bundle with its initial weights."""
     data: dict[str, Source] = Field(min_length=1)
     stages: list[Stage] = Field(min_length=1)
+    validation: Validation | None = None
     keep: CheckpointConfig = CheckpointConfig()
     notes: str | None = None
     """Free text that goes into `train.json`."""
@@ -289,6 +301,10 @@ class Recipe(StrictConfig):
                     f"stages.{i}: 'cache' needs clips without augmentation, but source '{augmented[0]}' has 'augment'; "
                     "remove one of them"
                 )
+        names = [stage.name for stage in self.stages]
+        for name in (self.validation and self.validation.stages) or ():
+            if name not in names:
+                raise ValueError(f"validation: no stage '{name}'; known: {', '.join(names)}")
         return self
 
     def stage_sources(self, stage: Stage) -> dict[str, Source]:
@@ -307,6 +323,8 @@ class Recipe(StrictConfig):
                 del source["read_to_end"]  # so that runs of versions without the key can be resumed
             if source["skip_clips"] is None:
                 del source["skip_clips"]
+        if settings["validation"] is None:
+            del settings["validation"]
         for stage in settings["stages"]:
             if stage["compile"] == "auto":
                 del stage["compile"]

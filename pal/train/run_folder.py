@@ -26,9 +26,10 @@ def claim(out: Path, recipe: Recipe, resume: bool, overwrite: bool) -> None:
     """
     marker = out / "recipe.json"
     if marker.exists() and overwrite and not resume:
-        for name in ("checkpoints", "data", "tokenizer", "model", "tensorboard"):
+        for name in ("checkpoints", "best", "data", "tokenizer", "model", "tensorboard"):
             shutil.rmtree(out / name, ignore_errors=True)
-        for name in ("train.json", "log.jsonl", "loss.png", "provenance.json", "recipe.json"):
+        lists = ("log.jsonl", "quarantine.jsonl", "skipped_steps.jsonl")
+        for name in ("train.json", *lists, "loss.png", "provenance.json", "recipe.json"):
             (out / name).unlink(missing_ok=True)
     if marker.exists():
         if not resume:
@@ -51,7 +52,7 @@ def write_report(
         state: final state, with the totals of the stages.
         seconds: training time of all stages.
         parameters: part of the model -> number of its parameters.
-        machine: number of processes, engine and device.
+        machine: number of bad clips and of processes, engine and device.
     """
     import torch
     import transformers
@@ -63,6 +64,8 @@ def write_report(
         "notes": recipe.notes,
         "recipe_digest": recipe.digest,
         "data": state.data,
+        "skipped_steps": state.nonfinite,
+        "validations": state.validations,
         "seconds": seconds,
         "stages": [
             {"name": stage.name, "objective": stage.objective, **total}

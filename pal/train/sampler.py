@@ -6,6 +6,7 @@ So a run can resume at any step, and the number of threads and processes does no
 from __future__ import annotations
 
 import hashlib
+import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -42,7 +43,7 @@ class Pool:
     weight: float | None = None
     repeat: float = 1.0
     seconds: Callable[[int], float] | None = None
-    """Length of a group's audio; needed for batches measured in seconds or sorted by length."""
+    """Length of a group's audio, NaN if unknown; needed for batches measured in seconds or sorted by length."""
 
 
 class Sampler:
@@ -101,6 +102,7 @@ class Sampler:
             source, index, turn = drawn[i]
             groups.append(Group(source, self._rows(source, index, turn), _hash(*self.key, number, place)))
             lengths.append(self._seconds(source, index))
+        lengths = _without_unknown(lengths)
         batches = self._cut(groups, lengths, range(len(groups)))
         if self.batch.bucket is not None:
             batches = self._bucketed(groups, lengths, batches, number)
@@ -186,6 +188,15 @@ class _Filling:
         self.clips += 1
         self.rows += len(group.rows)
         self.seconds += seconds
+
+
+def _without_unknown(lengths: list[float]) -> list[float]:
+    """Lengths with the mean of the known ones for those that are NaN; so unusable clips do not meet in one batch."""
+    known = [length for length in lengths if not math.isnan(length)]
+    if len(known) == len(lengths):
+        return lengths
+    mean = sum(known) / max(1, len(known))
+    return [mean if math.isnan(length) else length for length in lengths]
 
 
 def share(groups: list[Group], part: int, parts: int) -> tuple[list[Group], bool]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from copy import deepcopy
 from dataclasses import replace
@@ -28,13 +28,15 @@ class CheckpointSaver:
     Args:
         folder: folder of all checkpoints.
         recipe: recipe of the run.
+        after: called in the thread of the first writer when a checkpoint is on disk.
     """
 
-    def __init__(self, folder: Path, recipe: Recipe) -> None:
+    def __init__(self, folder: Path, recipe: Recipe, after: Callable[[], object] | None = None) -> None:
         self.folder = folder
         self.recipe = recipe
+        self._after = after
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="pal-checkpoint")
-        self._pending: Future[Path] | None = None
+        self._pending: Future[None] | None = None
 
     def save(
         self,
@@ -50,16 +52,25 @@ class CheckpointSaver:
         """
         self.wait()
         self._pending = self._pool.submit(
-            checkpoint.save,
-            self.folder,
+            self._write,
             deepcopy(state),
-            self.recipe,
             {name: _copied(tensor) for name, tensor in weights.items()},
             {name: _copied(tensor) for name, tensor in optimizer.items()},
-            self.recipe.keep.checkpoints,
             writers,
         )
         return checkpoint.path_of(self.folder, state)
+
+    def _write(
+        self,
+        state: checkpoint.State,
+        weights: Mapping[str, Tensor | Shard],
+        optimizer: Mapping[str, Tensor | Shard],
+        writers: Writers,
+    ) -> None:
+        keep = self.recipe.keep.checkpoints
+        checkpoint.save(self.folder, state, self.recipe, weights, optimizer, keep, writers)
+        if self._after is not None and writers.is_first:
+            self._after()
 
     def check(self) -> None:
         """Raise the error of a checkpoint that could not be written; does not wait for one that is being written."""

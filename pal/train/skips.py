@@ -1,16 +1,15 @@
-"""Bad clips of a source: those listed in `skip_clips`, and remedies in error messages about others."""
+"""Bad clips of a source that its list `skip_clips` names."""
 
 from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 
 from pal.data.clean import read_clips
 from pal.data.manifest import Manifest
-from pal.errors import AudioError, ConfigError, ManifestError
+from pal.errors import ConfigError, ManifestError
 from pal.files import sha256
 from pal.train.recipe import Recipe, Source
 
@@ -69,26 +68,19 @@ def rows_to_skip(name: str, source: Source, manifest: Manifest) -> frozenset[int
 
 
 def digests(recipe: Recipe, manifests: Mapping[str, Manifest]) -> dict[str, str]:
-    """SHA-256 of each source's data: its manifest, combined with its `skip_clips` list if it has one."""
+    """SHA-256 of each source's data: its manifest, combined with its `skip_clips` list if it has one.
+
+    A validation with a manifest adds it as "validation.manifest".
+    """
     found = {}
     for name, manifest in manifests.items():
         path = recipe.data[name].skip_clips
         found[name] = manifest.digest
         if path is not None:
             found[name] = hashlib.sha256(f"{manifest.digest} without {sha256(path)}".encode()).hexdigest()
+    if recipe.validation is not None and recipe.validation.manifest is not None:
+        found["validation.manifest"] = sha256(recipe.validation.manifest)
     return found
-
-
-@contextmanager
-def naming_remedies(name: str) -> Iterator[None]:
-    """Add to an `AudioError` raised in the block how to leave out its clip."""
-    try:
-        yield
-    except AudioError as error:
-        raise AudioError(
-            f"{error}. Or leave it out of data '{_shown(name)}': pal data check --write-clean FILE, or its "
-            "--write-bad FILE as skip_clips"
-        ) from None
 
 
 def _located(manifest: Manifest, clip: str) -> str:

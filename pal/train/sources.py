@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from functools import cache, partial
@@ -17,16 +18,21 @@ from pal.config import parse
 from pal.data.augment import Augment, cut_fault
 from pal.data.collate import Collator, WaveformCache
 from pal.data.manifest import Manifest, Record
-from pal.errors import ConfigError
+from pal.errors import AudioError, ConfigError
 from pal.features import FeatureCache
 from pal.model import PalModel
+from pal.train.held_out import held_out
 from pal.train.objectives import MicroBatch, Objective
+from pal.train.quarantine import LeftOut
 from pal.train.recipe import Recipe, Source
 from pal.train.sampler import Group, Pool, Sampler, share
-from pal.train.skips import naming_remedies, rows_to_skip
+from pal.train.skips import rows_to_skip
 from pal.types import IGNORE, Batch, EncodedClip, Tokens
 
 logger = logging.getLogger(__name__)
+
+_TRIED = 1000
+"""Maximum number of groups tried until one can be read."""
 
 
 def open_sources(recipe: Recipe, made: Path) -> dict[str, Manifest]:
@@ -66,7 +72,8 @@ def _check_cuts(recipe: Recipe, manifests: dict[str, Manifest]) -> None:
             if config.cuts is None:
                 continue
             for record in manifests[name]:
-                label = _untimed(record, stage.objective == "tags") if _taken(record, source) else None
+                taken = source.takes(record.task, record.dataset)
+                label = _untimed(record, stage.objective == "tags") if taken else None
                 if label is not None:
                     raise ConfigError(f"data '{name}', record '{_short(record.id)}': {cut_fault(config.cuts, label)}")
 
@@ -85,13 +92,6 @@ def _untimed(record: Record, tags_alone: bool) -> str | None:
 
 def _short(text: str) -> str:
     return text if len(text) <= 30 else f"{text[:29]}…"
-
-
-def _taken(record: Record, source: Source) -> bool:
-    """True if `tasks` and `datasets` select the record."""
-    return (source.tasks is None or record.task in source.tasks) and (
-        source.datasets is None or record.dataset in source.datasets
-    )
 
 
 def _missing(source: Source) -> Path | None:
@@ -137,19 +137,21 @@ class StageData:
             batch = batch.model_copy(update={"rows_per_clip": 1})
         pools = []
         for name, source in sources.items():
-            skipped = rows_to_skip(name, source, manifests[name])
+            skipped = rows_to_skip(name, source, manifests[name]) | held_out(recipe, manifests[name])
             groups = _groups(manifests[name], source, batch.grouped, skipped)
             if not groups:
                 raise ConfigError(f"data '{name}': 'tasks', 'datasets' and 'skip_clips' leave no record; change them")
             seconds = None
             if batch.by_length:
-                seconds = _GroupSeconds(name, manifests[name], groups, source.read_to_end)
+                seconds = _GroupSeconds(manifests[name], groups, source.read_to_end)
             pools.append(Pool(groups, source.weight, source.repeat, seconds))
         if not pools:
             raise ConfigError(f"stage '{self.stage.name}': all its data sources are missing; correct their paths")
         self.pools = pools
         self.sampler = Sampler(pools, batch, recipe.seed, index)
         self.steps = self.stage.steps or self.sampler.steps(self.stage.epochs or 0)
+        self.bad_clips: Mapping[str, Mapping[str, AudioError]] = {}
+        """Source -> clips known to be unusable, which are not read again. It may grow at any time."""
         self._collators: list[Collator] = []
         self._prepare: Callable[[MicroBatch], MicroBatch] = lambda micro_batch: micro_batch
 
@@ -189,17 +191,50 @@ class StageData:
             self._collators.append(collator)
 
     def micro_batches(self, step: int, part: int, parts: int) -> list[MicroBatch]:
-        """Micro-batches of process `part` of `parts` at a step, one for each accumulation step."""
+        """Micro-batches of process `part` of `parts` at a step, one for each accumulation step.
+
+        Records about clips that cannot be used are left out and listed in the micro-batch. If none is left, it holds
+        another group of the stage that does not count.
+
+        Raises:
+            AudioError: no clip of the stage can be used.
+        """
         groups, mine = share(self.sampler[step], part, parts)
         done = []
         for i in range(self.stage.batch.accumulate):
             some, counts = share(groups, i, self.stage.batch.accumulate)
-            done.append(self._load(some, mine and counts))
+            done.append(self._load(some, mine and counts, step))
         return done
 
-    def _load(self, groups: Sequence[Group], counts: bool) -> MicroBatch:
+    def _load(self, groups: Sequence[Group], counts: bool, step: int) -> MicroBatch:
+        batches, datasets, left_out = self._collate(groups)
+        if not counts:  # another process or part has these groups, and lists what is left out
+            left_out = []
+        if not batches:
+            batches, datasets, _ = self._usable(step)
+            counts = False
+        return self._prepare(
+            MicroBatch(join(batches), datasets, groups[0].seed, counts, left_out=tuple(left_out)),
+        )
+
+    def _usable(self, step: int) -> tuple[list[Batch], list[str], list[LeftOut]]:
+        """The first group of this step's batch and the next ones that can be read, alone."""
+        first, tried = None, 0
+        while True:
+            for group in self.sampler[step]:
+                batches, datasets, left_out = self._collate([group])
+                if batches:
+                    return batches, datasets, left_out
+                first, tried = first or left_out[0], tried + 1
+                if tried == min(_TRIED, sum(len(pool.groups) for pool in self.pools)):
+                    raise AudioError(f"stage '{self.stage.name}': {tried} clips were tried in vain: {first.reason}")
+            step += 1
+
+    def _collate(self, groups: Sequence[Group]) -> tuple[list[Batch], list[str], list[LeftOut]]:
+        """Batch of each source with usable records, the dataset of each clip, and what is left out."""
         batches = []
         datasets: list[str] = []
+        left_out = []
         for source in sorted({group.source for group in groups}):
             records, seeds = [], []
             for group in groups:
@@ -207,11 +242,25 @@ class StageData:
                     mine = in_turns([self.manifests[source][row] for row in group.rows], self.stage.batch.turns)
                     records += mine
                     seeds += [group.seed] * len(mine)
-            with naming_remedies(self.names[source]):
-                batch = self._collators[source](records, seeds)
-            batches.append(batch)
-            datasets += _clip_datasets(batch, records)
-        return self._prepare(MicroBatch(join(batches), datasets, groups[0].seed, counts))
+            bad = dict(self.bad_clips.get(self.names[source], {}))
+            batch = self._collators[source](records, seeds, bad)
+            if len(batch.conversations) < len(records):
+                left_out += _left_out(records, bad, self.names[source])
+                records = [record for record in records if bad.keys().isdisjoint(record.clips)]
+            if records:
+                batches.append(batch)
+                datasets += _clip_datasets(batch, records)
+        return batches, datasets, left_out
+
+
+def _left_out(records: Sequence[Record], bad: Mapping[str, AudioError], source: str) -> list[LeftOut]:
+    """Records about unusable clips, by the first such clip of each."""
+    by_clip: dict[str, list[str]] = {}
+    for record in records:
+        clip = next((clip for clip in record.clips if clip in bad), None)
+        if clip is not None:
+            by_clip.setdefault(clip, []).append(record.id)
+    return [LeftOut(clip, str(bad[clip]), source, tuple(ids)) for clip, ids in by_clip.items()]
 
 
 def in_turns(records: Sequence[Record], turns: int) -> list[Record]:
@@ -232,14 +281,16 @@ def in_turns(records: Sequence[Record], turns: int) -> list[Record]:
 
 
 class _GroupSeconds:
-    """Length of a group's audio in seconds: the clips of its first record."""
+    """Length of a group's audio in seconds: the clips of its first record. NaN if a header cannot be read."""
 
-    def __init__(self, name: str, manifest: Manifest, groups: Sequence[Sequence[int]], read_to_end: bool) -> None:
-        self.name, self.manifest, self.groups, self.read_to_end = name, manifest, groups, read_to_end
+    def __init__(self, manifest: Manifest, groups: Sequence[Sequence[int]], read_to_end: bool) -> None:
+        self.manifest, self.groups, self.read_to_end = manifest, groups, read_to_end
 
     def __call__(self, index: int) -> float:
-        with naming_remedies(self.name):
+        try:
             return sum(_seconds(path, self.read_to_end) for path in self.manifest[self.groups[index][0]].clips)
+        except AudioError:  # listed when the clip itself is read
+            return math.nan
 
 
 def _groups(manifest: Manifest, source: Source, grouped: bool, skipped: frozenset[int]) -> Sequence[Sequence[int]]:
@@ -248,7 +299,7 @@ def _groups(manifest: Manifest, source: Source, grouped: bool, skipped: frozense
         return _Singles(len(manifest))
     groups: dict[object, list[int]] = {}
     for row, record in enumerate(manifest):
-        if row in skipped or not _taken(record, source):
+        if row in skipped or not source.takes(record.task, record.dataset):
             continue
         groups.setdefault(record.clips if grouped and record.clips else row, []).append(row)
     return list(groups.values())

@@ -7,6 +7,7 @@ still computes the previous one.
 
 from __future__ import annotations
 
+import logging
 import platform
 from contextlib import nullcontext
 from typing import Any, NamedTuple
@@ -18,6 +19,8 @@ from pal.train.distributed import HostReduce
 from pal.train.master_weights import MasterWeights
 from pal.train.objectives import LossOutput, MicroBatch
 from pal.train.recipe import Stage
+
+logger = logging.getLogger(__name__)
 
 
 class StepResult(NamedTuple):
@@ -35,8 +38,8 @@ class Update:
     """Optimizer step of a stage: `update(micro_batches)` changes the weights once.
 
     A step with a NaN or infinite loss or gradient changes nothing: no weights, no optimizer state, no batch statistics.
-    Steps after it change nothing either, so when the fault is read on the host, the state is that before the faulty
-    step. The decision is made on the device.
+    Beyond `max_nonfinite` such steps, later steps change nothing either, so when the fault is read on the host, the
+    state is that before the last faulty step. The decision is made on the device. A step without items changes nothing.
 
     Args:
         objective: objective, prepared by the accelerator.
@@ -45,6 +48,8 @@ class Update:
         stage: sets gradient clipping and precision.
         accelerator: `pal.train.engines.Engine`, or `accelerate.Accelerator`.
         host_reduce: sums host numbers over the processes.
+        max_nonfinite: number of non-finite steps with which training goes on.
+        nonfinite: number of those so far.
     """
 
     def __init__(
@@ -55,6 +60,8 @@ class Update:
         stage: Stage,
         accelerator: Any,
         host_reduce: HostReduce,
+        max_nonfinite: int = 0,
+        nonfinite: int = 0,
     ) -> None:
         self.objective = objective
         self.optimizer = optimizer
@@ -69,8 +76,9 @@ class Update:
             if layer.training and getattr(layer, "track_running_stats", False)
             for buffer in layer.buffers(recurse=False)
         ]
-        self.failed = torch.zeros((), device=accelerator.device)
-        """1 after a non-finite step. torch's fused optimizers read it as `found_inf` and then skip the update."""
+        self.max_nonfinite = max_nonfinite
+        self.nonfinite = torch.full((), float(nonfinite), device=accelerator.device)
+        """Number of non-finite steps so far, on the device."""
 
     def __call__(self, micro_batches: list[MicroBatch], *flags: bool) -> StepResult:
         """Run one step; `flags` are combined over all processes."""
@@ -103,18 +111,20 @@ class Update:
         for dtype in {gradient.dtype for gradient in gradients}:  # one kernel for each dtype
             torch._foreach_mul_([gradient for gradient in gradients if gradient.dtype == dtype], scale)
         norm = accelerator.clip_grad_norm_(self.parameters, self.stage.clip_grad or float("inf")).to(sums.device)
-        self._apply(totals_3[0], norm, before)
+        self._apply(totals_3[0], norm, before, counted > 0)
         numbers_4 = torch.stack((totals_3[0], norm.to(totals_3.dtype), totals_3[1], totals_3[2]))
         return StepResult(numbers_4, int(counted), [flag > 0 for flag in raised])
 
     @torch.no_grad()
-    def _apply(self, loss: Tensor, norm: Tensor, before: list[Tensor]) -> None:
-        """Update the weights, unless this step or an earlier one was non-finite."""
-        finite = loss.isfinite() & norm.isfinite()
-        self.failed = torch.maximum(self.failed, (~finite).to(self.failed.dtype))
+    def _apply(self, loss: Tensor, norm: Tensor, before: list[Tensor], has_items: bool) -> None:
+        """Update the weights, unless the step is non-finite or without items, or too many steps were non-finite."""
+        fault = ~(loss.isfinite() & norm.isfinite())
+        self.nonfinite += fault
+        skip = fault | (self.nonfinite > self.max_nonfinite) if has_items else torch.ones_like(fault)
         for buffer, old in zip(self.statistics, before, strict=True):
-            buffer.copy_(torch.where(self.failed > 0, old, buffer))
-        self.optimizer.found_inf = self.failed  # type: ignore[attr-defined]
+            buffer.copy_(torch.where(skip, old, buffer))
+        # torch's fused optimizers skip the update where it is 1
+        self.optimizer.found_inf = skip.to(self.nonfinite.dtype)  # type: ignore[attr-defined]
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.masters.give_weights()
@@ -135,3 +145,14 @@ def emulates_bf16(device: torch.device) -> bool:
     """True on an x86 processor without AVX-512, where products in bfloat16 take tens of times as long as in float32."""
     x86 = platform.machine().lower() in ("x86_64", "amd64")
     return device.type == "cpu" and x86 and not torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+
+
+def warn_of_emulation(device: torch.device, stage: str, index: int) -> None:
+    """Log a warning where a stage in bfloat16 would be slow; `index` is that of the stage in its recipe."""
+    if emulates_bf16(device):
+        logger.warning(
+            "stage '%s': this processor only emulates bfloat16, tens of times slower than float32; use --set "
+            "stages.%d.precision=fp32, and another cache if the stage has one",
+            stage,
+            index,
+        )

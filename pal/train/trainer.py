@@ -9,41 +9,42 @@ from collections.abc import Callable, Iterator
 from contextlib import closing
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 from tqdm import tqdm
 
 from pal.data.collate import WaveformCache
-from pal.errors import ConfigError, PalError
+from pal.errors import TrainingError
 from pal.files import atomic_folder
 from pal.memory import keep_freed_memory, peak_memory
 from pal.model import PalModel
 from pal.train import checkpoint, curves, optim, provenance, resuming, run_folder, stages, tracking
 from pal.train.checkpoint import Checkpoint, State
+from pal.train.disk import naming_disk_faults
 from pal.train.distributed import ALONE
-from pal.train.engines import Engine, start_engine
-from pal.train.master_weights import MasterWeights
-from pal.train.meter import Meter, NonFiniteStep, new_totals, step_inputs
+from pal.train.engines import start_engine
+from pal.train.master_weights import MasterWeights, masters_of
+from pal.train.meter import Meter, new_totals, step_inputs
 from pal.train.objectives import Objective, build_objective
-from pal.train.operations import Operations, product_rate
+from pal.train.operations import operations_of, product_rate
+from pal.train.quarantine import Quarantine
 from pal.train.recipe import Recipe, Stage
 from pal.train.saving import CheckpointSaver
 from pal.train.seeding import seed_everything
 from pal.train.setup import build_model
+from pal.train.skipped_steps import SkippedSteps
 from pal.train.skips import digests
 from pal.train.sources import PrefetchLoader, StageData, open_sources
-from pal.train.step import Update, emulates_bf16
+from pal.train.step import Update, warn_of_emulation
 from pal.train.stopping import stop_signals
+from pal.train.validator import Validator
 
 logger = logging.getLogger(__name__)
 
 _CACHE_BYTES = 2 << 30
 """Maximum size of decoded audio in memory, over all sources and stages."""
-
-
-class TrainingError(PalError):
-    """NaN or infinite loss or gradient; names the step and its records."""
 
 
 def run(
@@ -55,6 +56,8 @@ def run(
     read_every: int | None = None,
 ) -> PalModel:
     """Train and write into `out`: `model/` (the bundle), `log.jsonl`, `loss.png`, `train.json`, `checkpoints/`.
+
+    Where there is something to tell, also `quarantine.jsonl`, `skipped_steps.jsonl` and `best/` (docs/training.md).
 
     SIGINT and SIGTERM end the run after the current step with a checkpoint and exit status 130. Arguments and errors
     are those of `Trainer` and its `steps`.
@@ -101,11 +104,16 @@ class Trainer:
         self.accelerator = self.engine.accelerator
         self.trackers = tracking.Trackers(recipe.keep.track)
         if self.accelerator.is_main_process:
-            run_folder.claim(out, recipe, resume, overwrite)
+            with naming_disk_faults(out):
+                run_folder.claim(out, recipe, resume, overwrite)
         self.accelerator.wait_for_everyone()
         if read_every is None:
             read_every = 1 if self.accelerator.device.type == "cpu" else recipe.keep.log_every
         self.read_every = read_every
+        place = (self.engine.host_reduce, self.accelerator.is_main_process)
+        self.quarantine = Quarantine(out / "quarantine.jsonl", recipe.keep.max_bad, *place)
+        self.skipped_steps = SkippedSteps(out / "skipped_steps.jsonl", *place)
+        self.validator: Validator | None = None
         self.trained: set[str] = set()
         """Checkpoint names of the weights trained so far, over all stages."""
         self.stop_requested = False
@@ -117,7 +125,9 @@ class Trainer:
         self.peak: float | None = None
         """Measured FLOP/s of the device; None without CUDA."""
         self.saved_at = time.monotonic()
-        self.saver = CheckpointSaver(out / "checkpoints", recipe)
+        # the best weights that the newest checkpoint knows are kept until there is a newer one
+        forget_best = partial(checkpoint.remove_old, out / "best", 1)
+        self.saver = CheckpointSaver(out / "checkpoints", recipe, after=forget_best)
         self.waveforms = WaveformCache(_CACHE_BYTES)
         self.finished = resume and run_folder.is_finished(out)
         """True if the resumed run was already finished."""
@@ -126,8 +136,12 @@ class Trainer:
             self.model = PalModel.from_pretrained(out / "model")
             self.state = State()
             return
-        with self.accelerator.main_process_first():
+        with self.accelerator.main_process_first(), naming_disk_faults(out):
             self.manifests = open_sources(recipe, out / "data")
+        if recipe.validation is not None:
+            self.engine.check_validation()
+            ranks = (self.accelerator.process_index, self.accelerator.num_processes)
+            self.validator = Validator(recipe.validation, recipe, self.manifests, self.engine.host_reduce, ranks)
         self.state = State(data=digests(recipe, self.manifests))
         seed_everything(recipe.seed, "model")
         self.model = build_model(recipe, self.manifests, out)
@@ -149,18 +163,22 @@ class Trainer:
 
         Raises:
             ConfigError: the newest checkpoint does not fit, or a stage is unusable.
-            TrainingError: the loss or gradient of a step is not finite. It is raised when the step is read, after the
-                state before that step was saved.
+            TrainingError: more bad clips or steps that are not finite than the recipe's `keep` allows, raised after the
+                state before was saved; or a disk that is full or cannot be written.
             SystemExit: with status 130, after `stop`.
         """
-        if self.finished:
-            return
+        if not self.finished:
+            with naming_disk_faults(self.out):
+                yield from self._stages()
+
+    def _stages(self) -> Iterator[int]:
         with self.accelerator.main_process_first():
             found = checkpoint.load_newest(self.saver.folder, self.recipe) if self.resume else None
         if found is not None:
             resuming.check_data(found, self.state.data)
             self.state = found.state
             logger.info("resuming after step %d (%s)", self.state.step, found.path)
+        self._restore_lists()
         # set up completed stages again, since they may have added adapters to the model and names to `trained`
         for stage in self.recipe.stages[: self.state.stage]:
             self._set_up(stage)
@@ -183,8 +201,20 @@ class Trainer:
             self.saver.wait()
         finally:
             self.saver.close()
-            if log is not None:
-                log.close()
+            for one in (log, self.quarantine, self.skipped_steps):
+                if one is not None:
+                    one.close()
+
+    def _restore_lists(self) -> None:
+        """Bring the lists of faults, and the best weights, to the step at which the run goes on."""
+        state, limit = self.state, self.recipe.keep.max_nonfinite
+        if state.nonfinite > limit:
+            found = f"{state.nonfinite} steps were skipped, more than keep.max_nonfinite ({limit})"
+            raise TrainingError(f"{found}; raise max_nonfinite")
+        self.quarantine.restore(state.step)
+        self.skipped_steps.restore(state.step)
+        if self.accelerator.is_main_process:
+            checkpoint.remove_later(self.out / "best", state.step)
 
     def finish(self) -> PalModel:
         """Write the bundle, the loss curve and `train.json`; returns the model frozen and in evaluation mode."""
@@ -194,18 +224,20 @@ class Trainer:
         changed = {stages.lasting_name(name) for name in self.model.trained} | self.trained
         self.model.trained = {name for name in self.model.state_dict() if stages.lasting_name(name) in changed}
         if self.accelerator.is_main_process:
-            self.model.save_pretrained(self.out / "model")
-            curves.draw({self.out.name: self.out / "log.jsonl"}, self.out / "loss.png")
-            run_folder.write_report(
-                self.out,
-                self.recipe,
-                self.state,
-                self._seconds(),
-                {name: sum(p.numel() for p in part.parameters()) for name, part in self.model.parts().items()},
-                processes=self.accelerator.num_processes,
-                engine=self.engine.name,
-                device=str(self.accelerator.device),
-            )
+            with naming_disk_faults(self.out):
+                self.model.save_pretrained(self.out / "model")
+                curves.draw({self.out.name: self.out / "log.jsonl"}, self.out / "loss.png")
+                run_folder.write_report(
+                    self.out,
+                    self.recipe,
+                    self.state,
+                    self._seconds(),
+                    {name: sum(p.numel() for p in part.parameters()) for name, part in self.model.parts().items()},
+                    bad_clips=len(self.quarantine),
+                    processes=self.accelerator.num_processes,
+                    engine=self.engine.name,
+                    device=str(self.accelerator.device),
+                )
         self.accelerator.wait_for_everyone()
         return self.model
 
@@ -229,6 +261,7 @@ class Trainer:
         stage, state = self.recipe.stages[index], self.state
         parameters = self._set_up(stage)
         data = StageData(self.recipe, index, self.manifests)
+        data.bad_clips = self.quarantine.errors
         objective = build_objective(self.model, stage, data.records())
         head = stages.head(objective)
         if found is not None:
@@ -240,13 +273,8 @@ class Trainer:
         stages.set_modes(self.model, stage)
         data.start(self.model, objective, self.waveforms)
         accelerator = self.accelerator
-        if stage.precision == "bf16" and emulates_bf16(accelerator.device):
-            logger.warning(
-                "stage '%s': this processor only emulates bfloat16, tens of times slower than float32; use --set "
-                "stages.%d.precision=fp32, and another cache if the stage has one",
-                stage.name,
-                index,
-            )
+        if stage.precision == "bf16":
+            warn_of_emulation(accelerator.device, stage.name, index)
         compiled = stages.compiles(stage, accelerator.device, self.engine.shards)
         if compiled:
             logger.info(
@@ -257,7 +285,7 @@ class Trainer:
         self.model.llm.capture(captured)
         trained_parameters = sum(p.numel() for part in parameters.values() for p in part.values())
         prepared, held = self.engine.prepare(objective, parameters, stage)
-        masters = _masters(held, stage, self.engine)
+        masters = masters_of(held, stage, self.engine.take_gradients)
         named = {name: p for part in masters.parts.values() for name, p in part.items()}
         optimizer = optim.adamw(optim.parameter_groups(masters.parts, stage), stage)
         if found is not None and found.optimizer:
@@ -265,11 +293,12 @@ class Trainer:
             masters.give_weights()
         if found is not None:
             found.close()
-        update = Update(prepared, optimizer, masters, stage, self.engine, self.engine.host_reduce)
-
+        keep = self.recipe.keep
+        limits = (keep.max_nonfinite, state.nonfinite)
+        update = Update(prepared, optimizer, masters, stage, self.engine, self.engine.host_reduce, *limits)
         if len(state.totals) == index:
             state.totals.append(new_totals() | {"trained_parameters": trained_parameters})
-        keep, total = self.recipe.keep, state.totals[index]
+        total = state.totals[index]
         place = (accelerator.process_index, accelerator.num_processes)
         workers = keep.workers
         if workers is None:
@@ -284,41 +313,48 @@ class Trainer:
             disable=not accelerator.is_main_process,
         )
         save = partial(self._save, objective, optimizer, {id(p): name for name, p in named.items()}, masters)
-        operations = self._operations(stage)
-        meter = Meter(objective.unit, total, None if operations is None else self.peak)
+        operations = operations_of(self.recipe, stage, self.model) if self.peak is not None else None
+        meter = Meter(objective.unit, total, operations and self.peak, keep.max_nonfinite - state.nonfinite)
+        validation: dict[str, Any] = {}
         ready = time.monotonic()
         with bar, closing(loader):
             for micro_batches in loader:
                 loaded = time.monotonic()
+                left_out, excess = self.quarantine.meet(
+                    state.step + 1, [one for micro_batch in micro_batches for one in micro_batch.left_out]
+                )
+                if excess is not None:
+                    self._read(meter, stage, save)
+                    save()
+                    raise TrainingError(excess)
                 rates = optim.set_lr(
                     optimizer, optim.lr_factor(state.stage_step, data.steps, stage.warmup, stage.schedule)
                 )
                 seed_everything(self.recipe.seed, index, state.stage_step, accelerator.process_index)
                 result = update(self.engine.aligned(micro_batches), self.stop_requested, self._is_late())
                 done = 0.0 if operations is None else operations(micro_batches)
-                meter.add(
-                    result, step_inputs(micro_batches, self.model.sampling_rate, objective.unit, done), loaded, ready
-                )
+                inputs = step_inputs(micro_batches, self.model.sampling_rate, objective.unit, done, left_out)
+                meter.add(result, inputs, loaded, ready)
                 self.stop_agreed, self.checkpoint_due = result.flags
                 state.step += 1
                 state.stage_step += 1
                 bar.update()
                 last = state.stage_step == data.steps
-                logs = last or self.stop_agreed or state.step % keep.log_every == 0
+                validates = self.validator is not None and self.validator.is_due(stage, state.stage_step, last)
+                logs = last or validates or self.stop_agreed or state.step % keep.log_every == 0
                 due = self.stop_agreed or self.checkpoint_due or state.step % keep.checkpoint_every == 0
+                if logs or due or state.step % self.read_every == 0:
+                    self._read(meter, stage, save)
+                if validates and self.validator is not None:
+                    validation, ends = self.validator(self.model, state, index, self._save_best)
+                    last = last or ends
+                    meter.restart()
                 saves = due and not last
-                if logs or saves or state.step % self.read_every == 0:
-                    fault = meter.read()
-                    if fault is not None:
-                        state.step -= fault.undone
-                        state.stage_step -= fault.undone
-                        saved = save()
-                        self.saver.wait()
-                        raise TrainingError(_where(stage, state, fault, saved))
-                if logs:
-                    line = meter.line()
+                if logs and meter.has_line:
+                    line = meter.line() | validation
+                    validation = {}
                     total["loss"] = line["loss"]
-                    bar.set_postfix_str(f"loss {line['loss']:.3g}", refresh=False)
+                    bar.set_postfix_str(f"loss {line['loss']:.3g}{self._faults()}", refresh=False)
                     if log is not None:
                         log.write(step=state.step, stage=stage.name, lr=rates, **line, seconds=self._seconds())
                 self.saver.check()
@@ -327,6 +363,8 @@ class Trainer:
                     if self.stop_agreed:
                         self._leave(path)
                 yield state.step
+                if last:
+                    break
                 ready = time.monotonic()
         total["median_step_seconds"] = meter.median()
         peak = peak_memory(self.model.llm.device)
@@ -338,6 +376,10 @@ class Trainer:
             self.model.llm.uncompile()
         self.model.llm.capture(False)
         accelerator.free_memory()
+        best = None if self.validator is None else self.validator.best_weights(self.out / "best", state, index)
+        if best is not None:
+            resuming.fill(self.model, stages.head(objective), best)
+            best.close()
         if stage.save_llm and accelerator.is_main_process:
             with atomic_folder(self.out / "llm") as folder:
                 self.model.llm.save(folder)
@@ -347,14 +389,19 @@ class Trainer:
         if self.stop_agreed and index + 1 < len(self.recipe.stages):
             self._leave(self.saver.folder)
 
-    def _operations(self, stage: Stage) -> Operations | None:
-        if self.peak is None:
-            return None
-        try:
-            return Operations(self.recipe, stage, self.model)
-        except PalError as error:
-            logger.info("stage '%s': no 'mfu' in the log: %s", stage.name, error)
-            return None
+    def _read(self, meter: Meter, stage: Stage, save: Callable[[], Path]) -> None:
+        """Read the pending steps; raise TrainingError after saving, if one non-finite step too many is among them."""
+        excess = self.skipped_steps.read(meter, stage.name, self.state)
+        if excess is not None:
+            remedy = "check these records by `pal data check`, or lower the learning rate"
+            error = TrainingError(f"{excess}. The state before it is in {save()}; {remedy}")
+            self.saver.wait()
+            raise error
+
+    def _faults(self) -> str:
+        """Numbers of faults so far, for the progress line."""
+        bad, skipped = len(self.quarantine), self.state.nonfinite
+        return (f", bad clips: {bad}" if bad else "") + (f", skipped steps: {skipped}" if skipped else "")
 
     # Checkpoints
 
@@ -385,6 +432,12 @@ class Trainer:
         self.saved_at = time.monotonic()
         return path
 
+    def _save_best(self) -> None:
+        """Write the weights that are the stage's best so far."""
+        if self.accelerator.is_main_process:
+            weights = stages.trained_weights(self.model, self.trained)
+            checkpoint.save(self.out / "best", self.state, self.recipe, weights, {}, keep=sys.maxsize)
+
     def _seconds(self) -> float:
         return round(sum(total["seconds"] for total in self.state.totals), 3)
 
@@ -395,22 +448,3 @@ class Trainer:
                 f"stopped after step {self.state.step}, saved in {path}; continue with --resume", file=sys.stderr
             )
         raise SystemExit(130)
-
-
-def _masters(parameters: dict[str, dict[str, nn.Parameter]], stage: Stage, engine: Engine) -> MasterWeights:
-    masters = MasterWeights(parameters, stage.master_weights, engine.take_gradients)
-    if stage.master_weights and not masters.copies:
-        raise ConfigError(
-            f"stage '{stage.name}': 'master_weights' needs trained weights in bfloat16, but there are none; set the "
-            "model's 'llm.dtype' to bfloat16, or remove the key"
-        )
-    return masters
-
-
-def _where(stage: Stage, state: State, fault: NonFiniteStep, saved: Path) -> str:
-    records, more = fault.inputs.records, fault.inputs.more
-    named = ", ".join(records) + (f" and {more} more" if more else "")
-    return (
-        f"stage '{stage.name}', step {state.stage_step}: {fault.what} is not finite; records: {named}. The state "
-        f"before it is in {saved}; check these records by `pal data check`, or lower the learning rate"
-    )

@@ -11,15 +11,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from pal.errors import TrainingError
 from pal.model import PalModel
 from pal.train import optim, run, trainer
 from pal.train.curves import read_log
 from pal.train.master_weights import MasterWeights
 from pal.train.objectives import LossOutput
 from pal.train.step import StepResult, Update
-from pal.train.trainer import TrainingError
 from tests.train.test_step import Processes
-from tests.train.tiny import recipe
+from tests.train.tiny import failing_after, recipe
+
+pytestmark = pytest.mark.usefixtures("without_plots")
 
 STAGE = {
     "train": {"encoder": True, "connector": True, "projectors": True, "llm": "full"},
@@ -113,7 +115,9 @@ def poison(monkeypatch: pytest.MonkeyPatch, at: int, spoil: Callable[[Tensor], T
 
 def settings(manifest: Path, **keep: int) -> Any:
     data = {"scenes": {"manifest": str(manifest)}}
-    return recipe(manifest, [STAGE], data=data, keep={"checkpoint_every": 100, "log_every": 1, **keep})
+    return recipe(
+        manifest, [STAGE], data=data, keep={"checkpoint_every": 100, "log_every": 1, "max_nonfinite": 0, **keep}
+    )
 
 
 def weights(model: PalModel) -> dict[str, Tensor]:
@@ -177,3 +181,126 @@ def test_a_checkpoint_counts_the_steps_before_it(manifest: Path, tmp_path: Path)
     trainer.run(made, tmp_path, read_every=100)
     saved = json.loads((tmp_path / "checkpoints" / "step0000004" / "state.json").read_text())["state"]
     assert saved["step"] == 4 and saved["totals"][0]["steps"] == 4 and saved["totals"][0]["rows"] == 8
+
+
+# Beyond the limit the run ends; up to it, the step is left out
+
+
+def reference(pieces: list[Any]) -> dict[str, Tensor]:
+    """State after these steps, none of which is faulty."""
+    network, update = made()
+    for one in pieces:
+        update([one])
+    return state(network, update)
+
+
+def test_up_to_the_limit_a_step_is_left_out_as_if_it_had_not_been() -> None:
+    network, update = made()
+    update.max_nonfinite = 2
+    for one in (piece(0), piece(1, scale=math.nan), piece(2), piece(3, steep=True), piece(4)):
+        update([one])
+    wanted, found = reference([piece(0), piece(2), piece(4)]), state(network, update)
+    assert [name for name in wanted if not torch.equal(found[name], wanted[name])] == []
+    update([piece(5, scale=math.inf)])  # the third, and one too many
+    update([piece(6)])
+    assert [name for name, tensor in found.items() if not torch.equal(state(network, update)[name], tensor)] == []
+
+
+def test_faults_before_a_resume_count() -> None:
+    network, update = made()
+    resumed = Update(
+        network, update.optimizer, update.masters, update.stage, update.accelerator, update.host_reduce, 2, nonfinite=2
+    )
+    resumed([piece(0)])
+    before = state(network, resumed)
+    resumed([piece(1, scale=math.nan)])
+    resumed([piece(2)])
+    assert all(torch.equal(tensor, before[name]) for name, tensor in state(network, resumed).items())
+
+
+def poison_record(monkeypatch: pytest.MonkeyPatch, *records: str) -> None:
+    """The loss of every batch with one of these records is NaN."""
+    loss = PalModel.loss
+
+    def poisoned(self: PalModel, batch: Any, *given: Any) -> Any:
+        total, tokens = loss(self, batch, *given)
+        return (total * math.nan if set(records) & set(batch.records) else total), tokens
+
+    monkeypatch.setattr(PalModel, "loss", poisoned)
+
+
+def listed(out: Path) -> list[dict[str, Any]]:
+    return read_log(out / "skipped_steps.jsonl")
+
+
+def drawn_records(manifest: Path, out: Path) -> list[list[str]]:
+    """Records of each step."""
+    steps: list[list[str]] = []
+    update = Update.__call__
+
+    def noted(self: Update, micro_batches: Any, *flags: bool) -> StepResult:
+        steps.append([record for micro_batch in micro_batches for record in micro_batch.batch.records])
+        return update(self, micro_batches, *flags)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Update, "__call__", noted)
+        run(settings(manifest), out)
+    return steps
+
+
+def test_a_run_skips_names_and_counts_the_steps_however_it_is_read_or_cut(
+    manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps = drawn_records(manifest, tmp_path / "plain")
+    bad = [steps[1][0], steps[4][1]]
+    wrong = [number for number, records in enumerate(steps, start=1) if set(bad) & set(records)]
+    assert 2 <= len(wrong) < 5
+    poison_record(monkeypatch, *bad)
+    outs = []
+    for every in (1, 4, 100):
+        outs.append(tmp_path / str(every))
+        trainer.run(settings(manifest, log_every=100, max_nonfinite=4), outs[-1], read_every=every)
+    for at in (1, 3, 5):
+        outs.append(tmp_path / f"cut {at}")
+        made = settings(manifest, log_every=2, checkpoint_every=2, max_nonfinite=4)
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(Update, "__call__", failing_after(at))
+            trainer.run(made, outs[-1])
+        trainer.run(made, outs[-1], resume=True)
+    wanted = PalModel.from_pretrained(outs[0] / "model").state_dict()
+    assert all(tensor.isfinite().all() for tensor in wanted.values())
+    for out in outs:
+        found = PalModel.from_pretrained(out / "model").state_dict()
+        assert [name for name in wanted if not torch.equal(found[name], wanted[name])] == []
+        told = [{"step": n, "stage": "stage", "what": "the loss", "records": steps[n - 1]} for n in wrong]
+        assert listed(out) == told
+        report = json.loads((out / "train.json").read_text())
+        assert report["skipped_steps"] == report["stages"][0]["skipped_steps"] == len(wrong)
+        assert report["stages"][0]["steps"] == 6 and math.isfinite(report["stages"][0]["loss"])
+    with pytest.raises(TrainingError, match=rf"step {wrong[1] - 1}: the loss is not finite; records: "):
+        trainer.run(settings(manifest, max_nonfinite=1), tmp_path / "ends")
+    assert [line["step"] for line in listed(tmp_path / "ends")] == wrong[:1]
+    trainer.run(settings(manifest, max_nonfinite=4), tmp_path / "ends", resume=True)
+    found = PalModel.from_pretrained(tmp_path / "ends" / "model").state_dict()
+    assert [name for name in wanted if not torch.equal(found[name], wanted[name])] == []
+
+
+def test_a_lower_limit_than_the_faults_so_far_is_an_error(
+    manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    poison(monkeypatch, 1, lambda total: total * math.nan)
+    made = settings(manifest, max_nonfinite=1, checkpoint_every=3)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Update, "__call__", failing_after(4))
+        run(made, tmp_path)
+    with pytest.raises(TrainingError, match=r"1 steps were skipped, more than keep\.max_nonfinite \(0\)"):
+        run(settings(manifest, max_nonfinite=0), tmp_path, resume=True)
+
+
+def test_steps_that_were_skipped_are_no_part_of_the_logs_means(manifest: Path, tmp_path: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        poison(patch, 2, steepened)
+        run(settings(manifest, max_nonfinite=1, log_every=1), tmp_path)
+    lines = read_log(tmp_path / "log.jsonl")
+    assert [line["step"] for line in lines] == [1, 2, 4, 5, 6]
+    assert all(math.isfinite(line["loss"]) and math.isfinite(line["gradient_norm"]) for line in lines)

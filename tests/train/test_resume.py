@@ -100,6 +100,15 @@ def test_a_caller_steps_stops_and_goes_on(manifest: Path, whole: Path, tmp_path:
     assert fourth.finished and list(fourth.steps()) == [] and fourth.fit() is fourth.model
 
 
+def test_a_run_killed_before_its_bundle_was_written_has_the_trained_weights(
+    manifest: Path, whole: Path, tmp_path: Path
+) -> None:
+    for _ in Trainer(recipe(manifest), tmp_path).steps():
+        pass
+    run(recipe(manifest), tmp_path, resume=True)
+    assert_same_run(tmp_path, whole)
+
+
 def test_kill(manifest: Path, whole: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     process = fresh().Process(target=run_elsewhere, args=(recipe(manifest).model_dump_json(), out, {}))

@@ -10,11 +10,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from pal.errors import ConfigError
+from pal.errors import ConfigError, TrainingError
 from pal.model import PalModel
 from pal.train import Trainer, run
 from pal.train.curves import read_log
-from pal.train.trainer import TrainingError
 from tests.processes import exit_codes, fresh, rendezvous
 from tests.train.tiny import LLM, MODEL, recipe, run_elsewhere
 
@@ -39,7 +38,8 @@ def base(manifest: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def trained(manifest: Path, out: Path, base: Path, **fields: Any) -> dict[str, Tensor]:
     data = {"scenes": {"manifest": str(manifest)}}
-    model = run(recipe(manifest, [stage(**fields)], model=None, bundle=base, data=data), out)
+    keep = {"checkpoint_every": 2, "log_every": 1, "max_nonfinite": 0}
+    model = run(recipe(manifest, [stage(**fields)], model=None, bundle=base, data=data, keep=keep), out)
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 
