@@ -314,7 +314,7 @@ class Trainer:
         )
         save = partial(self._save, objective, optimizer, {id(p): name for name, p in named.items()}, masters)
         operations = operations_of(self.recipe, stage, self.model) if self.peak is not None else None
-        meter = Meter(objective.unit, total, operations and self.peak, keep.max_nonfinite - state.nonfinite)
+        meter = Meter(objective.unit, total, self.peak if operations else None, keep.max_nonfinite - state.nonfinite)
         validation: dict[str, Any] = {}
         ready = time.monotonic()
         with bar, closing(loader):
