@@ -63,8 +63,8 @@ def compiles(stage: Stage, device: torch.device, sharded: bool = False) -> bool:
             f"stage '{stage.name}': compile: true does not work with sharded weights (keep.engine: fsdp2); remove the "
             "key, or use keep.engine=ddp"
         )
-    wanted = device.type == "cuda" and not sharded if stage.compile == "auto" else stage.compile
-    return wanted and stage.runs_llm
+    wanted = device.type == "cuda" if stage.compile == "auto" else stage.compile
+    return wanted and stage.runs_llm and not sharded
 
 
 def captures(stage: Stage, device: torch.device, processes: int) -> bool:
