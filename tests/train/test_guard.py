@@ -257,16 +257,15 @@ def test_a_run_skips_names_and_counts_the_steps_however_it_is_read_or_cut(
     assert 2 <= len(wrong) < 5
     poison_record(monkeypatch, *bad)
     outs = []
-    for every in (1, 4, 100):
+    for every in (1, 100):
         outs.append(tmp_path / str(every))
         trainer.run(settings(manifest, log_every=100, max_nonfinite=4), outs[-1], read_every=every)
-    for at in (1, 3, 5):
-        outs.append(tmp_path / f"cut {at}")
-        made = settings(manifest, log_every=2, checkpoint_every=2, max_nonfinite=4)
-        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(Update, "__call__", failing_after(at))
-            trainer.run(made, outs[-1])
-        trainer.run(made, outs[-1], resume=True)
+    outs.append(tmp_path / "cut")
+    made = settings(manifest, log_every=2, checkpoint_every=2, max_nonfinite=4)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Update, "__call__", failing_after(wrong[-1]))
+        trainer.run(made, outs[-1])
+    trainer.run(made, outs[-1], resume=True)
     wanted = PalModel.from_pretrained(outs[0] / "model").state_dict()
     assert all(tensor.isfinite().all() for tensor in wanted.values())
     for out in outs:

@@ -83,7 +83,7 @@ def test_kills_while_a_checkpoint_is_written(manifest: Path, whole: Path, tmp_pa
     chosen = random.Random(11)
     settings = made(manifest).model_dump_json()
     out = tmp_path / "run 0"
-    while kills < repeats(full=100, reduced=2):
+    while kills < repeats(full=100, reduced=1):
         if killed_while_saving(settings, out, chosen):
             kills += 1
             log = read_log(out / "log.jsonl")

@@ -175,7 +175,7 @@ def test_the_rest_of_a_batch_is_trained_as_if_the_bad_clips_were_not_in_it(bad: 
         torch.testing.assert_close(tensor, b[name], atol=1e-5, rtol=1e-4, msg=name)
 
 
-@pytest.mark.parametrize("at", [1, 3, 6])
+@pytest.mark.parametrize("at", [1, 5])
 def test_a_cut_run_goes_on_to_the_same_weights_and_list(
     bad: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int
 ) -> None:
