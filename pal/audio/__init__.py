@@ -1,6 +1,19 @@
 """Audio loading: any source becomes a mono waveform at the requested rate, or an AudioError is raised."""
 
 from pal.audio.decode import Limits, Source, Waveform, load, load_into, seconds
+from pal.audio.members import clip_exists, clip_sha256, clip_size, clip_state
 from pal.audio.pcm import resample
 
-__all__ = ["Limits", "Source", "Waveform", "load", "load_into", "resample", "seconds"]
+__all__ = [
+    "Limits",
+    "Source",
+    "Waveform",
+    "clip_exists",
+    "clip_sha256",
+    "clip_size",
+    "clip_state",
+    "load",
+    "load_into",
+    "resample",
+    "seconds",
+]

@@ -10,6 +10,7 @@ from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 
+import numpy as np
 from torch import Tensor
 
 from pal import audio
@@ -17,6 +18,7 @@ from pal.config import parse
 from pal.data.augment import Augment, cut_fault
 from pal.data.collate import Collator, WaveformCache
 from pal.data.manifest import Manifest, Record
+from pal.data.record_index import RowGroups
 from pal.errors import ConfigError
 from pal.features import FeatureCache
 from pal.model import PalModel
@@ -242,34 +244,27 @@ class _GroupSeconds:
             return sum(_seconds(path, self.read_to_end) for path in self.manifest[self.groups[index][0]].clips)
 
 
-def _groups(manifest: Manifest, source: Source, grouped: bool, skipped: frozenset[int]) -> Sequence[Sequence[int]]:
-    """Indices of the selected records of a manifest, grouped by clip or individually."""
+def _groups(manifest: Manifest, source: Source, grouped: bool, skipped: frozenset[int]) -> RowGroups:
+    """Rows of the selected records of a manifest, grouped by clip or individually."""
+    every_R = np.arange(len(manifest), dtype=np.uint32)
     if not grouped and source.tasks is None and source.datasets is None and not skipped:
-        return _Singles(len(manifest))
-    groups: dict[object, list[int]] = {}
-    for row, record in enumerate(manifest):
-        if row in skipped or not _taken(record, source):
-            continue
-        groups.setdefault(record.clips if grouped and record.clips else row, []).append(row)
-    return list(groups.values())
+        return RowGroups(every_R)
+    columns = manifest.columns
+    groups = columns.groups if grouped else RowGroups(every_R)
+    keep_R = np.ones(len(manifest), bool)
+    for wanted, names, codes_R in (
+        (source.tasks, columns.tasks, columns.task_R),
+        (source.datasets, columns.datasets, columns.dataset_R),
+    ):
+        if wanted is not None:
+            keep_R &= np.isin(codes_R, [code for code, name in enumerate(names) if name in wanted])
+    keep_R[list(skipped)] = False
+    return groups if keep_R.all() else groups.only(keep_R)
 
 
 @cache
 def _seconds(path: str, read_to_end: bool) -> float:
     return audio.seconds(path, read_to_end=read_to_end)
-
-
-class _Singles(Sequence[Sequence[int]]):
-    """Groups of one record each, without storing millions of lists."""
-
-    def __init__(self, size: int) -> None:
-        self.size = size
-
-    def __len__(self) -> int:
-        return self.size
-
-    def __getitem__(self, index):  # type: ignore[no-untyped-def]
-        return (range(self.size)[index],)
 
 
 def _clip_datasets(batch: Batch, records: Sequence[Record]) -> list[str]:
