@@ -161,6 +161,9 @@ class Stage(StrictConfig):
     batch: BatchSize
     data: list[str] | dict[str, float] | None = None
     """Names of the sources, or name -> weight; default: all sources."""
+    temperature: float | None = Field(default=None, gt=0)
+    """Temperature T of the mixture, instead of weights: a source of n clips (or records, if these are drawn one by one)
+    has a share proportional to n^(1/T). 1 is the mixture without this key; a large T draws equally from all sources."""
     clip_grad: float | None = Field(default=1.0, gt=0)
     """Gradient clipping: maximum norm of the gradient; None: no clipping."""
     gradient_checkpointing: bool = False
@@ -231,7 +234,7 @@ class Stage(StrictConfig):
 
 
 class CheckpointConfig(StrictConfig):
-    """Checkpoints, log and loader threads. These settings do not change the result."""
+    """Checkpoints, log and loading. These settings do not change the result."""
 
     checkpoint_every: int = Field(default=200, gt=0)
     """Steps between two checkpoints, the maximum that a killed run loses."""
@@ -242,8 +245,11 @@ class CheckpointConfig(StrictConfig):
     log_every: int = Field(default=10, gt=0)
     """Steps averaged in one line of the log."""
     workers: int | None = Field(default=None, ge=0)
-    """Number of loader threads; 0 loads batches in the training thread. Default: 2 with an accelerator, and 0 on CPU,
-    where threads compete with training (docs/experiments.md)."""
+    """Number of loader threads or processes; 0 loads batches in the training thread. Default: 2 with an accelerator or
+    with processes, else 0, since threads compete with training on a CPU (docs/experiments.md)."""
+    loader: Literal["threads", "processes"] = "threads"
+    """Where batches are read, decoded, augmented and tokenised. Processes scale where threads wait for each other, and
+    each takes the memory of its imports (docs/data.md)."""
     prefetch: int = Field(default=3, gt=0)
     """Number of batches loaded ahead."""
 
@@ -272,11 +278,22 @@ class Recipe(StrictConfig):
             for name in stage.data or ():
                 if name not in self.data:
                     raise ValueError(f"stages.{i}: no data source '{name}'; known: {', '.join(self.data)}")
+            if stage.temperature is not None:
+                for name, source in self.stage_sources(stage).items():
+                    if source.weight is not None or source.repeat != 1:
+                        key = "repeat" if source.weight is None else "weight"
+                        raise ValueError(
+                            f"stages.{i}: 'temperature' decides the shares, but source '{name}' has '{key}'; remove one"
+                        )
             augmented = [name for name, source in self.stage_sources(stage).items() if source.augment is not None]
             if stage.cache is not None and augmented:
                 raise ValueError(
                     f"stages.{i}: 'cache' needs clips without augmentation, but source '{augmented[0]}' has 'augment'; "
                     "remove one of them"
+                )
+            if stage.cache is not None and self.keep.loader == "processes":
+                raise ValueError(
+                    f"stages.{i}: 'cache' encodes clips in the training process; set keep.loader to 'threads'"
                 )
         return self
 
@@ -303,6 +320,8 @@ class Recipe(StrictConfig):
                 del stage["cuda_graphs"]
             if not stage["master_weights"]:
                 del stage["master_weights"]
+            if stage["temperature"] is None:
+                del stage["temperature"]
         return settings
 
     @property

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
@@ -146,13 +144,16 @@ class StageData:
             seconds = None
             if batch.by_length:
                 seconds = _GroupSeconds(name, manifests[name], groups, source.read_to_end)
-            pools.append(Pool(groups, source.weight, source.repeat, seconds))
+            weight = source.weight
+            if self.stage.temperature is not None:
+                weight = len(groups) ** (1 / self.stage.temperature)
+            pools.append(Pool(groups, weight, source.repeat, seconds))
         if not pools:
             raise ConfigError(f"stage '{self.stage.name}': all its data sources are missing; correct their paths")
         self.pools = pools
         self.sampler = Sampler(pools, batch, recipe.seed, index)
         self.steps = self.stage.steps or self.sampler.steps(self.stage.epochs or 0)
-        self._collators: list[Collator] = []
+        self._loader: GroupLoader | None = None
         self._prepare: Callable[[MicroBatch], MicroBatch] = lambda micro_batch: micro_batch
 
     def records(self) -> Iterator[Record]:
@@ -163,7 +164,7 @@ class StageData:
                     yield manifest[row]
 
     def start(self, model: PalModel, objective: Objective, waveforms: WaveformCache) -> None:
-        """Set up loading for a model and an objective, whose `prepare` runs in the loader threads.
+        """Set up loading for a model and an objective, whose `prepare` runs in the loader threads of this process.
 
         Args:
             model: sets tokenizer, sampling rate and encoders of the feature cache.
@@ -174,6 +175,7 @@ class StageData:
         encode_clip = None
         if self.stage.cache is not None:
             encode_clip = FeatureCache(self.stage.cache, model.ears, self.stage.precision)
+        collators = []
         for source in self.sources:
             augment = None
             if source.augment is not None:
@@ -188,32 +190,84 @@ class StageData:
                 read_to_end=source.read_to_end,
             )
             collator.cache = waveforms
-            self._collators.append(collator)
+            collators.append(collator)
+        self._loader = GroupLoader(self.names, self.manifests, collators, self.stage.batch.turns, waveforms)
 
-    def micro_batches(self, step: int, part: int, parts: int) -> list[MicroBatch]:
-        """Micro-batches of process `part` of `parts` at a step, one for each accumulation step."""
+    @property
+    def loader(self) -> GroupLoader:
+        """Loads micro-batches, after `start`."""
+        assert self._loader is not None, "start was not called"
+        return self._loader
+
+    def micro_batches(
+        self,
+        step: int,
+        part: int,
+        parts: int,
+        load: Callable[[int, Sequence[tuple[Sequence[Group], bool]]], list[MicroBatch]] | None = None,
+    ) -> list[MicroBatch]:
+        """Micro-batches of process `part` of `parts` at a step, one for each accumulation step.
+
+        Args:
+            step: of the stage.
+            part: index of the process.
+            parts: number of processes.
+            load: loads the micro-batches elsewhere, from the step and the arguments of `loader` for each.
+        """
         groups, mine = share(self.sampler[step], part, parts)
-        done = []
+        requests = []
         for i in range(self.stage.batch.accumulate):
             some, counts = share(groups, i, self.stage.batch.accumulate)
-            done.append(self._load(some, mine and counts))
-        return done
+            requests.append((some, mine and counts))
+        made = [self.loader(*request) for request in requests] if load is None else load(step, requests)
+        return [self._prepare(micro_batch) for micro_batch in made]
 
-    def _load(self, groups: Sequence[Group], counts: bool) -> MicroBatch:
+
+class GroupLoader:
+    """Loads micro-batches: records, clips, augmentation, tokens. Copies in other processes load the same.
+
+    Args:
+        names: names of the sources.
+        manifests: their records.
+        collators: their collators, which share `waveforms` as cache.
+        turns: `BatchSize.turns`.
+        waveforms: cache of decoded clips.
+    """
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        manifests: Sequence[Manifest],
+        collators: Sequence[Collator],
+        turns: int,
+        waveforms: WaveformCache,
+    ) -> None:
+        self.names = names
+        self.manifests = manifests
+        self.collators = collators
+        self.turns = turns
+        self.waveforms = waveforms
+
+    def __call__(self, groups: Sequence[Group], counts: bool) -> MicroBatch:
+        """The micro-batch of some groups, before `Objective.prepare`.
+
+        Raises:
+            ManifestError, AudioError, PromptError: a record or a clip is unusable.
+        """
         batches = []
         datasets: list[str] = []
         for source in sorted({group.source for group in groups}):
             records, seeds = [], []
             for group in groups:
                 if group.source == source:
-                    mine = in_turns([self.manifests[source][row] for row in group.rows], self.stage.batch.turns)
+                    mine = in_turns([self.manifests[source][row] for row in group.rows], self.turns)
                     records += mine
                     seeds += [group.seed] * len(mine)
             with naming_remedies(self.names[source]):
-                batch = self._collators[source](records, seeds)
+                batch = self.collators[source](records, seeds)
             batches.append(batch)
             datasets += _clip_datasets(batch, records)
-        return self._prepare(MicroBatch(join(batches), datasets, groups[0].seed, counts))
+        return MicroBatch(join(batches), datasets, groups[0].seed, counts)
 
 
 def in_turns(records: Sequence[Record], turns: int) -> list[Record]:
@@ -298,38 +352,3 @@ def join(batches: Sequence[Batch]) -> Batch:
 def trained_tokens(batch: Batch) -> int:
     """Number of labelled tokens."""
     return sum(sum(label != IGNORE for label in row.labels or ()) for row in batch.conversations)
-
-
-class PrefetchLoader:
-    """Data loader with prefetching threads; yields the micro-batches of each step, in order."""
-
-    def __init__(self, data: StageData, first: int, part: int, parts: int, workers: int, prefetch: int) -> None:
-        self._data = data
-        self._steps = iter(range(first, data.steps))
-        self._place = (part, parts)
-        self._pool = ThreadPoolExecutor(workers, thread_name_prefix="pal-data") if workers else None
-        self._ahead: deque[Future[list[MicroBatch]]] = deque()
-        self._prefetch = max(prefetch, workers)
-
-    def __iter__(self) -> Iterator[list[MicroBatch]]:
-        try:
-            if self._pool is None:
-                for step in self._steps:
-                    yield self._data.micro_batches(step, *self._place)
-                return
-            while self._fill(self._pool):
-                yield self._ahead.popleft().result()
-        finally:
-            self.close()
-
-    def close(self) -> None:
-        """Stop loading."""
-        if self._pool is not None:
-            self._pool.shutdown(wait=True, cancel_futures=True)
-
-    def _fill(self, pool: ThreadPoolExecutor) -> bool:
-        for step in self._steps:
-            self._ahead.append(pool.submit(self._data.micro_batches, step, *self._place))
-            if len(self._ahead) >= self._prefetch:
-                break
-        return bool(self._ahead)

@@ -28,11 +28,12 @@ from pal.train.master_weights import MasterWeights
 from pal.train.meter import Meter, NonFiniteStep, new_totals, step_inputs
 from pal.train.objectives import Objective, build_objective
 from pal.train.operations import Operations, product_rate
+from pal.train.prefetching import PrefetchLoader
 from pal.train.recipe import Recipe, Stage
 from pal.train.seeding import seed_everything
 from pal.train.setup import build_model
 from pal.train.skips import digests
-from pal.train.sources import PrefetchLoader, StageData, open_sources
+from pal.train.sources import StageData, open_sources
 from pal.train.step import Update, emulates_bf16
 from pal.train.stopping import stop_signals
 
@@ -253,8 +254,8 @@ class Trainer:
         place = (accelerator.process_index, accelerator.num_processes)
         workers = keep.workers
         if workers is None:
-            workers = 0 if accelerator.device.type == "cpu" else 2
-        loader = PrefetchLoader(data, state.stage_step, *place, workers, keep.prefetch)
+            workers = 0 if accelerator.device.type == "cpu" and keep.loader == "threads" else 2
+        loader = PrefetchLoader(data, state.stage_step, *place, workers, keep.prefetch, keep.loader == "processes")
         bar = tqdm(
             total=data.steps,
             initial=state.stage_step,
