@@ -137,6 +137,14 @@ def seconds(path: str | os.PathLike[str], limits: Limits = _LIMITS, read_to_end:
         raise AudioError(f"{printable(name_of(path))}: {error.what}; {error.remedy}") from None
 
 
+def seconds_of(data: bytes) -> float:
+    """As `seconds`, of the bytes of a file."""
+    try:
+        return _length(data, _LIMITS, read_to_end=False)
+    except DecodeError as error:
+        raise AudioError(f"bytes: {error.what}; {error.remedy}") from None
+
+
 def _length(data: bytes, limits: Limits, read_to_end: bool) -> float:
     body, reader = _kind(data)
     if reader is None:

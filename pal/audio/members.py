@@ -117,21 +117,35 @@ def clip_size(path: str | os.PathLike[str]) -> int:
     return clip_size(data) if isinstance(data, Path) else len(data or b"")
 
 
+def clip_bytes(path: str | os.PathLike[str]) -> bytes:
+    """Bytes of a clip, of any size.
+
+    Raises:
+        AudioError: it cannot be read.
+    """
+    member = member_of(path)
+    try:
+        data = Path(os.fsdecode(path)) if member is None else read_member(member, 1 << 62)
+        if isinstance(data, Path):
+            data = data.read_bytes()
+    except DecodeError as error:
+        raise AudioError(f"{os.fsdecode(path)}: {error.what}; {error.remedy}") from None
+    except OSError as error:
+        raise AudioError(f"{os.fsdecode(path)}: it cannot be read ({error.strerror}); check the path") from None
+    assert data is not None, "no limit was given"
+    return data
+
+
 def clip_sha256(path: str | os.PathLike[str]) -> str:
     """SHA-256 of a clip's bytes, in hexadecimal: that of the file that was put into a shard.
 
     Raises:
-        AudioError: a member that cannot be read.
+        AudioError: a member of another file that cannot be read.
         OSError: a file that cannot be read.
     """
-    member = member_of(path)
-    if member is None:
-        return sha256(Path(path))
-    try:
-        data = read_member(member, 1 << 62)
-    except DecodeError as error:
-        raise AudioError(f"{os.fsdecode(path)}: {error.what}; {error.remedy}") from None
-    return sha256(data) if isinstance(data, Path) else hashlib.sha256(data or b"").hexdigest()
+    if member_of(path) is None:
+        return sha256(Path(os.fsdecode(path)))
+    return hashlib.sha256(clip_bytes(path)).hexdigest()
 
 
 def _is_file(path: str | os.PathLike[str]) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from bisect import bisect_right
 from collections import OrderedDict
 from functools import lru_cache
@@ -52,6 +53,9 @@ class TableFile:
             first = str(error).splitlines()[0]
             raise DecodeError(f"'{Path(path).name}' cannot be read ({first[:80]})", "copy it again") from None
         self._ends = list(accumulate(sizes))
+        schema = self._table.schema if self._parquet is None else self._parquet.schema_arrow
+        self.labels = _labels(schema.metadata)
+        """Column of class labels (`datasets.ClassLabel`) -> names of the labels."""
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
@@ -125,6 +129,14 @@ def audio_bytes(path: str, cell: str) -> bytes | Path:
 @lru_cache(maxsize=_OPEN)
 def _opened(path: str, size: int, changed: int) -> TableFile:
     return TableFile(path)
+
+
+def _labels(metadata: dict[bytes, bytes] | None) -> dict[str, list[str]]:
+    try:
+        features = json.loads((metadata or {})[b"huggingface"])["info"]["features"]
+        return {name: one["names"] for name, one in features.items() if one.get("_type") == "ClassLabel"}
+    except (KeyError, ValueError, AttributeError):
+        return {}
 
 
 def _arrow_table(pa: Any, path: str) -> Any:

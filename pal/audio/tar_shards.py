@@ -13,6 +13,7 @@ import posixpath
 import tarfile
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -93,8 +94,8 @@ class TarShard:
         header = data[:BLOCK]
         # What stands before the member says how long it is: another file, or an index of one, is noticed.
         try:
-            fits = tarfile.nti(header[124:136]) == size and tarfile.nti(header[148:156]) in checksums(header)
-        except tarfile.HeaderError:
+            fits = _number(header[124:136]) == size and _number(header[148:156]) in checksums(header)
+        except ValueError:
             fits = False
         if not fits:
             raise DecodeError("the index of its shard does not fit the shard", _CHECK)
@@ -106,6 +107,13 @@ def checksums(header: bytes) -> tuple[int, int]:
     rest = header[:148] + b" " * 8 + header[156:]
     unsigned = sum(rest)
     return unsigned, unsigned - 256 * sum(byte > 127 for byte in rest) if max(rest) > 127 else unsigned
+
+
+def _number(field: bytes) -> int:
+    """Number in a tar header: octal digits, or from 8 GiB on a byte 0x80 and a binary number."""
+    if field[0] == 0x80:
+        return int.from_bytes(field[1:], "big")
+    return int(field.rstrip(b" \0"), 8)
 
 
 def opened_shard(path: str) -> TarShard:
@@ -132,13 +140,14 @@ def sorted_entries(entries: list[tuple[tuple[int, int], int, int, float, bytes]]
 
 
 def _load(index: Path) -> NDArray[np.void]:
+    remedy = "delete it, or copy the shards again"
     try:
-        entries: NDArray[np.void] = np.load(index, mmap_mode="r", allow_pickle=False).view(np.ndarray)
+        entries: NDArray[Any] = np.load(index, mmap_mode="r", allow_pickle=False)
     except (ValueError, EOFError):
-        entries = np.zeros(0)
+        raise DecodeError(f"'{index.name}' is no index of a shard", remedy) from None
     if entries.dtype != ENTRY or entries.ndim != 1:
-        raise DecodeError(f"'{index.name}' is no index of a shard", "delete it, or copy the shards again")
-    return entries
+        raise DecodeError(f"'{index.name}' is no index of a shard", remedy)
+    return entries.view(np.ndarray)
 
 
 def _scan(path: str) -> NDArray[np.void]:

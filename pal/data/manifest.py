@@ -28,6 +28,7 @@ from typing import Any, BinaryIO, overload
 from pal.audio import clip_exists
 from pal.data.json_offsets import chunks, find_records
 from pal.data.record_index import LARGE, Columns, RecordIndex, columns_of, open_index
+from pal.data.record_source import RecordSource
 from pal.errors import ManifestError
 from pal.files import sha256, writing
 from pal.types import TagSpan
@@ -63,7 +64,7 @@ class Record:
     """Sound events of the first clip; None when unknown."""
 
 
-class Manifest(Sequence[Record]):
+class Manifest(RecordSource):
     """Records of a manifest file, read on access.
 
     Args:

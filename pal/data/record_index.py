@@ -11,6 +11,7 @@ It is made once, when the manifest is first opened, and again when the manifest 
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
@@ -234,8 +235,10 @@ def _opened(place: Path, header: dict[str, Any]) -> RecordIndex:
 
 
 def _write(place: Path, path: Path, state: tuple[int, int], index: RecordIndex) -> None:
+    if place.exists() and not (place / _HEADER).is_file():
+        raise FileExistsError(errno.EEXIST, "something else has its name", str(place))
     columns = index.columns
-    assert columns is not None, "an index on disk has the columns"
+    assert columns is not None and columns.groups.bounds_G1 is not None, "an index on disk has the columns"
     header = {
         "format": _FORMAT,
         "stem": path.stem,

@@ -189,7 +189,7 @@ def _send(connection: Connection, done: list[MicroBatch], warned: list[tuple[str
     connection.send((bare, sizes, warned))
     for samples_N in waveforms:
         if len(samples_N):
-            connection.send_bytes(samples_N.numpy().view("u1"))
+            connection.send_bytes(samples_N.numpy().data.cast("B"))
 
 
 def _receive(connection: Connection) -> list[MicroBatch]:
@@ -205,7 +205,7 @@ def _receive(connection: Connection) -> list[MicroBatch]:
         waveforms = [torch.empty(length) for length in lengths]
         for samples_N in waveforms:
             if len(samples_N):
-                connection.recv_bytes_into(samples_N.numpy().view("u1"))
+                connection.recv_bytes_into(samples_N.numpy().data.cast("B"))
         done.append(replace(micro_batch, batch=replace(micro_batch.batch, waveforms=waveforms)))
     for text, category in warned:
         warnings.warn(text, category, stacklevel=4)

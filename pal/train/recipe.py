@@ -14,6 +14,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from pal.backbone.finetuning import LLMPart, LoRA
 from pal.config import StrictConfig, parse
+from pal.data.tabular import TableSource
 from pal.errors import ConfigError
 from pal.model_config import ModelConfig
 
@@ -49,9 +50,10 @@ class PrepareSource(StrictConfig):
 
 
 class Source(StrictConfig):
-    """Data source: a manifest, or options to generate or prepare one."""
+    """Data source: a manifest, a table, or options to generate or prepare a manifest."""
 
     manifest: Path | None = None
+    table: TableSource | None = None
     synth: SynthSource | None = None
     prepare: PrepareSource | None = None
     root: Path | None = None
@@ -78,8 +80,10 @@ class Source(StrictConfig):
 
     @model_validator(mode="after")
     def _one_origin(self) -> Source:
-        if sum(origin is not None for origin in (self.manifest, self.synth, self.prepare)) != 1:
-            raise ValueError("give one of 'manifest', 'synth' and 'prepare'")
+        if sum(origin is not None for origin in (self.manifest, self.table, self.synth, self.prepare)) != 1:
+            raise ValueError("give one of 'manifest', 'table', 'synth' and 'prepare'")
+        if self.table is not None and self.root is not None:
+            raise ValueError("'root' is for manifests; paths in a table are relative to its folder")
         return self
 
 
@@ -311,8 +315,9 @@ class Recipe(StrictConfig):
         for source in settings["data"].values():
             if not source["read_to_end"]:
                 del source["read_to_end"]  # so that runs of versions without the key can be resumed
-            if source["skip_clips"] is None:
-                del source["skip_clips"]
+            for key in ("skip_clips", "table"):
+                if source[key] is None:
+                    del source[key]
         for stage in settings["stages"]:
             if stage["compile"] == "auto":
                 del stage["compile"]

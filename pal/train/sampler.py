@@ -242,9 +242,9 @@ def permutation(size: int, *key: object) -> np.ndarray:
     """Permutation of the numbers below `size`, determined by the key: [size]."""
     if size < 32:
         # setting up one of numpy's generators takes longer than shuffling a short list
-        order = list(range(size))
-        random.Random(_hash(*key)).shuffle(order)
-        return np.array(order, dtype=np.int64)
-    order = np.random.Generator(np.random.PCG64(_hash(*key))).permutation(size)
+        short = list(range(size))
+        random.Random(_hash(*key)).shuffle(short)
+        return np.array(short, dtype=np.int64)
+    order: np.ndarray = np.random.Generator(np.random.PCG64(_hash(*key))).permutation(size)
     # half the memory for millions of groups
     return order.astype(np.uint32) if ROUND < size < 1 << 32 else order

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from pal.data.clean import read_clips
-from pal.data.manifest import Manifest
+from pal.data.record_source import RecordSource
 from pal.errors import AudioError, ConfigError, ManifestError
 from pal.files import sha256
 from pal.train.recipe import Recipe, Source
@@ -17,7 +17,7 @@ from pal.train.recipe import Recipe, Source
 logger = logging.getLogger(__name__)
 
 
-def rows_to_skip(name: str, source: Source, manifest: Manifest) -> frozenset[int]:
+def rows_to_skip(name: str, source: Source, manifest: RecordSource) -> frozenset[int]:
     """Indices of the records whose clips are listed in the source's `skip_clips`; their number is logged.
 
     Args:
@@ -68,7 +68,7 @@ def rows_to_skip(name: str, source: Source, manifest: Manifest) -> frozenset[int
     return frozenset(rows)
 
 
-def digests(recipe: Recipe, manifests: Mapping[str, Manifest]) -> dict[str, str]:
+def digests(recipe: Recipe, manifests: Mapping[str, RecordSource]) -> dict[str, str]:
     """SHA-256 of each source's data: its manifest, combined with its `skip_clips` list if it has one."""
     found = {}
     for name, manifest in manifests.items():
@@ -91,7 +91,7 @@ def naming_remedies(name: str) -> Iterator[None]:
         ) from None
 
 
-def _located(manifest: Manifest, clip: str) -> str:
+def _located(manifest: RecordSource, clip: str) -> str:
     try:
         return manifest.locate(clip)
     except ValueError:  # not below the root, so no record has it

@@ -17,6 +17,8 @@ from pal.data.augment import Augment, cut_fault
 from pal.data.collate import Collator, WaveformCache
 from pal.data.manifest import Manifest, Record
 from pal.data.record_index import RowGroups
+from pal.data.record_source import RecordSource
+from pal.data.tabular import TableRecords
 from pal.errors import ConfigError
 from pal.features import FeatureCache
 from pal.model import PalModel
@@ -29,7 +31,7 @@ from pal.types import IGNORE, Batch, EncodedClip, Tokens
 logger = logging.getLogger(__name__)
 
 
-def open_sources(recipe: Recipe, made: Path) -> dict[str, Manifest]:
+def open_sources(recipe: Recipe, made: Path) -> dict[str, RecordSource]:
     """Name -> manifest of the recipe's sources, without optional ones whose files are missing.
 
     Args:
@@ -39,7 +41,7 @@ def open_sources(recipe: Recipe, made: Path) -> dict[str, Manifest]:
     Raises:
         ConfigError, ManifestError: a required source is missing or unusable.
     """
-    manifests = {}
+    manifests: dict[str, RecordSource] = {}
     for name, source in recipe.data.items():
         missing = _missing(source)
         if missing and source.optional:
@@ -49,14 +51,17 @@ def open_sources(recipe: Recipe, made: Path) -> dict[str, Manifest]:
             raise ConfigError(f"data '{name}': no '{missing}'; correct the path, or set 'optional: true'")
         if source.skip_clips is not None and not source.skip_clips.is_file():
             raise ConfigError(f"data '{name}': no list '{source.skip_clips}'; correct 'skip_clips', or remove it")
-        manifests[name] = Manifest(_manifest_path(name, source, made), root=source.root)
+        if source.table is not None:
+            manifests[name] = TableRecords(source.table)
+        else:
+            manifests[name] = Manifest(_manifest_path(name, source, made), root=source.root)
     if not manifests:
         raise ConfigError("all data sources of the recipe are missing; correct their paths")
     _check_cuts(recipe, manifests)
     return manifests
 
 
-def _check_cuts(recipe: Recipe, manifests: dict[str, Manifest]) -> None:
+def _check_cuts(recipe: Recipe, manifests: dict[str, RecordSource]) -> None:
     """Raise ConfigError if an augmentation may cut off the sound of a label without times."""
     for stage in recipe.stages:
         for name, source in recipe.stage_sources(stage).items():
@@ -95,6 +100,8 @@ def _taken(record: Record, source: Source) -> bool:
 
 
 def _missing(source: Source) -> Path | None:
+    if source.table is not None:
+        return None if source.table.files() else source.table.path
     needed = [source.manifest, source.prepare.root if source.prepare else None, source.root]
     return next((path for path in needed if path is not None and not path.exists()), None)
 
@@ -126,7 +133,7 @@ class StageData:
         manifests: manifests of all sources of the recipe, without missing optional ones.
     """
 
-    def __init__(self, recipe: Recipe, index: int, manifests: dict[str, Manifest]) -> None:
+    def __init__(self, recipe: Recipe, index: int, manifests: dict[str, RecordSource]) -> None:
         self.stage = recipe.stages[index]
         sources = {name: s for name, s in recipe.stage_sources(self.stage).items() if name in manifests}
         self.manifests = [manifests[name] for name in sources]
@@ -237,7 +244,7 @@ class GroupLoader:
     def __init__(
         self,
         names: Sequence[str],
-        manifests: Sequence[Manifest],
+        manifests: Sequence[RecordSource],
         collators: Sequence[Collator],
         turns: int,
         waveforms: WaveformCache,
@@ -290,7 +297,7 @@ def in_turns(records: Sequence[Record], turns: int) -> list[Record]:
 class _GroupSeconds:
     """Length of a group's audio in seconds: the clips of its first record."""
 
-    def __init__(self, name: str, manifest: Manifest, groups: Sequence[Sequence[int]], read_to_end: bool) -> None:
+    def __init__(self, name: str, manifest: RecordSource, groups: Sequence[Sequence[int]], read_to_end: bool) -> None:
         self.name, self.manifest, self.groups, self.read_to_end = name, manifest, groups, read_to_end
 
     def __call__(self, index: int) -> float:
@@ -298,7 +305,7 @@ class _GroupSeconds:
             return sum(_seconds(path, self.read_to_end) for path in self.manifest[self.groups[index][0]].clips)
 
 
-def _groups(manifest: Manifest, source: Source, grouped: bool, skipped: frozenset[int]) -> RowGroups:
+def _groups(manifest: RecordSource, source: Source, grouped: bool, skipped: frozenset[int]) -> RowGroups:
     """Rows of the selected records of a manifest, grouped by clip or individually."""
     every_R = np.arange(len(manifest), dtype=np.uint32)
     if not grouped and source.tasks is None and source.datasets is None and not skipped:
