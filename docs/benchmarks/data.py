@@ -99,7 +99,8 @@ def open_manifest(path: Path, reads: int) -> None:
             f"{time.perf_counter() - first:.2f} s more"
         )
     print(
-        f"at the end {status('VmRSS') - before:.0f} MiB more resident than after the imports, at most {status('VmHWM') - peak:.0f}"
+        f"at the end {status('VmRSS') - before:.0f} MiB more resident than after the imports, "
+        f"at most {status('VmHWM') - peak:.0f}"
     )
 
 

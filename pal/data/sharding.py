@@ -36,7 +36,7 @@ MANIFEST = "manifest.jsonl"
 _BLOCK = tarfile.BLOCKSIZE
 
 
-class _Clip(NamedTuple):
+class _ShardClip(NamedTuple):
     path: str
     name: str
     size: int
@@ -196,12 +196,12 @@ def _known_plan(folder: Path) -> dict[str, Any]:
     return plan
 
 
-def _planned(records: Manifest, size: int) -> Iterator[list[_Clip]]:
+def _planned(records: Manifest, size: int) -> Iterator[list[_ShardClip]]:
     """The clips of each shard, in the order in which the manifest first names them."""
     base = records.root or records.folder
     names: set[str] = set()
     seen: set[str] = set()
-    clips: list[_Clip] = []
+    clips: list[_ShardClip] = []
     full = 0
     for at, record in enumerate(records):
         for path in record.clips:
@@ -222,13 +222,13 @@ def _planned(records: Manifest, size: int) -> Iterator[list[_Clip]]:
             if clips and full + bytes_ > size:
                 yield clips
                 clips, full = [], 0
-            clips.append(_Clip(path, name, bytes_))
+            clips.append(_ShardClip(path, name, bytes_))
             full += bytes_
     if clips:
         yield clips
 
 
-def _is_written(path: Path, clips: list[_Clip]) -> bool:
+def _is_written(path: Path, clips: list[_ShardClip]) -> bool:
     """True if a shard is there as it would be written, by the names and sizes of its members."""
     if not path.is_file() or not index_path(path).is_file():
         return False
@@ -241,7 +241,7 @@ def _is_written(path: Path, clips: list[_Clip]) -> bool:
     return found == wanted
 
 
-def _write(path: Path, clips: list[_Clip]) -> None:
+def _write(path: Path, clips: list[_ShardClip]) -> None:
     index_path(path).unlink(missing_ok=True)  # of an older shard
     entries = []
     with replacing(path) as temporary, tarfile.open(temporary, "w:", format=tarfile.PAX_FORMAT) as tar:
@@ -264,7 +264,7 @@ def _write(path: Path, clips: list[_Clip]) -> None:
         np.save(file, sorted_entries(entries), allow_pickle=False)
 
 
-def _bytes(clip: _Clip) -> bytes:
+def _bytes(clip: _ShardClip) -> bytes:
     data = pal.audio.clip_bytes(clip.path)
     if len(data) != clip.size:
         raise AudioError(f"{clip.path}: has changed while it was put into a shard; start again")
