@@ -37,6 +37,9 @@ PLACEHOLDER = "<audio>"
 """Position of a clip in a question."""
 
 _KEYS = ("instruction", "input", "audio_id", "dataset", "task", "output", "id", "turns", "choices", "tags")
+_PLAIN_KEYS = frozenset(("instruction", "input", "audio_id", "dataset", "task", "output", "id"))
+"""Keys whose values are strings in OpenAQA."""
+_DECODER = json.JSONDecoder()
 _SURROGATE = re.compile(r"[\ud800-\udfff]")
 
 
@@ -214,6 +217,10 @@ class Manifest(RecordSource):
         """(clips as they are named, task, dataset) of every record; None for a faulty one."""
         with self._open() as file:
             for at in range(len(index.starts_R)):
+                quick = _quick_summary(self._read(file, index, at), self.path.stem)
+                if quick is not None:
+                    yield quick
+                    continue
                 try:
                     record = self._record(self._read(file, index, at), at, os.path.normpath)
                 except (ValueError, RecursionError):
@@ -279,6 +286,25 @@ def _record(raw: Any, stem: str, at: int, locate: Callable[[str], str]) -> Recor
         choices=choices,
         tags=_tags(raw),
     )
+
+
+def _quick_summary(text: bytes, stem: str) -> tuple[tuple[str, ...], str, str] | None:
+    """Clips, task and dataset of a faultless record of OpenAQA's form, in half the time of `_record`; None for others."""
+    if b"\\u" in text or b"\\\\" in text or b"<" in text:
+        return None
+    try:
+        raw = _DECODER.decode(text.decode())
+    except (ValueError, RecursionError):
+        return None
+    if type(raw) is not dict or not raw.keys() <= _PLAIN_KEYS:
+        return None
+    # A pair has four quotes, so more of them are a key that comes twice.
+    if text.count(b'"') - text.count(b'\\"') != 4 * len(raw) or not all(type(value) is str for value in raw.values()):
+        return None
+    clip, question = raw.get("audio_id"), raw.get("instruction")
+    if not clip or not question or not question.strip() or "output" not in raw:
+        return None
+    return (os.path.normpath(clip),), raw.get("task", "question"), raw.get("dataset", stem)
 
 
 def _text(raw: dict[str, Any], key: str, default: str | None = None) -> str:

@@ -222,3 +222,35 @@ def test_a_copy_in_another_process_opens_the_same_file(
     path.write_text(path.read_text() + "\n")
     with pytest.raises(ManifestError, match="changed since"):
         pickle.loads(sent)
+
+
+QUIRKS = {
+    "twice": '{"instruction": "?", "output": "!", "audio_id": "a.wav", "task": "x", "task": "y"}',
+    "twice, apart": '{"instruction" : "?", "output": "!", "audio_id": "a.wav", "task" : "x", "task": "y"}',
+    "twice, with quotes": r'{"instruction": "a \"?", "output": "!", "audio_id": "a.wav", "id": "\"", "id": "c"}',
+    "no output": '{"instruction": "?", "audio_id": "a.wav"}',
+    "blank": '{"instruction": " ", "output": "!", "audio_id": "a.wav"}',
+    "no clip": '{"instruction": "?", "output": "!", "audio_id": ""}',
+    "two places": '{"instruction": "<audio><audio>?", "output": "!", "audio_id": "a.wav"}',
+    "in the answer": r'{"instruction": "?", "output": "\u003caudio>", "audio_id": "a.wav"}',
+    "surrogate": r'{"instruction": "?", "output": "\ud800", "audio_id": "a.wav"}',
+    "null": '{"instruction": "?", "output": null, "audio_id": "a.wav"}',
+    "unknown": '{"instruction": "?", "output": "!", "audio_id": "a.wav", "odd": "x"}',
+    "cut": '{"instruction": "?", "output": "!", "audio_id": "a.wav"',
+    "list": '["instruction", "output"]',
+}
+
+
+@pytest.mark.parametrize("quirk", QUIRKS)
+def test_faults_are_those_of_reading_the_record(tmp_path: Path, quirk: str) -> None:
+    good = r'{"instruction": "a \"b\\", "input": "c\n", "output": "\u00e9\t", "audio_id": "x//y.wav", "id": "\""}'
+    (tmp_path / "m.jsonl").write_text(f"{good}\n{QUIRKS[quirk]}\n")
+    opened = Manifest(tmp_path / "m.jsonl")
+    messages = set()
+    for read in (lambda: opened[1], lambda: opened.columns):
+        with pytest.raises(ManifestError) as caught:
+            read()
+        messages.add(str(caught.value))
+    assert len(messages) == 1
+    (tmp_path / "m.jsonl").write_text(f"{good}\n")
+    assert Manifest(tmp_path / "m.jsonl").columns.faulty is None
