@@ -18,6 +18,7 @@ from pydantic import ValidationError
 
 from pal.data.collate import WaveformCache
 from pal.data.manifest import Manifest, Record, Turn, write_manifest
+from pal.data.sharding import shard
 from pal.errors import AudioError, AudioWarning
 from pal.train import run, trainer
 from pal.train.loader_process import LoaderError, LoaderProcesses
@@ -136,6 +137,13 @@ def test_a_run_goes_on_when_a_process_is_killed(
     assert killed
     for (name, ours), theirs in zip(with_processes.state_dict().items(), plain.state_dict().values(), strict=True):
         assert torch.equal(ours, theirs), name
+
+
+def test_shards_give_the_batches_of_the_folder(manifest: Path, tmp_path: Path) -> None:
+    done = shard(manifest, tmp_path / "shards", 100_000)
+    assert done.shards > 1
+    folder, shards = (loaded(data_of(path, 3), 0, 0, 1, 0, 1) for path in (manifest, Path(done.manifest)))
+    assert folder == shards
 
 
 class Crash:
