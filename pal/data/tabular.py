@@ -65,6 +65,8 @@ class TableSource(StrictConfig):
                 raise ValueError(f"no constant '{part}'; known: {', '.join(text for text in _TEXTS if text != 'id')}")
             if getattr(self.columns, part) is not None:
                 raise ValueError(f"'{part}' is both a column and a constant; give one of them")
+        if self.split is not None and self.path.suffix == ".parquet":
+            raise ValueError("'split' chooses in a folder, but 'path' names files; remove it")
         for part in ("question", "answer"):
             if part not in self.constants and getattr(self.columns, part) is None:
                 raise ValueError(f"'{part}' is neither a column nor a constant; give one of them")

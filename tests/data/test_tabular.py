@@ -155,6 +155,7 @@ def test_faults_of_rows_and_files(tmp_path: Path) -> None:
         of(tmp_path / "bad.parquet")
     for wrong, words in (
         ({"columns": {"question": "q"}}, "'answer' is neither"),
+        ({"split": "train"}, "'split' chooses in a folder"),
         ({"constants": {"answer": "x"}}, "both a column and a constant"),
         ({"constants": {"id": "x"}}, "no constant 'id'; known: question"),
         ({"columns": {"question": "q", "answer": "a", "sound": "s"}}, "sound"),
