@@ -23,12 +23,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from pal.audio import clip_sha256, clip_state
 from pal.audio_tower import AudioTower
 from pal.clips import clip_notes, read_waveform, warn_of
 from pal.digest import digest
 from pal.encoders.base import Encoder
 from pal.errors import AudioError, BundleError
-from pal.files import sha256, write_bytes
+from pal.files import write_bytes
 from pal.types import EncodedClip
 
 _FORMAT = 1
@@ -68,7 +69,7 @@ class FeatureCache:
         self.digest = hashlib.sha256(self.about.encode()).hexdigest()
         """SHA-256 of the encoders, their options and the precision; every entry has it."""
         self._encoding = Lock()
-        self._name = lru_cache(maxsize=1 << 16)(lambda path, size, changed: sha256(Path(path)))
+        self._name = lru_cache(maxsize=1 << 16)(lambda path, size, changed: clip_sha256(path))
         self._open({str(i): _test_frames(encoder) for i, encoder in enumerate(encoders)})
 
     def __call__(self, path: str, read_to_end: bool = False) -> EncodedClip:
@@ -82,8 +83,7 @@ class FeatureCache:
             BundleError: an entry that is damaged or of other encoders.
         """
         try:
-            status = Path(path).stat()
-            name = self._name(path, status.st_size, status.st_mtime_ns)
+            name = self._name(path, *clip_state(path))
         except OSError as error:
             raise AudioError(f"{path}: it cannot be read ({error.strerror}); check the path") from None
         if read_to_end:

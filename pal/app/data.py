@@ -1,7 +1,8 @@
-"""The commands `pal data ...`: make manifests of data sets and of synthetic scenes, and check manifests."""
+"""The commands `pal data ...`: make manifests of data sets and of synthetic scenes, check manifests, make shards."""
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -12,7 +13,11 @@ from pal.app.options import AsJson, Exclude, Folds, ReadToEnd, Settings, Speaker
 from pal.app.output import note, print_json, shows_progress
 from pal.errors import ConfigError, ManifestError
 
-data_app = typer.Typer(no_args_is_help=True, help="Make and check manifests.")
+data_app = typer.Typer(no_args_is_help=True, help="Make and check manifests and shards.")
+
+Root = Annotated[
+    Path | None, typer.Option("--root", help="Base folder of relative audio paths; default: the manifest's folder.")
+]
 
 
 @data_app.command("prepare")
@@ -95,12 +100,57 @@ def data_curriculum(
         typer.echo(f"{out}: {made}; held out: {held_out} questions")
 
 
+@data_app.command("shard")
+def data_shard(
+    file: Annotated[Path | None, typer.Argument(help="Manifest (.jsonl, or LTU's .json).", show_default=False)] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder to write.", show_default=False)] = None,
+    size: Annotated[str, typer.Option(metavar="SIZE", help="Bytes of a shard, such as 500MB or 1GB.")] = "1GB",
+    root: Root = None,
+    check: Annotated[
+        Path | None, typer.Option("--check", metavar="DIR", help="Check the shards in a folder instead.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Copy the clips of a manifest into uncompressed tar files with an index, and write a manifest of their members.
+
+    A run that was stopped goes on when it is started again. With --check, compare every clip of the shards with the
+    index; the exit status is 1 if any is damaged.
+    """
+    from pal.data.sharding import check_shards, shard
+
+    if check is not None:
+        if file is not None or out is not None:
+            raise typer.BadParameter("cannot be combined with a manifest or --out", param_hint="--check")
+        report = check_shards(check, shows_progress())
+        if as_json:
+            print_json({"ok": report.ok, **asdict(report)})
+        else:
+            typer.echo(report.to_text())
+        if not report.ok:
+            raise typer.Exit(1)
+        return
+    if file is None or out is None:
+        raise typer.BadParameter("give a manifest and --out DIR, or --check DIR")
+    done = shard(file, out, _bytes(size), root, shows_progress())
+    if as_json:
+        print_json(asdict(done))
+    else:
+        typer.echo(done.to_text())
+
+
+def _bytes(size: str) -> int:
+    """Number of bytes in words such as "1GB" or "500 MB" (powers of 1000)."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kMGT]?)B?", size.strip(), re.IGNORECASE)
+    count = int(float(found[1]) * 1000 ** " kmgt".index(found[2].lower() or " ")) if found else 0
+    if not count:
+        raise typer.BadParameter(f"'{size}' is no size; write such as 500MB or 1GB", param_hint="--size")
+    return count
+
+
 @data_app.command("check")
 def data_check(
     file: Annotated[Path, typer.Argument(help="Manifest (.jsonl, or LTU's .json).")],
-    root: Annotated[
-        Path | None, typer.Option("--root", help="Base folder of relative audio paths; default: the manifest's folder.")
-    ] = None,
+    root: Root = None,
     tokenizer: Annotated[
         str,
         typer.Option(

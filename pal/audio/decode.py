@@ -18,6 +18,7 @@ from torch import Tensor
 from pal.audio import containers, flac, mpeg, ogg, sndfile
 from pal.audio.libav import Track
 from pal.audio.limits import Limits
+from pal.audio.members import known_seconds, member_of
 from pal.audio.pcm import Mixer, to_float
 from pal.audio.reading import mapped, name_of, printable, read
 from pal.audio.stream_info import TO_THE_END, DecodeError, StreamInfo
@@ -125,11 +126,23 @@ def seconds(path: str | os.PathLike[str], limits: Limits = _LIMITS, read_to_end:
     Raises:
         AudioError: no such file, or one whose header `load` would refuse.
     """
+    member = member_of(path)
     try:
+        known = None if member is None or limits is not _LIMITS else known_seconds(member)
+        if known is not None:
+            return known
         with mapped(path, limits) as data:
             return _length(data, limits, read_to_end)
     except DecodeError as error:
         raise AudioError(f"{printable(name_of(path))}: {error.what}; {error.remedy}") from None
+
+
+def seconds_of(data: bytes) -> float:
+    """As `seconds`, of the bytes of a file."""
+    try:
+        return _length(data, _LIMITS, read_to_end=False)
+    except DecodeError as error:
+        raise AudioError(f"bytes: {error.what}; {error.remedy}") from None
 
 
 def _length(data: bytes, limits: Limits, read_to_end: bool) -> float:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 from pal.audio.limits import Limits
+from pal.audio.members import member_of, read_member
 from pal.audio.stream_info import DecodeError
 from pal.errors import shortened
 
@@ -19,14 +20,20 @@ _NAME = 140
 def read(source: Any, limits: Limits) -> bytes:
     """Bytes of a path, of bytes or of a file object, at most `limits.max_bytes`.
 
+    A path may name a member of another file, see `pal.audio.members`.
+
     Raises:
         DecodeError: unreadable, or larger.
     """
     if isinstance(source, (bytes, bytearray, memoryview)):
         data = bytes(source)
     elif isinstance(source, (str, os.PathLike)):
-        with _opened(source, limits) as stream:
-            data = _read_stream(stream, limits)
+        held = _of_member(source, limits)
+        if isinstance(held, bytes):
+            data = held
+        else:
+            with _opened(held, limits) as stream:
+                data = _read_stream(stream, limits)
     elif callable(getattr(source, "read", None)):
         try:
             data = _read_stream(source, limits)
@@ -45,12 +52,16 @@ def read(source: Any, limits: Limits) -> bytes:
 
 @contextmanager
 def mapped(path: str | os.PathLike[str], limits: Limits) -> Iterator[bytes]:
-    """Memory-mapped file, which is indexed, sliced and searched like bytes.
+    """Memory-mapped file, which is indexed, sliced and searched like bytes; the bytes of a member of another file.
 
     Raises:
         DecodeError: as `read`.
     """
-    with _opened(path, limits) as stream:
+    held = _of_member(path, limits)
+    if isinstance(held, bytes):
+        yield held
+        return
+    with _opened(held, limits) as stream:
         try:
             data: Any = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
         except (OSError, ValueError):  # an empty file, or a file system that cannot
@@ -77,6 +88,17 @@ def name_of(source: Any) -> str:
 def printable(name: str) -> str:
     """The name on one line, without control characters."""
     return shortened(name, _NAME, space="?")
+
+
+def _of_member(source: str | os.PathLike[str], limits: Limits) -> bytes | str | os.PathLike[str]:
+    """The bytes of a member of another file; else the path of a file."""
+    member = member_of(source)
+    if member is None:
+        return source
+    data = read_member(member, limits.max_bytes)
+    if data is None:
+        raise _too_big(limits)
+    return data
 
 
 @contextmanager

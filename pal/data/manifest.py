@@ -9,40 +9,38 @@ and may have ours: `id`; `turns`, a list of `{"question", "answer"}` instead of 
 `choices`, the allowed answers; `tags`, a list of `{"label", "start", "end"}` of the sound events in
 the first clip. `audio_id` may be a list of clips; `<audio>` in a question is the position of each.
 
-Files of several GB are fine: only the offsets of the records are in memory, and a record is read,
-parsed and validated on access.
+A record is read, parsed and validated on access. Files of any size are fine: the offsets of the records of a file of
+more than some MB are in an index on disk (`pal.data.record_index`), which is made when the file is first opened.
 """
 
-import hashlib
+from __future__ import annotations
+
 import json
 import math
-import mmap
 import os
 import re
-from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO, overload
 
-from pal.data.tables import not_utf_8
+from pal.audio import clip_exists
+from pal.data.json_offsets import chunks, find_records
+from pal.data.record_index import LARGE, Columns, RecordIndex, columns_of, open_index
+from pal.data.record_source import RecordSource
 from pal.errors import ManifestError
-from pal.files import writing
+from pal.files import sha256, writing
 from pal.types import TagSpan
 
 PLACEHOLDER = "<audio>"
 """Position of a clip in a question."""
 
 _KEYS = ("instruction", "input", "audio_id", "dataset", "task", "output", "id", "turns", "choices", "tags")
-_BOM = b"\xef\xbb\xbf"
-_STRING = rb'"(?:[^"\\]++|\\.)*+'
-_TOKEN = re.compile(_STRING + rb'("?)|[{}]', re.DOTALL)
-"""A JSON string (with its closing quote, unless the file ends first), or a brace outside of strings."""
-_FLAT_OBJECT = re.compile(rb"\{(?:[^{}\"]++|" + _STRING + rb'")*+\}', re.DOTALL)
-"""An object without nested objects, as in OpenAQA: matched in one step, about ten times faster."""
+_PLAIN_KEYS = frozenset(("instruction", "input", "audio_id", "dataset", "task", "output", "id"))
+"""Keys whose values are strings in OpenAQA."""
+_DECODER = json.JSONDecoder()
 _SURROGATE = re.compile(r"[\ud800-\udfff]")
-_GAP = re.compile(rb"[ \t\r\n]*+(,?)[ \t\r\n]*+([{\]]?)")
 
 
 @dataclass(frozen=True)
@@ -69,7 +67,7 @@ class Record:
     """Sound events of the first clip; None when unknown."""
 
 
-class Manifest(Sequence[Record]):
+class Manifest(RecordSource):
     """Records of a manifest file, read on access.
 
     Args:
@@ -91,13 +89,19 @@ class Manifest(Sequence[Record]):
             raise ManifestError(f"{self.path}: the audio root '{root}' is not a folder")
         try:
             self._state = _state(self.path.stat())
-            self._is_list = _starts_with_list(self.path)
-            self._starts, self._sizes = _index_list(self.path) if self._is_list else _index_lines(self.path)
+            if self._state[0] < LARGE:
+                self._index = RecordIndex(*find_records(self.path))
+            else:
+                self._index = open_index(self.path, self._state, self._summaries)
         except OSError as error:
             raise ManifestError(f"{self.path}: cannot be read: {error.strerror}") from error
 
+    def __reduce__(self) -> tuple[Callable[..., Manifest], tuple[object, ...]]:
+        # Opened again, not copied: the arrays of an index are shared by all processes.
+        return _reopened, (self.path.absolute(), self.root, self._state)
+
     def __len__(self) -> int:
-        return len(self._starts)
+        return len(self._index.starts_R)
 
     @overload
     def __getitem__(self, index: int) -> Record: ...
@@ -116,29 +120,46 @@ class Manifest(Sequence[Record]):
                 yield self._parse(file, at)
 
     @property
+    def base(self) -> Path:
+        """See `RecordSource.base`."""
+        return self.root or self.folder
+
+    @property
     def is_list(self) -> bool:
         """Whether the file is a JSON list, not JSON Lines."""
-        return self._is_list
+        return self._index.is_list
 
     def raw(self) -> Iterator[bytes]:
         """Bytes of each record in the file, without separators."""
         with self._open() as file:
-            for start, size in zip(self._starts, self._sizes, strict=True):
-                file.seek(start)
-                yield file.read(size).rstrip(b"\r\n")
+            for at in range(len(self)):
+                yield self._read(file, self._index, at).rstrip(b"\r\n")
 
     @cached_property
     def digest(self) -> str:
         """SHA-256 of the file's bytes, in hexadecimal."""
-        with self.path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return self._index.digest or sha256(self.path)
+
+    @cached_property
+    def columns(self) -> Columns:
+        """Task, dataset and group of every record, for selecting and grouping records without parsing them.
+
+        Raises:
+            ManifestError: at the first faulty record. (Only for `root`, clips are not searched here.)
+        """
+        found = self._index.columns
+        if found is None:
+            found = columns_of(self._summaries(self._index), len(self))
+        if found.faulty is not None:
+            self[found.faulty]  # raises the error
+        return found
 
     def where(self, index: int) -> str:
         """Position of a record in words: "line 3", or "item 3" of a JSON list, counted from 1."""
-        if self._is_list:
+        if self.is_list:
             return f"item {index + 1}"
         with self.path.open("rb") as file:
-            before = sum(chunk.count(b"\n") for chunk in _chunks(file, self._starts[index]))
+            before = sum(chunk.count(b"\n") for chunk in chunks(file, int(self._index.starts_R[index])))
         return f"line {before + 1}"
 
     def validate(self, files: bool = False) -> None:
@@ -158,7 +179,7 @@ class Manifest(Sequence[Record]):
                 )
             first[record.id] = at
             for clip in record.clips if files else ():
-                if not Path(clip).is_file():
+                if not clip_exists(clip):
                     raise ManifestError(f"{self.path}, {self.where(at)}: no audio file '{clip}'; is the root right?")
 
     def locate(self, audio_id: str) -> str:
@@ -169,7 +190,7 @@ class Manifest(Sequence[Record]):
         parts = path.parts[1:]
         for first in range(len(parts)):
             candidate = self.root.joinpath(*parts[first:])
-            if candidate.is_file():
+            if clip_exists(candidate):
                 return os.path.normpath(candidate)
         raise _FaultError(f"no part of the path '{audio_id}' exists under the root '{self.root}'")
 
@@ -184,12 +205,40 @@ class Manifest(Sequence[Record]):
         return file
 
     def _parse(self, file: BinaryIO, at: int) -> Record:
-        file.seek(self._starts[at])
         try:
-            return _record(json.loads(file.read(self._sizes[at]), object_pairs_hook=_unique), self, at)
+            return self._record(self._read(file, self._index, at), at, self.locate)
         except (ValueError, RecursionError) as error:
             fault = str(error) if isinstance(error, _FaultError) else f"not valid JSON: {error}"
             raise ManifestError(f"{self.path}, {self.where(at)}: {fault}") from None
+
+    def _read(self, file: BinaryIO, index: RecordIndex, at: int) -> bytes:
+        file.seek(int(index.starts_R[at]))
+        return file.read(int(index.sizes_R[at]))
+
+    def _record(self, text: bytes, at: int, locate: Callable[[str], str]) -> Record:
+        return _record(json.loads(text, object_pairs_hook=_unique), self.path.stem, at, locate)
+
+    def _summaries(self, index: RecordIndex) -> Iterator[tuple[tuple[str, ...], str, str] | None]:
+        """(clips as they are named, task, dataset) of every record; None for a faulty one."""
+        with self._open() as file:
+            for at in range(len(index.starts_R)):
+                quick = _quick_summary(self._read(file, index, at), self.path.stem)
+                if quick is not None:
+                    yield quick
+                    continue
+                try:
+                    record = self._record(self._read(file, index, at), at, os.path.normpath)
+                except (ValueError, RecursionError):
+                    yield None
+                else:
+                    yield record.clips, record.task, record.dataset
+
+
+def _reopened(path: Path, root: Path | None, state: tuple[int, int]) -> Manifest:
+    manifest = Manifest(path, root)
+    if _state(path.stat()) != state:
+        raise ManifestError(f"{path}: changed since it was opened; open it again")
+    return manifest
 
 
 def write_manifest(path: str | Path, records: Iterable[Record]) -> int:
@@ -217,13 +266,13 @@ class _FaultError(ValueError):
     """Fault of one record; `Manifest` adds the file and the line."""
 
 
-def _record(raw: Any, manifest: Manifest, at: int) -> Record:
+def _record(raw: Any, stem: str, at: int, locate: Callable[[str], str]) -> Record:
     if not isinstance(raw, dict):
         raise _FaultError("a record must be a JSON object")
     unknown = [key for key in raw if key not in _KEYS]
     if unknown:
         raise _FaultError(f"unknown key '{unknown[0]}'; known: {', '.join(_KEYS)}")
-    clips = tuple(manifest.locate(clip) for clip in _audio_ids(raw))
+    clips = tuple(locate(clip) for clip in _audio_ids(raw))
     turns = _turns(raw)
     placed = sum(turn.question.count(PLACEHOLDER) for turn in turns)
     if placed not in (0, len(clips)):
@@ -234,14 +283,33 @@ def _record(raw: Any, manifest: Manifest, at: int) -> Record:
     if choices is not None and turns[-1].answer not in choices:
         raise _FaultError(f"the answer '{turns[-1].answer}' is not among the choices")
     return Record(
-        id=_text(raw, "id", f"{manifest.path.stem}:{at + 1}"),
+        id=_text(raw, "id", f"{stem}:{at + 1}"),
         clips=clips,
         turns=turns,
         task=_text(raw, "task", "question"),
-        dataset=_text(raw, "dataset", manifest.path.stem),
+        dataset=_text(raw, "dataset", stem),
         choices=choices,
         tags=_tags(raw),
     )
+
+
+def _quick_summary(text: bytes, stem: str) -> tuple[tuple[str, ...], str, str] | None:
+    """Clips, task and dataset of a faultless record of OpenAQA's form, faster than by `_record`; None for others."""
+    if b"\\u" in text or b"\\\\" in text or b"<" in text:
+        return None
+    try:
+        raw = _DECODER.decode(text.decode())
+    except (ValueError, RecursionError):
+        return None
+    if type(raw) is not dict or not raw.keys() <= _PLAIN_KEYS:
+        return None
+    # A pair has four quotes, so more of them are a key that comes twice.
+    if text.count(b'"') - text.count(b'\\"') != 4 * len(raw) or not all(type(value) is str for value in raw.values()):
+        return None
+    clip, question = raw.get("audio_id"), raw.get("instruction")
+    if not clip or not question or not question.strip() or "output" not in raw:
+        return None
+    return (os.path.normpath(clip),), raw.get("task", "question"), raw.get("dataset", stem)
 
 
 def _text(raw: dict[str, Any], key: str, default: str | None = None) -> str:
@@ -369,79 +437,3 @@ def _absolute(path: Path) -> Path:
 
 def _state(status: os.stat_result) -> tuple[int, int]:
     return status.st_size, status.st_mtime_ns
-
-
-def _chunks(file: BinaryIO, limit: int, size: int = 1 << 20) -> Iterator[bytes]:
-    while limit > 0 and (chunk := file.read(min(size, limit))):
-        limit -= len(chunk)
-        yield chunk
-
-
-def _starts_with_list(path: Path) -> bool:
-    with path.open("rb") as file:
-        # Not by lines: a list of several GB may be a single line.
-        for number, chunk in enumerate(_chunks(file, path.stat().st_size)):
-            if number == 0 and (fault := not_utf_8(chunk)):
-                raise ManifestError(f"{path}: {fault}")
-            if text := (chunk if number else chunk.removeprefix(_BOM)).strip():
-                return text.startswith(b"[")
-    raise ManifestError(f"{path}: is empty")
-
-
-def _index_lines(path: Path) -> tuple[array, array]:
-    starts, sizes = array("Q"), array("Q")
-    place = 0
-    with path.open("rb") as file:
-        for line in file:
-            skip = len(_BOM) if place == 0 and line.startswith(_BOM) else 0
-            if line[skip:].strip():
-                starts.append(place + skip)
-                sizes.append(len(line) - skip)
-            place += len(line)
-    return starts, sizes
-
-
-def _index_list(path: Path) -> tuple[array, array]:
-    """Offsets and sizes of the objects of a JSON list, found by matching braces outside of strings.
-
-    The file is memory-mapped, not read as a whole.
-    """
-    starts, sizes = array("Q"), array("Q")
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
-        place = text.find(b"[") + 1
-        while True:
-            gap = _GAP.match(text, place)
-            assert gap is not None
-            comma, bracket = gap.groups()
-            if bracket == b"]" and not comma:
-                break
-            end = _object_end(text, gap.end() - 1) if bracket == b"{" else None
-            if end is None and (bracket == b"{" or (not bracket and gap.end() == len(text))):
-                raise ManifestError(f"{path}, item {len(starts) + 1}: the file ends in the middle; is it cut off?")
-            if end is None or bool(comma) != bool(starts):
-                raise ManifestError(
-                    f"{path}, item {len(starts) + 1}: a list must hold objects separated by commas, and nothing else"
-                )
-            starts.append(gap.end() - 1)
-            sizes.append(end - gap.end() + 1)
-            place = end
-        if text[gap.end() :].strip():
-            raise ManifestError(f"{path}: text after the end of the list")
-    return starts, sizes
-
-
-def _object_end(text: mmap.mmap, start: int) -> int | None:
-    """End offset of the object that starts at `start`; None if the file ends first."""
-    flat = _FLAT_OBJECT.match(text, start)
-    if flat is not None:
-        return flat.end()
-    depth = 0
-    for token in _TOKEN.finditer(text, start):
-        if token[1] is not None:
-            if not token[1]:
-                return None
-        else:
-            depth += 1 if token[0] == b"{" else -1
-            if depth == 0:
-                return token.end()
-    return None

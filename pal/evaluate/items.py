@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from pal.audio import clip_size
 from pal.data.manifest import PLACEHOLDER, Record, Turn
 
 
@@ -80,7 +81,7 @@ def digest(items: Sequence[Item], root: Path) -> str:
         for clip in item.clips:
             path = Path(clip)
             if clip not in sizes:
-                sizes[clip] = path.stat().st_size if path.is_file() else -1
+                sizes[clip] = clip_size(clip)
             name = path.relative_to(root).as_posix() if path.is_relative_to(root) else path.name
             clips.append([name, sizes[clip]])
         category, before = sorted(item.category.items()), [(turn.question, turn.answer) for turn in item.before]

@@ -16,6 +16,7 @@ from pal.backbone.finetuning import LLMPart, LoRA
 from pal.config import StrictConfig, parse
 from pal.errors import ConfigError
 from pal.model_config import ModelConfig
+from pal.train.source_config import Source
 from pal.train.tracking import TrackerName
 from pal.train.validation import Validation
 
@@ -28,65 +29,6 @@ _LLM = Annotated[
     LLMPart,
     BeforeValidator(lambda value: {True: "full", False: "none"}.get(value, value)),
 ]
-
-
-class SynthSource(StrictConfig):
-    """Synthetic scenes, generated into the run's folder before training, the same for the same seed."""
-
-    scenes: int = Field(gt=0)
-    seed: int = 0
-    seconds: float = 4.0
-    """Length of a scene."""
-    questions_per_scene: int = Field(default=6, gt=0)
-
-
-class PrepareSource(StrictConfig):
-    """Public data set, prepared as a manifest in the run's folder as by `pal data prepare`."""
-
-    name: str
-    root: Path
-    """Folder of the data set."""
-    options: dict[str, Any] = Field(default_factory=dict)
-    """Options of the data set's reader, such as `folds` or `speakers`."""
-
-
-class Source(StrictConfig):
-    """Data source: a manifest, or options to generate or prepare one."""
-
-    manifest: Path | None = None
-    synth: SynthSource | None = None
-    prepare: PrepareSource | None = None
-    root: Path | None = None
-    """Base folder of relative audio paths; default: the manifest's folder."""
-    weight: float | None = Field(default=None, gt=0)
-    """Relative share of the clips of a stage; set it for all sources of the stage or for none."""
-    repeat: float = Field(default=1.0, gt=0)
-    """Passes over the source in an epoch; 0.5 takes every second clip. Not used with weights."""
-    tasks: list[str] | None = None
-    """Only records of these tasks."""
-    datasets: list[str] | None = None
-    """Only records of these datasets."""
-    augment: dict[str, Any] | None = None
-    """Options of `pal.data.augment.Augment`. Options that cut (`crop_seconds`, and `time_shift` without `wrap`) are
-    allowed only with objective 'tags' and records of one clip whose tags have start and end, since other answers may be
-    about the part that is cut off."""
-    optional: bool = False
-    """Leave the source out, with a line in the log, if its files are missing."""
-    skip_clips: Path | None = None
-    """File that lists unusable clips, one path a line without comments, as from `pal data check --write-bad FILE`.
-    Records with these clips are skipped, and their number is logged."""
-    read_to_end: bool = False
-    """Read clips of unknown length (such as a streamed WAV) to the end of the file, with a warning for each."""
-
-    def takes(self, task: str, dataset: str) -> bool:
-        """True if `tasks` and `datasets` select records of this task and dataset."""
-        return (self.tasks is None or task in self.tasks) and (self.datasets is None or dataset in self.datasets)
-
-    @model_validator(mode="after")
-    def _one_origin(self) -> Source:
-        if sum(origin is not None for origin in (self.manifest, self.synth, self.prepare)) != 1:
-            raise ValueError("give one of 'manifest', 'synth' and 'prepare'")
-        return self
 
 
 class Trained(StrictConfig):
@@ -167,6 +109,9 @@ class Stage(StrictConfig):
     batch: BatchSize
     data: list[str] | dict[str, float] | None = None
     """Names of the sources, or name -> weight; default: all sources."""
+    temperature: float | None = Field(default=None, gt=0)
+    """Temperature T of the mixture, instead of weights: a source of n clips (or records, if these are drawn one by one)
+    has a share proportional to n^(1/T). 1 is the mixture without this key; a large T draws equally from all sources."""
     clip_grad: float | None = Field(default=1.0, gt=0)
     """Gradient clipping: maximum norm of the gradient; None: no clipping."""
     gradient_checkpointing: bool = False
@@ -241,7 +186,7 @@ EngineName = Literal["auto", "ddp", "fsdp2"]
 
 
 class CheckpointConfig(StrictConfig):
-    """Checkpoints, log, loader threads, engine and limits of faults. These settings do not change the result."""
+    """Checkpoints, log, loading, engine and limits of faults. These settings do not change the result."""
 
     checkpoint_every: int = Field(default=200, gt=0)
     """Steps between two checkpoints, the maximum that a killed run loses."""
@@ -252,8 +197,11 @@ class CheckpointConfig(StrictConfig):
     log_every: int = Field(default=10, gt=0)
     """Steps averaged in one line of the log."""
     workers: int | None = Field(default=None, ge=0)
-    """Number of loader threads; 0 loads batches in the training thread. Default: 2 with an accelerator, and 0 on CPU,
-    where threads compete with training (docs/experiments.md)."""
+    """Number of loader threads or processes; 0 loads batches in the training thread. Default: 2 with an accelerator or
+    with processes, else 0, since threads compete with training on a CPU (docs/experiments.md)."""
+    loader: Literal["threads", "processes"] = "threads"
+    """Where batches are read, decoded, augmented and tokenised. Processes scale where threads wait for each other, and
+    each takes the memory of its imports (docs/data.md)."""
     prefetch: int = Field(default=3, gt=0)
     """Number of batches loaded ahead."""
     engine: EngineName = "auto"
@@ -295,6 +243,13 @@ class Recipe(StrictConfig):
             for name in stage.data or ():
                 if name not in self.data:
                     raise ValueError(f"stages.{i}: no data source '{name}'; known: {', '.join(self.data)}")
+            if stage.temperature is not None:
+                for name, source in self.stage_sources(stage).items():
+                    if source.weight is not None or source.repeat != 1:
+                        key = "repeat" if source.weight is None else "weight"
+                        raise ValueError(
+                            f"stages.{i}: 'temperature' decides the shares, but source '{name}' has '{key}'; remove one"
+                        )
             augmented = [name for name, source in self.stage_sources(stage).items() if source.augment is not None]
             if stage.cache is not None and augmented:
                 raise ValueError(
@@ -305,6 +260,10 @@ class Recipe(StrictConfig):
         for name in (self.validation and self.validation.stages) or ():
             if name not in names:
                 raise ValueError(f"validation: no stage '{name}'; known: {', '.join(names)}")
+            if stage.cache is not None and self.keep.loader == "processes":
+                raise ValueError(
+                    f"stages.{i}: 'cache' encodes clips in the training process; set keep.loader to 'threads'"
+                )
         return self
 
     def stage_sources(self, stage: Stage) -> dict[str, Source]:
@@ -321,8 +280,9 @@ class Recipe(StrictConfig):
         for source in settings["data"].values():
             if not source["read_to_end"]:
                 del source["read_to_end"]  # so that runs of versions without the key can be resumed
-            if source["skip_clips"] is None:
-                del source["skip_clips"]
+            for key in ("skip_clips", "table"):
+                if source[key] is None:
+                    del source[key]
         if settings["validation"] is None:
             del settings["validation"]
         for stage in settings["stages"]:
@@ -332,6 +292,8 @@ class Recipe(StrictConfig):
                 del stage["cuda_graphs"]
             if not stage["master_weights"]:
                 del stage["master_weights"]
+            if stage["temperature"] is None:
+                del stage["temperature"]
         return settings
 
     @property

@@ -16,6 +16,7 @@ from threading import Lock
 
 import numpy as np
 
+from pal.data.record_index import RowGroups
 from pal.errors import ConfigError
 from pal.train.recipe import BatchSize
 
@@ -39,7 +40,7 @@ class Pool:
     """Sampling pool of one source."""
 
     groups: Sequence[Sequence[int]]
-    """Records about each clip, or single records if rows are drawn individually."""
+    """Records about each clip, or single records if rows are drawn individually; `RowGroups` for large sources."""
     weight: float | None = None
     repeat: float = 1.0
     seconds: Callable[[int], float] | None = None
@@ -66,7 +67,8 @@ class Sampler:
         self._round = lru_cache(maxsize=2)(self._plan)
         self._turn = lru_cache(maxsize=2 * len(pools))(self._order)
         self._starts = [0]
-        """First step of each round planned so far."""
+        """First step of each round so far."""
+        self._limit = _fixed_limit(pools, batch)
         self._lock = Lock()
 
     def __getitem__(self, step: int) -> list[Group]:
@@ -83,18 +85,28 @@ class Sampler:
         whole = int(rounds)
         steps = self._start(whole)
         if rounds > whole:
-            steps += round((rounds - whole) * len(self._round(whole)))
+            steps += round((rounds - whole) * self._size(whole))
         return max(1, steps)
 
     def _start(self, number: int) -> int:
         while len(self._starts) <= number:
-            self._starts.append(self._starts[-1] + len(self._round(len(self._starts) - 1)))
+            self._starts.append(self._starts[-1] + self._size(len(self._starts) - 1))
         return self._starts[number]
+
+    def _size(self, number: int) -> int:
+        """Number of batches of a round; without planning it if every batch but the last is full."""
+        if self._limit is None:
+            return len(self._round(number))
+        return -(-sum(last - first for first, last in self._drawn(number)) // self._limit)
+
+    def _drawn(self, number: int) -> list[tuple[int, int]]:
+        """Positions that a round draws of each source: the first, and the end."""
+        return [(number * count // self.rounds, (number + 1) * count // self.rounds) for count in self.counts]
 
     def _plan(self, number: int) -> list[list[Group]]:
         drawn = []
-        for source, count in enumerate(self.counts):
-            for position in range(number * count // self.rounds, (number + 1) * count // self.rounds):
+        for source, (first, last) in enumerate(self._drawn(number)):
+            for position in range(first, last):
                 turn, index = self._group_at(source, position)
                 drawn.append((source, index, turn))
         groups, lengths = [], []
@@ -199,6 +211,17 @@ def _without_unknown(lengths: list[float]) -> list[float]:
     return [mean if math.isnan(length) else length for length in lengths]
 
 
+def _fixed_limit(pools: Sequence[Pool], batch: BatchSize) -> int | None:
+    """Number of groups in every full batch; None if it depends on the groups."""
+    if batch.by_length:
+        return None
+    if batch.rows is None:
+        return batch.clips
+    if all(isinstance(pool.groups, RowGroups) and pool.groups.single for pool in pools):
+        return batch.rows if batch.clips is None else min(batch.rows, batch.clips)
+    return None
+
+
 def share(groups: list[Group], part: int, parts: int) -> tuple[list[Group], bool]:
     """Groups of one process or accumulation step.
 
@@ -227,10 +250,12 @@ def _hash(*key: object) -> int:
 
 
 def permutation(size: int, *key: object) -> np.ndarray:
-    """Permutation of the numbers below `size`, determined by the key: int64 [size]."""
+    """Permutation of the numbers below `size`, determined by the key: [size]."""
     if size < 32:
         # setting up one of numpy's generators takes longer than shuffling a short list
-        order = list(range(size))
-        random.Random(_hash(*key)).shuffle(order)
-        return np.array(order, dtype=np.int64)
-    return np.random.Generator(np.random.PCG64(_hash(*key))).permutation(size)
+        short = list(range(size))
+        random.Random(_hash(*key)).shuffle(short)
+        return np.array(short, dtype=np.int64)
+    order: np.ndarray = np.random.Generator(np.random.PCG64(_hash(*key))).permutation(size)
+    # half the memory for millions of groups
+    return order.astype(np.uint32) if ROUND < size < 1 << 32 else order

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from pal.backbone.tokenizer import train_tokenizer
-from pal.data.manifest import PLACEHOLDER, Manifest
+from pal.data.manifest import PLACEHOLDER
+from pal.data.record_source import RecordSource
 from pal.errors import ConfigError
 from pal.files import atomic_folder, verify
 from pal.model import PalModel
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def build_model(recipe: Recipe, manifests: dict[str, Manifest], out: Path) -> PalModel:
+def build_model(recipe: Recipe, manifests: dict[str, RecordSource], out: Path) -> PalModel:
     """Build the recipe's model on the CPU, with the weights of `bundle` or `start` if set.
 
     Args:
@@ -73,7 +74,7 @@ def _with_ids(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> ModelC
     return config.model_copy(update={"llm": llm})
 
 
-def _own_tokenizer(folder: Path, manifests: Iterable[Manifest], vocabulary: int) -> PreTrainedTokenizerBase:
+def _own_tokenizer(folder: Path, manifests: Iterable[RecordSource], vocabulary: int) -> PreTrainedTokenizerBase:
     """Load the tokenizer in `folder`; if it is missing, first train it on the manifests' text and save it there."""
     from transformers import AutoTokenizer
 
@@ -86,7 +87,7 @@ def _own_tokenizer(folder: Path, manifests: Iterable[Manifest], vocabulary: int)
     return AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
 
-def _texts(manifests: Iterable[Manifest]) -> Iterator[str]:
+def _texts(manifests: Iterable[RecordSource]) -> Iterator[str]:
     for manifest in manifests:
         for record in manifest:
             for turn in record.turns:

@@ -8,15 +8,16 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from pal.data.clean import read_clips
-from pal.data.manifest import Manifest
+from pal.data.record_source import RecordSource
 from pal.errors import ConfigError, ManifestError
 from pal.files import sha256
-from pal.train.recipe import Recipe, Source
+from pal.train.recipe import Recipe
+from pal.train.source_config import Source
 
 logger = logging.getLogger(__name__)
 
 
-def rows_to_skip(name: str, source: Source, manifest: Manifest) -> frozenset[int]:
+def rows_to_skip(name: str, source: Source, manifest: RecordSource) -> frozenset[int]:
     """Indices of the records whose clips are listed in the source's `skip_clips`; their number is logged.
 
     Args:
@@ -67,7 +68,7 @@ def rows_to_skip(name: str, source: Source, manifest: Manifest) -> frozenset[int
     return frozenset(rows)
 
 
-def digests(recipe: Recipe, manifests: Mapping[str, Manifest]) -> dict[str, str]:
+def digests(recipe: Recipe, manifests: Mapping[str, RecordSource]) -> dict[str, str]:
     """SHA-256 of each source's data: its manifest, combined with its `skip_clips` list if it has one.
 
     A validation with a manifest adds it as "validation.manifest".
@@ -83,7 +84,7 @@ def digests(recipe: Recipe, manifests: Mapping[str, Manifest]) -> dict[str, str]
     return found
 
 
-def _located(manifest: Manifest, clip: str) -> str:
+def _located(manifest: RecordSource, clip: str) -> str:
     try:
         return manifest.locate(clip)
     except ValueError:  # not below the root, so no record has it

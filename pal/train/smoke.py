@@ -22,7 +22,8 @@ from pal.model import PalModel
 from pal.model_config import ModelConfig, Part
 from pal.registry import toy
 from pal.train import stages
-from pal.train.recipe import PARTS, BatchSize, CheckpointConfig, Recipe, Source, Stage, SynthSource
+from pal.train.recipe import PARTS, BatchSize, CheckpointConfig, Recipe, Stage
+from pal.train.source_config import Source, SynthSource
 from pal.train.trainer import run
 
 STEPS = 2

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import logging
 import math
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 
+import numpy as np
 from torch import Tensor
 
 from pal import audio
@@ -18,15 +17,19 @@ from pal.config import parse
 from pal.data.augment import Augment, cut_fault
 from pal.data.collate import Collator, WaveformCache
 from pal.data.manifest import Manifest, Record
+from pal.data.record_index import RowGroups
+from pal.data.record_source import RecordSource
+from pal.data.tabular import TableRecords
 from pal.errors import AudioError, ConfigError
 from pal.features import FeatureCache
 from pal.model import PalModel
 from pal.train.held_out import held_out
 from pal.train.objectives import MicroBatch, Objective
 from pal.train.quarantine import LeftOut
-from pal.train.recipe import Recipe, Source
+from pal.train.recipe import Recipe
 from pal.train.sampler import Group, Pool, Sampler, share
 from pal.train.skips import rows_to_skip
+from pal.train.source_config import Source
 from pal.types import IGNORE, Batch, EncodedClip, Tokens
 
 logger = logging.getLogger(__name__)
@@ -35,7 +38,7 @@ _TRIED = 1000
 """Maximum number of groups tried until one can be read."""
 
 
-def open_sources(recipe: Recipe, made: Path) -> dict[str, Manifest]:
+def open_sources(recipe: Recipe, made: Path) -> dict[str, RecordSource]:
     """Name -> manifest of the recipe's sources, without optional ones whose files are missing.
 
     Args:
@@ -45,7 +48,7 @@ def open_sources(recipe: Recipe, made: Path) -> dict[str, Manifest]:
     Raises:
         ConfigError, ManifestError: a required source is missing or unusable.
     """
-    manifests = {}
+    manifests: dict[str, RecordSource] = {}
     for name, source in recipe.data.items():
         missing = _missing(source)
         if missing and source.optional:
@@ -55,14 +58,17 @@ def open_sources(recipe: Recipe, made: Path) -> dict[str, Manifest]:
             raise ConfigError(f"data '{name}': no '{missing}'; correct the path, or set 'optional: true'")
         if source.skip_clips is not None and not source.skip_clips.is_file():
             raise ConfigError(f"data '{name}': no list '{source.skip_clips}'; correct 'skip_clips', or remove it")
-        manifests[name] = Manifest(_manifest_path(name, source, made), root=source.root)
+        if source.table is not None:
+            manifests[name] = TableRecords(source.table)
+        else:
+            manifests[name] = Manifest(_manifest_path(name, source, made), root=source.root)
     if not manifests:
         raise ConfigError("all data sources of the recipe are missing; correct their paths")
     _check_cuts(recipe, manifests)
     return manifests
 
 
-def _check_cuts(recipe: Recipe, manifests: dict[str, Manifest]) -> None:
+def _check_cuts(recipe: Recipe, manifests: dict[str, RecordSource]) -> None:
     """Raise ConfigError if an augmentation may cut off the sound of a label without times."""
     for stage in recipe.stages:
         for name, source in recipe.stage_sources(stage).items():
@@ -95,6 +101,8 @@ def _short(text: str) -> str:
 
 
 def _missing(source: Source) -> Path | None:
+    if source.table is not None:
+        return None if source.table.files() else source.table.path
     needed = [source.manifest, source.prepare.root if source.prepare else None, source.root]
     return next((path for path in needed if path is not None and not path.exists()), None)
 
@@ -126,7 +134,7 @@ class StageData:
         manifests: manifests of all sources of the recipe, without missing optional ones.
     """
 
-    def __init__(self, recipe: Recipe, index: int, manifests: dict[str, Manifest]) -> None:
+    def __init__(self, recipe: Recipe, index: int, manifests: dict[str, RecordSource]) -> None:
         self.stage = recipe.stages[index]
         sources = {name: s for name, s in recipe.stage_sources(self.stage).items() if name in manifests}
         self.manifests = [manifests[name] for name in sources]
@@ -144,15 +152,19 @@ class StageData:
             seconds = None
             if batch.by_length:
                 seconds = _GroupSeconds(manifests[name], groups, source.read_to_end)
-            pools.append(Pool(groups, source.weight, source.repeat, seconds))
+            weight = source.weight
+            if self.stage.temperature is not None:
+                weight = len(groups) ** (1 / self.stage.temperature)
+            pools.append(Pool(groups, weight, source.repeat, seconds))
         if not pools:
             raise ConfigError(f"stage '{self.stage.name}': all its data sources are missing; correct their paths")
         self.pools = pools
         self.sampler = Sampler(pools, batch, recipe.seed, index)
         self.steps = self.stage.steps or self.sampler.steps(self.stage.epochs or 0)
         self.bad_clips: Mapping[str, Mapping[str, AudioError]] = {}
-        """Source -> clips known to be unusable, which are not read again. It may grow at any time."""
-        self._collators: list[Collator] = []
+        """Source -> clips known to be unusable, which are not read again; set it before `start`. It may grow at any
+        time, in this process."""
+        self._loader: GroupLoader | None = None
         self._prepare: Callable[[MicroBatch], MicroBatch] = lambda micro_batch: micro_batch
 
     def records(self) -> Iterator[Record]:
@@ -163,7 +175,7 @@ class StageData:
                     yield manifest[row]
 
     def start(self, model: PalModel, objective: Objective, waveforms: WaveformCache) -> None:
-        """Set up loading for a model and an objective, whose `prepare` runs in the loader threads.
+        """Set up loading for a model and an objective, whose `prepare` runs in the loader threads of this process.
 
         Args:
             model: sets tokenizer, sampling rate and encoders of the feature cache.
@@ -174,6 +186,7 @@ class StageData:
         encode_clip = None
         if self.stage.cache is not None:
             encode_clip = FeatureCache(self.stage.cache, model.ears, self.stage.precision)
+        collators = []
         for source in self.sources:
             augment = None
             if source.augment is not None:
@@ -188,10 +201,31 @@ class StageData:
                 read_to_end=source.read_to_end,
             )
             collator.cache = waveforms
-            self._collators.append(collator)
+            collators.append(collator)
+        self._loader = GroupLoader(
+            self.names, self.manifests, collators, self.stage.batch.turns, waveforms, self.bad_clips
+        )
 
-    def micro_batches(self, step: int, part: int, parts: int) -> list[MicroBatch]:
+    @property
+    def loader(self) -> GroupLoader:
+        """Loads micro-batches, after `start`."""
+        assert self._loader is not None, "start was not called"
+        return self._loader
+
+    def micro_batches(
+        self,
+        step: int,
+        part: int,
+        parts: int,
+        load: Callable[[int, Sequence[tuple[Sequence[Group], bool]]], list[MicroBatch]] | None = None,
+    ) -> list[MicroBatch]:
         """Micro-batches of process `part` of `parts` at a step, one for each accumulation step.
+
+        Args:
+            step: of the stage.
+            part: index of the process.
+            parts: number of processes.
+            load: loads the micro-batches elsewhere, from the step and the arguments of `loader` for each.
 
         Records about clips that cannot be used are left out and listed in the micro-batch. If none is left, it holds
         another group of the stage that does not count.
@@ -200,38 +234,63 @@ class StageData:
             AudioError: no clip of the stage can be used.
         """
         groups, mine = share(self.sampler[step], part, parts)
-        done = []
+        requests = []
         for i in range(self.stage.batch.accumulate):
             some, counts = share(groups, i, self.stage.batch.accumulate)
-            done.append(self._load(some, mine and counts, step))
-        return done
+            requests.append((some, mine and counts))
+        made = [self.loader(*request) for request in requests] if load is None else load(step, requests)
+        return [self._prepare(self._completed(micro_batch, step)) for micro_batch in made]
 
-    def _load(self, groups: Sequence[Group], counts: bool, step: int) -> MicroBatch:
-        batches, datasets, left_out = self._collate(groups)
-        if not counts:  # another process or part has these groups, and lists what is left out
-            left_out = []
-        if not batches:
-            batches, datasets, _ = self._usable(step)
-            counts = False
-        return self._prepare(
-            MicroBatch(join(batches), datasets, groups[0].seed, counts, left_out=tuple(left_out)),
-        )
-
-    def _usable(self, step: int) -> tuple[list[Batch], list[str], list[LeftOut]]:
-        """The first group of this step's batch and the next ones that can be read, alone."""
+    def _completed(self, made: MicroBatch, step: int) -> MicroBatch:
+        """A micro-batch with conversations: its own, else those of the first group from this step on that has any."""
+        if made.batch.conversations:
+            return made
         first, tried = None, 0
         while True:
             for group in self.sampler[step]:
-                batches, datasets, left_out = self._collate([group])
-                if batches:
-                    return batches, datasets, left_out
-                first, tried = first or left_out[0], tried + 1
+                other = self.loader([group], True)
+                if other.batch.conversations:
+                    return replace(made, batch=other.batch, datasets=other.datasets, counts=False)
+                first, tried = first or other.left_out[0], tried + 1
                 if tried == min(_TRIED, sum(len(pool.groups) for pool in self.pools)):
                     raise AudioError(f"stage '{self.stage.name}': {tried} clips were tried in vain: {first.reason}")
             step += 1
 
-    def _collate(self, groups: Sequence[Group]) -> tuple[list[Batch], list[str], list[LeftOut]]:
-        """Batch of each source with usable records, the dataset of each clip, and what is left out."""
+
+class GroupLoader:
+    """Loads micro-batches: records, clips, augmentation, tokens. Copies in other processes load the same.
+
+    Args:
+        names: names of the sources.
+        manifests: their records.
+        collators: their collators, which share `waveforms` as cache.
+        turns: `BatchSize.turns`.
+        waveforms: cache of decoded clips.
+        bad_clips: source -> clips known to be unusable, which are not read again.
+    """
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        manifests: Sequence[RecordSource],
+        collators: Sequence[Collator],
+        turns: int,
+        waveforms: WaveformCache,
+        bad_clips: Mapping[str, Mapping[str, AudioError]],
+    ) -> None:
+        self.names = names
+        self.manifests = manifests
+        self.collators = collators
+        self.turns = turns
+        self.waveforms = waveforms
+        self.bad_clips = bad_clips
+
+    def __call__(self, groups: Sequence[Group], counts: bool) -> MicroBatch:
+        """The micro-batch of some groups, before `Objective.prepare`; without conversations if no clip can be used.
+
+        Raises:
+            ManifestError, PromptError: a record is unusable.
+        """
         batches = []
         datasets: list[str] = []
         left_out = []
@@ -239,18 +298,20 @@ class StageData:
             records, seeds = [], []
             for group in groups:
                 if group.source == source:
-                    mine = in_turns([self.manifests[source][row] for row in group.rows], self.stage.batch.turns)
+                    mine = in_turns([self.manifests[source][row] for row in group.rows], self.turns)
                     records += mine
                     seeds += [group.seed] * len(mine)
             bad = dict(self.bad_clips.get(self.names[source], {}))
-            batch = self._collators[source](records, seeds, bad)
+            batch = self.collators[source](records, seeds, bad)
             if len(batch.conversations) < len(records):
                 left_out += _left_out(records, bad, self.names[source])
                 records = [record for record in records if bad.keys().isdisjoint(record.clips)]
             if records:
                 batches.append(batch)
                 datasets += _clip_datasets(batch, records)
-        return batches, datasets, left_out
+        # another process or part has the groups that do not count, and lists what is left out
+        listed = tuple(left_out) if counts else ()
+        return MicroBatch(join(batches), datasets, groups[0].seed, counts, left_out=listed)
 
 
 def _left_out(records: Sequence[Record], bad: Mapping[str, AudioError], source: str) -> list[LeftOut]:
@@ -283,7 +344,7 @@ def in_turns(records: Sequence[Record], turns: int) -> list[Record]:
 class _GroupSeconds:
     """Length of a group's audio in seconds: the clips of its first record. NaN if a header cannot be read."""
 
-    def __init__(self, manifest: Manifest, groups: Sequence[Sequence[int]], read_to_end: bool) -> None:
+    def __init__(self, manifest: RecordSource, groups: Sequence[Sequence[int]], read_to_end: bool) -> None:
         self.manifest, self.groups, self.read_to_end = manifest, groups, read_to_end
 
     def __call__(self, index: int) -> float:
@@ -293,34 +354,27 @@ class _GroupSeconds:
             return math.nan
 
 
-def _groups(manifest: Manifest, source: Source, grouped: bool, skipped: frozenset[int]) -> Sequence[Sequence[int]]:
-    """Indices of the selected records of a manifest, grouped by clip or individually."""
+def _groups(manifest: RecordSource, source: Source, grouped: bool, skipped: frozenset[int]) -> RowGroups:
+    """Rows of the selected records of a manifest, grouped by clip or individually."""
+    every_R = np.arange(len(manifest), dtype=np.uint32)
     if not grouped and source.tasks is None and source.datasets is None and not skipped:
-        return _Singles(len(manifest))
-    groups: dict[object, list[int]] = {}
-    for row, record in enumerate(manifest):
-        if row in skipped or not source.takes(record.task, record.dataset):
-            continue
-        groups.setdefault(record.clips if grouped and record.clips else row, []).append(row)
-    return list(groups.values())
+        return RowGroups(every_R)
+    columns = manifest.columns
+    groups = columns.groups if grouped else RowGroups(every_R)
+    keep_R = np.ones(len(manifest), bool)
+    for wanted, names, codes_R in (
+        (source.tasks, columns.tasks, columns.task_R),
+        (source.datasets, columns.datasets, columns.dataset_R),
+    ):
+        if wanted is not None:
+            keep_R &= np.isin(codes_R, [code for code, name in enumerate(names) if name in wanted])
+    keep_R[list(skipped)] = False
+    return groups if keep_R.all() else groups.only(keep_R)
 
 
 @cache
 def _seconds(path: str, read_to_end: bool) -> float:
     return audio.seconds(path, read_to_end=read_to_end)
-
-
-class _Singles(Sequence[Sequence[int]]):
-    """Groups of one record each, without storing millions of lists."""
-
-    def __init__(self, size: int) -> None:
-        self.size = size
-
-    def __len__(self) -> int:
-        return self.size
-
-    def __getitem__(self, index):  # type: ignore[no-untyped-def]
-        return (range(self.size)[index],)
 
 
 def _clip_datasets(batch: Batch, records: Sequence[Record]) -> list[str]:
@@ -332,7 +386,7 @@ def _clip_datasets(batch: Batch, records: Sequence[Record]) -> list[str]:
 
 
 def join(batches: Sequence[Batch]) -> Batch:
-    """Concatenation of batches: clips and rows in order, with the rows' clip indices shifted."""
+    """Concatenation of batches, also of none: clips and rows in order, with the rows' clip indices shifted."""
     if len(batches) == 1:
         return batches[0]
     waveforms: list[Tensor] = []
@@ -354,38 +408,3 @@ def join(batches: Sequence[Batch]) -> Batch:
 def trained_tokens(batch: Batch) -> int:
     """Number of labelled tokens."""
     return sum(sum(label != IGNORE for label in row.labels or ()) for row in batch.conversations)
-
-
-class PrefetchLoader:
-    """Data loader with prefetching threads; yields the micro-batches of each step, in order."""
-
-    def __init__(self, data: StageData, first: int, part: int, parts: int, workers: int, prefetch: int) -> None:
-        self._data = data
-        self._steps = iter(range(first, data.steps))
-        self._place = (part, parts)
-        self._pool = ThreadPoolExecutor(workers, thread_name_prefix="pal-data") if workers else None
-        self._ahead: deque[Future[list[MicroBatch]]] = deque()
-        self._prefetch = max(prefetch, workers)
-
-    def __iter__(self) -> Iterator[list[MicroBatch]]:
-        try:
-            if self._pool is None:
-                for step in self._steps:
-                    yield self._data.micro_batches(step, *self._place)
-                return
-            while self._fill(self._pool):
-                yield self._ahead.popleft().result()
-        finally:
-            self.close()
-
-    def close(self) -> None:
-        """Stop loading."""
-        if self._pool is not None:
-            self._pool.shutdown(wait=True, cancel_futures=True)
-
-    def _fill(self, pool: ThreadPoolExecutor) -> bool:
-        for step in self._steps:
-            self._ahead.append(pool.submit(self._data.micro_batches, step, *self._place))
-            if len(self._ahead) >= self._prefetch:
-                break
-        return bool(self._ahead)

@@ -29,6 +29,7 @@ from pal.train.master_weights import MasterWeights, masters_of
 from pal.train.meter import Meter, new_totals, step_inputs
 from pal.train.objectives import Objective, build_objective
 from pal.train.operations import operations_of, product_rate
+from pal.train.prefetching import PrefetchLoader
 from pal.train.quarantine import Quarantine
 from pal.train.recipe import Recipe, Stage
 from pal.train.saving import CheckpointSaver
@@ -36,7 +37,7 @@ from pal.train.seeding import seed_everything
 from pal.train.setup import build_model
 from pal.train.skipped_steps import SkippedSteps
 from pal.train.skips import digests
-from pal.train.sources import PrefetchLoader, StageData, open_sources
+from pal.train.sources import StageData, open_sources
 from pal.train.step import Update, warn_of_emulation
 from pal.train.stopping import stop_signals
 from pal.train.validator import Validator
@@ -302,8 +303,8 @@ class Trainer:
         place = (accelerator.process_index, accelerator.num_processes)
         workers = keep.workers
         if workers is None:
-            workers = 0 if accelerator.device.type == "cpu" else 2
-        loader = PrefetchLoader(data, state.stage_step, *place, workers, keep.prefetch)
+            workers = 0 if accelerator.device.type == "cpu" and keep.loader == "threads" else 2
+        loader = PrefetchLoader(data, state.stage_step, *place, workers, keep.prefetch, keep.loader == "processes")
         bar = tqdm(
             total=data.steps,
             initial=state.stage_step,
@@ -394,9 +395,7 @@ class Trainer:
         excess = self.skipped_steps.read(meter, stage.name, self.state)
         if excess is not None:
             remedy = "check these records by `pal data check`, or lower the learning rate"
-            error = TrainingError(f"{excess}. The state before it is in {save()}; {remedy}")
-            self.saver.wait()
-            raise error
+            raise TrainingError(f"{excess}. The state before it is in {save()}; {remedy}")
 
     def _faults(self) -> str:
         """Numbers of faults so far, for the progress line."""

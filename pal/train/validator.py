@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from pal.data.manifest import Manifest, Record
+from pal.data.record_source import RecordSource
 from pal.errors import ConfigError
 from pal.evaluate.answerer import Answerer, ItemPrompt
 from pal.evaluate.benchmark import from_records
@@ -52,7 +53,7 @@ class Validator:
         self,
         settings: Validation,
         recipe: Recipe,
-        manifests: Mapping[str, Manifest],
+        manifests: Mapping[str, RecordSource],
         host_reduce: HostReduce,
         process: tuple[int, int] = (0, 1),
     ) -> None:
@@ -171,7 +172,7 @@ class Validator:
         return right / asked
 
 
-def _records(settings: Validation, recipe: Recipe, manifests: Mapping[str, Manifest]) -> list[Record]:
+def _records(settings: Validation, recipe: Recipe, manifests: Mapping[str, RecordSource]) -> list[Record]:
     """All records of the validation's manifest, or those that the sources hold out."""
     if settings.manifest is not None:
         if not settings.manifest.is_file():

@@ -21,7 +21,8 @@ from pal.encoders.whisper import Whisper
 from pal.model import PalModel
 from pal.registry import toy
 from pal.train.objectives import Objective, build_objective
-from pal.train.sources import PrefetchLoader, StageData
+from pal.train.prefetching import PrefetchLoader
+from pal.train.sources import StageData
 from pal.types import AudioFeatures, Batch, EncodedClip, Frames, Tokens
 from tests.models import ENCODER, noise, tiny_model
 from tests.train.tiny import recipe

@@ -65,7 +65,7 @@ def test_overrides(path: Path) -> None:
         ("stages.0.data=[scene]", "no data source 'scene'; known: clips, scenes"),
         ("stages.0.train={}", "names no part"),
         ("bundle=runs/x", "either 'model' or 'bundle'"),
-        ("data.scenes.manifest=x.jsonl", "one of 'manifest', 'synth' and 'prepare'"),
+        ("data.scenes.manifest=x.jsonl", "one of 'manifest', 'table', 'synth' and 'prepare'"),
     ],
 )
 def test_faults_are_one_line(path: Path, override: str, message: str) -> None:
