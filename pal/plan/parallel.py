@@ -10,6 +10,7 @@ from pal.errors import ConfigError
 from pal.model import PalModel
 from pal.plan.gpus import GPU
 from pal.train.recipe import Stage
+from pal.train.sharding import blocks, units
 
 GATHERED = 2
 """Units of sharded weights that are whole on a GPU at a time: the one that computes, and the next one."""
@@ -43,7 +44,7 @@ class Shares:
     gradients: float
     optimizer: float
     buffers: float
-    """Buffers of exchanges: gradients in DDP's buckets; in FSDP2 weights and gradients of the units that are whole."""
+    """Buffers of exchanges: gradients in DDP's buckets; in FSDP2 weights and gradients that are whole for a time."""
     exchanged: float
     """Bytes that a GPU sends in a step."""
 
@@ -52,7 +53,8 @@ def shares(parallel: Parallel, model: PalModel, stage: Stage, whole: Shares, pas
     """What is left of `whole`, the sizes on a single GPU, for each of several.
 
     DDP sends each gradient twice, to add and to distribute the sums (ring all-reduce), in the last pass of a step.
-    FSDP2 gathers weights in the forward and in the backward pass and scatters gradients, in every pass.
+    FSDP2 gathers weights in the forward and in the backward pass and scatters gradients, in every pass. Weights outside
+    of the units of `pal.train.sharding` stay whole from the forward to the backward pass.
     """
     n = parallel.gpus
     if n == 1:
@@ -60,7 +62,7 @@ def shares(parallel: Parallel, model: PalModel, stage: Stage, whole: Shares, pas
     ring = (n - 1) / n
     if not parallel.sharded:
         return replace(whole, buffers=whole.gradients, exchanged=2 * ring * whole.gradients)
-    sizes = [_sizes(unit, stage) for unit in units(model)]
+    sizes = [_sizes(unit, stage) for unit in (*units(model), *blocks(model))]
     weights, gradients = (max((size[i] for size in sizes), default=0.0) for i in range(2))
     rest_weights = whole.weights - sum(size[0] for size in sizes)
     rest_gradients = whole.gradients - sum(size[1] for size in sizes)
@@ -71,18 +73,6 @@ def shares(parallel: Parallel, model: PalModel, stage: Stage, whole: Shares, pas
         buffers=rest_weights + rest_gradients + GATHERED * (weights + gradients),
         exchanged=passes * ring * (2 * whole.weights + whole.gradients),
     )
-
-
-def units(model: PalModel) -> list[nn.Module]:
-    """Modules whose weights are gathered together: decoder layers, projectors of a layer, connectors, encoders.
-
-    Other weights, those of embeddings and head, stay whole between the forward and the backward pass.
-    """
-    projectors = [
-        one for each in model.integration.modules() if isinstance(each, nn.ModuleDict) for one in each.values()
-    ]
-    found = [*model.llm.layers, *projectors, *model.ears.connectors, *model.ears.encoders]
-    return [unit for unit in found if any(True for _ in unit.parameters())]
 
 
 def _sizes(unit: nn.Module, stage: Stage) -> tuple[float, float]:

@@ -44,9 +44,9 @@ def shard(objective: Objective, mesh: Any, with_encoders: bool) -> None:
     if not with_encoders:
         whole |= set(model.ears.encoders.parameters())
     options: dict[str, Any] = {"mesh": mesh, "ignored_params": whole}
-    for module in _units(model):
+    for module in units(model):
         fully_shard(module, reshard_after_forward=True, **options)
-    for block in _blocks(model):
+    for block in blocks(model):
         fully_shard(block, reshard_after_forward=True, **options)
         for method in BLOCK_METHODS:
             if hasattr(block, method):
@@ -58,7 +58,7 @@ def shard(objective: Objective, mesh: Any, with_encoders: bool) -> None:
     _share_statistics(objective)
 
 
-def _units(model: PalModel) -> Iterator[nn.Module]:
+def units(model: PalModel) -> Iterator[nn.Module]:
     """Modules that take and return tensors, and whose weights are used in their own forward pass alone."""
     if not any(route.runs_layers for route in model.integration.routes()):
         yield from model.llm.layers
@@ -67,7 +67,7 @@ def _units(model: PalModel) -> Iterator[nn.Module]:
             yield from module.values()
 
 
-def _blocks(model: PalModel) -> Iterator[Any]:
+def blocks(model: PalModel) -> Iterator[Any]:
     """Cross-attention blocks."""
     for route in model.integration.routes():
         yield from (route.blocks() or {}).values()
