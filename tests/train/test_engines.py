@@ -133,11 +133,15 @@ def cases(manifest: Path) -> dict[str, Recipe]:
         "plits": made(
             manifest, "plits", [stage(TRAINED["joint"] | {"encoder": True}, 1), stage(TRAINED["lora"], 1)], **TIED
         ),
-        # keys made in the layers; a gate, used in all of them; two parts of a batch; a process may have text alone
+        # keys made in the layers; a gate, used in all of them; two parts of a batch; processes that have text alone,
+        # where those of others are encoded by loader threads and where they are not
         "lal": made(
             manifest,
             "lal",
-            [stage(AUDIO, 3) | {"batch": {"rows": 2}}, stage(TRAINED["adapters"], 1, accumulate=2)],
+            [
+                stage(AUDIO, 3, cache=str(manifest.parent / "cache")) | {"batch": {"rows": 2}},
+                stage(TRAINED["adapters"], 1, accumulate=2),
+            ],
             text=True,
         ),
         # a number that is not sharded; layers that are computed again in backward
@@ -254,8 +258,6 @@ def test_curves_of_fifty_steps(manifest: Path, tmp_path: Path) -> None:
     jobs, pairs = [], []
     for integration in ("plits", "lal", "pal", "flamingo"):
         for name, train in TRAINED.items():
-            if (integration, name) == ("plits", "frozen"):
-                train = {"connector": True, "projectors": True}
             long = made(manifest, integration, [stage(train, steps, lr=1e-3)])
             run(long, tmp_path / f"{integration}-{name}-one")
             for engine in ("ddp", "fsdp2"):
