@@ -214,6 +214,18 @@ def test_runs_that_do_not_fit_are_refused(clips, model, tmp_path):
         ask(clips, tmp_path / "answers.csv", model)
 
 
+def test_what_answered_nothing_binds_nobody_and_leaves_nothing(clips, model, tmp_path):
+    out = tmp_path / "answers.jsonl"
+    with pytest.raises(ValueError, match="not a bundle"):
+        ask(clips, out, str(tmp_path / "none"))
+    assert not AnswerParts(out).folder.exists()
+    with pytest.raises(KeyboardInterrupt):  # the bad clip comes first
+        (clips / "a.wav").rename(clips / "z.wav")
+        (clips / "b.wav").rename(clips / "y.wav")
+        ask(clips, out, tiny_model(seed=1), progress=stopping_after(1))
+    assert ask(clips, out, model, QUESTIONS[:1]).resumed == 0
+
+
 def test_one_process_writes_an_output(clips, model, tmp_path):
     out = tmp_path / "answers.jsonl"
     with AnswerParts(out).open({}, {}), pytest.raises(ConfigError, match="another pal batch is writing"):
