@@ -258,13 +258,15 @@ def test_what_a_worker_answered_before_it_ended_is_not_asked_again(clips, model,
     assert set(asked.questions.values()) == {1}
 
 
-def test_an_unexpected_error_is_the_clip_s_own(clips, model, tmp_path, monkeypatch):
+def test_an_unexpected_error_is_the_clip_s_own_and_it_is_tried_again(clips, model, tmp_path, monkeypatch):
     def fails(self, clip, *rest, **options):
         raise RuntimeError("no memory. And more")
 
-    monkeypatch.setattr(type(model), "ask_detailed", fails)
-    report = ask(clips, tmp_path / "answers.jsonl", model)
+    with monkeypatch.context() as patch:
+        patch.setattr(type(model), "ask_detailed", fails)
+        report = ask(clips, tmp_path / "answers.jsonl", model)
     assert report.failed["a.wav"].endswith("a.wav: RuntimeError: no memory") and len(report.failed) == 5
+    assert list(ask(clips, tmp_path / "answers.jsonl", model).failed) == ["bad.wav"]
 
 
 def test_files_of_a_killed_run_s_workers_are_removed(clips, model, tmp_path):
