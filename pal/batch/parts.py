@@ -112,13 +112,17 @@ class AnswerParts:
             if overwrite:
                 self._remove_parts()
             elif path.is_file():
-                self._compare(path, settings)
+                self.reload()
+                if any(self.outcome(key).get("failed") is None for key in self.kept):
+                    self._compare(path, settings)
             write_json(path, settings)
             self._keep_answered(files)
             try:
                 yield self
             finally:
                 self._remove_temporary()
+                if not self._parts():  # such as where the model could not be loaded
+                    self.remove()
 
     def reload(self) -> Counter[str]:
         """Find the answered clips again; returns how often each of the others was begun.
@@ -189,17 +193,17 @@ class AnswerParts:
         before = self._parts()
         self.reload()
         self.damaged = sum(content is None for path in before for content in _contents(path))
-        lines = [_line({"model": self.model})] if self.model is not None else []
-        for key in self.kept:
-            outcome = self.outcome(key)
-            if key in files and outcome.get("failed") is None and outcome["files"] == stamp(files[key]):
-                lines.append(_line(outcome))
-        if before:
-            if len(lines) > 1:
-                with replacing(self.folder / f"part.{uuid.uuid4().hex}.jsonl") as temporary:
-                    temporary.write_text("".join(lines), encoding="utf-8", newline="\n")
-            for path in before:
-                path.unlink()
+        kept = 0
+        joined = self.folder / f"part.{uuid.uuid4().hex}.jsonl"
+        with replacing(joined) as temporary, temporary.open("w", encoding="utf-8", newline="\n") as file:
+            file.write(_line({"model": self.model}))
+            for key in self.kept:
+                outcome = self.outcome(key)
+                if key in files and outcome.get("failed") is None and outcome["files"] == stamp(files[key]):
+                    file.write(_line(outcome))
+                    kept += 1
+        for path in [*before, *([] if kept else [joined])]:
+            path.unlink()
         self.reload()
 
 

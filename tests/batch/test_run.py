@@ -214,6 +214,18 @@ def test_runs_that_do_not_fit_are_refused(clips, model, tmp_path):
         ask(clips, tmp_path / "answers.csv", model)
 
 
+def test_what_answered_nothing_binds_nobody_and_leaves_nothing(clips, model, tmp_path):
+    out = tmp_path / "answers.jsonl"
+    with pytest.raises(ValueError, match="not a bundle"):
+        ask(clips, out, str(tmp_path / "none"))
+    assert not AnswerParts(out).folder.exists()
+    with pytest.raises(KeyboardInterrupt):  # the bad clip comes first
+        (clips / "a.wav").rename(clips / "z.wav")
+        (clips / "b.wav").rename(clips / "y.wav")
+        ask(clips, out, tiny_model(seed=1), progress=stopping_after(1))
+    assert ask(clips, out, model, QUESTIONS[:1]).resumed == 0
+
+
 def test_one_process_writes_an_output(clips, model, tmp_path):
     out = tmp_path / "answers.jsonl"
     with AnswerParts(out).open({}, {}), pytest.raises(ConfigError, match="another pal batch is writing"):
@@ -246,13 +258,15 @@ def test_what_a_worker_answered_before_it_ended_is_not_asked_again(clips, model,
     assert set(asked.questions.values()) == {1}
 
 
-def test_an_unexpected_error_is_the_clip_s_own(clips, model, tmp_path, monkeypatch):
+def test_an_unexpected_error_is_the_clip_s_own_and_it_is_tried_again(clips, model, tmp_path, monkeypatch):
     def fails(self, clip, *rest, **options):
         raise RuntimeError("no memory. And more")
 
-    monkeypatch.setattr(type(model), "ask_detailed", fails)
-    report = ask(clips, tmp_path / "answers.jsonl", model)
+    with monkeypatch.context() as patch:
+        patch.setattr(type(model), "ask_detailed", fails)
+        report = ask(clips, tmp_path / "answers.jsonl", model)
     assert report.failed["a.wav"].endswith("a.wav: RuntimeError: no memory") and len(report.failed) == 5
+    assert list(ask(clips, tmp_path / "answers.jsonl", model).failed) == ["bad.wav"]
 
 
 def test_files_of_a_killed_run_s_workers_are_removed(clips, model, tmp_path):
