@@ -200,12 +200,12 @@ class ContinuedRows(LaterRows):
         for prompt, (first, last) in enumerate(self.cache.groups):
             one, rows = slice(prompt, prompt + 1), slice(first, last)
             of_prompt = shared if shared is None or len(shared) == 1 else shared[one]
-            found = _attend_together(q_RHQC[rows], k_UGKC[one], v_UGKC[one], of_prompt, scale)
+            found = attend_together(q_RHQC[rows], k_UGKC[one], v_UGKC[one], of_prompt, scale)
             merge(out_RHQC[rows], lse_RHQ[rows], *found)
         return out_RHQC.transpose(1, 2)
 
 
-def _attend_together(
+def attend_together(
     q_RHQC: Tensor, k_1GKC: Tensor, v_1GKC: Tensor, mask_1H1K: Tensor | None, scale: float | None
 ) -> tuple[Tensor, Tensor]:
     """Attention of all rows to one copy of keys, in one call -> [R, H, Q, C], and the log-sum-exps [R, H, Q]."""
