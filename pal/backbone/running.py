@@ -1,10 +1,10 @@
 """`RunningBatch`: independent sequences that are decoded together, and join and leave between two steps.
 
-A sequence joins after its prompt was read. Later rows see a fixed set of the prompt's keys, audio and text alike, so these
-keys are copied to the sequence's own row of the storage, without padding and without what is hidden from later rows; a
-step is one attention call for each layer, with a mask by length. Keys that several sequences share (the samples of one
-prompt, questions about one clip), or that are too many to be padded to, stay in the cache that read them: each such cache
-is attended to in one call more, and the results are merged by the log-sum-exps of their scores.
+A sequence joins after its prompt was read. Later rows see a fixed set of the prompt's keys, audio and text alike, so
+these keys are copied to the sequence's own row of the storage, without padding and without what is hidden from later
+rows; a step is one attention call for each layer, with a mask by length. Keys that several sequences share (the samples
+of one prompt, questions about one clip), or that are too many for others to be padded to, stay in the cache that read
+them: each such cache is attended to in one more call, and the results are merged by the log-sum-exps of their scores.
 
 Everything is taken from the `JointCache` that read the prompt, so this works for every integration.
 """
@@ -28,7 +28,6 @@ from pal.backbone.merged import merge
 from pal.backbone.prefill import prompts_of, query_dtype, read_prompts
 from pal.backbone.running_storage import KeyPositions, SlotBias, SlotKeys, places_of
 from pal.backbone.shared_prefix import Continuations, SharedPrefixCache, attend_together
-from pal.transfer import to_device
 from pal.types import LLMInputs
 
 if TYPE_CHECKING:
@@ -230,13 +229,12 @@ class RunningBatch:
             self._biases[layer].move(last, row)
             for keys, _ in self._crossed[layer].values():
                 keys.move(last, row)
-        for each in (
-            self.positions,
-            self.prompts,
-            *(lengths for sets in self._crossed for _, lengths in sets.values()),
-        ):
-            each[row] = each[last]  # type: ignore[index]
-            each.pop()
+        lengths = [each for sets in self._crossed for _, each in sets.values()]
+        for numbers in (self.positions, *lengths):
+            numbers[row] = numbers[last]
+            numbers.pop()
+        self.prompts[row] = self.prompts[last]
+        self.prompts.pop()
         if not last:
             self._clear()
 

@@ -11,7 +11,7 @@ from pal.backbone.merged import UNSEEN
 
 _EMPTY = -(1 << 40)
 """Position of a place without a key; before all that any window sees."""
-_LEAST = 64
+LEAST = 64
 """Places of the smallest storage."""
 
 
@@ -27,7 +27,7 @@ def _widened(x: Tensor | None, like: Tensor, rows: int, places: int, axis: int =
         fill: of new places. It must be finite, since masked values are multiplied, too.
     """
     shape = [rows, *like.shape] if x is None else list(x.shape)
-    old_rows, old_places = (0, _LEAST) if x is None else (shape[0], shape[axis])
+    old_rows, old_places = (0, LEAST) if x is None else (shape[0], shape[axis])
     if x is not None and rows <= old_rows and places <= old_places:
         return x
     shape[0] = max(rows, old_rows if rows <= old_rows else 2 * old_rows)
@@ -130,7 +130,7 @@ class KeyPositions:
         self.window = window
         self.lengths: list[int] = []
         """Number of keys of each row."""
-        self._x_SK = torch.full((1, _LEAST), _EMPTY, dtype=torch.long, device=device)
+        self._x_SK = torch.full((1, LEAST), _EMPTY, dtype=torch.long, device=device)
 
     def split(self) -> KeyPositions:
         """The same positions, to differ from now on."""
