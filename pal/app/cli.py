@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 from typer.core import TyperGroup
 
-from pal.app import ablating, benching, evaluating, indexing, listening, reporting
+from pal.app import ablating, benching, evaluating, indexing, listening, reporting, serving
 from pal.app.data import data_app
 from pal.app.loading import load_model, stored_clip
 from pal.app.models import models_app
@@ -146,6 +146,7 @@ def ask(
 
 app.command()(indexing.index)
 app.command()(listening.listen)
+app.command()(serving.serve)
 
 
 @app.command()

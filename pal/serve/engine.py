@@ -1,8 +1,8 @@
 """The engine: one thread that owns a model and answers requests in one running batch.
 
-Between two decoding steps waiting requests join and finished ones leave. Audio keys and values are kept by the digest of
-the clip's bytes; beginnings of conversations, up to the end of their last clip, are kept from the second time on, so that
-questions about one clip share one copy of its keys and read it once.
+Between two decoding steps waiting requests join and finished ones leave. Audio keys and values are kept by the digest
+of the clip's bytes; beginnings of conversations, up to the end of their last clip, are kept from the second time on, so
+that questions about one clip share one copy of its keys and read it once.
 """
 
 from __future__ import annotations
