@@ -64,9 +64,10 @@ class PromptsRead:
 
 @dataclass(frozen=True, eq=False)
 class ContinuationsRead:
-    """Texts that were read after one prompt, ready to be continued."""
+    """Texts that were read after prompts, ready to be continued."""
 
-    prompt: PromptsRead
+    prompts: tuple[PromptsRead, ...]
+    """Of each text, the prompt before it."""
     cache: SharedPrefixCache
     padding: tuple[int, ...]
     """Rows of padding before each text."""
@@ -87,16 +88,24 @@ def read(llm: Backbone, inputs: LLMInputs) -> PromptsRead:
 
 
 @torch.no_grad()
-def read_after(llm: Backbone, prompt: PromptsRead, texts: Sequence[list[int]]) -> ContinuationsRead:
-    """Read texts, each of which follows the one prompt; for LLMs without sliding windows."""
-    assert len(prompt) == 1 and not any(llm.windows)
-    continuations = Continuations((len(texts),), tuple(texts))
-    last_U = torch.tensor(prompt.last, device=llm.device)
-    ids_RT, positions_RT = continuations.rows(last_U)
-    cache = SharedPrefixCache(prompt.cache, continuations, room=0)
+def read_after(
+    llm: Backbone, prompts: Sequence[PromptsRead], texts: Sequence[Sequence[list[int]]]
+) -> ContinuationsRead:
+    """Read texts that follow prompts, each of which was read alone; for LLMs without sliding windows.
+
+    Args:
+        llm: the LLM.
+        prompts: what was read before.
+        texts: token ids of the texts after each prompt.
+    """
+    assert all(len(prompt) == 1 for prompt in prompts) and not any(llm.windows)
+    continuations = Continuations(tuple(map(len, texts)), tuple(text for each in texts for text in each))
+    ids_RT, positions_RT = continuations.rows(torch.tensor([prompt.last[0] for prompt in prompts], device=llm.device))
+    cache = SharedPrefixCache([prompt.cache for prompt in prompts], continuations, room=0)
     out = llm.lm(input_ids=ids_RT, position_ids=positions_RT, past_key_values=cache, use_cache=True, logits_to_keep=1)
-    last = tuple(prompt.last[0] + len(text) for text in texts)
-    return ContinuationsRead(prompt, cache, tuple(continuations.padding), out.logits[:, -1], last)
+    of_text = tuple(prompts[which] for which in continuations.prompts)
+    last = tuple(prompt.last[0] + len(text) for prompt, text in zip(of_text, continuations.ids, strict=True))
+    return ContinuationsRead(of_text, cache, tuple(continuations.padding), out.logits[:, -1], last)
 
 
 class RunningBatch:
@@ -178,14 +187,14 @@ class RunningBatch:
     @torch.no_grad()
     def join_after(self, texts: ContinuationsRead, which: int) -> int:
         """Add a sequence that continues a text after a prompt, to which it attends where it is; returns its row."""
-        row, padding = len(self), texts.padding[which]
-        first, last = texts.prompt.last[0] + 1, texts.last[which]
+        row, padding, prompt = len(self), texts.padding[which], texts.prompts[which]
+        first, last = prompt.last[0] + 1, texts.last[which]
         self._join_own(row, [0] * self.llm.n_layers, [torch.arange(first, last + 1, device=self.llm.device)])
         for layer, store in enumerate(texts.cache.stores):
             own = slice(padding, store.rows)
             self._keys[layer].put(row, store.keys[which, :, own], store.values[which, :, own])
             self._biases[layer].put(row, None, self.llm.device)
-        self._end_join(texts.prompt, last + 1)
+        self._end_join(prompt, last + 1)
         return row
 
     def _join_own(self, row: int, kinds: Sequence[int], positions: Sequence[Tensor]) -> None:

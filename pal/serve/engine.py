@@ -11,7 +11,7 @@ import logging
 import math
 import time
 from collections import OrderedDict, deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from threading import Condition, Thread
@@ -313,20 +313,21 @@ class Engine:
                 single.append(one)
             else:
                 following.setdefault(begins, []).append(one)
+        shared: list[_Heard] = []
         for begins, group in following.items():
-            if self.cache.get(begins, PromptsRead) is None and len(group) == 1 and begins not in self._recent:
-                self._remember(begins)
-                single += group
-            else:
-                self._remember(begins)
-                self._guarded(self._read_after, lane, group, begins)
+            again = len(group) > 1 or begins in self._recent or self.cache.get(begins, PromptsRead) is not None
+            (shared if again else single).extend(group)
+            self._remember(begins)
+        self._guarded(self._read_after, lane, shared, True)
         in_place = not any(self.model.llm.windows)
         apart = [one for one in single if in_place and (one.request.options.n > 1 or one.keys > LONG_KEYS)]
         for one in apart:
             self._guarded(self._read_single, lane, [one], True)
         self._guarded(self._read_single, lane, [one for one in single if one not in apart], False)
 
-    def _guarded(self, reading, lane: _Lane, group: list[_Heard], how: object) -> None:  # type: ignore[no-untyped-def]
+    def _guarded(
+        self, reading: Callable[[_Lane, list[_Heard], bool], None], lane: _Lane, group: list[_Heard], how: bool
+    ) -> None:
         """Read a group; where that fails, each request alone, so that one does not fail the others."""
         if not group:
             return
@@ -353,20 +354,33 @@ class Engine:
         while len(self._recent) > _RECENT:
             self._recent.popitem(last=False)
 
-    def _read_after(self, lane: _Lane, group: list[_Heard], begins: tuple[object, ...]) -> None:
-        """Read what follows a shared beginning, and the beginning itself, if the cache does not have it."""
-        prompt, end = self.cache.get(begins, PromptsRead), _end_of_clips(group[0].conversation.ids)
-        if prompt is None:
-            first = Tokens(group[0].conversation.ids[:end], group[0].conversation.clips)
-            prompt = self._read_prompts([(first, group[0].clips)])
-            self.cache.put(begins, prompt)
-        else:
-            self.stats.prefix_hits += 1
-        texts = read_after(self.model.llm, prompt, [one.conversation.ids[end:] for one in group])
-        for at, (one, greedy) in enumerate(zip(group, _greedy(texts.logits_RV), strict=True)):
+    def _read_after(self, lane: _Lane, group: list[_Heard], in_place: bool) -> None:
+        """Read what follows shared beginnings, and the beginnings themselves, where the cache does not have them."""
+        following: dict[tuple[object, ...], list[_Heard]] = {}
+        for one in group:
+            begins = self._beginning(one, lane.plain)
+            assert begins is not None
+            following.setdefault(begins, []).append(one)
+        prompts = [self._read_beginning(begins, each[0]) for begins, each in following.items()]
+        rests = [
+            [one.conversation.ids[_end_of_clips(one.conversation.ids) :] for one in each] for each in following.values()
+        ]
+        texts = read_after(self.model.llm, prompts, rests)
+        ordered = [one for each in following.values() for one in each]
+        for at, (one, greedy) in enumerate(zip(ordered, _greedy(texts.logits_RV), strict=True)):
             for choice in self._begin(one, texts.logits_RV[at], greedy):
                 lane.batch.join_after(texts, at)
                 lane.choices.append(choice)
+
+    def _read_beginning(self, begins: tuple[object, ...], one: _Heard) -> PromptsRead:
+        prompt = self.cache.get(begins, PromptsRead)
+        if prompt is None:
+            first = Tokens(one.conversation.ids[: _end_of_clips(one.conversation.ids)], one.conversation.clips)
+            prompt = self._read_prompts([(first, one.clips)])
+            self.cache.put(begins, prompt)
+        else:
+            self.stats.prefix_hits += 1
+        return prompt
 
     def _read_single(self, lane: _Lane, group: list[_Heard], in_place: bool) -> None:
         """Read whole prompts."""

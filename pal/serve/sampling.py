@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import TemperatureLogitsWarper, TopPLogitsWarper
+from transformers import LogitsProcessor, TemperatureLogitsWarper, TopPLogitsWarper
 
 _SEEDS = 1 << 63
 
@@ -39,7 +39,7 @@ class TokenSampler:
     """
 
     def __init__(self, options: SamplingOptions, choice: int, device: torch.device) -> None:
-        self.warpers = []
+        self.warpers: list[LogitsProcessor] = []
         if options.temperature != 1:
             self.warpers.append(TemperatureLogitsWarper(options.temperature))
         if options.top_p < 1:
@@ -71,7 +71,7 @@ class TokenLogprob:
 def token_logprob(logits_V: Tensor, token: int, top: int) -> TokenLogprob:
     """Log-probability of a token by the model's own distribution, before temperature and top_p."""
     logprobs_V = F.log_softmax(logits_V.float(), dim=-1)
-    found = ()
+    found: tuple[tuple[int, float], ...] = ()
     if top:
         values, ids = logprobs_V.topk(min(top, len(logprobs_V)))
         found = tuple(zip(ids.tolist(), values.tolist(), strict=True))

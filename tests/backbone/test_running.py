@@ -79,8 +79,9 @@ def run(llm, integration, given, seed):
             row = given[some[0]]
             cut = len(row.ids) - row.ids[::-1].index(AUDIO) if row.clips else 1
             if way == "after" and cut < len(row.ids) and set(row.ids[:cut]) > {AUDIO}:
-                made = read_after(llm, decoder.prompt(Tokens(row.ids[:cut], row.clips)), [row.ids[cut:], [9, 9, 9, 9]])
-                decoder.begin(some[0], decoder.batch.join_after(made, 0), made.logits_RV[0])
+                first = [decoder.prompt(Tokens([5, AUDIO], [1])), decoder.prompt(Tokens(row.ids[:cut], row.clips))]
+                made = read_after(llm, first, [[[9, 9, 9, 9]], [[7], row.ids[cut:]]])
+                decoder.begin(some[0], decoder.batch.join_after(made, 2), made.logits_RV[2])
             else:
                 made = decoder.prompt(*(given[which] for which in some))
                 for at, which in enumerate(some):
