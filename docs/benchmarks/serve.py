@@ -4,9 +4,9 @@
     python docs/benchmarks/serve.py smol --clients 64 --tokens 32 --clips 8
 
 A server process is started for each pass, so that both begin with an empty cache; a first request, which is not
-measured, warms it up. Each client asks one question after the other about the clips, and streams the answers. Printed are
-the median time to the first token, the requests of a second, their ratios, and whether the answers are equal. The clients
-take time on the same cores.
+measured, warms it up. Each client asks one question after the other about the clips, and streams the answers. Printed
+are the median time to the first token, the requests of a second, their ratios, and whether the answers are equal. The
+clients take time on the same cores.
 """
 
 from __future__ import annotations
