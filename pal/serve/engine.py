@@ -10,10 +10,9 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable, Sequence
+from collections import deque
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
 from threading import Condition, Thread
 from typing import TYPE_CHECKING
 
@@ -23,10 +22,10 @@ from torch import Tensor
 from pal.answering import default_options, is_the_llm_s
 from pal.backbone import adapters
 from pal.backbone.audio_kv import AudioKV
-from pal.backbone.running import PromptsRead, RunningBatch, read, read_after
-from pal.clips import ClipFeatures
+from pal.backbone.running import RunningBatch
 from pal.serve.choices import ChoiceState, finish
 from pal.serve.lru import ByteLRU
+from pal.serve.reading import EngineStats, HeardRequest, Lane, PromptReader, greedy_of
 from pal.serve.requests import (
     ClosingError,
     EngineRequest,
@@ -38,7 +37,7 @@ from pal.serve.requests import (
     TooLongError,
     Usage,
 )
-from pal.types import AUDIO, Tokens
+from pal.types import Tokens
 
 if TYPE_CHECKING:
     from pal.model import PalModel
@@ -47,60 +46,7 @@ READ_IDS = 4096
 """Text tokens of the prompts that are read between two steps, so that running answers do not wait long."""
 ENCODE_SECONDS = 60.0
 """Seconds of audio that are encoded between two steps."""
-LONG_KEYS = 1024
-"""Keys of a prompt beyond which it is attended to where it was read, since shorter ones would be padded to it."""
-_RECENT = 4096
-"""Beginnings of conversations that are remembered, to notice the second one."""
 _LOG = logging.getLogger(__name__)
-
-
-@dataclass
-class EngineStats:
-    """Counters since the start."""
-
-    steps: int = 0
-    rows: int = 0
-    """Sum of the batch sizes of all steps."""
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-    audio_seconds: float = 0.0
-    """Encoded; clips from the cache are not counted."""
-    clip_hits: int = 0
-    clip_misses: int = 0
-    prefix_hits: int = 0
-    answered: int = 0
-    failed: int = 0
-    cancelled: int = 0
-    recent_seconds: deque[float] = field(default_factory=lambda: deque(maxlen=32))
-
-
-@dataclass(eq=False)
-class _Lane:
-    """Sequences that are decoded with the same weights: with the adapters or without."""
-
-    batch: RunningBatch
-    plain: bool
-    choices: list[ChoiceState] = field(default_factory=list)
-
-
-@dataclass(eq=False)
-class _Heard:
-    """A request with its clips' keys and values."""
-
-    request: EngineRequest
-    conversation: Tokens
-    clips: list[AudioKV]
-    most: int
-    """Tokens that an answer may have."""
-
-    @property
-    def digests(self) -> tuple[str, ...]:
-        return tuple(self.request.clips[i].digest for i in self.conversation.clips)
-
-    @property
-    def keys(self) -> int:
-        """At least as many keys as later rows see in a layer."""
-        return len(self.conversation.ids) + sum(self.clips[i].tokens for i in self.conversation.clips)
 
 
 class Engine:
@@ -125,8 +71,8 @@ class Engine:
         self._ends = frozenset(ends or ())
         self._waiting: deque[EngineRequest] = deque()
         self._changed = Condition()
-        self._lanes = [_Lane(RunningBatch(model.llm), plain) for plain in (False, True)]
-        self._recent: OrderedDict[tuple[object, ...], None] = OrderedDict()
+        self._lanes = [Lane(RunningBatch(model.llm), plain) for plain in (False, True)]
+        self._reader = PromptReader(model, self.cache, self.stats, self._begin, self._fail)
         self._closing = False
         self._thread = Thread(target=self._run, name=f"engine {name}", daemon=True)
         self._thread.start()
@@ -221,7 +167,7 @@ class Engine:
             self._leave(lane, gone)
 
     @staticmethod
-    def _leave(lane: _Lane, rows: Iterable[int]) -> None:
+    def _leave(lane: Lane, rows: Iterable[int]) -> None:
         for row in sorted(rows, reverse=True):  # so that the row that takes the number stays
             lane.batch.leave(row)
             lane.choices[row] = lane.choices[-1]
@@ -244,7 +190,7 @@ class Engine:
         return taken
 
     def _admit(self) -> None:
-        heard: dict[bool, list[_Heard]] = {False: [], True: []}
+        heard: dict[bool, list[HeardRequest]] = {False: [], True: []}
         for request in self._take():
             if request.cancelled:
                 continue
@@ -253,16 +199,18 @@ class Engine:
                 if request.conversation is None:
                     request.emit(Indexed(clips[0]))
                     continue
-                one = _Heard(request, request.conversation, clips, self._most(request, request.conversation, clips))
+                one = HeardRequest(
+                    request, request.conversation, clips, self._most(request, request.conversation, clips)
+                )
             except Exception as error:  # of this request alone
                 self._fail(request, error)
                 continue
             heard[is_the_llm_s(self.model, request.conversation)].append(one)
         for lane in self._lanes:
             with self._weights(lane):
-                self._read_all(lane, heard[lane.plain])
+                self._reader.read(lane, heard[lane.plain])
 
-    def _weights(self, lane: _Lane) -> AbstractContextManager[object]:
+    def _weights(self, lane: Lane) -> AbstractContextManager[object]:
         return adapters.disabled(self.model.llm) if lane.plain else nullcontext()
 
     def _keys_values(self, given: RequestClip, usage: Usage) -> AudioKV:
@@ -301,106 +249,9 @@ class Engine:
         self.stats.prompt_tokens += usage.prompt
         return min(request.options.max_tokens, room)
 
-    # Reading prompts
+    # Answers
 
-    def _read_all(self, lane: _Lane, heard: list[_Heard]) -> None:
-        """Read the prompts of requests and let their answers join."""
-        single: list[_Heard] = []
-        following: dict[tuple[object, ...], list[_Heard]] = {}
-        for one in heard:
-            begins = self._beginning(one, lane.plain)
-            if begins is None:
-                single.append(one)
-            else:
-                following.setdefault(begins, []).append(one)
-        shared: list[_Heard] = []
-        for begins, group in following.items():
-            again = len(group) > 1 or begins in self._recent or self.cache.get(begins, PromptsRead) is not None
-            (shared if again else single).extend(group)
-            self._remember(begins)
-        self._guarded(self._read_after, lane, shared, True)
-        in_place = not any(self.model.llm.windows)
-        apart = [one for one in single if in_place and (one.request.options.n > 1 or one.keys > LONG_KEYS)]
-        for one in apart:
-            self._guarded(self._read_single, lane, [one], True)
-        self._guarded(self._read_single, lane, [one for one in single if one not in apart], False)
-
-    def _guarded(
-        self, reading: Callable[[_Lane, list[_Heard], bool], None], lane: _Lane, group: list[_Heard], how: bool
-    ) -> None:
-        """Read a group; where that fails, each request alone, so that one does not fail the others."""
-        if not group:
-            return
-        try:
-            reading(lane, group, how)
-        except Exception as error:
-            for one in group:
-                if len(group) == 1 or one.request.usage.completion:  # its first token was sent
-                    self._fail(one.request, error)
-                else:
-                    self._guarded(reading, lane, [one], how)
-
-    def _beginning(self, one: _Heard, plain: bool) -> tuple[object, ...] | None:
-        """Key of a conversation's part up to the end of its last clip; None where it cannot be shared."""
-        llm, ids = self.model.llm, one.conversation.ids
-        if not one.conversation.clips or any(llm.windows) or not llm.shares_prefixes or ids[-1] == AUDIO:
-            return None
-        first = ids[: _end_of_clips(ids)]
-        return ("beginning", plain, tuple(first), one.digests) if set(first) > {AUDIO} else None
-
-    def _remember(self, begins: tuple[object, ...]) -> None:
-        self._recent[begins] = None
-        self._recent.move_to_end(begins)
-        while len(self._recent) > _RECENT:
-            self._recent.popitem(last=False)
-
-    def _read_after(self, lane: _Lane, group: list[_Heard], in_place: bool) -> None:
-        """Read what follows shared beginnings, and the beginnings themselves, where the cache does not have them."""
-        following: dict[tuple[object, ...], list[_Heard]] = {}
-        for one in group:
-            begins = self._beginning(one, lane.plain)
-            assert begins is not None
-            following.setdefault(begins, []).append(one)
-        prompts = [self._read_beginning(begins, each[0]) for begins, each in following.items()]
-        rests = [
-            [one.conversation.ids[_end_of_clips(one.conversation.ids) :] for one in each] for each in following.values()
-        ]
-        texts = read_after(self.model.llm, prompts, rests)
-        ordered = [one for each in following.values() for one in each]
-        for at, (one, greedy) in enumerate(zip(ordered, _greedy(texts.logits_RV), strict=True)):
-            for choice in self._begin(one, texts.logits_RV[at], greedy):
-                lane.batch.join_after(texts, at)
-                lane.choices.append(choice)
-
-    def _read_beginning(self, begins: tuple[object, ...], one: _Heard) -> PromptsRead:
-        prompt = self.cache.get(begins, PromptsRead)
-        if prompt is None:
-            first = Tokens(one.conversation.ids[: _end_of_clips(one.conversation.ids)], one.conversation.clips)
-            prompt = self._read_prompts([(first, one.clips)])
-            self.cache.put(begins, prompt)
-        else:
-            self.stats.prefix_hits += 1
-        return prompt
-
-    def _read_single(self, lane: _Lane, group: list[_Heard], in_place: bool) -> None:
-        """Read whole prompts."""
-        prompts = self._read_prompts([(one.conversation, one.clips) for one in group])
-        for at, (one, greedy) in enumerate(zip(group, _greedy(prompts.logits_BV), strict=True)):
-            for choice in self._begin(one, prompts.logits_BV[at], greedy):
-                lane.batch.join(prompts, at, in_place)
-                lane.choices.append(choice)
-
-    def _read_prompts(self, given: Sequence[tuple[Tokens, list[AudioKV]]]) -> PromptsRead:
-        clips: list[AudioKV] = []
-        conversations = []
-        for conversation, own in given:
-            conversations.append(Tokens(conversation.ids, [len(clips) + i for i in conversation.clips]))
-            clips += own
-        model = self.model
-        features = ClipFeatures(clips, [clip.seconds for clip in clips])
-        return read(model.llm, model.inputs(features, conversations, model.llm.prompt_side()))
-
-    def _begin(self, one: _Heard, logits_V: Tensor, greedy: int) -> list[ChoiceState]:
+    def _begin(self, one: HeardRequest, logits_V: Tensor, greedy: int) -> list[ChoiceState]:
         """Choose the first token of each answer; the answers that go on."""
         request, tokenizer = one.request, self.model.tokenizer
         choices = [
@@ -414,14 +265,12 @@ class Engine:
             self._finish(request)
         return going
 
-    # Steps
-
-    def _step(self, lane: _Lane) -> None:
+    def _step(self, lane: Lane) -> None:
         try:
             with self._weights(lane):
                 logits_RV = lane.batch.step([choice.last for choice in lane.choices]).float()
             ended = []
-            for row, (choice, greedy) in enumerate(zip(lane.choices, _greedy(logits_RV), strict=True)):
+            for row, (choice, greedy) in enumerate(zip(lane.choices, greedy_of(logits_RV), strict=True)):
                 choice.advance(logits_RV[row], greedy)
                 if choice.ended:
                     ended.append(row)
@@ -452,13 +301,3 @@ class Engine:
             _LOG.error("a request failed", exc_info=error)
         event: Event = Failed(error)
         request.emit(event)
-
-
-def _end_of_clips(ids: Sequence[int]) -> int:
-    """One past the last clip."""
-    return len(ids) - list(ids)[::-1].index(AUDIO)
-
-
-def _greedy(logits_RV: Tensor) -> list[int]:
-    found: list[int] = logits_RV.float().argmax(-1).tolist()
-    return found

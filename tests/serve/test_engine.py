@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from pal.serve import engine as engine_module
+from pal.serve import reading
 from pal.serve.engine import Engine
 from pal.serve.requests import ClosingError, QueueFullError, TooLongError
 from tests.models import tiny_model
@@ -41,7 +41,7 @@ def conversation(draw):
 
 @pytest.mark.parametrize("name", ["plits", "lal", "pal", {"name": "flamingo", "every": 2}, "lal_audio_query"], ids=str)
 def test_answers_are_those_of_ask(name, monkeypatch):
-    monkeypatch.setattr(engine_module, "LONG_KEYS", 40)
+    monkeypatch.setattr(reading, "LONG_KEYS", 40)
     draw, model = random.Random(5), tiny_model(name)
     engine = Engine("tiny", model, batch=5)
     asked = []
