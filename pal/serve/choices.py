@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+COLDEST = 1e-4
+"""Lowest temperature that is sampled with; below it logits would overflow, and the most likely token is as good."""
+
+
 class ChoiceState:
     """One answer of a request: chooses its tokens and emits its pieces.
 
@@ -38,7 +42,7 @@ class ChoiceState:
     ) -> None:
         self.request, self.number, self.most, self.ends = request, number, most, ends
         options = request.options
-        self.sampler = TokenSampler(options, number, device) if options.temperature else None
+        self.sampler = TokenSampler(options, number, device) if options.temperature >= COLDEST else None
         self.text = TextStream(tokenizer, options.stop)
         self.last = 0
         """The newest token."""

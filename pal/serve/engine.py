@@ -145,11 +145,23 @@ class Engine:
     def _run(self) -> None:
         with torch.inference_mode():
             while self._wait():
-                self._leave_cancelled()
-                self._admit()
-                for lane in self._lanes:
-                    if lane.choices:
-                        self._step(lane)
+                taken: list[EngineRequest] = []
+                try:
+                    self._leave_cancelled()
+                    taken = self._take()
+                    self._admit(taken)
+                    for lane in self._lanes:
+                        if lane.choices:
+                            self._step(lane)
+                except Exception as error:  # the thread goes on with later requests
+                    self._fail_all(taken, error)
+
+    def _fail_all(self, taken: Sequence[EngineRequest], error: Exception) -> None:
+        """End all requests but the waiting ones with an error."""
+        running = [choice.request for lane in self._lanes for choice in lane.choices]
+        self._lanes = [Lane(RunningBatch(self.model.llm), plain) for plain in (False, True)]
+        for request in {id(one): one for one in (*taken, *running)}.values():
+            self._fail(request, error)
 
     def _wait(self) -> bool:
         """Wait for work; False at the end."""
@@ -189,9 +201,9 @@ class Engine:
                 taken.append(self._waiting.popleft())
         return taken
 
-    def _admit(self) -> None:
+    def _admit(self, taken: Sequence[EngineRequest]) -> None:
         heard: dict[bool, list[HeardRequest]] = {False: [], True: []}
-        for request in self._take():
+        for request in taken:
             if request.cancelled:
                 continue
             try:
@@ -266,22 +278,15 @@ class Engine:
         return going
 
     def _step(self, lane: Lane) -> None:
-        try:
-            with self._weights(lane):
-                logits_RV = lane.batch.step([choice.last for choice in lane.choices]).float()
-            ended = []
-            for row, (choice, greedy) in enumerate(zip(lane.choices, greedy_of(logits_RV), strict=True)):
-                choice.advance(logits_RV[row], greedy)
-                if choice.ended:
-                    ended.append(row)
-            self.stats.steps += 1
-            self.stats.rows += len(lane.choices)
-        except Exception as error:
-            failed = {id(choice.request): choice.request for choice in lane.choices}
-            lane.batch, lane.choices = RunningBatch(self.model.llm), []
-            for request in failed.values():
-                self._fail(request, error)
-            return
+        with self._weights(lane):
+            logits_RV = lane.batch.step([choice.last for choice in lane.choices]).float()
+        ended = []
+        for row, (choice, greedy) in enumerate(zip(lane.choices, greedy_of(logits_RV), strict=True)):
+            choice.advance(logits_RV[row], greedy)
+            if choice.ended:
+                ended.append(row)
+        self.stats.steps += 1
+        self.stats.rows += len(lane.choices)
         requests = {id(lane.choices[row].request): lane.choices[row].request for row in ended}
         self._leave(lane, ended)
         going = {id(choice.request) for choice in lane.choices}

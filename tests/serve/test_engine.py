@@ -6,6 +6,7 @@ import time
 
 import pytest
 
+from pal.serve import engine as engine_module
 from pal.serve import reading
 from pal.serve.engine import Engine
 from pal.serve.requests import ClosingError, QueueFullError, TooLongError
@@ -156,3 +157,21 @@ def test_the_cache_is_bounded_and_what_was_dropped_is_made_again(model):
         assert engine.cache.nbytes <= size
     assert engine.stats.clip_misses > len(CLIPS)
     engine.close(30)
+
+
+def test_the_thread_survives_a_fault_of_its_own(engine, model, monkeypatch):
+    running = ask(engine, QUESTIONS[1], CLIPS[:1], max_tokens=1900)
+    while not engine.running:
+        time.sleep(0.001)
+    with monkeypatch.context() as patch:
+        patch.setattr(engine_module, "is_the_llm_s", lambda *given: 1 / 0)
+        failing = ask(engine, QUESTIONS[0], CLIPS[:1], max_tokens=4)
+        for one in (failing, running):
+            with pytest.raises(ZeroDivisionError):
+                one.wait()
+    assert ask(engine, QUESTIONS[0], CLIPS[:1], max_tokens=4).wait() == [alone(model, QUESTIONS[0], CLIPS[:1], 4)]
+
+
+def test_a_temperature_of_almost_zero_is_greedy(engine, model):
+    made = ask(engine, QUESTIONS[0], CLIPS[:1], max_tokens=6, temperature=1e-30).wait()
+    assert made == [alone(model, QUESTIONS[0], CLIPS[:1], 6)]
