@@ -83,7 +83,7 @@ install: $(STAMP)
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt \
-		-e '.[plots,av,scores,embeddings,gguf,parquet,ray,tensorboard,test,dev]'
+		-e '.[plots,av,scores,embeddings,gguf,parquet,ray,serve,tensorboard,test,dev]'
 	$(BIN)/python -m compileall -qq -j 0 -x '/tests/' .venv/lib || true
 	$(BIN)/pal models get smol || echo "going on without the two pretrained models: tests of them are skipped; get them later with $(BIN)/pal models get smol"
 	touch $@

@@ -69,7 +69,7 @@ class FirstTokenTimer:
 
 def generate(model: PalModel, clips: Clips | ClipFeatures, rows: list[Tokens], **options: Any) -> list[str]:
     """As `PalModel.generate`, with adapters only for the conversations that have them by `ModelConfig.adapters`."""
-    text = [i for i, row in enumerate(rows) if _is_the_llm_s(model, row)]
+    text = [i for i, row in enumerate(rows) if is_the_llm_s(model, row)]
     if not text:
         return model.generate(clips, rows, **options)
     with adapters.disabled(model.llm):
@@ -177,10 +177,10 @@ def _generate_in_blocks(
 def stream(model: PalModel, clips: Clips, row: Tokens, **options: Any) -> Iterator[str]:
     """As `PalModel.stream`, with adapters only for a conversation that has them."""
     pieces = model.stream(clips, row, **options)
-    return _without_adapters(model, pieces) if _is_the_llm_s(model, row) else pieces
+    return _without_adapters(model, pieces) if is_the_llm_s(model, row) else pieces
 
 
-def _is_the_llm_s(model: PalModel, row: Tokens) -> bool:
+def is_the_llm_s(model: PalModel, row: Tokens) -> bool:
     """True for a conversation that the LLM answers without its adapters."""
     return model.config.adapters == "with_audio" and not row.clips
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 from typer.core import TyperGroup
 
-from pal.app import ablating, batching, benching, evaluating, indexing, listening, reporting, running
+from pal.app import ablating, batching, benching, evaluating, indexing, listening, reporting, running, serving
 from pal.app.data import data_app
 from pal.app.loading import load_model, stored_clip
 from pal.app.models import models_app
@@ -147,6 +147,7 @@ def ask(
 app.command()(indexing.index)
 app.command()(batching.batch)
 app.command()(listening.listen)
+app.command()(serving.serve)
 
 
 @app.command()

@@ -168,6 +168,16 @@ class DecodeMask:
             return one.last, mask
         return one.last, bias[..., : one.last] if mask is None else mask + bias[..., : one.last]
 
+    def keys_of_prompts(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Which of the prompts' keys later rows see in a layer, windows aside, and their positions: [B, K] each."""
+        one = self._seen[self.plan.layers[layer]]
+        return one.seen_BK[:, : one.prompt], one.positions_BK[:, : one.prompt]
+
+    def bias_of_prompts(self, layer: int) -> Tensor | None:
+        """Biases on the scores of the prompts' keys in a layer: [B or 1, H or 1, 1, K]; None without."""
+        bias = self._biases.get(layer)
+        return None if bias is None else bias[..., : self._seen[self.plan.layers[layer]].prompt]
+
     def biased(self, mask: Tensor | None, layer: int, steps: int) -> Tensor | None:
         """A layer's mask of the next step plus its bias on the scores of audio: [B or 1, H or 1, 1 or beams, K].
 

@@ -9,6 +9,7 @@ rows generated after it would see, so masks, biases and hidden rows are those of
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -65,21 +66,24 @@ class SharedPrefixCache(Cache):
     The first forward reads the continuations' given rows, padded on the left; each later one decodes a row of each.
 
     Args:
-        prompts: cache of the prompts, which have been read.
+        prompts: cache of the prompts, which have been read; or a cache for each prompt.
         continuations: of the prompts.
         room: rows to generate until the storage grows.
     """
 
-    def __init__(self, prompts: JointCache, continuations: Continuations, room: int) -> None:
-        self.prompts = prompts
+    def __init__(self, prompts: JointCache | Sequence[JointCache], continuations: Continuations, room: int) -> None:
         self.counts = continuations.counts
-        self.stores = [_OwnRows(room) for _ in prompts.stores]
+        alone = isinstance(prompts, JointCache)
+        caches = [prompts] * len(self.counts) if isinstance(prompts, JointCache) else list(prompts)
+        self.sources = [(cache, number if alone else 0) for number, cache in enumerate(caches)]
+        """Of each prompt, its cache and its number there."""
+        self.stores = [_OwnRows(room) for _ in caches[0].stores]
         super().__init__(layers=list(self.stores))
-        device = prompts.decode_mask.device
+        device = caches[0].decode_mask.device
         padding_R = torch.tensor(continuations.padding, device=device)
         self.first_R1 = padding_R[:, None] if any(continuations.padding) else None
         """First real row of each continuation; None where none has padding."""
-        self._shown: dict[int, tuple[int, Tensor | None]] = {}
+        self._shown: dict[tuple[int, int], tuple[int, Tensor | None]] = {}
 
     @property
     def answers(self) -> int:
@@ -93,7 +97,7 @@ class SharedPrefixCache(Cache):
     @property
     def no_mask(self) -> Tensor:
         """Placeholder mask: given a 4-dimensional mask, transformers makes none."""
-        return self.prompts.no_mask
+        return self.sources[0][0].no_mask
 
     @property
     def groups(self) -> list[tuple[int, int]]:
@@ -101,11 +105,12 @@ class SharedPrefixCache(Cache):
         ends = torch.tensor(self.counts).cumsum(0).tolist()
         return [(end - count, end) for end, count in zip(ends, self.counts, strict=True)]
 
-    def shown(self, layer: int) -> tuple[int, Tensor | None]:
-        """Number of the prompts' keys in a layer, and their mask; see `DecodeMask.of_prompts`."""
-        if layer not in self._shown:
-            self._shown[layer] = self.prompts.decode_mask.of_prompts(layer)
-        return self._shown[layer]
+    def shown(self, cache: JointCache, layer: int) -> tuple[int, Tensor | None]:
+        """Number of the prompts' keys in a layer of a cache, and their mask; see `DecodeMask.of_prompts`."""
+        about = (id(cache), layer)
+        if about not in self._shown:
+            self._shown[about] = cache.decode_mask.of_prompts(layer)
+        return self._shown[about]
 
 
 class _OwnRows(CacheLayerMixin):
@@ -159,19 +164,19 @@ class ContinuedRows(LaterRows):
 
     def crosses(self, layer: int) -> bool:
         """True if cross-attention blocks come before the layer."""
-        return bool(self.cache.prompts.crossing(layer))
+        return any(cache.crossing(layer) for cache, _ in self.cache.sources)
 
     def cross(self, layer: int, x_RQD: Tensor) -> Tensor:
         """The layer's input rows after the cross-attention blocks before it."""
-        for block, seen_U11A, k_UGAC, v_UGAC in self.cache.prompts.crossing(layer):
-            parts = []
-            for prompt, (first, last) in enumerate(self.cache.groups):
-                x_1XD = x_RQD[first:last].flatten(0, 1)[None]
-                one = slice(prompt, prompt + 1)
+        parts = []
+        for (cache, prompt), (first, last) in zip(self.cache.sources, self.cache.groups, strict=True):
+            x_XQD, one = x_RQD[first:last], slice(prompt, prompt + 1)
+            for block, seen_U11A, k_UGAC, v_UGAC in cache.crossing(layer):
+                x_1XD = x_XQD.flatten(0, 1)[None]
                 seen = None if seen_U11A is None else seen_U11A[one].expand(-1, -1, x_1XD.shape[1], -1)
-                parts.append(block(x_1XD, k_UGAC[one], v_UGAC[one], seen).reshape(x_RQD[first:last].shape))
-            x_RQD = torch.cat(parts)
-        return x_RQD
+                x_XQD = block(x_1XD, k_UGAC[one], v_UGAC[one], seen).reshape(x_XQD.shape)
+            parts.append(x_XQD)
+        return torch.cat(parts)
 
     def _own_mask(self, queries: int, keys: int, dtype: torch.dtype) -> Tensor | None:
         """Additive mask [R, 1, Q, K] of own rows, made once for all layers; None where none has padding."""
@@ -185,7 +190,6 @@ class ContinuedRows(LaterRows):
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
         """Queries [R, H, Q, C], keys and values of own rows so far [R, G, K, C] -> [R, Q, H, C]."""
-        store = self.cache.prompts.stores[layer]
         device = query.device.type
         # under autocast, rotary embeddings return float32, and autocast does not cast for these kernels
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else query.dtype
@@ -195,17 +199,19 @@ class ContinuedRows(LaterRows):
         out_RHQC, lse_RHQ = kernels.attend(q_RHQC, k_RGKC, v_RGKC, mask is None and Q == K > 1, mask, scale)
         # laid out as the output projection takes it
         out_RHQC = out_RHQC.transpose(1, 2).contiguous().transpose(1, 2)
-        width, shared = self.cache.shown(layer)
-        k_UGKC, v_UGKC = (x[:, :, :width].to(dtype) for x in (store.keys, store.values))
-        for prompt, (first, last) in enumerate(self.cache.groups):
-            one, rows = slice(prompt, prompt + 1), slice(first, last)
+        for (cache, prompt), (first, last) in zip(self.cache.sources, self.cache.groups, strict=True):
+            width, shared = self.cache.shown(cache, layer)
+            if not width:  # no audio keys in this layer, and no text before the clip
+                continue
+            one, rows, store = slice(prompt, prompt + 1), slice(first, last), cache.stores[layer]
+            k_UGKC, v_UGKC = (x[one, :, :width].to(dtype) for x in (store.keys, store.values))
             of_prompt = shared if shared is None or len(shared) == 1 else shared[one]
-            found = _attend_together(q_RHQC[rows], k_UGKC[one], v_UGKC[one], of_prompt, scale)
+            found = attend_together(q_RHQC[rows], k_UGKC, v_UGKC, of_prompt, scale)
             merge(out_RHQC[rows], lse_RHQ[rows], *found)
         return out_RHQC.transpose(1, 2)
 
 
-def _attend_together(
+def attend_together(
     q_RHQC: Tensor, k_1GKC: Tensor, v_1GKC: Tensor, mask_1H1K: Tensor | None, scale: float | None
 ) -> tuple[Tensor, Tensor]:
     """Attention of all rows to one copy of keys, in one call -> [R, H, Q, C], and the log-sum-exps [R, H, Q]."""

@@ -1,0 +1,196 @@
+"""The HTTP application: OpenAI's endpoints, health and metrics."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from typing import Annotated, Any
+
+from anyio import CapacityLimiter, to_thread
+from fastapi import FastAPI, File, Form, Request, UploadFile
+from fastapi.responses import JSONResponse, PlainTextResponse, Response
+from fastapi.sse import EventSourceResponse
+from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.requests import ClientDisconnect
+
+from pal.serve.access import BearerAuth, BodyLimit
+from pal.serve.completions import ChatAnswer, usage_of
+from pal.serve.engine import Engine
+from pal.serve.errors import ApiError, install_error_handlers
+from pal.serve.metrics import Metrics
+from pal.serve.requests import AnswerPiece, ClosingError, Finished, Indexed
+from pal.serve.sampling import SamplingOptions
+from pal.serve.schemas import ChatRequest, IndexRequest
+from pal.serve.served import HANDLE, ServedModel, ServeOptions
+from pal.serve.tickets import Ticket
+
+TRANSCRIBE = "Transcribe the speech."
+"""What a model is asked for a transcription, unless the request has a prompt."""
+_FORM = ("file", "model", "prompt", "response_format", "temperature", "language", "stream")
+_PREPARED = 2
+"""Requests whose audio is decoded at once."""
+
+
+def create_app(engines: Mapping[str, Engine], options: ServeOptions | None = None) -> FastAPI:
+    """The application for some engines by name; it closes them at its end.
+
+    `app.state.stopping = True` refuses new requests, while those that run are answered.
+    """
+    options = options or ServeOptions()
+    models = {name: ServedModel(engine, options) for name, engine in engines.items()}
+    metrics = Metrics(engines)
+    limiter: list[CapacityLimiter] = []
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        limiter.append(CapacityLimiter(_PREPARED))
+        yield
+        for engine in engines.values():
+            await to_thread.run_sync(engine.close)
+
+    app = FastAPI(
+        title="pal",
+        summary="Questions about audio, by OpenAI's protocol.",
+        lifespan=lifespan,
+    )
+    app.state.stopping = False
+    app.add_middleware(BodyLimit, most=options.max_body)
+    app.add_middleware(BearerAuth, key=options.api_key)
+    install_error_handlers(app)
+
+    def find(name: str) -> ServedModel:
+        if name not in models:
+            raise ApiError(f"no model '{name[:60]}'; served: {', '.join(models)}", 404, "model", "model_not_found")
+        return models[name]
+
+    def ticket(served: ServedModel, http: Request) -> Ticket:
+        if app.state.stopping:
+            raise ClosingError("the server is stopping; ask another one, or again later")
+        return Ticket(served.engine, http, metrics)
+
+    @app.post("/v1/chat/completions", tags=["OpenAI"])
+    async def chat_completions(body: ChatRequest, http: Request) -> Response:
+        """Answer a conversation about audio."""
+        served = find(body.model)
+        one = ticket(served, http)
+        await one.submit(lambda: served.chat(body, one.emit), limiter[0])
+        tokenizer = served.tokenizer if body.logprobs else None
+        answer = ChatAnswer(body.model, served.engine.digest, tokenizer)
+        events = one.events()
+        if not body.stream:
+            return JSONResponse(await answer.whole(events))
+        first = await anext(events)  # so that what fails before has a status of its own
+        assert isinstance(first, AnswerPiece)
+        usage = body.stream_options is not None and body.stream_options.include_usage
+        return EventSourceResponse(_closing(answer.chunks(first, events, usage), one))
+
+    @app.post("/v1/audio/transcriptions", tags=["OpenAI"])
+    async def audio_transcriptions(
+        http: Request,
+        file: Annotated[UploadFile, File(description="an audio file")],
+        model: Annotated[str, Form()],
+        prompt: Annotated[str | None, Form(description="asked in place of 'Transcribe the speech.'")] = None,
+        response_format: Annotated[str, Form(description="json or text")] = "json",
+        temperature: Annotated[float, Form(ge=0, le=2)] = 0.0,
+        language: Annotated[str | None, Form(description="accepted, and changes nothing")] = None,
+        stream: Annotated[bool, Form(description="only false")] = False,
+    ) -> Response:
+        """Write down what is said in a clip, as far as the model has learned to."""
+        unknown = [name for name in (await http.form()) if name not in _FORM]
+        if unknown:
+            raise ApiError(f"'{unknown[0]}' is not supported; leave it out", 422, unknown[0][:60], "unknown_parameter")
+        if response_format not in ("json", "text"):
+            raise ApiError("response_format: json or text", 400, "response_format")
+        if stream:
+            raise ApiError("transcriptions are not streamed; leave 'stream' out", 400, "stream")
+        served = find(model)
+        one = ticket(served, http)
+        data, name = await file.read(), (file.filename or "").rpartition(".")[2][:20]
+        sampling = SamplingOptions(max_tokens=options.max_tokens, temperature=temperature)
+        await one.submit(lambda: served.question(prompt or TRANSCRIBE, data, name, sampling, one.emit), limiter[0])
+        text, usage = "", None
+        async for event in one.events():
+            if isinstance(event, AnswerPiece):
+                text += event.text
+            elif isinstance(event, Finished):
+                usage = {"type": "tokens", **usage_of(event.usage)}
+                usage["input_tokens"], usage["output_tokens"] = event.usage.prompt, event.usage.completion
+        return (
+            PlainTextResponse(text + "\n")
+            if response_format == "text"
+            else JSONResponse({"text": text, "usage": usage})
+        )
+
+    @app.post("/v1/audio/index", tags=["pal"])
+    async def audio_index(body: IndexRequest, http: Request) -> dict[str, Any]:
+        """Keep a clip's audio keys and values; later requests name the clip by its handle."""
+        served = find(body.model)
+        one = ticket(served, http)
+        request = None
+
+        def prepare() -> Any:
+            nonlocal request
+            request = served.index(body.input_audio, one.emit)
+            return request
+
+        await one.submit(prepare, limiter[0])
+        async for event in one.events():
+            if isinstance(event, Indexed) and request is not None:
+                digest = request.clips[0].digest
+                if served.engine.stored(digest) is None:
+                    said = "the clip's keys and values are larger than the whole cache; start with a larger --cache-gb"
+                    raise ApiError(said, 413, "input_audio", "audio_too_large")
+                return {
+                    "id": HANDLE + digest,
+                    "object": "audio.index",
+                    "created": int(time.time()),
+                    "model": body.model,
+                    "seconds": event.audio.seconds,
+                    "audio_tokens": event.audio.tokens,
+                    "bytes": event.audio.nbytes,
+                }
+        raise ClientDisconnect
+
+    @app.get("/v1/models", tags=["OpenAI"])
+    async def list_models() -> dict[str, Any]:
+        """The served models."""
+        return {"object": "list", "data": [served.facts() for served in models.values()]}
+
+    @app.get("/v1/models/{name:path}", tags=["OpenAI"])
+    async def get_model(name: str) -> dict[str, Any]:
+        """One model."""
+        return find(name).facts()
+
+    @app.get("/health", tags=["operation"])
+    async def health() -> dict[str, str]:
+        """Whether the process answers."""
+        return {"status": "ok"}
+
+    @app.get("/ready", tags=["operation"])
+    async def ready() -> JSONResponse:
+        """Whether new requests are taken."""
+        fine = not app.state.stopping and all(engine.ready for engine in engines.values())
+        return JSONResponse({"status": "ready" if fine else "stopping"}, 200 if fine else 503)
+
+    @app.get("/metrics", tags=["operation"])
+    async def show_metrics() -> Response:
+        """Prometheus' metrics."""
+        return Response(metrics.text(), media_type=CONTENT_TYPE_LATEST)
+
+    @app.exception_handler(ClientDisconnect)
+    async def left(request: Request, error: ClientDisconnect) -> Response:
+        return Response(status_code=499)
+
+    return app
+
+
+async def _closing(chunks: AsyncIterator[bytes], one: Ticket) -> AsyncIterator[bytes]:
+    """The chunks; the ticket is closed where they are not read to their end."""
+    try:
+        async for chunk in chunks:
+            yield chunk
+    except ClientDisconnect:
+        return
+    finally:
+        one.close()
