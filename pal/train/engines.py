@@ -1,7 +1,7 @@
 """Engines: how the processes of a run share a stage's work and memory.
 
-One process and DDP hold the whole model in each process (`Engine`); `FullyShardedEngine` cuts weights, gradients and
-optimizer state among them. An engine also has those methods of `accelerate.Accelerator` that a step needs.
+One process and DDP hold the whole model in each process (`TrainingEngine`); `FullyShardedEngine` cuts weights,
+gradients and optimizer state among them. An engine also has those methods of `accelerate.Accelerator` that a step needs.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _FSDP, _DEEPSPEED = "ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"
 """Variables of the environment by which `accelerate launch` says what it is configured for."""
 
 
-class Engine:
+class TrainingEngine:
     """One process, or several with the whole model in each, which average their gradients (DDP)."""
 
     shards = False
@@ -115,7 +115,7 @@ class Engine:
         return tensors
 
 
-class FullyShardedEngine(Engine):
+class FullyShardedEngine(TrainingEngine):
     """FSDP2: each process holds some rows of all weights, gradients and optimizer state.
 
     A stage starts from the whole model in host memory. `prepare` shards it group by group (`pal.train.sharding`), and
@@ -157,7 +157,7 @@ class FullyShardedEngine(Engine):
     def prepare(
         self, objective: Objective, parameters: Parts, stage: Stage
     ) -> tuple[nn.Module, dict[str, dict[str, nn.Parameter]]]:
-        """See `Engine.prepare`."""
+        """See `TrainingEngine.prepare`."""
         self._stage = stage
         places = {id(p): name for name, p in objective.named_parameters()}
         self._bare = without_weights(objective.model)
@@ -187,7 +187,7 @@ class FullyShardedEngine(Engine):
         return whole
 
     def aligned(self, micro_batches: list[MicroBatch]) -> list[MicroBatch]:
-        """See `Engine.aligned`: gathering weights and reducing gradients take all processes."""
+        """See `TrainingEngine.aligned`: gathering weights and reducing gradients take all processes."""
         assert self._stage is not None
         if self._stage.objective != "answers":  # the only one whose batches mix conversations with clips and without
             return micro_batches
@@ -220,7 +220,7 @@ class FullyShardedEngine(Engine):
 
     @torch.no_grad()
     def clip_grad_norm_(self, parameters: list[nn.Parameter], max_norm: float) -> Tensor:
-        """See `Engine.clip_grad_norm_`; the norm is that over all processes."""
+        """See `TrainingEngine.clip_grad_norm_`; the norm is that over all processes."""
         # all that trains is sharded, but numbers without a dimension
         sharded, once = (
             [p.grad for p in parameters if p.grad is not None and (p.ndim > 0) == kind] for kind in (True, False)
@@ -237,15 +237,15 @@ class FullyShardedEngine(Engine):
             module.reshard()
 
     def weight_shards(self, weights: Mapping[str, Tensor]) -> Mapping[str, Tensor | Shard]:
-        """See `Engine.weight_shards`."""
+        """See `TrainingEngine.weight_shards`."""
         return {name: self._shard(tensor.detach(), None) for name, tensor in weights.items()}
 
     def optimizer_shards(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor | Shard]:
-        """See `Engine.optimizer_shards`."""
+        """See `TrainingEngine.optimizer_shards`."""
         return {key: self._shard(tensor.detach(), self._shape(key)) for key, tensor in tensors.items()}
 
     def own_part(self, tensors: StoredTensors) -> Mapping[str, Tensor]:
-        """See `Engine.own_part`."""
+        """See `TrainingEngine.own_part`."""
         found = {}
         for key in tensors:
             shape = self._shape(key)
@@ -271,7 +271,7 @@ class FullyShardedEngine(Engine):
         return (module for module in self._objective.modules() if isinstance(module, FSDPModule))
 
 
-def start_engine(name: EngineName) -> Engine:
+def start_engine(name: EngineName) -> TrainingEngine:
     """Join the processes of the run, as `accelerate launch` or `torchrun` started them.
 
     Args:
@@ -294,7 +294,7 @@ def start_engine(name: EngineName) -> Engine:
     finally:
         os.environ.update(asked)
     if accelerator.num_processes == 1 or name == "ddp":
-        return Engine(accelerator)
+        return TrainingEngine(accelerator)
     return FullyShardedEngine(accelerator)
 
 

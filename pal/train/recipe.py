@@ -256,14 +256,14 @@ class Recipe(StrictConfig):
                     f"stages.{i}: 'cache' needs clips without augmentation, but source '{augmented[0]}' has 'augment'; "
                     "remove one of them"
                 )
-        names = [stage.name for stage in self.stages]
-        for name in (self.validation and self.validation.stages) or ():
-            if name not in names:
-                raise ValueError(f"validation: no stage '{name}'; known: {', '.join(names)}")
             if stage.cache is not None and self.keep.loader == "processes":
                 raise ValueError(
                     f"stages.{i}: 'cache' encodes clips in the training process; set keep.loader to 'threads'"
                 )
+        names = [stage.name for stage in self.stages]
+        for name in (self.validation and self.validation.stages) or ():
+            if name not in names:
+                raise ValueError(f"validation: no stage '{name}'; known: {', '.join(names)}")
         return self
 
     def stage_sources(self, stage: Stage) -> dict[str, Source]:

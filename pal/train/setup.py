@@ -21,6 +21,19 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+def make_tokenizer(recipe: Recipe, manifests: dict[str, RecordSource], out: Path) -> None:
+    """Train the tokenizer of a fresh LLM on the manifests' text and save it in `out/tokenizer`, once.
+
+    Of several processes the first must call it before the others.
+    """
+    folder, model = out / "tokenizer", recipe.model
+    if model is None or model.llm.vocabulary is None or "llm" in recipe.start or folder.exists():
+        return
+    tokenizer = train_tokenizer(_texts(manifests.values()), model.llm.vocabulary)
+    with atomic_folder(folder) as temporary:
+        tokenizer.save_pretrained(temporary)
+
+
 def build_model(recipe: Recipe, manifests: dict[str, RecordSource], out: Path) -> PalModel:
     """Build the recipe's model on the CPU, with the weights of `bundle` or `start` if set.
 
@@ -34,6 +47,8 @@ def build_model(recipe: Recipe, manifests: dict[str, RecordSource], out: Path) -
     """
     if recipe.bundle is not None:
         return PalModel.from_pretrained(recipe.bundle)
+    from transformers import AutoTokenizer
+
     assert recipe.model is not None
     config = recipe.model
     tokenizer = None
@@ -42,7 +57,10 @@ def build_model(recipe: Recipe, manifests: dict[str, RecordSource], out: Path) -
         if "llm" in recipe.start:
             tokenizer = donors[recipe.start["llm"]].tokenizer
         else:
-            tokenizer = _own_tokenizer(out / "tokenizer", manifests.values(), config.llm.vocabulary)
+            make_tokenizer(recipe, manifests, out)
+            verify(out / "tokenizer")
+            # read back even if new, so that a resumed run has the same tokenizer
+            tokenizer = AutoTokenizer.from_pretrained(out / "tokenizer", local_files_only=True)
         config = _with_ids(config, tokenizer)
     model = PalModel.from_config(config, tokenizer)
     for part, path in recipe.start.items():
@@ -72,19 +90,6 @@ def _with_ids(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> ModelC
     }
     llm = config.llm.model_copy(update={"fresh": fields | (config.llm.fresh or {})})
     return config.model_copy(update={"llm": llm})
-
-
-def _own_tokenizer(folder: Path, manifests: Iterable[RecordSource], vocabulary: int) -> PreTrainedTokenizerBase:
-    """Load the tokenizer in `folder`; if it is missing, first train it on the manifests' text and save it there."""
-    from transformers import AutoTokenizer
-
-    if not folder.exists():
-        tokenizer = train_tokenizer(_texts(manifests), vocabulary)
-        with atomic_folder(folder) as temporary:
-            tokenizer.save_pretrained(temporary)
-    verify(folder)
-    # read back even if new, so that a resumed run has the same tokenizer
-    return AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
 
 def _texts(manifests: Iterable[RecordSource]) -> Iterator[str]:

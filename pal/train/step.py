@@ -46,7 +46,7 @@ class Update:
         optimizer: fused optimizer over the parameters of `masters`, without gradients yet.
         masters: trained weights with their float32 master weights.
         stage: sets gradient clipping and precision.
-        accelerator: `pal.train.engines.Engine`, or `accelerate.Accelerator`.
+        accelerator: `pal.train.engines.TrainingEngine`, or `accelerate.Accelerator`.
         host_reduce: sums host numbers over the processes.
         max_nonfinite: number of non-finite steps with which training goes on.
         nonfinite: number of those so far.

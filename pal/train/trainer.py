@@ -34,7 +34,7 @@ from pal.train.quarantine import Quarantine
 from pal.train.recipe import Recipe, Stage
 from pal.train.saving import CheckpointSaver
 from pal.train.seeding import seed_everything
-from pal.train.setup import build_model
+from pal.train.setup import build_model, make_tokenizer
 from pal.train.skipped_steps import SkippedSteps
 from pal.train.skips import digests
 from pal.train.sources import StageData, open_sources
@@ -139,6 +139,7 @@ class Trainer:
             return
         with self.accelerator.main_process_first(), naming_disk_faults(out):
             self.manifests = open_sources(recipe, out / "data")
+            make_tokenizer(recipe, self.manifests, out)
         if recipe.validation is not None:
             self.engine.check_validation()
             ranks = (self.accelerator.process_index, self.accelerator.num_processes)

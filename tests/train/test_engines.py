@@ -20,9 +20,10 @@ from pal.train import Trainer, run, stages
 from pal.train.curves import read_log
 from pal.train.engines import start_engine
 from pal.train.objectives import build_objective
+from pal.train.prefetching import PrefetchLoader
 from pal.train.recipe import Recipe
 from pal.train.setup import build_model
-from pal.train.sources import PrefetchLoader, StageData, open_sources
+from pal.train.sources import StageData, open_sources
 from tests.counts import repeats
 from tests.processes import exit_codes, fresh, rendezvous
 from tests.train.tiny import LLM, MODEL, recipe

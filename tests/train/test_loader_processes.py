@@ -19,7 +19,7 @@ from pydantic import ValidationError
 from pal.data.collate import WaveformCache
 from pal.data.manifest import Manifest, Record, Turn, write_manifest
 from pal.data.sharding import shard
-from pal.errors import AudioError, AudioWarning
+from pal.errors import AudioWarning, ManifestError
 from pal.train import run, trainer
 from pal.train.loader_process import LoaderError, LoaderProcesses
 from pal.train.objectives import MicroBatch, build_objective
@@ -203,7 +203,8 @@ def test_no_process_outlives_a_killed_training_process(manifest: Path) -> None:
     assert pids and not list(alive(pids))
 
 
-def test_errors_arrive_at_their_step_with_their_message(tmp_path: Path) -> None:
+def of_three_clips(tmp_path: Path) -> StageData:
+    """Steps of a clip each, one of which is cut off; the clips' records are in `m.jsonl`."""
     for name in "abc":
         soundfile.write(tmp_path / f"{name}.wav", [0.1] * 1600, 16_000)
     (tmp_path / "b.wav").write_bytes((tmp_path / "b.wav").read_bytes()[:-100])
@@ -217,14 +218,40 @@ def test_errors_arrive_at_their_step_with_their_message(tmp_path: Path) -> None:
     model = tiny_model("pal", warm=False)
     data = StageData(made, 0, {"x": Manifest(tmp_path / "m.jsonl")})
     data.start(model, build_objective(model, made.stages[0], ()), WaveformCache(0))
+    return data
+
+
+def test_bad_clips_of_processes_are_listed_as_those_of_threads(tmp_path: Path) -> None:
+    data = of_three_clips(tmp_path)
+    found = []
+    for processes in (False, True):
+        with closing(PrefetchLoader(data, 0, 0, 1, 1, 3, processes)) as loader:
+            found.append([(one.batch.records, one.counts, one.left_out) for (one,) in loader])
+    threads, others = found
+    assert others == threads
+    ((bad,),) = [left_out for _, _, left_out in threads if left_out]
+    assert bad.clip == str(tmp_path / "b.wav") and bad.records == ("b",) and "b.wav" in bad.reason
+    assert [counts for _, counts, _ in threads].count(False) == 1
+
+
+def test_errors_arrive_at_their_step_with_their_message(tmp_path: Path) -> None:
+    data = of_three_clips(tmp_path)
+    faulty = (
+        (tmp_path / "m.jsonl")
+        .read_text()
+        .replace('"output": "!", "dataset": "d", "task": "t"}\n', '"outputs": "!"}\n', 1)
+    )
+    (tmp_path / "m.jsonl").write_text(faulty)
+    data.manifests[:] = [Manifest(tmp_path / "m.jsonl")]
+    data.loader.manifests = data.manifests
     found = {}
     for processes in (False, True):
         steps = 0
-        with closing(PrefetchLoader(data, 0, 0, 1, 1, 3, processes)) as loader, pytest.raises(AudioError) as caught:
+        with closing(PrefetchLoader(data, 0, 0, 1, 1, 3, processes)) as loader, pytest.raises(ManifestError) as caught:
             for _ in loader:
                 steps += 1
         found[processes] = (steps, str(caught.value))
-    assert found[True] == found[False] and "b.wav" in found[True][1]
+    assert found[True] == found[False] and "line 1: unknown key 'outputs'" in found[True][1]
 
 
 def test_warnings_of_processes_are_given_here(tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import signal
 import time
 from pathlib import Path
@@ -120,15 +119,6 @@ def test_kill(manifest: Path, whole: Path, tmp_path: Path) -> None:
     process.kill()
     process.join()
     assert not (out / "train.json").exists()
-    run(recipe(manifest), out, resume=True)
-    assert_same_run(out, whole)
-
-
-def test_killed_after_the_last_step(manifest: Path, whole: Path, tmp_path: Path) -> None:
-    out = tmp_path / "run"
-    shutil.copytree(whole, out)
-    (out / "train.json").unlink()
-    shutil.rmtree(out / "model")
     run(recipe(manifest), out, resume=True)
     assert_same_run(out, whole)
 
