@@ -1,7 +1,8 @@
 """Engines: how the processes of a run share a stage's work and memory.
 
 One process and DDP hold the whole model in each process (`TrainingEngine`); `FullyShardedEngine` cuts weights,
-gradients and optimizer state among them. An engine also has those methods of `accelerate.Accelerator` that a step needs.
+gradients and optimizer state among them. An engine also has those methods of `accelerate.Accelerator` that a step
+needs.
 """
 
 from __future__ import annotations
