@@ -71,7 +71,8 @@ def serve(
         at, shown = socket.getsockname()[1], f"[{host}]" if ":" in host else host
         if host not in LOOPBACK and api_key is None:
             note(f"everybody who reaches {shown} can ask; --api-key asks for a key")
-        typer.echo(f"serving {', '.join(engines)} at http://{shown}:{at}/v1 (/ is a page to ask, /docs has the endpoints)")
+        url = f"http://{shown}:{at}"
+        typer.echo(f"serving {', '.join(engines)} at {url}/v1 ({url} is a page to ask, {url}/docs has the endpoints)")
         make_server(create_app(engines, options, attention_by_word), grace).run(sockets=[socket])
 
 

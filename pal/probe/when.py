@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -58,8 +58,7 @@ def most_attended(
     return [AttendedSpan(*span) for span in spans]
 
 
-@dataclass(frozen=True)
-class AttendedWords:
+class AttendedWords(NamedTuple):
     """Words of an answer, and where each attended."""
 
     words: list[str]
@@ -87,12 +86,11 @@ def attention_by_word(model: PalModel, clip: AudioInput, question: str, answer: 
     if not said:
         raise PalError("the answer has no words; ask something else")
     time_NX = time_LNX.double().mean(0)
-    return AttendedWords([word for word, _ in said], torch.stack([time_NX[rows].mean(0) for _, rows in said]), _end(found))
+    mass_WX = torch.stack([time_NX[rows].mean(0) for _, rows in said])
+    return AttendedWords([word for word, _ in said], mass_WX, _end(found))
 
 
-def _attention(
-    model: PalModel, clip: Clip, question: str, answer: str, bins: int
-) -> tuple[AnswerAttention, Tensor]:
+def _attention(model: PalModel, clip: Clip, question: str, answer: str, bins: int) -> tuple[AnswerAttention, Tensor]:
     """The attention of a labelled answer, and its part on the clip over time [L, N, X]."""
     if not answer:
         raise PalError("an empty answer attends to nothing; ask something else")

@@ -38,7 +38,8 @@ def create_app(
 ) -> FastAPI:
     """The application for some engines by name; it closes them at its end.
 
-    `attention` is what the page shows of answers, `pal.probe.when.attention_by_word`; None shows nothing. `app.state.stopping = True` refuses new requests, while those that run are answered.
+    `attention` is what the page shows of an answer (`pal.probe.when.attention_by_word`); None shows nothing.
+    `app.state.stopping = True` refuses new requests, while those that run are answered.
     """
     options = options or ServeOptions()
     models = {name: ServedModel(engine, options) for name, engine in engines.items()}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from anyio import to_thread
 from fastapi import APIRouter, Request
@@ -71,27 +71,9 @@ HEADERS = {
 """Of everything that belongs to the page."""
 
 
-class WordsOverTime(Protocol):
-    """Where each word of an answer attended (`pal.probe.when.AttendedWords`)."""
-
-    @property
-    def words(self) -> list[str]:
-        """Words of the answer."""
-        ...
-
-    @property
-    def mass_WX(self) -> Tensor:
-        """Attention mass of each word on X equal stretches of the clip."""
-        ...
-
-    @property
-    def seconds(self) -> float:
-        """What the stretches cover."""
-        ...
-
-
-Attention = Callable[["PalModel", "AudioKV", str, str], WordsOverTime]
-"""Attention of an answer to a question about a clip."""
+Attention = Callable[["PalModel", "AudioKV", str, str], tuple[list[str], "Tensor", float]]
+"""Where the words of an answer to a question about a clip attended: the words, their attention mass on each of X equal
+stretches [W, X], and the seconds that these cover."""
 Compute = Callable[[str, Request, Callable[[ServedModel, Emit], EngineRequest]], Awaitable[Any]]
 """Runs a request's function in the engine of the model with this name, and returns its value."""
 
@@ -146,10 +128,10 @@ def page_router(
         if attention is None:
             raise ApiError("this server does not show attention; `pal serve` does", 404)
         function = attention
-        found: WordsOverTime = await compute(
+        said, mass_WX, seconds = await compute(
             body.model, http, lambda served, emit: served.attention(body, emit, function)
         )
-        shown = {"words": found.words, "mass": found.mass_WX.tolist(), "seconds": found.seconds}
+        shown = {"words": said, "mass": mass_WX.tolist(), "seconds": seconds}
         return JSONResponse(shown, headers=HEADERS)
 
     @router.get("/page/{name}")

@@ -24,9 +24,10 @@ from pal.serve.sampling import SamplingOptions
 from pal.serve.schemas import AttentionRequest, ChatRequest, InputAudio, Message, TextPart
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from pal.backbone.audio_kv import AudioKV
     from pal.model import PalModel
-    from transformers import PreTrainedTokenizerBase
 
 Emit = Callable[[Event], None]
 HANDLE = "audio-"
