@@ -3,11 +3,10 @@
 import base64
 import io
 import json
-import os
 import re
 import shutil
 import subprocess
-import sys
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 
 import httpx
@@ -218,6 +217,7 @@ def test_a_part_is_cut_out(page):
     with page.tab.expect_download() as saved:
         page.tab.click("#save")
     assert saved.value.suggested_filename == "noise-0.25-0.75.wav"
+    page.tab.locator("#stage").scroll_into_view_if_needed()
     box = page.tab.locator("#stage").bounding_box()
     page.tab.mouse.move(box["x"] + box["width"] * 0.5, box["y"] + 20)
     page.tab.mouse.down()
@@ -296,7 +296,7 @@ def test_errors_are_said_beside_what_caused_them(page):
     page.tab.route("**/v1/chat/completions", lambda route: route.abort())
     (card,) = page.ask(ASK, 1)
     assert "does not answer" in card.locator(".error").inner_text()
-    assert page.tab.locator(".error:visible").count() == 2  # of these two questions
+    assert page.tab.locator(".error:visible").count() == 1
     page.tab.unroute("**/v1/chat/completions")
     (card,) = page.ask(ASK, 1)
     assert card.locator(".answer").inner_text() and not card.locator(".error").is_visible()
@@ -323,7 +323,7 @@ def test_a_key_is_asked_for_and_kept_in_memory_alone(open_page):
         assert page.tab.is_visible("#key-section")
 
 
-def test_programs_ask_the_same(open_page, served, tmp_path):
+def test_programs_ask_the_same(open_page, served, tmp_path, monkeypatch):
     url, _ = served
     page = open_page(url, permissions=["clipboard-read", "clipboard-write"])
     question = """What's "this" in $HOME, `ls` or \\n?"""
@@ -334,7 +334,7 @@ def test_programs_ask_the_same(open_page, served, tmp_path):
     page.tab.fill("#most", "16")
     page.tab.fill("#question", question)
     expected = answer_of(url, data, question)
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    monkeypatch.chdir(tmp_path)
     for indexed in (False, True):
         if indexed:
             page.ask(question)
@@ -342,21 +342,13 @@ def test_programs_ask_the_same(open_page, served, tmp_path):
         page.tab.wait_for_selector("#copied:text-is('Copied.')")
         program = page.tab.evaluate("navigator.clipboard.readText()")
         assert ("audio-" in program) is indexed and ("base64" in program) is not indexed
-        if indexed:  # a process that imports openai takes seconds
-            done = subprocess.run(
-                [sys.executable, "-c", program],
-                cwd=tmp_path,
-                env=environment,
-                capture_output=True,
-                text=True,
-                timeout=120,
-            )
-            assert done.stdout.strip() == expected.strip(), done.stderr
-        else:
-            compile(program, "program", "exec")
+        said = io.StringIO()
+        with redirect_stdout(said):
+            exec(compile(program, "program", "exec"), {})
+        assert said.getvalue() == f"{expected}\n"
         if shutil.which("curl"):
             command = page.tab.inner_text("#curl")
-            done = subprocess.run(["sh", "-c", command], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+            done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, timeout=60)
             assert streamed(done.stdout) == expected
 
 
@@ -366,15 +358,14 @@ def streamed(text):
 
 
 def test_the_keyboard_does_everything(page):
-    page.tab.uncheck("input[value=plits]")
     reached = []
-    page.tab.evaluate("document.activeElement.blur()")
     while not reached or reached[-1] != "ask":
         page.tab.keyboard.press("Tab")
         name = page.tab.evaluate("document.activeElement.id || document.activeElement.textContent")
         reached.append(name)
         assert len(reached) < 30
-        assert page.tab.evaluate("getComputedStyle(document.activeElement).outlineStyle") != "none"
+        if name != "player":  # the browser's own buttons are focused there
+            assert page.tab.evaluate("getComputedStyle(document.activeElement).outlineStyle") != "none", name
         if name == "Example: A dog":
             page.tab.keyboard.press("Enter")
             page.drawn()
@@ -387,7 +378,7 @@ def test_the_keyboard_does_everything(page):
     page.tab.focus("#question")
     page.tab.keyboard.type(" Or not?")
     page.tab.keyboard.press("Enter")
-    page.answers(1)
+    page.answers()
     assert page.tab.inner_text(".asked h3") == f"{ASK} Or not?"
     assert "0.50 to 1.50 s" in page.tab.inner_text(".asked")
 

@@ -185,7 +185,7 @@ function showKept() {
     const said = `${kept.tokens} audio tokens, ${inBytes(kept.bytes)}, ${inMilliseconds(kept.ms)}; used for ${asked}`;
     return element("li", {}, element("strong", {}, model), `: indexed once: ${said}`);
   });
-  byId("indexed").replaceChildren(...lines);
+  byId("indexed").replaceChildren(...(lines.length ? [element("ul", { className: "plain" }, ...lines)] : []));
 }
 
 // The question
