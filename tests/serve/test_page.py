@@ -302,6 +302,39 @@ def test_errors_are_said_beside_what_caused_them(page):
     assert card.locator(".answer").inner_text() and not card.locator(".error").is_visible()
 
 
+def test_an_answer_can_be_stopped(page):
+    page.upload("noise.wav", wav(CLIPS[0]))
+    page.tab.route("**/v1/chat/completions", lambda route: None)  # waits for ever
+    page.tab.fill("#question", ASK)
+    page.tab.click("#ask")
+    page.tab.wait_for_selector(".card p:text-is('reading the question')")
+    assert page.tab.is_disabled("#ask")
+    page.tab.click("#stop")
+    page.tab.wait_for_selector(".card p:text-is('stopped')")
+    page.tab.wait_for_selector(".card p:text-is('not asked')")
+    assert page.tab.is_enabled("#ask") and page.tab.is_disabled("#stop")
+
+
+def test_a_dropped_file_that_the_browser_cannot_decode_can_be_asked_about(page, served):
+    url, _ = served
+    page.tab.uncheck("input[value=plits]")
+    page.tab.fill("#most", "16")
+    data = wav(CLIPS[1], "AIFF")
+    dropped = page.tab.evaluate_handle(
+        """bytes => { const made = new DataTransfer();
+        made.items.add(new File([new Uint8Array(bytes)], 'tone.aiff')); return made; }""",
+        list(data),
+    )
+    page.tab.dispatch_event("#drop", "drop", {"dataTransfer": dropped})
+    page.tab.wait_for_selector("#clip-name:text-is('tone.aiff')")
+    assert "cannot decode tone.aiff" in page.tab.inner_text("#sound-status")
+    assert not page.tab.is_visible("#stage") and not page.tab.is_visible("#from")
+    (card,) = page.ask(ASK, 1)
+    assert card.locator(".answer").text_content() == answer_of(url, data, ASK)
+    card.locator("text=Show where it listened").click()
+    card.locator(".words button").first.wait_for()
+
+
 def test_a_key_is_asked_for_and_kept_in_memory_alone(open_page):
     with serving_page({"pal": tiny_model("pal")}, ServeOptions(api_key=KEY)) as (url, _):
         page = open_page(url)

@@ -31,7 +31,7 @@ class Card {
       "div",
       { className: "card", role: "group", ariaLabel: `Answer of ${model.id}` },
       element("h4", {}, model.id),
-      element("p", { className: "small" }, model.integration),
+      element("p", { className: "small" }, `integration ${model.integration}`),
       this.answer,
       this.error,
       this.status,

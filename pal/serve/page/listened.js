@@ -43,7 +43,8 @@ function overlay({ words, mass, seconds }, excerpt) {
   buttons.forEach((button, i) => button.addEventListener("click", () => show(i)));
   const group = element("div", { className: "row words", role: "group", ariaLabel: "Words of the answer" }, ...buttons);
   const note = "Bright where the chosen word attended, mean over layers and heads; the line is the same. It shows where the model looked, and proves nothing.";
-  show(0);
+  const sums = mass.map((row) => row.reduce((a, b) => a + b));
+  show(sums.indexOf(Math.max(...sums)));
   return [group, canvas, said, element("p", { className: "small" }, note)];
 }
 

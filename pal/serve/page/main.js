@@ -47,7 +47,7 @@ async function loadFacts() {
       fault("models-error", null);
       showCode();
     });
-    const about = `${model.integration}, ${model.encoders.join(" and ")}, ${inParameters(model.parameters)} parameters`;
+    const about = `integration ${model.integration}, encoder ${model.encoders.join(" and ")}, ${inParameters(model.parameters)} parameters`;
     const notice = model.notice ? [element("br"), element("span", { className: "small" }, `Note: ${model.notice}.`)] : [];
     return element("label", {}, box, element("span", {}, model.id, " ", element("span", { className: "small" }, about), ...notice));
   });
