@@ -3,6 +3,7 @@
 import shutil
 import threading
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import pytest
 
@@ -21,6 +22,9 @@ ARGS = [
     "--use-fake-ui-for-media-stream",  # and is always allowed
     "--no-sandbox",  # for root, as in containers
 ]
+
+
+ANSWERED = ".card:has(.answer[aria-busy=false])"
 
 
 @contextmanager
@@ -54,3 +58,46 @@ def browser():
             yield launched
         finally:
             launched.close()
+
+
+@dataclass
+class Opened:
+    """A tab with the page; `expected` are errors of the console that a test provokes."""
+
+    tab: object
+    url: str
+    expected: list
+    errors: list
+    requests: list
+
+    def goto(self):
+        self.tab.goto(self.url)
+        self.tab.wait_for_selector("input[name=model], #key:visible")
+
+    def upload(self, name, data, kind="audio/wav"):
+        self.tab.set_input_files("#file", {"name": name, "mimeType": kind, "buffer": data})
+        self.tab.wait_for_selector(f"#clip-name:text-is('{name}')")
+
+    def drawn(self):
+        return self.tab.wait_for_selector("#spectrum[aria-label*='most energy']").get_attribute("aria-label")
+
+    def ask(self, question, cards=2):
+        before = self.tab.locator(".asked").count()
+        self.tab.fill("#question", question)
+        self.tab.click("#ask")
+        self.tab.wait_for_selector(f".asked >> nth={before}")
+        return self.answers(cards)
+
+    def answers(self, cards=2):
+        """Cards of the newest question, when all have ended."""
+        self.tab.wait_for_selector("#ask:enabled")
+        found = self.tab.locator(".asked").first.locator(ANSWERED)
+        assert found.count() == cards
+        return [found.nth(i) for i in range(cards)]
+
+    def shown(self, place):
+        """The error that is said at a place."""
+        return self.tab.wait_for_selector(f"{place}:visible").inner_text()
+
+    def posted(self, path):
+        return [one.post_data_json for one in self.requests if one.url == self.url + path and one.method == "POST"]

@@ -7,7 +7,6 @@ import re
 import shutil
 import subprocess
 from contextlib import redirect_stdout
-from dataclasses import dataclass
 
 import httpx
 import pytest
@@ -17,11 +16,10 @@ from pal import shipped
 from pal.serve.served import ServeOptions
 from tests.models import tiny_model
 from tests.serve.engines import CLIPS
-from tests.serve.page_server import browser, serving_page
+from tests.serve.page_server import Opened, browser, serving_page
 from tests.serve.servers import KEY, says, user, wav
 
 ASK = "What sound is this?"
-ANSWERED = ".card:has(.answer[aria-busy=false])"
 WIDE, PHONE = {"width": 1200, "height": 900}, {"width": 360, "height": 740}
 
 
@@ -36,49 +34,6 @@ def served(chromium):
     models = {"pal": tiny_model("pal"), "plits": tiny_model("plits")}
     with serving_page(models, ServeOptions(max_tokens=16, max_body=600_000)) as (url, engines):
         yield url, engines
-
-
-@dataclass
-class Opened:
-    """A tab with the page; `expected` are errors of the console that a test provokes."""
-
-    tab: object
-    url: str
-    expected: list
-    errors: list
-    requests: list
-
-    def goto(self):
-        self.tab.goto(self.url)
-        self.tab.wait_for_selector("input[name=model], #key:visible")
-
-    def upload(self, name, data, kind="audio/wav"):
-        self.tab.set_input_files("#file", {"name": name, "mimeType": kind, "buffer": data})
-        self.tab.wait_for_selector(f"#clip-name:text-is('{name}')")
-
-    def drawn(self):
-        return self.tab.wait_for_selector("#spectrum[aria-label*='most energy']").get_attribute("aria-label")
-
-    def ask(self, question, cards=2):
-        before = self.tab.locator(".asked").count()
-        self.tab.fill("#question", question)
-        self.tab.click("#ask")
-        self.tab.wait_for_selector(f".asked >> nth={before}")
-        return self.answers(cards)
-
-    def answers(self, cards=2):
-        """Cards of the newest question, when all have ended."""
-        self.tab.wait_for_selector("#ask:enabled")
-        found = self.tab.locator(".asked").first.locator(ANSWERED)
-        assert found.count() == cards
-        return [found.nth(i) for i in range(cards)]
-
-    def shown(self, place):
-        """The error that is said at a place."""
-        return self.tab.wait_for_selector(f"{place}:visible").inner_text()
-
-    def posted(self, path):
-        return [one.post_data_json for one in self.requests if one.url == self.url + path and one.method == "POST"]
 
 
 @pytest.fixture
