@@ -194,6 +194,25 @@ def test_a_part_is_cut_out(page):
     assert len(page.posted("/v1/audio/index")) == 3
 
 
+def test_the_end_of_a_clip_is_its_last_sample(page):
+    page.tab.uncheck("input[value=plits]")
+    data = wav(CLIPS[2][:16_070])  # 1.004 s, shown as 1.00
+    page.upload("noise.wav", data)
+    page.tab.fill("#from", "0.5")
+    page.tab.press("#from", "Tab")
+    assert page.tab.is_visible("#region") and page.tab.input_value("#to") == "1.00"
+    page.ask(ASK, 1)
+    assert len(sound(page.posted("/v1/audio/index")[0])[0]) == 8_070
+    page.tab.fill("#from", "0")
+    page.tab.press("#from", "Tab")
+    assert not page.tab.is_visible("#region")
+    page.ask(ASK, 1)
+    assert base64.b64decode(page.posted("/v1/audio/index")[1]["input_audio"]["data"]) == data
+    page.tab.fill("#to", "1.2")
+    page.tab.press("#to", "Tab")
+    assert "outside of the clip" in page.shown("#region-error")
+
+
 def test_each_word_has_its_attention_over_the_spectrogram(open_page, served):
     url, _ = served
     page = open_page(url)

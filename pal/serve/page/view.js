@@ -74,16 +74,14 @@ export class ClipView {
     const [from, to] = [byId("from"), byId("to")];
     const start = from.valueAsNumber;
     const longest = this.clip.seconds;
-    // the field shows hundredths, which may be a little beyond the end
-    const end = to.valueAsNumber >= longest - 0.005 ? Math.min(to.valueAsNumber, longest) : to.valueAsNumber;
+    // the fields show hundredths: the last one is the end of the clip, so that nothing is left out
+    const end = to.valueAsNumber === Number(two(longest)) ? longest : to.valueAsNumber;
     const limit = `give seconds from 0 to ${two(longest)}`;
     const wrong = (value) => !(value >= 0 && value <= longest);
     fault("region-error", null, from);
     fault("region-error", null, to);
     if (wrong(start)) return fault("region-error", `The beginning is outside of the clip: ${limit}.`, from);
-    if (wrong(end) && !(to.valueAsNumber <= longest + 0.005)) {
-      return fault("region-error", `The end is outside of the clip: ${limit}.`, to);
-    }
+    if (wrong(end)) return fault("region-error", `The end is outside of the clip: ${limit}.`, to);
     if (end - start < SHORTEST) {
       return fault("region-error", `The part ends ${end < start ? "before it begins" : "too soon"}: choose a later end.`, to);
     }
