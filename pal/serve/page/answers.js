@@ -94,14 +94,13 @@ class Card {
     const messages = [{ role: "user", content: [audio, { type: "text", text: question }] }];
     const options = { max_tokens: most, stream: true, stream_options: { include_usage: true } };
     const began = performance.now();
-    let [first, last, usage, finish] = [null, began, null, null];
+    let [first, usage, finish] = [null, null, null];
     this.say("reading the question");
     for await (const event of events("/v1/chat/completions", { model: this.model.id, messages, ...options }, signal)) {
       const choice = event.choices[0];
       if (choice?.delta.content) {
-        last = performance.now();
         if (first === null) {
-          first = last;
+          first = performance.now();
           this.say("answering");
         }
         this.add(choice.delta.content);
@@ -110,9 +109,11 @@ class Card {
       usage = event.usage ?? usage;
     }
     const tokens = usage.completion_tokens;
+    const ms = performance.now() - began;
     this.number("first token", first === null ? "–" : inMilliseconds(first - began));
-    this.number("speed", tokens > 1 && last > first ? `${(((tokens - 1) * 1000) / (last - first)).toFixed(1)} tokens/s` : "–");
-    this.number("answer", `${tokens} ${tokens === 1 ? "token" : "tokens"} in ${inMilliseconds(performance.now() - began)}`);
+    this.number("answer", `${tokens} ${tokens === 1 ? "token" : "tokens"} in ${inMilliseconds(ms)}`);
+    // of the whole time, since pieces of a short answer arrive together
+    this.number("speed", `${((tokens * 1000) / ms).toFixed(1)} tokens/s`);
     this.number("prompt", `${usage.prompt_tokens} tokens, ${usage.prompt_tokens_details.cached_tokens} of them kept`);
     return finish === "length" ? [`Cut off at ${tokens} tokens.`] : [];
   }
