@@ -194,6 +194,21 @@ def test_a_part_is_cut_out(page):
     assert len(page.posted("/v1/audio/index")) == 3
 
 
+def test_a_finger_chooses_a_part(open_page, served):
+    page = open_page(served[0], PHONE, has_touch=True)
+    page.upload("noise.wav", wav(CLIPS[2]))
+    page.drawn()
+    page.tab.locator("#stage").scroll_into_view_if_needed()
+    box = page.tab.locator("#stage").bounding_box()
+    finger = page.tab.context.new_cdp_session(page.tab)
+    for share, kind in ((0.3, "Start"), (0.4, "Move"), (0.5, "Move"), (0.6, "Move"), (None, "End")):
+        points = [] if share is None else [{"x": box["x"] + share * box["width"], "y": box["y"] + 60}]
+        finger.send("Input.dispatchTouchEvent", {"type": f"touch{kind}", "touchPoints": points})
+    start, end = (float(page.tab.input_value(f"#{place}")) for place in ("from", "to"))
+    assert (start, end) == (pytest.approx(0.33, abs=0.03), pytest.approx(0.66, abs=0.03))
+    assert page.tab.is_visible("#save")
+
+
 def test_the_end_of_a_clip_is_its_last_sample(page):
     page.tab.uncheck("input[value=plits]")
     data = wav(CLIPS[2][:16_070])  # 1.004 s, shown as 1.00
