@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: demo test tests coverage lint format bench bench-gpu gpu full-size full-evaluation cross-product torture mutants real install
+.PHONY: demo test tests test-web coverage lint format bench bench-gpu gpu full-size full-evaluation cross-product torture mutants real install
 .DEFAULT_GOAL := demo
 
 demo: $(STAMP)
@@ -18,6 +18,11 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 tests: $(STAMP)
 	$(PYTEST)
+
+# The server's page in headless Chromium; `make test` has these tests, too, and skips them where there is no Chromium.
+test-web: $(STAMP)
+	@command -v chromium > /dev/null || { echo "there is no chromium; on Debian: apt-get install chromium" >&2; exit 1; }
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/serve/test_page.py
 
 # Twice as long as the tests alone.
 coverage: $(STAMP)
@@ -83,7 +88,7 @@ install: $(STAMP)
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt \
-		-e '.[plots,av,scores,embeddings,gguf,parquet,ray,serve,tensorboard,test,dev]'
+		-e '.[plots,av,scores,embeddings,gguf,parquet,ray,serve,tensorboard,test,web,dev]'
 	$(BIN)/python -m compileall -qq -j 0 -x '/tests/' .venv/lib || true
 	$(BIN)/pal models get smol || echo "going on without the two pretrained models: tests of them are skipped; get them later with $(BIN)/pal models get smol"
 	touch $@

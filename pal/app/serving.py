@@ -39,9 +39,9 @@ def serve(
     grace: Annotated[float, typer.Option(min=1.0, help="Seconds to finish what runs after SIGTERM.")] = 60.0,
     other_weights: OtherWeights = False,
 ) -> None:
-    """Serve models by OpenAI's protocol: chat completions with audio, transcriptions, indexed clips.
+    """Serve models by OpenAI's protocol: chat completions with audio, transcriptions, indexed clips; and a page to ask.
 
-    At 127.0.0.1, unless --host says otherwise. /docs has the endpoints.
+    At 127.0.0.1, unless --host says otherwise. / is the page, /docs has the endpoints.
     """
     try:
         from pal.serve.app import create_app
@@ -49,6 +49,7 @@ def serve(
     except ImportError:
         raise ConfigError(MISSING) from None
     from pal.audio import Limits
+    from pal.probe.when import attention_by_word
     from pal.serve.engine import Engine
     from pal.serve.served import ServeOptions
 
@@ -70,8 +71,9 @@ def serve(
         at, shown = socket.getsockname()[1], f"[{host}]" if ":" in host else host
         if host not in LOOPBACK and api_key is None:
             note(f"everybody who reaches {shown} can ask; --api-key asks for a key")
-        typer.echo(f"serving {', '.join(engines)} at http://{shown}:{at}/v1 (/docs has the endpoints)")
-        make_server(create_app(engines, options), grace).run(sockets=[socket])
+        url = f"http://{shown}:{at}"
+        typer.echo(f"serving {', '.join(engines)} at {url}/v1 ({url} is a page to ask, {url}/docs has the endpoints)")
+        make_server(create_app(engines, options, attention_by_word), grace).run(sockets=[socket])
 
 
 def named(model: str | None, models: list[str]) -> dict[str, str | None]:

@@ -1,18 +1,20 @@
-"""The seconds of a clip that an answer attended to most. Attention shows where a model looked, and proves nothing."""
+"""The seconds of a clip that an answer, or each of its words, attended to. It shows where a model looked, no more."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+from torch import Tensor
 
-from pal.clips import AudioInput, read_clip
+from pal.clips import AudioInput, Clip, read_clip
 from pal.conversations import read_question
 from pal.data.prompts import encode, user_turn
 from pal.errors import PalError
-from pal.probe.attention_stats import record_attention
+from pal.probe.attention_mass import words
+from pal.probe.attention_stats import AnswerAttention, record_attention
 from pal.types import IGNORE, Tokens
 
 if TYPE_CHECKING:
@@ -45,21 +47,64 @@ def most_attended(
     Raises:
         PalError: an empty answer, or tokens that stand for no time of their own.
     """
+    heard = read_clip(clip, model.sampling_rate)
+    bins = max(1, math.ceil(heard.seconds / seconds))
+    found, time_LNX = _attention(model, heard, question, answer, bins)
+    share_X = time_LNX[:, found.answer].double().mean((0, 1))
+    share_X = share_X / share_X.sum().clamp_min(1e-12)
+    length = _end(found) / bins
+    best = share_X.argsort(descending=True, stable=True)[:count].tolist()
+    spans = [(at * length, min((at + 1) * length, heard.seconds), float(share_X[at])) for at in best]
+    return [AttendedSpan(*span) for span in spans]
+
+
+class AttendedWords(NamedTuple):
+    """Words of an answer, and where each attended."""
+
+    words: list[str]
+    mass_WX: Tensor
+    """Attention mass of the rows that predict each word on each of X equal stretches, mean over heads and layers."""
+    seconds: float
+    """What the stretches cover; a little more than the clip where its last audio token outlasts it."""
+
+
+def attention_by_word(model: PalModel, clip: AudioInput, question: str, answer: str, bins: int = 60) -> AttendedWords:
+    """Where in a clip each word of an answer attended.
+
+    Args:
+        model: in evaluation mode.
+        clip: what was asked about.
+        question: about one clip.
+        answer: the model's.
+        bins: stretches of the clip.
+
+    Raises:
+        PalError: an answer without words, or tokens that stand for no time of their own.
+    """
+    found, time_LNX = _attention(model, read_clip(clip, model.sampling_rate), question, answer, bins)
+    said = words(model, found)
+    if not said:
+        raise PalError("the answer has no words; ask something else")
+    time_NX = time_LNX.double().mean(0)
+    mass_WX = torch.stack([time_NX[rows].mean(0) for _, rows in said])
+    return AttendedWords([word for word, _ in said], mass_WX, _end(found))
+
+
+def _attention(model: PalModel, clip: Clip, question: str, answer: str, bins: int) -> tuple[AnswerAttention, Tensor]:
+    """The attention of a labelled answer, and its part on the clip over time [L, N, X]."""
     if not answer:
         raise PalError("an empty answer attends to nothing; ask something else")
-    heard = read_clip(clip, model.sampling_rate)
     (asked,) = read_question(question, 1, model.tokenizer, model.config.style).tokens
     said = encode(model.tokenizer, [user_turn(question, 1), {"role": "assistant", "content": answer}], [0], train=True)
     ids = [*asked.ids, *(token for token, label in zip(said.ids, said.labels or (), strict=True) if label != IGNORE)]
     row = Tokens(ids, asked.clips, [IGNORE] * len(asked.ids) + ids[len(asked.ids) :])
-    bins = max(1, math.ceil(heard.seconds / seconds))
     with torch.inference_mode():
-        (found,) = record_attention(model, [heard], [row], bins)
+        (found,) = record_attention(model, [clip], [row], bins)
     if found.time_LNX is None:
         raise PalError("this model's audio tokens stand for no time of their own, so attention has no seconds")
-    share_X = found.time_LNX[:, found.answer].double().mean((0, 1))
-    share_X = share_X / share_X.sum().clamp_min(1e-12)
-    length = max(end for *_, end in found.tokens_audio) / bins  # of the last token, which may outlast the clip
-    best = share_X.argsort(descending=True, stable=True)[:count].tolist()
-    spans = [(at * length, min((at + 1) * length, heard.seconds), float(share_X[at])) for at in best]
-    return [AttendedSpan(*span) for span in spans]
+    return found, found.time_LNX
+
+
+def _end(found: AnswerAttention) -> float:
+    """End of the last audio token in seconds, which may outlast the clip."""
+    return max(end for *_, end in found.tokens_audio)

@@ -9,8 +9,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pal.serve.errors import TOO_LARGE, ApiError
 
-PROTECTED = ("/v1/", "/metrics")
-"""Beginnings of the paths that need a key; health checks and documentation do not."""
+PROTECTED = ("/v1/", "/metrics", "/page/api/")
+"""Beginnings of the paths that need a key; health checks, documentation and the page itself do not."""
 
 
 class BearerAuth:

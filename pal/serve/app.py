@@ -1,9 +1,9 @@
-"""The HTTP application: OpenAI's endpoints, health and metrics."""
+"""The HTTP application: OpenAI's endpoints, health and metrics, and the page."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from typing import Annotated, Any
 
@@ -19,10 +19,11 @@ from pal.serve.completions import ChatAnswer, usage_of
 from pal.serve.engine import Engine
 from pal.serve.errors import ApiError, install_error_handlers
 from pal.serve.metrics import Metrics
-from pal.serve.requests import AnswerPiece, ClosingError, Finished, Indexed
+from pal.serve.page_routes import Attention, page_router
+from pal.serve.requests import AnswerPiece, ClosingError, Computed, EngineRequest, Finished, Indexed
 from pal.serve.sampling import SamplingOptions
 from pal.serve.schemas import ChatRequest, IndexRequest
-from pal.serve.served import HANDLE, ServedModel, ServeOptions
+from pal.serve.served import HANDLE, Emit, ServedModel, ServeOptions
 from pal.serve.tickets import Ticket
 
 TRANSCRIBE = "Transcribe the speech."
@@ -32,9 +33,12 @@ _PREPARED = 2
 """Requests whose audio is decoded at once."""
 
 
-def create_app(engines: Mapping[str, Engine], options: ServeOptions | None = None) -> FastAPI:
+def create_app(
+    engines: Mapping[str, Engine], options: ServeOptions | None = None, attention: Attention | None = None
+) -> FastAPI:
     """The application for some engines by name; it closes them at its end.
 
+    `attention` is what the page shows of an answer (`pal.probe.when.attention_by_word`); None shows nothing.
     `app.state.stopping = True` refuses new requests, while those that run are answered.
     """
     options = options or ServeOptions()
@@ -68,6 +72,17 @@ def create_app(engines: Mapping[str, Engine], options: ServeOptions | None = Non
         if app.state.stopping:
             raise ClosingError("the server is stopping; ask another one, or again later")
         return Ticket(served.engine, http, metrics)
+
+    async def compute(name: str, http: Request, make: Callable[[ServedModel, Emit], EngineRequest]) -> Any:
+        served = find(name)
+        one = ticket(served, http)
+        await one.submit(lambda: make(served, one.emit), limiter[0])
+        async for event in one.events():
+            if isinstance(event, Computed):
+                return event.value
+        raise ClientDisconnect
+
+    app.include_router(page_router(models, options, compute, attention))
 
     @app.post("/v1/chat/completions", tags=["OpenAI"])
     async def chat_completions(body: ChatRequest, http: Request) -> Response:

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 from fastapi.sse import format_sse_event
 
 from pal.serve.errors import ApiError
-from pal.serve.requests import AnswerPiece, Finished, Indexed, Usage
+from pal.serve.requests import AnswerPiece, Computed, Finished, Indexed, Usage
 from pal.serve.sampling import TokenLogprob
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Events = AsyncIterator[AnswerPiece | Finished | Indexed]
+Events = AsyncIterator[AnswerPiece | Finished | Indexed | Computed]
 
 
 def usage_of(usage: Usage) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from pal.serve.lru import ByteLRU
 from pal.serve.reading import EngineStats, HeardRequest, Lane, PromptReader, greedy_of
 from pal.serve.requests import (
     ClosingError,
+    Computed,
     EngineRequest,
     Event,
     Failed,
@@ -208,6 +209,9 @@ class Engine:
                 continue
             try:
                 clips = [self._keys_values(clip, request.usage) for clip in request.clips]
+                if request.function is not None:
+                    request.emit(Computed(request.function(clips)))
+                    continue
                 if request.conversation is None:
                     request.emit(Indexed(clips[0]))
                     continue

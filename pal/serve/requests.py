@@ -79,21 +79,32 @@ class Failed:
     error: Exception
 
 
-Event = AnswerPiece | Finished | Indexed | Failed
+@dataclass(frozen=True)
+class Computed:
+    """What the function of a request returned."""
+
+    value: object
+
+
+Event = AnswerPiece | Finished | Indexed | Computed | Failed
 
 
 @dataclass(eq=False)
 class EngineRequest:
-    """A conversation to be answered, or a clip to be indexed.
+    """A conversation to be answered, a clip to be indexed, or a function of clips to be run.
 
-    `emit` is called by the engine's thread, at last with `Finished`, `Indexed` or `Failed`, unless it was cancelled.
+    `emit` is called by the engine's thread, at last with `Finished`, `Indexed`, `Computed` or `Failed`, unless it was
+    cancelled.
     """
 
     conversation: Tokens | None
-    """`clips` are indices into the request's clips; None to index the clip."""
+    """`clips` are indices into the request's clips; None to index the clip, or to run `function`."""
     clips: list[RequestClip]
     options: SamplingOptions
     emit: Callable[[Event], None]
+    function: Callable[[list[AudioKV]], object] | None = None
+    """Run by the engine's thread between two steps, so that it may use the model; takes the keys and values of the
+    request's clips. All answers wait for it."""
     usage: Usage = field(default_factory=Usage)
     cancelled: bool = False
     """Set by `Engine.cancel`."""

@@ -140,6 +140,15 @@ class ChatRequest(_Strict):
         return self
 
 
+class AttentionRequest(_Strict):
+    """`POST /page/api/attention`: what the page asks about an answer."""
+
+    model: str = Field(max_length=200)
+    input_audio: InputAudio
+    question: str = Field(max_length=2000)
+    answer: str = Field(max_length=2000)
+
+
 class IndexRequest(_Strict):
     """`POST /v1/audio/index`."""
 

@@ -21,10 +21,13 @@ from pal.serve.engine import Engine
 from pal.serve.errors import ApiError
 from pal.serve.requests import EngineRequest, Event, RequestClip
 from pal.serve.sampling import SamplingOptions
-from pal.serve.schemas import ChatRequest, InputAudio, Message, TextPart
+from pal.serve.schemas import AttentionRequest, ChatRequest, InputAudio, Message, TextPart
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from pal.backbone.audio_kv import AudioKV
+    from pal.model import PalModel
 
 Emit = Callable[[Event], None]
 HANDLE = "audio-"
@@ -93,6 +96,22 @@ class ServedModel:
     def index(self, audio: InputAudio, emit: Emit) -> EngineRequest:
         """The engine's request to keep a clip."""
         return EngineRequest(None, [self.clip(audio, "input_audio")], SamplingOptions(), emit)
+
+    def attention(
+        self, body: AttentionRequest, emit: Emit, function: Callable[[PalModel, AudioKV, str, str], object]
+    ) -> EngineRequest:
+        """The engine's request to run a function of a clip, a question and its answer.
+
+        Raises:
+            ApiError: a clip that cannot be used.
+        """
+        if PLACEHOLDER in body.question:
+            raise ApiError(f"'{PLACEHOLDER}' stands for a clip; leave it out", 400, "question")
+
+        def run(clips: list[AudioKV]) -> object:
+            return function(self.engine.model, clips[0], body.question, body.answer)
+
+        return EngineRequest(None, [self.clip(body.input_audio, "input_audio")], SamplingOptions(), emit, run)
 
     def _request(
         self, turns: list[dict[str, str]], clips: list[RequestClip], options: SamplingOptions, emit: Emit, param: str

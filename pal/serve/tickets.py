@@ -13,7 +13,7 @@ from starlette.requests import ClientDisconnect, Request
 from pal.serve.engine import Engine
 from pal.serve.errors import to_api_error
 from pal.serve.metrics import Metrics
-from pal.serve.requests import AnswerPiece, EngineRequest, Event, Failed, Finished, Indexed
+from pal.serve.requests import AnswerPiece, Computed, EngineRequest, Event, Failed, Finished, Indexed
 
 
 class Ticket:
@@ -71,7 +71,7 @@ class Ticket:
         if self._watch is not None:
             self._watch.cancel()
 
-    async def events(self) -> AsyncIterator[AnswerPiece | Finished | Indexed]:
+    async def events(self) -> AsyncIterator[AnswerPiece | Finished | Indexed | Computed]:
         """Events up to the last one.
 
         Raises:

@@ -10,7 +10,7 @@ from pal.app.cli import app
 from pal.data.prompts import encode, user_turn
 from pal.errors import PalError
 from pal.probe.attention_stats import record_attention
-from pal.probe.when import most_attended
+from pal.probe.when import attention_by_word, most_attended
 from tests.models import noise, tiny_model
 
 QUESTION = "What sound is this?"
@@ -64,3 +64,25 @@ def test_the_command(tmp_path):
     assert "no time of their own" in done.stderr
     done = CliRunner().invoke(app, [given[0], given[1], *given[1:]])
     assert done.exit_code == 1 and "--when shows seconds of one clip" in done.stderr
+
+
+@pytest.mark.parametrize("integration", ["plits", "lal", "pal"])
+def test_attention_of_words_is_that_of_their_tokens(integration):
+    model = tiny_model(integration)
+    clip = model.index((noise(2.0).numpy(), 16_000))
+    answer = "yes a loud siren"
+    found = attention_by_word(model, clip, QUESTION, answer, bins=5)
+    assert found.words == answer.split() and found.mass_WX.shape == (4, 5)
+    assert found.seconds == pytest.approx(2.0, abs=0.1)
+    row = encode(model.tokenizer, [user_turn(QUESTION, 1), {"role": "assistant", "content": answer}], [0], train=True)
+    (recorded,) = record_attention(model, [noise(2.0)], [row], 5)
+    said = iter(recorded.answer)
+    for word, mass_X in zip(found.words, found.mass_WX, strict=True):
+        text, rows = "", []
+        while text.strip() != word:
+            rows.append(next(said))
+            text += model.tokenizer.decode([recorded.tokens[rows[-1] + 1]])
+        expected = recorded.time_LNX.mean(0)[rows].double().mean(0)
+        torch.testing.assert_close(mass_X, expected, atol=1e-6, rtol=1e-5)
+    with pytest.raises(PalError, match="empty answer"):
+        attention_by_word(model, clip, QUESTION, "")
