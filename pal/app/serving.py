@@ -37,6 +37,9 @@ def serve(
     max_body_mb: Annotated[float, typer.Option(min=0.001, help="Largest request in megabytes.")] = 64.0,
     max_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer, where a request says nothing.")] = 256,
     grace: Annotated[float, typer.Option(min=1.0, help="Seconds to finish what runs after SIGTERM.")] = 60.0,
+    decoders: Annotated[
+        int, typer.Option(min=0, help="Processes that decode clips at once; 0 decodes in the server's own.")
+    ] = 2,
     other_weights: OtherWeights = False,
 ) -> None:
     """Serve models by OpenAI's protocol: chat completions with audio, transcriptions, indexed clips; and a page to ask.
@@ -50,6 +53,7 @@ def serve(
         raise ConfigError(MISSING) from None
     from pal.audio import Limits
     from pal.probe.when import attention_by_word
+    from pal.serve.decode_process import MEMORY_BYTES, SECONDS
     from pal.serve.engine import Engine
     from pal.serve.served import ServeOptions
 
@@ -57,7 +61,15 @@ def serve(
         raise ConfigError("the API key is empty; give --api-key or PAL_API_KEY a value, or leave it out")
     sources = named(model, models or [])
     body = round(max_body_mb * 1e6)
-    options = ServeOptions(api_key, body, Limits(max_seconds=max_seconds, max_bytes=body), max_tokens)
+    options = ServeOptions(
+        api_key,
+        body,
+        Limits(max_seconds=max_seconds, max_bytes=body),
+        max_tokens,
+        decoders=decoders,
+        decoder_memory=max(MEMORY_BYTES, 4 * body),  # decoders copy parts of a file
+        decoder_seconds=max(SECONDS, max_seconds / 30),
+    )
     with listen(host, port) as socket:  # before minutes of loading
         loaded = {name: load_model(source, other_weights) for name, source in sources.items()}
         if None in sources.values():

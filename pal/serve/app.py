@@ -16,6 +16,7 @@ from starlette.requests import ClientDisconnect
 
 from pal.serve.access import BearerAuth, BodyLimit
 from pal.serve.completions import ChatAnswer, usage_of
+from pal.serve.decode_process import DecodeProcesses
 from pal.serve.engine import Engine
 from pal.serve.errors import ApiError, install_error_handlers
 from pal.serve.metrics import Metrics
@@ -30,28 +31,36 @@ TRANSCRIBE = "Transcribe the speech."
 """What a model is asked for a transcription, unless the request has a prompt."""
 _FORM = ("file", "model", "prompt", "response_format", "temperature", "language", "stream")
 _PREPARED = 2
-"""Requests whose audio is decoded at once."""
+"""Requests whose audio is decoded at once, at least."""
 
 
 def create_app(
-    engines: Mapping[str, Engine], options: ServeOptions | None = None, attention: Attention | None = None
+    engines: Mapping[str, Engine],
+    options: ServeOptions | None = None,
+    attention: Attention | None = None,
+    processes: DecodeProcesses | None = None,
 ) -> FastAPI:
     """The application for some engines by name; it closes them at its end.
 
     `attention` is what the page shows of an answer (`pal.probe.when.attention_by_word`); None shows nothing.
+    `processes` decode clips and are closed, too; None starts `options.decoders` of them.
     `app.state.stopping = True` refuses new requests, while those that run are answered.
     """
     options = options or ServeOptions()
-    models = {name: ServedModel(engine, options) for name, engine in engines.items()}
-    metrics = Metrics(engines)
+    if processes is None and options.decoders:
+        processes = DecodeProcesses(options.decoders, options.decoder_memory, options.decoder_seconds)
+    models = {name: ServedModel(engine, options, processes) for name, engine in engines.items()}
+    metrics = Metrics(engines, processes)
     limiter: list[CapacityLimiter] = []
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        limiter.append(CapacityLimiter(_PREPARED))
+        limiter.append(CapacityLimiter(max(_PREPARED, options.decoders)))
         yield
         for engine in engines.values():
             await to_thread.run_sync(engine.close)
+        if processes is not None:
+            await to_thread.run_sync(processes.close)
 
     app = FastAPI(
         title="pal",

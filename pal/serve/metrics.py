@@ -8,6 +8,7 @@ from prometheus_client import CollectorRegistry, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from pal.serve.decode_process import DecodeProcesses
 from pal.serve.engine import Engine
 
 _SECONDS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 60, 120)
@@ -16,9 +17,11 @@ _SECONDS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 60, 120)
 class Metrics:
     """What `/metrics` shows."""
 
-    def __init__(self, engines: Mapping[str, Engine]) -> None:
+    def __init__(self, engines: Mapping[str, Engine], processes: DecodeProcesses | None = None) -> None:
         self.registry = CollectorRegistry()
         self.registry.register(_OfEngines(engines))
+        if processes is not None:
+            self.registry.register(_OfDecoders(processes))
         self.first_token = Histogram(
             "pal_time_to_first_token_seconds",
             "From the arrival of a request to the first token of its answer.",
@@ -77,3 +80,19 @@ class _OfEngines(Collector):
             for model, engine in self.engines.items():
                 counter.add_metric([model], value(engine))
             yield counter
+
+
+class _OfDecoders(Collector):
+    def __init__(self, processes: DecodeProcesses) -> None:
+        self.processes = processes
+
+    def collect(self) -> Iterator[Metric]:
+        """The decoders' counters, now."""
+        stats = self.processes.stats
+        for name, said, value in (
+            ("pal_decoder_clips", "Clips decoded, or refused with their fault.", stats.clips),
+            ("pal_decoder_timeouts", "Clips whose decoding took too long.", stats.timeouts),
+            ("pal_decoder_out_of_memory", "Clips whose decoding took too much memory.", stats.out_of_memory),
+            ("pal_decoder_crashes", "Clips at which a decoder crashed or was killed.", stats.crashes),
+        ):
+            yield CounterMetricFamily(name, said, value)

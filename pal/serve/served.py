@@ -17,6 +17,7 @@ from pal.data.manifest import PLACEHOLDER
 from pal.data.prompts import user_turn
 from pal.errors import AudioError, PromptError
 from pal.serve.audio_input import decode_request_audio
+from pal.serve.decode_process import MEMORY_BYTES, SECONDS, DecodeProcesses
 from pal.serve.engine import Engine
 from pal.serve.errors import ApiError
 from pal.serve.requests import EngineRequest, Event, RequestClip
@@ -47,6 +48,12 @@ class ServeOptions:
     """Of an answer, where the request says nothing."""
     max_clips: int = 32
     """Of a request."""
+    decoders: int = 2
+    """Processes that decode clips at once; 0 decodes in the server's own."""
+    decoder_memory: int = MEMORY_BYTES
+    """Bytes that each of them may take."""
+    decoder_seconds: float = SECONDS
+    """That each clip may take."""
 
 
 class ServedModel:
@@ -55,10 +62,11 @@ class ServedModel:
     Args:
         engine: of the model.
         options: of the application.
+        processes: that decode clips; None decodes in this one.
     """
 
-    def __init__(self, engine: Engine, options: ServeOptions) -> None:
-        self.engine, self.options = engine, options
+    def __init__(self, engine: Engine, options: ServeOptions, processes: DecodeProcesses | None = None) -> None:
+        self.engine, self.options, self.processes = engine, options, processes
         # fast tokenizers cannot be used by two threads at once, and the engine uses the model's own
         self.tokenizer: PreTrainedTokenizerBase = copy.deepcopy(engine.model.tokenizer)
         self._tokenizing = Lock()
@@ -179,7 +187,8 @@ class ServedModel:
         if stored is not None:
             return RequestClip(digest, stored)
         try:
-            wave = decode_request_audio(data, format, self.engine.model.sampling_rate, self.options.limits)
+            rate = self.engine.model.sampling_rate
+            wave = decode_request_audio(data, format, rate, self.options.limits, self.processes)
         except AudioError as error:
             code = "audio_too_long" if "longer than" in str(error) else "invalid_audio"
             raise ApiError(str(error), 400, param, code) from None

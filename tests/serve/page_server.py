@@ -3,7 +3,7 @@
 import shutil
 import threading
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 
@@ -32,7 +32,7 @@ def serving_page(models, options, attention=attention_by_word):
     """The server's URL and its engines by name."""
     engines = {name: Engine(name, model, batch=8, queue=32) for name, model in models.items()}
     with listen("127.0.0.1", 0) as socket:
-        server = make_server(create_app(engines, options, attention), grace=20)
+        server = make_server(create_app(engines, replace(options, decoders=0), attention), grace=20)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [socket]}, daemon=True)
         thread.start()
         try:

@@ -4,6 +4,7 @@ import base64
 import io
 import threading
 from contextlib import contextmanager
+from dataclasses import replace
 
 import openai
 import soundfile
@@ -50,10 +51,12 @@ class Running:
 
 
 @contextmanager
-def serving(model, options, name="tiny", **engine):
+def serving(model, options, name="tiny", processes=None, **engine):
+    """A server; clips are decoded in its own process unless there are others, since those take seconds to start."""
+    options = replace(options, decoders=0)
     engine = Engine(name, model, **engine)
     with listen("127.0.0.1", 0) as socket:
-        server = make_server(create_app({name: engine}, options), grace=20)
+        server = make_server(create_app({name: engine}, options, processes=processes), grace=20)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [socket]}, daemon=True)
         thread.start()
         try:
