@@ -10,9 +10,12 @@ from pal.batch import ray_workers, read_input, run
 from pal.batch.parts import AnswerParts
 from pal.errors import ConfigError
 from tests.batch.conftest import QUESTIONS
+from tests.counts import full_only
 
 
 @pytest.mark.filterwarnings("ignore")
+@full_only
+@pytest.mark.torture
 def test_two_workers_answer_as_one_and_leave_nothing(clips, model, tmp_path):
     model.save_pretrained(tmp_path / "bundle", full=True)
     given, before = read_input(clips, QUESTIONS), set(Path(tempfile.gettempdir()).glob("pal-ray-*"))

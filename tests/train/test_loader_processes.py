@@ -27,7 +27,7 @@ from pal.train.prefetching import PrefetchLoader
 from pal.train.sampler import Group
 from pal.train.sources import StageData
 from pal.types import Frames
-from tests.counts import repeats
+from tests.counts import full_only, repeats
 from tests.models import tiny_model
 from tests.processes import fresh
 from tests.train.tiny import JOIN, recipe
@@ -68,7 +68,8 @@ def loaded(data: StageData, *where: Any) -> list[Any]:
         return [content(micro_batches) for micro_batches in loader]
 
 
-@pytest.mark.parametrize("parts", [1, 2, 4])
+@pytest.mark.torture
+@pytest.mark.parametrize("parts", [pytest.param(1, marks=full_only), 2, pytest.param(4, marks=full_only)])
 def test_batches_are_those_of_no_loaders(manifest: Path, parts: int) -> None:
     data = data_of(manifest, 4)
     records = []
@@ -87,7 +88,7 @@ def test_batches_are_those_of_no_loaders(manifest: Path, parts: int) -> None:
 
 @pytest.mark.torture
 def test_killed_processes_lose_and_repeat_nothing(manifest: Path, caplog: pytest.LogCaptureFixture) -> None:
-    kills = repeats(full=100, reduced=2)
+    kills = repeats(full=100, reduced=1)
     data = data_of(manifest, 3 * kills + 4)
     expected = loaded(data, 0, 0, 1, 0, 1)
     chance = random.Random(4)
@@ -155,6 +156,8 @@ class Crash:
         os._exit(3)
 
 
+@full_only
+@pytest.mark.torture
 def test_a_process_that_always_ends_ends_the_run() -> None:
     fault = r"ended 5 times at step 7, the last time with status 3"
     with closing(LoaderProcesses(Crash(), 1)) as processes, pytest.raises(LoaderError, match=fault):
@@ -189,6 +192,8 @@ def abandoned(manifest: Path, told: Any) -> None:
     time.sleep(600)
 
 
+@full_only
+@pytest.mark.torture
 def test_no_process_outlives_a_killed_training_process(manifest: Path) -> None:
     ours, theirs = fresh().Pipe()
     process = fresh().Process(target=abandoned, args=(manifest, theirs))
