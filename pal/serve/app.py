@@ -9,23 +9,24 @@ from typing import Annotated, Any
 
 from anyio import CapacityLimiter, to_thread
 from fastapi import FastAPI, File, Form, Request, UploadFile
-from fastapi.responses import JSONResponse, PlainTextResponse, Response
+from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 from fastapi.sse import EventSourceResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.requests import ClientDisconnect
 
+from pal.serve import api_docs
 from pal.serve.access import BearerAuth, BodyLimit
+from pal.serve.client_request import ClientRequest
 from pal.serve.completions import ChatAnswer, usage_of
 from pal.serve.decode_process import DecodeProcesses
 from pal.serve.engine import Engine
 from pal.serve.errors import ApiError, install_error_handlers
 from pal.serve.metrics import Metrics
-from pal.serve.page_routes import Attention, page_router
+from pal.serve.page_routes import HEADERS, Attention, page_router
 from pal.serve.requests import AnswerPiece, ClosingError, Computed, EngineRequest, Finished, Indexed
 from pal.serve.sampling import SamplingOptions
 from pal.serve.schemas import ChatRequest, IndexRequest
 from pal.serve.served import HANDLE, Emit, ServedModel, ServeOptions
-from pal.serve.tickets import Ticket
 
 TRANSCRIBE = "Transcribe the speech."
 """What a model is asked for a transcription, unless the request has a prompt."""
@@ -65,6 +66,8 @@ def create_app(
     app = FastAPI(
         title="pal",
         summary="Questions about audio, by OpenAI's protocol.",
+        docs_url=None,  # FastAPI's pages load scripts from another server
+        redoc_url=None,
         lifespan=lifespan,
     )
     app.state.stopping = False
@@ -77,14 +80,14 @@ def create_app(
             raise ApiError(f"no model '{name[:60]}'; served: {', '.join(models)}", 404, "model", "model_not_found")
         return models[name]
 
-    def ticket(served: ServedModel, http: Request) -> Ticket:
+    def client_request(served: ServedModel, http: Request) -> ClientRequest:
         if app.state.stopping:
             raise ClosingError("the server is stopping; ask another one, or again later")
-        return Ticket(served.engine, http, metrics)
+        return ClientRequest(served.engine, http, metrics)
 
     async def compute(name: str, http: Request, make: Callable[[ServedModel, Emit], EngineRequest]) -> Any:
         served = find(name)
-        one = ticket(served, http)
+        one = client_request(served, http)
         await one.submit(lambda: make(served, one.emit), limiter[0])
         async for event in one.events():
             if isinstance(event, Computed):
@@ -97,7 +100,7 @@ def create_app(
     async def chat_completions(body: ChatRequest, http: Request) -> Response:
         """Answer a conversation about audio."""
         served = find(body.model)
-        one = ticket(served, http)
+        one = client_request(served, http)
         await one.submit(lambda: served.chat(body, one.emit), limiter[0])
         tokenizer = served.tokenizer if body.logprobs else None
         answer = ChatAnswer(body.model, served.engine.digest, tokenizer)
@@ -129,7 +132,7 @@ def create_app(
         if stream:
             raise ApiError("transcriptions are not streamed; leave 'stream' out", 400, "stream")
         served = find(model)
-        one = ticket(served, http)
+        one = client_request(served, http)
         data, name = await file.read(), (file.filename or "").rpartition(".")[2][:20]
         sampling = SamplingOptions(max_tokens=options.max_tokens, temperature=temperature)
         await one.submit(lambda: served.question(prompt or TRANSCRIBE, data, name, sampling, one.emit), limiter[0])
@@ -150,7 +153,7 @@ def create_app(
     async def audio_index(body: IndexRequest, http: Request) -> dict[str, Any]:
         """Keep a clip's audio keys and values; later requests name the clip by its handle."""
         served = find(body.model)
-        one = ticket(served, http)
+        one = client_request(served, http)
         request = None
 
         def prepare() -> Any:
@@ -186,6 +189,10 @@ def create_app(
         """One model."""
         return find(name).facts()
 
+    @app.get("/docs", include_in_schema=False)
+    async def docs() -> Response:
+        return HTMLResponse(api_docs.html(app.openapi()), headers=HEADERS)
+
     @app.get("/health", tags=["operation"])
     async def health() -> dict[str, str]:
         """Whether the process answers."""
@@ -209,8 +216,8 @@ def create_app(
     return app
 
 
-async def _closing(chunks: AsyncIterator[bytes], one: Ticket) -> AsyncIterator[bytes]:
-    """The chunks; the ticket is closed where they are not read to their end."""
+async def _closing(chunks: AsyncIterator[bytes], one: ClientRequest) -> AsyncIterator[bytes]:
+    """The chunks; the request is closed where they are not read to their end."""
     try:
         async for chunk in chunks:
             yield chunk

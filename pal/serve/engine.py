@@ -25,7 +25,7 @@ from pal.backbone.audio_kv import AudioKV
 from pal.backbone.running import RunningBatch
 from pal.serve.choices import ChoiceState, finish
 from pal.serve.lru import ByteLRU
-from pal.serve.reading import EngineStats, HeardRequest, Lane, PromptReader, greedy_of
+from pal.serve.reading import DecodingBatch, EncodedRequest, EngineStats, PromptReader, greedy_of
 from pal.serve.requests import (
     ClosingError,
     Computed,
@@ -72,7 +72,7 @@ class Engine:
         self._ends = frozenset(ends or ())
         self._waiting: deque[EngineRequest] = deque()
         self._changed = Condition()
-        self._lanes = [Lane(RunningBatch(model.llm), plain) for plain in (False, True)]
+        self._decoding = [DecodingBatch(RunningBatch(model.llm), plain) for plain in (False, True)]
         self._reader = PromptReader(model, self.cache, self.stats, self._begin, self._fail)
         self._closing = False
         self._thread = Thread(target=self._run, name=f"engine {name}", daemon=True)
@@ -93,7 +93,7 @@ class Engine:
     @property
     def running(self) -> int:
         """Answers that are being generated."""
-        return sum(len(lane.choices) for lane in self._lanes)
+        return sum(len(decoding.choices) for decoding in self._decoding)
 
     @property
     def ready(self) -> bool:
@@ -151,16 +151,16 @@ class Engine:
                     self._leave_cancelled()
                     taken = self._take()
                     self._admit(taken)
-                    for lane in self._lanes:
-                        if lane.choices:
-                            self._step(lane)
+                    for decoding in self._decoding:
+                        if decoding.choices:
+                            self._step(decoding)
                 except Exception as error:  # the thread goes on with later requests
                     self._fail_all(taken, error)
 
     def _fail_all(self, taken: Sequence[EngineRequest], error: Exception) -> None:
         """End all requests but the waiting ones with an error."""
-        running = [choice.request for lane in self._lanes for choice in lane.choices]
-        self._lanes = [Lane(RunningBatch(self.model.llm), plain) for plain in (False, True)]
+        running = [choice.request for decoding in self._decoding for choice in decoding.choices]
+        self._decoding = [DecodingBatch(RunningBatch(self.model.llm), plain) for plain in (False, True)]
         for request in {id(one): one for one in (*taken, *running)}.values():
             self._fail(request, error)
 
@@ -174,17 +174,17 @@ class Engine:
             return True
 
     def _leave_cancelled(self) -> None:
-        for lane in self._lanes:
-            gone = [row for row, choice in enumerate(lane.choices) if choice.request.cancelled]
-            self.stats.cancelled += len({id(lane.choices[row].request) for row in gone})
-            self._leave(lane, gone)
+        for decoding in self._decoding:
+            gone = [row for row, choice in enumerate(decoding.choices) if choice.request.cancelled]
+            self.stats.cancelled += len({id(decoding.choices[row].request) for row in gone})
+            self._leave(decoding, gone)
 
     @staticmethod
-    def _leave(lane: Lane, rows: Iterable[int]) -> None:
+    def _leave(decoding: DecodingBatch, rows: Iterable[int]) -> None:
         for row in sorted(rows, reverse=True):  # so that the row that takes the number stays
-            lane.batch.leave(row)
-            lane.choices[row] = lane.choices[-1]
-            lane.choices.pop()
+            decoding.batch.leave(row)
+            decoding.choices[row] = decoding.choices[-1]
+            decoding.choices.pop()
 
     def _take(self) -> list[EngineRequest]:
         """The next requests in the order of their arrival, as many as there is room for."""
@@ -203,7 +203,7 @@ class Engine:
         return taken
 
     def _admit(self, taken: Sequence[EngineRequest]) -> None:
-        heard: dict[bool, list[HeardRequest]] = {False: [], True: []}
+        heard: dict[bool, list[EncodedRequest]] = {False: [], True: []}
         for request in taken:
             if request.cancelled:
                 continue
@@ -215,19 +215,19 @@ class Engine:
                 if request.conversation is None:
                     request.emit(Indexed(clips[0]))
                     continue
-                one = HeardRequest(
+                one = EncodedRequest(
                     request, request.conversation, clips, self._most(request, request.conversation, clips)
                 )
             except Exception as error:  # of this request alone
                 self._fail(request, error)
                 continue
             heard[is_the_llm_s(self.model, request.conversation)].append(one)
-        for lane in self._lanes:
-            with self._weights(lane):
-                self._reader.read(lane, heard[lane.plain])
+        for decoding in self._decoding:
+            with self._weights(decoding):
+                self._reader.read(decoding, heard[decoding.plain])
 
-    def _weights(self, lane: Lane) -> AbstractContextManager[object]:
-        return adapters.disabled(self.model.llm) if lane.plain else nullcontext()
+    def _weights(self, decoding: DecodingBatch) -> AbstractContextManager[object]:
+        return adapters.disabled(self.model.llm) if decoding.plain else nullcontext()
 
     def _keys_values(self, given: RequestClip, usage: Usage) -> AudioKV:
         """The clip's audio keys and values, computed if the cache does not have them."""
@@ -267,7 +267,7 @@ class Engine:
 
     # Answers
 
-    def _begin(self, one: HeardRequest, logits_V: Tensor, greedy: int) -> list[ChoiceState]:
+    def _begin(self, one: EncodedRequest, logits_V: Tensor, greedy: int) -> list[ChoiceState]:
         """Choose the first token of each answer; the answers that go on."""
         request, tokenizer = one.request, self.model.tokenizer
         choices = [
@@ -281,19 +281,19 @@ class Engine:
             self._finish(request)
         return going
 
-    def _step(self, lane: Lane) -> None:
-        with self._weights(lane):
-            logits_RV = lane.batch.step([choice.last for choice in lane.choices]).float()
+    def _step(self, decoding: DecodingBatch) -> None:
+        with self._weights(decoding):
+            logits_RV = decoding.batch.step([choice.last for choice in decoding.choices]).float()
         ended = []
-        for row, (choice, greedy) in enumerate(zip(lane.choices, greedy_of(logits_RV), strict=True)):
+        for row, (choice, greedy) in enumerate(zip(decoding.choices, greedy_of(logits_RV), strict=True)):
             choice.advance(logits_RV[row], greedy)
             if choice.ended:
                 ended.append(row)
         self.stats.steps += 1
-        self.stats.rows += len(lane.choices)
-        requests = {id(lane.choices[row].request): lane.choices[row].request for row in ended}
-        self._leave(lane, ended)
-        going = {id(choice.request) for choice in lane.choices}
+        self.stats.rows += len(decoding.choices)
+        requests = {id(decoding.choices[row].request): decoding.choices[row].request for row in ended}
+        self._leave(decoding, ended)
+        going = {id(choice.request) for choice in decoding.choices}
         for key, request in requests.items():
             if key not in going:
                 self._finish(request)

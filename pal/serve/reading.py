@@ -47,7 +47,7 @@ class EngineStats:
 
 
 @dataclass(eq=False)
-class Lane:
+class DecodingBatch:
     """Sequences that are decoded with the same weights: with the adapters or without."""
 
     batch: RunningBatch
@@ -56,7 +56,7 @@ class Lane:
 
 
 @dataclass(eq=False)
-class HeardRequest:
+class EncodedRequest:
     """A request with its clips' keys and values."""
 
     request: EngineRequest
@@ -93,54 +93,54 @@ class PromptReader:
         model: PalModel,
         cache: ByteLRU,
         stats: EngineStats,
-        begin: Callable[[HeardRequest, Tensor, int], list[ChoiceState]],
+        begin: Callable[[EncodedRequest, Tensor, int], list[ChoiceState]],
         fail: Callable[[EngineRequest, Exception], None],
     ) -> None:
         self.model, self.cache, self.stats, self.begin, self.fail = model, cache, stats, begin, fail
         self._recent: OrderedDict[tuple[object, ...], None] = OrderedDict()
 
-    def read(self, lane: Lane, heard: list[HeardRequest]) -> None:
+    def read(self, decoding: DecodingBatch, heard: list[EncodedRequest]) -> None:
         """Read the prompts of requests and let their answers join."""
-        single: list[HeardRequest] = []
-        following: dict[tuple[object, ...], list[HeardRequest]] = {}
+        single: list[EncodedRequest] = []
+        following: dict[tuple[object, ...], list[EncodedRequest]] = {}
         for one in heard:
-            begins = self._beginning(one, lane.plain)
+            begins = self._beginning(one, decoding.plain)
             if begins is None:
                 single.append(one)
             else:
                 following.setdefault(begins, []).append(one)
-        shared: list[HeardRequest] = []
+        shared: list[EncodedRequest] = []
         for begins, group in following.items():
             again = len(group) > 1 or begins in self._recent or self.cache.get(begins, PromptsRead) is not None
             (shared if again else single).extend(group)
             self._remember(begins)
-        self._guarded(self._read_after, lane, shared, True)
+        self._guarded(self._read_after, decoding, shared, True)
         in_place = not any(self.model.llm.windows)
         apart = [one for one in single if in_place and (one.request.options.n > 1 or one.keys > LONG_KEYS)]
         for one in apart:
-            self._guarded(self._read_single, lane, [one], True)
-        self._guarded(self._read_single, lane, [one for one in single if one not in apart], False)
+            self._guarded(self._read_single, decoding, [one], True)
+        self._guarded(self._read_single, decoding, [one for one in single if one not in apart], False)
 
     def _guarded(
         self,
-        reading: Callable[[Lane, list[HeardRequest], bool], None],
-        lane: Lane,
-        group: list[HeardRequest],
+        reading: Callable[[DecodingBatch, list[EncodedRequest], bool], None],
+        decoding: DecodingBatch,
+        group: list[EncodedRequest],
         how: bool,
     ) -> None:
         """Read a group; where that fails, each request alone, so that one does not fail the others."""
         if not group:
             return
         try:
-            reading(lane, group, how)
+            reading(decoding, group, how)
         except Exception as error:
             for one in group:
                 if len(group) == 1 or one.request.usage.completion:  # its first token was sent
                     self.fail(one.request, error)
                 else:
-                    self._guarded(reading, lane, [one], how)
+                    self._guarded(reading, decoding, [one], how)
 
-    def _beginning(self, one: HeardRequest, plain: bool) -> tuple[object, ...] | None:
+    def _beginning(self, one: EncodedRequest, plain: bool) -> tuple[object, ...] | None:
         """Key of a conversation's part up to the end of its last clip; None where it cannot be shared."""
         llm, ids = self.model.llm, one.conversation.ids
         if not one.conversation.clips or any(llm.windows) or not llm.shares_prefixes or ids[-1] == AUDIO:
@@ -154,11 +154,11 @@ class PromptReader:
         while len(self._recent) > _RECENT:
             self._recent.popitem(last=False)
 
-    def _read_after(self, lane: Lane, group: list[HeardRequest], in_place: bool) -> None:
+    def _read_after(self, decoding: DecodingBatch, group: list[EncodedRequest], in_place: bool) -> None:
         """Read what follows shared beginnings, and the beginnings themselves, where the cache does not have them."""
-        following: dict[tuple[object, ...], list[HeardRequest]] = {}
+        following: dict[tuple[object, ...], list[EncodedRequest]] = {}
         for one in group:
-            begins = self._beginning(one, lane.plain)
+            begins = self._beginning(one, decoding.plain)
             assert begins is not None
             following.setdefault(begins, []).append(one)
         prompts = [self._read_beginning(begins, each[0]) for begins, each in following.items()]
@@ -169,10 +169,10 @@ class PromptReader:
         ordered = [one for each in following.values() for one in each]
         for at, (one, greedy) in enumerate(zip(ordered, greedy_of(texts.logits_RV), strict=True)):
             for choice in self.begin(one, texts.logits_RV[at], greedy):
-                lane.batch.join_after(texts, at)
-                lane.choices.append(choice)
+                decoding.batch.join_after(texts, at)
+                decoding.choices.append(choice)
 
-    def _read_beginning(self, begins: tuple[object, ...], one: HeardRequest) -> PromptsRead:
+    def _read_beginning(self, begins: tuple[object, ...], one: EncodedRequest) -> PromptsRead:
         prompt = self.cache.get(begins, PromptsRead)
         if prompt is None:
             first = Tokens(one.conversation.ids[: _end_of_clips(one.conversation.ids)], one.conversation.clips)
@@ -182,13 +182,13 @@ class PromptReader:
             self.stats.prefix_hits += 1
         return prompt
 
-    def _read_single(self, lane: Lane, group: list[HeardRequest], in_place: bool) -> None:
+    def _read_single(self, decoding: DecodingBatch, group: list[EncodedRequest], in_place: bool) -> None:
         """Read whole prompts."""
         prompts = self._read_prompts([(one.conversation, one.clips) for one in group])
         for at, (one, greedy) in enumerate(zip(group, greedy_of(prompts.logits_BV), strict=True)):
             for choice in self.begin(one, prompts.logits_BV[at], greedy):
-                lane.batch.join(prompts, at, in_place)
-                lane.choices.append(choice)
+                decoding.batch.join(prompts, at, in_place)
+                decoding.choices.append(choice)
 
     def _read_prompts(self, given: Sequence[tuple[Tokens, list[AudioKV]]]) -> PromptsRead:
         clips: list[AudioKV] = []

@@ -46,6 +46,21 @@ def client(served):
         yield made
 
 
+def test_the_documentation_of_the_endpoints_has_all_fields_and_nothing_of_others(client):
+    made = client.get("/docs")
+    assert made.headers["content-security-policy"].startswith("default-src 'none'")
+    page, schema = Page(made.text), client.get("/openapi.json").json()
+    assert page.sources and all(source.startswith("/") and not source.startswith("//") for source in page.sources)
+    text = " ".join(page.text)
+    assert all(f"{method.upper()} {path}" in text for path, methods in schema["paths"].items() for method in methods)
+    for name in ("ChatRequest", "IndexRequest"):
+        fields = schema["components"]["schemas"][name]["properties"]
+        assert fields and all(f"{field} :" in text for field in fields)
+    assert "messages : list of Message, required" in text
+    assert "seed : integer or null" in text and "seed : integer or null, required" not in text
+    assert client.get("/redoc").status_code == 404
+
+
 def test_files_are_served_by_name_alone_under_a_strict_policy(client):
     assert {path.name for path in FOLDER.iterdir()} == {"index.html", *FILES}
     for path in ("/", *(f"/page/{name}" for name in FILES)):

@@ -16,7 +16,7 @@ from pal.serve.metrics import Metrics
 from pal.serve.requests import AnswerPiece, Computed, EngineRequest, Event, Failed, Finished, Indexed
 
 
-class Ticket:
+class ClientRequest:
     """A request of a client, from its arrival to its last event.
 
     Args:
