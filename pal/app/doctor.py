@@ -14,6 +14,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+
 from pal import SHIPPED, TEXT_LLM
 from pal.errors import BundleError
 from pal.files import verify
@@ -66,58 +69,41 @@ def report(diagnoses: list[Diagnosis]) -> str:
 def _python() -> Diagnosis:
     wanted = metadata.metadata(DISTRIBUTION)["Requires-Python"] or ""
     version = platform.python_version()
-    if satisfies(version, wanted):
+    if satisfies(version, SpecifierSet(wanted)):
         return Diagnosis("python", True, version)
     return Diagnosis("python", False, f"{version}, wanted {wanted}", f"make the environment with python {wanted}")
 
 
 def _packages() -> Iterator[Diagnosis]:
     """Check each requirement of the package's metadata, the only place that states version ranges."""
+    extras = metadata.metadata(DISTRIBUTION).get_all("Provides-Extra") or []
     for line in metadata.requires(DISTRIBUTION) or []:
-        requirement, _, marker = (part.strip() for part in line.partition(";"))
-        match = re.match(r"([A-Za-z0-9._-]+)\s*(.*)", requirement)
-        assert match is not None, line
-        name, wanted = match.group(1), match.group(2)
-        extra = re.search(r"extra == ['\"]([\w-]+)['\"]", marker)
-        if extra and extra.group(1) in ("test", "dev"):
+        wanted = Requirement(line)
+        extra = _extra_of(wanted, extras)
+        if extra is None or extra in ("test", "web", "dev"):
             continue
-        remedy = f"pip install '{DISTRIBUTION}[{extra.group(1)}]'" if extra else f"pip install '{name}{wanted}'"
+        remedy = f"pip install '{DISTRIBUTION}[{extra}]'" if extra else f"pip install '{wanted.name}{wanted.specifier}'"
         try:
-            version = metadata.version(name)
+            version = metadata.version(wanted.name)
         except metadata.PackageNotFoundError:
-            yield Diagnosis(name, False, f"not installed (wanted {wanted})", remedy, required=extra is None)
+            missing = f"not installed (wanted {wanted.specifier})"
+            yield Diagnosis(wanted.name, False, missing, remedy, required=not extra)
             continue
-        fits = satisfies(version, wanted)
-        detail = version if fits else f"{version}, wanted {wanted}"
-        yield Diagnosis(name, fits, detail, "" if fits else remedy, required=extra is None)
+        fits = satisfies(version, wanted.specifier)
+        detail = version if fits else f"{version}, wanted {wanted.specifier}"
+        yield Diagnosis(wanted.name, fits, detail, "" if fits else remedy, required=not extra)
 
 
-def satisfies(version: str, wanted: str) -> bool:
-    """True if a version satisfies a specifier such as ">=5.17,<6". Local and pre-release suffixes are ignored."""
-    have = _numbers(version)
-    for clause in filter(None, (part.strip() for part in wanted.split(","))):
-        match = re.match(r"(>=|<=|==|!=|<|>|~=)\s*(.+)", clause)
-        assert match is not None, clause
-        sign, bound = match.group(1), _numbers(match.group(2))
-        width = max(len(have), len(bound))
-        left, right = (numbers + (0,) * (width - len(numbers)) for numbers in (have, bound))
-        fits = {
-            ">=": left >= right,
-            "<=": left <= right,
-            "==": left == right,
-            "!=": left != right,
-            "<": left < right,
-            ">": left > right,
-            "~=": left >= right and left[: len(bound) - 1] == right[: len(bound) - 1],
-        }
-        if not fits[sign]:
-            return False
-    return True
+def _extra_of(wanted: Requirement, extras: list[str]) -> str | None:
+    """The extra that asks for a requirement, "" for one of the core, None for one of another platform."""
+    if wanted.marker is None:
+        return ""
+    return next((extra for extra in ("", *extras) if wanted.marker.evaluate({"extra": extra})), None)
 
 
-def _numbers(version: str) -> tuple[int, ...]:
-    match = re.match(r"\d+(\.\d+)*", version)
-    return tuple(int(part) for part in match.group().split(".")) if match else (0,)
+def satisfies(version: str, wanted: SpecifierSet) -> bool:
+    """True if an installed version, which may be a pre-release, lies in a range such as ">=5.17,<6"."""
+    return wanted.contains(version, prereleases=True)
 
 
 def _codecs() -> Diagnosis:
