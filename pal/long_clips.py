@@ -20,7 +20,7 @@ from pal.live import LiveAudio
 if TYPE_CHECKING:
     from pal.model import PalModel
 
-LIMITS = Limits(max_seconds=86_400.0, max_decoded_bytes=1 << 38)
+LIMITS = Limits(max_seconds=86_400.0, max_bytes=1 << 36, max_decoded_bytes=1 << 38)
 """Of recordings whose samples are never in memory together."""
 
 
@@ -30,7 +30,7 @@ def read(
     """`read_clip` with the notes on the clip's length; a long audio file is indexed in blocks on the way.
 
     That needs a model whose keys and values settle while audio arrives (`LiveAudio.settles`). Such a file may have a
-    day and, as all files, 1 GiB; other clips may have an hour.
+    day; other clips may have an hour and 1 GiB.
 
     Raises:
         AudioError: as `pal.audio.load`.

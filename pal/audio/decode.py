@@ -20,7 +20,7 @@ from pal.audio.libav import Track
 from pal.audio.limits import Limits
 from pal.audio.members import known_seconds, member_of
 from pal.audio.pcm import Mixer, to_float
-from pal.audio.reading import mapped, name_of, printable, read
+from pal.audio.reading import held, mapped, name_of, printable
 from pal.audio.stream_info import TO_THE_END, DecodeError, StreamInfo
 from pal.errors import AudioError
 
@@ -106,7 +106,8 @@ def load_into(
         if isinstance(source, tuple):
             seconds = _from_array(source, rate, limits, parts)
         else:
-            seconds, note = _from_file(read(source, limits), rate, limits, read_to_end, parts)
+            with held(source, limits) as data:
+                seconds, note = _from_file(data, rate, limits, read_to_end, parts)
     except DecodeError as error:
         raise AudioError(f"{shown}: {error.what}; {error.remedy}") from None
     return seconds, shown, note

@@ -1,6 +1,5 @@
 """Decoding of m4a, mp4 and webm by FFmpeg's libraries, with the optional `av` package."""
 
-import io
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -10,6 +9,7 @@ import numpy as np
 from pal.audio import opus
 from pal.audio.boxes import check
 from pal.audio.pcm import to_float
+from pal.audio.reading import file_of
 from pal.audio.sndfile import Md5
 from pal.audio.stream_info import CONVERT, TO_THE_END, DecodeError, StreamInfo
 
@@ -53,7 +53,7 @@ class Track:
         format = _format(data) if info is None else info.av_format
         with self._errors("it cannot be opened"):
             # with a format name, so that FFmpeg does not probe its hundreds of formats
-            self._container = self._av.open(io.BytesIO(data), format=format, metadata_errors="ignore")
+            self._container = self._av.open(file_of(data), format=format, metadata_errors="ignore")
         tracks = self._container.streams.audio
         if len(tracks) != 1:
             self._container.close()

@@ -35,7 +35,7 @@ class Limits:
         if not 1 <= channels <= self.max_channels:
             raise DecodeError(f"its {channels} channels are not 1 to {self.max_channels}", CONVERT + " -ac 1")
         seconds = "" if frames is None else f" ({frames / source_rate:.0f} s)"
-        too_long = DecodeError(f"it is longer than {self.max_seconds:.0f} s{seconds}", "split it, or raise max_seconds")
+        too_long = DecodeError(f"it is longer than {self.max_seconds:.0f} s{seconds}", "split it")
         max_frames = int(self.max_seconds * source_rate)
         if self.max_decoded_bytes // (4 * channels) < max_frames:
             max_frames = self.max_decoded_bytes // (4 * channels)

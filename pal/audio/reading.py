@@ -1,6 +1,7 @@
 """Bytes of an audio source, and its name in messages."""
 
 import errno
+import io
 import mmap
 import os
 from collections.abc import Iterator
@@ -15,6 +16,10 @@ from pal.errors import shortened
 
 _NAME = 140
 """Most characters of a name in an error."""
+_PART = 16 << 20
+"""Bytes that are read at a time."""
+MAP_BYTES = 64 << 20
+"""Files from this size on are decoded from a memory map and never held whole."""
 
 
 def read(source: Any, limits: Limits) -> bytes:
@@ -28,11 +33,11 @@ def read(source: Any, limits: Limits) -> bytes:
     if isinstance(source, (bytes, bytearray, memoryview)):
         data = bytes(source)
     elif isinstance(source, (str, os.PathLike)):
-        held = _of_member(source, limits)
-        if isinstance(held, bytes):
-            data = held
+        found = _of_member(source, limits)
+        if isinstance(found, bytes):
+            data = found
         else:
-            with _opened(held, limits) as stream:
+            with _opened(found, limits) as stream:
                 data = _read_stream(stream, limits)
     elif callable(getattr(source, "read", None)):
         try:
@@ -51,17 +56,34 @@ def read(source: Any, limits: Limits) -> bytes:
 
 
 @contextmanager
+def held(source: Any, limits: Limits) -> Iterator[bytes]:
+    """As `read`, but a file of `MAP_BYTES` or more is `mapped`."""
+    if isinstance(source, (str, os.PathLike)) and member_of(source) is None and _size(source) >= MAP_BYTES:
+        with mapped(source, limits) as data:
+            yield data
+    else:
+        yield read(source, limits)
+
+
+def file_of(data: bytes, span: tuple[int, int] | None = None) -> IO[bytes]:
+    """File object of the bytes, or of those of a span; a memory map is not copied."""
+    if isinstance(data, mmap.mmap):
+        return cast(IO[bytes], _MapFile(data, *(span or (0, len(data)))))
+    return io.BytesIO(data if span is None else data[slice(*span)])
+
+
+@contextmanager
 def mapped(path: str | os.PathLike[str], limits: Limits) -> Iterator[bytes]:
     """Memory-mapped file, which is indexed, sliced and searched like bytes; the bytes of a member of another file.
 
     Raises:
         DecodeError: as `read`.
     """
-    held = _of_member(path, limits)
-    if isinstance(held, bytes):
-        yield held
+    found = _of_member(path, limits)
+    if isinstance(found, bytes):
+        yield found
         return
-    with _opened(held, limits) as stream:
+    with _opened(found, limits) as stream:
         try:
             data: Any = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
         except (OSError, ValueError):  # an empty file, or a file system that cannot
@@ -88,6 +110,44 @@ def name_of(source: Any) -> str:
 def printable(name: str) -> str:
     """The name on one line, without control characters."""
     return shortened(name, _NAME, space="?")
+
+
+class _MapFile(io.RawIOBase):
+    """Reads a part of a memory map from a position of its own, and does not keep it from being closed."""
+
+    def __init__(self, data: mmap.mmap, start: int, end: int) -> None:
+        self._data, self._start, self._length, self._at = data, start, end - start, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        begin = {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._length}[whence]
+        if begin + offset < 0:
+            raise ValueError(f"there is no position {begin + offset}")
+        self._at = begin + offset
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        stop = min(self._at + len(buffer), self._length)
+        part = self._data[self._start + self._at : self._start + stop]
+        buffer[: len(part)] = part
+        self._at += len(part)
+        return len(part)
+
+
+def _size(path: str | os.PathLike[str]) -> int:
+    """Bytes of a file; 0 where there is none, which is said when it is opened."""
+    try:
+        return Path(path).stat().st_size
+    except (OSError, ValueError):
+        return 0
 
 
 def _of_member(source: str | os.PathLike[str], limits: Limits) -> bytes | str | os.PathLike[str]:
@@ -132,7 +192,7 @@ def _read_stream(stream: IO[bytes], limits: Limits) -> bytes:
     parts = []
     left = limits.max_bytes + 1
     while left > 0:
-        part = stream.read(left)
+        part = stream.read(min(left, _PART))  # which allocates as many
         if not isinstance(part, (bytes, bytearray)):
             raise DecodeError("the file object gives no bytes", "open it with mode 'rb'")
         if not part:
@@ -143,4 +203,4 @@ def _read_stream(stream: IO[bytes], limits: Limits) -> bytes:
 
 
 def _too_big(limits: Limits) -> DecodeError:
-    return DecodeError(f"it is larger than {limits.max_bytes} bytes", "split it, or raise max_bytes")
+    return DecodeError(f"it is larger than {limits.max_bytes} bytes", "split it")

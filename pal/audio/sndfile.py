@@ -1,7 +1,6 @@
 """Decoding of a file in memory by libsndfile."""
 
 import hashlib
-import io
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +10,7 @@ import numpy as np
 import soundfile
 
 from pal.audio.pcm import to_float
+from pal.audio.reading import file_of
 from pal.audio.stream_info import DecodeError, StreamInfo
 
 _ENDLESS = 1 << 62
@@ -38,11 +38,7 @@ def opened(data: bytes, info: StreamInfo) -> Iterator[soundfile.SoundFile]:
     Raises:
         DecodeError: libsndfile cannot open it, or fails while decoding.
     """
-    if info.payload is not None:
-        data = info.payload
-    elif info.span is not None:
-        data = data[slice(*info.span)]
-    source = io.BytesIO(data)
+    source = file_of(data, info.span) if info.payload is None else file_of(info.payload)
     raw: dict[str, Any] = {}
     if info.raw is not None:
         subtype, order = info.raw

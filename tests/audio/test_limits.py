@@ -4,13 +4,15 @@ import io
 import resource
 import struct
 import sys
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
+import torch
 
-from pal.audio import Limits, load
+from pal.audio import Limits, load, load_into, reading
 from pal.errors import AudioError
 from tests.audio.test_damage import wav
 from tests.audio.test_load import encoded, sine
@@ -50,6 +52,60 @@ def test_seconds_are_counted_before_and_while_decoding() -> None:
         assert len(load(encoded(sine(RATE, 1.0), RATE, format, subtype), RATE, limits).samples_N) == RATE
         assert "longer than 1 s" in refusal(encoded(sine(RATE, 1.1), RATE, format, subtype), limits)
     assert "longer than 1 s" in refusal((sine(RATE, 1.1), RATE), limits)
+
+
+CONTAINERS = [("WAV", "PCM_16"), ("W64", "PCM_24"), ("FLAC", "PCM_16"), ("MP3", "MPEG_LAYER_III"), ("OGG", "OPUS")]
+
+
+@pytest.mark.parametrize(("format", "subtype"), CONTAINERS)
+def test_mapped_files_give_the_samples_of_their_bytes(tmp_path, monkeypatch, format, subtype):
+    """Also with what stands before and behind the sound, and cut."""
+    monkeypatch.setattr(reading, "MAP_BYTES", 1)
+    data = encoded(sine(RATE, 1.0), RATE, format, subtype)
+    path = tmp_path / "a"
+    for file in (data, data + b"TAG" + bytes(125), b"ID3\x04\0\0\0\0\0\x0a" + bytes(10) + data, data[:-700], b""):
+        path.write_bytes(file)
+        results = []
+        for source in (file, path):
+            try:
+                results.append(load(source, RATE).samples_N)
+            except AudioError as error:
+                results.append(str(error).partition(": ")[2])
+        of_bytes, of_map = results
+        assert of_map == of_bytes if isinstance(of_bytes, str) else torch.equal(of_map, of_bytes)
+
+
+@pytest.mark.parametrize("format", ["WAV", "FLAC"])
+def test_a_large_file_is_not_held(tmp_path, monkeypatch, format):
+    """Allocations of Python while a file of 9 MB is decoded stay below a third of that."""
+    monkeypatch.setattr(reading, "MAP_BYTES", 1 << 20)
+    path = tmp_path / "large"
+    with soundfile.SoundFile(path, "w", RATE, 1, format=format, subtype="PCM_24") as file:
+        draw = np.random.default_rng(0).integers(-(1 << 31), 1 << 31, 1 << 20, dtype=np.int32)
+        for _ in range(3):
+            file.write(draw)
+    assert path.stat().st_size > 9e6
+    parts = Counted()
+    tracemalloc.start()
+    load_into(parts, path, RATE)
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert parts.samples == 3 << 20
+    assert most < 3e6
+
+
+class Counted:
+    """Takes parts and keeps their number of samples."""
+
+    samples = 0
+
+    def append(self, part_N: torch.Tensor) -> None:
+        self.samples += len(part_N)
+
+
+def test_a_high_limit_allocates_nothing() -> None:
+    data = encoded(sine(RATE, 1.0), RATE)
+    assert len(load(io.BytesIO(data), RATE, Limits(max_bytes=1 << 50)).samples_N) == RATE
 
 
 def test_bytes(tmp_path: Path) -> None:
