@@ -25,6 +25,8 @@ _STORE_BYTES = 200 * 2**20
 """Ray's store of objects at least: bodies of requests and keys and values of clips pass through it."""
 _BODIES = 8
 """Largest bodies that the store takes at once."""
+_MORE = 10.0
+"""Seconds beside those of grace in which the replicas end."""
 _POLL = 0.1
 """Seconds between two looks at whether all answers have ended."""
 
@@ -103,7 +105,10 @@ def serve_replicas(config: ReplicaConfig, host: str, port: int, ready: Callable[
             if not stopped.is_set():
                 ready()
             stopped.wait()
-            _drain(config.grace)
+            # in a thread, since Ray's calls wait for ever where a signal to all processes has ended Ray's own, too
+            draining = threading.Thread(target=_drain, args=[config.grace], daemon=True)
+            draining.start()
+            draining.join(config.grace + _MORE)
         finally:  # Serve ends with Ray
             for number, handler in before.items():
                 signal.signal(number, handler)

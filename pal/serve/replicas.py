@@ -98,5 +98,5 @@ def deployment(config: ReplicaConfig, attention: Attention | None = None) -> ser
         config: models, replicas and the options of each.
         attention: as for `create_app`; a function of a module.
     """
-    made = serve.deployment(serve.ingress()(ModelReplica), name=DEPLOYMENT, **config.deployment())
+    made = serve.deployment(name=DEPLOYMENT, **config.deployment())(serve.ingress()(ModelReplica))
     return made.bind(config.model_dump(), attention)
