@@ -75,6 +75,8 @@ def replica_config(server: ServerConfig, sources: Mapping[str, str | None], more
 def serve_replicas(config: ReplicaConfig, host: str, port: int, ready: Callable[[], None]) -> None:
     """Serve on this machine until SIGTERM or SIGINT; then what runs is answered, up to the time of grace.
 
+    A second signal ends it at once.
+
     Args:
         config: models and replicas.
         host: address to listen at.
@@ -96,7 +98,7 @@ def serve_replicas(config: ReplicaConfig, host: str, port: int, ready: Callable[
         from ray import serve
 
         for number in before:
-            signal.signal(number, lambda *_: stopped.set())
+            signal.signal(number, lambda *_: _stop(stopped))
         try:
             for name in ("ray.serve", "ray"):
                 logging.getLogger(name).setLevel(logging.ERROR)
@@ -112,6 +114,13 @@ def serve_replicas(config: ReplicaConfig, host: str, port: int, ready: Callable[
         finally:  # Serve ends with Ray
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+
+def _stop(stopped: threading.Event) -> None:
+    """A signal."""
+    if stopped.is_set():
+        raise KeyboardInterrupt
+    stopped.set()
 
 
 def _deploy(config: ReplicaConfig, stopped: threading.Event) -> None:
