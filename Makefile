@@ -19,10 +19,11 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 tests: $(STAMP)
 	$(PYTEST)
 
-# The server's page in headless Chromium; `make test` has these tests, too, and skips them where there is no Chromium.
+# The server's page and those of reports in headless Chromium; `make test` has these tests, too, and skips them where
+# there is no Chromium.
 test-web: $(STAMP)
 	@command -v chromium > /dev/null || { echo "there is no chromium; on Debian: apt-get install chromium" >&2; exit 1; }
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/serve/test_page.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/serve/test_page.py tests/report/test_browser.py
 
 # Twice as long as the tests alone.
 coverage: $(STAMP)

@@ -50,7 +50,7 @@ def batch(
     A run that was stopped goes on where it stopped when the command is given again. Clips that cannot be used are
     listed in a file beside the output, and the exit status is then 1.
     """
-    from pal import shipped
+    from pal import ray_session, shipped
     from pal.batch import ray_workers, read_input, run
     from pal.data.tables import lines_of
 
@@ -62,7 +62,7 @@ def batch(
     if several:
         ray_workers.check(address)
     if num_gpus is None:
-        num_gpus = ray_workers.shared_gpus(workers) if address is None else 0.0
+        num_gpus = ray_session.shared_gpus(workers) if address is None else 0.0
     name = model or shipped.default()
     if model is None:
         note(shipped.explain(name))

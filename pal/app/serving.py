@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -11,6 +12,9 @@ from pal.app.loading import load_model
 from pal.app.options import OtherWeights
 from pal.app.output import note
 from pal.errors import ConfigError
+
+if TYPE_CHECKING:
+    from pal.serve.server_config import ReplicaConfig
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 MISSING = "pal serve needs packages that are not installed; run: pip install 'pal-audio[serve]'"
@@ -40,6 +44,17 @@ def serve(
     decoders: Annotated[
         int, typer.Option(min=0, help="Processes that decode clips at once; 0 decodes in the server's own.")
     ] = 2,
+    replicas: Annotated[
+        int | None,
+        typer.Option(min=1, help="Servers behind the one address, each with all models; needs the extra ray."),
+    ] = None,
+    max_replicas: Annotated[
+        int | None, typer.Option(min=1, help="Most of them: their number follows the load, from --replicas on.")
+    ] = None,
+    num_gpus: Annotated[
+        float | None,
+        typer.Option(min=0.0, help="GPUs of a replica; a fraction shares one. Default: those there are, shared."),
+    ] = None,
     other_weights: OtherWeights = False,
 ) -> None:
     """Serve models by OpenAI's protocol: chat completions with audio, transcriptions, indexed clips; and a page to ask.
@@ -51,41 +66,59 @@ def serve(
         from pal.serve.process import listen, make_server
     except ImportError:
         raise ConfigError(MISSING) from None
-    from pal.audio import Limits
     from pal.probe.when import attention_by_word
-    from pal.serve.decode_process import MEMORY_BYTES, SECONDS
-    from pal.serve.engine import Engine
-    from pal.serve.served import ServeOptions
+    from pal.serve.server_config import ServerConfig
 
     if api_key is not None and not api_key.strip():
         raise ConfigError("the API key is empty; give --api-key or PAL_API_KEY a value, or leave it out")
     sources = named(model, models or [])
-    body = round(max_body_mb * 1e6)
-    options = ServeOptions(
-        api_key,
-        body,
-        Limits(max_seconds=max_seconds, max_bytes=body),
-        max_tokens,
+    config = ServerConfig(
+        api_key=api_key,
+        batch=batch,
+        queue=queue,
+        cache_gb=cache_gb,
+        max_seconds=max_seconds,
+        max_body_mb=max_body_mb,
+        max_tokens=max_tokens,
         decoders=decoders,
-        decoder_memory=max(MEMORY_BYTES, 4 * body),  # decoders copy parts of a file
-        decoder_seconds=max(SECONDS, max_seconds / 30),
     )
+    shown = f"[{host}]" if ":" in host else host
+    if host not in LOOPBACK and api_key is None:
+        note(f"everybody who reaches {shown} can ask; --api-key asks for a key")
+    if replicas is not None or max_replicas is not None:
+        from pal.app.replicas import replica_config
+
+        more = {"replicas": replicas or 1, "max_replicas": max_replicas, "gpus": num_gpus}
+        more |= {"other_weights": other_weights, "grace": grace}
+        _serve_replicas(replica_config(config, sources, more), host, shown, port)
+        return
+    if num_gpus is not None:
+        raise ConfigError("--num-gpus is of replicas; give --replicas, too")
     with listen(host, port) as socket:  # before minutes of loading
         loaded = {name: load_model(source, other_weights) for name, source in sources.items()}
         if None in sources.values():
             from pal import shipped
 
             loaded = {shipped.default(): one for one in loaded.values()}
-        engines = {
-            name: Engine(name, one, batch=batch, queue=queue, cache_bytes=round(cache_gb * 1e9))
-            for name, one in loaded.items()
-        }
-        at, shown = socket.getsockname()[1], f"[{host}]" if ":" in host else host
-        if host not in LOOPBACK and api_key is None:
-            note(f"everybody who reaches {shown} can ask; --api-key asks for a key")
-        url = f"http://{shown}:{at}"
-        typer.echo(f"serving {', '.join(engines)} at {url}/v1 ({url} is a page to ask, {url}/docs has the endpoints)")
-        make_server(create_app(engines, options, attention_by_word), grace).run(sockets=[socket])
+        engines = {name: config.engine(name, one) for name, one in loaded.items()}
+        _say(engines, shown, socket.getsockname()[1])
+        make_server(create_app(engines, config.options(), attention_by_word), grace).run(sockets=[socket])
+
+
+def _say(models: Iterable[str], host: str, port: int, what: str = "") -> None:
+    url = f"http://{host}:{port}"
+    typer.echo(f"serving {', '.join(models)} at {url}/v1 ({what}{url} is a page to ask, {url}/docs has the endpoints)")
+
+
+def _serve_replicas(config: ReplicaConfig, host: str, shown: str, port: int) -> None:
+    """Serve by Ray, on this machine."""
+    from pal.app.replicas import serve_replicas
+    from pal.serve.process import listen
+
+    with listen(host, port) as socket:  # free, before minutes of loading
+        at = socket.getsockname()[1]
+    what = f"{config.replicas} replicas" + (f", up to {config.max_replicas}; " if config.max_replicas else "; ")
+    serve_replicas(config, host, at, lambda: _say(config.models, shown, at, what))
 
 
 def named(model: str | None, models: list[str]) -> dict[str, str | None]:

@@ -9,34 +9,24 @@ from __future__ import annotations
 import json
 import logging
 import os
-import shutil
-import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pal import ray_session
 from pal.batch.parts import AnswerParts
 from pal.batch.tasks import ClipTask
 from pal.batch.worker import ClipWorker, TaskReport, WorkerOptions
-from pal.errors import ConfigError, PalError, first_sentence
+from pal.errors import PalError, first_sentence
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-INSTALL = "pip install 'pal-audio[ray]'"
 _BLOCKS = 2000
 """Most blocks that the tasks are divided into; Ray's own work grows with their number."""
 _STORE_BYTES = 100 * 2**20
 """Ray's store of objects, for tasks and reports; about its minimum."""
-_LONGEST_FOLDER = 40
-"""Longest path of a temporary folder in which the paths of Ray's sockets keep within their 107 bytes."""
-_STARTS = 3
-"""Tries to start Ray on this machine."""
-_ADDRESS = "RAY_ADDRESS"
-_QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_BACKEND_LOG_LEVEL": "fatal", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
-"""No statistics on usage are sent, and Ray's processes print nothing."""
 
 
 class RayWorker:
@@ -57,21 +47,9 @@ class RayWorker:
 
 def check(address: str | None) -> None:
     """Raise ConfigError where Ray is missing, or a cluster is set that was not asked for."""
-    try:
-        import ray.data  # noqa: F401
-    except ImportError:
-        raise ConfigError(f"several workers need Ray; {INSTALL}, or leave out --workers") from None
-    found = os.environ.get(_ADDRESS)
-    if address is None and found not in (None, "", "local"):
-        raise ConfigError(f"{_ADDRESS} is set to '{found}'; give --address {found} to use this cluster, or unset it")
-
-
-def shared_gpus(workers: int) -> float:
-    """GPUs of each worker where they share those of this machine; 0 without any."""
-    import torch
-
-    devices = torch.cuda.device_count()
-    return 0.0 if not devices else 1.0 if workers <= devices else 1.0 / -(-workers // devices)
+    ray_session.need("ray.data", "several workers need", "--workers")
+    if address is None:
+        ray_session.refuse_cluster("give --address {address}")
 
 
 def ask(
@@ -93,7 +71,11 @@ def ask(
     check(address)
     cores = os.cpu_count() or 1
     each = max(1, cores // workers)
-    with _started(address, workers * each + 1, options.gpus * workers, parts):
+    if address is None:
+        ray_session.check_gpus(options.gpus * workers, "fewer --workers")
+    cores = workers * each + 1
+    remedy = "give --workers 1 to do without it"
+    with ray_session.ray_session(address, cpus=cores, store_bytes=_STORE_BYTES, remedy=remedy, note=parts.temporary):
         import ray
         from ray.data import ActorPoolStrategy, DataContext, from_items
 
@@ -122,75 +104,3 @@ def ask(
                 f"Ray ended: {first_sentence(error)}; run the same command again to go on, with fewer --workers where "
                 "memory was short"
             ) from None
-
-
-@contextmanager
-def _started(address: str | None, cpus: int, gpus: float, parts: AnswerParts) -> Iterator[None]:
-    """Ray, on this machine or connected to a cluster; ended, and its files removed, at the end."""
-    before = {name: os.environ.get(name) for name in _QUIET}
-    os.environ.update(_QUIET)
-    import ray
-
-    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-    temporary: Path | None = None
-    try:
-        if address is None:
-            # Ray's own folder would stay
-            base = tempfile.gettempdir()
-            temporary = Path(tempfile.mkdtemp(prefix="pal-ray-", dir=base if len(base) <= _LONGEST_FOLDER else "/tmp"))
-            parts.temporary(temporary)
-            _check_gpus(gpus)
-            quiet |= {"num_cpus": cpus, "include_dashboard": False, "_temp_dir": str(temporary)}
-            quiet |= {"object_store_memory": _STORE_BYTES}
-        _init(address, quiet)
-        yield
-    finally:
-        ray.shutdown()
-        if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
-
-
-def _init(address: str | None, options: dict[str, Any]) -> None:
-    """Start Ray or connect to it; raises ConfigError where that fails."""
-    import ray
-
-    tries = _STARTS if address is None else 1
-    for left in reversed(range(tries)):
-        try:
-            with _without_stderr():
-                ray.init(address or "local", **options)
-            return
-        except Exception as error:  # Ray raises bare ones, such as where a busy machine takes over 30 s to start it
-            ray.shutdown()
-            if not left:
-                what = f"Ray could not be started at {address}" if address else "Ray could not be started here"
-                raise ConfigError(f"{what}: {first_sentence(error)}; give --workers 1 to do without it") from None
-
-
-@contextmanager
-def _without_stderr() -> Iterator[None]:
-    """What native code writes to stderr is dropped: Ray says there that it was told to be quiet."""
-    kept = os.dup(2)
-    try:
-        with Path(os.devnull).open("wb") as nothing:
-            os.dup2(nothing.fileno(), 2)
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-
-
-def _check_gpus(gpus: float) -> None:
-    """Raise ConfigError where this machine has fewer; Ray would wait for them."""
-    import torch
-
-    if gpus > torch.cuda.device_count():
-        raise ConfigError(
-            f"the workers need {gpus:g} GPUs, and there are {torch.cuda.device_count()}; give a smaller --num-gpus, or "
-            "fewer --workers"
-        )

@@ -23,6 +23,7 @@ from pal.serve.engine import Engine
 from pal.serve.errors import ApiError, install_error_handlers
 from pal.serve.metrics import Metrics
 from pal.serve.page_routes import HEADERS, Attention, page_router
+from pal.serve.replica import Replica, ReplicaHeader
 from pal.serve.requests import AnswerPiece, ClosingError, Computed, EngineRequest, Finished, Indexed
 from pal.serve.sampling import SamplingOptions
 from pal.serve.schemas import ChatRequest, IndexRequest
@@ -40,18 +41,20 @@ def create_app(
     options: ServeOptions | None = None,
     attention: Attention | None = None,
     processes: DecodeProcesses | None = None,
+    replica: Replica | None = None,
 ) -> FastAPI:
     """The application for some engines by name; it closes them at its end.
 
     `attention` is what the page shows of an answer (`pal.probe.when.attention_by_word`); None shows nothing.
     `processes` decode clips and are closed, too; None starts `options.decoders` of them.
+    `replica` is this server where it is one of several; it is named in responses and metrics.
     `app.state.stopping = True` refuses new requests, while those that run are answered.
     """
     options = options or ServeOptions()
     if processes is None and options.decoders:
         processes = DecodeProcesses(options.decoders, options.decoder_memory, options.decoder_seconds)
-    models = {name: ServedModel(engine, options, processes) for name, engine in engines.items()}
-    metrics = Metrics(engines, processes)
+    models = {name: ServedModel(engine, options, processes, replica) for name, engine in engines.items()}
+    metrics = Metrics(engines, processes, replica)
     limiter: list[CapacityLimiter] = []
 
     @asynccontextmanager
@@ -73,6 +76,8 @@ def create_app(
     app.state.stopping = False
     app.add_middleware(BodyLimit, most=options.max_body)
     app.add_middleware(BearerAuth, key=options.api_key)
+    if replica is not None:
+        app.add_middleware(ReplicaHeader, name=replica.name)
     install_error_handlers(app)
 
     def find(name: str) -> ServedModel:

@@ -104,6 +104,11 @@ class Engine:
         """Audio keys and values of the clip with this digest, if they are in the cache."""
         return self.cache.get(("clip", digest), AudioKV)
 
+    def keep(self, digest: str, audio: AudioKV) -> None:
+        """Keep audio keys and values of the clip with this digest, which this model computed elsewhere."""
+        audio.check(self.digest)
+        self.cache.put(("clip", digest), audio)
+
     def submit(self, request: EngineRequest) -> None:
         """Put a request into the queue.
 

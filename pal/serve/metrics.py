@@ -10,15 +10,28 @@ from prometheus_client.registry import Collector
 
 from pal.serve.decode_process import DecodeProcesses
 from pal.serve.engine import Engine
+from pal.serve.replica import Replica
 
 _SECONDS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 60, 120)
 
 
 class Metrics:
-    """What `/metrics` shows."""
+    """What `/metrics` shows.
 
-    def __init__(self, engines: Mapping[str, Engine], processes: DecodeProcesses | None = None) -> None:
+    Args:
+        engines: by the names of their models.
+        processes: that decode clips.
+        replica: this server where it is one of several; its name is then a label of everything.
+    """
+
+    def __init__(
+        self,
+        engines: Mapping[str, Engine],
+        processes: DecodeProcesses | None = None,
+        replica: Replica | None = None,
+    ) -> None:
         self.registry = CollectorRegistry()
+        self.labels = {} if replica is None else {"replica": replica.name}
         self.registry.register(_OfEngines(engines))
         if processes is not None:
             self.registry.register(_OfDecoders(processes))
@@ -39,7 +52,22 @@ class Metrics:
 
     def text(self) -> bytes:
         """The page."""
-        return generate_latest(self.registry)
+        labelled = CollectorRegistry(auto_describe=False)
+        labelled.register(_Labelled(self.registry, self.labels))
+        return generate_latest(labelled)
+
+
+class _Labelled(Collector):
+    """The metrics of a registry with more labels."""
+
+    def __init__(self, registry: CollectorRegistry, labels: Mapping[str, str]) -> None:
+        self.registry, self.labels = registry, labels
+
+    def collect(self) -> Iterator[Metric]:
+        """The registry's metrics, now."""
+        for metric in self.registry.collect():
+            metric.samples = [one._replace(labels={**one.labels, **self.labels}) for one in metric.samples]
+            yield metric
 
 
 class _OfEngines(Collector):

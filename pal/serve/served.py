@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from threading import Lock
@@ -20,6 +21,7 @@ from pal.serve.audio_input import decode_request_audio
 from pal.serve.decode_process import MEMORY_BYTES, SECONDS, DecodeProcesses
 from pal.serve.engine import Engine
 from pal.serve.errors import ApiError
+from pal.serve.replica import Replica
 from pal.serve.requests import EngineRequest, Event, RequestClip
 from pal.serve.sampling import SamplingOptions
 from pal.serve.schemas import AttentionRequest, ChatRequest, InputAudio, Message, TextPart
@@ -34,6 +36,7 @@ Emit = Callable[[Event], None]
 HANDLE = "audio-"
 """Beginning of the handle of an indexed clip."""
 MEBI = 1 << 20
+_DIGEST = re.compile("[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
@@ -63,10 +66,17 @@ class ServedModel:
         engine: of the model.
         options: of the application.
         processes: that decode clips; None decodes in this one.
+        replica: this server where it is one of several; clips by their handles are sought at the others, too.
     """
 
-    def __init__(self, engine: Engine, options: ServeOptions, processes: DecodeProcesses | None = None) -> None:
-        self.engine, self.options, self.processes = engine, options, processes
+    def __init__(
+        self,
+        engine: Engine,
+        options: ServeOptions,
+        processes: DecodeProcesses | None = None,
+        replica: Replica | None = None,
+    ) -> None:
+        self.engine, self.options, self.processes, self.replica = engine, options, processes, replica
         # fast tokenizers cannot be used by two threads at once, and the engine uses the model's own
         self.tokenizer: PreTrainedTokenizerBase = copy.deepcopy(engine.model.tokenizer)
         self._tokenizing = Lock()
@@ -166,7 +176,7 @@ class ServedModel:
         """
         if audio.id is not None:
             digest = audio.id.removeprefix(HANDLE)
-            stored = self.engine.stored(digest) if audio.id.startswith(HANDLE) else None
+            stored = self._stored(digest) if audio.id.startswith(HANDLE) else None
             if stored is None:
                 said = "this audio is not in the cache (any more); index it again, or send the clip"
                 raise ApiError(said, 404, f"{param}.id", "audio_not_found")
@@ -179,6 +189,15 @@ class ServedModel:
         except DecodeError as error:
             raise ApiError(f"{error.what}; {error.remedy}", 400, f"{param}.data", "invalid_base64") from None
         return self.decoded(data, audio.format or "", param)
+
+    def _stored(self, digest: str) -> AudioKV | None:
+        """Keys and values of an indexed clip: from the cache, else from another replica, and then in the cache."""
+        found = self.engine.stored(digest)
+        if found is None and self.replica is not None and _DIGEST.fullmatch(digest):
+            found = self.replica.elsewhere(self.engine.name, digest)
+            if found is not None:
+                self.engine.keep(digest, found)
+        return found
 
     def decoded(self, data: bytes, format: str, param: str) -> RequestClip:
         """A clip from the bytes of a file: its keys and values, if the cache has them, else samples."""

@@ -34,6 +34,21 @@ def test_a_port_that_is_taken_is_one_line():
     assert made.exit_code == 1 and len(made.output.splitlines()) == 1 and "in use" in made.output
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--num-gpus", "1"], "--num-gpus is of replicas; give --replicas, too"),
+        (["--replicas", "2", "--max-replicas", "1"], "max_replicas is 1, below replicas, which is 2"),
+        (["--replicas", "2", "--num-gpus", "9"], "18 GPUs are needed, and there are"),
+        (["--api-key", " "], "the API key is empty"),
+    ],
+    ids=str,
+)
+def test_options_that_do_not_go_together_are_one_line(options, said):
+    made = CliRunner().invoke(cli.app, ["serve", "tiny", *options])
+    assert made.exit_code == 1 and len(made.output.splitlines()) == 1 and said in made.output
+
+
 def taken_port():
     from contextlib import contextmanager
 

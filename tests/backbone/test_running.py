@@ -9,9 +9,12 @@ from hypothesis import strategies as st
 
 from pal.backbone import running_storage
 from pal.backbone.running import RunningBatch, read, read_after
+from pal.registry import names
 from pal.types import AUDIO, Tokens
 from tests.backbone.generating import GREEDY, Watch
 from tests.identities.models import CROSSED, INTEGRATIONS, PLACEMENTS, features, shared
+from tests.identities.test_streams import ENSEMBLES
+from tests.identities.test_streams import shared as ensemble
 
 CLIPS = (7, 11, 3)
 WAYS = ("alone", "together", "in_place", "after")
@@ -33,10 +36,16 @@ def prompts(family, seed, count=7):
     return found
 
 
+def heard(integration):
+    """Clips as each of the integration's encoders hears them."""
+    several = getattr(integration, "streams", None) is not None and len(integration.streams) > 1
+    return [features(*CLIPS, seed=4), features(*(2 * n + 1 for n in CLIPS), seed=5)] if several else features(*CLIPS)
+
+
 def alone(llm, integration, row):
     watch = Watch(read_only=True)
     asked = {**GREEDY, "max_new_tokens": NEW, "logits_processor": [watch]}
-    made = llm.generate(integration(features(*CLIPS), [row], llm, "left"), **asked)
+    made = llm.generate(integration(heard(integration), [row], llm, "left"), **asked)
     return made[0].tolist(), torch.stack([logits[0] for _, logits in watch.seen])
 
 
@@ -49,7 +58,7 @@ class Decoder:
         self.rows, self.said, self.logits = [], {}, {}
 
     def prompt(self, *rows):
-        return read(self.llm, self.integration(features(*CLIPS), list(rows), self.llm, "left"))
+        return read(self.llm, self.integration(heard(self.integration), list(rows), self.llm, "left"))
 
     def begin(self, which, row, logits_V):
         assert row == len(self.rows)
@@ -94,8 +103,8 @@ def run(llm, integration, given, seed):
     return decoder
 
 
-def check(family, name, seed):
-    llm, integration = shared(family, name)
+def check(family, name, seed, make=shared):
+    llm, integration = make(family, name)
     given = prompts(family, seed)
     decoder = run(llm, integration, given, seed)
     for which, row in enumerate(given):
@@ -108,6 +117,16 @@ def check(family, name, seed):
 @pytest.mark.parametrize(("family", "name"), CROSSED)
 def test_each_sequence_gets_what_it_gets_alone(family, name):
     check(family, name, seed=3)
+
+
+@pytest.mark.parametrize("name", ENSEMBLES)
+def test_each_sequence_of_an_ensemble_gets_what_it_gets_alone(name):
+    check("llama", name, 3, ensemble)
+
+
+def test_every_integration_is_there():
+    tried = {one if isinstance(one, str) else one["name"] for one in (*INTEGRATIONS.values(), *ENSEMBLES.values())}
+    assert tried == set(names("integration"))
 
 
 @given(

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from pal import ray_session
 from pal.batch import ray_workers, read_input, run
 from pal.batch.parts import AnswerParts
 from pal.errors import ConfigError
@@ -63,4 +64,4 @@ def test_a_cluster_is_used_only_where_it_is_named(monkeypatch):
 def test_workers_share_the_gpus_that_are_there(monkeypatch):
     for devices, workers, expected in ((0, 2, 0.0), (1, 1, 1.0), (1, 4, 0.25), (4, 2, 1.0), (2, 3, 0.5), (8, 8, 1.0)):
         monkeypatch.setattr("torch.cuda.device_count", lambda devices=devices: devices)
-        assert ray_workers.shared_gpus(workers) == expected
+        assert ray_session.shared_gpus(workers) == expected

@@ -1,4 +1,4 @@
-"""One page from folders of every kind, made by the code that really makes them."""
+"""What the page of folders of every kind says (`conftest.py` makes them)."""
 
 import base64
 import hashlib
@@ -13,76 +13,13 @@ import soundfile
 import torch
 from typer.testing import CliRunner
 
-from pal import train
 from pal.app import cli
-from pal.data.manifest import Manifest
-from pal.data.synth import synthesise
 from pal.errors import ConfigError
-from pal.evaluate import evaluate, from_records
-from pal.evaluate.benchmark import Benchmark
 from pal.evaluate.compare import compare
-from pal.evaluate.items import Item
-from pal.plots import TIME
-from pal.probe.probe_result import Plot, ProbeResult
 from pal.report.embed import MediaEmbedder
 from pal.report.join import labels, make
-from tests import published
 from tests.html_page import Page
-from tests.models import noise, tiny_model
-from tests.train import tiny
-
-BENCH = Path(__file__).parents[2] / "docs/benchmarks/cpu"
-EVIL = 'Is it </p><script src="https://example.org/x.js">alert("1")</script> & "so"?'
-AREA = (0.2, 0.1, 0.7, 0.6)
-"""Of the heat-map: left, bottom, width and height in fractions of the picture."""
-
-
-def probe_result():
-    def draw(figure):
-        figure.set_layout_engine("none")
-        axes = figure.add_axes(AREA, facecolor="red", xlim=(0.0, 0.5))
-        axes.set_gid(TIME)
-        axes.set_axis_on()
-        for spine in axes.spines.values():
-            spine.set_visible(False)
-
-    return ProbeResult(
-        probe="attention",
-        model={"source": "x", "digest": "abc"},
-        settings={"seed": 0},
-        reading=["Most of it looks at <b>the dog</b>."],
-        tables={"Mass on audio": [{"layer": 1, "mass": 0.25, "ci95": (0.2, 0.3)}]},
-        pictures={"map": Plot("Where it looks", "Bright is much.", draw, clip="dog")},
-        clips={"dog": (noise(0.5), 16_000), "cat": (noise(0.25, rate=8_000), 8_000)},
-    )
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    root = tmp_path_factory.mktemp("all")
-    manifest = synthesise(root / "scenes", scenes=4, seed=5, seconds=1.5, questions_per_scene=3, workers=1)
-    stages = [{**tiny.READ, "steps": 2}, {**tiny.JOIN, "epochs": None, "steps": 2, "batch": {"clips": 2}}]
-    items = []
-    for number in range(4):
-        path = root / "audio" / f"{number}.wav"
-        published.clip(path, 0.1 + 0.1 * number)
-        items.append(Item(f"{number}", (str(path),), EVIL, ("yes",), ("yes", "no"), {"asks": (f"k{number % 2}",)}))
-    benchmark = Benchmark("made", tuple(items), {"name": "rank"}, root / "audio")
-    for name in ("lal", "plits"):
-        recipe = tiny.recipe(manifest, stages, model={**tiny.MODEL, "integration": name})
-        train.run(recipe, root / "runs" / name)
-        evaluate(tiny_model(name), benchmark, root / "runs" / name / "eval", progress=False)
-    score = evaluate(tiny_model("pal"), from_records(Manifest(manifest), "scenes"), progress=False)
-    score.save(root / "runs" / "score.json")
-    probe_result().save(root / "probe")
-    shutil.copytree(BENCH, root / "bench")
-    return root
-
-
-@pytest.fixture(scope="module")
-def made(root, tmp_path_factory):
-    out = tmp_path_factory.mktemp("page") / "page.html"
-    return make([root], out, title='A & "B"')
+from tests.report.conftest import BENCH, EVIL
 
 
 @pytest.fixture(scope="module")

@@ -1,28 +1,13 @@
 """A server with the page in a thread, and the browser that looks at it."""
 
-import shutil
 import threading
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-
-import pytest
 
 from pal.probe.when import attention_by_word
 from pal.serve.app import create_app
 from pal.serve.engine import Engine
 from pal.serve.process import listen, make_server
-
-CHROMIUM = shutil.which("chromium")
-BROWSER = (
-    "needs Debian's chromium, and the test's packages: apt-get install chromium; "
-    ".venv/bin/python -m pip install -c constraints.txt -e '.[web]'"
-)
-ARGS = [
-    "--use-fake-device-for-media-stream",  # a microphone that beeps
-    "--use-fake-ui-for-media-stream",  # and is always allowed
-    "--no-sandbox",  # for root, as in containers
-]
-
 
 ANSWERED = ".card:has(.answer[aria-busy=false])"
 
@@ -41,23 +26,6 @@ def serving_page(models, options, attention=attention_by_word):
             server.should_exit = True
             thread.join(30)
             assert not thread.is_alive()
-
-
-@contextmanager
-def browser():
-    """Headless Chromium; skips where it or Playwright is missing, and says how to get it."""
-    try:
-        from playwright.sync_api import sync_playwright
-    except ImportError:
-        pytest.skip(BROWSER)
-    if CHROMIUM is None:
-        pytest.skip(BROWSER)
-    with sync_playwright() as playwright:
-        launched = playwright.chromium.launch(executable_path=CHROMIUM, args=ARGS)
-        try:
-            yield launched
-        finally:
-            launched.close()
 
 
 @dataclass

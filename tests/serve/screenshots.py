@@ -8,7 +8,8 @@ from PIL import Image
 import pal
 from pal import shipped
 from pal.serve.served import ServeOptions
-from tests.serve.page_server import browser, serving_page
+from tests.browser import browser
+from tests.serve.page_server import serving_page
 
 OUT = Path(__file__).parent.parent.parent / "docs" / "serving"
 PICTURES = {

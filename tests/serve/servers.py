@@ -51,16 +51,23 @@ class Running:
 
 
 @contextmanager
-def serving(model, options, name="tiny", processes=None, **engine):
+def serving(model, options, name="tiny", processes=None, replica=None, **engine):
     """A server; clips are decoded in its own process unless there are others, since those take seconds to start."""
+    engines = {name: Engine(name, model, **engine)}
+    with serving_all(engines, options, processes, replica) as running:
+        yield running
+
+
+@contextmanager
+def serving_all(engines, options, processes=None, replica=None):
+    """A server of several engines by name; its `engine` is the first one."""
     options = replace(options, decoders=0)
-    engine = Engine(name, model, **engine)
     with listen("127.0.0.1", 0) as socket:
-        server = make_server(create_app({name: engine}, options, processes=processes), grace=20)
+        server = make_server(create_app(engines, options, processes=processes, replica=replica), grace=20)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [socket]}, daemon=True)
         thread.start()
         try:
-            yield Running(server, socket.getsockname()[1], engine)
+            yield Running(server, socket.getsockname()[1], next(iter(engines.values())))
         finally:
             server.should_exit = True
             thread.join(30)

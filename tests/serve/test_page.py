@@ -14,13 +14,13 @@ import soundfile
 
 from pal import shipped
 from pal.serve.served import ServeOptions
+from tests.browser import PHONE, WIDE, browser, check_axe, check_width, watched
 from tests.models import tiny_model
 from tests.serve.engines import CLIPS
-from tests.serve.page_server import Opened, browser, serving_page
+from tests.serve.page_server import Opened, serving_page
 from tests.serve.servers import KEY, says, user, wav
 
 ASK = "What sound is this?"
-WIDE, PHONE = {"width": 1200, "height": 900}, {"width": 360, "height": 740}
 
 
 @pytest.fixture(scope="module")
@@ -44,10 +44,7 @@ def open_page(chromium):
         context = chromium.new_context(viewport=size, color_scheme=scheme, **options)
         contexts.append(context)
         page = Opened(context.new_page(), url, [], [], [])
-        page.tab.set_default_timeout(60_000)
-        page.tab.on("console", lambda said: page.errors.append(said.text) if said.type == "error" else None)
-        page.tab.on("pageerror", lambda error: page.errors.append(str(error)))
-        page.tab.on("request", lambda request: page.requests.append(request))
+        watched(page.tab, page.errors, page.requests)
         page.goto()
         tabs.append(page)
         return page
@@ -406,8 +403,6 @@ def test_the_keyboard_does_everything(page):
 
 
 def test_axe_finds_nothing_and_a_phone_is_wide_enough(open_page, served):
-    from axe_playwright_python.sync_playwright import Axe
-
     page = open_page(served[0], PHONE, "light")
     page.expected.append("400")
     grounds = set()
@@ -422,12 +417,11 @@ def test_axe_finds_nothing_and_a_phone_is_wide_enough(open_page, served):
             page.tab.set_viewport_size(WIDE)
             page.ask("<audio>")
             page.shown("#question-error")
-        assert page.tab.evaluate("document.documentElement.scrollWidth") <= page.tab.viewport_size["width"]
+        check_width(page.tab)
         for scheme in ("light", "dark"):
             page.tab.emulate_media(color_scheme=scheme)
             grounds.add(page.tab.evaluate("getComputedStyle(document.body).backgroundColor"))
-            found = Axe().run(page.tab)
-            assert found.violations_count == 0, found.generate_report()
+            check_axe(page.tab)
     assert len(grounds) == 2
 
 

@@ -17,11 +17,11 @@ from pal.serve.page_routes import FILES
 from pal.serve.requests import Computed, EngineRequest
 from pal.serve.sampling import SamplingOptions
 from pal.serve.served import ServeOptions
+from tests.browser import browser
 from tests.html_page import Page
 from tests.models import tiny_model
-from tests.serve import page_server
 from tests.serve.engines import CLIPS, Asked, alone, ask, clip_of
-from tests.serve.page_server import browser, serving_page
+from tests.serve.page_server import serving_page
 from tests.serve.servers import KEY, part, wav
 
 ASK = "What sound is this?"
@@ -189,6 +189,6 @@ def test_functions_run_in_the_engine_s_thread_between_steps(served, model):
 
 
 def test_without_a_browser_it_is_said_how_to_get_one(monkeypatch):
-    monkeypatch.setattr(page_server, "CHROMIUM", None)
+    monkeypatch.setattr("tests.browser.CHROMIUM", None)
     with pytest.raises(pytest.skip.Exception, match="apt-get install chromium"), browser():
         pass
