@@ -55,7 +55,7 @@ def shard(objective: Objective, mesh: Any, with_encoders: bool) -> None:
         if any(p not in whole and not hasattr(p, "to_local") for p in module.parameters()):
             fully_shard(module, reshard_after_forward=False, **options)
     fully_shard(objective, reshard_after_forward=False, **options)
-    _share_statistics(objective)
+    share_statistics(objective)
 
 
 def units(model: PalModel) -> Iterator[nn.Module]:
@@ -73,8 +73,12 @@ def blocks(model: PalModel) -> Iterator[Any]:
         yield from (route.blocks() or {}).values()
 
 
-def _share_statistics(objective: nn.Module) -> None:
-    """Give all processes the batch statistics of the first before each forward pass, as DDP does."""
+def share_statistics(objective: nn.Module) -> list[Any]:
+    """Give all processes the batch statistics of the first before each forward pass, as DDP does.
+
+    Returns:
+        Handles whose `remove()` ends that.
+    """
     statistics = [
         buffer
         for layer in objective.modules()
@@ -86,8 +90,7 @@ def _share_statistics(objective: nn.Module) -> None:
         for buffer in statistics:
             torch.distributed.broadcast(buffer, 0)
 
-    if statistics:
-        objective.register_forward_pre_hook(broadcast)
+    return [objective.register_forward_pre_hook(broadcast)] if statistics else []
 
 
 def local(weight: nn.Parameter) -> nn.Parameter:

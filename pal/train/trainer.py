@@ -24,8 +24,8 @@ from pal.train import checkpoint, curves, optim, provenance, resuming, run_folde
 from pal.train.checkpoint import Checkpoint, State
 from pal.train.disk import naming_disk_faults
 from pal.train.distributed import ALONE
-from pal.train.engines import start_engine
-from pal.train.master_weights import MasterWeights, masters_of
+from pal.train.launcher import start_engine
+from pal.train.master_weights import MasterWeights
 from pal.train.meter import Meter, new_totals, step_inputs
 from pal.train.objectives import Objective, build_objective
 from pal.train.operations import operations_of, product_rate
@@ -287,12 +287,10 @@ class Trainer:
         self.model.llm.capture(captured)
         trained_parameters = sum(p.numel() for part in parameters.values() for p in part.values())
         prepared, held = self.engine.prepare(objective, parameters, stage)
-        masters = masters_of(held, stage, self.engine.take_gradients)
+        masters, optimizer = self.engine.optimizer(held, stage)
         named = {name: p for part in masters.parts.values() for name, p in part.items()}
-        optimizer = optim.adamw(optim.parameter_groups(masters.parts, stage), stage)
         if found is not None and found.optimizer:
-            optim.load_optimizer_tensors(optimizer, named, self.engine.own_part(found.optimizer))
-            masters.give_weights()
+            self.engine.load_optimizer(optimizer, named, masters, found.optimizer)
         if found is not None:
             found.close()
         keep = self.recipe.keep
@@ -425,9 +423,11 @@ class Trainer:
             engine.settle()
             tensors = stages.trained_weights(self.model, self.trained)
             tensors |= stages.head(objective)
-            state = optim.optimizer_tensors(optimizer, names, masters.copies)
             path = self.saver.save(
-                self.state, engine.weight_shards(tensors), engine.optimizer_shards(state), engine.writers
+                self.state,
+                engine.weight_shards(tensors),
+                engine.optimizer_shards(optimizer, names, masters),
+                engine.writers,
             )
         self.saved_at = time.monotonic()
         return path

@@ -18,7 +18,7 @@ from pal.data.collate import WaveformCache
 from pal.errors import ConfigError
 from pal.train import Trainer, run, stages
 from pal.train.curves import read_log
-from pal.train.engines import start_engine
+from pal.train.launcher import start_engine
 from pal.train.objectives import build_objective
 from pal.train.prefetching import PrefetchLoader
 from pal.train.recipe import Recipe

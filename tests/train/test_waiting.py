@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from pal.model import PalModel
 from pal.train import meter, optim, stages
 from pal.train.distributed import HostReduce
+from pal.train.engines import TrainingEngine
 from pal.train.master_weights import MasterWeights
 from pal.train.objectives import AnswerLoss, LossOutput, MicroBatch, Objective, TagLoss
 from pal.train.recipe import Stage
@@ -39,7 +40,7 @@ def updating(objective: Objective, made: Stage, parts: Any) -> Update:
     """As the loop puts it together."""
     masters = MasterWeights(parts, made.master_weights)
     optimizer = optim.adamw(optim.parameter_groups(masters.parts, made), made)
-    return Update(objective, optimizer, masters, made, Accelerator(cpu=True), HostReduce(1))
+    return Update(objective, optimizer, masters, made, TrainingEngine(Accelerator(cpu=True)), HostReduce(1))
 
 
 def noted(update: Update, micro_batches: list[MicroBatch], times: int = 2) -> StepResult:
