@@ -8,7 +8,7 @@ engine also has those methods of `accelerate.Accelerator` that a step needs.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -16,14 +16,13 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from pal.errors import ConfigError
 from pal.model import PalModel
 from pal.train import optim
 from pal.train.distributed import ALONE, HostReduce, Writers
 from pal.train.master_weights import MasterWeights, Parts, masters_of
 from pal.train.objectives import MicroBatch, Objective
 from pal.train.recipe import Stage
-from pal.train.sharding import local, shard, unsharded, with_silence, without_weights
+from pal.train.sharding import gathered, local, shard, sharded_modules, unsharded, with_silence, without_weights
 from pal.train.shards import Shard, StoredTensors, rows_of
 
 
@@ -42,9 +41,6 @@ class TrainingEngine:
         self.host_reduce = HostReduce(accelerator.num_processes)
         self.writers: Writers | None = ALONE if accelerator.is_main_process else None
         """Processes that write checkpoints; None: this one writes nothing."""
-
-    def check_validation(self) -> None:
-        """Raise ConfigError if a model cannot answer questions during a stage."""
 
     def place(self, model: PalModel) -> None:
         """Move the model to where a stage is set up."""
@@ -119,7 +115,11 @@ class TrainingEngine:
         optimizer.step()
         optimizer.zero_grad()
 
-    # Checkpoints
+    # Between steps
+
+    def whole(self) -> AbstractContextManager[None]:
+        """Context manager in which each process has all weights on its device; all enter and leave it together."""
+        return nullcontext()
 
     def settle(self) -> None:
         """Make weights and optimizer state those that checkpoints hold."""
@@ -194,12 +194,6 @@ class FullyShardedEngine(TrainingEngine):
         self._shapes: dict[str, tuple[int, ...]] = {}
         """Whole shape of each sharded parameter that trains, by name."""
 
-    def check_validation(self) -> None:
-        """Raise ConfigError: answers of different lengths would gather weights a different number of times."""
-        raise ConfigError(
-            "'validation' needs the whole model in each process, unlike keep.engine=fsdp2; remove one of them"
-        )
-
     def place(self, model: PalModel) -> None:
         """Stay in host memory: `prepare` moves group by group."""
 
@@ -273,9 +267,13 @@ class FullyShardedEngine(TrainingEngine):
         nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
         return norm
 
+    def whole(self) -> AbstractContextManager[None]:
+        """See `TrainingEngine.whole`: answers of different lengths take different numbers of forward passes."""
+        return gathered(self._objective)
+
     def settle(self) -> None:
         """Free gathered weights, which may be left from a forward pass without a backward pass."""
-        for module in self._modules():
+        for module in sharded_modules(self._objective):
             module.reshard()
 
     def weight_shards(self, weights: Mapping[str, Tensor]) -> Mapping[str, Tensor | Shard]:
@@ -306,11 +304,6 @@ class FullyShardedEngine(TrainingEngine):
 
     def _rows(self, shape: tuple[int, ...]) -> tuple[int, int]:
         return rows_of(shape[0], self.accelerator.process_index, self.num_processes)
-
-    def _modules(self) -> Iterator[Any]:
-        from torch.distributed.fsdp import FSDPModule
-
-        return (module for module in self._objective.modules() if isinstance(module, FSDPModule))
 
 
 def aligned(

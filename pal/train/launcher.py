@@ -67,7 +67,10 @@ def _check_deepspeed() -> None:
     stage = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")
     if stage != "2":
         instead = "keep.engine=fsdp2, which shards the same" if stage == "3" else "keep.engine=zero2"
-        raise ConfigError(f"accelerate is configured for ZeRO stage {stage}; of DeepSpeed only stage 2 runs: set {instead}")
+        raise ConfigError(
+            f"accelerate is configured for ZeRO stage {stage}, of which only stage 2 runs; configure it without, and "
+            f"set {instead}"
+        )
     for what in ("OPTIMIZER", "PARAM"):
         if os.environ.get(f"ACCELERATE_DEEPSPEED_OFFLOAD_{what}_DEVICE", "none").lower() != "none":
             raise ConfigError(

@@ -214,8 +214,8 @@ class CheckpointConfig(StrictConfig):
     """Number of batches loaded ahead."""
     engine: Annotated[EngineName, BeforeValidator(_other_stages)] = "auto"
     """With several processes, as `torchrun` or `accelerate launch` start them: `ddp`, the whole model in each; `fsdp2`,
-    weights, gradients and optimizer state sharded; `zero2`, gradients and optimizer state sharded, by DeepSpeed. `auto`:
-    what `accelerate launch` was configured for, else `ddp`. A run can be resumed with another engine."""
+    weights, gradients and optimizer state sharded; `zero2`, gradients and optimizer state sharded, by DeepSpeed.
+    `auto`: what `accelerate launch` was configured for, else `ddp`. A run can be resumed with another engine."""
     track: list[TrackerName] = Field(default_factory=list)
     """Programs that show the log while the run trains; each is an extra of this package."""
     max_bad: int = Field(default=100, ge=0)

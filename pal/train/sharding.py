@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -71,6 +72,33 @@ def blocks(model: PalModel) -> Iterator[Any]:
     """Cross-attention blocks."""
     for route in model.integration.routes():
         yield from (route.blocks() or {}).values()
+
+
+@contextmanager
+def gathered(objective: Objective) -> Iterator[None]:
+    """All weights of an objective whole on each device in the block, without exchange in forward passes.
+
+    All processes enter and leave it together.
+    """
+    modules = list(sharded_modules(objective))
+    model = objective.model
+    passing = [module for module in (*units(model), *blocks(model)) if module in modules]
+    for module in modules:
+        module.set_reshard_after_forward(False, recurse=False)
+        module.unshard()
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.set_reshard_after_forward(module in passing, recurse=False)
+            module.reshard()
+
+
+def sharded_modules(objective: nn.Module) -> Iterator[Any]:
+    """Modules that gather a group of weights."""
+    from torch.distributed.fsdp import FSDPModule
+
+    return (module for module in objective.modules() if isinstance(module, FSDPModule))
 
 
 def share_statistics(objective: nn.Module) -> list[Any]:

@@ -141,7 +141,6 @@ class Trainer:
             self.manifests = open_sources(recipe, out / "data")
             make_tokenizer(recipe, self.manifests, out)
         if recipe.validation is not None:
-            self.engine.check_validation()
             ranks = (self.accelerator.process_index, self.accelerator.num_processes)
             self.validator = Validator(recipe.validation, recipe, self.manifests, self.engine.host_reduce, ranks)
         self.state = State(data=digests(recipe, self.manifests))
@@ -346,7 +345,7 @@ class Trainer:
                 if logs or due or state.step % self.read_every == 0:
                     self._read(meter, stage, save)
                 if validates and self.validator is not None:
-                    validation, ends = self.validator(self.model, state, index, self._save_best)
+                    validation, ends = self.validator(self.model, state, index, self._save_best, self.engine.whole)
                     last = last or ends
                     meter.restart()
                 saves = due and not last
@@ -434,9 +433,14 @@ class Trainer:
 
     def _save_best(self) -> None:
         """Write the weights that are the stage's best so far."""
-        if self.accelerator.is_main_process:
-            weights = stages.trained_weights(self.model, self.trained)
-            checkpoint.save(self.out / "best", self.state, self.recipe, weights, {}, keep=sys.maxsize)
+        writers = self.engine.writers
+        if writers is None:
+            return
+        if writers.count > 1:
+            self.saver.wait()  # its thread may exchange by the same group
+        self.engine.settle()
+        weights = self.engine.weight_shards(stages.trained_weights(self.model, self.trained))
+        checkpoint.save(self.out / "best", self.state, self.recipe, weights, {}, sys.maxsize, writers)
 
     def _seconds(self) -> float:
         return round(sum(total["seconds"] for total in self.state.totals), 3)

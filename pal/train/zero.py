@@ -190,8 +190,11 @@ class ZeroEngine(TrainingEngine):
     # Checkpoints
 
     def weight_shards(self, weights: Mapping[str, Tensor]) -> Mapping[str, Tensor | Shard]:
-        """See `TrainingEngine.weight_shards`; the first process writes them."""
-        return weights
+        """See `TrainingEngine.weight_shards`; each process writes some of them."""
+        mine, parts = self.accelerator.process_index, self.num_processes
+        return {
+            name: _turn(tensor.detach(), place % parts == mine) for place, (name, tensor) in enumerate(weights.items())
+        }
 
     def optimizer_shards(
         self, optimizer: torch.optim.Optimizer, names: Mapping[int, str], masters: MasterWeights
@@ -290,12 +293,9 @@ class _Gathered(Mapping[str, Tensor | Shard]):
         mine = self._own[id(parameter)]
         whole = flat.new_zeros(parameter.numel())
         whole[mine.own] = flat[mine.flat]
-        owner = self._owners[id(parameter)] if parameter.ndim else 0  # a number is no shard: the first one writes it
+        owner = self._owners[id(parameter)] if parameter.ndim else 0
         torch.distributed.reduce(whole, owner)
-        whole = whole.view(parameter.shape)
-        if not parameter.ndim:
-            return whole
-        return Shard(whole if owner == self._process else whole[:0], 0, tuple(parameter.shape))
+        return _turn(whole.view(parameter.shape), owner == self._process)
 
     def __iter__(self) -> Iterator[str]:
         yield from self._flats
@@ -303,6 +303,11 @@ class _Gathered(Mapping[str, Tensor | Shard]):
 
     def __len__(self) -> int:
         return len(self._flats) + len(self._steps)
+
+
+def _turn(whole: Tensor, is_mine: bool) -> Tensor | Shard:
+    """A whole tensor as one shard, or no rows of it; a number is no shard, and the first process writes it."""
+    return Shard(whole if is_mine else whole[:0], 0, tuple(whole.shape)) if whole.ndim else whole
 
 
 def _elements(tensors: StoredTensors, key: str, shape: tuple[int, ...], mine: Slice) -> Tensor:
