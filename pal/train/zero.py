@@ -48,17 +48,17 @@ class Slice(NamedTuple):
     """Index of the first of them in the parameter."""
     place: int
     """Index of the first of them in the flat tensor."""
-    count: int
+    length: int
 
     @property
     def own(self) -> slice:
         """Where they are in the flattened parameter."""
-        return slice(self.first, self.first + self.count)
+        return slice(self.first, self.first + self.length)
 
     @property
     def flat(self) -> slice:
         """Where they are in the flat tensor."""
-        return slice(self.place, self.place + self.count)
+        return slice(self.place, self.place + self.length)
 
 
 def slices(lengths: Sequence[int], size: int, part: int, group: int = 0) -> list[Slice]:
@@ -238,7 +238,7 @@ class ZeroEngine(TrainingEngine):
                 state[entry] = step if entry not in state else torch.maximum(state[entry], step)
                 continue
             target = flat if entry == optim.MASTER else state.setdefault(entry, torch.zeros_like(flat))
-            if mine.count:
+            if mine.length:
                 target[mine.flat] = _elements(tensors, key, tuple(parameter.shape), mine).to(flat.device)
 
     def _find_slices(self) -> None:
@@ -316,8 +316,8 @@ def _elements(tensors: StoredTensors, key: str, shape: tuple[int, ...], mine: Sl
         return tensors[key].flatten()
     width = max(1, torch.Size(shape[1:]).numel())
     row = mine.first // width
-    rows = tensors.rows(key, row, -(-(mine.first + mine.count) // width))
-    return rows.flatten()[mine.first - row * width :][: mine.count]
+    rows = tensors.rows(key, row, -(-(mine.first + mine.length) // width))
+    return rows.flatten()[mine.first - row * width :][: mine.length]
 
 
 def _by_dtype(group: dict[str, Any]) -> list[dict[str, Any]]:

@@ -312,19 +312,19 @@ def test_sharded_layers_are_not_compiled(manifest: Path) -> None:
 
 
 @pytest.mark.torture
-def test_curves_of_fifty_steps(manifest: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("integration", ["plits", "lal", "pal", "flamingo"])
+def test_curves_of_fifty_steps(manifest: Path, tmp_path: Path, integration: str) -> None:
     steps = repeats(full=50, reduced=0)
     if not steps:
         pytest.skip("a few steps of each are in the other tests")
     jobs, pairs = [], []
-    for integration in ("plits", "lal", "pal", "flamingo"):
-        for name, train in TRAINED.items():
-            long = made(manifest, integration, [stage(train, steps, lr=1e-3)])
-            run(long, tmp_path / f"{integration}-{name}-one")
-            for engine in ("ddp", "fsdp2", "zero2") if HAS_DEEPSPEED else ("ddp", "fsdp2"):
-                out = tmp_path / f"{integration}-{name}-{engine}"
-                jobs.append(Job(with_engine(long, engine).model_dump_json(), out))
-                pairs.append((tmp_path / f"{integration}-{name}-one", out))
+    for name, train in TRAINED.items():
+        long = made(manifest, integration, [stage(train, steps, lr=1e-3)])
+        run(long, tmp_path / f"{name}-one")
+        for engine in ("ddp", "fsdp2", "zero2") if HAS_DEEPSPEED else ("ddp", "fsdp2"):
+            out = tmp_path / f"{name}-{engine}"
+            jobs.append(Job(with_engine(long, engine).model_dump_json(), out))
+            pairs.append((tmp_path / f"{name}-one", out))
     run_pair(jobs)
     far = {two.name: (losses(one), losses(two)) for one, two in pairs}
     assert [name for name, (a, b) in far.items() if b != pytest.approx(a, rel=1e-5)] == []
