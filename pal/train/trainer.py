@@ -420,14 +420,9 @@ class Trainer:
                 path = self.saver.save(self.state, stages.trained_weights(self.model, self.trained), {}, ALONE)
         elif engine.writers is not None:
             engine.settle()
-            tensors = stages.trained_weights(self.model, self.trained)
-            tensors |= stages.head(objective)
-            path = self.saver.save(
-                self.state,
-                engine.weight_shards(tensors),
-                engine.optimizer_shards(optimizer, names, masters),
-                engine.writers,
-            )
+            tensors = stages.trained_weights(self.model, self.trained) | stages.head(objective)
+            state = engine.optimizer_shards(optimizer, names, masters)
+            path = self.saver.save(self.state, engine.weight_shards(tensors), state, engine.writers)
         self.saved_at = time.monotonic()
         return path
 
