@@ -30,9 +30,9 @@ from pal.train.validation import Validation
 from pal.train.zero import MISSING
 from tests.counts import repeats
 from tests.processes import exit_codes, fresh, rendezvous
+from tests.train.test_quarantine import FAULTS, corpus, not_finite, quarantined, truncated
+from tests.train.test_quarantine import recipe as quarantine
 from tests.train.tiny import LLM, MODEL, recipe
-
-pytestmark = pytest.mark.usefixtures("without_plots")
 
 LORA = {"llm": "lora", "lora": {"dropout": 0.0, "r": 2, "targets": ["q_proj", "v_proj", "down_proj"]}}
 HAS_DEEPSPEED = find_spec("deepspeed") is not None
@@ -196,10 +196,15 @@ def pair(manifest: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             jobs.append(Job(with_engine(made, "fsdp2").model_dump_json(), out))
         if HAS_DEEPSPEED and name in ("plits", "lal", "pal"):
             jobs.append(Job(with_engine(made, "zero2").model_dump_json(), folder / f"{name}-zero2"))
+        if name == "flamingo":
+            jobs.append(Job(with_engine(made, "ddp").model_dump_json(), folder / f"{name}-ddp"))
     long = lasting(manifest)
     run(long, folder / "long-one")
+    for name, made in {"cache": filling(manifest, folder), "bad": faulty(folder)}.items():
+        run(made, folder / f"{name}-one")
+        jobs.append(Job(made.model_dump_json(), folder / f"{name}-ddp"))
+    shutil.rmtree(folder / "cache")  # for the two to fill it at once
     stopped(long, folder / "one", 2)
-    jobs.append(Job(long.model_dump_json(), folder / "long-ddp"))
     for engine in ("fsdp2", "zero2") if HAS_DEEPSPEED else ("fsdp2",):
         sharded = with_engine(long, engine).model_dump_json()
         shutil.copytree(folder / "one", folder / f"one-to-{engine}")
@@ -238,15 +243,51 @@ def test_shards_train_as_one_process_does(pair: Path, name: str, engine: str) ->
             torch.testing.assert_close(gathered[n], tensor, atol=1e-4, rtol=1e-3, msg=n)
 
 
-def test_whole_copies_train_as_one_process_does(pair: Path) -> None:
-    assert losses(pair / "long-ddp") == pytest.approx(losses(pair / "long-one"), rel=1e-5)
+def filling(manifest: Path, folder: Path) -> Recipe:
+    """A run with batches of clips of like length, and one that fills a cache."""
+    stages = [
+        stage({"projectors": True}, 2) | {"batch": {"rows": 3, "bucket": 2}},
+        stage({"connector": True, "llm": "full"}, 2, cache=str(folder / "cache")),
+    ]
+    return made(manifest, "lal", stages)
+
+
+def faulty(folder: Path) -> Recipe:
+    """A run over eight clips, three of which are bad."""
+    manifest = corpus(folder / "c", 8, {1: FAULTS[0], 2: truncated, 5: not_finite})
+    # the encoder is frozen: its batch statistics would be those of the parts
+    return quarantine(manifest, {"train": {"projectors": True}, "epochs": 1, "batch": {"clips": 4, "rows_per_clip": 2}})
+
+
+@pytest.mark.parametrize("name", ["cache", "bad"])
+def test_whole_copies_train_as_one_process_does(pair: Path, name: str) -> None:
+    assert losses(pair / f"{name}-ddp") == pytest.approx(losses(pair / f"{name}-one"), rel=1e-5)
+    assert json.loads((pair / f"{name}-ddp" / "train.json").read_text())["processes"] == 2
+    whole, found = weights(pair / f"{name}-one"), weights(pair / f"{name}-ddp")
+    for key, tensor in whole.items():
+        torch.testing.assert_close(found[key], tensor, atol=2e-5, rtol=1e-4, msg=key)
+
+
+def test_whole_copies_list_the_same_bad_clips(pair: Path) -> None:
+    lists = [
+        sorted((line["step"], line["clip"], sorted(line["records"])) for line in quarantined(pair / f"bad-{kind}"))
+        for kind in ("one", "ddp")
+    ]
+    assert len(lists[0]) == 3 and lists[0] == lists[1]
+    reports = [json.loads((pair / f"bad-{kind}" / "train.json").read_text()) for kind in ("one", "ddp")]
+    assert [report["stages"][0]["left_out"] for report in reports] == [6, 6]
 
 
 @pytest.mark.parametrize(
     ("name", "engine"),
-    [("pal", "fsdp2"), ("flamingo", "fsdp2"), pytest.param("pal", "zero2", marks=needs_deepspeed)],
+    [
+        ("pal", "fsdp2"),
+        ("flamingo", "fsdp2"),
+        ("flamingo", "ddp"),
+        pytest.param("pal", "zero2", marks=needs_deepspeed),
+    ],
 )
-def test_shards_answer_as_one_process_does(pair: Path, name: str, engine: str) -> None:
+def test_processes_answer_as_one_does(pair: Path, name: str, engine: str) -> None:
     """Answers and accuracies, the best step and an early end follow."""
     lines = [read_log(pair / f"{name}-{kind}" / "log.jsonl") for kind in ("one", engine)]
     assert [line["step"] for line in lines[0]] == [line["step"] for line in lines[1]]
