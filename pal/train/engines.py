@@ -1,34 +1,29 @@
 """Engines: how the processes of a run share a stage's work and memory.
 
 One process and DDP hold the whole model in each process (`TrainingEngine`); `FullyShardedEngine` cuts weights,
-gradients and optimizer state among them. An engine also has those methods of `accelerate.Accelerator` that a step
-needs.
+gradients and optimizer state among them. `pal.train.zero` has DeepSpeed's, and `pal.train.launcher` chooses one. An
+engine also has those methods of `accelerate.Accelerator` that a step needs.
 """
 
 from __future__ import annotations
 
-import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor, nn
 
-from pal.errors import ConfigError
 from pal.model import PalModel
+from pal.train import optim
 from pal.train.distributed import ALONE, HostReduce, Writers
-from pal.train.master_weights import Parts
+from pal.train.master_weights import MasterWeights, Parts, masters_of
 from pal.train.objectives import MicroBatch, Objective
-from pal.train.recipe import EngineName, Stage
-from pal.train.sharding import local, shard, unsharded, with_silence, without_weights
+from pal.train.recipe import Stage
+from pal.train.sharding import gathered, local, shard, sharded_modules, unsharded, with_silence, without_weights
 from pal.train.shards import Shard, StoredTensors, rows_of
-
-_FSDP, _DEEPSPEED = "ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"
-"""Variables of the environment by which `accelerate launch` says what it is configured for."""
 
 
 class TrainingEngine:
@@ -47,9 +42,6 @@ class TrainingEngine:
         self.writers: Writers | None = ALONE if accelerator.is_main_process else None
         """Processes that write checkpoints; None: this one writes nothing."""
 
-    def check_validation(self) -> None:
-        """Raise ConfigError if a model cannot answer questions during a stage."""
-
     def place(self, model: PalModel) -> None:
         """Move the model to where a stage is set up."""
         model.to(self.device)
@@ -66,6 +58,19 @@ class TrainingEngine:
         """
         objective.to(self.device)
         return self.accelerator.prepare(objective), {part: dict(named) for part, named in parameters.items()}
+
+    def optimizer(self, parameters: Parts, stage: Stage) -> tuple[MasterWeights, torch.optim.Optimizer]:
+        """Master weights and optimizer of a stage.
+
+        Args:
+            parameters: those that `prepare` gave.
+            stage: stage of the recipe.
+
+        Raises:
+            ConfigError: the stage's master weights are not possible.
+        """
+        masters = masters_of(parameters, stage, self.take_gradients)
+        return masters, optim.adamw(optim.parameter_groups(masters.parts, stage), stage)
 
     def release(self, model: PalModel) -> PalModel:
         """The whole model after a stage."""
@@ -94,11 +99,27 @@ class TrainingEngine:
         reduced: Tensor = self.accelerator.reduce(tensor, reduction=reduction)
         return reduced
 
+    def finish_gradients(self, parameters: list[nn.Parameter], scale: float, max_norm: float) -> Tensor:
+        """Multiply the gradients by `scale`, then clip their norm; returns it as it was before."""
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        for dtype in {gradient.dtype for gradient in gradients}:  # one kernel for each dtype
+            torch._foreach_mul_([gradient for gradient in gradients if gradient.dtype == dtype], scale)
+        return self.clip_grad_norm_(parameters, max_norm)
+
     def clip_grad_norm_(self, parameters: list[nn.Parameter], max_norm: float) -> Tensor:
         """Clip the gradients' norm, which is returned."""
         return nn.utils.clip_grad_norm_(parameters, max_norm)
 
-    # Checkpoints
+    def step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Update what `optimizer` holds, and clear the gradients."""
+        optimizer.step()
+        optimizer.zero_grad()
+
+    # Between steps
+
+    def whole(self) -> AbstractContextManager[None]:
+        """Context manager in which each process has all weights on its device; all enter and leave it together."""
+        return nullcontext()
 
     def settle(self) -> None:
         """Make weights and optimizer state those that checkpoints hold."""
@@ -107,8 +128,35 @@ class TrainingEngine:
         """The part of some weights that this process holds."""
         return weights
 
-    def optimizer_shards(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor | Shard]:
-        """The optimizer's tensors (`optim.optimizer_tensors`) with their places in the whole ones."""
+    def optimizer_shards(
+        self, optimizer: torch.optim.Optimizer, names: Mapping[int, str], masters: MasterWeights
+    ) -> Mapping[str, Tensor | Shard]:
+        """The part of the optimizer's state that this process writes, as `optim.optimizer_tensors` names it.
+
+        Args:
+            optimizer: optimizer that `optimizer` gave.
+            names: id of each parameter that it updates -> its name.
+            masters: master weights that `optimizer` gave.
+        """
+        return self.with_places(optim.optimizer_tensors(optimizer, names, masters.copies))
+
+    def load_optimizer(
+        self,
+        optimizer: torch.optim.Optimizer,
+        parameters: Mapping[str, nn.Parameter],
+        masters: MasterWeights,
+        tensors: StoredTensors,
+    ) -> None:
+        """Restore the state from a checkpoint, written by any engine and number of processes.
+
+        Raises:
+            BundleError: the state belongs to other parameters.
+        """
+        optim.load_optimizer_tensors(optimizer, parameters, self.own_part(tensors))
+        masters.give_weights()
+
+    def with_places(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor | Shard]:
+        """Tensors of the optimizer with their places in the whole ones."""
         return tensors
 
     def own_part(self, tensors: StoredTensors) -> Mapping[str, Tensor]:
@@ -145,12 +193,6 @@ class FullyShardedEngine(TrainingEngine):
         """Trained parameters that are not sharded."""
         self._shapes: dict[str, tuple[int, ...]] = {}
         """Whole shape of each sharded parameter that trains, by name."""
-
-    def check_validation(self) -> None:
-        """Raise ConfigError: answers of different lengths would gather weights a different number of times."""
-        raise ConfigError(
-            "'validation' needs the whole model in each process, unlike keep.engine=fsdp2; remove one of them"
-        )
 
     def place(self, model: PalModel) -> None:
         """Stay in host memory: `prepare` moves group by group."""
@@ -190,14 +232,7 @@ class FullyShardedEngine(TrainingEngine):
     def aligned(self, micro_batches: list[MicroBatch]) -> list[MicroBatch]:
         """See `TrainingEngine.aligned`: gathering weights and reducing gradients take all processes."""
         assert self._stage is not None
-        if self._stage.objective != "answers":  # the only one whose batches mix conversations with clips and without
-            return micro_batches
-        heard = self.host_reduce.sum(*(len(one.batch.clips) > 0 for one in micro_batches))
-        encoded = self._stage.cache is not None
-        return [
-            one if not count or len(one.batch.clips) else with_silence(one, self._objective.model, encoded)
-            for one, count in zip(micro_batches, heard, strict=True)
-        ]
+        return aligned(micro_batches, self._objective.model, self._stage, self.host_reduce)
 
     def no_sync(self, objective: nn.Module) -> AbstractContextManager[None]:
         """Nothing: gradients that are not reduced at once would not be sharded."""
@@ -232,17 +267,21 @@ class FullyShardedEngine(TrainingEngine):
         nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
         return norm
 
+    def whole(self) -> AbstractContextManager[None]:
+        """See `TrainingEngine.whole`: answers of different lengths take different numbers of forward passes."""
+        return gathered(self._objective)
+
     def settle(self) -> None:
         """Free gathered weights, which may be left from a forward pass without a backward pass."""
-        for module in self._modules():
+        for module in sharded_modules(self._objective):
             module.reshard()
 
     def weight_shards(self, weights: Mapping[str, Tensor]) -> Mapping[str, Tensor | Shard]:
         """See `TrainingEngine.weight_shards`."""
         return {name: self._shard(tensor.detach(), None) for name, tensor in weights.items()}
 
-    def optimizer_shards(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor | Shard]:
-        """See `TrainingEngine.optimizer_shards`."""
+    def with_places(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor | Shard]:
+        """See `TrainingEngine.with_places`."""
         return {key: self._shard(tensor.detach(), self._shape(key)) for key, tensor in tensors.items()}
 
     def own_part(self, tensors: StoredTensors) -> Mapping[str, Tensor]:
@@ -266,47 +305,15 @@ class FullyShardedEngine(TrainingEngine):
     def _rows(self, shape: tuple[int, ...]) -> tuple[int, int]:
         return rows_of(shape[0], self.accelerator.process_index, self.num_processes)
 
-    def _modules(self) -> Iterator[Any]:
-        from torch.distributed.fsdp import FSDPModule
 
-        return (module for module in self._objective.modules() if isinstance(module, FSDPModule))
-
-
-def start_engine(name: EngineName) -> TrainingEngine:
-    """Join the processes of the run, as `accelerate launch` or `torchrun` started them.
-
-    Args:
-        name: engine of the recipe; `auto`: the one that `accelerate launch` was configured for, else DDP.
-
-    Raises:
-        ConfigError: the engine cannot run here.
-    """
-    if name == "auto":
-        name = _asked_by_launcher()
-    # the engine does what accelerate would do by these
-    asked = {variable: os.environ.pop(variable) for variable in (_FSDP, _DEEPSPEED) if variable in os.environ}
-    try:
-        accelerator = Accelerator(
-            # unless told so, accelerate takes each of several processes without an accelerator for the only one
-            cpu=int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.accelerator.is_available(),
-            mixed_precision="no",  # that of the stages holds, not the launcher's
-            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
-        )
-    finally:
-        os.environ.update(asked)
-    if accelerator.num_processes == 1 or name == "ddp":
-        return TrainingEngine(accelerator)
-    return FullyShardedEngine(accelerator)
-
-
-def _asked_by_launcher() -> EngineName:
-    if os.environ.get(_DEEPSPEED, "false").lower() == "true":
-        raise ConfigError(
-            "accelerate is configured for DeepSpeed, which training does not support; configure it without, and set "
-            "keep.engine=fsdp2 to shard weights, gradients and optimizer state"
-        )
-    if os.environ.get(_FSDP, "false").lower() == "true":
-        if os.environ.get("FSDP_VERSION", "1") != "2":
-            raise ConfigError("accelerate is configured for FSDP 1; give it --fsdp_version 2, or set keep.engine=fsdp2")
-        return "fsdp2"
-    return "ddp"
+def aligned(
+    micro_batches: list[MicroBatch], model: PalModel, stage: Stage, host_reduce: HostReduce
+) -> list[MicroBatch]:
+    """The micro-batches, with a second of silence in each where this process has no clip but another one does."""
+    if stage.objective != "answers":  # the only one whose batches mix conversations with clips and without
+        return micro_batches
+    heard = host_reduce.sum(*(len(one.batch.clips) > 0 for one in micro_batches))
+    return [
+        one if not count or len(one.batch.clips) else with_silence(one, model, stage.cache is not None)
+        for one, count in zip(micro_batches, heard, strict=True)
+    ]

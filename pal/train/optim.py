@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from pal.errors import BundleError
 from pal.train.recipe import Stage
 
-_MASTER = "master"
+MASTER = "master"
 """State entry of a float32 master weight."""
 
 
@@ -76,7 +76,7 @@ def optimizer_tensors(
         names: id of each parameter -> its name.
         masters: float32 master weights, saved as the entry `master`.
     """
-    tensors: dict[str, Tensor] = {f"{names[id(parameter)]}/{_MASTER}": parameter for parameter in masters}
+    tensors: dict[str, Tensor] = {f"{names[id(parameter)]}/{MASTER}": parameter for parameter in masters}
     for parameter, entries in optimizer.state.items():
         for entry, value in entries.items():
             assert isinstance(value, Tensor), entry
@@ -103,9 +103,9 @@ def load_optimizer_tensors(
             raise BundleError(
                 f"checkpoint: optimizer state of '{name}' fits no parameter that the recipe trains; start a new run"
             )
-        if _MASTER in entries:
+        if MASTER in entries:
             with torch.no_grad():
-                parameter.copy_(entries.pop(_MASTER))
+                parameter.copy_(entries.pop(MASTER))
         if entries:
             # AdamW's step count is a tensor, on the parameter's device if fused
             optimizer.state[parameter] = {entry: value.to(parameter.device).clone() for entry, value in entries.items()}

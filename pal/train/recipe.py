@@ -181,8 +181,16 @@ class Stage(StrictConfig):
         return self
 
 
-EngineName = Literal["auto", "ddp", "fsdp2"]
-"""How several processes share the work and the memory of training; see `pal.train.engines`."""
+EngineName = Literal["auto", "ddp", "fsdp2", "zero2"]
+"""How several processes share the work and the memory of training; see `pal.train.launcher`."""
+
+
+def _other_stages(name: object) -> object:
+    if name == "zero3":
+        raise ValueError("of DeepSpeed only ZeRO stage 2 runs; 'fsdp2' shards what stage 3 does")
+    if name == "zero1":
+        raise ValueError("of DeepSpeed only ZeRO stage 2 runs; 'zero2' shards what stage 1 does, and the gradients")
+    return name
 
 
 class CheckpointConfig(StrictConfig):
@@ -204,10 +212,10 @@ class CheckpointConfig(StrictConfig):
     each takes the memory of its imports (docs/data.md)."""
     prefetch: int = Field(default=3, gt=0)
     """Number of batches loaded ahead."""
-    engine: EngineName = "auto"
+    engine: Annotated[EngineName, BeforeValidator(_other_stages)] = "auto"
     """With several processes, as `torchrun` or `accelerate launch` start them: `ddp`, the whole model in each; `fsdp2`,
-    weights, gradients and optimizer state sharded. `auto`: what `accelerate launch` was configured for, else `ddp`. A
-    run can be resumed with another engine."""
+    weights, gradients and optimizer state sharded; `zero2`, gradients and optimizer state sharded, by DeepSpeed.
+    `auto`: what `accelerate launch` was configured for, else `ddp`. A run can be resumed with another engine."""
     track: list[TrackerName] = Field(default_factory=list)
     """Programs that show the log while the run trains; each is an extra of this package."""
     max_bad: int = Field(default=100, ge=0)

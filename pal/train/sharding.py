@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -55,7 +56,7 @@ def shard(objective: Objective, mesh: Any, with_encoders: bool) -> None:
         if any(p not in whole and not hasattr(p, "to_local") for p in module.parameters()):
             fully_shard(module, reshard_after_forward=False, **options)
     fully_shard(objective, reshard_after_forward=False, **options)
-    _share_statistics(objective)
+    share_statistics(objective)
 
 
 def units(model: PalModel) -> Iterator[nn.Module]:
@@ -73,8 +74,39 @@ def blocks(model: PalModel) -> Iterator[Any]:
         yield from (route.blocks() or {}).values()
 
 
-def _share_statistics(objective: nn.Module) -> None:
-    """Give all processes the batch statistics of the first before each forward pass, as DDP does."""
+@contextmanager
+def gathered(objective: Objective) -> Iterator[None]:
+    """All weights of an objective whole on each device in the block, without exchange in forward passes.
+
+    All processes enter and leave it together.
+    """
+    modules = list(sharded_modules(objective))
+    model = objective.model
+    passing = [module for module in (*units(model), *blocks(model)) if module in modules]
+    for module in modules:
+        module.set_reshard_after_forward(False, recurse=False)
+        module.unshard()
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.set_reshard_after_forward(module in passing, recurse=False)
+            module.reshard()
+
+
+def sharded_modules(objective: nn.Module) -> Iterator[Any]:
+    """Modules that gather a group of weights."""
+    from torch.distributed.fsdp import FSDPModule
+
+    return (module for module in objective.modules() if isinstance(module, FSDPModule))
+
+
+def share_statistics(objective: nn.Module) -> list[Any]:
+    """Give all processes the batch statistics of the first before each forward pass, as DDP does.
+
+    Returns:
+        Handles whose `remove()` ends that.
+    """
     statistics = [
         buffer
         for layer in objective.modules()
@@ -86,8 +118,7 @@ def _share_statistics(objective: nn.Module) -> None:
         for buffer in statistics:
             torch.distributed.broadcast(buffer, 0)
 
-    if statistics:
-        objective.register_forward_pre_hook(broadcast)
+    return [objective.register_forward_pre_hook(broadcast)] if statistics else []
 
 
 def local(weight: nn.Parameter) -> nn.Parameter:

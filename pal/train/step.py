@@ -43,10 +43,10 @@ class Update:
 
     Args:
         objective: objective, prepared by the accelerator.
-        optimizer: fused optimizer over the parameters of `masters`, without gradients yet.
+        optimizer: fused optimizer over the parameters of `masters`, or its part of this process, without gradients yet.
         masters: trained weights with their float32 master weights.
         stage: sets gradient clipping and precision.
-        accelerator: `pal.train.engines.TrainingEngine`, or `accelerate.Accelerator`.
+        accelerator: `pal.train.engines.TrainingEngine`.
         host_reduce: sums host numbers over the processes.
         max_nonfinite: number of non-finite steps with which training goes on.
         nonfinite: number of those so far.
@@ -107,10 +107,8 @@ class Update:
         totals_3 = accelerator.reduce(totals_3, "sum")
         # DDP averages the gradients of the sums over processes: scale to the mean over all items
         scale = accelerator.num_processes / max(1.0, counted)
-        gradients = [p.grad for p in self.parameters if p.grad is not None]
-        for dtype in {gradient.dtype for gradient in gradients}:  # one kernel for each dtype
-            torch._foreach_mul_([gradient for gradient in gradients if gradient.dtype == dtype], scale)
-        norm = accelerator.clip_grad_norm_(self.parameters, self.stage.clip_grad or float("inf")).to(sums.device)
+        max_norm = self.stage.clip_grad or float("inf")
+        norm = accelerator.finish_gradients(self.parameters, scale, max_norm).to(sums.device)
         self._apply(totals_3[0], norm, before, counted > 0)
         numbers_4 = torch.stack((totals_3[0], norm.to(totals_3.dtype), totals_3[1], totals_3[2]))
         return StepResult(numbers_4, int(counted), [flag > 0 for flag in raised])
@@ -125,8 +123,7 @@ class Update:
             buffer.copy_(torch.where(skip, old, buffer))
         # torch's fused optimizers skip the update where it is 1
         self.optimizer.found_inf = skip.to(self.nonfinite.dtype)  # type: ignore[attr-defined]
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        self.accelerator.step(self.optimizer)
         self.masters.give_weights()
 
 

@@ -24,8 +24,8 @@ from pal.train import checkpoint, curves, optim, provenance, resuming, run_folde
 from pal.train.checkpoint import Checkpoint, State
 from pal.train.disk import naming_disk_faults
 from pal.train.distributed import ALONE
-from pal.train.engines import start_engine
-from pal.train.master_weights import MasterWeights, masters_of
+from pal.train.launcher import start_engine
+from pal.train.master_weights import MasterWeights
 from pal.train.meter import Meter, new_totals, step_inputs
 from pal.train.objectives import Objective, build_objective
 from pal.train.operations import operations_of, product_rate
@@ -141,7 +141,6 @@ class Trainer:
             self.manifests = open_sources(recipe, out / "data")
             make_tokenizer(recipe, self.manifests, out)
         if recipe.validation is not None:
-            self.engine.check_validation()
             ranks = (self.accelerator.process_index, self.accelerator.num_processes)
             self.validator = Validator(recipe.validation, recipe, self.manifests, self.engine.host_reduce, ranks)
         self.state = State(data=digests(recipe, self.manifests))
@@ -287,12 +286,10 @@ class Trainer:
         self.model.llm.capture(captured)
         trained_parameters = sum(p.numel() for part in parameters.values() for p in part.values())
         prepared, held = self.engine.prepare(objective, parameters, stage)
-        masters = masters_of(held, stage, self.engine.take_gradients)
+        masters, optimizer = self.engine.optimizer(held, stage)
         named = {name: p for part in masters.parts.values() for name, p in part.items()}
-        optimizer = optim.adamw(optim.parameter_groups(masters.parts, stage), stage)
         if found is not None and found.optimizer:
-            optim.load_optimizer_tensors(optimizer, named, self.engine.own_part(found.optimizer))
-            masters.give_weights()
+            self.engine.load_optimizer(optimizer, named, masters, found.optimizer)
         if found is not None:
             found.close()
         keep = self.recipe.keep
@@ -348,7 +345,7 @@ class Trainer:
                 if logs or due or state.step % self.read_every == 0:
                     self._read(meter, stage, save)
                 if validates and self.validator is not None:
-                    validation, ends = self.validator(self.model, state, index, self._save_best)
+                    validation, ends = self.validator(self.model, state, index, self._save_best, self.engine.whole)
                     last = last or ends
                     meter.restart()
                 saves = due and not last
@@ -423,20 +420,22 @@ class Trainer:
                 path = self.saver.save(self.state, stages.trained_weights(self.model, self.trained), {}, ALONE)
         elif engine.writers is not None:
             engine.settle()
-            tensors = stages.trained_weights(self.model, self.trained)
-            tensors |= stages.head(objective)
-            state = optim.optimizer_tensors(optimizer, names, masters.copies)
-            path = self.saver.save(
-                self.state, engine.weight_shards(tensors), engine.optimizer_shards(state), engine.writers
-            )
+            tensors = stages.trained_weights(self.model, self.trained) | stages.head(objective)
+            state = engine.optimizer_shards(optimizer, names, masters)
+            path = self.saver.save(self.state, engine.weight_shards(tensors), state, engine.writers)
         self.saved_at = time.monotonic()
         return path
 
     def _save_best(self) -> None:
         """Write the weights that are the stage's best so far."""
-        if self.accelerator.is_main_process:
-            weights = stages.trained_weights(self.model, self.trained)
-            checkpoint.save(self.out / "best", self.state, self.recipe, weights, {}, keep=sys.maxsize)
+        writers = self.engine.writers
+        if writers is None:
+            return
+        if writers.count > 1:
+            self.saver.wait()  # its thread may exchange by the same group
+        self.engine.settle()
+        weights = self.engine.weight_shards(stages.trained_weights(self.model, self.trained))
+        checkpoint.save(self.out / "best", self.state, self.recipe, weights, {}, sys.maxsize, writers)
 
     def _seconds(self) -> float:
         return round(sum(total["seconds"] for total in self.state.totals), 3)

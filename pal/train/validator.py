@@ -6,7 +6,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +81,12 @@ class Validator:
         return validated and (last or step % self.settings.every == 0)
 
     def __call__(
-        self, model: PalModel, state: State, index: int, save_best: Callable[[], object]
+        self,
+        model: PalModel,
+        state: State,
+        index: int,
+        save_best: Callable[[], object],
+        whole: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> tuple[dict[str, Any], bool]:
         """Validate after a step, and note the accuracy in the state.
 
@@ -90,12 +95,14 @@ class Validator:
             state: state of the run after the step.
             index: index of the stage.
             save_best: called if the accuracy is the stage's best so far.
+            whole: context manager in which the model can be asked, `TrainingEngine.whole`.
 
         Returns:
             What a line of the log says of it, as `validation`; and True if the stage ends early.
         """
         began = time.monotonic()
-        result = self.ask(model)
+        with whole():
+            result = self.ask(model)
         accuracy, questions = result["accuracy"], len(self.items)
         state.validations.append({"stage": index, "step": state.step, "accuracy": accuracy, "questions": questions})
         best = best_score(state.validations, index)

@@ -13,7 +13,7 @@ def manifest(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return synthesise(folder, scenes=8, seed=5, seconds=1.5, questions_per_scene=3, workers=1)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module", autouse=True)
 def without_plots() -> Iterator[None]:
     """Runs draw no `loss.png`, which takes longer than the training of a tiny model."""
     with pytest.MonkeyPatch.context() as patch:

@@ -28,8 +28,6 @@ from pal.train.recipe import Recipe
 from tests.counts import repeats
 from tests.train.tiny import recipe
 
-pytestmark = pytest.mark.usefixtures("without_plots")
-
 STAGE: dict[str, Any] = {"train": {"projectors": True, "llm": "full"}, "lr": 1e-2, "steps": 4, "batch": {"clips": 2}}
 
 

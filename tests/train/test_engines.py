@@ -5,7 +5,9 @@ A pair of processes runs everything, since their start costs as much as a dozen 
 
 import json
 import os
+import shutil
 from contextlib import closing
+from importlib.util import find_spec
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,19 +18,26 @@ from safetensors.torch import load_file
 
 from pal.data.collate import WaveformCache
 from pal.errors import ConfigError
-from pal.train import Trainer, run, stages
+from pal.train import Trainer, curves, run, stages
 from pal.train.curves import read_log
-from pal.train.engines import start_engine
+from pal.train.launcher import start_engine
 from pal.train.objectives import build_objective
 from pal.train.prefetching import PrefetchLoader
 from pal.train.recipe import Recipe
 from pal.train.setup import build_model
 from pal.train.sources import StageData, open_sources
+from pal.train.validation import Validation
+from pal.train.zero import MISSING
 from tests.counts import repeats
 from tests.processes import exit_codes, fresh, rendezvous
+from tests.train.test_quarantine import FAULTS, corpus, not_finite, quarantined, truncated
+from tests.train.test_quarantine import recipe as quarantine
 from tests.train.tiny import LLM, MODEL, recipe
 
 LORA = {"llm": "lora", "lora": {"dropout": 0.0, "r": 2, "targets": ["q_proj", "v_proj", "down_proj"]}}
+HAS_DEEPSPEED = find_spec("deepspeed") is not None
+needs_deepspeed = pytest.mark.skipif(not HAS_DEEPSPEED, reason=MISSING)
+
 AUDIO = {"connector": True, "projectors": True}
 TIED = {"llm": {"fresh": {**LLM, "tie_word_embeddings": True}, "vocabulary": 280}}
 INTEGRATIONS: dict[str, Any] = {
@@ -88,6 +97,7 @@ def run_jobs(jobs: list[Job], environment: dict[str, str]) -> None:
     # as `torchrun` does it on a machine without an accelerator
     os.environ.update(environment | {"CUDA_VISIBLE_DEVICES": ""})
     del os.environ["ACCELERATE_USE_CPU"]
+    curves.draw = lambda *given: True  # type: ignore[assignment]
     for job in jobs:
         os.environ.update(job.launcher)
         trainer = Trainer(Recipe.model_validate_json(job.recipe), job.out, job.resume)
@@ -129,6 +139,15 @@ def weights(out: Path) -> dict[str, torch.Tensor]:
 
 def cases(manifest: Path) -> dict[str, Recipe]:
     """A few runs that have, together, what can go wrong with shards."""
+    validation = {
+        "manifest": str(manifest),
+        "every": 1,
+        "questions": 5,
+        "samples": 5,
+        "max_new_tokens": 3,
+        "no_audio": True,
+        "patience": 1,
+    }
     return {
         # tied embeddings, whose gradient a hook completes; adapters that a later stage adds; batch statistics
         "plits": made(
@@ -145,16 +164,18 @@ def cases(manifest: Path) -> dict[str, Recipe]:
             ],
             text=True,
         ),
-        # a number that is not sharded; layers that are computed again in backward
+        # a number that is not sharded; layers that are computed again in backward; answers between steps, an early end
         "pal": made(
             manifest,
             "pal",
-            [stage(TRAINED["joint"], 2, gradient_checkpointing=True)],
+            [stage(TRAINED["joint"], 4, gradient_checkpointing=True)],
             projector="residual",
             connector={"name": "mlp", "width": 16},
-        ),
+        ).model_copy(update={"validation": Validation.model_validate(validation)}),
         # blocks before the layers, gates of one element
-        "flamingo": made(manifest, "flamingo", [stage(TRAINED["joint"], 1)]),
+        "flamingo": made(manifest, "flamingo", [stage(TRAINED["joint"], 1)]).model_copy(
+            update={"validation": Validation.model_validate(validation)}
+        ),
         # attention of the layers, run outside of them
         "lal_audio_query": made(manifest, "lal_audio_query", [stage(TRAINED["joint"], 1)]),
     }
@@ -162,7 +183,7 @@ def cases(manifest: Path) -> dict[str, Recipe]:
 
 @pytest.fixture(scope="module")
 def pair(manifest: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Runs of one process, NAME-one, and of two, NAME-ddp and NAME-fsdp2."""
+    """Runs of one process, NAME-one, and of two, NAME-ddp and so on."""
     folder = tmp_path_factory.mktemp("engines")
     jobs = []
     for name, made in cases(manifest).items():
@@ -173,15 +194,24 @@ def pair(manifest: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             jobs.append(Job(made.model_dump_json(), out, launcher=launcher))
         else:
             jobs.append(Job(with_engine(made, "fsdp2").model_dump_json(), out))
+        if HAS_DEEPSPEED and name in ("plits", "lal", "pal"):
+            jobs.append(Job(with_engine(made, "zero2").model_dump_json(), folder / f"{name}-zero2"))
+        if name == "flamingo":
+            jobs.append(Job(with_engine(made, "ddp").model_dump_json(), folder / f"{name}-ddp"))
     long = lasting(manifest)
     run(long, folder / "long-one")
-    stopped(long, folder / "one-to-two", 2)
-    sharded = with_engine(long, "fsdp2").model_dump_json()
-    jobs += [
-        Job(long.model_dump_json(), folder / "long-ddp"),
-        Job(sharded, folder / "one-to-two", resume=True),
-        Job(sharded, folder / "two-to-one", stop_at=2),
-    ]
+    for name, made in {"cache": filling(manifest, folder), "bad": faulty(folder)}.items():
+        run(made, folder / f"{name}-one")
+        jobs.append(Job(made.model_dump_json(), folder / f"{name}-ddp"))
+    shutil.rmtree(folder / "cache")  # for the two to fill it at once
+    stopped(long, folder / "one", 2)
+    for engine in ("fsdp2", "zero2") if HAS_DEEPSPEED else ("fsdp2",):
+        sharded = with_engine(long, engine).model_dump_json()
+        shutil.copytree(folder / "one", folder / f"one-to-{engine}")
+        jobs += [
+            Job(sharded, folder / f"one-to-{engine}", resume=True),
+            Job(sharded, folder / f"{engine}-to-one", stop_at=2),
+        ]
     run_pair(jobs)
     return folder
 
@@ -191,15 +221,19 @@ def lasting(manifest: Path) -> Recipe:
     return made(manifest, "lal", [stage(TRAINED["joint"], 4, lr=1e-4)])
 
 
-@pytest.mark.parametrize("name", ["plits", "lal", "pal", "flamingo", "lal_audio_query"])
-def test_shards_train_as_one_process_does(pair: Path, name: str) -> None:
-    one, two = pair / f"{name}-one", pair / f"{name}-fsdp2"
+@pytest.mark.parametrize(
+    ("name", "engine"),
+    [(name, "fsdp2") for name in ("plits", "lal", "pal", "flamingo", "lal_audio_query")]
+    + [pytest.param(name, "zero2", marks=needs_deepspeed) for name in ("plits", "lal", "pal")],
+)
+def test_shards_train_as_one_process_does(pair: Path, name: str, engine: str) -> None:
+    one, two = pair / f"{name}-one", pair / f"{name}-{engine}"
     if name != "plits":  # whose encoder has the batch statistics of each process
         assert losses(two) == pytest.approx(losses(one), rel=1e-5)
     whole, gathered = weights(one), weights(two)
     assert {n: t.shape for n, t in whole.items()} == {n: t.shape for n, t in gathered.items()}
     reports = [json.loads((out / "train.json").read_text()) for out in (one, two)]
-    assert [(report["processes"], report["engine"]) for report in reports] == [(1, "one process"), (2, "fsdp2")]
+    assert [(report["processes"], report["engine"]) for report in reports] == [(1, "one process"), (2, engine)]
     for key in ("parameters", "recipe_digest"):
         assert reports[0][key] == reports[1][key]
     counts = [[total["trained_parameters"] for total in report["stages"]] for report in reports]
@@ -209,13 +243,69 @@ def test_shards_train_as_one_process_does(pair: Path, name: str) -> None:
             torch.testing.assert_close(gathered[n], tensor, atol=1e-4, rtol=1e-3, msg=n)
 
 
-def test_whole_copies_train_as_one_process_does(pair: Path) -> None:
-    assert losses(pair / "long-ddp") == pytest.approx(losses(pair / "long-one"), rel=1e-5)
+def filling(manifest: Path, folder: Path) -> Recipe:
+    """A run with batches of clips of like length, and one that fills a cache."""
+    stages = [
+        stage({"projectors": True}, 2) | {"batch": {"rows": 3, "bucket": 2}},
+        stage({"connector": True, "llm": "full"}, 2, cache=str(folder / "cache")),
+    ]
+    return made(manifest, "lal", stages)
 
 
-@pytest.mark.parametrize("cut", ["one-to-two", "two-to-one"])
-def test_another_number_of_processes_goes_on(pair: Path, manifest: Path, cut: str) -> None:
-    if cut == "two-to-one":
+def faulty(folder: Path) -> Recipe:
+    """A run over eight clips, three of which are bad."""
+    manifest = corpus(folder / "c", 8, {1: FAULTS[0], 2: truncated, 5: not_finite})
+    # the encoder is frozen: its batch statistics would be those of the parts
+    return quarantine(manifest, {"train": {"projectors": True}, "epochs": 1, "batch": {"clips": 4, "rows_per_clip": 2}})
+
+
+@pytest.mark.parametrize("name", ["cache", "bad"])
+def test_whole_copies_train_as_one_process_does(pair: Path, name: str) -> None:
+    assert losses(pair / f"{name}-ddp") == pytest.approx(losses(pair / f"{name}-one"), rel=1e-5)
+    assert json.loads((pair / f"{name}-ddp" / "train.json").read_text())["processes"] == 2
+    whole, found = weights(pair / f"{name}-one"), weights(pair / f"{name}-ddp")
+    for key, tensor in whole.items():
+        torch.testing.assert_close(found[key], tensor, atol=2e-5, rtol=1e-4, msg=key)
+
+
+def test_whole_copies_list_the_same_bad_clips(pair: Path) -> None:
+    lists = [
+        sorted((line["step"], line["clip"], sorted(line["records"])) for line in quarantined(pair / f"bad-{kind}"))
+        for kind in ("one", "ddp")
+    ]
+    assert len(lists[0]) == 3 and lists[0] == lists[1]
+    reports = [json.loads((pair / f"bad-{kind}" / "train.json").read_text()) for kind in ("one", "ddp")]
+    assert [report["stages"][0]["left_out"] for report in reports] == [6, 6]
+
+
+@pytest.mark.parametrize(
+    ("name", "engine"),
+    [
+        ("pal", "fsdp2"),
+        ("flamingo", "fsdp2"),
+        ("flamingo", "ddp"),
+        pytest.param("pal", "zero2", marks=needs_deepspeed),
+    ],
+)
+def test_processes_answer_as_one_does(pair: Path, name: str, engine: str) -> None:
+    """Answers and accuracies, the best step and an early end follow."""
+    lines = [read_log(pair / f"{name}-{kind}" / "log.jsonl") for kind in ("one", engine)]
+    assert [line["step"] for line in lines[0]] == [line["step"] for line in lines[1]]
+    assert len(lines[0]) == {"pal": 2, "flamingo": 1}[name]
+    for one, two in zip(*lines, strict=True):
+        asked, told = one["validation"], two["validation"]
+        assert len(asked["samples"]) == 5 and {sample["answer"] for sample in asked["samples"]} != {""}
+        assert sorted(map(str, told["samples"])) == sorted(map(str, asked["samples"]))
+        assert all(told[key] == asked[key] for key in ("accuracy", "no_audio_accuracy"))
+    best = [sorted(path.name for path in (pair / f"{name}-{kind}" / "best").iterdir()) for kind in ("one", engine)]
+    assert best[0] == best[1] == ["step0000001"]
+
+
+@pytest.mark.parametrize("way", ["one-to-{}", "{}-to-one"])
+@pytest.mark.parametrize("engine", ["fsdp2", pytest.param("zero2", marks=needs_deepspeed)])
+def test_another_number_of_processes_goes_on(pair: Path, manifest: Path, engine: str, way: str) -> None:
+    cut = way.format(engine)
+    if way == "{}-to-one":
         names = sorted(path.name for path in (pair / cut / "checkpoints" / "step0000003").iterdir())
         kinds = [f"{kind}-{i:05}-of-00002.safetensors" for kind in ("optimizer", "weights") for i in (1, 2)]
         assert names == sorted(["manifest.json", "state.json", *kinds])
@@ -230,7 +320,18 @@ def test_another_number_of_processes_goes_on(pair: Path, manifest: Path, cut: st
     ("environment", "message"),
     [
         ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}, "FSDP 1; give it --fsdp_version 2"),
-        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "DeepSpeed, which training does not support"),
+        (
+            {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"},
+            "stage 3, of which only stage 2 runs; configure it without, and set keep.engine=fsdp2",
+        ),
+        (
+            {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": "ds.json"},
+            "a file for DeepSpeed, which training does not read",
+        ),
+        (
+            {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "cpu"},
+            "DeepSpeed's offloading, which training does not support",
+        ),
     ],
 )
 def test_what_the_launcher_is_configured_for_is_refused_where_it_cannot_be(
@@ -252,19 +353,19 @@ def test_sharded_layers_are_not_compiled(manifest: Path) -> None:
 
 
 @pytest.mark.torture
-def test_curves_of_fifty_steps(manifest: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("integration", ["plits", "lal", "pal", "flamingo"])
+def test_curves_of_fifty_steps(manifest: Path, tmp_path: Path, integration: str) -> None:
     steps = repeats(full=50, reduced=0)
     if not steps:
         pytest.skip("a few steps of each are in the other tests")
     jobs, pairs = [], []
-    for integration in ("plits", "lal", "pal", "flamingo"):
-        for name, train in TRAINED.items():
-            long = made(manifest, integration, [stage(train, steps, lr=1e-3)])
-            run(long, tmp_path / f"{integration}-{name}-one")
-            for engine in ("ddp", "fsdp2"):
-                out = tmp_path / f"{integration}-{name}-{engine}"
-                jobs.append(Job(with_engine(long, engine).model_dump_json(), out))
-                pairs.append((tmp_path / f"{integration}-{name}-one", out))
+    for name, train in TRAINED.items():
+        long = made(manifest, integration, [stage(train, steps, lr=1e-3)])
+        run(long, tmp_path / f"{name}-one")
+        for engine in ("ddp", "fsdp2", "zero2") if HAS_DEEPSPEED else ("ddp", "fsdp2"):
+            out = tmp_path / f"{name}-{engine}"
+            jobs.append(Job(with_engine(long, engine).model_dump_json(), out))
+            pairs.append((tmp_path / f"{name}-one", out))
     run_pair(jobs)
     far = {two.name: (losses(one), losses(two)) for one, two in pairs}
     assert [name for name, (a, b) in far.items() if b != pytest.approx(a, rel=1e-5)] == []

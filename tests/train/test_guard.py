@@ -21,8 +21,6 @@ from pal.train.step import StepResult, Update
 from tests.train.test_step import Processes
 from tests.train.tiny import failing_after, recipe
 
-pytestmark = pytest.mark.usefixtures("without_plots")
-
 STAGE = {
     "train": {"encoder": True, "connector": True, "projectors": True, "llm": "full"},
     "lr": 1e-2,

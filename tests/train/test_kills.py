@@ -16,8 +16,6 @@ from tests.counts import repeats
 from tests.processes import PATIENCE, fresh
 from tests.train.tiny import HEAR, JOIN, MODEL, READ, recipe
 
-pytestmark = pytest.mark.usefixtures("without_plots")
-
 STAGES: list[dict[str, Any]] = [HEAR | {"steps": 6}, READ | {"steps": 4}, JOIN | {"epochs": None, "steps": 6}]
 STEPS = 16
 INTERVAL = 2

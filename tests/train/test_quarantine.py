@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from safetensors.torch import load_file
 
 from pal.audio import load
 from pal.data.collate import Collator
@@ -26,10 +25,7 @@ from pal.train.sources import StageData, open_sources
 from pal.train.step import Update
 from tests.counts import FULL, repeats
 from tests.models import tiny_model
-from tests.processes import exit_codes, fresh, rendezvous
-from tests.train.tiny import MODEL, failing_after, run_elsewhere
-
-pytestmark = pytest.mark.usefixtures("without_plots")
+from tests.train.tiny import MODEL, failing_after
 
 RATE = 16_000
 STAGE: dict[str, Any] = {
@@ -189,33 +185,6 @@ def test_a_cut_run_goes_on_to_the_same_weights_and_list(
 def test_loader_threads_change_nothing(bad: Path, whole: Path, tmp_path: Path) -> None:
     run(recipe(bad, keep={"workers": 3, "prefetch": 5}), tmp_path)
     assert_same_run(tmp_path, whole)
-
-
-def test_two_processes_list_the_same_clips_and_train_the_same(tmp_path: Path) -> None:
-    manifest = corpus(tmp_path / "c", 8, {1: FAULTS[0], 2: truncated, 5: not_finite})
-    # the encoder is frozen: its batch statistics would be those of the parts
-    made = recipe(manifest, {"train": {"projectors": True}, "epochs": 1, "batch": {"clips": 4, "rows_per_clip": 2}})
-    run(made, tmp_path / "one")
-    with rendezvous(2) as environments:
-        processes = [
-            fresh().Process(target=run_elsewhere, args=(made.model_dump_json(), tmp_path / "two", environment))
-            for environment in environments
-        ]
-        for process in processes:
-            process.start()
-        assert exit_codes(processes) == [0, 0]
-    ours, theirs = quarantined(tmp_path / "two"), quarantined(tmp_path / "one")
-
-    def listed(lines: list[dict[str, Any]]) -> list[Any]:
-        return sorted((line["step"], line["clip"], sorted(line["records"])) for line in lines)
-
-    assert len(ours) == 3 and listed(ours) == listed(theirs)
-    reports = [json.loads((tmp_path / name / "train.json").read_text()) for name in ("one", "two")]
-    assert [report["stages"][0]["left_out"] for report in reports] == [6, 6]
-    two = load_file(tmp_path / "two" / "model" / "model.safetensors")
-    one = load_file(tmp_path / "one" / "model" / "model.safetensors")
-    for name, tensor in two.items():
-        torch.testing.assert_close(tensor, one[name], atol=2e-5, rtol=1e-4, msg=name)
 
 
 def test_the_run_ends_beyond_the_limit_and_goes_on_with_a_higher_one(bad: Path, whole: Path, tmp_path: Path) -> None:

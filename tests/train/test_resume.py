@@ -10,19 +10,23 @@ import pytest
 import torch
 
 from pal.model import PalModel
-from pal.train import Trainer, run
+from pal.train import Trainer, curves, run
 from pal.train.curves import read_log
 from pal.train.step import Update
 from tests.processes import PATIENCE, fresh
 from tests.train.tiny import failing_after, recipe, run_elsewhere
 
 STEPS = 3 + 3 + 5
+DRAW = curves.draw
+"""Itself, before a fixture replaces it."""
 
 
 @pytest.fixture(scope="module")
 def whole(manifest: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("whole")
-    run(recipe(manifest), out)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pal.train.curves.draw", DRAW)
+        run(recipe(manifest), out)
     return out
 
 

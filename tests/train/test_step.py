@@ -16,6 +16,7 @@ from transformers.models.llama import modeling_llama
 from pal.backbone.llm import Backbone
 from pal.train import run
 from pal.train.distributed import HostReduce
+from pal.train.engines import TrainingEngine
 from pal.train.master_weights import MasterWeights
 from pal.train.objectives import LossOutput
 from pal.train.seeding import seed_everything
@@ -37,7 +38,7 @@ class Line(nn.Module):
 
 
 class Processes:
-    """As accelerate, and as `HostReduce`: this process among several that all do the same."""
+    """As an engine, and as `HostReduce`: this process among several that all do the same."""
 
     device = torch.device("cpu")
     no_sync = staticmethod(lambda module: nullcontext())
@@ -49,6 +50,8 @@ class Processes:
         loss.backward()
 
     clip_grad_norm_ = staticmethod(nn.utils.clip_grad_norm_)
+    finish_gradients = TrainingEngine.finish_gradients
+    step = TrainingEngine.step
 
     def reduce(self, told: Tensor, reduction: str) -> Tensor:
         assert reduction == "sum"
@@ -195,9 +198,9 @@ def test_the_gradients_norm_is_clipped(most: float | None, moves: float) -> None
     assert step.gradient_norm == pytest.approx(3.0)  # before it was clipped
 
 
-def test_a_fake_of_accelerate_has_its_names() -> None:
+def test_a_fake_of_an_engine_has_its_names() -> None:
     for name in ("no_sync", "backward", "reduce"):
-        assert callable(getattr(Accelerator, name))
+        assert callable(getattr(TrainingEngine, name))
 
 
 # A whole run

@@ -1,7 +1,5 @@
 """What a stage changes, what stops a run, and that cutting a batch up does not change the step."""
 
-import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +12,7 @@ from pal.errors import ConfigError, TrainingError
 from pal.model import PalModel
 from pal.train import Trainer, run
 from pal.train.curves import read_log
-from tests.processes import exit_codes, fresh, rendezvous
-from tests.train.tiny import LLM, MODEL, recipe, run_elsewhere
+from tests.train.tiny import LLM, MODEL, recipe
 
 ALL = {"encoder": True, "connector": True, "projectors": True, "llm": "full"}
 
@@ -87,29 +84,6 @@ def test_the_same_step_in_another_way(manifest: Path, tmp_path: Path, base: Path
         torch.testing.assert_close(other[name], tensor, atol=2e-5, rtol=1e-4, msg=name)
     losses = [[line["loss"] for line in read_log(tmp_path / run / "log.jsonl")] for run in "ab"]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
-
-
-def test_two_processes_do_what_one_does(manifest: Path, tmp_path: Path, base: Path) -> None:
-    data = {"scenes": {"manifest": str(manifest)}}
-    stages = [
-        stage(train={"projectors": True}, batch={"rows": 3, "bucket": 2}),
-        stage(train={"connector": True, "llm": "full"}, cache=str(tmp_path / "cache")),
-    ]
-    made = recipe(manifest, stages, model=None, bundle=base, data=data)
-    one = run(made, tmp_path / "one").state_dict()
-    shutil.rmtree(tmp_path / "cache")  # for the two to fill it at once
-    with rendezvous(2) as environments:
-        processes = [
-            fresh().Process(target=run_elsewhere, args=(made.model_dump_json(), tmp_path / "two", environment))
-            for environment in environments
-        ]
-        for process in processes:
-            process.start()
-        assert exit_codes(processes) == [0, 0]
-    assert json.loads((tmp_path / "two" / "train.json").read_text())["processes"] == 2
-    two = load_file(tmp_path / "two" / "model" / "model.safetensors")
-    for name, tensor in two.items():
-        torch.testing.assert_close(tensor, one[name], atol=2e-5, rtol=1e-4, msg=name)
 
 
 def test_parts_start_from_other_models(manifest: Path, tmp_path: Path, base: Path) -> None:

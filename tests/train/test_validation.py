@@ -24,10 +24,7 @@ from pal.train.sources import StageData, open_sources
 from pal.train.step import Update
 from pal.train.validation import ValidationScore, best_score, ends_early
 from pal.train.validator import Validator
-from tests.processes import exit_codes, fresh, rendezvous
-from tests.train.tiny import MODEL, failing_after, recipe, run_elsewhere
-
-pytestmark = pytest.mark.usefixtures("without_plots")
+from tests.train.tiny import MODEL, failing_after, recipe
 
 STAGE: dict[str, Any] = {
     "name": "join",
@@ -279,26 +276,6 @@ def test_best_weights_that_are_damaged_are_not_taken(
                 path.write_bytes(path.read_bytes()[:-1])
     assert "the best weights, of step 1, are damaged or missing; the last are kept" in caplog.text
     assert_equal(weights(trainer.model), after(manifest, tmp_path / "reference", 6))
-
-
-def test_two_processes_agree(manifest: Path, tmp_path: Path) -> None:
-    stage = STAGE | {"train": {"projectors": True}, "steps": 2, "lr": 0.0, "weight_decay": 0.0}
-    one = made(
-        manifest, {"manifest": str(manifest), "every": 1, "samples": 24, "patience": 1, "max_new_tokens": 3}, [stage]
-    )
-    run(one, tmp_path / "one")
-    with rendezvous(2) as environments:
-        processes = [
-            fresh().Process(target=run_elsewhere, args=(one.model_dump_json(), tmp_path / "two", environment))
-            for environment in environments
-        ]
-        for process in processes:
-            process.start()
-        assert exit_codes(processes) == [0, 0]
-    assert validations(tmp_path / "two") == validations(tmp_path / "one")
-    lines = [read_log(tmp_path / name / "log.jsonl")[-1]["validation"]["samples"] for name in ("one", "two")]
-    assert len(lines[0]) == len(closed(manifest))
-    assert sorted(map(str, lines[0])) == sorted(map(str, lines[1]))
 
 
 @pytest.mark.parametrize(

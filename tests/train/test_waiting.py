@@ -14,11 +14,13 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from pal.model import PalModel
 from pal.train import meter, optim, stages
 from pal.train.distributed import HostReduce
+from pal.train.engines import TrainingEngine
 from pal.train.master_weights import MasterWeights
 from pal.train.objectives import AnswerLoss, LossOutput, MicroBatch, Objective, TagLoss
 from pal.train.recipe import Stage
 from pal.train.step import StepResult, Update
 from pal.types import AUDIO, IGNORE, Batch, EncodedClip, Frames, PreparedClips, TagSpan, Tokens
+from tests.counts import full_only
 from tests.models import INTEGRATIONS, LLM, tiny_model
 
 ALL = {"connector": True, "projectors": True, "llm": "full"}
@@ -39,7 +41,7 @@ def updating(objective: Objective, made: Stage, parts: Any) -> Update:
     """As the loop puts it together."""
     masters = MasterWeights(parts, made.master_weights)
     optimizer = optim.adamw(optim.parameter_groups(masters.parts, made), made)
-    return Update(objective, optimizer, masters, made, Accelerator(cpu=True), HostReduce(1))
+    return Update(objective, optimizer, masters, made, TrainingEngine(Accelerator(cpu=True)), HostReduce(1))
 
 
 def noted(update: Update, micro_batches: list[MicroBatch], times: int = 2) -> StepResult:
@@ -112,6 +114,9 @@ def ragged(model: PalModel) -> Batch:
     return Batch([], rows, encoded=heard)
 
 
+RARE = (pytest.mark.torture, full_only)
+"""Another integration in the same way."""
+
 OPTIONS: dict[str, dict[str, Any]] = {
     "full": {},
     "encoder": {"train": {"encoder": True, "connector": True, "projectors": True}},
@@ -123,7 +128,13 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize(
     ("integration", "options"),
-    [*((name, "full") for name in INTEGRATIONS), *((name, one) for name in ("lal", "pal") for one in [*OPTIONS][1:])],
+    [
+        *((name, "full") for name in INTEGRATIONS),
+        *(("lal", one) for one in ("encoder", "bf16 weights")),
+        *(("pal", one) for one in ("frozen LLM", "bf16, checkpointed")),
+        *(pytest.param("lal", one, marks=RARE) for one in ("frozen LLM", "bf16, checkpointed")),
+        *(pytest.param("pal", one, marks=RARE) for one in ("encoder", "bf16 weights")),
+    ],
 )
 def test_a_whole_step(nothing: FakeTensorMode, integration: str, options: str) -> None:
     """On the path of a GPU, whose kernels have plain ones of the same signature in their place."""
@@ -139,9 +150,9 @@ def test_a_whole_step(nothing: FakeTensorMode, integration: str, options: str) -
     batch = ragged(model)
     if "encoder" in made.train.model_fields_set:
         batch = replace(batch, encoded=[], waveforms=WAVES, prepared=PreparedClips((frames(nothing),), len(WAVES)))
-    micro_batches = [MicroBatch(batch, [], 0)] * 2
+    micro_batches = [MicroBatch(batch, [], 0)]
     told = noted(updating(objective, made, parts), micro_batches, times=1)
-    assert told.items == 2 * (3 if "per" in made.options else 15)
+    assert told.items == (3 if "per" in made.options else 15)
     assert all(p.grad is None for of in parts.values() for p in of.values())
 
 
