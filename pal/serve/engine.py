@@ -44,6 +44,10 @@ if TYPE_CHECKING:
 
 READ_IDS = 4096
 """Text tokens of the prompts that are read between two steps, so that running answers do not wait long."""
+READ_SECONDS = 0.5
+"""Seconds that reading prompts should take between two steps, so that of many requests the first are answered early."""
+READ_REQUESTS = 16
+"""Requests whose prompts are read together also where that takes longer, since a forward of few rows is inefficient."""
 ENCODE_SECONDS = 60.0
 """Seconds of audio that are encoded between two steps."""
 _LOG = logging.getLogger(__name__)
@@ -74,6 +78,8 @@ class Engine:
         self._decoding = [DecodingBatch(RunningBatch(model.llm), plain) for plain in (False, True)]
         self._reader = PromptReader(model, self.cache, self.stats, self._begin, self._fail)
         self._encoder = ClipEncoder(model, self.digest, self.cache, self.stats)
+        self._seconds_per_id = 0.0
+        """Of the prompts that were read last."""
         self._closing = False
         self._thread = Thread(target=self._run, name=f"engine {name}", daemon=True)
         self._thread.start()
@@ -196,7 +202,8 @@ class Engine:
                 answers = 0 if request.conversation is None else request.options.n
                 ids -= 0 if request.conversation is None else len(request.conversation.ids)
                 seconds -= sum(one.clip.seconds for one in request.clips if not isinstance(one.clip, AudioKV))
-                if answers > free or (taken and (ids < 0 or seconds < 0)):
+                slow = (READ_IDS - ids) * self._seconds_per_id > READ_SECONDS and len(taken) >= READ_REQUESTS
+                if answers > free or (taken and (ids < 0 or seconds < 0 or slow)):
                     break
                 free -= answers
                 taken.append(self._waiting.popleft())
@@ -224,8 +231,11 @@ class Engine:
             heard[is_the_llm_s(self.model, request.conversation)].append(one)
         for decoding in self._decoding:
             if heard[decoding.plain]:
+                began = time.monotonic()
                 with self._weights(decoding):
                     self._reader.read(decoding, heard[decoding.plain])
+                ids = sum(len(one.conversation.ids) for one in heard[decoding.plain])
+                self._seconds_per_id = (time.monotonic() - began) / ids
 
     def _weights(self, decoding: DecodingBatch) -> AbstractContextManager[object]:
         return adapters.disabled(self.model.llm) if decoding.plain else nullcontext()
