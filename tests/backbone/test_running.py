@@ -146,12 +146,14 @@ def test_samples_of_one_prompt_share_its_keys():
     assert decoder.said[0] == decoder.said[1] == decoder.said[2] == alone(llm, integration, row)[0][:3]
 
 
+@pytest.mark.parametrize("side", ["left", "none"])
 @pytest.mark.parametrize("name", ["plits", "lal", "pal_gated", "flamingo"])
-def test_a_beginning_of_a_prompt_holds_what_one_that_is_read_alone_holds(name):
+def test_a_beginning_of_a_prompt_holds_what_one_that_is_read_alone_holds(name, side):
     llm, integration = shared("llama", name)
     decoder = Decoder(llm, integration)
-    whole = decoder.prompt(Tokens([5, 6, AUDIO, 7, 8, 9, 9, 9], [0]), Tokens([5, 6, 6, AUDIO, 7, 8], [1]))
-    apart = decoder.prompt(Tokens([5, 6, 6, AUDIO], [1]))
+    both = [Tokens([5, 6, AUDIO, 7, 8, 9, 9, 9], [1]), Tokens([5, 6, 6, AUDIO, 7, 8], [0])]
+    whole = read(llm, integration(features(*CLIPS), both, llm, side))
+    apart = decoder.prompt(Tokens([5, 6, 6, AUDIO], [0]))
     beginning = whole.beginning(1, 2)
     assert (len(beginning), beginning.last) == (1, apart.last)
     assert beginning.nbytes <= apart.nbytes < whole.nbytes

@@ -11,7 +11,7 @@ from pal.serve import reading
 from pal.serve.engine import Engine
 from pal.serve.requests import ClosingError, EngineRequest, QueueFullError, TooLongError
 from pal.serve.sampling import SamplingOptions
-from tests.models import tiny_model
+from tests.models import ENCODER, tiny_model
 from tests.serve.engines import CLIPS, alone, ask
 
 QUESTIONS = ["What sound is this?", "Which comes first?", "a loud siren", "Is it a dog or a bell? yes or no"]
@@ -239,6 +239,20 @@ def test_requests_that_wait_share_forwards(model, monkeypatch):
     assert engine.stats.prefix_hits == 9 and engine.stats.clip_misses == 3
     for question, clips, one in asked:
         assert "".join(piece.text for piece in one.pieces) == alone(model, question, clips, 1)
+
+
+def test_two_streams_and_clips_of_several_lengths_share_forwards():
+    encoders = [ENCODER, {**ENCODER, "width": 8}]
+    model = tiny_model("lal", encoders=encoders)
+    engine = Engine("tiny", model)
+    going = held(engine)
+    asked = [
+        (question, [clip], ask(engine, question, [clip], max_tokens=6)) for clip in CLIPS for question in QUESTIONS
+    ]
+    going.set()
+    for question, clips, one in asked:
+        assert one.wait() == [alone(model, question, clips, 6)]
+    engine.close(30)
 
 
 def test_a_beginning_that_cannot_be_copied_costs_nobody_an_answer(model, monkeypatch):
