@@ -76,7 +76,9 @@ def check(model, monkeypatch):
             for own, other in zip(made.streams, alone.streams, strict=True):
                 assert own.lengths == other.lengths
                 for name, x in own.tensors().items():
-                    assert_close(x, other.tensors()[name], atol=1e-4, rtol=1e-4)
+                    expected = other.tensors()[name]
+                    real = x[tuple(slice(size) for size in expected.shape)]  # of PAL, a last group may be padded
+                    assert_close(real, expected, atol=1e-4, rtol=1e-4)
                     assert x.untyped_storage().nbytes() == x.nbytes  # nothing of the batch is kept
     assert [one.usage.cached > 0 for one in asked] == [False, False, False, False, True]
     assert (encoder.stats.clip_misses, encoder.stats.clip_hits) == (4, 1)
