@@ -234,9 +234,10 @@ def test_requests_that_wait_share_forwards(model, monkeypatch):
     going.set()
     for _, _, one in asked:
         one.wait()
-    engine.close(30)
     assert len(forwards) == 2  # the first prompt about each clip; what follows the clips in the others
-    assert engine.stats.prefix_hits == 9 and engine.stats.clip_misses == 3
+    ask(engine, QUESTIONS[0], CLIPS[:1], max_tokens=1).wait()
+    engine.close(30)
+    assert engine.stats.prefix_hits == 10 and engine.stats.clip_misses == 3
     for question, clips, one in asked:
         assert "".join(piece.text for piece in one.pieces) == alone(model, question, clips, 1)
 
