@@ -105,6 +105,10 @@ class AudioKV:
             durations=self.durations[clip : clip + 1],
         )
 
+    def copy(self) -> AudioKV:
+        """The same in memory of its own; a clip of a batch is a view, which keeps the whole batch in memory."""
+        return replace(self, streams=tuple(stream.copy() for stream in self.streams))
+
     @staticmethod
     def concat(parts: Sequence[AudioKV]) -> AudioKV:
         """The clips of all parts as one batch."""

@@ -141,6 +141,36 @@ class JointCache(Cache):
                 into.copy_(x)
         return made
 
+    @torch.no_grad()
+    def beginning(self, prompts: CachedPrompts, which: int, rest: int) -> tuple[JointCache, CachedPrompts]:
+        """A cache of one of the prompts without its last rows, in memory of its own, and its layout.
+
+        Args:
+            prompts: that were read, by their layout.
+            which: of them.
+            rest: number of rows to leave out; they come after all audio.
+        """
+        windows = [self.plan.kinds[kind][0] for kind in self.plan.layers]
+        layout = prompts.beginning(which, rest)
+        cache = JointCache(CachePlan.of(windows, layout, room=1))
+        cache._decode_mask = DecodeMask(cache.plan, layout, self.decode_mask.zero.dtype, self.decode_mask.device)
+        cache.blocks = self.blocks
+        kinds, of_layer = layout.kinds(windows)
+        for store, made, kind in zip(self.stores, cache.stores, of_layer, strict=True):
+            places, first = [], 0
+            for joined in kinds[kind][2]:
+                places.append(slice(first, first + layout.keys[joined].width))
+                first += prompts.keys[joined].width
+            places.append(slice(store.prompt - rest - layout.shape[1], store.prompt - rest))
+            made.use(*(torch.cat([x[which, None, :, at] for at in places], dim=2) for x in (store.keys, store.values)))
+            made.rows = layout.shape[1]
+        crossed = [keys.width for keys in layout.keys if keys.crossed]
+        cache._crossed = [
+            {layer: _pair(torch.stack([x[which, None, :, :width] for x in pair])) for layer, pair in held.items()}
+            for held, width in zip(self._crossed, crossed, strict=True)
+        ]
+        return cache, layout
+
     def capture_layer(self, layer: int) -> CapturingLayer:
         """A cache for one layer that captures the K/V of packed prompts."""
         self.flush()

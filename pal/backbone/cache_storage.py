@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -86,6 +86,23 @@ class CachedPrompts:
     def shape(self) -> tuple[int, int]:
         """B and T."""
         return self.valid_BT.shape[0], self.valid_BT.shape[1]
+
+    def beginning(self, which: int, rest: int) -> CachedPrompts:
+        """Layout of one of the prompts without its last `rest` rows and without padding."""
+        one = slice(which, which + 1)
+        rows = slice(self.shape[1] - int(self.valid_BT[which].sum()), self.shape[1] - rest)
+        keys = []
+        for part in self.keys:
+            count = int(part.mask_BA[which].sum())  # they are padded on the right
+            mask_1A, positions_1A = part.mask_BA[one, :count], part.positions_BA[one, :count]
+            keys.append(replace(part, mask_BA=mask_1A, positions_BA=positions_1A))
+        return CachedPrompts(
+            self.valid_BT[one, rows],
+            self.positions_BT[one, rows],
+            tuple(keys),
+            tuple((layers, rows_BT[one, rows]) for layers, rows_BT in self.hidden),
+            tuple((bias, rows_BT[one, rows]) for bias, rows_BT in self.row_biases),
+        )
 
     def kinds(self, windows: Sequence[int | None]) -> tuple[list[Kind], list[int]]:
         """The kinds of layers, and the index of each layer's kind."""

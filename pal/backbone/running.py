@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from torch import Tensor
 from pal.backbone import kernels
 from pal.backbone.attention import without_cudnn
 from pal.backbone.cache import JointCache
-from pal.backbone.cache_storage import CachePlan
+from pal.backbone.cache_storage import CachedPrompts, CachePlan
 from pal.backbone.generate import padded_left
 from pal.backbone.interfaces import Block, LaterRows
 from pal.backbone.merged import merge
@@ -43,6 +43,7 @@ class PromptsRead:
     """Of each prompt's first new token."""
     last: tuple[int, ...]
     """Position of each prompt's last row."""
+    layout: CachedPrompts
 
     def __len__(self) -> int:
         return len(self.last)
@@ -60,6 +61,14 @@ class PromptsRead:
         ]
         stored = [x for store in self.cache.stores for x in (store.keys, store.values)]
         return sum(x.nbytes for x in (*stored, *crossed))
+
+    def beginning(self, which: int, rest: int) -> PromptsRead:
+        """One of the prompts without its last `rest` rows, which are text after all clips, as if read alone so far.
+
+        It has memory of its own, and the logits of the whole prompt.
+        """
+        cache, layout = self.cache.beginning(self.layout, which, rest)
+        return PromptsRead(cache, self.logits_BV[which, None].clone(), (self.last[which] - rest,), layout)
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,7 +93,7 @@ def read(llm: Backbone, inputs: LLMInputs) -> PromptsRead:
     cache = JointCache(CachePlan.of(llm.windows, layout, room=1))
     cache.begin(inputs, layout, query_dtype(llm, llm.device))
     logits_BV = read_prompts(llm, cache, inputs)
-    return PromptsRead(cache, logits_BV, tuple(layout.positions_BT[:, -1].tolist()))
+    return PromptsRead(cache, logits_BV, tuple(layout.positions_BT[:, -1].tolist()), layout)
 
 
 @torch.no_grad()
@@ -187,12 +196,29 @@ class RunningBatch:
     @torch.no_grad()
     def join_after(self, texts: ContinuationsRead, which: int) -> int:
         """Add a sequence that continues a text after a prompt, to which it attends where it is; returns its row."""
-        row, padding, prompt = len(self), texts.padding[which], texts.prompts[which]
-        first, last = prompt.last[0] + 1, texts.last[which]
+        prompt, padding = texts.prompts[which], texts.padding[which]
+        own = [(store, slice(padding, store.rows)) for store in texts.cache.stores]
+        return self._join_following(prompt, own, which, texts.last[which])
+
+    @torch.no_grad()
+    def join_whole(self, prompts: PromptsRead, which: int, beginning: PromptsRead) -> int:
+        """Add a sequence that continues a prompt, of whose beginning it attends to a copy; returns its row.
+
+        Args:
+            prompts: as read.
+            which: of them.
+            beginning: of this prompt, from `PromptsRead.beginning`.
+        """
+        last = prompts.last[which]
+        own = [(store, slice(store.prompt - last + beginning.last[0], store.prompt)) for store in prompts.cache.stores]
+        return self._join_following(beginning, own, which, last)
+
+    def _join_following(self, prompt: PromptsRead, own: Sequence[tuple[Any, slice]], which: int, last: int) -> int:
+        """Add a sequence that attends to a prompt where it is; its own keys stand in a row of caches' layers."""
+        row, first = len(self), prompt.last[0] + 1
         self._join_own(row, [0] * self.llm.n_layers, [torch.arange(first, last + 1, device=self.llm.device)])
-        for layer, store in enumerate(texts.cache.stores):
-            own = slice(padding, store.rows)
-            self._keys[layer].put(row, store.keys[which, :, own], store.values[which, :, own])
+        for layer, (store, at) in enumerate(own):
+            self._keys[layer].put(row, store.keys[which, :, at], store.values[which, :, at])
             self._biases[layer].put(row, None, self.llm.device)
         self._end_join(prompt, last + 1)
         return row

@@ -217,6 +217,13 @@ class StreamKV:
         one = {n: x.narrow(_batch_axis(n), clip, 1) for n, x in self.tensors().items()}
         return self._with(self.lengths[clip : clip + 1], one, self.counts and self.counts[clip : clip + 1])
 
+    def copy(self) -> StreamKV:
+        """The same in memory of its own."""
+        copies: dict[str, Any] = {
+            name: x.clone(memory_format=torch.contiguous_format) for name, x in self.tensors().items()
+        }
+        return replace(self, **copies)
+
     @staticmethod
     def concat(parts: Sequence[StreamKV]) -> StreamKV:
         """The clips of all parts as one batch."""

@@ -16,7 +16,7 @@ from starlette.requests import ClientDisconnect
 
 from pal.serve import api_docs
 from pal.serve.access import BearerAuth, BodyLimit
-from pal.serve.client_request import ClientRequest
+from pal.serve.client_request import ClientRequest, EventInbox
 from pal.serve.completions import ChatAnswer, usage_of
 from pal.serve.decode_process import DecodeProcesses
 from pal.serve.engine import Engine
@@ -56,10 +56,12 @@ def create_app(
     models = {name: ServedModel(engine, options, processes, replica) for name, engine in engines.items()}
     metrics = Metrics(engines, processes, replica)
     limiter: list[CapacityLimiter] = []
+    inbox: list[EventInbox] = []
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         limiter.append(CapacityLimiter(max(_PREPARED, options.decoders)))
+        inbox.append(EventInbox())
         yield
         for engine in engines.values():
             await to_thread.run_sync(engine.close)
@@ -88,7 +90,7 @@ def create_app(
     def client_request(served: ServedModel, http: Request) -> ClientRequest:
         if app.state.stopping:
             raise ClosingError("the server is stopping; ask another one, or again later")
-        return ClientRequest(served.engine, http, metrics)
+        return ClientRequest(served.engine, http, metrics, inbox[0])
 
     async def compute(name: str, http: Request, make: Callable[[ServedModel, Emit], EngineRequest]) -> Any:
         served = find(name)

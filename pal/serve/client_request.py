@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
+from threading import Lock
 
 from anyio import CapacityLimiter, to_thread
 from starlette.requests import ClientDisconnect, Request
@@ -16,6 +17,34 @@ from pal.serve.metrics import Metrics
 from pal.serve.requests import AnswerPiece, Computed, EngineRequest, Event, Failed, Finished, Indexed
 
 
+class EventInbox:
+    """Events of the engines' threads on their way to an event loop; made in the loop, filled by any thread.
+
+    Waking the loop costs a system call and interrupts the engine's thread, so the loop is woken once for all events
+    that come before it looks.
+    """
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._lock = Lock()
+        self._waiting: list[tuple[asyncio.Queue[Event | None], Event]] = []
+
+    def put(self, queue: asyncio.Queue[Event | None], event: Event) -> None:
+        """Put an event into a queue of the loop."""
+        with self._lock:
+            self._waiting.append((queue, event))
+            first = len(self._waiting) == 1
+        if first:
+            with suppress(RuntimeError):  # the loop is closed
+                self._loop.call_soon_threadsafe(self._deliver)
+
+    def _deliver(self) -> None:
+        with self._lock:
+            waiting, self._waiting = self._waiting, []
+        for queue, event in waiting:
+            queue.put_nowait(event)
+
+
 class ClientRequest:
     """A request of a client, from its arrival to its last event.
 
@@ -23,12 +52,13 @@ class ClientRequest:
         engine: that answers it.
         http: the client's request; when the client leaves, the engine forgets it.
         metrics: where the latencies go.
+        inbox: of the event loop, for the engine's events.
     """
 
-    def __init__(self, engine: Engine, http: Request, metrics: Metrics) -> None:
+    def __init__(self, engine: Engine, http: Request, metrics: Metrics, inbox: EventInbox) -> None:
         self.engine, self.http, self.metrics = engine, http, metrics
         self.began = time.monotonic()
-        self._loop = asyncio.get_running_loop()
+        self._inbox = inbox
         self._events: asyncio.Queue[Event | None] = asyncio.Queue()
         self._request: EngineRequest | None = None
         self._watch: asyncio.Task[None] | None = None
@@ -36,8 +66,7 @@ class ClientRequest:
 
     def emit(self, event: Event) -> None:
         """Take an event from the engine's thread."""
-        with suppress(RuntimeError):  # the loop is closed
-            self._loop.call_soon_threadsafe(self._events.put_nowait, event)
+        self._inbox.put(self._events, event)
 
     async def submit(self, prepare: Callable[[], EngineRequest], limiter: CapacityLimiter) -> None:
         """Prepare a request in a thread and put it into the queue.

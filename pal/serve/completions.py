@@ -75,30 +75,28 @@ class ChatAnswer:
     async def chunks(self, first: AnswerPiece | None, events: Events, with_usage: bool) -> AsyncIterator[bytes]:
         """Server-sent events, beginning with a piece that was waited for already."""
         begun: set[int] = set()
+        if first is not None:
+            yield self._pieces(first, begun, with_usage)
         try:
-            if first is not None:
-                for chunk in self._pieces(first, begun, with_usage):
-                    yield chunk
             async for event in events:
                 if isinstance(event, AnswerPiece):
-                    for chunk in self._pieces(event, begun, with_usage):
-                        yield chunk
-                elif isinstance(event, Finished) and with_usage:
-                    yield self._event([], usage_of(event.usage), with_usage)
+                    yield self._pieces(event, begun, with_usage)
+                elif isinstance(event, Finished):
+                    usage = self._event([], usage_of(event.usage), with_usage) if with_usage else b""
+                    yield usage + format_sse_event(data_str="[DONE]")
         except ApiError as error:  # the status was sent already
             yield format_sse_event(data_str=json.dumps(error.body()))
-            return
-        yield format_sse_event(data_str="[DONE]")
 
-    def _pieces(self, piece: AnswerPiece, begun: set[int], with_usage: bool) -> list[bytes]:
-        found = []
+    def _pieces(self, piece: AnswerPiece, begun: set[int], with_usage: bool) -> bytes:
+        """The events of one piece, to be sent together: each sending is a system call beside the engine's thread."""
+        found = b""
         if piece.choice not in begun:
             begun.add(piece.choice)
-            found.append(self._choice(piece.choice, {"role": "assistant", "content": ""}, with_usage))
+            found += self._choice(piece.choice, {"role": "assistant", "content": ""}, with_usage)
         if piece.text or piece.tokens:
-            found.append(self._choice(piece.choice, {"content": piece.text}, with_usage, tokens=piece.tokens))
+            found += self._choice(piece.choice, {"content": piece.text}, with_usage, tokens=piece.tokens)
         if piece.finish is not None:
-            found.append(self._choice(piece.choice, {}, with_usage, finish=piece.finish))
+            found += self._choice(piece.choice, {}, with_usage, finish=piece.finish)
         return found
 
     def _choice(

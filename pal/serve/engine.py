@@ -24,6 +24,7 @@ from pal.backbone import adapters
 from pal.backbone.audio_kv import AudioKV
 from pal.backbone.running import RunningBatch
 from pal.serve.choices import ChoiceState, finish
+from pal.serve.encoding import ClipEncoder
 from pal.serve.lru import ByteLRU
 from pal.serve.reading import DecodingBatch, EncodedRequest, EngineStats, PromptReader, greedy_of
 from pal.serve.requests import (
@@ -34,9 +35,7 @@ from pal.serve.requests import (
     Failed,
     Indexed,
     QueueFullError,
-    RequestClip,
     TooLongError,
-    Usage,
 )
 from pal.types import Tokens
 
@@ -45,6 +44,10 @@ if TYPE_CHECKING:
 
 READ_IDS = 4096
 """Text tokens of the prompts that are read between two steps, so that running answers do not wait long."""
+READ_SECONDS = 0.5
+"""Seconds that reading prompts should take between two steps, so that of many requests the first are answered early."""
+READ_REQUESTS = 16
+"""Requests whose prompts are read together also where that takes longer, since a forward of few rows is inefficient."""
 ENCODE_SECONDS = 60.0
 """Seconds of audio that are encoded between two steps."""
 _LOG = logging.getLogger(__name__)
@@ -74,6 +77,9 @@ class Engine:
         self._changed = Condition()
         self._decoding = [DecodingBatch(RunningBatch(model.llm), plain) for plain in (False, True)]
         self._reader = PromptReader(model, self.cache, self.stats, self._begin, self._fail)
+        self._encoder = ClipEncoder(model, self.digest, self.cache, self.stats)
+        self._seconds_per_id = 0.0
+        """Of the prompts that were read last."""
         self._closing = False
         self._thread = Thread(target=self._run, name=f"engine {name}", daemon=True)
         self._thread.start()
@@ -102,7 +108,7 @@ class Engine:
 
     def stored(self, digest: str) -> AudioKV | None:
         """Audio keys and values of the clip with this digest, if they are in the cache."""
-        return self.cache.get(("clip", digest), AudioKV)
+        return self._encoder.stored(digest)
 
     def keep(self, digest: str, audio: AudioKV) -> None:
         """Keep audio keys and values of the clip with this digest, which this model computed elsewhere."""
@@ -201,7 +207,8 @@ class Engine:
                 answers = 0 if request.conversation is None else request.options.n
                 ids -= 0 if request.conversation is None else len(request.conversation.ids)
                 seconds -= sum(one.clip.seconds for one in request.clips if not isinstance(one.clip, AudioKV))
-                if answers > free or (taken and (ids < 0 or seconds < 0)):
+                slow = (READ_IDS - ids) * self._seconds_per_id > READ_SECONDS and len(taken) >= READ_REQUESTS
+                if answers > free or (taken and (ids < 0 or seconds < 0 or slow)):
                     break
                 free -= answers
                 taken.append(self._waiting.popleft())
@@ -209,11 +216,11 @@ class Engine:
 
     def _admit(self, taken: Sequence[EngineRequest]) -> None:
         heard: dict[bool, list[EncodedRequest]] = {False: [], True: []}
-        for request in taken:
-            if request.cancelled:
-                continue
+        wanted = [request for request in taken if not request.cancelled]
+        encoded = self._encoder.of(wanted)
+        for request in wanted:
             try:
-                clips = [self._keys_values(clip, request.usage) for clip in request.clips]
+                clips = encoded.take(request.clips, request.usage)
                 if request.function is not None:
                     request.emit(Computed(request.function(clips)))
                     continue
@@ -228,27 +235,15 @@ class Engine:
                 continue
             heard[is_the_llm_s(self.model, request.conversation)].append(one)
         for decoding in self._decoding:
-            with self._weights(decoding):
-                self._reader.read(decoding, heard[decoding.plain])
+            if heard[decoding.plain]:
+                began = time.monotonic()
+                with self._weights(decoding):
+                    self._reader.read(decoding, heard[decoding.plain])
+                ids = sum(len(one.conversation.ids) for one in heard[decoding.plain])
+                self._seconds_per_id = (time.monotonic() - began) / ids
 
     def _weights(self, decoding: DecodingBatch) -> AbstractContextManager[object]:
         return adapters.disabled(self.model.llm) if decoding.plain else nullcontext()
-
-    def _keys_values(self, given: RequestClip, usage: Usage) -> AudioKV:
-        """The clip's audio keys and values, computed if the cache does not have them."""
-        found = given.clip if isinstance(given.clip, AudioKV) else self.stored(given.digest)
-        if found is None:
-            model = self.model
-            assert not isinstance(given.clip, AudioKV)
-            features = model.features(model.ready([given.clip]))  # alone, so that the batch does not change it
-            found = model.integration.index(features, model.llm, self.digest, [given.clip.seconds])
-            self.cache.put(("clip", given.digest), found)
-            self.stats.clip_misses += 1
-            self.stats.audio_seconds += given.clip.seconds
-        else:
-            self.stats.clip_hits += 1
-            usage.cached += found.tokens
-        return found
 
     def _most(self, request: EngineRequest, conversation: Tokens, clips: Sequence[AudioKV]) -> int:
         """Tokens that an answer may have; notes the prompt's length.

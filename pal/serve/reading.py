@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 
 LONG_KEYS = 1024
 """Keys of a prompt beyond which it is attended to where it was read, since shorter ones would be padded to it."""
+Beginning = tuple[object, ...]
+"""Key of a conversation's part up to the end of its last clip."""
 _RECENT = 4096
 """Beginnings of conversations that are remembered, to notice the second one."""
 
@@ -97,50 +100,61 @@ class PromptReader:
         fail: Callable[[EngineRequest, Exception], None],
     ) -> None:
         self.model, self.cache, self.stats, self.begin, self.fail = model, cache, stats, begin, fail
-        self._recent: OrderedDict[tuple[object, ...], None] = OrderedDict()
+        self._recent: OrderedDict[Beginning, None] = OrderedDict()
 
     def read(self, decoding: DecodingBatch, heard: list[EncodedRequest]) -> None:
         """Read the prompts of requests and let their answers join."""
         single: list[EncodedRequest] = []
-        following: dict[tuple[object, ...], list[EncodedRequest]] = {}
+        following: dict[Beginning, list[EncodedRequest]] = {}
         for one in heard:
             begins = self._beginning(one, decoding.plain)
             if begins is None:
                 single.append(one)
             else:
                 following.setdefault(begins, []).append(one)
-        shared: list[EncodedRequest] = []
+        begun: dict[Beginning, PromptsRead] = {}
+        first: list[EncodedRequest] = []
         for begins, group in following.items():
-            again = len(group) > 1 or begins in self._recent or self.cache.get(begins, PromptsRead) is not None
-            (shared if again else single).extend(group)
+            kept = self.cache.get(begins, PromptsRead)
+            if kept is not None:
+                begun[begins] = kept
+            elif len(group) > 1 or begins in self._recent:
+                first.append(group.pop(0))
+            else:
+                single.append(group.pop(0))
             self._remember(begins)
-        self._guarded(self._read_after, decoding, shared, True)
+        for some in _apart(first, lambda one: one.keys > LONG_KEYS):
+            self._guarded(partial(self._read_first, begun), decoding, some)
+        # where a beginning cannot be read, each request about it gets the error of its own prompt
+        single += [one for begins, group in following.items() if begins not in begun for one in group]
         in_place = not any(self.model.llm.windows)
-        apart = [one for one in single if in_place and (one.request.options.n > 1 or one.keys > LONG_KEYS)]
-        for one in apart:
-            self._guarded(self._read_single, decoding, [one], True)
-        self._guarded(self._read_single, decoding, [one for one in single if one not in apart], False)
+        *alone, together = _apart(single, lambda one: in_place and (one.request.options.n > 1 or one.keys > LONG_KEYS))
+        for some in alone:
+            self._guarded(partial(self._read_single, True), decoding, some)
+        self._guarded(partial(self._read_single, False), decoding, together)
+        rests = [one for begins, group in following.items() if begins in begun for one in group]
+        self.stats.prefix_hits += len(rests)
+        self._guarded(partial(self._read_rests, begun), decoding, rests)
 
     def _guarded(
         self,
-        reading: Callable[[DecodingBatch, list[EncodedRequest], bool], None],
+        reading: Callable[[DecodingBatch, list[EncodedRequest]], None],
         decoding: DecodingBatch,
         group: list[EncodedRequest],
-        how: bool,
     ) -> None:
         """Read a group; where that fails, each request alone, so that one does not fail the others."""
         if not group:
             return
         try:
-            reading(decoding, group, how)
+            reading(decoding, group)
         except Exception as error:
             for one in group:
                 if len(group) == 1 or one.request.usage.completion:  # its first token was sent
                     self.fail(one.request, error)
                 else:
-                    self._guarded(reading, decoding, [one], how)
+                    self._guarded(reading, decoding, [one])
 
-    def _beginning(self, one: EncodedRequest, plain: bool) -> tuple[object, ...] | None:
+    def _beginning(self, one: EncodedRequest, plain: bool) -> Beginning | None:
         """Key of a conversation's part up to the end of its last clip; None where it cannot be shared."""
         llm, ids = self.model.llm, one.conversation.ids
         if not one.conversation.clips or any(llm.windows) or not llm.shares_prefixes or ids[-1] == AUDIO:
@@ -148,41 +162,46 @@ class PromptReader:
         first = ids[: _end_of_clips(ids)]
         return ("beginning", plain, tuple(first), one.digests) if set(first) > {AUDIO} else None
 
-    def _remember(self, begins: tuple[object, ...]) -> None:
+    def _remember(self, begins: Beginning) -> None:
         self._recent[begins] = None
         self._recent.move_to_end(begins)
         while len(self._recent) > _RECENT:
             self._recent.popitem(last=False)
 
-    def _read_after(self, decoding: DecodingBatch, group: list[EncodedRequest], in_place: bool) -> None:
-        """Read what follows shared beginnings, and the beginnings themselves, where the cache does not have them."""
-        following: dict[tuple[object, ...], list[EncodedRequest]] = {}
+    def _read_first(
+        self, begun: dict[Beginning, PromptsRead], decoding: DecodingBatch, group: list[EncodedRequest]
+    ) -> None:
+        """Read whole prompts, and keep their beginnings for others that begin so."""
+        prompts = self._read_prompts([(one.conversation, one.clips) for one in group])
+        for at, (one, greedy) in enumerate(zip(group, greedy_of(prompts.logits_BV), strict=True)):
+            begins, ids = self._beginning(one, decoding.plain), one.conversation.ids
+            assert begins is not None
+            begun[begins] = beginning = prompts.beginning(at, len(ids) - _end_of_clips(ids))
+            self.cache.put(begins, beginning)
+            for choice in self.begin(one, prompts.logits_BV[at], greedy):
+                decoding.batch.join_whole(prompts, at, beginning)
+                decoding.choices.append(choice)
+
+    def _read_rests(
+        self, begun: dict[Beginning, PromptsRead], decoding: DecodingBatch, group: list[EncodedRequest]
+    ) -> None:
+        """Read what follows beginnings that were read."""
+        following: dict[Beginning, list[EncodedRequest]] = {}
         for one in group:
             begins = self._beginning(one, decoding.plain)
             assert begins is not None
             following.setdefault(begins, []).append(one)
-        prompts = [self._read_beginning(begins, each[0]) for begins, each in following.items()]
         rests = [
             [one.conversation.ids[_end_of_clips(one.conversation.ids) :] for one in each] for each in following.values()
         ]
-        texts = read_after(self.model.llm, prompts, rests)
+        texts = read_after(self.model.llm, [begun[begins] for begins in following], rests)
         ordered = [one for each in following.values() for one in each]
         for at, (one, greedy) in enumerate(zip(ordered, greedy_of(texts.logits_RV), strict=True)):
             for choice in self.begin(one, texts.logits_RV[at], greedy):
                 decoding.batch.join_after(texts, at)
                 decoding.choices.append(choice)
 
-    def _read_beginning(self, begins: tuple[object, ...], one: EncodedRequest) -> PromptsRead:
-        prompt = self.cache.get(begins, PromptsRead)
-        if prompt is None:
-            first = Tokens(one.conversation.ids[: _end_of_clips(one.conversation.ids)], one.conversation.clips)
-            prompt = self._read_prompts([(first, one.clips)])
-            self.cache.put(begins, prompt)
-        else:
-            self.stats.prefix_hits += 1
-        return prompt
-
-    def _read_single(self, decoding: DecodingBatch, group: list[EncodedRequest], in_place: bool) -> None:
+    def _read_single(self, in_place: bool, decoding: DecodingBatch, group: list[EncodedRequest]) -> None:
         """Read whole prompts."""
         prompts = self._read_prompts([(one.conversation, one.clips) for one in group])
         for at, (one, greedy) in enumerate(zip(group, greedy_of(prompts.logits_BV), strict=True)):
@@ -199,6 +218,11 @@ class PromptReader:
         model = self.model
         features = ClipFeatures(clips, [clip.seconds for clip in clips])
         return read(model.llm, model.inputs(features, conversations, model.llm.prompt_side()))
+
+
+def _apart(given: Sequence[EncodedRequest], alone: Callable[[EncodedRequest], bool]) -> list[list[EncodedRequest]]:
+    """Groups of one for those that are read alone, and last the others, perhaps none."""
+    return [*([one] for one in given if alone(one)), [one for one in given if not alone(one)]]
 
 
 def _end_of_clips(ids: Sequence[int]) -> int:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from threading import Lock
 from typing import TYPE_CHECKING, Any
 
-from pal.audio import Limits
+from pal.audio import Limits, Waveform
 from pal.audio.stream_info import DecodeError
 from pal.audio.urls import from_base64, is_url
 from pal.conversations import check_ids, read_question
@@ -19,6 +19,7 @@ from pal.data.prompts import user_turn
 from pal.errors import AudioError, PromptError
 from pal.serve.audio_input import decode_request_audio
 from pal.serve.decode_process import MEMORY_BYTES, SECONDS, DecodeProcesses
+from pal.serve.decoded_clips import DecodedClips
 from pal.serve.engine import Engine
 from pal.serve.errors import ApiError
 from pal.serve.replica import Replica
@@ -80,6 +81,7 @@ class ServedModel:
         # fast tokenizers cannot be used by two threads at once, and the engine uses the model's own
         self.tokenizer: PreTrainedTokenizerBase = copy.deepcopy(engine.model.tokenizer)
         self._tokenizing = Lock()
+        self._clips = DecodedClips()
 
     def chat(self, body: ChatRequest, emit: Emit) -> EngineRequest:
         """The engine's request of a chat.
@@ -205,13 +207,16 @@ class ServedModel:
         stored = self.engine.stored(digest)
         if stored is not None:
             return RequestClip(digest, stored)
-        try:
+
+        def decode() -> Waveform:
             rate = self.engine.model.sampling_rate
-            wave = decode_request_audio(data, format, rate, self.options.limits, self.processes)
+            return decode_request_audio(data, format, rate, self.options.limits, self.processes)
+
+        try:
+            return RequestClip(digest, self._clips.get(digest, decode))
         except AudioError as error:
             code = "audio_too_long" if "longer than" in str(error) else "invalid_audio"
             raise ApiError(str(error), 400, param, code) from None
-        return RequestClip(digest, wave)
 
     def facts(self) -> dict[str, Any]:
         """The model in a list of models."""

@@ -17,7 +17,7 @@ from tests.identities.test_streams import ENSEMBLES
 from tests.identities.test_streams import shared as ensemble
 
 CLIPS = (7, 11, 3)
-WAYS = ("alone", "together", "in_place", "after")
+WAYS = ("alone", "together", "in_place", "after", "whole", "after_whole")
 NEW = 6
 
 
@@ -87,10 +87,21 @@ def run(llm, integration, given, seed):
             some = [waiting.pop(0) for _ in range(min(len(waiting), draw.randrange(1, 4) if way == "together" else 1))]
             row = given[some[0]]
             cut = len(row.ids) - row.ids[::-1].index(AUDIO) if row.clips else 1
-            if way == "after" and cut < len(row.ids) and set(row.ids[:cut]) > {AUDIO}:
-                first = [decoder.prompt(Tokens([5, AUDIO], [1])), decoder.prompt(Tokens(row.ids[:cut], row.clips))]
+            others = [Tokens([5, AUDIO], [1]), Tokens(row.ids[:cut], row.clips)]
+            parted = cut < len(row.ids) and set(row.ids[:cut]) > {AUDIO}
+            if way == "after" and parted:
+                first = [decoder.prompt(other) for other in others]
                 made = read_after(llm, first, [[[9, 9, 9, 9]], [[7], row.ids[cut:]]])
                 decoder.begin(some[0], decoder.batch.join_after(made, 2), made.logits_RV[2])
+            elif way == "whole" and parted:  # beside a shorter and a longer prompt
+                made = decoder.prompt(Tokens([5, 6], []), row, Tokens([*row.ids, 9, 8, 7], row.clips))
+                rest = made.beginning(1, len(row.ids) - cut)
+                decoder.begin(some[0], decoder.batch.join_whole(made, 1, rest), made.logits_BV[1])
+            elif way == "after_whole" and parted and row.clips:
+                made = decoder.prompt(Tokens([*row.ids[:cut], 9, 9], row.clips), Tokens([5, AUDIO, 6, 6, 6, 6, 6], [1]))
+                first = [made.beginning(0, 2), made.beginning(1, 5)]
+                made = read_after(llm, first, [[[7], row.ids[cut:]], [[9, 9, 9, 9]]])
+                decoder.begin(some[0], decoder.batch.join_after(made, 1), made.logits_RV[1])
             else:
                 made = decoder.prompt(*(given[which] for which in some))
                 for at, which in enumerate(some):
@@ -152,6 +163,25 @@ def test_samples_of_one_prompt_share_its_keys():
     for _ in range(2):
         decoder.step()
     assert decoder.said[0] == decoder.said[1] == decoder.said[2] == alone(llm, integration, row)[0][:3]
+
+
+@pytest.mark.parametrize("side", ["left", "none"])
+@pytest.mark.parametrize("name", ["plits", "lal", "pal_gated", "flamingo"])
+def test_a_beginning_of_a_prompt_holds_what_one_that_is_read_alone_holds(name, side):
+    llm, integration = shared("llama", name)
+    decoder = Decoder(llm, integration)
+    both = [Tokens([5, 6, AUDIO, 7, 8, 9, 9, 9], [1]), Tokens([5, 6, 6, AUDIO, 7, 8], [0])]
+    whole = read(llm, integration(features(*CLIPS), both, llm, side))
+    apart = decoder.prompt(Tokens([5, 6, 6, AUDIO], [0]))
+    beginning = whole.beginning(1, 2)
+    assert (len(beginning), beginning.last) == (1, apart.last)
+    assert beginning.nbytes <= apart.nbytes < whole.nbytes
+    batches = [RunningBatch(llm), RunningBatch(llm)]
+    for batch, one in zip(batches, (beginning, apart), strict=True):
+        batch.join(one, 0)
+    torch.testing.assert_close(batches[0].step([7]), batches[1].step([7]), atol=1e-5, rtol=1e-5)
+    whole.cache.stores[0].keys.zero_()  # memory of its own
+    assert bool(beginning.cache.stores[0].keys.any())
 
 
 def test_rows_without_audio_pass_no_cross_attention():

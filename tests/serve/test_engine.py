@@ -9,8 +9,9 @@ import pytest
 from pal.serve import engine as engine_module
 from pal.serve import reading
 from pal.serve.engine import Engine
-from pal.serve.requests import ClosingError, QueueFullError, TooLongError
-from tests.models import tiny_model
+from pal.serve.requests import ClosingError, EngineRequest, QueueFullError, TooLongError
+from pal.serve.sampling import SamplingOptions
+from tests.models import ENCODER, tiny_model
 from tests.serve.engines import CLIPS, alone, ask
 
 QUESTIONS = ["What sound is this?", "Which comes first?", "a loud siren", "Is it a dog or a bell? yes or no"]
@@ -175,3 +176,99 @@ def test_the_thread_survives_a_fault_of_its_own(engine, model, monkeypatch):
 def test_a_temperature_of_almost_zero_is_greedy(engine, model):
     made = ask(engine, QUESTIONS[0], CLIPS[:1], max_tokens=6, temperature=1e-30).wait()
     assert made == [alone(model, QUESTIONS[0], CLIPS[:1], 6)]
+
+
+def held(engine):
+    """Let the engine's thread wait, until the event is set."""
+    going, begun = threading.Event(), threading.Event()
+
+    def wait(clips):
+        begun.set()
+        going.wait(60)
+
+    engine.submit(EngineRequest(None, [], SamplingOptions(), lambda event: None, wait))
+    assert begun.wait(60)
+    return going
+
+
+def reads(monkeypatch):
+    """Numbers of requests that are read between two steps, as they come."""
+    found, read = [], reading.PromptReader.read
+
+    def counted(self, decoding, heard):
+        found.append(len(heard))
+        read(self, decoding, heard)
+
+    monkeypatch.setattr(reading.PromptReader, "read", counted)
+    return found
+
+
+@pytest.mark.parametrize(("seconds", "expected"), [(0.0, [2, 2, 2, 1]), (1e9, [7])])
+def test_slow_prompts_are_read_in_small_groups(model, monkeypatch, seconds, expected):
+    monkeypatch.setattr(engine_module, "READ_SECONDS", seconds)
+    monkeypatch.setattr(engine_module, "READ_REQUESTS", 2)
+    engine = Engine("tiny", model)
+    ask(engine, QUESTIONS[0], CLIPS[:1], max_tokens=1).wait()
+    going = held(engine)
+    counts = reads(monkeypatch)
+    asked = [ask(engine, QUESTIONS[k % 4], CLIPS[:1], max_tokens=2) for k in range(7)]
+    going.set()
+    assert [one.wait() for one in asked] == [[alone(model, QUESTIONS[k % 4], CLIPS[:1], 2)] for k in range(7)]
+    engine.close(30)
+    assert counts == expected
+
+
+def test_requests_that_wait_share_forwards(model, monkeypatch):
+    engine = Engine("tiny", model)
+    going = held(engine)
+    forwards, forward = [], type(model.llm.lm).forward
+
+    def counted(self, *given, **named):
+        forwards.append(1)
+        return forward(self, *given, **named)
+
+    monkeypatch.setattr(type(model.llm.lm), "forward", counted)
+    asked = [
+        (question, [clip], ask(engine, question, [clip], max_tokens=1)) for clip in CLIPS for question in QUESTIONS
+    ]
+    going.set()
+    for _, _, one in asked:
+        one.wait()
+    assert len(forwards) == 2  # the first prompt about each clip; what follows the clips in the others
+    ask(engine, QUESTIONS[0], CLIPS[:1], max_tokens=1).wait()
+    engine.close(30)
+    assert engine.stats.prefix_hits == 10 and engine.stats.clip_misses == 3
+    for question, clips, one in asked:
+        assert "".join(piece.text for piece in one.pieces) == alone(model, question, clips, 1)
+
+
+def test_two_streams_and_clips_of_several_lengths_share_forwards():
+    encoders = [ENCODER, {**ENCODER, "width": 8}]
+    model = tiny_model("lal", encoders=encoders)
+    engine = Engine("tiny", model)
+    going = held(engine)
+    asked = [
+        (question, [clip], ask(engine, question, [clip], max_tokens=6)) for clip in CLIPS for question in QUESTIONS
+    ]
+    going.set()
+    for question, clips, one in asked:
+        assert one.wait() == [alone(model, question, clips, 6)]
+    engine.close(30)
+
+
+def test_a_beginning_that_cannot_be_copied_costs_nobody_an_answer(model, monkeypatch):
+    engine = Engine("tiny", model)
+    going = held(engine)
+    monkeypatch.setattr(reading.PromptsRead, "beginning", lambda *given: 1 / 0)
+    asked = [ask(engine, question, CLIPS[:1], max_tokens=2) for question in QUESTIONS]
+    going.set()
+    with pytest.raises(ZeroDivisionError):
+        asked[0].wait()
+    answers = [one.wait() for one in asked[1:]]
+    assert answers == [[alone(model, question, CLIPS[:1], 2)] for question in QUESTIONS[1:]]
+    engine.close(30)
+
+
+def test_adapters_are_left_alone_where_all_ask_about_clips(engine, model, monkeypatch):
+    monkeypatch.setattr(engine_module.adapters, "disabled", lambda root: 1 / 0)
+    assert ask(engine, QUESTIONS[0], CLIPS[:1], max_tokens=4).wait() == [alone(model, QUESTIONS[0], CLIPS[:1], 4)]
