@@ -10,12 +10,24 @@ from pathlib import Path
 
 import pytest
 
+from tests.counts import FULL, reduced
+
 CPU = "cpu_seconds"
 _BEGUN = pytest.StashKey[float]()
 _totals: dict[str, float] = defaultdict(float)
 
 
 gc.disable()  # until all tests are imported: nothing of that is garbage, and rewriting asserts makes millions of objects
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave cases out as marks say, but none that was asked for by its name."""
+    if FULL or any("[" in argument for argument in config.args):
+        return
+    kept = reduced(items)
+    left_out = set(items).difference(kept)
+    config.hook.pytest_deselected(items=[item for item in items if item in left_out])
+    items[:] = kept
 
 
 def pytest_collection_finish() -> None:

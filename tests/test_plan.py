@@ -28,6 +28,7 @@ from pal.plan.skeleton import skeleton
 from pal.train.recipe import Recipe, load_recipe
 from pal.train.stages import freeze, set_modes
 from pal.types import AUDIO, IGNORE, Batch, Tokens
+from tests.counts import full_only
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
@@ -294,7 +295,22 @@ def test_published_llms(path: str, count: int) -> None:
     }
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: str(path.relative_to(ROOT / "recipes")))
+OTHER_LLMS = {"llama-3.2-3b", "qwen2.5-1.5b"}
+"""Folders of recipes that differ from those of another in the LLM alone."""
+
+
+@pytest.mark.torture
+@pytest.mark.parametrize(
+    "path",
+    [
+        pytest.param(
+            path,
+            marks=[full_only] if path.parent.name in OTHER_LLMS and path.stem != "pal" else [],
+            id=str(path.relative_to(ROOT / "recipes")),
+        )
+        for path in RECIPES
+    ],
+)
 def test_recipes(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     one = load_recipe(path)
@@ -309,6 +325,8 @@ def test_recipes(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert made.fits
 
 
+@pytest.mark.torture
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("integration", INTEGRATIONS.values(), ids=INTEGRATIONS)
 @pytest.mark.parametrize(
     "connector",

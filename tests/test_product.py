@@ -5,26 +5,17 @@ from pathlib import Path
 
 import pytest
 
+from tests.counts import covering
 from tests.product import CHOICES, ENCODERS, FAMILIES, INTEGRATIONS, Choice, check, name
 
 
 def pairs(choice: Choice) -> set[frozenset[str]]:
+    """What meets in a choice."""
     met = [*choice.encoders, *choice[1:]]
     return {frozenset(two) for two in combinations(met, 2)}
 
 
-def covering() -> list[Choice]:
-    """The choices that meet most of what has not met yet, one after the other."""
-    missing = set().union(*map(pairs, CHOICES))
-    chosen = []
-    while missing:
-        best = max(CHOICES, key=lambda choice: len(pairs(choice) & missing))
-        chosen.append(best)
-        missing -= pairs(best)
-    return chosen
-
-
-SAMPLE = covering()
+SAMPLE = covering([(choice, frozenset(pairs(choice))) for choice in CHOICES])
 
 
 def test_the_sample_meets_everything() -> None:
