@@ -15,7 +15,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.requests import ClientDisconnect
 
 from pal.serve import api_docs
-from pal.serve.access import BearerAuth, BodyLimit
+from pal.serve.access import BearerAuth, BodyLimit, ReadsTheRest
 from pal.serve.client_request import ClientRequest
 from pal.serve.completions import ChatAnswer, usage_of
 from pal.serve.decode_process import DecodeProcesses
@@ -71,8 +71,9 @@ def create_app(
         lifespan=lifespan,
     )
     app.state.stopping = False
-    app.add_middleware(BodyLimit, most=options.max_body)
+    app.add_middleware(BodyLimit, most=options.max_body, at_once=options.max_bodies)
     app.add_middleware(BearerAuth, key=options.api_key)
+    app.add_middleware(ReadsTheRest)
     install_error_handlers(app)
 
     def find(name: str) -> ServedModel:
