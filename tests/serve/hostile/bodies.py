@@ -85,7 +85,7 @@ def _multipart(target: Target, chance: random.Random) -> bytes:
     edge = chance.choice(("edge", "e" * 200, "edge--"))
     name = chance.choice(("file", "model", "prompt", "\x00", 'file"; x="', "other"))
     file = chance.choice(('; filename="a.wav"', '; filename="../../a.wav"', "", '; filename="\r\nX: y"'))
-    data = chance.choice((b"", b"RIFF", wav(), chance.randbytes(500)))
+    data = chance.choice((chance.randbytes(5), b"RIFF" + chance.randbytes(5), wav(), chance.randbytes(500)))
     field = f'--{edge}\r\nContent-Disposition: form-data; name="{name}"{file}\r\n\r\n'.encode("latin-1", "replace")
     body = field + data + b"\r\n"
     if chance.random() < 0.5:
@@ -100,7 +100,7 @@ def _multipart(target: Target, chance: random.Random) -> bytes:
 
 def _framing(target: Target, chance: random.Random) -> bytes:
     """A request that is none of HTTP's."""
-    body = json.dumps(chat(target.model)).encode()
+    body = json.dumps(chat(target.model, text=f"What is {chance.random()}?")).encode()
     length = {"Content-Type": "application/json", "Content-Length": str(len(body))}
     chunked = {"Content-Type": "application/json", "Transfer-Encoding": "chunked"}
     head = target.head(CHAT, length)
@@ -130,15 +130,16 @@ def _framing(target: Target, chance: random.Random) -> bytes:
 def malformed(target: Target, number: int) -> bytes:
     """A request with a broken body; each number always the same. A few are harmless changes that have an answer."""
     chance = random.Random(number)
-    good: dict[str, Any] = chat(target.model, part(wav()))
+    clip = part(wav(number=number))
+    good: dict[str, Any] = chat(target.model, clip, text=f"What sound is number {number}?")
     path = CHAT
     if number % 10 == 8:
-        path, good = INDEX, {"model": target.model, "input_audio": part(wav())["input_audio"]}
+        path, good = INDEX, {"model": target.model, "input_audio": clip["input_audio"]}
     elif number % 10 == 9:
         path = ATTENTION
         good = {
             "model": target.model,
-            "input_audio": part(wav())["input_audio"],
+            "input_audio": clip["input_audio"],
             "question": "What?",
             "answer": "A dog",
         }
@@ -171,7 +172,7 @@ def malformed(target: Target, number: int) -> bytes:
         left.pop(chance.choice(list(left)))
         return posted(target, left, path)
     if how == 7:
-        deep = chance.choice((100, 5_000, 100_000))
+        deep = chance.choice((100, 5_000, 100_000)) + number
         nest = chance.choice(
             (
                 b"[" * deep,
@@ -188,7 +189,7 @@ def malformed(target: Target, number: int) -> bytes:
             chance.choice(("wav", "", "exe", None)),
         )
         if path == CHAT:
-            return posted(target, chat(target.model, bad), path)
+            return posted(target, chat(target.model, bad, text=f"And number {number}?"), path)
         return posted(target, {**good, "input_audio": bad["input_audio"]}, path)
     if how == 9:
         return posted(
