@@ -43,8 +43,6 @@ class ServeOptions:
     api_key: str | None = None
     max_body: int = 64 * MEBI
     """Bytes of a request."""
-    max_bodies: int = 512 * MEBI
-    """Bytes of all requests that are not answered yet; at least those of one."""
     limits: Limits = field(default_factory=lambda: Limits(max_seconds=600.0, max_bytes=64 * MEBI))
     max_tokens: int = 256
     """Of an answer, where the request says nothing."""
@@ -56,6 +54,8 @@ class ServeOptions:
     """Bytes that each of them may take."""
     decoder_seconds: float = SECONDS
     """That each clip may take."""
+    max_bodies: int = 512 * MEBI
+    """Bytes of all requests that are not answered yet; at least those of one."""
 
 
 class ServedModel:
