@@ -1,8 +1,9 @@
-"""One function for each attack: how often which status came, whether errors had their shape, seconds and memory."""
+"""One function for each attack: how often which status came, whether errors had their shape, time and memory."""
 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import statistics
 import tempfile
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.serve.hostile import bodies, files
-from tests.serve.hostile.memory import MEBI, MemoryWatch
+from tests.serve.hostile.memory import MEBI, MemoryWatch, cpu_seconds
 from tests.serve.hostile.wire import (
     CHAT,
     PATIENCE,
@@ -62,6 +63,11 @@ class Report:
         if one.status >= 400:
             self.errors += 1
             self.shaped += one.shaped
+
+    def describe(self, name: str, one: Outcome, cpu: float) -> None:
+        """Count an answer and keep what it was, with the CPU seconds of the server."""
+        self.take(one)
+        self.facts[name] = f"{one.kind} after {one.seconds:.2f} s, {cpu:.2f} s of CPU"
 
     def note(self, name: str, text: str) -> None:
         """Keep an example, the first ten of a name."""
@@ -117,16 +123,17 @@ async def malformed(target: Target, report: Report, count: int) -> None:
 async def bombs(target: Target, report: Report, count: int) -> None:
     """Files of half a megabyte with `count` hours of silence."""
     for name, data in files.bombs(count * files.HOUR):
+        cpu = cpu_seconds(target.pid)
         found = await ask(target, part(data, "flac" if "FLAC" in name else "ogg"))
-        report.take(found)
-        report.facts[name] = f"{found.kind} after {found.seconds:.2f} s"
+        report.describe(name, found, cpu_seconds(target.pid) - cpu)
 
 
 async def rates(target: Target, report: Report, count: int) -> None:
     """Headers of 1 Hz and 655,350 Hz."""
     for name, data in files.forged_rates():
+        cpu = cpu_seconds(target.pid)
         found = await ask(target, part(data, name.split()[0].lower()))
-        report.take(found)
+        report.describe(name, found, cpu_seconds(target.pid) - cpu)
         if found.status == 200:
             report.note("taken", name)
 
@@ -149,31 +156,24 @@ async def large(target: Target, report: Report, count: int) -> None:
         )
         whole = [head, start + piece[len(start) :], *([piece] * (count - 1))]
         first = [without, b"%x\r\n" % len(start) + start + b"\r\n"] if start else [without]
-        for name, pieces in (
-            ("with its length", whole),
-            ("without length", [*first, *()]),
-        ):
-            stream: Iterable[bytes] = pieces if name == "with its length" else _joined(pieces, chunks())
-            found = await send(target, stream)
-            report.take(found)
-            report.facts[f"{path}, {name}"] = f"{found.kind} after {found.seconds:.2f} s"
-
-
-def _joined(first: list[bytes], then: Iterator[bytes]) -> Iterator[bytes]:
-    yield from first
-    yield from then
+        for name, pieces in (("with its length", whole), ("without length", itertools.chain(first, chunks()))):
+            cpu = cpu_seconds(target.pid)
+            found = await send(target, pieces)
+            report.describe(f"{path}, {name}", found, cpu_seconds(target.pid) - cpu)
 
 
 async def many_parts(target: Target, report: Report, count: int) -> None:
     """A chat with so many clips, and a form with so many files."""
     clip = part(wav(0.1))
-    report.take(found := await ask(target, *([clip] * count)))
-    report.facts[CHAT] = f"{found.kind} after {found.seconds:.2f} s"
+    cpu = cpu_seconds(target.pid)
+    found = await ask(target, *([clip] * count))
+    report.describe(CHAT, found, cpu_seconds(target.pid) - cpu)
     head = '--edge\r\nContent-Disposition: form-data; name="{}"; filename="a.wav"\r\n\r\n'
     form = "".join(head.format("file") + "RIFF\r\n" for _ in range(count)) + "--edge--\r\n"
     request = posted(target, form.encode(), bodies.TRANSCRIBE, Content_Type="multipart/form-data; boundary=edge")
-    report.take(found := await send(target, request))
-    report.facts[bodies.TRANSCRIBE] = f"{found.kind} after {found.seconds:.2f} s"
+    cpu = cpu_seconds(target.pid)
+    found = await send(target, request)
+    report.describe(bodies.TRANSCRIBE, found, cpu_seconds(target.pid) - cpu)
 
 
 async def ssrf(target: Target, report: Report, count: int) -> None:

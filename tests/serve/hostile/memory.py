@@ -1,7 +1,8 @@
-"""Resident memory of a process and its children, while something happens (Linux)."""
+"""Resident memory and CPU time of a process and its children, while something happens (Linux)."""
 
 from __future__ import annotations
 
+import os
 import threading
 from contextlib import suppress
 from pathlib import Path
@@ -32,6 +33,16 @@ def resident(pid: int) -> int:
             lines = Path(f"/proc/{one}/smaps_rollup").read_text().splitlines()
             total += sum(int(line.split()[1]) << 10 for line in lines if line.startswith("Pss:"))
     return total
+
+
+def cpu_seconds(pid: int | None) -> float:
+    """That a process and its children have computed, with those children that have ended; 0 without a process."""
+    ticks = 0
+    for one in descendants(pid) if pid is not None else ():
+        with suppress(OSError):
+            # user and system time, its own and that of children it has waited for
+            ticks += sum(map(int, Path(f"/proc/{one}/stat").read_text().rpartition(")")[2].split()[11:15]))
+    return ticks / os.sysconf("SC_CLK_TCK")
 
 
 class MemoryWatch:
