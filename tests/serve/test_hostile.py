@@ -33,10 +33,15 @@ def processes():
 
 
 @pytest.fixture(scope="module")
-def target(processes):
+def running(processes):
     options = ServeOptions(max_body=LIMITS.max_bytes, limits=LIMITS)
-    with serving(tiny_model("pal"), options, processes=processes, batch=8, queue=32) as running:
-        yield Target(running.url, "tiny")
+    with serving(tiny_model("pal"), options, processes=processes, batch=8, queue=32) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def target(running):
+    return Target(running.url, "tiny")
 
 
 def attacked(target, name):
@@ -106,8 +111,12 @@ def test_no_sample_of_a_damaged_file_is_left_out(codec):
 
 
 @pytest.mark.torture
-def test_clients_that_leave_leave_nothing_behind(target):
-    assert set(attacked(target, "disconnects").kinds) == {"200"}
+def test_clients_that_leave_leave_nothing_behind(running, target):
+    before, attack = running.engine.stats.cancelled, ATTACKS["disconnects"]
+    report = asyncio.run(run(attack[0], target, repeats(*attack[1:])))
+    assert set(report.kinds) == {"200", "left"} and report.alive is not None
+    # the answer afterwards came behind theirs, so those that were running have been left
+    assert running.engine.running == 0 and running.engine.stats.cancelled > before
 
 
 @pytest.mark.torture

@@ -230,16 +230,21 @@ async def damaged(target: Target, report: Report, count: int) -> None:
 
 
 async def disconnects(target: Target, report: Report, count: int) -> None:
-    """Clients that leave after the first piece of a stream."""
+    """Clients that leave after the first piece of a stream (even numbers), or while they wait for it."""
 
     async def one(number: int) -> None:
-        body = chat(target.model, part(wav(0.5, number)), stream=True, max_tokens=200)
+        body = chat(target.model, part(wav(0.5, number)), stream=True)
         with suppress(OSError, TimeoutError):
             async with asyncio.timeout(120):
                 reader, writer = await asyncio.open_connection(*target.host)
-                writer.write(posted(target, body))
-                first = await reader.read(200)
-                report.take(Outcome(int(first.split()[1]) if first else 0, b"", failure="closed"))
+                writer.write(posted(target, {**body, "max_tokens": 200}))
+                await writer.drain()
+                if number % 2:
+                    await asyncio.sleep(0.05 * (number % 10))
+                    report.take(Outcome(failure="left"))
+                else:
+                    first = await reader.read(200)
+                    report.take(Outcome(int(first.split()[1]) if first else 0, failure="closed"))
                 writer.transport.abort()
 
     for start in range(0, count, 10):
