@@ -281,7 +281,7 @@ async def slow(target: Target, report: Report, count: int, seconds: float = 60.0
     crowd = [asyncio.create_task(one(number)) for number in range(count)]
     await asyncio.sleep(2)
     during = []
-    while time.monotonic() < end:
+    while time.monotonic() < end or not during:
         found = await ask(target, part(wav(0.5, 100 + len(during))))
         report.take(found)
         during.append(found.seconds)

@@ -234,6 +234,7 @@ def spellings(port: int) -> list[str]:
         f"http://127%2e0%2e0%2e1:{port}/a.wav",
         f"http://127.0.0.1:{port}/a.wav?x=.wav",
         f"url:http://127.0.0.1:{port}/a.wav",
+        f"http://[::]:{port}/a.wav",
     ]
 
 
@@ -274,7 +275,7 @@ def ssrf(target: Target, port: int) -> list[tuple[str, bytes]]:
         (f"{spelling!r} as data without format", dict(_places(target, spelling))["data without format"])
         for spelling in spellings(port)
     ]
-    places = _places(target, spellings(port)[0])
+    places = [one for one in _places(target, spellings(port)[0]) if one[0] != "data without format"]
     return found + [(f"http://127.0.0.1 as {place}", request) for place, request in places]
 
 
@@ -283,7 +284,7 @@ def traversals(target: Target, file: Path) -> list[tuple[str, bytes]]:
     path, up = str(file), "../" * 12
     relative = up + path.lstrip("/")
     forms = [
-        path,
+        f"./{relative}",
         f"file://{path}",
         f"file:{path}",
         f"FILE://localhost{path}",
