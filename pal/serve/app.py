@@ -15,7 +15,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.requests import ClientDisconnect
 
 from pal.serve import api_docs
-from pal.serve.access import BearerAuth, BodyLimit
+from pal.serve.access import BearerAuth, BodyLimit, ReadsTheRest
 from pal.serve.client_request import ClientRequest, EventInbox
 from pal.serve.completions import ChatAnswer, usage_of
 from pal.serve.decode_process import DecodeProcesses
@@ -76,10 +76,11 @@ def create_app(
         lifespan=lifespan,
     )
     app.state.stopping = False
-    app.add_middleware(BodyLimit, most=options.max_body)
+    app.add_middleware(BodyLimit, most=options.max_body, at_once=options.max_bodies)
     app.add_middleware(BearerAuth, key=options.api_key)
     if replica is not None:
         app.add_middleware(ReplicaHeader, name=replica.name)
+    app.add_middleware(ReadsTheRest)
     install_error_handlers(app)
 
     def find(name: str) -> ServedModel:

@@ -20,6 +20,7 @@ _KNOWN = {
     401: ("authentication_error", "invalid_api_key"),
     404: ("invalid_request_error", "not_found"),
     405: ("invalid_request_error", "method_not_allowed"),
+    408: ("invalid_request_error", "request_timeout"),
     413: ("invalid_request_error", "request_too_large"),
     422: ("invalid_request_error", "invalid_request"),
     429: ("rate_limit_error", "queue_full"),
@@ -28,6 +29,8 @@ _KNOWN = {
 }
 """Type and code of each status."""
 TOO_LARGE = "the request's body is larger than this server takes; send less audio at once"
+TOO_SLOW = "the request's body did not arrive in time; send it faster, or less audio at once"
+BUSY = "the requests that are being answered hold too many bytes; ask again later, or send less audio at once"
 
 
 class ApiError(PalError):
@@ -120,10 +123,14 @@ def install_error_handlers(app: FastAPI) -> None:
         said = {
             404: f"there is nothing at {path}; /docs lists what there is",
             405: f"{path} does not take {request.method}; /docs lists what it takes",
+            408: TOO_SLOW,
             413: TOO_LARGE,
+            503: BUSY,
         }.get(error.status_code, str(error.detail))
-        headers = dict(error.headers) if error.headers else None
-        return ApiError(said, error.status_code, headers=headers).response()
+        headers = dict(error.headers) if error.headers else {}
+        headers |= {"Retry-After": "1"} if error.status_code == 503 else {}
+        code = "busy" if error.status_code == 503 else None
+        return ApiError(said, error.status_code, code=code, headers=headers).response()
 
     @app.exception_handler(Exception)
     async def of_anything(request: Request, error: Exception) -> JSONResponse:

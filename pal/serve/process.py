@@ -8,6 +8,8 @@ from types import FrameType
 import uvicorn
 from fastapi import FastAPI
 
+from pal.serve.connections import Connection
+
 
 class GracefulServer(uvicorn.Server):
     """A server that refuses new requests from the first signal on, and answers those that it has."""
@@ -33,6 +35,8 @@ def make_server(app: FastAPI, grace: float | None = None) -> GracefulServer:
     """
     config = uvicorn.Config(
         app,
+        http=Connection,
+        ws="none",
         log_level="warning",
         access_log=False,
         server_header=False,

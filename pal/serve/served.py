@@ -58,6 +58,8 @@ class ServeOptions:
     """Bytes that each of them may take."""
     decoder_seconds: float = SECONDS
     """That each clip may take."""
+    max_bodies: int = 512 * MEBI
+    """Bytes of all requests that are not answered yet; at least those of one."""
 
 
 class ServedModel:
