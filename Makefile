@@ -63,9 +63,10 @@ full-evaluation: $(STAMP)
 cross-product: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests/product.py
 
-# Tests of what goes wrong by chance (kills, full disks, damaged files), with the full counts of repetitions: hours.
+# Tests of what goes wrong by chance (kills, full disks, damaged files), with the full counts of repetitions, and all
+# cases of large products: hours.
 torture: $(STAMP)
-	PAL_TORTURE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m torture
+	PAL_TORTURE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "torture or covering"
 
 # Deliberate mistakes in a copy of the project, and the test that must notice each; `make mutants ONLY="mpeg fold"`.
 mutants: $(STAMP)

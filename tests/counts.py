@@ -46,7 +46,8 @@ def reduced(items: Sequence[pytest.Item]) -> list[pytest.Item]:
     for item in items:
         mark, spec = item.get_closest_marker("covering"), getattr(item, "callspec", None)
         if mark is not None and spec is not None:
-            values = frozenset(combinations(sorted(spec.indices.items()), mark.args[0]))
+            given = sorted((name, repr(value)) for name, value in spec.params.items())
+            values = frozenset(combinations(given, mark.args[0]))
             cases[item.nodeid.partition("[")[0]].append((item, values))
     kept = {id(item) for of_test in cases.values() for item in covering(of_test)}
     marked = {id(item) for of_test in cases.values() for item, _ in of_test}

@@ -55,6 +55,7 @@ def clip(seconds, seed=0):
     return (noise(seconds, seed, RATE).numpy(), RATE)
 
 
+@pytest.mark.covering(1)
 @both
 @every
 def test_a_batch_gives_the_single_answers(name, integration):
@@ -65,6 +66,7 @@ def test_a_batch_gives_the_single_answers(name, integration):
     assert len(set(together)) > 1
 
 
+@pytest.mark.covering(1)
 @both
 @every
 def test_bundles_and_indexed_clips_answer_alike(name, integration, tmp_path):

@@ -49,7 +49,7 @@ def test_marks_leave_cases_out(mark, left):
         Item(
             f"tests/test_x.py::{test}[{'-'.join(map(str, case))}]",
             mark.mark,
-            SimpleNamespace(indices=dict(zip("abc", case, strict=True))),
+            SimpleNamespace(params=dict(zip("abc", case, strict=True))),
         )
         for test in ("test_a", "test_b")
         for case in cases

@@ -56,6 +56,7 @@ def model_of(integration="lal", connector="mlp", encoders=None, **options):
     return tiny_model(integration, warm=warm, connector=CONNECTORS[connector], **more, **options)
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("count", [1, 7, 50])
 @pytest.mark.parametrize(
     "integration", ["plits", "lal", "pal", "lal_audio_query", {"name": "flamingo", "every": 2}], ids=str
@@ -72,6 +73,7 @@ def test_chunks_are_the_file(integration, count):
         assert live.ask(QUESTION, max_new_tokens=6) == model.ask((samples.numpy(), 16_000), QUESTION, max_new_tokens=6)
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("connector", CONNECTORS)
 @pytest.mark.parametrize("encoders", [None, [CAUSAL], [WHISPER]], ids=["local", "causal", "windows"])
 def test_every_moment_is_the_file_so_far(connector, encoders):

@@ -325,7 +325,6 @@ def test_recipes(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert made.fits
 
 
-@pytest.mark.torture
 @pytest.mark.covering(1)
 @pytest.mark.parametrize("integration", INTEGRATIONS.values(), ids=INTEGRATIONS)
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from pal.data.collate import WaveformCache
 from pal.errors import TrainingError
 from pal.files import atomic_folder
-from pal.memory import keep_freed_memory, peak_memory
+from pal.memory import FreedMemory, keep_freed_memory, peak_memory
 from pal.model import PalModel
 from pal.train import checkpoint, curves, optim, provenance, resuming, run_folder, stages, tracking
 from pal.train.checkpoint import Checkpoint, State
@@ -315,7 +315,7 @@ class Trainer:
         operations = operations_of(self.recipe, stage, self.model) if self.peak is not None else None
         meter = Meter(objective.unit, total, self.peak if operations else None, keep.max_nonfinite - state.nonfinite)
         validation: dict[str, Any] = {}
-        ready = time.monotonic()
+        ready, freed = time.monotonic(), FreedMemory()
         with bar, closing(loader):
             for micro_batches in loader:
                 loaded = time.monotonic()
@@ -326,14 +326,14 @@ class Trainer:
                     self._read(meter, stage, save)
                     save()
                     raise TrainingError(excess)
-                rates = optim.set_lr(
-                    optimizer, optim.lr_factor(state.stage_step, data.steps, stage.warmup, stage.schedule)
-                )
+                factor = optim.lr_factor(state.stage_step, data.steps, stage.warmup, stage.schedule)
+                rates = optim.set_lr(optimizer, factor)
                 seed_everything(self.recipe.seed, index, state.stage_step, accelerator.process_index)
                 result = update(self.engine.aligned(micro_batches), self.stop_requested, self._is_late())
                 done = 0.0 if operations is None else operations(micro_batches)
                 inputs = step_inputs(micro_batches, self.model.sampling_rate, objective.unit, done, left_out)
                 meter.add(result, inputs, loaded, ready)
+                freed.check()
                 self.stop_agreed, self.checkpoint_due = result.flags
                 state.step += 1
                 state.stage_step += 1

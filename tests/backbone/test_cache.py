@@ -70,6 +70,7 @@ def plain_step(llm, ragged):
     return found
 
 
+@pytest.mark.covering(1)
 @every_integration
 @pytest.mark.parametrize("family", ["llama", "gemma3", "mistral"])
 def test_a_step_takes_no_more_operations_than_the_plain_llms(family, name):

@@ -24,6 +24,7 @@ def is_greedy(llm, integration, made, rows=RAGGED):
     return True
 
 
+@pytest.mark.covering(1)
 @crossed
 @torch.no_grad()
 def test_each_token_is_the_best_by_every_cache_and_layout(family, name, monkeypatch):

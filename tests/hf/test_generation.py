@@ -19,6 +19,7 @@ from tests.hf.chats import QUESTION, chat, new_ids, one_kind, say, tensors
 from tests.models import WORDS, noise, tiny_model
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize(
     "options",
     [

@@ -127,6 +127,7 @@ def answered(model):
     return {**made, "labels": made["input_ids"].masked_fill(made.pop("assistant_masks") == 0, -100)}
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("way", WAYS)
 @torch.no_grad()
 def test_what_was_trained_is_what_is_merged_saved_and_loaded(way, tmp_path):

@@ -74,6 +74,7 @@ def test_a_size_that_is_none(tmp_path, size):
         tiny_model().save_pretrained(tmp_path / "m", max_shard_size=size)
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", ["bfloat16", "float16"])
 def test_dtype(tmp_path, kind, name):

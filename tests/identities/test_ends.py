@@ -106,6 +106,7 @@ def check(llm, integration, audio, rows, side):
     close(llm.label_scores(integration(audio, wholes[:1], llm))[0], scores_B[0], 1e-3)
 
 
+@pytest.mark.covering(1)
 @every_integration
 @every_family
 @torch.no_grad()
@@ -127,6 +128,7 @@ def test_generation_scoring_and_training_agree_with_several_streams(family, name
     check(llm, integration, audio, [conversation(ENDS["one earlier"]), conversation(ENDS["one"], (1,))], "left")
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("place", ENDS)
 @every_integration
 @torch.no_grad()
@@ -141,6 +143,7 @@ def test_the_first_word_depends_on_the_last_clip(name, place):
     assert (first[0] - first[1]).abs().max() > 1e-2
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("tokens", [1, 4, 6, 7])
 @pytest.mark.parametrize("name", [*INTEGRATIONS])
 @torch.no_grad()
@@ -160,6 +163,7 @@ def test_positions_go_on_behind_the_clip(name, tokens):
     assert seen[1:] == [[3 + span], [4 + span]]
 
 
+@pytest.mark.covering(1)
 @rowless
 @some_families
 @torch.no_grad()
@@ -206,6 +210,7 @@ def test_untrained_flamingo_goes_on_as_the_text_llm(family):
     close(torch.stack(ours.logits), torch.stack(theirs.logits))
 
 
+@pytest.mark.covering(1)
 @every_integration
 @pytest.mark.parametrize(("family", "side"), [("llama", "left"), ("mistral", "right"), ("gemma3", "left")])
 @torch.no_grad()
@@ -232,6 +237,7 @@ def test_indexed_clips_at_the_end(name):
     close(torch.stack(ours.logits), torch.stack(theirs.logits), 1e-5)
 
 
+@pytest.mark.covering(1)
 @rowless
 @some_families
 @torch.no_grad()

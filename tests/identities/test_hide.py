@@ -133,6 +133,7 @@ def _touches(what, name, layer, part):
     return here and what.stream is None and what.pathway in (None, part) and layer in (what.layers or range(3))
 
 
+@pytest.mark.covering(1)
 @every_integration
 @every_family
 @torch.no_grad()
@@ -307,6 +308,7 @@ def listener(name):
     return model
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("entry", ENTRIES)
 @pytest.mark.parametrize("name", ["plits", "lal", "pal", "flamingo", "lal_audio_query"])
 def test_all_ways_of_asking_hide(name, entry):

@@ -50,6 +50,7 @@ def plain_model(family):
     return plain
 
 
+@pytest.mark.covering(2)
 @both_sides
 @every_integration
 @every_family
@@ -109,6 +110,7 @@ def test_2_audio_queries_without_feed_forward_networks_are_plits(family):
 # 3
 
 
+@pytest.mark.covering(1)
 @both_sides
 @every_integration
 @every_family
@@ -127,6 +129,7 @@ def test_3_text_before_the_audio_does_not_change_with_it(family, name, side):
 # 4
 
 
+@pytest.mark.covering(1)
 @every_integration
 @every_family
 @torch.no_grad()
@@ -150,6 +153,7 @@ def test_4_a_padded_batch_equals_its_items(family, name):
             close(logits_BTV[at][inputs.attention_mask_BT[at].bool()], single)
 
 
+@pytest.mark.covering(1)
 @every_integration
 @some_families
 def test_4_beams_of_a_batch_equal_beams_of_its_items(family, name):
@@ -163,6 +167,7 @@ def test_4_beams_of_a_batch_equal_beams_of_its_items(family, name):
         assert together.tolist() == torch.cat(singly).tolist()
 
 
+@pytest.mark.covering(1)
 @both_sides
 @every_integration
 @every_family
@@ -218,6 +223,7 @@ def test_5_a_row_without_padding_too(family, name):
 # 6
 
 
+@pytest.mark.covering(1)
 @every_integration
 @every_family
 @torch.no_grad()
@@ -230,6 +236,7 @@ def test_6_indexed_audio_equals_audio_in_place(family, name):
         close(llm(integration(given, rows, llm)).logits, llm(integration(audio, rows, llm)).logits, 1e-5)
 
 
+@pytest.mark.covering(1)
 @every_integration
 @every_family
 @torch.no_grad()
@@ -333,6 +340,7 @@ def gradients(llm, integration):
     return {name: None if p.grad is None else p.grad.clone() for name, p in named}
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize(("family", "name"), CROSSED)
 def test_8_checkpointing_leaves_the_gradients_as_they_are(family, name):
     llm = make_backbone(family)
@@ -391,6 +399,7 @@ def test_9_what_is_trained_gets_a_gradient_and_nothing_else_does(family, name, w
 # 10
 
 
+@pytest.mark.covering(1)
 @every_integration
 @every_family
 @torch.no_grad()

@@ -51,6 +51,7 @@ def answers(llm, make, graphs, **options):
     return ids, torch.stack([logits for _, logits in watch.seen])
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 @pytest.mark.parametrize(("family", "name"), CROSSED)
 @torch.no_grad()

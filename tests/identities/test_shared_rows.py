@@ -42,6 +42,7 @@ def unshared(llm, integration, audio, rows):
         llm.shares_prefixes = True
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize(("family", "name"), CROSSED)
 @pytest.mark.parametrize("side", ["any", "none"])
 def test_losses_and_gradients(family, name, side):
