@@ -45,8 +45,9 @@ def load(path: str | Path | None = None, other_weights: bool = False) -> PalMode
     """Load a bundle.
 
     Args:
-        path: a folder that `save_pretrained` wrote, a Hub id, or a shipped model: "smol" or "tiny". None takes "smol"
-            where `pal models get smol` has been run, else "tiny"; the model's `source` says which.
+        path: a folder that `save_pretrained` wrote, a Hub id, or a shipped model: "smol", "tiny" or "tiny-causal" (for
+            streams). None takes "smol" where `pal models get smol` has been run, else "tiny"; the model's `source`
+            says which.
         other_weights: go on, with a `WeightsWarning`, where weights at the source of the LLM or encoder are not those
             that the bundle was made with.
 

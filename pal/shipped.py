@@ -1,4 +1,4 @@
-"""The models that ship with the package: `smol`, trained parts for two pretrained models, and `tiny`, complete."""
+"""The models that ship with the package: `smol`, parts for two pretrained models; `tiny`, `tiny-causal`, complete."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from pal import pretrained
 _ASSETS = Path(__file__).parent / "assets"
 TINY = _ASSETS / "tiny"
 """Folder of the toy, which needs nothing else."""
+TINY_CAUSAL = _ASSETS / "tiny-causal"
+"""The toy with an encoder that hears nothing ahead, for streams."""
 TINY_LM = _ASSETS / "tiny-lm"
 """Its text-only LLM before training on audio, with the tokenizer: a folder that transformers loads."""
 SMOL = _ASSETS / "smol"
@@ -16,7 +18,7 @@ SMOL = _ASSETS / "smol"
 RECORDING = _ASSETS / "dog.ogg"
 """A real recording that no model here was trained on; `recordings.md` beside it has its author and licence."""
 
-FOLDERS = {"smol": SMOL, "tiny": TINY}
+FOLDERS = {"smol": SMOL, "tiny": TINY, "tiny-causal": TINY_CAUSAL}
 """Shipped models by name."""
 
 

@@ -1,7 +1,9 @@
-"""Turns the run of `tiny.yaml` into the package data of `pal/assets`: bundle, text-only LLM and model card.
+"""Turns a run of `tiny.yaml` or `tiny-causal.yaml` into package data of `pal/assets`: bundle, LLM and model card.
 
     pal train recipes/tiny.yaml --out runs/tiny
     python recipes/ship.py runs/tiny
+    pal train recipes/tiny-causal.yaml --out runs/tiny-causal
+    python recipes/ship.py runs/tiny-causal --name tiny-causal
 
 The scores in the card are measured here, on what the recipe held back and on scenes of another seed.
 """
@@ -23,7 +25,7 @@ from pal.model import PalModel
 
 ASSETS = Path(pal.__file__).parent / "assets"
 LARGEST = 16_000_000
-"""Bytes that the package data may take."""
+"""Bytes that a run's package data may take."""
 HELD_OUT_SEED = 910_001
 
 NOTICE = (
@@ -36,10 +38,10 @@ license: apache-2.0
 pipeline_tag: audio-text-to-text
 library_name: pal-audio
 ---
-# tiny: the model that ships with pal
+# {title}
 
 A toy that shows the machinery: {parameters:,} parameters (encoder {encoder:,}, LLM {llm:,}, connector and
-projectors {rest:,}), all trained from random weights by `recipes/tiny.yaml` in {minutes:.0f} minutes on two CPU cores.
+projectors {rest:,}), all trained {origin} in {minutes:.0f} minutes on {cores}.
 Integration: `pal`, the paper's hybrid. Stored in half precision.
 
 ## What it was trained on
@@ -63,7 +65,7 @@ not know: asked about music, sentences or a sound outside these lists it gives o
 
 ## Measured
 
-Exact match, greedy decoding, 95 % bootstrap intervals, by `python recipes/ship.py`:
+Exact match, greedy decoding, 95 % bootstrap intervals, by `{command}`:
 
 Settings of the recipe were chosen by looking at these scores, so they flatter the model a little: nothing was trained
 on this data, but no third set was kept aside.
@@ -95,15 +97,25 @@ def measure(model: PalModel, audio: Path, scratch: Path) -> dict[str, Result]:
     return {name: evaluate(model, from_records(closed(Manifest(path)), name)) for name, path in made.items()}
 
 
-def card(model: PalModel, scores: dict[str, Result], report: dict) -> str:
+TITLES = {
+    "tiny": "tiny: the model that ships with pal",
+    "tiny-causal": "tiny-causal: `tiny` for streams, with an encoder that hears nothing ahead",
+}
+ORIGINS = {
+    "tiny": "from random weights by `recipes/tiny.yaml`",
+    "tiny-causal": "further from those of `tiny` by `recipes/tiny-causal.yaml`",
+}
+
+
+def card(name: str, model: PalModel, scores: dict[str, Result], report: dict) -> str:
     """The model card as Markdown."""
     sizes = {name: sum(p.numel() for p in part.parameters()) for name, part in model.parts().items()}
     from pal.data.synth.events import KINDS
 
     lines = []
     recipe = report["recipe"]["data"]
-    for name, source in recipe.items():
-        if name not in report["data"]:
+    for source_name, source in recipe.items():
+        if source_name not in report["data"]:
             continue
         if source.get("synth"):
             lines.append(f"- {source['synth']['scenes']} scenes of `pal data synth` (seed {source['synth']['seed']});")
@@ -111,15 +123,19 @@ def card(model: PalModel, scores: dict[str, Result], report: dict) -> str:
             options = ", ".join(f"{key}: {value}" for key, value in source["prepare"]["options"].items())
             lines.append(f"- real recordings, `{source['prepare']['name']}` ({options}), with augmentation;")
     rows = [
-        f"| {name} | {s.n} | {s.score:.3f} | {s.overall.ci95[0]:.3f} to {s.overall.ci95[1]:.3f} "
+        f"| {held_out} | {s.n} | {s.score:.3f} | {s.overall.ci95[0]:.3f} to {s.overall.ci95[1]:.3f} "
         f"| {s.overall.no_audio_score:.3f} |"
-        for name, s in scores.items()
+        for held_out, s in scores.items()
     ]
     tasks = [
         f"| {task} | {a.n} | {a.score:.3f} | {a.no_audio_score:.3f} |"
         for task, a in sorted(scores["held-out scenes"].categories["task"].items())
     ]
     return CARD.format(
+        title=TITLES[name],
+        origin=ORIGINS[name],
+        cores="two CPU cores" if name == "tiny" else "one busy CPU core",
+        command="python recipes/ship.py" + ("" if name == "tiny" else f" --name {name}"),
         parameters=sum(sizes.values()),
         encoder=sizes["encoder"],
         llm=sizes["llm"],
@@ -136,6 +152,7 @@ def main() -> None:
     """Measure, write, check the size."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="folder that pal train wrote")
+    parser.add_argument("--name", choices=TITLES, default="tiny", help="of the shipped model")
     parser.add_argument("--audio", type=Path, default=Path("../shared/audio"), help="folder with esc10/ and fsdd/")
     parser.add_argument("--assets", type=Path, default=ASSETS)
     args = parser.parse_args()
@@ -143,19 +160,23 @@ def main() -> None:
     model = pal.load(args.run)
     report = json.loads((args.run / "train.json").read_text())
     model.config = model.config.model_copy(update={"notice": NOTICE})
-    model.save_pretrained(args.assets / "tiny", full=True, dtype=torch.float16)
+    place = args.assets / args.name
+    model.save_pretrained(place, full=True, dtype=torch.float16)
     # What is measured is what is shipped, rounding included.
-    shipped = pal.load(args.assets / "tiny")
+    shipped = pal.load(place)
     scores = measure(shipped, args.audio, args.run / "held-out")
     for name, score in scores.items():
         score.save(args.run / "held-out" / f"{name.replace(' ', '_').replace(',', '')}.json")
         print(f"{name}: {score.score:.3f} of {score.n}")
-    write_text(args.assets / "tiny" / "README.md", card(shipped, scores, report))
-    with atomic_folder(args.assets / "tiny-lm") as folder:
-        for path in (args.run / "llm").iterdir():
-            if path.name != MANIFEST:
-                shutil.copy(path, folder)
-    size = sum(path.stat().st_size for path in args.assets.rglob("*") if path.is_file())
+    write_text(place / "README.md", card(args.name, shipped, scores, report))
+    made = [place]
+    if (args.run / "llm").is_dir():  # the LLM before it heard anything
+        made.append(args.assets / "tiny-lm")
+        with atomic_folder(made[-1]) as folder:
+            for path in (args.run / "llm").iterdir():
+                if path.name != MANIFEST:
+                    shutil.copy(path, folder)
+    size = sum(path.stat().st_size for folder in made for path in folder.rglob("*") if path.is_file())
     print(f"{args.assets}: {size / 1e6:.1f} MB")
     if size > LARGEST:
         raise SystemExit(f"error: the package data may take {LARGEST / 1e6:.0f} MB; make the model smaller")

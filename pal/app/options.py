@@ -17,7 +17,7 @@ Model = Annotated[
     typer.Option(
         "--model",
         "-m",
-        help="Bundle folder or Hub id, or a model that ships with the package: 'smol' or 'tiny'. "
+        help="Bundle folder or Hub id, or a model that ships with the package: 'smol', 'tiny' or 'tiny-causal'. "
         "Default: smol if `pal models get smol` has been run, else tiny.",
         show_default=False,
     ),
