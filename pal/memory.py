@@ -35,9 +35,14 @@ def keep_freed_memory() -> bool:
     return bool(mallopt(-4, 0)) and bool(mallopt(-1, -1))
 
 
-def give_back_freed_memory() -> None:
-    """Give freed memory back to the system, before it is too fragmented to be of use (glibc)."""
-    gc.collect()
+def give_back_freed_memory(collect: bool = True) -> None:
+    """Give freed memory back to the system, before it is too fragmented to be of use (glibc).
+
+    Args:
+        collect: whether to look for garbage in cycles before, which holds all threads for some tenths of a second.
+    """
+    if collect:
+        gc.collect()
     try:
         ctypes.CDLL("libc.so.6").malloc_trim(0)
     except (OSError, AttributeError):

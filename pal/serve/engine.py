@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from pal import memory
 from pal.answering import default_options, is_the_llm_s
 from pal.backbone import adapters
 from pal.backbone.audio_kv import AudioKV
@@ -44,6 +45,8 @@ if TYPE_CHECKING:
 
 READ_IDS = 4096
 """Text tokens of the prompts that are read between two steps, so that running answers do not wait long."""
+GIVE_BACK_SECONDS = 60.0
+"""Fewest seconds between two times that freed memory is given back (see `pal.memory.FreedMemory`)."""
 READ_SECONDS = 0.5
 """Seconds that reading prompts should take between two steps, so that of many requests the first are answered early."""
 READ_REQUESTS = 16
@@ -81,6 +84,7 @@ class Engine:
         self._seconds_per_id = 0.0
         """Of the prompts that were read last."""
         self._closing = False
+        self._gave_back = time.monotonic()
         self._thread = Thread(target=self._run, name=f"engine {name}", daemon=True)
         self._thread.start()
 
@@ -167,6 +171,13 @@ class Engine:
                             self._step(decoding)
                 except Exception as error:  # the thread goes on with later requests
                     self._fail_all(taken, error)
+                self._give_back()
+
+    def _give_back(self) -> None:
+        """Give freed memory back from time to time, while nothing is asked."""
+        if not (self._waiting or self.running) and time.monotonic() - self._gave_back > GIVE_BACK_SECONDS:
+            memory.give_back_freed_memory(collect=False)
+            self._gave_back = time.monotonic()
 
     def _fail_all(self, taken: Sequence[EngineRequest], error: Exception) -> None:
         """End all requests but the waiting ones with an error."""

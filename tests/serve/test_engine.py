@@ -6,6 +6,7 @@ import time
 
 import pytest
 
+from pal import memory
 from pal.serve import engine as engine_module
 from pal.serve import reading
 from pal.serve.engine import Engine
@@ -272,3 +273,24 @@ def test_a_beginning_that_cannot_be_copied_costs_nobody_an_answer(model, monkeyp
 def test_adapters_are_left_alone_where_all_ask_about_clips(engine, model, monkeypatch):
     monkeypatch.setattr(engine_module.adapters, "disabled", lambda root: 1 / 0)
     assert ask(engine, QUESTIONS[0], CLIPS[:1], max_tokens=4).wait() == [alone(model, QUESTIONS[0], CLIPS[:1], 4)]
+
+
+def test_freed_memory_is_given_back_when_nothing_is_asked(model, monkeypatch):
+    """Not before its time, and not while an answer is being generated."""
+    given = threading.Event()
+    running = []
+
+    def give_back(collect):
+        running.append(engine.running)
+        given.set()
+
+    monkeypatch.setattr(memory, "give_back_freed_memory", give_back)
+    engine = Engine("tiny", model)
+    try:
+        ask(engine, QUESTIONS[0], CLIPS[:1], max_tokens=5).wait()
+        assert not given.wait(0.2)
+        monkeypatch.setattr(engine_module, "GIVE_BACK_SECONDS", 0.0)
+        ask(engine, QUESTIONS[0], CLIPS[:1], max_tokens=5).wait()
+        assert given.wait(10) and set(running) == {0}
+    finally:
+        engine.close(30)
