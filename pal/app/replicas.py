@@ -117,7 +117,7 @@ def serve_replicas(config: ReplicaConfig, host: str, port: int, ready: Callable[
 
 
 def _stop(stopped: threading.Event) -> None:
-    """A signal."""
+    """Handle a signal: at the first one answers are finished, at the second all ends."""
     if stopped.is_set():
         raise KeyboardInterrupt
     stopped.set()

@@ -32,7 +32,7 @@ class DecodedClips:
 
 
 class _Turn:
-    """Of the requests that bring the same clip, one at a time."""
+    """Lock of a clip: one of the requests that bring it decodes, and the others wait for it."""
 
     def __init__(self) -> None:
         self.lock = Lock()

@@ -54,10 +54,10 @@ class ServerConfig(StrictConfig):
         """Options of the application."""
         body = round(self.max_body_mb * 1e6)
         return ServeOptions(
-            self.api_key,
-            body,
-            Limits(max_seconds=self.max_seconds, max_bytes=body),
-            self.max_tokens,
+            api_key=self.api_key,
+            max_body=body,
+            limits=Limits(max_seconds=self.max_seconds, max_bytes=body),
+            max_tokens=self.max_tokens,
             decoders=self.decoders,
             decoder_memory=max(MEMORY_BYTES, 4 * body),  # decoders copy parts of a file
             decoder_seconds=max(SECONDS, self.max_seconds / 30),
