@@ -32,9 +32,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def pytest_collection_finish() -> None:
     """Leave what the imports made out of later collections; `accelerate` asks for one after each training."""
+    _freeze()
+    gc.enable()
+
+
+def _freeze() -> None:
+    """Free what is garbage and leave the rest out of later collections, which otherwise take longer and longer."""
     gc.collect()
     gc.freeze()
-    gc.enable()
 
 
 def _cpu_seconds() -> float:
@@ -44,9 +49,12 @@ def _cpu_seconds() -> float:
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> Iterator[None]:
     item.stash[_BEGUN] = _cpu_seconds()
-    return (yield)
+    result = yield
+    if nextitem is not None and nextitem.path != item.path:
+        _freeze()  # what a file leaves: modules imported on the way, caches of compilers
+    return result
 
 
 @pytest.hookimpl(wrapper=True)

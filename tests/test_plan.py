@@ -149,6 +149,7 @@ def within(ours: float, theirs: float, share: float) -> None:
     assert ours == pytest.approx(theirs, rel=share), f"{ours:.4g}, not {theirs:.4g}: {ours / theirs - 1:+.1%}"
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize(("integration", "stage"), EACH_STAGE)
 def test_flops(integration: Any, stage: str) -> None:
     assert_counted(recipe(integration, STAGES[stage]))

@@ -125,6 +125,7 @@ def check(family, name, seed, make=shared):
     assert len(decoder.batch) == 0
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize(("family", "name"), CROSSED)
 def test_each_sequence_gets_what_it_gets_alone(family, name):
     check(family, name, seed=3)

@@ -14,6 +14,7 @@ from pal.plan.skeleton import skeleton
 from pal.train import optim, stages
 from pal.train.recipe import Recipe, load_recipe
 from pal.train.smoke import SmokeError, smoke, toy_recipe
+from tests.counts import full_only
 from tests.train.tiny import HEAR, JOIN, READ
 
 ROOT = Path(__file__).parents[2]
@@ -26,13 +27,25 @@ RUN = [
     *(RECIPES / "real" / f"{name}.yaml" for name in ("align", "lal", "smol")),
 ]
 """The recipes that are run; those of the other LLMs make the same toys, but for the LLM."""
+PARTS_ELSEWHERE = [
+    RECIPES / "tiny-causal.yaml",
+    *(SMALLEST / f"{name}.yaml" for name in ("lal_qformer", "pal_qformer")),
+]
+"""Recipes of parts that others of `RUN` have, in another combination."""
 REAL = sorted((RECIPES / "real").glob("*.yaml"))
 COMPARED = [path for path in REAL if path.stem not in ("align", "smol")]
 """Recipes that differ in the integration alone."""
 WHISPER = {"name": "whisper", "path": "openai/whisper-small"}
 
 
-@pytest.mark.parametrize("path", RUN, ids=lambda path: str(path.relative_to(RECIPES)))
+@pytest.mark.torture
+@pytest.mark.parametrize(
+    "path",
+    [
+        pytest.param(path, marks=[full_only] if path in PARTS_ELSEWHERE else [], id=str(path.relative_to(RECIPES)))
+        for path in RUN
+    ],
+)
 def test_recipes(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     recipe = load_recipe(path)
