@@ -100,7 +100,8 @@ def receive_frame(connection: socket.socket, most: int, until: float | None = No
 def send_frame(connection: socket.socket, kind: bytes, content: bytes) -> None:
     """Write a frame."""
     connection.sendall(FRAME.pack(kind, len(content)))
-    connection.sendall(content)
+    if content:  # the other side may have answered to an empty frame, and be gone
+        connection.sendall(content)
 
 
 class SentParts:

@@ -184,8 +184,8 @@ def test_counted_words_lie_in_a_clip_of_fixed_length(silent):
 @needs_programs
 def test_same_seed_same_bytes_whatever_the_workers(tmp_path, sources, monkeypatch):
     monkeypatch.setattr("pal.data.curriculum.maker._ALONE", 0)
-    make(tmp_path / "a", sources, clips=4, workers=1)
-    make(tmp_path / "b", sources, clips=4, workers=2)
+    make(tmp_path / "a", sources, clips=10, workers=1)
+    make(tmp_path / "b", sources, clips=10, workers=2)
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
 
 

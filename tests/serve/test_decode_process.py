@@ -4,6 +4,7 @@ import base64
 import io
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -21,6 +22,7 @@ import torch
 from pal.audio import Limits, load
 from pal.errors import AudioError, AudioWarning
 from pal.serve.decode_process import DecodeProcesses
+from pal.serve.decode_worker import DATA, FRAME, receive, send_frame
 from pal.serve.served import ServeOptions
 from tests.counts import repeats
 from tests.models import tiny_model, tone
@@ -134,6 +136,20 @@ def test_refusals_are_those_of_load(processes, data):
     with pytest.raises(AudioError) as here:
         load(data, RATE, LIMITS, "the clip")
     assert says_bad(processes, data) == str(here.value)
+
+
+def test_nothing_is_sent_behind_an_empty_frame():
+    """Trap: a process that had refused an empty file and ended made the sender fail, and the file was said to crash it."""
+    ours, theirs = socket.socketpair()
+
+    class ClosedAfterTheHead:
+        def sendall(self, data):
+            ours.sendall(data)
+            assert receive(theirs, FRAME.size)
+            theirs.close()
+
+    with ours:
+        send_frame(ClosedAfterTheHead(), DATA, b"")
 
 
 def test_the_decoders_of_the_server_are_those_of_load():
