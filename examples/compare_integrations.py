@@ -19,7 +19,7 @@ from pal.train import run
 from pal.train.recipe import Recipe
 
 
-def main(*integrations: str, steps: int = 300, scenes: int = 800) -> None:
+def main(*integrations: str, steps: int = 300, scenes: int = 800, held_out: int = 60) -> None:
     """Train each with the same recipe, and evaluate it on scenes of another seed."""
     stage = {
         "options": {"per": "answer"},
@@ -31,7 +31,7 @@ def main(*integrations: str, steps: int = 300, scenes: int = 800) -> None:
     }
     with tempfile.TemporaryDirectory() as scratch:
         train = synthesise(Path(scratch) / "train", scenes, seed=1)
-        test = [r for r in Manifest(synthesise(Path(scratch) / "test", 60, seed=2)) if r.choices is not None]
+        test = [r for r in Manifest(synthesise(Path(scratch) / "test", held_out, seed=2)) if r.choices is not None]
         for name in integrations:
             model_fields = {"llm": str(pal.TEXT_LLM), "encoders": ["tiny"], "integration": name}
             fields = {"model": model_fields, "start": {"encoder": str(pal.SHIPPED)}, "stages": [stage]}

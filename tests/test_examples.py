@@ -73,6 +73,6 @@ def test_own_encoder(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_compare_integrations(capsys: pytest.CaptureFixture[str]) -> None:
-    script("compare_integrations").main("plits", "lal", steps=2, scenes=8)
+    script("compare_integrations").main("plits", "lal", steps=2, scenes=8, held_out=8)
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(":")[0] for line in lines if "without audio" in line] == ["plits", "lal"]

@@ -204,6 +204,7 @@ KEPT: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("stage", ["connector", "all"])
 @pytest.mark.parametrize("integration", ["plits", "lal", "pal", "flamingo", "lal_audio_query"])
 def test_kept_activations(integration: str, stage: str) -> None:

@@ -42,7 +42,7 @@ def test_published_llms(path: str, count: int) -> None:
 
 OTHER_LLMS = {"llama-3.2-3b", "qwen2.5-1.5b"}
 """Folders of recipes that differ from those of another in the LLM alone; one of each is planned in any case."""
-OF_ITS_OWN = {"align", "lal", "smol"}
+OF_ITS_OWN = {"align", "smol"}
 """Recipes on real components of which the others differ in the integration alone."""
 SAME = [path for path in RECIPES if path.parent.name in OTHER_LLMS and path.stem != "pal"]
 SAME += [path for path in RECIPES if path.parent.name == "real" and path.stem not in OF_ITS_OWN]

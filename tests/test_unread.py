@@ -78,6 +78,7 @@ def moved(x: Any, device: Move) -> Any:
     return replace(x, blocks_WFM=tuple(map(device, x.blocks_WFM)))
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("name", names("encoder"))
 def test_encoders(device: Move, name: str) -> None:
     encoder: Encoder = real(lambda: build("encoder", toy("encoder", name)).train())
@@ -93,6 +94,7 @@ def test_encoders(device: Move, name: str) -> None:
         features.x_BAE.sum().backward()
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("options", CONNECTORS, ids=str)
 def test_connectors(device: Move, options: dict[str, Any]) -> None:
     takes = 2 if options["name"] == "lfst" else 1
@@ -105,6 +107,7 @@ def test_connectors(device: Move, options: dict[str, Any]) -> None:
         assert all(x_BAE.grad is not None for x_BAE in given)
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("side", ["right", "none"])
 @pytest.mark.parametrize("kind", CLIPS)
 @pytest.mark.parametrize("integration", INTEGRATIONS, ids=str)

@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 import pal
 from pal.app import cli
 from tests.app.conftest import NOTICE, STAGE
+from tests.counts import full_only
 from tests.processes import PATIENCE
 
 RUNNER = CliRunner()
@@ -197,6 +198,8 @@ def test_faults_end_in_one_line(monkeypatch, tmp_path, fault, status):
     assert result.stderr.count("\n") == 1
 
 
+@pytest.mark.torture
+@full_only  # tests/train/test_resume.py sends signals within a process
 def test_ctrl_c_while_training_saves_and_says_how_to_go_on(shipped, tmp_path):
     recipe = tmp_path / "long.yaml"
     stage = STAGE | {"steps": 100_000}

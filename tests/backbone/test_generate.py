@@ -38,6 +38,7 @@ def test_each_token_is_the_best_by_every_cache_and_layout(family, name, monkeypa
         assert torch.equal(llm.generate(given, max_new_tokens=14, cache_implementation="static", **GREEDY), made)
 
 
+@pytest.mark.covering(1)
 @crossed
 @torch.no_grad()
 def test_beams_over_one_prompt_are_beams_over_copies(family, name, monkeypatch):

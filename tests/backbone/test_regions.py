@@ -10,6 +10,7 @@ from torch._dynamo.utils import counters
 from pal.backbone.finetuning import LoRA
 from pal.registry import build
 from pal.types import AUDIO, IGNORE, Tokens
+from tests.counts import full_only
 from tests.identities.models import INTEGRATIONS, E, features, make_backbone
 
 
@@ -57,7 +58,7 @@ def test_one_graph_for_each_kind_of_layer(name):
     """Batches of other lengths, ragged, then equal ones; none of them makes a graph anew, none breaks one."""
     llm, integration = made(name, layers=3)
     llm.compile(backend="eager")
-    for seed in range(6):
+    for seed in range(4):
         step(llm, integration, *batch(seed, name != "text"))
     assert counters["stats"]["unique_graphs"] == KINDS[name] and not counters["graph_break"]
     audio, rows = batch(0, name != "text")
@@ -72,7 +73,7 @@ def test_one_graph_for_each_kind_of_layer(name):
 def test_the_same_losses_and_gradients():
     """Of layers with and without audio keys, made again in the backward pass or not; with norms of queries and keys.
 
-    Traced only; the two tests below go through more of the compiler.
+    Traced only; the two tests below, of `make torture`, go through more of the compiler.
     """
     llm, integration = made("pal", layers=2, family="qwen3")
     llm.train()
@@ -88,6 +89,8 @@ def test_the_same_losses_and_gradients():
     assert "forward" not in vars(llm.layers[0])
 
 
+@pytest.mark.torture
+@full_only
 def test_by_the_compiler_that_users_get():
     """Of a layer with audio keys."""
     llm, integration = made("lal")
@@ -99,6 +102,8 @@ def test_by_the_compiler_that_users_get():
     assert counters["stats"]["unique_graphs"] == 1
 
 
+@pytest.mark.torture
+@full_only
 def test_what_is_trained_may_change():
     """Weights that are trained after a graph was made with them frozen get their gradients; a layer without keys."""
     llm, integration = made("plits")

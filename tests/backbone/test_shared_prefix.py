@@ -49,6 +49,7 @@ def answered(llm, integration, rows, side, audio=None, **options):
     return found
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize(
     ("side", "family", "name"),
     [("left", *pair) for pair in CROSSED] + [("none", *pair) for pair in CROSSED if pair[0] == "llama"],

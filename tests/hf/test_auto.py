@@ -16,6 +16,7 @@ from pal import bundle
 from pal.errors import BundleError, ConfigError
 from pal.files import verify
 from pal.hf import PalConfig, PalForConditionalGeneration, PalProcessor
+from tests.counts import full_only
 from tests.hf.chats import QUESTION, chat, new_ids, one_kind, tensors
 from tests.models import LLM, noise, pal, tiny_model
 
@@ -55,6 +56,8 @@ for imported in (pal_first, transformers_first):
 """
 
 
+@pytest.mark.torture
+@full_only
 def test_auto_classes_know_a_bundle_after_import_pal_alone():
     """Whichever is imported first, and without importing transformers before it is asked for."""
     done = subprocess.run([sys.executable, "-c", IMPORTS], capture_output=True, text=True)

@@ -60,6 +60,7 @@ def gradients(llm, integration, audio, rows, per="token", times=1.0):
     return total.detach(), items, {name: grad.clone() for name, grad in found.items() if grad is not None}
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize(("family", "name"), CROSSED)
 def test_filling_changes_nothing(family, name):
     llm, integration = model(family, name)

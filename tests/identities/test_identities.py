@@ -185,6 +185,7 @@ def test_4_sets_of_keys_apart_equal_all_keys_under_one_mask(family, name, side, 
 # 5
 
 
+@pytest.mark.covering(1)
 @every_integration
 @every_family
 @torch.no_grad()

@@ -43,6 +43,7 @@ def saved(integration: str, stage: dict[str, Any]) -> tuple[int, float]:
         *(("lal", stage, False) for stage in ("projectors", "no_ffn")),
     ],
 )
+@pytest.mark.covering(1)
 def test_saved_bytes(integration: str, stage: str, recompute: bool) -> None:
     found, made = saved(integration, {**STAGES[stage], "recompute_audio": recompute})
     assert made == found

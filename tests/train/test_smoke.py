@@ -29,7 +29,8 @@ RUN = [
 """The recipes that are run; those of the other LLMs make the same toys, but for the LLM."""
 PARTS_ELSEWHERE = [
     RECIPES / "tiny-causal.yaml",
-    *(SMALLEST / f"{name}.yaml" for name in ("lal_qformer", "pal_qformer")),
+    RECIPES / "real" / "lal.yaml",
+    *(SMALLEST / f"{name}.yaml" for name in ("lal_qformer", "pal_qformer", "v1")),
 ]
 """Recipes of parts that others of `RUN` have, in another combination."""
 REAL = sorted((RECIPES / "real").glob("*.yaml"))
