@@ -136,7 +136,9 @@ class FolderIndex:
         """Raise BundleError if another model made it."""
         if self.digest != _digest(model, self.store):
             what = "other encoders" if self.store == "features" else "another model"
-            raise BundleError(f"{self.path}: was made by {what}; index the folder again under another path")
+            raise BundleError(
+                f"{self.path}: was made by {what}; take it with --model, or index the folder again under another path"
+            )
 
     def clips(self) -> list[StoredClip]:
         """All entries, by path."""

@@ -204,7 +204,7 @@ def test_what_cannot_be_read_is_listed_and_the_rest_is_there(model, folder):
 def test_indexes_of_others_are_refused(model, folder):
     made, _ = indexed(folder, model)
     other = tiny_model("pal", seed=1)
-    with pytest.raises(BundleError, match="another model; index the folder again"):
+    with pytest.raises(BundleError, match="another model; take it with --model, or index the folder again"):
         made.ask(other, QUESTION)
     with pytest.raises(BundleError, match="another model"):
         FolderIndex.open(made.path, other)
@@ -305,7 +305,7 @@ def test_commands(model, folder, bundle, monkeypatch):
 def test_commands_with_wrong_options(folder, bundle, tmp_path):
     assert "must end in .palidx" in run("index", folder, "--out", tmp_path / "x.safetensors").output
     assert "'zip' is none of kv, int8, features" in run("index", folder, "--store", "zip").output
-    assert "must end in .safetensors" in run("index", folder / "a.wav", "--model", bundle).output
+    assert "is needed for a single file" in run("index", folder / "a.wav", "--model", bundle).output
     done = run("index", folder / "a.wav", "--out", tmp_path / "a.safetensors", "--store", "int8")
     assert "is for folders" in done.output
     done = run("ask", tmp_path / "none.palidx", QUESTION, "--model", bundle, "--when")

@@ -45,8 +45,11 @@ def index(
     if Path(audio).is_dir():
         _index_folder(Path(audio), out, store, model, read_to_end, other_weights, as_json)
         return
-    if out is None or out.suffix != ".safetensors":
-        raise typer.BadParameter(f"'{out or ''}' must end in .safetensors", param_hint="--out")
+    if out is None:
+        example = Path(audio).with_suffix(".safetensors").name
+        raise typer.BadParameter(f"is needed for a single file; give --out {example}", param_hint="--out")
+    if out.suffix != ".safetensors":
+        raise typer.BadParameter(f"'{out}' must end in .safetensors", param_hint="--out")
     if store is not None:
         raise typer.BadParameter("is for folders; one file holds keys and values", param_hint="--store")
     loaded = load_model(model, other_weights)

@@ -102,6 +102,7 @@ def test_index_then_ask(shipped, clip, tmp_path):
     assert stored["audio_tokens"] == direct["audio_tokens"]
     assert "tokens" in succeed("index", clip, "--out", file).stdout
     assert run("index", clip, "--out", tmp_path / "clip.bin").exit_code == 2
+    assert "clip.safetensors" in run("index", tmp_path / "clip.wav").stderr
 
 
 def test_train_and_eval(shipped, tmp_path):
