@@ -135,9 +135,9 @@ class FolderIndex:
     def check(self, model: PalModel) -> None:
         """Raise BundleError if another model made it."""
         if self.digest != _digest(model, self.store):
-            what = "other encoders" if self.store == "features" else "another model"
+            what = "a model of other encoders" if self.store == "features" else "another model"
             raise BundleError(
-                f"{self.path}: was made by {what}; take it with --model, or index the folder again under another path"
+                f"{self.path}: was made by {what}; ask that one (--model), or index the folder again under another path"
             )
 
     def clips(self) -> list[StoredClip]:

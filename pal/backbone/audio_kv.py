@@ -63,7 +63,8 @@ class AudioKV:
         """Raise BundleError if another model computed it."""
         if digest != self.digest:
             raise BundleError(
-                f"{where} was made by another model ({self.digest[:12]}, not {digest[:12]}); index the audio again"
+                f"{where} was made by another model ({self.digest[:12]}, not {digest[:12]}); "
+                "ask that one (--model), or index the audio again"
             )
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> AudioKV:
