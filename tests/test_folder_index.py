@@ -204,7 +204,7 @@ def test_what_cannot_be_read_is_listed_and_the_rest_is_there(model, folder):
 def test_indexes_of_others_are_refused(model, folder):
     made, _ = indexed(folder, model)
     other = tiny_model("pal", seed=1)
-    with pytest.raises(BundleError, match="another model; ask that one .--model., or index the folder again"):
+    with pytest.raises(BundleError, match=r"another model; ask that one \(--model\), or index the folder again"):
         made.ask(other, QUESTION)
     with pytest.raises(BundleError, match="another model"):
         FolderIndex.open(made.path, other)
