@@ -1,7 +1,7 @@
 """One sound in an hour of noise: does a model that was trained for it name it, wherever it lies?
 
     pal demo
-    python docs/benchmarks/event.py runs/demo/lal/model --train-minutes 60 --minutes 1 10 60
+    python docs/benchmarks/event.py runs/demo/lal/model --train-minutes 60 --minutes 1 10 60 --tokens-per-position 64
 
 A model of the demo is trained on: the connector, the projectors and the LLM, on clips of 8 seconds up to
 `--train-minutes` (drawn evenly in the logarithm), each with one event of 22 kinds in steady noise, at a random time.
@@ -128,11 +128,15 @@ def main() -> None:
     parser.add_argument("--train-minutes", type=float, default=60.0, help="longest clip in training")
     parser.add_argument("--minutes", type=float, nargs="+", default=[1.0, 10.0, 60.0], help="lengths to ask about")
     parser.add_argument("--each", type=int, default=5, help="events in each tenth of a recording")
+    parser.add_argument("--tokens-per-position", type=int, default=1, help="as the option of `lal` and `pal`")
     parser.add_argument("--out", type=Path, help="write the result as JSON")
     args = parser.parse_args()
     keep_freed_memory()
     torch.manual_seed(0)
     model = pal.load(args.model)
+    if args.tokens_per_position > 1:
+        integration = model.integration
+        integration.config = integration.config.model_copy(update={"tokens_per_position": args.tokens_per_position})
     longest = max(args.train_minutes, *args.minutes)
     losses = train(model, Noise(model, longest, 1), args.steps, args.train_minutes, args.batch, args.rate)
     tail: list[float] = losses[-20:]

@@ -46,6 +46,7 @@ class SessionMark:
     counts: tuple[int, ...]
     stored: int
     position: int
+    clip: int
     tokens: int
 
 
@@ -80,6 +81,8 @@ class Session:
         self.bias, self.row_bias, self.scale = bias or {}, row_bias or {}, scale or {}
         self.position = 0
         """Position id of what comes next."""
+        self.clip = 0
+        """Position id at which the clip began."""
         self.tokens = 0
         """Audio tokens of the clip so far."""
         self.stores = {kind: [GrowingKeys() for _ in range(llm.n_layers)] for kind in KINDS}
@@ -100,7 +103,7 @@ class Session:
     def mark(self) -> SessionMark:
         """This moment."""
         counts = tuple(len(store) for stores in self.stores.values() for store in stores)
-        return SessionMark(counts, len(self.stored), self.position, self.tokens)
+        return SessionMark(counts, len(self.stored), self.position, self.clip, self.tokens)
 
     def back_to(self, mark: SessionMark) -> None:
         """Forget all that came after a moment."""
@@ -108,11 +111,11 @@ class Session:
         for store, count in zip(stores, mark.counts, strict=True):
             store.keep(count)
         del self.stored[mark.stored :]
-        self.position, self.tokens = mark.position, mark.tokens
+        self.position, self.clip, self.tokens = mark.position, mark.clip, mark.tokens
 
     def begin_clip(self) -> None:
         """What is heard next is another clip; text in between says so, too."""
-        self.tokens = 0
+        self.clip, self.tokens = self.position, 0
 
     def forget(self, tokens: int) -> None:
         """Hide the oldest audio tokens, in whole groups, from all that comes later; earlier marks are void.
@@ -154,15 +157,14 @@ class Session:
             raise PalError("a growing conversation takes whole clips, not thinned ones; ask about the AudioKV instead")
         if self.tokens % layout.tokens:
             raise PalError("this clip ended within a group of tokens; go back to a mark before its end")
-        start = self.tokens if layout.beside else 0
-        stored = StoredKeys(chunk, layout.key_rope_positions(tokens, self.position) + start, self)
+        stored = StoredKeys(chunk, layout.key_rope_positions(tokens, self.clip, self.tokens), self)
         keys: dict[int, tuple[Tensor, Tensor]] = {}
         if layout.keys and (layout.rows or not in_place):
             keys = {layer: stored.keys_values(layer) for layer in chunk.layers}
         if layout.rows:
             order_S = layout.row_offsets(tokens)
             counts_S = np.searchsorted(layout.key_offsets(tokens), order_S, side="right")
-            positions_S = torch.from_numpy(layout.row_positions(tokens, self.position))
+            positions_S = torch.from_numpy(layout.row_positions(tokens, self.clip, self.tokens))
             rows_1SD = chunk.rows_BSD.to(self.llm.device)
             self.run(rows_1SD, positions_S, "rows", keys, counts_S.tolist())
         if layout.keys and in_place:
@@ -171,16 +173,16 @@ class Session:
             kind = "keys" if self.blocks is None else "crossed"
             for layer, pair in keys.items():
                 self.stores[kind][layer].append(*pair)
-        self.position += layout.groups(tokens) * layout.span
         self.tokens += tokens
+        self.position = self.clip + layout.reserved(self.tokens)
 
     @torch.no_grad()
     def read(self, ids: Sequence[int]) -> Tensor:
         """Append text; logits [1, V] of the token after it."""
-        self.begin_clip()
         ids_1T = torch.tensor([list(ids)], device=self.llm.device)
         positions_T = torch.arange(self.position, self.position + len(ids))
         self.position += len(ids)
+        self.begin_clip()
         hidden_1TD = self.run(self.llm.embed(ids_1T), positions_T, "text")
         logits: Tensor = self.llm.lm.lm_head(hidden_1TD[:, -1])
         return logits

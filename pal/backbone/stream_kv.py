@@ -44,16 +44,21 @@ class Layout:
     the position before it; they share these positions with the text before the clip."""
     joint: bool = False
     """Tokens of a clip attended to one another inside the LLM, so that chunks of a clip cannot be joined."""
+    per_position: int = 1
+    """Consecutive places of a clip that share a position id."""
 
     @property
     def places(self) -> int:
         """Places of a group in the order of the conversation."""
         return self.tokens * self.keys + self.rows
 
-    @property
-    def span(self) -> int:
-        """Position ids that a group reserves."""
-        return 0 if self.beside else self.places
+    def reserved(self, tokens: int) -> int:
+        """Number of position ids that a clip of `tokens` tokens reserves."""
+        return 0 if self.beside else self._width(tokens)
+
+    def _width(self, tokens: int) -> int:
+        """Number of position ids from a clip's first place to its last."""
+        return -(-self.groups(tokens) * self.places // self.per_position)
 
     def groups(self, tokens: int) -> int:
         """Number of groups in a clip of `tokens` tokens; the last group may be incomplete."""
@@ -66,21 +71,30 @@ class Layout:
 
     def key_positions(self, tokens: int, start: int) -> Ints:
         """Positions of a clip's keys in sliding windows, for a clip at position `start`: [A], or [0] without keys."""
-        return np.full(tokens * self.keys, start) if self.beside else start + self.key_offsets(tokens)
+        if self.beside:
+            return np.full(tokens * self.keys, start)
+        return start + self.key_offsets(tokens) // self.per_position
 
-    def key_rope_positions(self, tokens: int, start: int) -> Ints:
-        """Positions that RoPE rotates the keys by, for a clip at position `start`: [A], or [0] without keys."""
+    def key_rope_positions(self, tokens: int, start: int, earlier: int = 0) -> Ints:
+        """Positions that RoPE rotates keys by: [A], or [0] without keys.
+
+        Args:
+            tokens: of the clip, or of a later part of it.
+            start: position of the clip.
+            earlier: tokens of the clip before this part, in whole groups.
+        """
         if self.beside and not self.before:
-            return np.arange(tokens * self.keys)
-        return self._first(tokens, start) + self.key_offsets(tokens)
+            return earlier + np.arange(tokens * self.keys)
+        return self._turned(tokens, start, earlier, self.key_offsets(tokens))
 
-    def row_positions(self, tokens: int, start: int) -> Ints:
-        """Position ids of a clip's rows, for a clip at position `start`: [S]."""
-        return self._first(tokens, start) + self.row_offsets(tokens)
+    def row_positions(self, tokens: int, start: int, earlier: int = 0) -> Ints:
+        """Position ids of a clip's rows, or of those of a later part of it: [S]; see `key_rope_positions`."""
+        return self._turned(tokens, start, earlier, self.row_offsets(tokens))
 
-    def _first(self, tokens: int, start: int) -> int:
-        """Position id of the first place."""
-        return start - self.groups(tokens) * self.places if self.before else start
+    def _turned(self, tokens: int, start: int, earlier: int, offsets_X: Ints) -> Ints:
+        """Position ids of places, counted from the first of this part."""
+        first = start - self._width(earlier + tokens) if self.before else start
+        return first + (self.groups(earlier) * self.places + offsets_X) // self.per_position
 
     def key_times(self, tokens: int) -> Floats:
         """Start and end of each key's token in seconds of the clip: [A, 2]; NaN for tokens without a time."""

@@ -38,6 +38,10 @@ class GateOptions(StrictConfig):
     """`reserved`: a clip reserves position ids, as its rows do in PLITS, and the text after it moves back. `shared`: it
     reserves none, so the text keeps the position ids it has without audio; RoPE rotates keys and rows as if they stood
     directly before the text that follows the clip."""
+    tokens_per_position: int = Field(default=1, ge=1)
+    """Consecutive tokens of a clip, with the summary tokens among them, that share a position id. RoPE turns less over
+    a long clip then: with 64, an hour of 90,000 tokens lies within 1,407 positions. Tokens that share one keep their
+    order only in what the encoder says of it. (V2PE, arXiv 2412.09616, has fractional ids for images to this end.)"""
 
 
 class ScoreGate(nn.Module):
@@ -91,7 +95,10 @@ def layout_of(
 ) -> Layout:
     """Layout of keys and rows at the positions that the options name."""
     shared = options.positions == "shared"
-    return Layout(seconds_per_token, tokens=tokens, rows=rows, beside=shared, before=shared, joint=joint)
+    pace = options.tokens_per_position
+    return Layout(
+        seconds_per_token, tokens=tokens, rows=rows, beside=shared, before=shared, joint=joint, per_position=pace
+    )
 
 
 def gate_of(options: GateOptions, layers: Sequence[int], llm: Backbone, rows: bool = False) -> ScoreGate | None:

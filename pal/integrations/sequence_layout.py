@@ -214,7 +214,7 @@ class _SequenceBuilder:
             )
         # reserved even without rows or keys, so that text after the clip has the same position ids as in PLITS
         self.place += layout.groups(tokens) * layout.places
-        self.next += layout.groups(tokens) * layout.span
+        self.next += layout.reserved(tokens)
 
     def repeat_last_row(self) -> None:
         """Repeat the last text row at the last position so far, unless the last row sees all audio so far.

@@ -267,7 +267,7 @@ class Engine:
         usage.prompt = len(conversation.ids) - len(placed) + usage.audio
         streams = [stream for clip in placed for stream in clip.streams]
         positions = len(conversation.ids) - len(placed)
-        positions += sum(stream.layout.groups(stream.lengths[0]) * stream.layout.span for stream in streams)
+        positions += sum(stream.layout.reserved(stream.lengths[0]) for stream in streams)
         room = self.context - positions
         if room < 1:
             raise TooLongError(

@@ -30,14 +30,15 @@ INTEGRATIONS = {
     "plits": {"name": "plits"},
     "lal": {"name": "lal"},
     "lal_first": {"name": "lal", "layers": "first_third"},
-    "lal_some": {"name": "lal", "layers": [0, 2]},
+    "lal_some": {"name": "lal", "layers": [0, 2], "tokens_per_position": 3},
     "lal_shared": {"name": "lal", "projector": "low_rank", "rank": 5, "shared": True},
     "pal": {"name": "pal", "stride": STRIDE},
+    "pal_slow": {"name": "pal", "stride": STRIDE, "tokens_per_position": 3},
     "flamingo": {"name": "flamingo", "every": 2, "ffn": 24},
     "lal_audio_query": {"name": "lal_audio_query"},
     "lal_gated": {"name": "lal", "gate": -1.5, "gate_by": "head", "positions": "shared"},
     "pal_gated": {"name": "pal", "stride": STRIDE, "gate": -1.2, "gate_by": "head", "positions": "shared"},
-    "pal_together": {"name": "pal", "stride": STRIDE, "positions": "shared"},
+    "pal_together": {"name": "pal", "stride": STRIDE, "positions": "shared", "tokens_per_position": 2},
     "query_gated": {"name": "lal_audio_query", "gate": -1.0, "positions": "shared"},
 }
 CROSSED = [
@@ -169,6 +170,7 @@ def _scene(decoder, integration, row, audio, keys=True, rows=True, asked=()):
             STRIDE,
             getattr(route.config, "positions", "reserved") == "shared",
             getattr(route.config, "gate", None),
+            getattr(route.config, "tokens_per_position", 1),
         )
         for route, own in zip(integration.routes(), weights, strict=True)
     ]

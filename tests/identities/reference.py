@@ -61,6 +61,8 @@ class Stream:
     """A clip takes no positions: its keys are rotated to those before the text that follows."""
     gate: float | None = None
     """Bias on the scores of keys at the start; its weights add 100 times themselves."""
+    pace: int = 1
+    """Places of a clip that share a position."""
 
 
 def lay_out(streams, ids, clips, embed, keys=True, rows=True, asked=()):
@@ -111,26 +113,27 @@ def place(scene, p, stream, a, keys, rows):
         both = stream.gate + 100 * weights["gate.weight_LH"].double(), 0.1 + 10 * weights["gate.scale_LG"].double()
         gates = dict(zip(stream.layers, zip(*both, strict=True), strict=True))
     if method == "LALAudioQuery":
-        turned = p + torch.arange(len(a)) - (len(a) if stream.shared else 0)
+        taken = math.ceil(len(a) / stream.pace)
+        turned = p + torch.arange(len(a)) // stream.pace - (taken if stream.shared else 0)
         at = torch.full((len(a),), p) if stream.shared else turned
         times = torch.tensor([scene.tick() for _ in a])
         scene.updated.append((stream.layers, mlp(weights, "projector", a), at, turned, gates, times))
-        return p if stream.shared else p + len(a)
+        return p if stream.shared else p + taken
     groups = [range(i, min(i + r, len(a))) for i in range(0, len(a), r)] if method == "PAL" else [range(len(a))]
     S = len(groups) if method == "PAL" else 0
-    taken = S * (r + 1) if S else len(a)
+    taken = math.ceil((S * (r + 1) if S else len(a)) / stream.pace)
     first = p - taken if stream.shared else p
     started, times = scene.now, {}
     for i, group in enumerate(groups):  # a group's tokens, then its summary
         times |= {j: started + j + i + 1 for j in group}
     for layer in stream.layers if keys else ():
         for j, u in enumerate(per_layer(weights, layer, a)):
-            turned = first + j + (j // r if method == "PAL" else 0)
+            turned = first + (j + (j // r if method == "PAL" else 0)) // stream.pace
             at = p if stream.shared else turned
             scene.keys.setdefault(layer, []).append((u, at, turned, gates[layer], times[j]))
     scene.now = started + len(a)
     if method == "LAL":
-        return p if stream.shared else p + len(a)
+        return p if stream.shared else p + taken
     kernel, bias = weights["summarize.weight"].double(), weights["summarize.bias"].double()
     for i in range(S):
         total = bias.clone()
@@ -140,9 +143,9 @@ def place(scene, p, stream, a, keys, rows):
         if rows:
             if stream.gate is not None:
                 scene.row_gates[len(scene.rows)] = stream.gate + 100 * weights["row_gate.weight_LH"].double()
-            scene.row(mlp(weights, "projector", total[None])[0], first + (i + 1) * r + i, False)
+            scene.row(mlp(weights, "projector", total[None])[0], first + ((i + 1) * r + i) // stream.pace, False)
         scene.now = times[groups[i][-1]] + 1
-    return p if stream.shared else p + S * (r + 1)
+    return p if stream.shared else p + taken
 
 
 def per_layer(weights, layer, a):

@@ -80,7 +80,7 @@ def hiding(what, name, row):
             return torch.zeros(0, dtype=torch.bool)
         if which != "rows":
             return torch.tensor(hidden_entities(what, row.clips, layer, 1))
-        group = {"plits": 1, **dict.fromkeys(("pal", "pal_gated", "pal_together"), STRIDE)}.get(name)
+        group = {"plits": 1, **dict.fromkeys(("pal", "pal_slow", "pal_gated", "pal_together"), STRIDE)}.get(name)
         clips = iter(row.clips)
         flags = []
         for token in row.ids:
@@ -127,8 +127,10 @@ def test_what_is_hidden_is_not_seen(family, name, which):
 def _touches(what, name, layer, part):
     """Whether the integration has such audio in the layer for the hide to take away."""
     name = name.removesuffix("_gated").removesuffix("_together")
-    has = {"plits": ("rows",), "pal": ("rows", "keys")}.get(name, ("keys",))
-    layers = {"lal_first": (0,), "pal": (0,), "lal_some": (0, 2), "flamingo": (1,)}.get(name, (0, 1, 2))
+    has = {"plits": ("rows",), "pal": ("rows", "keys"), "pal_slow": ("rows", "keys")}.get(name, ("keys",))
+    layers = {"lal_first": (0,), "pal": (0,), "pal_slow": (0,), "lal_some": (0, 2), "flamingo": (1,)}.get(
+        name, (0, 1, 2)
+    )
     here = part in has and (part == "rows" or layer in layers)
     return here and what.stream is None and what.pathway in (None, part) and layer in (what.layers or range(3))
 
@@ -180,7 +182,7 @@ def test_a_watch_is_shown_the_rows_it_asks_for():
 def test_places_name_clip_stream_and_time(name):
     llm, integration = shared("llama", name)
     inputs = integration(features(*LENGTHS), [conversation(PLACEMENTS["two"])], llm, "left", with_spans=True)
-    group = {"plits": 1, **dict.fromkeys(("pal", "pal_gated", "pal_together"), STRIDE)}.get(name)
+    group = {"plits": 1, **dict.fromkeys(("pal", "pal_slow", "pal_gated", "pal_together"), STRIDE)}.get(name)
     if group:
         places, audio_T = inputs.audio_context.token_spans, inputs.audio_context.audio_rows_BT[0]
         expected = [

@@ -1,5 +1,7 @@
 """Where an integration puts text, rows and keys, and what it refuses."""
 
+import math
+
 import pytest
 import torch
 
@@ -167,7 +169,23 @@ def test_layout_agrees_with_the_formulas_of_the_design():
             S = -(-A // r)
             assert layout.key_offsets(A).tolist() == [j + j // r for j in range(A)]
             assert layout.row_offsets(A).tolist() == [(i + 1) * r + i for i in range(S)]
-            assert layout.groups(A) * layout.span == S * (r + 1)
+            assert layout.reserved(A) == S * (r + 1)
+
+
+@pytest.mark.parametrize("before", [False, True])
+@pytest.mark.parametrize("pace", [1, 2, 7, 100])
+def test_a_slow_clip_lies_in_fewer_positions_and_in_parts_as_whole(pace, before):
+    layout = Layout(0.04, tokens=3, rows=1, beside=before, before=before, per_position=pace)
+    places = 4 * 4  # of 10 tokens in groups of 3, with a summary each
+    first = 50 - math.ceil(places / pace) if before else 50
+    expected = [first + (j + j // 3) // pace for j in range(10)]
+    assert layout.key_rope_positions(10, 50).tolist() == expected
+    assert layout.row_positions(10, 50).tolist() == [first + place // pace for place in (3, 7, 11, 15)]
+    assert layout.reserved(10) == (0 if before else math.ceil(places / pace))
+    assert max(layout.row_positions(10, 50)) == first + math.ceil(places / pace) - 1
+    if not before:  # the end of a clip that grows is not known
+        assert layout.key_rope_positions(4, 50, earlier=6).tolist() == expected[6:]
+        assert layout.row_positions(4, 50, earlier=6).tolist() == layout.row_positions(10, 50).tolist()[2:]
 
 
 @pytest.mark.parametrize(

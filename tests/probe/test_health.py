@@ -139,8 +139,7 @@ def test_summaries_out_of_order_are_seen(records):
 class Gapless(Layout):
     """Reserves no positions."""
 
-    @property
-    def span(self):
+    def reserved(self, tokens):
         return 0
 
 
@@ -154,9 +153,8 @@ class Crowded(LAL):
 class Wide(Layout):
     """Reserves more than it fills."""
 
-    @property
-    def span(self):
-        return 2
+    def reserved(self, tokens):
+        return 2 * tokens
 
 
 class Loose(LAL):
@@ -170,6 +168,48 @@ def test_clips_may_share_positions_with_the_text(name, records):
     found = layout(tiny_model({"name": name, "gate": -1.0, "positions": "shared"}), records)
     assert found["gaps in the positions"][0] == "ok"
     assert found["order of summary tokens and keys"][0] == ("ok" if name == "pal" else "does not apply")
+
+
+@dataclass(frozen=True)
+class Crushed(Layout):
+    """More keys at a position than it says."""
+
+    def key_rope_positions(self, tokens, start, earlier=0):
+        return start + self.key_offsets(tokens) // (2 * self.per_position)
+
+
+class Crushing(LAL):
+    def inject(self, features, llm):
+        spans = super().inject(features, llm)
+        return replace(spans, layout=Crushed(**vars(spans.layout)))
+
+
+@dataclass(frozen=True)
+class Backwards(Layout):
+    """The last key first."""
+
+    def key_rope_positions(self, tokens, start, earlier=0):
+        return super().key_rope_positions(tokens, start, earlier)[::-1]
+
+
+class Turning(LAL):
+    def inject(self, features, llm):
+        spans = super().inject(features, llm)
+        return replace(spans, layout=Backwards(**vars(spans.layout)))
+
+
+@pytest.mark.parametrize("name", ["lal", "pal"])
+def test_tokens_may_share_positions(name, records):
+    model = tiny_model({"name": name, "tokens_per_position": 4})
+    assert layout(model, records)["gaps in the positions"][0] == "ok"
+
+
+@pytest.mark.parametrize("pace", [1, 4])
+@pytest.mark.parametrize(("route", "says"), [(Crushing, "do not rise"), (Turning, "do not rise")])
+def test_keys_that_do_not_rise_are_seen(route, says, pace, records):
+    model = with_route(tiny_model({"name": "lal", "tokens_per_position": pace}), route)
+    kind, measured = layout(model, records)["gaps in the positions"]
+    assert kind == "fault" and says in measured
 
 
 @pytest.mark.parametrize(("route", "says"), [(Crowded, "audio tokens"), (Loose, "positions free")])
