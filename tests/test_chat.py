@@ -113,6 +113,11 @@ MARKS_THE_LAST = (
     "{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
 )
 
+ENDS_THE_LAST = (
+    "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}{{ '!' if loop.last and loop.index > 1 else '.' }}\n"
+    "{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+)
+
 
 @pytest.mark.parametrize("template", [COUNTS, MARKS_THE_LAST], ids=["from the first word", "the last turn"])
 def test_a_template_that_rewrites_earlier_turns(template):
@@ -168,6 +173,20 @@ def test_what_fails_leaves_the_conversation_as_it_was(tmp_path, monkeypatch):
     monkeypatch.setattr(Session, "generate", choose)
     assert (chat.turns, len(chat.clips)) == before
     talk = [TALK[0], (TALK[2][0], [clip(0.5, 9)]), *TALK[3:]]  # as long as the clip of the turn that failed
+    assert [chat.ask(question, clips, **OPTIONS) for question, clips in talk[1:]] == expected(model, talk)[1:]
+
+
+def test_moments_of_a_turn_that_failed_are_not_returned_to(monkeypatch):
+    """The template ends the last turn in another way, so the turn after it begins within what was read."""
+    model = tiny_model("lal")
+    model.tokenizer.chat_template = ENDS_THE_LAST
+    chat = model.chat()
+    chat.ask(*TALK[0], **OPTIONS)
+    with monkeypatch.context() as patch:
+        patch.setattr(Session, "generate", lambda self, *given, **more: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            chat.ask("yes", [clip(0.3, 2)], **OPTIONS)
+    talk = [TALK[0], ("yes, and what sound is this? Is it loud?", [clip(1.2, 3)]), TALK[1]]
     assert [chat.ask(question, clips, **OPTIONS) for question, clips in talk[1:]] == expected(model, talk)[1:]
 
 

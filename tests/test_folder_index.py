@@ -257,6 +257,27 @@ def test_damaged_and_moved_entries_are_refused(model, folder, store):
         made.ask(model, QUESTION)
 
 
+@pytest.mark.parametrize("store", STORES)
+def test_an_entry_of_another_models_index_is_refused(model, folder, store):
+    """It is whole, and under the right name, so its digest alone tells."""
+    made, _ = indexed(folder, model, store)
+    other = tiny_model("pal", seed=1)
+    foreign = FolderIndex.open(folder.with_name("foreign.palidx"), other, store)
+    foreign.update(folder, other)
+    entry = made.clips()[0].file
+    shutil.copy(foreign.path / entry.relative_to(made.path), entry)
+    with pytest.raises(BundleError, match=r"made by (another model|other encoders).*delete it, and index the folder"):
+        made.ask(model, QUESTION)
+
+
+@pytest.mark.parametrize("store", STORES)
+def test_a_clip_that_is_read_as_far_as_it_goes_has_a_note(model, folder, store):
+    (folder / "b.flac").write_bytes((folder / "b.flac").read_bytes()[:-3_000])
+    made = FolderIndex.open(folder.with_name("kv.palidx"), model, store)
+    report = made.update(folder, model, read_to_end=True)
+    assert report.added == 5 and len(report.notes) == 1 and "b.flac: read as far as it goes" in report.notes[0]
+
+
 def test_sizes_of_the_three_forms(model):
     sizes = StoredSizes.of_seconds(model, 1.3)
     clip = model.index((noise(1.3).numpy(), 16_000))

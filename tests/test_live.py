@@ -127,6 +127,27 @@ def test_a_window_keeps_the_last_seconds_as_they_were_heard(integration, encoder
     assert live.ask(QUESTION, max_new_tokens=5) == model.ask(whole.slice(7.0, 9.0), QUESTION, max_new_tokens=5)
 
 
+def test_a_window_at_the_border_of_two_tokens_keeps_neither_more_nor_less():
+    """Decimals are no multiples of one another in binary: 1.16 / 0.04 is less than 29."""
+    live, samples = model_of("lal").listen(window=0.4), noise(2.0)
+    for count in range(1, 51):
+        live.append(samples[640 * (count - 1) : 640 * count])
+        assert live.audio.tokens == min(count, 10)
+
+
+def test_a_window_of_several_streams_begins_with_the_first_of_their_groups():
+    model = model_of(
+        "pal_routed", encoders=[{"name": "tiny", "width": 12, "channels": [2, 3, 4, 6], "blocks": 1}, WHISPER]
+    )
+    samples = noise(5.0, 4)
+    whole = model.index((samples.numpy(), 16_000))
+    assert len({stream.stretch(2.9, 5.0)[0] for stream in whole.streams}) == 2
+    live = model.listen(window=2.1)
+    for chunk in chunks(samples, 9, 6):
+        live.append(chunk)
+    same(live.audio, whole.slice(2.9, 5.0))
+
+
 @pytest.mark.parametrize("window", [0.4, 2.0])
 def test_a_window_is_cut_within_what_has_not_settled(window):
     """Windows of a second of the encoder, of which the last is not full."""

@@ -160,6 +160,16 @@ def test_forgotten_audio_is_audio_that_is_hidden(name):
 
 
 @torch.no_grad()
+def test_the_hybrid_forgets_keys_and_rows_of_whole_groups():
+    llm, integration = shared("llama", "pal")
+    session = session_of(llm, integration)
+    session.read([5, 9])
+    session.hear(*chunks_of(llm, integration, features(13), 0))
+    session.forget(7)  # two groups of three tokens and one row; 13 tokens are five groups
+    assert (len(session.stores["keys"][0]), len(session.stores["rows"][0])) == (7, 3)
+
+
+@torch.no_grad()
 def test_an_answer_stays_in_the_conversation():
     llm, integration = shared("llama", "lal")
     audio = features(7)
