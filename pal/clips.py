@@ -109,7 +109,9 @@ def read_clip(
     Raises:
         AudioError: one line with name, fault and remedy.
     """
-    if isinstance(clip, EncodedClip | AudioKV) or (isinstance(clip, Waveform) and clip.rate == rate):
+    if isinstance(clip, AudioKV):
+        return one_clip(clip)
+    if isinstance(clip, EncodedClip) or (isinstance(clip, Waveform) and clip.rate == rate):
         return clip
     given: Any = (clip.samples_N, clip.rate) if isinstance(clip, Waveform) else clip
     name = clip.name if isinstance(clip, Waveform) else None
@@ -173,9 +175,21 @@ def is_clip_list(clips: object) -> bool:
 
 
 def clip_list(clips: AudioInput | Sequence[AudioInput]) -> list[AudioInput]:
-    """One clip or several, as a list."""
+    """One clip or several, as a list; an `AudioKV` of several clips is taken apart."""
     several: Any = clips
-    return list(several) if is_clip_list(clips) else [several]
+    given = list(several) if is_clip_list(clips) else [several]
+    found: list[AudioInput] = []
+    for clip in given:
+        several_at_once = isinstance(clip, AudioKV) and len(clip) > 1
+        found += [clip[i] for i in range(len(clip))] if several_at_once else [clip]
+    return found
+
+
+def one_clip(clip: AudioKV) -> AudioKV:
+    """The clip; raises AudioError if it is none, or several."""
+    if len(clip) != 1:
+        raise AudioError(f"{clip!r} stands for {len(clip)} clips, not for one; give each by itself, as kv[0]")
+    return clip
 
 
 def clip_notes(clips: Sequence[Clip]) -> tuple[str, ...]:
@@ -231,7 +245,7 @@ class ClipBatch:
                 c.samples_N if isinstance(c, Waveform) else c for c in clips if isinstance(c, Waveform | Tensor)
             ),
             encoded=tuple(clip for clip in clips if isinstance(clip, EncodedClip)),
-            indexed=tuple(clip for clip in clips if isinstance(clip, AudioKV)),
+            indexed=tuple(one_clip(clip) for clip in clips if isinstance(clip, AudioKV)),
         )
         assert len(clips) in map(len, (batch.waveforms, batch.encoded, batch.indexed)), (
             "a batch's clips are of one kind"

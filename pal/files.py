@@ -1,19 +1,28 @@
 """Atomic writing of files and folders, and folders with a manifest of SHA-256 digests."""
 
+from __future__ import annotations
+
 import hashlib
 import json
 import math
 import os
+import re
 import shutil
+import time
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
-from pal.errors import BundleError
+from pal.errors import BundleError, PalError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 MANIFEST = "manifest.json"
+_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{32}\.tmp")
+"""Name of a temporary file of `replacing`."""
 
 
 def sha256(path: Path) -> str:
@@ -190,6 +199,36 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write contiguous tensors as a safetensors file, atomically.
+
+    Raises:
+        PalError: the system refused; nothing is left behind.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    try:
+        with replacing(path) as temporary:
+            save_file(dict(tensors), temporary, metadata=dict(metadata))
+    except SafetensorError as error:  # which safetensors raises in place of an OSError
+        why = str(error).removeprefix("Error while serializing: ").removeprefix("I/O error: ").split(" at path ")[0]
+        raise PalError(f"{path}: cannot be written: {why}; make room, or give another path") from None
+
+
+def remove_unfinished(folder: Path, older_than: float = 3600.0) -> None:
+    """Remove the temporary files of `replacing` in a folder and those below, which killed processes left there.
+
+    Args:
+        folder: of files that `replacing` writes.
+        older_than: seconds since a file was last changed; another process may still write a younger one.
+    """
+    for path in folder.rglob(".*.tmp"):
+        with suppress(FileNotFoundError):
+            if _TEMPORARY.fullmatch(path.name) and time.time() - path.stat().st_mtime > older_than:
+                path.unlink()
 
 
 @contextmanager

@@ -12,9 +12,11 @@ again only if its audio file changed.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+import stat
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -22,7 +24,6 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from pal import long_clips
 from pal.backbone.audio_kv import AudioKV
@@ -31,7 +32,7 @@ from pal.conversations import read_question
 from pal.data.tables import SUFFIXES, is_metadata
 from pal.digest import digest
 from pal.errors import AudioError, BundleError
-from pal.files import replacing, sha256, write_json
+from pal.files import remove_unfinished, sha256, write_json, write_tensors
 from pal.types import EncodedClip
 
 if TYPE_CHECKING:
@@ -81,6 +82,8 @@ class IndexReport:
     failed: dict[str, str] = field(default_factory=dict)
     """Audio files that could not be read, and why; they have no entry."""
     notes: list[str] = field(default_factory=list)
+    passed_over: int = 0
+    """Files whose names do not end as those of audio files do."""
 
 
 @dataclass(frozen=True)
@@ -168,15 +171,16 @@ class FolderIndex:
         names = {path: path.relative_to(folder).as_posix() for path in paths}
         if before and not before.keys() & set(names.values()):
             raise BundleError(
-                f"{self.path}: none of its {len(before)} clips is in {folder}; give the folder that it was made of, or "
-                "index this one under another path"
+                f"{self.path}: none of its {len(before)} clips is in {folder}; give the folder that it was made of; if "
+                "this is it, and all its files are others now, delete the index or give another path"
             )
+        remove_unfinished(self.path)
         for path in progress(paths):
             old = before.pop(names[path], None)
             try:
                 source = _source(path, names[path], None if old is None else old.source)
             except OSError as error:  # what is stored is still true of what was there
-                report.failed[names[path]] = f"it cannot be read ({error.strerror}); check its permissions"
+                report.failed[names[path]] = _unreadable(path, error)
                 continue
             if old is not None and old.source.sha256 == source.sha256:
                 report.unchanged += 1
@@ -280,35 +284,62 @@ def _digest(model: PalModel, store: Store) -> str:
 
 
 def audio_files(folder: Path) -> tuple[list[Path], IndexReport]:
-    """Audio files in a folder and those below it, sorted, and a report with the folders that cannot be listed."""
+    """Audio files in a folder and those below it, sorted, and a report with the folders that cannot be listed.
+
+    Links to folders are followed, but for those to a folder that they are in.
+    """
     unread: list[OSError] = []
     found: list[Path] = []
-    for where, _, files in os.walk(folder, onerror=unread.append):
-        found += [Path(where, name) for name in files if Path(name).suffix.lower() in SUFFIXES]
     report = IndexReport()
+    for where, folders, files in os.walk(folder, onerror=unread.append, followlinks=True):
+        here = Path(where)
+        round_again = [name for name in folders if here.resolve().is_relative_to((here / name).resolve())]
+        folders[:] = [name for name in folders if name not in round_again]
+        report.notes += [f"{here / name} is a link to a folder that it is in; not followed" for name in round_again]
+        own = [here / name for name in files if not is_metadata((here / name).relative_to(folder))]
+        heard = [path for path in own if path.suffix.lower() in SUFFIXES]
+        found += heard
+        report.passed_over += len(own) - len(heard)
     for error in unread:
         report.failed[Path(error.filename).relative_to(folder).as_posix()] = f"it cannot be listed ({error.strerror})"
-    return sorted(path for path in found if not is_metadata(path.relative_to(folder))), report
+    return sorted(found), report
+
+
+def _unreadable(path: Path, error: OSError) -> str:
+    """What is wrong with a file that the system does not open, with the remedy."""
+    if path.is_symlink() and not path.exists():
+        return f"it is a link to {path.readlink()}, which is not there; mend or remove the link"
+    if path.exists() and not path.is_file():
+        return "it is no ordinary file; write it to one first"
+    remedy = "check its permissions" if isinstance(error, PermissionError) else "check the disk or the network"
+    return f"it cannot be read ({error.strerror}); {remedy}"
 
 
 def _source(path: Path, name: str, old: ClipSource | None) -> ClipSource:
     """The audio file as it is now; it is read only if its size or time has changed."""
     status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError(errno.EINVAL, "no ordinary file")
     same = old is not None and (old.size, old.changed) == (status.st_size, status.st_mtime_ns)
     content = old.sha256 if old is not None and same else sha256(path)
     return ClipSource(name, status.st_size, status.st_mtime_ns, content)
 
 
 def _about_index(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        raise BundleError(f"{path}: there is no such index; make it with: pal index FOLDER --out {path}")
+    again = "delete it and index the folder again, or give another path"
     if not (path / _ABOUT).is_file():
-        raise BundleError(f"{path}: is no folder index; make it with: pal index FOLDER --out {path}")
+        raise BundleError(f"{path}: is no folder index, it has no {_ABOUT}; give another path")
     try:
         about: dict[str, Any] = json.loads((path / _ABOUT).read_text(encoding="utf-8"))
-        if about["format"] == _FORMAT and about["store"] in STORES and isinstance(about["digest"], str):
+        known = about["format"] == _FORMAT
+        if known and about["store"] in STORES and isinstance(about["digest"], str):
             return about
     except (ValueError, KeyError, TypeError):
-        pass
-    raise BundleError(f"{path / _ABOUT}: is no folder index of this version; index the folder again")
+        raise BundleError(f"{path}: its {_ABOUT} is incomplete or no JSON; {again}") from None
+    what = f"its {_ABOUT} says what no index says" if known else f"its format is {about['format']!r}, not {_FORMAT}"
+    raise BundleError(f"{path}: {what}; {again}")
 
 
 def _about(file: Path) -> dict[str, Any]:
@@ -326,8 +357,7 @@ def _about(file: Path) -> dict[str, Any]:
 def _write(file: Path, clip: EncodedClip, about: dict[str, Any]) -> None:
     tensors = {str(i): x_AE.cpu().contiguous() for i, x_AE in enumerate(clip.x_AE)}
     text = json.dumps(about)
-    with replacing(file) as temporary:
-        save_file(tensors, temporary, metadata={"about": text, "sha256": digest(tensors, text)})
+    write_tensors(file, tensors, {"about": text, "sha256": digest(tensors, text)})
 
 
 def _read(file: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
@@ -346,4 +376,6 @@ def describe(report: IndexReport, clips: Sequence[StoredClip]) -> str:
     done = f"{report.added} added, {report.unchanged} unchanged"
     done += f", {report.removed} removed" if report.removed else ""
     done += f", {len(report.failed)} failed" if report.failed else ""
+    others = f"{report.passed_over} other file{'s' * (report.passed_over != 1)} passed over"
+    done += f", {others}" if report.passed_over else ""
     return f"{len(clips)} clips ({done}), {seconds / 60:.1f} minutes of audio, {size:,} bytes"

@@ -11,6 +11,7 @@ everything anew.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -53,8 +54,8 @@ class LiveAudio:
     """
 
     def __init__(self, model: PalModel, window: float | None = None, int8: bool = False) -> None:
-        if window is not None and window <= 0:
-            raise ConfigError(f"a stream's window is a number of seconds above 0, not {window:g}")
+        if window is not None and not (isinstance(window, int | float) and 0 < window < math.inf):
+            raise ConfigError(f"a stream's window is a number of seconds above 0, not {window!r}")
         self.model = model
         self.window, self.int8 = window, int8
         self.samples = 0
@@ -180,13 +181,17 @@ class LiveAudio:
             session.read(before)
             self._session = (before, session)
         session = self._session[1]
-        if stream.kv is not None and stream.kv.tokens > session.tokens:
-            session.hear(stream.kv.view(session.tokens))
-        mark = session.mark()
-        if stream.rest is not None:
-            session.hear(stream.rest)
-        said_1N = session.answer(after, **options)
-        session.back_to(mark)
+        try:
+            if stream.kv is not None and stream.kv.tokens > session.tokens:
+                session.hear(stream.kv.view(session.tokens))
+            mark = session.mark()
+            if stream.rest is not None:
+                session.hear(stream.rest)
+            said_1N = session.answer(after, **options)
+            session.back_to(mark)
+        except BaseException:  # it holds a part of the question, or of a layer
+            self._session = None
+            raise
         text: str = model.tokenizer.batch_decode(said_1N, skip_special_tokens=True)[0]
         return text.strip()
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import shutil
 
 import numpy as np
@@ -15,7 +16,7 @@ from typer.testing import CliRunner
 from pal import folder_index, long_clips
 from pal.app.cli import app
 from pal.backbone.audio_kv import AudioKV
-from pal.errors import BundleError, PromptError
+from pal.errors import BundleError, PalError, PromptError
 from pal.folder_index import STORES, FolderIndex, StoredSizes
 from pal.types import EncodedClip
 from tests.models import noise, tiny_model
@@ -112,7 +113,10 @@ def test_an_index_is_not_emptied_by_another_folder(model, folder, tmp_path):
     (tmp_path / "empty").mkdir()
     write(tmp_path / "other" / "x.wav", 0.3)
     for other in ("empty", "other"):
-        with pytest.raises(BundleError, match=r"none of its 5 clips is in .*; give the folder that it was made of"):
+        with pytest.raises(
+            BundleError,
+            match=r"none of its 5 clips is in .*; give the folder that it was made of.* delete the index or give another",
+        ):
             made.update(tmp_path / other, model)
     assert len(made.clips()) == 5
 
@@ -130,7 +134,7 @@ def test_what_cannot_be_reached_keeps_its_entry(model, folder, monkeypatch):
     assert list(report.failed) == ["a.wav"] and "Permission denied" in report.failed["a.wav"] and not report.removed
     walk = os.walk
 
-    def partly(top, onerror):
+    def partly(top, onerror, followlinks):
         onerror(PermissionError(13, "Permission denied", str(folder / "inner")))
         return (step for step in walk(top) if not step[0].endswith("inner"))
 
@@ -210,10 +214,10 @@ def test_indexes_of_others_are_refused(model, folder):
         FolderIndex.open(made.path, other)
     with pytest.raises(BundleError, match="stores kv, not int8"):
         FolderIndex.open(made.path, model, "int8")
-    with pytest.raises(BundleError, match="no folder index; make it with: pal index FOLDER"):
+    with pytest.raises(BundleError, match=r"is no folder index, it has no index.json; give another path"):
         FolderIndex(folder)
     (made.path / "index.json").write_text(json.dumps({"format": "pal-folder-index-1", "store": "kv"}))
-    with pytest.raises(BundleError, match="no folder index of this version"):
+    with pytest.raises(BundleError, match="incomplete or no JSON; delete it"):
         FolderIndex(made.path)
 
 
@@ -278,6 +282,69 @@ def test_a_clip_that_is_read_as_far_as_it_goes_has_a_note(model, folder, store):
     assert report.added == 5 and len(report.notes) == 1 and "b.flac: read as far as it goes" in report.notes[0]
 
 
+@pytest.mark.parametrize("content", ['{"format": "pal-fol', "", "[]", '{"format": "pal-folder-index-1"}'])
+def test_a_description_that_cannot_be_read_has_a_remedy_that_works(model, folder, content):
+    made, _ = indexed(folder, model)
+    (made.path / "index.json").write_text(content)
+    for again in (lambda: FolderIndex(made.path), lambda: FolderIndex.open(made.path, model)):
+        with pytest.raises(BundleError, match="delete it and index the folder again, or give another path"):
+            again()
+    shutil.rmtree(made.path)
+    assert indexed(folder, model)[1].added == 5
+
+
+def test_another_format_is_named(model, folder):
+    made, _ = indexed(folder, model)
+    about = json.loads((made.path / "index.json").read_text())
+    (made.path / "index.json").write_text(json.dumps({**about, "format": "pal-folder-index-9"}))
+    with pytest.raises(BundleError, match="its format is 'pal-folder-index-9', not pal-folder-index-1"):
+        FolderIndex(made.path)
+
+
+def test_links_are_followed_once_and_what_is_no_file_is_listed(model, folder, tmp_path):
+    write(tmp_path / "elsewhere" / "f.wav", 0.5, 7)
+    (folder / "link").symlink_to(tmp_path / "elsewhere")
+    (folder / "inner" / "up").symlink_to(folder)
+    (folder / "gone.wav").symlink_to(tmp_path / "nowhere.wav")
+    os.mkfifo(folder / "pipe.wav")
+    made, report = indexed(folder, model)
+    assert [clip.source.path for clip in made.clips()] == sorted([*LENGTHS, "link/f.wav"])
+    assert report.notes == [f"{folder / 'inner' / 'up'} is a link to a folder that it is in; not followed"]
+    assert report.failed == {
+        "gone.wav": f"it is a link to {tmp_path / 'nowhere.wav'}, which is not there; mend or remove the link",
+        "pipe.wav": "it is no ordinary file; write it to one first",
+    }
+    assert report.passed_over == 1  # notes.txt
+    assert "1 other file passed over" in folder_index.describe(report, made.clips())
+
+
+def test_what_killed_processes_left_is_removed_later(model, folder):
+    made, _ = indexed(folder, model)
+    left = [made.path / "26" / f".x.safetensors.{'3f' * 16}.tmp", made.path / f".index.json.{'0a' * 16}.tmp"]
+    young = made.path / "26" / f".y.safetensors.{'3f' * 16}.tmp"
+    for path in (*left, young):
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"half")
+    for path in left:
+        os.utime(path, (0, 0))
+    made.update(folder, model)
+    assert not any(path.exists() for path in left) and young.exists()
+
+
+@pytest.mark.parametrize("store", ["kv", "features"])
+def test_a_full_disk_is_one_line_and_leaves_nothing(model, folder, store):
+    made = FolderIndex.open(folder.with_name("new.palidx"), model, store)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+    try:
+        with pytest.raises(PalError, match=r"cannot be written: .*; make room, or give another path"):
+            made.update(folder, model)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert [path for path in made.path.rglob("*") if path.is_file()] == [made.path / "index.json"]
+    assert made.update(folder, model).added == 5
+
+
 def test_sizes_of_the_three_forms(model):
     sizes = StoredSizes.of_seconds(model, 1.3)
     clip = model.index((noise(1.3).numpy(), 16_000))
@@ -303,7 +370,7 @@ def bundle(model, tmp_path_factory):
 def test_commands(model, folder, bundle, monkeypatch):
     done = run("index", folder, "--model", bundle)
     out = folder.with_name("sounds.palidx")
-    assert done.exit_code == 0 and f"{out}: 5 clips (5 added, 0 unchanged)" in done.stdout
+    assert done.exit_code == 0 and f"{out}: 5 clips (5 added, 0 unchanged, 1 other file passed over)" in done.stdout
     assert "MB as int8" in done.stdout
     answers = {name: model.ask(folder / name, QUESTION, max_new_tokens=6) for name in LENGTHS}
     done = run("ask", out, QUESTION, "--model", bundle, "--max-new-tokens", 6, "--json")
@@ -319,8 +386,27 @@ def test_commands(model, folder, bundle, monkeypatch):
     assert (
         done.exit_code == 1
         and "failed: a.wav: " in done.stderr
-        and "4 clips (0 added, 4 unchanged, 1 failed)" in (done.stdout)
+        and "4 clips (0 added, 4 unchanged, 1 failed, 1 other file passed over)" in (done.stdout)
     )
+
+
+def test_a_folder_without_audio_leaves_no_index(bundle, tmp_path):
+    (tmp_path / "texts").mkdir()
+    for files, says in ((0, "no name ends"), (2, "no name of its 2 files ends")):
+        for number in range(files):
+            (tmp_path / "texts" / f"{number}.mp4").write_bytes(b"film")
+        done = run("index", tmp_path / "texts", "-m", bundle)
+        assert done.exit_code == 1 and says in done.stderr and ".wav" in done.stderr
+    assert not list(tmp_path.glob("*.palidx"))
+
+
+def test_names_with_line_breaks_stay_in_their_rows(folder, bundle):
+    write(folder / "two\nlines.wav", 0.4, 9)
+    assert run("index", folder, "-m", bundle).exit_code == 0
+    ask = ("ask", folder.with_suffix(".palidx"), QUESTION, "-m", bundle, "--max-new-tokens", "2")
+    lines = run(*ask).stdout.splitlines()
+    assert len(lines) == 7 and any(line.startswith("two lines.wav") for line in lines)
+    assert "two\nlines.wav" in {one["clip"] for one in json.loads(run(*ask, "--json").stdout)}
 
 
 def test_commands_with_wrong_options(folder, bundle, tmp_path):
@@ -332,8 +418,7 @@ def test_commands_with_wrong_options(folder, bundle, tmp_path):
     done = run("ask", tmp_path / "none.palidx", QUESTION, "--model", bundle, "--when")
     assert done.exit_code == 1 and "--when is for audio files" in done.stderr
     done = run("ask", tmp_path / "none.palidx", QUESTION, "--model", bundle)
-    assert done.exit_code == 1 and "no folder index; make it with" in done.stderr
-    (tmp_path / "empty").mkdir()
-    assert run("index", tmp_path / "empty", "--model", bundle).exit_code == 0
+    assert done.exit_code == 1 and "there is no such index; make it with: pal index FOLDER" in done.stderr
+    FolderIndex.open(tmp_path / "empty.palidx", tiny_model("pal"))
     done = run("ask", tmp_path / "empty.palidx", QUESTION, "--model", bundle)
     assert done.exit_code == 1 and "holds no clip" in done.stderr

@@ -1,5 +1,7 @@
 """Streams: audio in chunks has the keys and values, and the answers, of the same audio as a file."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -283,6 +285,22 @@ def test_a_session_begins_anew_where_the_text_before_the_clip_differs():
     assert live.ask(QUESTION, **beams) == model.ask((samples.numpy(), 16_000), QUESTION, **beams)
 
 
+@pytest.mark.parametrize("integration", ["plits", "lal"])
+def test_a_question_that_is_interrupted_leaves_the_stream_as_it_was(integration, monkeypatch):
+    model = model_of(integration)
+    samples = noise(4.1, 1)
+    live = model.listen()
+    live.append(samples[:48_500])
+    first = live.ask(QUESTION, max_new_tokens=6)
+    with monkeypatch.context() as patch:
+        patch.setattr(Session, "generate", lambda self, *given, **more: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            live.ask(QUESTION, max_new_tokens=6)
+    assert live.ask(QUESTION, max_new_tokens=6) == first
+    live.append(samples[48_500:])
+    assert live.ask(QUESTION, max_new_tokens=6) == model.ask((samples.numpy(), 16_000), QUESTION, max_new_tokens=6)
+
+
 def test_storage_is_not_copied_at_each_append():
     model = model_of("lal")
     live = model.listen()
@@ -316,7 +334,8 @@ def test_what_is_no_stream_of_samples():
         live.append([0.1])
     with pytest.raises(AudioError, match="closed"):
         live.ask(QUESTION)
-    with pytest.raises(ConfigError, match="above 0, not -1"):
-        model.listen(window=-1.0)
+    for window in (-1.0, 0, math.nan, math.inf, "2"):
+        with pytest.raises(ConfigError, match=f"above 0, not {window!r}"):
+            model.listen(window=window)
     with pytest.raises(ConfigError, match="no time of their own"):
         model_of("lal", "qformer").listen(window=1.0)

@@ -13,6 +13,7 @@ from pal.config import parse
 from pal.data.prompts import encode, user_turn
 from pal.errors import AudioError, BundleError, ConfigError, PalError, PromptError
 from pal.model_config import ModelConfig
+from pal.probe.when import most_attended
 from pal.types import AUDIO, IGNORE, Batch, Tokens
 from tests.models import INTEGRATIONS, LLM, noise, pal, tiny_model, tone
 
@@ -83,6 +84,24 @@ def test_an_indexed_clip_answers_alike(model, tmp_path):
     assert model.ask(indexed, QUESTION) == model.ask(clip(1.3), QUESTION)
     indexed.save(tmp_path / "clip.safetensors")
     assert model.ask(AudioKV.load(tmp_path / "clip.safetensors"), [QUESTION]) == [model.ask(clip(1.3), QUESTION)]
+
+
+def test_keys_of_several_clips_are_several_clips(model):
+    both = AudioKV.concat([model.index(clip(1.3)), model.index(clip(0.7, 1))])
+    question = f"<audio><audio>{QUESTION}"
+    details = [model.ask_detailed(given, question, max_new_tokens=6)[0] for given in (both, [both[0], both[1]])]
+    assert details[0].text == details[1].text and details[0].audio_tokens == details[1].audio_tokens
+    assert model.ask(both, [QUESTION, QUESTION], max_new_tokens=6) == [
+        model.ask(both[i], QUESTION, max_new_tokens=6) for i in range(2)
+    ]
+    with pytest.raises(PromptError):
+        model.ask(both, "<audio> alone")
+    with pytest.raises(PromptError):
+        model.chat().ask(f"<audio>{QUESTION}", both)
+    with pytest.raises(AudioError, match="stands for 2 clips, not for one"):
+        model.generate([both], [Tokens([5, AUDIO, 6], [0])])
+    with pytest.raises(AudioError, match="stands for 2 clips, not for one"):
+        most_attended(model, both, QUESTION, "a")
 
 
 def test_an_indexed_clip_of_another_model_is_refused(model):

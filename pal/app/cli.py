@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -97,6 +98,7 @@ def ask(
         raise PromptError("--when shows seconds of one clip; ask about one")
     if Path(question).is_file():
         raise PromptError(f"the last argument is the question, but '{question}' is a file")
+    _check_clips(clips)
     if len(clips) == 1 and clips[0].rstrip("/").endswith(".palidx"):
         if when or allow_urls or read_to_end:
             name = "--when" if when else "--allow-urls" if allow_urls else "--read-to-end"
@@ -104,12 +106,15 @@ def ask(
         indexing.ask_folder(Path(clips[0]), question, model, max_new_tokens, other_weights, as_json)
         return
     started = time.perf_counter()
+    from pal.clips import clip_list, read_clip
+
     loaded = load_model(model, other_weights)
     if loaded.config.notice:
         note(loaded.config.notice)
-    audio = [stored_clip(clip) for clip in clips]
+    audio = clip_list([stored_clip(clip) for clip in clips])
+    if when and len(audio) > 1:
+        raise PromptError(f"--when shows seconds of one clip, and {clips[0]} holds {len(audio)}; leave it out")
     if when:  # read once, with the same options
-        from pal.clips import read_clip
         from pal.probe.when import most_attended
 
         audio = [read_clip(audio[0], loaded.sampling_rate, allow_urls=allow_urls, read_to_end=read_to_end)]
@@ -124,11 +129,11 @@ def ask(
             note(line)
         typer.echo(answer.text)
         if when:
-            spans = most_attended(loaded, audio[0], question, answer.text)
+            spans = most_attended(loaded, audio[0], question, answer.text) if answer.text else []
             shown = ", ".join(f"{one.start:.1f} to {one.end:.1f} s ({one.share:.0%})" for one in spans)
-            typer.echo(f"attention, which is no proof: {shown}")
+            typer.echo(f"attention, which is no proof: {shown or 'an empty answer attends to nothing'}")
         return
-    spans = most_attended(loaded, audio[0], question, answer.text) if when else []
+    spans = most_attended(loaded, audio[0], question, answer.text) if when and answer.text else []
     print_json(
         {
             "answer": answer.text,
@@ -142,6 +147,20 @@ def ask(
             **({"most_attended": [vars(one) for one in spans]} if when else {}),
         }
     )
+
+
+def _check_clips(clips: Sequence[str]) -> None:
+    """Raise PromptError for what is no clip, before a model is loaded."""
+    from pal.audio.urls import is_url
+
+    for clip in clips:
+        indexed = clip.rstrip("/").endswith(".palidx")
+        if indexed and len(clips) > 1:
+            raise PromptError(f"{clip} is an indexed folder, which is asked one question, without other clips")
+        if Path(clip).is_dir() and not indexed:
+            raise PromptError(f"{clip} is a folder; index it with: pal index {clip}, and ask what that writes")
+        if len(clips) > 1 and not (is_url(clip) or Path(clip).exists()):
+            raise PromptError(f"there is no file '{clip}'; all but the last argument are clips, and it is the question")
 
 
 app.command()(indexing.index)

@@ -13,7 +13,7 @@ import typer
 from pal.app.loading import load_model
 from pal.app.options import AllowUrls, AsJson, Model, OtherWeights, ReadToEnd
 from pal.app.output import note, print_json, shows_progress
-from pal.errors import AudioError, AudioWarning
+from pal.errors import AudioError, AudioWarning, shortened
 
 _T = TypeVar("_T")
 
@@ -45,6 +45,10 @@ def index(
     if Path(audio).is_dir():
         _index_folder(Path(audio), out, store, model, read_to_end, other_weights, as_json)
         return
+    from pal.audio.urls import is_url
+
+    if not (Path(audio).exists() or is_url(audio)):
+        raise AudioError(f"{audio}: there is no such file or folder; check the path")
     if out is None:
         example = Path(audio).with_suffix(".safetensors").name
         raise typer.BadParameter(f"is needed for a single file; give --out {example}", param_hint="--out")
@@ -80,6 +84,8 @@ def _index_folder(
 ) -> None:
     from pal.folder_index import STORES, SUFFIX, FolderIndex, StoredSizes, describe
 
+    if folder.name.endswith(SUFFIX):
+        raise AudioError(f"{folder}: is an index; give the folder of audio files that it was made of")
     folder = folder.resolve()
     out = out or folder.with_name((folder.name or "root") + SUFFIX)
     if out.suffix != SUFFIX:
@@ -87,6 +93,8 @@ def _index_folder(
     kind = next((one for one in STORES if one == store), None)
     if store is not None and kind is None:
         raise typer.BadParameter(f"'{store}' is none of {', '.join(STORES)}", param_hint="--store")
+    if not out.exists():
+        _check_any(folder)
     loaded = load_model(model, other_weights)
     made = FolderIndex.open(out, loaded, kind)
     report = made.update(folder, loaded, read_to_end, progress=_bar)
@@ -100,6 +108,7 @@ def _index_folder(
                 "added": report.added,
                 "unchanged": report.unchanged,
                 "removed": report.removed,
+                "passed_over": report.passed_over,
                 "failed": report.failed,
                 "notes": report.notes,
                 "audio_seconds": sum(clip.seconds for clip in clips),
@@ -121,6 +130,17 @@ def _index_folder(
         raise typer.Exit(1)
 
 
+def _check_any(folder: Path) -> None:
+    """Raise AudioError if a folder holds no audio file; nothing is written then."""
+    from pal.data.tables import SUFFIXES
+    from pal.folder_index import audio_files
+
+    paths, report = audio_files(folder)
+    if not paths and not report.failed:
+        others = f" of its {report.passed_over} files" if report.passed_over else ""
+        raise AudioError(f"{folder}: no name{others} ends as one of an audio file: {', '.join(sorted(SUFFIXES))}")
+
+
 def ask_folder(
     path: Path, question: str, model: str | None, max_new_tokens: int, other_weights: bool, as_json: bool
 ) -> None:
@@ -137,7 +157,7 @@ def ask_folder(
     if as_json:
         print_json([{"clip": name, "answer": answer} for name, answer in answers.items()])
         return
-    rows = [(name, " ".join(answer.split())) for name, answer in answers.items()]
+    rows = [(shortened(name, 300), " ".join(answer.split())) for name, answer in answers.items()]
     widths = [max(len(cell) for cell in column) for column in zip(("clip", "answer"), *rows, strict=True)]
     for row in (("clip", "answer"), *rows):
         typer.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())

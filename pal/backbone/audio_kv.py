@@ -10,13 +10,12 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from pal.backbone.stream_kv import StreamKV
 from pal.digest import digest as content_digest
 from pal.errors import BundleError, PalError
-from pal.files import replacing
+from pal.files import write_tensors
 
 _FORMATS = ("pal-audio-kv-3", "pal-audio-kv-4")
 """Formats of files: the second one is for thinned clips, which earlier readers do not know."""
@@ -153,8 +152,7 @@ class AudioKV:
         """Write one safetensors file, with the digest of the model and of the content, and `more` facts about it."""
         tensors = {name: x.contiguous().cpu() for name, x in self._tensors().items()}
         about = self._about(more)
-        with replacing(Path(path)) as temporary:
-            save_file(tensors, temporary, metadata={"about": about, "sha256": content_digest(tensors, about)})
+        write_tensors(Path(path), tensors, {"about": about, "sha256": content_digest(tensors, about)})
 
     @classmethod
     def load(cls, path: str | Path, digest: str | None = None) -> AudioKV:
@@ -167,6 +165,8 @@ class AudioKV:
         Raises:
             BundleError: another kind of file, a damaged one, or another model's.
         """
+        if Path(path).is_dir():
+            raise BundleError(f"{path} is a folder, not the index of a clip; name a file, or open it as a FolderIndex")
         try:
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}

@@ -296,11 +296,13 @@ class StreamKV:
         """Groups that overlap a time span in seconds: the first, and one past the last."""
         if not self.layout.seconds_per_token:
             raise PalError("this clip's tokens stand for no time of their own and cannot be cut; index the stretch")
+        if not (0 <= start < end < math.inf):
+            raise PalError(
+                f"cannot take {start:g} to {end:g} s of a clip; give its first second, 0 or above, and a later one"
+            )
         seconds = self.layout.seconds_per_token * self.layout.tokens
         first = math.floor(start / seconds + 1e-6)
         last = math.ceil(end / seconds - 1e-6)
-        if not 0 <= first < last:
-            raise PalError(f"cannot take {start:g} to {end:g} s of a clip: the end must lie after the start")
         return first, last
 
     def stretch(self, start: float, end: float) -> tuple[float, float]:

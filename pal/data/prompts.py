@@ -167,8 +167,13 @@ def encode_text(tokenizer: PreTrainedTokenizerBase, text: str, clips: Sequence[i
 def end_of_answer(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """End-of-answer ids: the template's end-of-turn token and the tokenizer's eos."""
     sample = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    labels = encode(tokenizer, sample, [], train=True).labels or []
-    ids = [[label for label in labels if label != IGNORE][-1], tokenizer.eos_token_id]
+    try:
+        labels = encode(tokenizer, sample, [], train=True).labels or []
+        last = [label for label in labels if label != IGNORE][-1:]
+    except PromptError:  # a template that rewrites the question when there is an answer
+        written = tokenizer(render(tokenizer, sample, prompt=False), add_special_tokens=False)["input_ids"]
+        last = [token for token in written if token in tokenizer.all_special_ids][-1:]
+    ids = [*last, tokenizer.eos_token_id]
     return list(dict.fromkeys(token for token in ids if token is not None))
 
 

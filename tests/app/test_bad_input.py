@@ -85,6 +85,19 @@ def test_question_without_clip_and_the_reverse(shipped, tmp_path):
     fail("ask", QUESTION, good, says=["is a file"])
 
 
+def test_more_than_one_question_or_an_index_among_clips(shipped, tmp_path):
+    (tmp_path / "a.wav").write_bytes(wav())
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "x.palidx").mkdir()
+    a, folder, index = (str(tmp_path / name) for name in ("a.wav", "folder", "x.palidx"))
+    fail("ask", a, "Is there a dog?", "Does it rain?", says=["Is there a dog?", "all but the last argument"])
+    fail("ask", index, "dog?", "cat?", says=[index, "is asked one question"])
+    fail("ask", a, index, "dog?", says=[index, "without other clips"])
+    fail("ask", folder, "dog?", says=[folder, "is a folder", f"pal index {folder}"])
+    fail("index", str(tmp_path / "nosuch"), says=["nosuch", "there is no such file or folder"])
+    fail("index", index, says=[index, "is an index"])
+
+
 def test_manifest_with_a_missing_file(shipped, tmp_path):
     row = {"instruction": "What?", "input": "", "audio_id": "gone.wav", "dataset": "d", "task": "t", "output": "dog"}
     path = tmp_path / "m.jsonl"

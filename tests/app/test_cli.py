@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 import pal
 from pal.app import cli
+from pal.backbone.audio_kv import AudioKV
 from tests.app.conftest import NOTICE, STAGE
 from tests.counts import full_only
 from tests.processes import PATIENCE
@@ -91,6 +92,16 @@ def test_ask_two_clips(shipped, scenes, clip):
     assert placed["answer"] == both["answer"]
 
 
+def test_an_index_of_several_clips_is_asked_about_all(shipped, scenes, clip, tmp_path):
+    other = scenes.parent / "audio" / "000001.wav"
+    model = pal.load(shipped.bundle)
+    AudioKV.concat([model.index(clip), model.index(other)]).save(tmp_path / "two.safetensors")
+    both = json.loads(succeed("ask", tmp_path / "two.safetensors", QUESTION, "--json").stdout)
+    apart = json.loads(succeed("ask", clip, other, QUESTION, "--json").stdout)
+    assert (both["answer"], both["audio_tokens"]) == (apart["answer"], apart["audio_tokens"])
+    assert "holds 2" in run("ask", tmp_path / "two.safetensors", QUESTION, "--when").stderr
+
+
 def test_index_then_ask(shipped, clip, tmp_path):
     file = tmp_path / "made" / "clip.safetensors"
     facts = json.loads(succeed("index", clip, "--out", file, "--json").stdout)
@@ -102,7 +113,7 @@ def test_index_then_ask(shipped, clip, tmp_path):
     assert stored["audio_tokens"] == direct["audio_tokens"]
     assert "tokens" in succeed("index", clip, "--out", file).stdout
     assert run("index", clip, "--out", tmp_path / "clip.bin").exit_code == 2
-    assert "clip.safetensors" in run("index", tmp_path / "clip.wav").stderr
+    assert f"{clip.stem}.safetensors" in run("index", clip).stderr
 
 
 def test_train_and_eval(shipped, tmp_path):

@@ -1,5 +1,6 @@
 """Indexed clips: saved, refused, joined, cut, quantised."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -119,7 +120,9 @@ def test_a_slice_of_the_hybrid_is_widened_to_whole_groups():
     assert stored.slice(0.25, 5.0).streams[0].rows_BSD.shape[1] == 2
 
 
-@pytest.mark.parametrize("start, end", [(0.2, 0.1), (-1.0, 0.2), (0.2, 0.2), (5.0, 6.0)])
+@pytest.mark.parametrize(
+    "start, end", [(0.2, 0.1), (-1.0, 0.2), (0.2, 0.2), (5.0, 6.0), (0.0, math.inf), (math.nan, 1.0), (0.0, math.nan)]
+)
 def test_slices_that_are_empty_are_refused(start, end):
     _, _, stored = indexed("lal", 11)
     with pytest.raises(PalError, match="cannot take"):

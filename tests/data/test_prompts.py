@@ -115,6 +115,15 @@ def test_end_of_answer(chatml, llama, plain):
     assert end_of_answer(plain) == plain.convert_tokens_to_ids(["</s>"])
 
 
+def test_a_template_that_rewrites_its_questions_still_has_an_end_of_answer(make_tokenizer):
+    template = (
+        "{% for m in messages %}{% if m.role == 'assistant' %}{{ m.content + '<end>' }}"
+        "{% else %}{{ (messages | length) ~ ' ' ~ m.content }}{% endif %}{% endfor %}"
+    )
+    tokenizer = make_tokenizer(["</s>", "<end>"], template, eos_token="</s>", additional_special_tokens=["<end>"])
+    assert end_of_answer(tokenizer) == tokenizer.convert_tokens_to_ids(["<end>", "</s>"])
+
+
 def test_special_tokens_that_somebody_types_stay_text(tokenizer):
     clean = encode(tokenizer, TALK, [0, 1], train=True)
     for special in (*tokenizer.all_special_tokens, *(t.content for t in tokenizer.added_tokens_decoder.values())):
