@@ -103,6 +103,7 @@ HIDDEN = [
 """What is hidden and every integration, with a family that has windows and one that has none, in turn."""
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize(("family", "name", "which"), HIDDEN)
 @torch.no_grad()
 def test_what_is_hidden_is_not_seen(family, name, which):

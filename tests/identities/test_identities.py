@@ -210,6 +210,7 @@ def test_5_cached_generation_equals_one_full_forward(family, name):
         close(steps_BNV[at], llm(whole).logits[0, -10:-1])
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize(("family", "name"), CROSSED)
 @torch.no_grad()
 def test_5_a_row_without_padding_too(family, name):
@@ -375,6 +376,7 @@ TRAINED = [
 """All weights everywhere; some, with each integration and with each family."""
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize(("family", "name", "what"), TRAINED)
 def test_9_what_is_trained_gets_a_gradient_and_nothing_else_does(family, name, what):
     llm = make_backbone(family)

@@ -10,6 +10,7 @@ import pytest
 from pal.audio import Limits
 from pal.audio.decode import load
 from pal.errors import AudioError
+from pal.serve import access
 from pal.serve.decode_process import DecodeProcesses
 from pal.serve.served import ServeOptions
 from tests.counts import FULL, repeats
@@ -56,7 +57,9 @@ def attacked(target, name):
 
 
 @pytest.mark.torture
-def test_malformed_bodies_have_errors(target):
+def test_malformed_bodies_have_errors(target, monkeypatch):
+    if not FULL:  # some bodies promise more than comes
+        monkeypatch.setattr(access, "FIRST", 2.0)
     report = attacked(target, "malformed")
     assert set(report.kinds) <= {"200", "400", "404", "405", "408", "413", "422"}
     assert report.errors > 0.8 * report.requests

@@ -19,6 +19,7 @@ from pal.evaluate.items import Item
 from pal.evaluate.rules.labels import NearestLabel
 from pal.files import sha256
 from pal.registry import build
+from tests.counts import FULL, full_only
 
 
 class Letters(TextEmbedder):
@@ -204,8 +205,11 @@ def captioned():
 
 @pytest.fixture(scope="module")
 def captions():
-    """The rule, once: METEOR takes seconds and a gigabyte to start."""
-    return build("rule", "captions")
+    """The rule, once. METEOR takes 15 seconds and a gigabyte to start, so only `make torture` has Java."""
+    with pytest.MonkeyPatch.context() as patch:
+        if not FULL:
+            patch.setattr("shutil.which", lambda name: None)
+        return build("rule", "captions")
 
 
 @pytest.fixture(scope="module")
@@ -275,6 +279,8 @@ def test_with_java_alone_spice_names_its_remedy(monkeypatch):
     assert verdict.facts["not_computed"] == dict.fromkeys(("SPICE", "SPIDEr"), f"needs {_SPICE_REMEDY}")
 
 
+@pytest.mark.torture
+@full_only
 @pytest.mark.skipif(shutil.which("java") is None, reason="METEOR and the tokenizer are Java programs")
 def test_with_java_the_official_tokenizer_and_meteor(captions, said):
     exact = [refs[0] for refs in REFERENCES]
