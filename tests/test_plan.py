@@ -186,6 +186,42 @@ def test_flops_of_families(kind: str) -> None:
         assert_counted(recipe("pal", STAGES[stage], llm={"model_type": kind}))
 
 
+def about_shared_clips(model: PalModel, before: int) -> Batch:
+    """Three conversations about each of two clips, which begin alike."""
+    clips = batch_of(model)
+    generator = torch.Generator().manual_seed(1)
+    rows = []
+    for clip in (0, 0, 0, 1, 1, 1):
+        ids = torch.randint(5, 280, (TEXT - before,), generator=generator).tolist()
+        labels = [IGNORE] * (TEXT + 1 - round(ANSWER_SHARE * TEXT)) + ids[-round(ANSWER_SHARE * TEXT) :]
+        rows.append(Tokens([*range(5, 5 + before), AUDIO, *ids], [clip], labels))
+    return Batch(clips.waveforms, rows)
+
+
+SHARING = {"clips": 2, "rows_per_clip": 3, "turns": 1}
+
+
+@pytest.mark.parametrize("integration", ["plits", "lal", "pal", "flamingo"])
+def test_questions_about_one_clip_run_its_rows_once(integration: str) -> None:
+    made = recipe(integration, {**STAGES["connector"], "batch": SHARING})
+    model, _ = prepared(made)
+    one = planned(made)
+    with flop_counter() as counter:
+        loss = model.loss(about_shared_clips(model, before=0)).sum
+        forward = counter.get_total_flops()
+        loss.backward()
+    assert one.forward == forward
+    within(one.backward, counter.get_total_flops() - forward, share=0.003)  # exact but for the hybrid
+    batch = about_shared_clips(model, before=2)
+    saved = saved_bytes(lambda: model.loss(batch).sum, [*model.parameters(), *model.buffers()])
+    # the plan knows of no text before a clip, and counts 2 rows more for two of three conversations
+    within(one.memory.activations, saved, share=0.035)
+    model.llm.shares_prefixes = False
+    with flop_counter() as apart:
+        model.loss(about_shared_clips(model, before=0))
+    assert (apart.get_total_flops() > 1.2 * forward) == (integration in ("plits", "pal"))
+
+
 def test_flops_of_objectives_that_leave_parts_out() -> None:
     text = planned(recipe("plits", {"objective": "text", "train": {"llm": "full"}}))
     assert text.costs["encoder"] == text.costs["connector"] == Cost()

@@ -79,6 +79,17 @@ class StepSize:
     """Recompute a layer's audio K/V in the backward pass; `checkpointing` does so in any case."""
     autocast: bool = False
     """Run matrix products in two-byte numbers, whatever the weights' type."""
+    shares: bool = False
+    """Conversations about one clip begin alike, and share the rows up to its end (`Backbone.shares_prefixes`)."""
+
+    @property
+    def repeats(self) -> int:
+        """Conversations that share a beginning with an earlier one."""
+        return max(0, self.rows - self.clips) if self.shares else 0
+
+    def all_rows(self, audio: int) -> int:
+        """Rows of all conversations, shared ones once; `audio`: audio rows of a clip."""
+        return self.rows * (self.text + audio) - self.repeats * (self.before + audio)
 
     @property
     def rest(self) -> bool:
@@ -107,7 +118,7 @@ class AddedLayerCost:
     """Operations of the last products, which are not recomputed, since backward does not need their output."""
     block: Callable[[bool, int], Cost] | None = None
     """Cost of a cross-attention block before the layer, which attends to the keys in the layer's place, as a function
-    of: whether its input rows need gradients; T, rows of a conversation."""
+    of: whether its input rows need gradients; rows of all conversations."""
 
     def recomputed(self) -> AddedLayerCost:
         """The same with activations of `making` dropped and recomputed in the backward pass."""
@@ -184,13 +195,14 @@ def _last(llm: Backbone, name: str, rows: int) -> float:
 def self_attend(llm: Backbone, step: StepSize, tokens: int, u_grad: bool) -> tuple[Cost, bool]:
     """Cost of `Backbone.self_attend` for clips of `tokens` tokens, and whether the result needs gradients."""
     rows = step.clips * tokens
-    cost, out_grad = _attention_block(llm, step, step.clips, tokens, 0, rows, u_grad, keys_grad=False)
+    cost, out_grad = _attention_block(llm, step, rows, rows, rows * tokens, u_grad, keys_grad=False)
     return cost, u_grad or out_grad
 
 
 def decoder(llm: Backbone, step: StepSize, added: Sequence[AddedCost]) -> Cost:
     """Cost of the LLM over the rows of a step, with everything that the routes add."""
     length = step.text + sum(one.rows for one in added)
+    rows = step.all_rows(length - step.text)
     grad = step.rest or any(one.rows_grad for one in added)
     cost = total(one.making for one in added)
     largest = 0.0
@@ -198,7 +210,7 @@ def decoder(llm: Backbone, step: StepSize, added: Sequence[AddedCost]) -> Cost:
         parts = [one.layers[layer] for one in added if layer in one.layers]
         for part in parts:
             if part.block is not None:
-                cost = cost + part.block(grad, length)
+                cost = cost + part.block(grad, rows)
                 grad = grad or part.grad or step.integration
         joined = [part for part in parts if part.block is None]
         if step.recompute and not step.checkpointing:
@@ -207,22 +219,27 @@ def decoder(llm: Backbone, step: StepSize, added: Sequence[AddedCost]) -> Cost:
         own, grad = _layer(llm, step, length, joined, grad)
         if step.checkpointing and grad:
             # the last product of the layer is not recomputed: backward does not need its output
-            again = own.forward - 2.0 * step.rows * length * llm.ffn_width * llm.width
+            again = own.forward - 2.0 * rows * llm.ffn_width * llm.width
             largest = max(largest, own.saved)
-            own = Cost(own.forward, own.backward + again, step.rows * length * llm.width * llm.dtype.itemsize)
+            own = Cost(own.forward, own.backward + again, rows * llm.width * llm.dtype.itemsize)
         cost = cost + own
-    return cost + Cost(again=largest) + _norm(llm, step, step.rows * length, grad) + _head(llm, step, grad)
+    return cost + Cost(again=largest) + _norm(llm, step, rows, grad) + _head(llm, step, grad)
 
 
 def _layer(
     llm: Backbone, step: StepSize, length: int, joined: Sequence[AddedLayerCost], x_grad: bool
 ) -> tuple[Cost, bool]:
     """Cost of one layer, with computing the audio keys that join its own; and whether its result needs gradients."""
-    rows = step.rows * length
+    rows = step.all_rows(length - step.text)
+    own = step.text - step.before
     keys = sum(part.keys for part in joined)
     pairs = sum((length - step.before) * part.keys if part.pairs is None else part.pairs for part in joined)
+    # a conversation's own rows see all of it, the rows that it shares see one another
+    attended_pairs = step.rows * (length * length + pairs)
+    attended_pairs -= step.repeats * ((length - own) * length + pairs - own * keys)
+    held = rows + (step.rows - step.repeats) * keys
     keys_grad = any(part.grad for part in joined)
-    attended, needs_grad = _attention_block(llm, step, step.rows, length, keys, rows, x_grad, keys_grad, pairs)
+    attended, needs_grad = _attention_block(llm, step, rows, held, attended_pairs, x_grad, keys_grad)
     middle = x_grad or needs_grad
     normed = middle or step.rest
     D, F = llm.width, llm.ffn_width
@@ -237,28 +254,30 @@ def _layer(
 
 
 def _attention_block(
-    llm: Backbone,
-    step: StepSize,
-    batch: int,
-    length: int,
-    keys: int,
-    rows: int,
-    x_grad: bool,
-    keys_grad: bool,
-    pairs: float = 0.0,
+    llm: Backbone, step: StepSize, rows: int, keys: int, pairs: float, x_grad: bool, keys_grad: bool
 ) -> tuple[Cost, bool]:
-    """Cost of norm, projections and attention of `length` rows, audio keys included; whether the result needs grads."""
+    """Cost of norm, projections and attention of all rows to all keys, and whether the result needs gradients.
+
+    Args:
+        llm: the backbone.
+        step: size of the step.
+        rows: of the batch.
+        keys: of the batch; those of its rows, and audio keys.
+        pairs: of a row and a key that it attends to, as a full square.
+        x_grad: whether the rows need gradients.
+        keys_grad: whether audio keys do.
+    """
     D, inner, shared = llm.width, llm.heads * llm.head_width, _kv_width(llm)
     normed = x_grad or step.rest
     q, q_grad = _matrix(llm, step, "q_proj", rows, D, inner, normed)
     k, k_grad = _matrix(llm, step, "k_proj", rows, D, shared, normed, kept=True)
     v, v_grad = _matrix(llm, step, "v_proj", rows, D, shared, normed, kept=True)
     needs_grad = q_grad or k_grad or v_grad or keys_grad
-    mixed = attention(batch, llm.heads, 1, length * length + pairs, llm.head_width, needs_grad)
+    mixed = attention(1, llm.heads, 1, pairs, llm.head_width, needs_grad)
     # attention's output has the memory layout that the output projection takes
     out, out_grad = _matrix(llm, step, "o_proj", rows, inner, D, needs_grad, kept=True)
     size = _size(llm, step)
-    kept = batch * (2 * length * inner + 2 * (length + keys) * shared) * size + 4 * batch * llm.heads * length
+    kept = 2 * (rows * inner + keys * shared) * size + 4 * llm.heads * rows
     if llm.key_norm:
         kept += rows * (inner + shared) * 4 * (1 + step.rest)
     parts = [_norm(llm, step, rows, x_grad), q, k, v, mixed, out, Cost(saved=kept * needs_grad)]

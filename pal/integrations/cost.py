@@ -104,18 +104,18 @@ def _flamingo(route: Flamingo, step: StepSize, tokens: int, llm: Backbone) -> Ad
     own, size = step.integration, step.own_bytes
     keys_grad = own or step.features
 
-    def block(x_grad: bool, length: int) -> Cost:
-        rows, audio = step.rows * length, step.clips * tokens
+    def block(x_grad: bool, rows: int) -> Cost:
+        audio = step.clips * tokens
         cost = linear(audio, route.in_width, shared, keys_grad, own, size)
         cost += linear(audio, route.in_width, shared, keys_grad, own, size, kept=True)
         cost += linear(rows, llm.width, inner, x_grad or own, own, size)
-        cost += attention(step.rows, llm.heads, length, tokens, llm.head_width, x_grad or keys_grad)
+        cost += attention(1, llm.heads, rows, tokens, llm.head_width, x_grad or keys_grad)
         mixed = x_grad or keys_grad
         cost += linear(rows, inner, llm.width, mixed, own, size, kept=True)
         cost += linear(rows, llm.width, ffn, mixed, own, size) + linear(rows, ffn, llm.width, mixed, own, size)
         # queries, attention's output, keys and values; the inputs of both gates, both norms and the GELU
-        attended = 2 * rows * inner + 2 * step.rows * tokens * shared
-        kept = attended + rows * (2 * llm.width + ffn) + step.rows * length * tokens
+        attended = 2 * rows * inner + 2 * (step.rows - step.repeats) * tokens * shared
+        kept = attended + rows * (2 * llm.width + ffn) + rows * tokens
         normed = 4 * (2 * rows * llm.width + audio * route.in_width)
         return cost + Cost(saved=(kept * size + normed) * mixed)
 

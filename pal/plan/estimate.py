@@ -200,6 +200,7 @@ def _stage(model: PalModel, stage: Stage, setting: _Setting, ears: _AudioSide, s
         checkpointing=stage.gradient_checkpointing,
         recompute=stage.recompute_audio,
         autocast=autocast,
+        shares=model.llm.shares_prefixes,
     )
     # an objective may leave out the LLM (tags, ctc), or the audio (text, transcripts)
     added = _added(model, step, streams) if stage.runs_connectors and stage.runs_llm else []

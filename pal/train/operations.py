@@ -64,7 +64,8 @@ class Operations:
         tokens = [stream.lengths[0] / _SECONDS for stream in streams]
         grad = any(stream.x_BAE.requires_grad for stream in streams)
 
-        def counted(clips: int, rows: int, text: float, targets: float, before: float, seconds: float) -> float:
+        def counted(clips: int, rows: int, *lengths: float, shares: bool = False) -> float:
+            text, targets, before, seconds = lengths
             step = StepSize(
                 clips=clips,
                 rows=rows,
@@ -76,15 +77,22 @@ class Operations:
                 features=grad,
                 recompute=False,
                 autocast=stage.precision == "bf16",
+                shares=shares,
             )
             routes = zip(model.integration.routes(), tokens, strict=True) if stage.runs_connectors else ()
             added = [route_cost(route, step, round(per_second * seconds), model.llm) for route, per_second in routes]
             return _both([decoder(model.llm, step, added)])
 
+        def continued(*lengths: float) -> float:
+            """A conversation whose rows up to the end of its clip ran with another one's."""
+            return counted(1, 2, *lengths, shares=True) - counted(1, 1, *lengths)
+
+        self._shares = model.llm.shares_prefixes
         if not stage.runs_llm:
-            self._of_rows = self._of_clips = _Polynomial(lambda *_: 0.0, (1.0,))
+            self._of_rows = self._of_continuations = self._of_clips = _Polynomial(lambda *_: 0.0, (1.0,))
         else:
             self._of_rows = _Polynomial(lambda *lengths: counted(0, 1, *lengths), _BASE)
+            self._of_continuations = _Polynomial(continued, _BASE)
             self._of_clips = _Polynomial(lambda seconds: counted(1, 0, 1, 1, 0, seconds), (_SECONDS,))
         self._llm = stage.runs_llm
 
@@ -97,13 +105,21 @@ class Operations:
         done = sum(seconds) * (self._connecting + self._encoding * (not batch.encoded))
         if not self._llm:
             return done
-        rows = []
+        rows, continuations = [], []
+        begins: tuple[list[int], list[int]] | None = None
         for row in batch.conversations:
             text = len(row.ids) - len(row.clips)
             trained = sum(label != IGNORE for label in row.labels or ())
-            before = row.ids.index(AUDIO) if row.clips else text
-            rows.append((text, trained, before, sum(seconds[clip] for clip in row.clips)))
-        return done + self._of_rows(rows) + self._of_clips([(one,) for one in seconds])
+            heard = sum(seconds[clip] for clip in row.clips)
+            end = len(row.ids) - row.ids[::-1].index(AUDIO) if row.clips else 0
+            begun = (row.ids[:end], list(row.clips)) if 0 < end < len(row.ids) else None
+            if self._shares and begun is not None and begun == begins:
+                continuations.append((text, trained, end - len(row.clips), heard))
+            else:
+                rows.append((text, trained, row.ids.index(AUDIO) if row.clips else text, heard))
+            begins = begun
+        of_clips = self._of_clips([(one,) for one in seconds])
+        return done + self._of_rows(rows) + self._of_continuations(continuations) + of_clips
 
 
 class _Polynomial:

@@ -73,6 +73,21 @@ def test_a_ragged_batch(integration: Any) -> None:
     )
 
 
+@pytest.mark.parametrize("integration", ["plits", "lal", "pal"])
+def test_conversations_that_begin_alike_share_their_beginning(integration: str) -> None:
+    made = test_plan.recipe(integration, {**test_plan.STAGES["projectors"], "recompute_audio": False})
+    model, _ = test_plan.prepared(made)
+    batch = test_plan.about_shared_clips(model, before=8)
+    rows = [*batch.conversations, replace(batch.conversations[0], labels=batch.conversations[0].labels)]
+    batch = replace(batch, conversations=rows)  # the last is no neighbour of those that begin as it does
+    found = Operations(made, made.stages[0], model)([MicroBatch(batch, [], 0)])
+    assert found == pytest.approx(counted(model, batch), rel=0.03)
+    model.llm.shares_prefixes = False
+    apart = Operations(made, made.stages[0], model)([MicroBatch(batch, [], 0)])
+    assert apart == pytest.approx(counted(model, batch), rel=0.03)
+    assert apart > (1.3 if integration == "plits" else 1.0) * found
+
+
 def test_text_before_a_clip_does_not_hear_it() -> None:
     made = test_plan.recipe("lal", test_plan.STAGES["projectors"])
     model, batch = test_plan.prepared(made)
