@@ -101,8 +101,9 @@ def test_kills_while_a_checkpoint_is_written(manifest: Path, whole: Path, tmp_pa
 def test_stops_at_any_step(manifest: Path, whole: Path, tmp_path: Path, workers: int) -> None:
     """Stop and resume, also at the borders of stages, with loader threads and without."""
     chosen = random.Random(workers)
-    borders = [1, 6, 7, 10, 15]
-    at = [chosen.choice(borders) if number % 3 == 0 else chosen.randrange(1, STEPS) for number in range(50)]
+    borders = [1, 5, 6, 9, 10, STEPS - 2]
+    # a stop is agreed on in the step that follows; behind the last one there is nothing to stop
+    at = [chosen.choice(borders) if number % 3 == 0 else chosen.randrange(1, STEPS - 1) for number in range(50)]
     for number, stop in enumerate(at[: repeats(full=50, reduced=1)]):
         out = tmp_path / str(number)
         trainer = Trainer(made(manifest, workers), out)
@@ -117,3 +118,12 @@ def test_stops_at_any_step(manifest: Path, whole: Path, tmp_path: Path, workers:
                 break  # as a kill between two steps
         run(made(manifest, workers), out, resume=True)
         assert_same_run(out, whole)
+
+
+def test_a_stop_before_the_last_step_lets_the_run_end(manifest: Path, whole: Path, tmp_path: Path) -> None:
+    trainer = Trainer(made(manifest), tmp_path / "run")
+    for step in trainer.steps():
+        if step == STEPS - 1:
+            trainer.stop()
+    trainer.finish()
+    assert_same_run(tmp_path / "run", whole)
