@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.counts import FULL, reduced
+from tests.processes import fresh
 
 CPU = "cpu_seconds"
 _BEGUN = pytest.StashKey[float]()
@@ -71,6 +72,12 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     """Add a report up; with several workers they all come to the process that was started."""
     folder = Path(report.nodeid.partition("::")[0]).parent
     _totals[str(folder)] += sum(value for name, value in report.user_properties if name == CPU)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def fork_server() -> None:
+    """The server that starts processes has their imports, whichever test is the first to need it."""
+    fresh()
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

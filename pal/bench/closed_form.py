@@ -108,15 +108,14 @@ def _mllama(step: StepSize, tokens: int, width: int, llm: Backbone) -> AddedCost
     D, F, inner, shared = llm.width, llm.ffn_width, llm.heads * llm.head_width, llm.kv_heads * llm.head_width
     own, size = step.integration, step.own_bytes
 
-    def block(x_grad: bool, length: int) -> Cost:
-        rows = step.rows * length
+    def block(x_grad: bool, rows: int) -> Cost:
         mixed = x_grad or own
         return total(
             [
                 linear(audio, D, shared, own, own, size),
                 linear(audio, D, shared, own, own, size, kept=True),
                 linear(rows, D, inner, mixed, own, size),
-                attention(step.rows, llm.heads, length, tokens, llm.head_width, mixed),
+                attention(1, llm.heads, rows, tokens, llm.head_width, mixed),
                 linear(rows, inner, D, mixed, own, size, kept=True),
                 linear(rows, D, F, mixed, own, size),
                 linear(rows, D, F, mixed, own, size, kept=True),

@@ -36,12 +36,6 @@ SPEED = {"speed": [0.9, 1.1], "gain_db": [-6, 6]}
 STAGE = {"train": {"projectors": True}, "lr": 1e-3, "batch": {"seconds": 6, "rows_per_clip": 2, "bucket": 2}}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def server() -> None:
-    """The server that starts processes has its imports in all tests of a session."""
-    fresh()
-
-
 def data_of(manifest: Path, steps: int, **source: Any) -> StageData:
     source = {"manifest": str(manifest), "augment": SPEED} | source
     made = recipe(manifest, [STAGE | {"steps": steps}], data={"scenes": source})
