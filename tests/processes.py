@@ -17,7 +17,8 @@ PATIENCE = 500.0
 def fresh() -> ForkServerContext:
     """Each starts in a fraction of a second; a spawned one spends most of five on those imports."""
     context: ForkServerContext = torch.multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "peft", "accelerate", "transformers.models.llama.modeling_llama"])
+    imports = ["torch", "peft", "accelerate", "transformers.models.llama.modeling_llama", "hypothesis"]
+    context.set_forkserver_preload(imports)
     return context
 
 

@@ -46,6 +46,8 @@ COMPARED = {"base", "flamingo", "lal-first-third", "lal-plain", "pal", "plits"}
 """Recipes in `real` that differ from `real/lal.yaml` in the integration alone."""
 ALIKE = [path for path in RECIPES if path.parent.name in OTHER_LLMS and path.stem != "pal"]
 ALIKE += [path for path in RECIPES if path.parent.name == "real" and path.stem in COMPARED]
+ALIKE += [path for path in RECIPES if path.stem in ("lal_qformer", "pal_qformer", "tiny-causal")]
+ALIKE += [path for path in RECIPES if path.parent.name == "llama-3.2-3b" and path.stem == "pal"]
 """Recipes that only `make torture` plans, since one like them is planned in any case."""
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.counts import covering
+from tests.counts import covering, full_only
 from tests.product import CHOICES, ENCODERS, FAMILIES, INTEGRATIONS, Choice, check, name
 
 
@@ -16,6 +16,8 @@ def pairs(choice: Choice) -> set[frozenset[str]]:
 
 
 SAMPLE = covering([(choice, frozenset(pairs(choice))) for choice in CHOICES])
+FEW = covering([(choice, frozenset([*choice.encoders, *choice[1:]])) for choice in SAMPLE])
+"""Of those, as few as have everything once, for `make test`."""
 
 
 def test_the_sample_meets_everything() -> None:
@@ -25,6 +27,10 @@ def test_the_sample_meets_everything() -> None:
     assert len(SAMPLE) < len(CHOICES) / 10
 
 
-@pytest.mark.parametrize("choice", SAMPLE, ids=name)
+@pytest.mark.torture
+@pytest.mark.parametrize(
+    "choice",
+    [pytest.param(choice, marks=[] if choice in FEW else [full_only], id=name(choice)) for choice in SAMPLE],
+)
 def test_choices(choice: Choice, tmp_path: Path) -> None:
     check(choice, tmp_path)

@@ -16,6 +16,7 @@ from pal.integrations.filling import rounded
 from pal.registry import build
 from pal.types import AUDIO, IGNORE
 from tests.backbone.test_segments import conversations, seen_in_segments
+from tests.counts import full_only
 from tests.identities.models import CROSSED, INTEGRATIONS, PLACEMENTS, E, features, make_backbone
 from tests.identities.test_packed import GATE, SAME, labelled
 from tests.repeats import Repeats
@@ -86,8 +87,18 @@ def test_filling_changes_nothing(family, name):
             torch.testing.assert_close(grad, expected[key], **same, msg=lambda text, key=key: f"{key}: {text}")
 
 
-# gemma's head is tied to its embeddings
-@pytest.mark.parametrize(("family", "name"), [*(("llama", name) for name in INTEGRATIONS), ("gemma", "lal")])
+VARIANTS = ("lal_first", "lal_some", "lal_shared", "pal_slow", "pal_together", "query_gated")
+"""What differs from others in numbers alone."""
+
+
+@pytest.mark.torture
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [
+        *(pytest.param("llama", name, marks=[full_only] if name in VARIANTS else []) for name in INTEGRATIONS),
+        ("gemma", "lal"),  # whose head is tied to its embeddings
+    ],
+)
 def test_repeated_steps(family, name):
     """Each of several batches, some of one size, gives what it gives by itself, whatever was before it."""
     llm, integration = model(family, name)

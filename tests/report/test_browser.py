@@ -45,6 +45,7 @@ def luminance(tab, what="backgroundColor"):
     )
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_axe_finds_nothing_and_a_phone_is_wide_enough(open_page, report_page, scheme):
     tab = open_page(report_page, PHONE, scheme)

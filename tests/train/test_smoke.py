@@ -27,8 +27,9 @@ RUN = [
     *(RECIPES / "real" / f"{name}.yaml" for name in ("align", "lal", "smol")),
 ]
 """The recipes that are run; those of the other LLMs make the same toys, but for the LLM."""
-SEEN_APART = [SMALLEST / f"{name}.yaml" for name in ("lal_qformer", "pal_qformer")]
-"""Recipes whose connector and integration others of `RUN` have, but not together."""
+SEEN_APART = [SMALLEST / f"{name}.yaml" for name in ("lal", "lal_qformer", "pal_qformer", "plits")]
+SEEN_APART += [RECIPES / "tiny-causal.yaml", RECIPES / "real" / "align.yaml"]
+"""Recipes whose encoder, connector, integration and kind of stages others of `RUN` have, but not together."""
 REAL = sorted((RECIPES / "real").glob("*.yaml"))
 COMPARED = [path for path in REAL if path.stem not in ("align", "smol")]
 """Recipes that differ in the integration alone."""
