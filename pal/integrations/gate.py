@@ -41,7 +41,8 @@ class GateOptions(StrictConfig):
     tokens_per_position: int = Field(default=1, ge=1)
     """Consecutive tokens of a clip, with the summary tokens among them, that share a position id. RoPE turns less over
     a long clip then: with 64, an hour of 90,000 tokens lies within 1,407 positions. Tokens that share one keep their
-    order only in what the encoder says of it. (V2PE, arXiv 2412.09616, has fractional ids for images to this end.)"""
+    order only in what the encoder says of it. (V2PE, arXiv 2412.09616, has fractional ids for images to this end.)
+    The audio of `lal_audio_query` attends to itself at one token a position in any case."""
 
 
 class ScoreGate(nn.Module):
