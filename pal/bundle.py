@@ -19,14 +19,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from pal import shipped, source_tokenizer
 from pal.backbone.finetuning import LoRA
 from pal.config import parse
 from pal.errors import BundleError, WeightsWarning
-from pal.files import MANIFEST, amend, atomic_folder, recover, verify
+from pal.files import MANIFEST, amend, atomic_folder, recover, verify, write_tensors
 from pal.model_config import LLMConfig, ModelConfig
 from pal.sketches import relative_difference, sketch, sketches
 
@@ -86,7 +86,7 @@ def save(
         (temporary / _PROCESSOR).write_text(_json(_processor(model)))
         if description["left_out"]:
             rows = sketches({name: state[name] for name in description["left_out"]})
-            save_file({"sketches": rows}, temporary / _SKETCHES)
+            write_tensors(temporary / _SKETCHES, {"sketches": rows})
         for name, text in (extra or {}).items():
             (temporary / name).write_text(text)
         if description["tokenizer"] is None:
@@ -314,7 +314,7 @@ def _write_weights(kept: Mapping[str, Tensor], folder: Path, dtype: torch.dtype 
         files, before = [_WEIGHTS], ""
     for file, names in zip(files, shards, strict=True):
         tensors = {before + name: _for_disk(kept[name], dtype) for name in names}
-        save_file(tensors, folder / file, metadata={"format": "pt"})
+        write_tensors(folder / file, tensors, {"format": "pt"})
     if len(shards) > 1:
         where = {before + name: file for file, names in zip(files, shards, strict=True) for name in names}
         (folder / _INDEX).write_text(_json({"metadata": {"total_size": total}, "weight_map": where}))

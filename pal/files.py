@@ -201,7 +201,7 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """Write contiguous tensors as a safetensors file, atomically.
 
     Raises:
@@ -212,7 +212,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
 
     try:
         with replacing(path) as temporary:
-            save_file(dict(tensors), temporary, metadata=dict(metadata))
+            save_file(dict(tensors), temporary, metadata=None if metadata is None else dict(metadata))
     except SafetensorError as error:  # which safetensors raises in place of an OSError
         why = str(error).removeprefix("Error while serializing: ").removeprefix("I/O error: ").split(" at path ")[0]
         raise PalError(f"{path}: cannot be written: {why}; make room, or give another path") from None

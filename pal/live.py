@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -54,7 +55,7 @@ class LiveAudio:
     """
 
     def __init__(self, model: PalModel, window: float | None = None, int8: bool = False) -> None:
-        if window is not None and not (isinstance(window, int | float) and 0 < window < math.inf):
+        if window is not None and not (isinstance(window, Real) and 0 < window < math.inf):
             raise ConfigError(f"a stream's window is a number of seconds above 0, not {window!r}")
         self.model = model
         self.window, self.int8 = window, int8

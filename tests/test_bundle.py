@@ -2,6 +2,7 @@
 
 import json
 import re
+import resource
 import warnings
 
 import pytest
@@ -9,8 +10,8 @@ import torch
 
 from pal.backbone.finetuning import LoRA
 from pal.bundle import cast, read_architecture, source_digests, source_weights
-from pal.errors import BundleError, WeightsWarning
-from pal.files import amend
+from pal.errors import BundleError, PalError, WeightsWarning
+from pal.files import amend, sha256
 from pal.model import PalModel
 from tests.models import INTEGRATIONS, LLM, noise, pal, tiny_model
 
@@ -321,3 +322,18 @@ def test_bundles_of_earlier_versions_have_a_line_break_after_each_clip(tmp_path)
     amend(tmp_path / "m", {"config.json": json.dumps(description).encode()})
     assert pal.load(tmp_path / "m").config.after_clip == "\n"
     assert read_architecture(tmp_path / "m")[0].after_clip == "\n"
+
+
+def test_a_full_disk_is_one_line_and_leaves_the_old_bundle(tmp_path):
+    model = tiny_model("lal")
+    model.save_pretrained(tmp_path / "model")
+    before = sha256(tmp_path / "model" / "manifest.json")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        with pytest.raises(PalError, match=r"cannot be written: .*; make room, or give another path"):
+            model.save_pretrained(tmp_path / "model")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    assert sha256(tmp_path / "model" / "manifest.json") == before

@@ -120,7 +120,7 @@ def test_several_encoders_with_routes_of_their_own():
 def test_a_window_keeps_the_last_seconds_as_they_were_heard(integration, encoders):
     model = model_of(integration, encoders=encoders)
     samples = noise(9.0, 4)
-    live = model.listen(window=2.0)
+    live = model.listen(window=np.float32(2.0))
     for chunk in chunks(samples, 40, 6):
         live.append(chunk)
     whole = model.index((samples.numpy(), 16_000))

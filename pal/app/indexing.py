@@ -157,7 +157,7 @@ def ask_folder(
     if as_json:
         print_json([{"clip": name, "answer": answer} for name, answer in answers.items()])
         return
-    rows = [(shortened(name, 300), " ".join(answer.split())) for name, answer in answers.items()]
+    rows = [(shortened(name, len(name)), " ".join(answer.split())) for name, answer in answers.items()]
     widths = [max(len(cell) for cell in column) for column in zip(("clip", "answer"), *rows, strict=True)]
     for row in (("clip", "answer"), *rows):
         typer.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())

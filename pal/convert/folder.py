@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from pal.encoders import weights
+from pal.files import write_tensors
 
 
 @dataclass(frozen=True)
@@ -29,14 +30,12 @@ class Converted:
 
 def write(converted: Converted, folder: Path) -> None:
     """Write `config.json`, `model.safetensors` and the further files into an existing folder."""
-    from safetensors.torch import save_file
-
     # cloned where they share memory, which safetensors refuses
     own = {
         name: tensor.contiguous() if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
         for name, tensor in converted.tensors.items()
     }
-    save_file(own, folder / weights.WEIGHTS, metadata={"format": "pt"})
+    write_tensors(folder / weights.WEIGHTS, own, {"format": "pt"})
     (folder / weights.CONFIG).write_text(json.dumps(converted.config, indent=1) + "\n")
     for write_others in converted.others:
         write_others(folder)
