@@ -6,8 +6,8 @@ import os
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
-from torch import Tensor
 
 from pal.audio import Limits, load_into
 from pal.audio import seconds as length_of
@@ -77,9 +77,9 @@ class _Blocks:
 
     def __init__(self, live: LiveAudio, size: int) -> None:
         self.live, self.size = live, size
-        self.waiting: list[Tensor] = []
+        self.waiting: list[np.ndarray] = []
 
-    def append(self, part_N: Tensor) -> None:
+    def append(self, part_N: np.ndarray) -> None:
         """Take a part."""
         self.waiting.append(part_N)
         if sum(map(len, self.waiting)) >= self.size:
@@ -88,5 +88,5 @@ class _Blocks:
     def flush(self) -> None:
         """Give what is waiting to the stream."""
         if self.waiting:
-            self.live.append(torch.cat(self.waiting))
+            self.live.append(torch.from_numpy(np.concatenate(self.waiting)))
         self.waiting = []

@@ -1,19 +1,17 @@
-"""`load`: paths, bytes, file objects and arrays become mono waveforms, whole or not at all.
+"""`load_into`: paths, bytes, file objects and arrays become mono samples, whole or not at all.
 
 Decoders conceal damage: libsndfile silently plays half a WAV, an MP3 with a hole or a truncated Ogg file.
 So each container's header or checksums are read first (`containers`, `flac`, `mpeg`, `ogg`), and the
 decoded samples must have the declared length. Files are decoded in blocks, each mixed down and
-resampled, so that no header can cause a large allocation.
+resampled, so that no header can cause a large allocation. Nothing here needs torch, so that the processes in which a
+server decodes (`pal.serve.decode_worker`) are small: a fork of a process with torch takes several times as long.
 """
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import IO, Any, Protocol
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from pal.audio import containers, flac, mpeg, ogg, sndfile
 from pal.audio.libav import Track
@@ -36,51 +34,9 @@ Source = str | os.PathLike[str] | bytes | IO[bytes] | tuple[Any, int]
 class Parts(Protocol):
     """What takes decoded samples part by part, as a list does."""
 
-    def append(self, part_N: Tensor, /) -> object:
+    def append(self, part_N: np.ndarray, /) -> object:
         """Take a part, float32 [n]."""
         ...
-
-
-@dataclass(frozen=True)
-class Waveform:
-    """Mono samples at the model's rate, with the clip's name and length."""
-
-    samples_N: Tensor
-    """Mono float32."""
-    rate: int
-    """Rate of the samples in Hz, as requested."""
-    seconds: float
-    """Length of the source, by its own rate."""
-    name: str
-    """Path, or name of another source."""
-    note: str | None = None
-    """With `read_to_end`, if the length could not be verified: one sentence with the reason."""
-
-
-def load(
-    source: Source, rate: int, limits: Limits = _LIMITS, name: str | None = None, read_to_end: bool = False
-) -> Waveform:
-    """Decode a clip, mix it down to mono and resample it.
-
-    Args:
-        source: a path; the bytes of a file; a file object open for reading bytes; or (array, rate)
-            with samples [N] or [N, channels], floats in -1..1 or integers of full scale.
-        rate: of the result in Hz.
-        limits: input limits.
-        name: name of a source without a path, for messages.
-        read_to_end: read a file of unverifiable length (a streamed WAV or FLAC; truncated MPEG audio, Ogg or FLAC) to
-            its end and set `note` of the result. Truncated WAV, Wave64, AIFF, AU and CAF are still refused.
-
-    Files may be WAV, AIFF, AU, CAF, Wave64, FLAC, MPEG audio (MP3 and layers I and II), Ogg Vorbis, Opus and Ogg FLAC,
-    and with the `av` package m4a, mp4, webm and FLAC of an odd number of bits.
-
-    Raises:
-        AudioError: one line with name, fault and remedy. A file that ends before its declared
-            end, or declares no end (a streamed WAV or FLAC), is refused: results are never shortened.
-    """
-    parts: list[Tensor] = []
-    seconds, shown, note = load_into(parts, source, rate, limits, name, read_to_end)
-    return Waveform(torch.cat(parts), rate, seconds, shown, note)
 
 
 def load_into(
@@ -203,7 +159,7 @@ def _from_file(data: bytes, rate: int, limits: Limits, read_to_end: bool, parts:
     if reader is None:
         return _from_track(Track(data, read_to_end=read_to_end), rate, limits, parts)
     if read_to_end and reader is flac.read_header:
-        tried: list[Tensor] = []
+        tried: list[np.ndarray] = []
         try:
             found = _from_parts(data, reader(data), rate, limits, read_to_end, tried)
         except DecodeError:  # libFLAC returns nothing of a block whose end is cut

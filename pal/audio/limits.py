@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from torch import Tensor
+import numpy as np
 
 from pal.audio.pcm import Mixer
 from pal.audio.stream_info import CONVERT, DecodeError
@@ -47,7 +47,7 @@ class Limits:
         return max_frames, too_long
 
     def mixer(
-        self, source_rate: int, channels: int, frames: int | None, rate: int, sink: Callable[[Tensor], object]
+        self, source_rate: int, channels: int, frames: int | None, rate: int, sink: Callable[[np.ndarray], object]
     ) -> Mixer:
         """Mixer for the blocks of a source under these limits. Raises DecodeError as `check` does."""
         return Mixer(source_rate, rate, *self.check(source_rate, channels, frames), sink)

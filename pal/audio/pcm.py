@@ -4,8 +4,6 @@ from collections.abc import Callable
 
 import numpy as np
 import soxr
-import torch
-from torch import Tensor
 
 from pal.audio.stream_info import DecodeError
 
@@ -37,7 +35,7 @@ class Mixer:
     """
 
     def __init__(
-        self, source_rate: int, rate: int, max_frames: int, too_long: DecodeError, sink: Callable[[Tensor], object]
+        self, source_rate: int, rate: int, max_frames: int, too_long: DecodeError, sink: Callable[[np.ndarray], object]
     ) -> None:
         self.frames = 0
         """Samples of each channel so far."""
@@ -73,10 +71,4 @@ class Mixer:
     def _give(self, mono_N: np.ndarray) -> None:
         self._made += len(mono_N)
         if len(mono_N):
-            self._sink(torch.from_numpy(mono_N))
-
-
-def resample(samples_N: Tensor, rate: int, to: int) -> Tensor:
-    """Mono samples [N] at another rate: float32 [about N * to / rate], at least one."""
-    resampled_N = torch.from_numpy(soxr.resample(samples_N.cpu().float().numpy(), rate, to))
-    return resampled_N if len(resampled_N) else samples_N[:1].cpu().float()
+            self._sink(mono_N)

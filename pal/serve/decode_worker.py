@@ -1,6 +1,7 @@
 """The processes in which a server decodes: a fork server, and a process forked from it for each clip.
 
-The fork server imports what decoding needs, once, and never sees a byte of a clip. A forked process reads one clip from
+The fork server imports what decoding needs, once, and never sees a byte of a clip. It has no torch, since a process
+with torch takes several times as long to fork. A forked process reads one clip from
 its socket, decodes it under limits, writes frames of samples and one last frame, and ends. So a file can neither stop
 the server nor change what the decoder makes of another client's file, and a crash costs a fork rather than a start.
 """
@@ -24,9 +25,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
+import numpy as np
 from soundfile import LibsndfileError
-from torch import Tensor
 
 from pal.audio import Limits, load_into
 from pal.audio.decode import Parts
@@ -110,10 +110,10 @@ class SentParts:
     def __init__(self, connection: socket.socket) -> None:
         self.connection = connection
 
-    def append(self, part_N: Tensor, /) -> None:
+    def append(self, part_N: np.ndarray, /) -> None:
         """Write samples, float32 [n]."""
-        for piece_N in part_N.split(_PIECE):
-            send_frame(self.connection, SAMPLES, piece_N.numpy().tobytes())
+        for start in range(0, len(part_N), _PIECE):
+            send_frame(self.connection, SAMPLES, part_N[start : start + _PIECE].tobytes())
 
 
 def main() -> None:
@@ -127,7 +127,6 @@ def run(decode: DecodesInto) -> None:
     """A fork server whose processes decode with a function; returns when the other side of its socket is closed."""
     control = socket.socket(fileno=int(sys.argv[-1]))
     prctl = ctypes.CDLL(None).prctl if sys.platform == "linux" else None
-    torch.set_num_threads(1)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a service manager sends it to all; the server ends this one
     gc.freeze()  # so that a collection in a forked process copies no pages
     living: set[int] = set()

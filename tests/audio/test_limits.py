@@ -99,7 +99,7 @@ class Counted:
 
     samples = 0
 
-    def append(self, part_N: torch.Tensor) -> None:
+    def append(self, part_N: np.ndarray) -> None:
         self.samples += len(part_N)
 
 

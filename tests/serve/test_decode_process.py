@@ -45,6 +45,13 @@ def hostile(count=2, seconds=60.0, memory=64 << 20):
         made.close()
 
 
+def test_the_fork_server_has_no_torch():
+    """A process with torch takes several times as long to fork."""
+    program = "import sys; import pal.serve.decode_worker; print('torch' in sys.modules, 'soundfile' in sys.modules)"
+    said = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=120)
+    assert said.stdout.split() == ["False", "True"]
+
+
 @pytest.fixture(scope="module")
 def processes():
     with hostile() as made:

@@ -7,8 +7,7 @@ import os
 
 import pytest
 
-from pal.audio import Limits
-from pal.audio.decode import load
+from pal.audio import Limits, load
 from pal.errors import AudioError
 from pal.serve import access
 from pal.serve.decode_process import DecodeProcesses

@@ -74,7 +74,7 @@ def deaf(monkeypatch: pytest.MonkeyPatch) -> None:
     for encoder in (Tiny, Whisper):
         monkeypatch.setattr(encoder, "forward", None)
     monkeypatch.setattr("pal.audio.load", None)
-    monkeypatch.setattr("pal.audio.decode.load", None)
+    monkeypatch.setattr("pal.audio.waveform.load", None)
 
 
 def test_the_same_run_bit_for_bit(data: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pal.audio.decode import load, seconds
+from pal.audio import load, seconds
 from pal.data import tables
 from pal.data.curriculum.effects import Samples
 from pal.data.curriculum.questions import Rng
