@@ -38,10 +38,10 @@ def read(source: Any, limits: Limits) -> bytes:
             data = found
         else:
             with _opened(found, limits) as stream:
-                data = _read_stream(stream, limits)
+                data = read_stream(stream, limits.max_bytes)
     elif callable(getattr(source, "read", None)):
         try:
-            data = _read_stream(source, limits)
+            data = read_stream(source, limits.max_bytes)
         except DecodeError:
             raise
         except Exception as error:  # any error of a library's file object
@@ -87,7 +87,7 @@ def mapped(path: str | os.PathLike[str], limits: Limits) -> Iterator[bytes]:
         try:
             data: Any = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
         except (OSError, ValueError):  # an empty file, or a file system that cannot
-            data = _read_stream(stream, limits)
+            data = read_stream(stream, limits.max_bytes)
     try:
         yield cast(bytes, data)
     finally:
@@ -188,9 +188,14 @@ def _opened(source: str | os.PathLike[str], limits: Limits) -> Iterator[IO[bytes
         raise DecodeError("there is no such file", "check the path") from None
 
 
-def _read_stream(stream: IO[bytes], limits: Limits) -> bytes:
+def read_stream(stream: IO[bytes], limit: int) -> bytes:
+    """All bytes of a file object, or `limit` + 1 of them; memory is taken as they come.
+
+    Raises:
+        DecodeError: it gives something else.
+    """
     parts = []
-    left = limits.max_bytes + 1
+    left = limit + 1
     while left > 0:
         part = stream.read(min(left, _PART))  # which allocates as many
         if not isinstance(part, (bytes, bytearray)):

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import SplitResult, quote, unquote, unquote_to_bytes, urlsplit
 
+from pal.audio.reading import read_stream
 from pal.audio.stream_info import DecodeError
 from pal.errors import shortened
 
@@ -138,7 +139,7 @@ def _fetched(url: str, limit: int) -> bytes:
         if answer.status not in (200, 203):
             raise ValueError(f"the server answers {answer.status} {answer.reason}")
         lengths = {length.strip() for length in answer.headers.get_all("Content-Length", [])}
-        data: bytes = answer.read(limit + 1)
+        data = read_stream(answer, limit)
         left = answer.length  # of the announced bytes; None where the server announced none
         encoding = answer.headers.get("Content-Encoding", "identity").strip().lower()
     if len(data) > limit:
