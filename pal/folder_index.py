@@ -286,7 +286,7 @@ def _digest(model: PalModel, store: Store) -> str:
 def audio_files(folder: Path) -> tuple[list[Path], IndexReport]:
     """Audio files in a folder and those below it, sorted, and a report with the folders that cannot be listed.
 
-    Links to folders are followed, but for those to a folder that they are in.
+    Links to folders are followed, but for those to a folder that they are in. Indexes are left out.
     """
     unread: list[OSError] = []
     found: list[Path] = []
@@ -294,7 +294,7 @@ def audio_files(folder: Path) -> tuple[list[Path], IndexReport]:
     for where, folders, files in os.walk(folder, onerror=unread.append, followlinks=True):
         here = Path(where)
         round_again = [name for name in folders if here.resolve().is_relative_to((here / name).resolve())]
-        folders[:] = [name for name in folders if name not in round_again]
+        folders[:] = [name for name in folders if name not in round_again and not name.endswith(SUFFIX)]
         report.notes += [f"{here / name} is a link to a folder that it is in; not followed" for name in round_again]
         own = [here / name for name in files if not is_metadata((here / name).relative_to(folder))]
         heard = [path for path in own if path.suffix.lower() in SUFFIXES]

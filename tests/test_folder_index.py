@@ -307,6 +307,8 @@ def test_links_are_followed_once_and_what_is_no_file_is_listed(model, folder, tm
     (folder / "inner" / "up").symlink_to(folder)
     (folder / "gone.wav").symlink_to(tmp_path / "nowhere.wav")
     os.mkfifo(folder / "pipe.wav")
+    (folder / "inner" / "old.palidx").mkdir()
+    (folder / "inner" / "old.palidx" / "index.json").write_text("{}")
     made, report = indexed(folder, model)
     assert [clip.source.path for clip in made.clips()] == sorted([*LENGTHS, "link/f.wav"])
     assert report.notes == [f"{folder / 'inner' / 'up'} is a link to a folder that it is in; not followed"]
@@ -314,7 +316,7 @@ def test_links_are_followed_once_and_what_is_no_file_is_listed(model, folder, tm
         "gone.wav": f"it is a link to {tmp_path / 'nowhere.wav'}, which is not there; mend or remove the link",
         "pipe.wav": "it is no ordinary file; write it to one first",
     }
-    assert report.passed_over == 1  # notes.txt
+    assert report.passed_over == 1  # notes.txt; an index is none
     assert "1 other file passed over" in folder_index.describe(report, made.clips())
 
 
