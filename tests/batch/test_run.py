@@ -23,7 +23,7 @@ def rows_of(out):
 
 
 def ask(clips, out, model, questions=QUESTIONS, **options):
-    return run(read_input(clips, questions), out, model, max_new_tokens=SHORT, **options)
+    return run(read_input(clips, questions), out, model, **{"max_new_tokens": SHORT, **options})
 
 
 def stopping_after(tasks):
@@ -197,6 +197,7 @@ def test_runs_that_do_not_fit_are_refused(clips, model, tmp_path):
         ask(clips, out, model, progress=stopping_after(2))
     for options, what in (
         ({"questions": QUESTIONS[:1]}, "another 'questions'"),
+        ({"max_new_tokens": SHORT + 1}, "another 'max_new_tokens'"),
         ({"read_to_end": True}, "another 'read_to_end'"),
         ({"model": tiny_model(seed=1)}, "another model"),
     ):

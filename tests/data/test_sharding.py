@@ -123,6 +123,17 @@ def test_a_stopped_run_goes_on(manifest: Path, tmp_path: Path, monkeypatch: pyte
         shard(manifest, manifest.parent, 4000)
 
 
+def test_a_shard_whose_clips_changed_is_written_again(manifest: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    shard(manifest, out, 100_000)
+    (out / "manifest.jsonl").unlink()  # as after a stop
+    soundfile.write(tmp_path / "in" / "a.wav", np.zeros(900), RATE)
+    shard(manifest, out, 100_000)
+    assert check_shards(out).ok
+    moved, old = Manifest(out / "manifest.jsonl")[0], Manifest(manifest)[0]
+    assert pal.audio.clip_bytes(moved.clips[0]) == Path(old.clips[0]).read_bytes()
+
+
 def test_missing_clips_are_named_before_anything_is_written(manifest: Path, tmp_path: Path) -> None:
     (tmp_path / "in" / "a.wav").unlink()
     with pytest.raises(ManifestError, match=r"line 1: no audio file '.*a\.wav'"):

@@ -20,6 +20,8 @@ from pal.errors import AudioError, TrainingError
 from pal.model import PalModel
 from pal.train import run
 from pal.train.curves import read_log
+from pal.train.distributed import HostReduce
+from pal.train.quarantine import LeftOut, Quarantine
 from pal.train.recipe import Recipe
 from pal.train.sources import StageData, open_sources
 from pal.train.step import Update
@@ -309,3 +311,22 @@ def test_ten_kinds_of_faults(tmp_path: Path, caplog: pytest.LogCaptureFixture) -
     assert len(reasons) >= (8 if FULL else 4)
     assert not (tmp_path / "run-faulty" / "skipped_steps.jsonl").exists()
     assert quarantined(tmp_path / "run-clean") == []
+
+
+class OfTwo(HostReduce):
+    """The exchange of the first of two processes; the other one says the same, with other records."""
+
+    def __init__(self) -> None:
+        super().__init__(1)
+
+    def gather(self, text: str) -> list[str]:
+        return [text, text.replace("mine", "theirs")]
+
+
+def test_the_list_has_the_records_that_all_processes_left_out(tmp_path: Path) -> None:
+    quarantine = Quarantine(tmp_path / "quarantine.jsonl", 1, OfTwo(), writes=True)
+    left_out = [LeftOut("a.wav", "a.wav: is bad", "scenes", ("mine1", "mine2"))]
+    assert quarantine.meet(3, left_out) == (4, None)
+    quarantine.close()
+    (line,) = read_log(quarantine.path)
+    assert (line["step"], line["records"]) == (3, ["mine1", "mine2", "theirs1", "theirs2"])

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from pal.errors import ConfigError
 from pal.model import PalModel
 from pal.train import Trainer, curves, run
 from pal.train.curves import read_log
@@ -137,3 +139,17 @@ def test_a_finished_run_is_left_alone(manifest: Path, whole: Path) -> None:
 def test_workers_and_prefetch_change_nothing(manifest: Path, whole: Path, tmp_path: Path) -> None:
     run(recipe(manifest, keep={"checkpoint_every": 100, "log_every": 1, "workers": 3, "prefetch": 5}), tmp_path)
     assert_same_run(tmp_path, whole)
+
+
+def test_data_that_came_since_are_refused(manifest: Path, tmp_path: Path) -> None:
+    """An optional source that was missing: the batches of the steps to come would be others."""
+    late = tmp_path / "late.jsonl"
+    data = {"scenes": {"manifest": str(manifest)}, "late": {"manifest": str(late), "optional": True}}
+    next(iter(Trainer(recipe(manifest, data=data), tmp_path / "run").steps()))
+    trainer = Trainer(recipe(manifest, data=data), tmp_path / "run", resume=True)
+    trainer.stop()
+    with pytest.raises(SystemExit):
+        list(trainer.steps())
+    shutil.copy(manifest, late)
+    with pytest.raises(ConfigError, match="data 'late' was missing when the run was started"):
+        list(Trainer(recipe(manifest, data=data), tmp_path / "run", resume=True).steps())

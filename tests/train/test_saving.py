@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from pal.errors import PalError
 from pal.train import checkpoint, shards
 from pal.train.checkpoint import State
 from pal.train.distributed import ALONE, Writers
@@ -143,3 +144,15 @@ def test_names_of_the_files_of_several_writers() -> None:
         "weights-00003-of-00003.safetensors",
     ]
     assert ALONE.file("optimizer") == "optimizer.safetensors"
+
+
+def test_no_checkpoint_of_which_another_process_could_not_write_its_part(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """This one of two processes is not the one that fails."""
+    blocks = iter([0, 1])  # how many others fail, block by block
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda failed, group: failed.add_(next(blocks)))
+    two = Writers(0, 2, object())
+    with pytest.raises(PalError, match="1 of 2 processes could not write the checkpoint"):
+        checkpoint.save(tmp_path, State(step=1), recipe(), {"w": torch.ones(1)}, {}, 2, two)
+    assert not list(tmp_path.iterdir())

@@ -120,3 +120,16 @@ def test_the_number_of_steps_is_that_of_the_batches(
         assert known.steps(epochs) == planned.steps(epochs)
     for step in (*range(planned.steps(1)), 77, 40):
         assert known[step] == planned[step]
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_process_without_clips_of_its_own_counts_nothing(tmp_path: Path, accumulate: int) -> None:
+    """One clip of a batch, for three processes: all run the same passes, and the clip counts once."""
+    data = sources(tmp_path, {"a": 3}, batch={"clips": 1, "accumulate": accumulate})
+    asked: list[list[bool]] = []
+    for part in range(3):
+        counts: list[bool] = []
+        data.micro_batches(0, part, 3, lambda _, requests, to=counts: to.extend(c for _, c in requests) or [])
+        asked.append(counts)
+    assert [len(counts) for counts in asked] == [accumulate] * 3
+    assert [sum(counts) for counts in asked] == [1, 0, 0]

@@ -265,6 +265,22 @@ def test_the_best_weights_that_a_checkpoint_knows_outlive_later_ones(
     assert_equal(stepped(one, tmp_path / "cut", resume=True), after(manifest, tmp_path / "reference", 2))
 
 
+def test_an_earlier_best_does_not_stand_in_for_one_that_is_damaged(
+    manifest: Path, tmp_path: Path, accuracies: dict[int, float], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Before the next checkpoint the weights of both are there."""
+    accuracies.update({1: 0.1, 2: 0.5, 3: 0.9, 4: 0.2, 5: 0.2, 6: 0.2})
+    one = made(manifest, {"manifest": str(manifest), **SMALL}, keep={"checkpoint_every": 100})
+    trainer = Trainer(one, tmp_path / "run")
+    for step in trainer.steps():
+        if step == 5:
+            assert len(list((tmp_path / "run" / "best").iterdir())) == 3
+            for path in (tmp_path / "run" / "best" / "step0000003").glob("*.safetensors"):
+                path.write_bytes(path.read_bytes()[:-1])
+    assert "the best weights, of step 3, are damaged or missing; the last are kept" in caplog.text
+    assert_equal(weights(trainer.model), after(manifest, tmp_path / "reference", 6))
+
+
 def test_best_weights_that_are_damaged_are_not_taken(
     manifest: Path, tmp_path: Path, accuracies: dict[int, float], caplog: pytest.LogCaptureFixture
 ) -> None:
