@@ -7,6 +7,7 @@ import time
 import pytest
 
 from pal import memory
+from pal.conversations import read_question
 from pal.serve import engine as engine_module
 from pal.serve import reading
 from pal.serve.engine import Engine
@@ -79,6 +80,31 @@ def test_several_answers_share_their_prompt_and_are_those_of_their_seeds(engine)
     assert texts == [one.wait()[0] for one in each]
     assert len(set(texts)) > 1
     assert three.end.usage.completion == sum(one.end.usage.completion for one in each)
+
+
+def test_an_answer_that_ends_early_ends_no_other_of_its_request(engine):
+    options = {"temperature": 1.0, "max_tokens": 12, "seed": 3, "n": 3}
+    whole = ask(engine, QUESTIONS[0], CLIPS[:1], **options).wait()
+    stop = next(one for one in whole[0].split() if not any(one in other for other in whole[1:]))
+    asked = ask(engine, QUESTIONS[0], CLIPS[:1], stop=(stop,), **options)
+    assert asked.wait() == [whole[0][: whole[0].index(stop)].rstrip(), *whole[1:]]
+    assert set(asked.finish) == {0, 1, 2} and asked.finish[0] == "stop"
+    assert engine.stats.answered == 2
+
+
+def test_an_answer_ends_with_the_context(engine, model, monkeypatch):
+    ids = len(read_question("yes", 0, model.tokenizer, model.config.style).tokens[0].ids)
+    monkeypatch.setattr(Engine, "context", ids + 3)
+    asked = ask(engine, "yes", max_tokens=9)
+    assert asked.wait() == [alone(model, "yes", (), 3)]
+    assert asked.finish == {0: "length"} and asked.end.usage.completion == 3
+
+
+def test_what_precedes_a_clip_is_told_apart(engine, model):
+    for system in ("yes", "dog", "bell", "yes"):
+        talk = [{"role": "system", "content": system * 4}, {"role": "user", "content": f"<audio>{QUESTIONS[0]}"}]
+        for _ in range(3):  # the third is read after the beginning of the second
+            assert ask(engine, talk, CLIPS[:1], max_tokens=8).wait() == [alone(model, talk, CLIPS[:1], 8)]
 
 
 def test_a_stop_string_ends_the_answer_before_it(engine, model):
@@ -202,6 +228,15 @@ def reads(monkeypatch):
 
     monkeypatch.setattr(reading.PromptReader, "read", counted)
     return found
+
+
+def test_each_answer_of_a_request_takes_a_place(engine):
+    going = held(engine)
+    asked = [ask(engine, one, CLIPS[:1], max_tokens=8, temperature=1.0, n=3) for one in QUESTIONS[:3]]
+    going.set()
+    for one in asked:
+        one.wait()
+    assert 0 < engine.stats.rows <= engine.batch * engine.stats.steps
 
 
 @pytest.mark.parametrize(("seconds", "expected"), [(0.0, [2, 2, 2, 1]), (1e9, [7])])
