@@ -104,6 +104,16 @@ def test_samples_several_answers_stops_and_log_probabilities(client):
     assert made.message.content == whole[: whole.index(stop)].rstrip() and made.finish_reason == "stop"
 
 
+def test_a_stream_has_the_log_probabilities_of_all_tokens(client):
+    asked = {"max_tokens": 12, "logprobs": True, "top_logprobs": 2}
+    whole = create(client, user(part(CLIPS[0]), says(ASK)), **asked).choices[0].message.content
+    for stop in ([], [whole[3:5]], [whole[:1]]):  # nothing is said of the text of the last tokens
+        made = create(client, user(part(CLIPS[0]), says(ASK)), stop=stop, **asked).choices[0].logprobs.content
+        chunks = create(client, user(part(CLIPS[0]), says(ASK)), stop=stop, stream=True, **asked)
+        found = [chunk.choices[0].logprobs for chunk in chunks]
+        assert [token for one in found if one is not None for token in one.content] == made and made
+
+
 def test_an_indexed_clip_is_named_by_its_handle(running, client, model):
     made = client.post(
         "/audio/index", body={"model": "tiny", "input_audio": part(CLIPS[2])["input_audio"]}, cast_to=object
@@ -128,6 +138,32 @@ def test_a_transcription_asks_for_the_words(client, model):
         model="tiny", file=("dog.flac", wav(CLIPS[1], "FLAC")), prompt=ASK, response_format="text"
     )
     assert str(text).strip() == alone(model, ASK, CLIPS[1:2], 24)
+
+
+def test_a_transcription_has_its_temperature(running, monkeypatch):
+    asked, submit = [], running.engine.submit
+    monkeypatch.setattr(running.engine, "submit", lambda request: (asked.append(request.options), submit(request)))
+    form = {"model": "tiny", "temperature": "0.5"}
+    headers = {"Authorization": f"Bearer {KEY}"}
+    made = httpx.post(
+        f"{running.url}/v1/audio/transcriptions", data=form, files={"file": wav(CLIPS[1])}, headers=headers, timeout=60
+    )
+    assert made.status_code == 200
+    assert (asked[0].temperature, asked[0].max_tokens) == (0.5, 24)
+
+
+def test_each_metric_shows_its_number(running):
+    stats = running.engine.stats
+    with pytest.MonkeyPatch.context() as patch:
+        names = ("steps", "rows", "prompt_tokens", "completion_tokens", "audio_seconds", "clip_hits", "clip_misses")
+        names += ("prefix_hits", "answered", "failed", "cancelled")
+        for number, name in enumerate(names):
+            patch.setattr(stats, name, 100 + number)
+        text = httpx.get(f"{running.url}/metrics", headers={"Authorization": f"Bearer {KEY}"}).text
+    shown = ("steps", "step_rows", "prompt_tokens", "completion_tokens", "audio_seconds", "clip_cache_hits")
+    shown += ("clip_cache_misses", "prefix_cache_hits", "requests_answered", "requests_failed", "requests_cancelled")
+    for number, name in enumerate(shown):
+        assert f'pal_{name}_total{{model="tiny"}} {100.0 + number}\n' in text
 
 
 def test_models_health_metrics_and_documentation(running, client):
@@ -246,6 +282,25 @@ def test_the_key_is_needed(running):
         assert made.status_code == 401 and made.json()["error"]["code"] == "invalid_api_key"
     with pytest.raises(openai.AuthenticationError), running.client(key="other") as client:
         client.models.list()
+
+
+def test_each_path_asks_for_the_key_or_never(running):
+    for path in ("/v1/models", "/v1/nothing", "/metrics", "/page/api/facts"):
+        assert httpx.get(running.url + path).status_code == 401
+    for path in ("/health", "/ready", "/docs", "/openapi.json", "/", "/page/access"):
+        assert httpx.get(running.url + path).status_code == 200
+
+
+def test_a_stopping_server_says_when_to_come_again(running):
+    state = running.server.config.app.state
+    state.stopping = True
+    try:
+        made = post(running, {"model": "tiny", "messages": [user(says("a"))]})
+        assert (made.status_code, made.json()["error"]["code"]) == (503, "stopping")
+        assert int(made.headers["retry-after"]) >= 1
+        assert httpx.get(f"{running.url}/ready").status_code == 503
+    finally:
+        state.stopping = False
 
 
 def test_many_clients_get_the_answers_of_each_alone(running, model):
