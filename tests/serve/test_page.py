@@ -250,6 +250,16 @@ def test_each_word_has_its_attention_over_the_spectrogram(open_page, served):
         assert f"attended most from {start:.2f}" in label and label.endswith(card.locator("canvas + p").inner_text())
         images.append(picture.evaluate("canvas => canvas.toDataURL()"))
     assert len(set(images)) == len(images)
+    page.tab.fill("#from", "1.00")
+    page.tab.press("#from", "Tab")
+    (card,) = page.ask(ASK, 1)
+    with page.tab.expect_response("**/page/api/attention") as made:
+        card.locator("text=Show where it listened").click()
+    found = made.value.json()
+    card.locator(".words button").first.click()
+    best = max(range(len(found["mass"][0]) - 5), key=lambda at: sum(found["mass"][0][at : at + 6]))
+    start = 1.0 + best * found["seconds"] / len(found["mass"][0])  # in the clip, not in the part
+    assert f"attended most from {start:.2f}" in card.locator("canvas").get_attribute("aria-label")
 
 
 def test_errors_are_said_beside_what_caused_them(page):
@@ -283,6 +293,9 @@ def test_errors_are_said_beside_what_caused_them(page):
     (card,) = page.ask(ASK, 1)
     assert "does not answer" in card.locator(".error").inner_text()
     assert page.tab.locator(".error:visible").count() == 1
+    page.tab.route("**/v1/chat/completions", lambda route: route.fulfill(content_type="text/event-stream", body=""))
+    (card,) = page.ask(ASK, 1)
+    assert "the answer broke off" in card.locator(".error").inner_text()
     page.tab.unroute("**/v1/chat/completions")
     (card,) = page.ask(ASK, 1)
     assert card.locator(".answer").inner_text() and not card.locator(".error").is_visible()
