@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from pal.errors import BundleError, PalError
+from pal.errors import BundleError, ConfigError, PalError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -236,6 +236,23 @@ def writing(path: Path) -> Iterator[BinaryIO]:
     """Context manager of a temporary file, which replaces `path` at the end, unless the block raises an error."""
     with replacing(path) as temporary, temporary.open("wb") as file:
         yield file
+
+
+@contextmanager
+def locked(path: Path, refusal: str) -> Iterator[None]:
+    """Hold a lock file, which the operating system frees when the process ends.
+
+    Raises:
+        ConfigError: with the text of `refusal`, where another process holds it.
+    """
+    import fcntl
+
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ConfigError(refusal) from None
+        yield
 
 
 def _sync(path: Path) -> None:

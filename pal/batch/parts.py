@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from pal.errors import BundleError, ConfigError
-from pal.files import jsonable, replacing, write_json, write_text
+from pal.files import jsonable, locked, replacing, write_json, write_text
 
 _SETTINGS, _LOCK, _TEMPORARY = "settings.json", "lock", "temporary"
 _DIGITS = 64
@@ -105,8 +105,12 @@ class AnswerParts:
         settings = jsonable(settings)
         if not overwrite and self.out.exists() and not self.folder.exists():
             raise ConfigError(f"{self.out}: is there already; give another --out, or --overwrite")
+        ours = (self.folder / _LOCK).exists() or self._parts()
+        if not ours and self.folder.is_dir() and any(self.folder.iterdir()):
+            raise ConfigError(f"{self.folder}: is there, and is not of pal batch; move it, or give another --out")
         self.folder.mkdir(parents=True, exist_ok=True)
-        with _locked(self.folder / _LOCK, self.out):
+        refusal = f"{self.out}: another pal batch is writing it; wait for its end, or give another --out"
+        with locked(self.folder / _LOCK, refusal):
             self._remove_temporary()
             path = self.folder / _SETTINGS
             if overwrite:
@@ -205,21 +209,6 @@ class AnswerParts:
         for path in [*before, *([] if kept else [joined])]:
             path.unlink()
         self.reload()
-
-
-@contextmanager
-def _locked(path: Path, out: Path) -> Iterator[None]:
-    """Hold a lock file, which the operating system frees when the process ends."""
-    import fcntl
-
-    with path.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise ConfigError(
-                f"{out}: another pal batch is writing it; wait for its end, or give another --out"
-            ) from None
-        yield
 
 
 def _line(content: Mapping[str, Any]) -> str:

@@ -81,6 +81,7 @@ def run(
     """
     begun = time.monotonic()
     _check_format(out)
+    _check_not_taken(out, given)
     parts = AnswerParts(out)
     with parts.open(
         _settings(given, max_new_tokens, read_to_end), {t.key: t.clips for t in given.tasks}, overwrite=overwrite
@@ -122,7 +123,24 @@ def run(
 
 def failed_list(out: Path) -> Path:
     """File that lists the bad clips of an output."""
-    return out.with_name(f"{out.stem}.failed.jsonl")
+    return out.with_name(f"{out.name}.failed.jsonl")
+
+
+def _check_not_taken(out: Path, given: BatchInput) -> None:
+    """Refuse to write over the input, or over a file that is no list of bad clips."""
+    listed = failed_list(out)
+    for path in (out, listed):
+        if path.exists() and path.samefile(given.path):
+            raise ConfigError(f"{path}: is the input; give another --out")
+    try:
+        lines = [json.loads(line) for line in listed.read_bytes().splitlines()]
+        ours = all(isinstance(line, dict) and line.keys() == {"clip", "error"} for line in lines)
+    except FileNotFoundError:
+        return
+    except (OSError, ValueError):
+        ours = False
+    if not ours:
+        raise ConfigError(f"{listed}: is there, and is no list of bad clips; move it, or give another --out")
 
 
 def _check_format(out: Path) -> None:

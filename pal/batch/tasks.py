@@ -66,11 +66,13 @@ class BatchInput:
         tasks: each clip once, in the order of the input.
         folder: to which clips are named relative in the output, where they lie below it.
         from_manifest: the questions are the manifest's own, so rows have `id` and `expected`.
+        path: of the manifest or folder.
     """
 
     tasks: tuple[ClipTask, ...]
     folder: Path
     from_manifest: bool
+    path: Path
 
     @cached_property
     def single(self) -> bool:
@@ -129,7 +131,7 @@ def read_input(path: Path, questions: Sequence[str] = (), root: Path | None = No
     if path.is_dir():
         if not asked:
             raise PromptError(f"{path}: is a folder, so give questions: --ask QUESTION or --questions FILE")
-        return BatchInput(tuple(_checked(task) for task in _of_folder(path, asked)), path, False)
+        return BatchInput(tuple(_checked(task) for task in _of_folder(path, asked)), path, False, path)
     if not path.exists():
         raise ManifestError(f"{path}: no such file or folder; give a manifest, or a folder of audio files")
     manifest = Manifest(path, root)
@@ -138,8 +140,8 @@ def read_input(path: Path, questions: Sequence[str] = (), root: Path | None = No
     grouped: dict[tuple[str, ...], list[ClipQuestion]] = {}
     for record in manifest:
         grouped.setdefault(record.clips, []).extend(() if asked else _of_record(record))
-    tasks = (ClipTask(clips, asked or tuple(own)) for clips, own in grouped.items())
-    return BatchInput(tuple(_checked(task) for task in tasks), manifest.root or manifest.folder, not asked)
+    tasks = tuple(_checked(ClipTask(clips, asked or tuple(own))) for clips, own in grouped.items())
+    return BatchInput(tasks, manifest.root or manifest.folder, not asked, path)
 
 
 def _of_folder(folder: Path, questions: tuple[ClipQuestion, ...]) -> Iterator[ClipTask]:

@@ -44,8 +44,8 @@ def test_a_bad_clip_is_listed_and_the_status_is_1(shipped, folder, tmp_path):
     result = run("batch", folder, "--ask", QUESTION, "--out", out, "--max-new-tokens", 2)
     assert result.exit_code == 1
     assert "2 answers about 2 clips" in result.stdout and "failed: c.wav: " in result.stderr
-    assert "answers.failed.jsonl" in result.stderr
-    assert json.loads((tmp_path / "answers.failed.jsonl").read_text())["clip"] == "c.wav"
+    assert "answers.jsonl.failed.jsonl" in result.stderr
+    assert json.loads((tmp_path / "answers.jsonl.failed.jsonl").read_text())["clip"] == "c.wav"
 
 
 def test_a_model_that_cannot_be_loaded_is_one_line(folder, tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pyarrow.parquet
@@ -54,8 +55,8 @@ def test_answers_equal_those_of_the_model_and_a_bad_clip_is_listed(clips, model,
     assert found == expected
     assert len({row["answer"] for row in found}) > 3  # what is heard and asked changes what is said
     assert [i for i, error in enumerate(errors) if error] == [4, 5] and "bad.wav" in errors[4]
-    assert rows_of(tmp_path / "answers.failed.jsonl") == [{"clip": "bad.wav", "error": errors[4]}]
-    assert report.failed == {"bad.wav": errors[4]} and report.failed_list == tmp_path / "answers.failed.jsonl"
+    assert rows_of(tmp_path / "answers.jsonl.failed.jsonl") == [{"clip": "bad.wav", "error": errors[4]}]
+    assert report.failed == {"bad.wav": errors[4]} and report.failed_list == tmp_path / "answers.jsonl.failed.jsonl"
     assert (report.clips, report.asked, report.resumed, report.answers) == (5, 5, 0, 8)
     assert report.audio_seconds == pytest.approx(1.9)
 
@@ -103,7 +104,38 @@ def test_a_mended_clip_is_asked_alone(clips, model, asked, tmp_path):
     assert {clip for clip, _ in asked.questions} == {str(clips / "bad.wav")}
     assert report.resumed == 4 and not report.failed
     assert [row["error"] for row in rows_of(out)] == [None] * 10
-    assert not (tmp_path / "answers.failed.jsonl").exists() and not AnswerParts(out).folder.exists()
+    assert not (tmp_path / "answers.jsonl.failed.jsonl").exists() and not AnswerParts(out).folder.exists()
+
+
+def test_no_file_of_another_is_written_over_or_removed(clips, model, tmp_path):
+    manifest = tmp_path / "in.jsonl"
+    line = json.dumps({"audio_id": "clips/a.wav", "question": "What?", "answer": "a"}) + "\n"
+    manifest.write_text(line)
+    shutil.copy(clips / "a.wav", tmp_path / "a.wav")
+    manifest.write_text(line.replace("clips/", ""))
+    for out, overwrite in (("in.jsonl", True), ("in.jsonl", False)):
+        with pytest.raises(ConfigError, match="is the input; give another --out"):
+            ask_manifest(manifest, tmp_path / out, model, overwrite)
+    own = tmp_path / "out.jsonl.failed.jsonl"
+    shutil.copy(manifest, own)
+    with pytest.raises(ConfigError, match="failed.jsonl: is the input"):
+        ask_manifest(own, tmp_path / "out.jsonl", model, True)
+    with pytest.raises(ConfigError, match="is there, and is no list of bad clips; move it"):
+        ask_manifest(manifest, tmp_path / "out.jsonl", model, True)
+    assert own.read_bytes() == manifest.read_bytes()
+    own.write_text("notes\n")
+    with pytest.raises(ConfigError, match="is no list of bad clips"):
+        ask_manifest(manifest, tmp_path / "out.jsonl", model, True)
+    own.unlink()
+    (tmp_path / "out.jsonl.parts").mkdir()
+    (tmp_path / "out.jsonl.parts" / "mine.txt").write_text("mine")
+    with pytest.raises(ConfigError, match="is not of pal batch; move it"):
+        ask_manifest(manifest, tmp_path / "out.jsonl", model, True)
+    assert (tmp_path / "out.jsonl.parts" / "mine.txt").read_text() == "mine"
+
+
+def ask_manifest(manifest, out, model, overwrite):
+    return run(read_input(manifest), out, model, max_new_tokens=3, overwrite=overwrite)
 
 
 def test_a_clip_that_changed_is_asked_again(clips, model, tmp_path):
