@@ -108,10 +108,8 @@ def batch(
         for clip, why in report.failed.items():
             typer.echo(f"failed: {clip}: {why}", err=True)
     if report.failed:
-        note(
-            f"{len(report.failed)} bad clips are listed in {report.failed_list}; mend them and give the same command "
-            "again: these alone are asked"
-        )
+        clips = "1 bad clip is" if len(report.failed) == 1 else f"{len(report.failed)} bad clips are"
+        note(f"{clips} listed in {report.failed_list}; mend and give the same command again: nothing else is asked")
         raise typer.Exit(1)
 
 

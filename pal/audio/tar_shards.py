@@ -143,7 +143,9 @@ def _load(index: Path) -> NDArray[np.void]:
     remedy = "delete it, or copy the shards again"
     try:
         entries: NDArray[Any] = np.load(index, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError):
+    except OSError:
+        raise
+    except Exception:  # numpy evaluates the header as Python's literals, and raises what that raises
         raise DecodeError(f"'{index.name}' is no index of a shard", remedy) from None
     if entries.dtype != ENTRY or entries.ndim != 1:
         raise DecodeError(f"'{index.name}' is no index of a shard", remedy)

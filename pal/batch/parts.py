@@ -105,7 +105,7 @@ class AnswerParts:
         settings = jsonable(settings)
         if not overwrite and self.out.exists() and not self.folder.exists():
             raise ConfigError(f"{self.out}: is there already; give another --out, or --overwrite")
-        ours = (self.folder / _LOCK).exists() or self._parts()
+        ours = self._parts() or any((self.folder / name).exists() for name in (_LOCK, _TEMPORARY))
         if not ours and self.folder.is_dir() and any(self.folder.iterdir()):
             raise ConfigError(f"{self.folder}: is there, and is not of pal batch; move it, or give another --out")
         self.folder.mkdir(parents=True, exist_ok=True)

@@ -54,7 +54,7 @@ def _starts_with_list(path: Path) -> bool:
                 raise ManifestError(f"{path}: {fault}")
             if text := (chunk if number else chunk.removeprefix(_BOM)).strip():
                 return text.startswith(b"[")
-    raise ManifestError(f"{path}: is empty")
+    raise ManifestError(f"{path}: is empty; write a record into each of its lines, as docs/data.md has it")
 
 
 def _index_lines(path: Path) -> tuple[array[int], array[int]]:

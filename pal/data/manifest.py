@@ -94,7 +94,8 @@ class Manifest(RecordSource):
             else:
                 self._index = open_index(self.path, self._state, self._summaries)
         except OSError as error:
-            raise ManifestError(f"{self.path}: cannot be read: {error.strerror}") from error
+            remedy = "give the path of a manifest, a file of JSON Lines"
+            raise ManifestError(f"{self.path}: cannot be read: {error.strerror}; {remedy}") from error
 
     def __reduce__(self) -> tuple[Callable[..., Manifest], tuple[object, ...]]:
         # Opened again, not copied: the arrays of an index are shared by all processes.
@@ -209,6 +210,8 @@ class Manifest(RecordSource):
             return self._record(self._read(file, self._index, at), at, self.locate)
         except (ValueError, RecursionError) as error:
             fault = str(error) if isinstance(error, _FaultError) else f"not valid JSON: {error}"
+            if isinstance(error, UnicodeDecodeError):
+                fault = f"not UTF-8 ({error.reason} at byte {error.start} of it); save the file as UTF-8"
             raise ManifestError(f"{self.path}, {self.where(at)}: {fault}") from None
 
     def _read(self, file: BinaryIO, index: RecordIndex, at: int) -> bytes:

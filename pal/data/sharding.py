@@ -1,12 +1,14 @@
 """Shards: the clips of a manifest in uncompressed tar files, with byte-offset indexes and a manifest of their members.
 
 OUT/
-    shards.json             the manifest that was sharded, and the number of shards; written first
+    shards.json             the manifest that was sharded, and the number of shards; written first, and again at the end
+                            with the SHA-256 of manifest.jsonl
     00000.tar               clips, byte for byte
     00000.tar.index.npy     offset, size, length and SHA-256 of each (`pal.audio.tar_shards`)
     manifest.jsonl          the records, whose clips are `00000.tar/NAME`; written last
 
-Each file is written whole or not at all, and a run that was stopped goes on with the shards that are missing.
+Each file is written whole or not at all. A run that was stopped goes on: shards that are there are compared, byte for
+byte, and those that are missing, damaged or of clips that have changed since are written.
 """
 
 from __future__ import annotations
@@ -28,11 +30,12 @@ import pal.audio
 from pal.audio.tar_shards import TarShard, index_path, member_key, sorted_entries
 from pal.data.manifest import Manifest, portable
 from pal.errors import AudioError, ConfigError, ManifestError
-from pal.files import replacing, write_json, writing
+from pal.files import replacing, sha256, write_json, writing
 
 PLAN = "shards.json"
 MANIFEST = "manifest.jsonl"
 
+_MEND = "copy these again; or run pal data shard again, which writes anew what is damaged"
 _BLOCK = tarfile.BLOCKSIZE
 
 
@@ -56,7 +59,11 @@ class Shards:
     def to_text(self) -> str:
         """Summary in one line."""
         size = f"{self.bytes / 1e6:.1f} MB"
-        return f"{self.manifest}: {self.records} records, {self.clips} clips, {size} in {self.shards} shards"
+        records, clips, shards = (
+            f"{number} {name}{'' if number == 1 else 's'}"
+            for number, name in ((self.records, "record"), (self.clips, "clip"), (self.shards, "shard"))
+        )
+        return f"{self.manifest}: {records}, {clips}, {size} in {shards}"
 
 
 @dataclass
@@ -77,7 +84,7 @@ class ShardReport:
     def to_text(self) -> str:
         """The report as text."""
         lines = [f"{self.folder}: {self.shards} shards, {self.clips} clips, {len(self.bad)} bad"]
-        return "\n".join([*lines, *(f"bad: {fault}" for fault in self.bad), "ok" if self.ok else "copy these again"])
+        return "\n".join([*lines, *(f"bad: {fault}" for fault in self.bad), "ok" if self.ok else _MEND])
 
 
 def shard(
@@ -104,10 +111,11 @@ def shard(
         "root": None if records.root is None else str(records.root),
         "size": size,
     }
-    _begin(out, plan)
+    _check(out, plan)
     shards = list(_planned(records, size))
     names = {clip.path: f"{_name(i)}/{clip.name}" for i, clips in enumerate(shards) for clip in clips}
-    write_json(out / PLAN, plan | {"shards": len(shards)})
+    plan["shards"] = len(shards)
+    write_json(out / PLAN, plan)
     total = sum(len(clips) for clips in shards)
     with tqdm(total=total, desc="clips", delay=2, disable=None if progress else True, file=sys.stderr) as bar:
         for i, clips in enumerate(shards):
@@ -118,34 +126,38 @@ def shard(
     with writing(out / MANIFEST) as file:
         for at, text in enumerate(records.raw()):
             file.write(json.dumps(_moved(text, records, at, names), ensure_ascii=False).encode() + b"\n")
+    write_json(out / PLAN, plan | {"manifest_sha256": sha256(out / MANIFEST)})
     size = sum(clip.size for clips in shards for clip in clips)
     return Shards(str(out / MANIFEST), len(records), total, len(shards), size)
 
 
 def check_shards(folder: str | Path, progress: bool = True) -> ShardReport:
-    """Read every member of the shards in a folder and compare it with the index.
+    """Read every member of the shards in a folder and compare it with the index, and the manifest with its digest.
 
     Raises:
         ConfigError: no folder of `shard`, or one that is not complete.
     """
     folder = Path(folder)
-    count = _known_plan(folder).get("shards")
-    if not isinstance(count, int) or not (folder / MANIFEST).is_file():
+    plan = _known_plan(folder)
+    count, digest = plan.get("shards"), plan.get("manifest_sha256")
+    if not isinstance(count, int) or digest is None or not (folder / MANIFEST).is_file():
         raise ConfigError(f"{folder}: is not complete; run pal data shard again, which goes on")
     report = ShardReport(str(folder), count)
+    if sha256(folder / MANIFEST) != digest:
+        report.bad.append(f"{folder / MANIFEST}: its SHA-256 is not that of {PLAN}")
     for i in tqdm(range(count), "shards", delay=2, disable=None if progress else True, file=sys.stderr):
         path = folder / _name(i)
         if not path.is_file() or not index_path(path).is_file():
             report.bad.append(f"{path}: the shard or its index is missing")
             continue
         try:
-            report.clips += _check(path, report.bad)
+            report.clips += _check_shard(path, report.bad)
         except (pal.audio.DecodeError, OSError, tarfile.TarError) as error:
             report.bad.append(f"{path}: {error}")
     return report
 
 
-def _check(path: Path, bad: list[str]) -> int:
+def _check_shard(path: Path, bad: list[str]) -> int:
     """Compare the members of one shard with its index; returns their number."""
     opened = TarShard(str(path))
     unseen = {int(offset) for offset in opened.entries["offset"]}
@@ -166,6 +178,8 @@ def _check(path: Path, bad: list[str]) -> int:
                     bad.append(f"{path}/{member.name}: is not where the index says")
                 elif hashlib.sha256(data).digest() != entry["sha256"].tobytes():
                     bad.append(f"{path}/{member.name}: its SHA-256 is not the index's")
+                elif not np.array_equal(entry["seconds"], _seconds(data), equal_nan=True):
+                    bad.append(f"{path}/{member.name}: its length is not the index's")
     except tarfile.TarError as error:
         bad.append(f"{path}: after {count} members: {error}")
     if unseen:
@@ -173,12 +187,11 @@ def _check(path: Path, bad: list[str]) -> int:
     return count
 
 
-def _begin(out: Path, plan: dict[str, Any]) -> None:
+def _check(out: Path, plan: dict[str, Any]) -> None:
     """Refuse a folder with something else in it."""
     if out.exists() and not out.is_dir():
         raise ConfigError(f"{out}: is a file; give a folder")
     if not out.is_dir() or not any(out.iterdir()):
-        out.mkdir(parents=True, exist_ok=True)
         return
     known = _known_plan(out)
     other = next((key for key in plan if known.get(key) != plan[key]), None)
@@ -229,16 +242,23 @@ def _planned(records: Manifest, size: int) -> Iterator[list[_ShardClip]]:
 
 
 def _is_written(path: Path, clips: list[_ShardClip]) -> bool:
-    """True if a shard is there as it would be written, by the names and sizes of its members."""
+    """True if a shard is there as it would be written: its index, and the bytes of the clips and of its members."""
     if not path.is_file() or not index_path(path).is_file():
         return False
     try:
-        entries = TarShard(str(path)).entries
+        opened = TarShard(str(path))
+        wanted = sorted((*member_key(clip.name), clip.size) for clip in clips)
+        if [(int(e["key"][0]), int(e["key"][1]), int(e["size"])) for e in opened.entries] != wanted:
+            return False
+        for clip in clips:
+            data, entry = _bytes(clip), opened.find(clip.name)
+            if opened.read(clip.name, clip.size) != data or hashlib.sha256(data).digest() != entry["sha256"].tobytes():
+                return False
+            if not np.array_equal(entry["seconds"], _seconds(data), equal_nan=True):
+                return False
     except (pal.audio.DecodeError, OSError):
         return False
-    wanted = sorted((*member_key(clip.name), clip.size) for clip in clips)
-    found = [(int(e["key"][0]), int(e["key"][1]), int(e["size"])) for e in entries]
-    return found == wanted
+    return True
 
 
 def _write(path: Path, clips: list[_ShardClip]) -> None:

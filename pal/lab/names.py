@@ -11,6 +11,8 @@ def distinct_names(paths: Sequence[Path]) -> list[str]:
     parts = [list(path.parts) for path in paths]
     if len(parts) == 1:
         return [paths[0].name]
+    if not parts:
+        return []
     while min(map(len, parts)) > 1 and len({one[-1] for one in parts}) == 1:
         parts = [one[:-1] for one in parts]
     while min(map(len, parts)) > 1 and len({one[0] for one in parts}) == 1:

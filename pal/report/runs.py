@@ -18,7 +18,7 @@ from pal.plots import MISSING, render
 from pal.report import training
 from pal.report.training import TrainingRun, setting_at
 from pal.train import provenance
-from pal.train.curves import draw_losses, loss_size, read_log
+from pal.train.curves import draw_losses, log_fault, loss_size, read_log
 from pal.train.recipe import differences
 
 DEPTH = 4
@@ -168,10 +168,27 @@ def _summary(path: Path, name: str) -> tuple[RunSummary, TrainingRun | None]:
     except PalError as error:
         return RunSummary(str(path), name, reasons=(str(error),)), None
     except (KeyError, TypeError, AttributeError, ValueError, IndexError, OSError) as error:
-        what = f"its files are not those of a run ({type(error).__name__}: {first_sentence(error)})"
-        return RunSummary(str(path), name, reasons=(what,)), None
+        what = f"its {' or '.join(one for one in _MARKS if (path / one).is_file())} is damaged, or not of pal train"
+        return RunSummary(str(path), name, reasons=(f"{what} ({first_sentence(error)}); copy it again",)), None
     scores, reasons = _scores(path)
+    reasons = [*_damage(path), *reasons]
     return RunSummary(**{**vars(summary), "scores": scores, "reasons": tuple(reasons)}), run
+
+
+def _damage(path: Path) -> Iterator[str]:
+    """What cannot be read of a run's files, though the run can be listed."""
+    fault = log_fault(path / "log.jsonl")
+    if fault is not None:
+        yield f"{fault}; its steps from there on are not shown"
+    for name in ("recipe.json", provenance.FILE):
+        try:
+            whole = isinstance(json.loads((path / name).read_bytes()), dict)
+        except FileNotFoundError:
+            continue
+        except (OSError, ValueError):
+            whole = False
+        if not whole:
+            yield f"{name} is damaged; copy it again"
 
 
 def _validation_accuracies(line: Mapping[str, Any], inside: bool = False) -> Iterator[float]:

@@ -159,17 +159,19 @@ def load_newest(folder: Path, recipe: Recipe) -> Checkpoint | None:
         for left in folder.glob(".step*.tmp"):
             shutil.rmtree(left)
     damaged = False
-    for path in reversed(_folders(folder)):
+    found = _folders(folder)
+    for place, path in reversed(list(enumerate(found))):
         try:
             return _load(path, recipe)
         except BundleError as error:
-            logger.warning("checkpoint %s is damaged (%s); using the one before", path.name, error)
+            instead = "using the one before" if place else "there is none before it"
+            logger.warning("checkpoint %s is damaged (%s); %s", path.name, error, instead)
             aside = path.with_name(path.name + ".damaged")
             shutil.rmtree(aside, ignore_errors=True)
             path.rename(aside)
             damaged = True
     if damaged:
-        logger.warning("%s holds no intact checkpoint", folder)
+        logger.warning("%s holds no intact checkpoint; training begins at step 0", folder)
     return None
 
 

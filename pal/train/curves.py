@@ -65,12 +65,21 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     lines = []
-    for text in path.read_text(encoding="utf-8").split("\n"):
+    for text in path.read_bytes().split(b"\n"):
         try:
             lines.append(json.loads(text))
         except ValueError:
             break
     return lines
+
+
+def log_fault(path: Path) -> str | None:
+    """Where a log is damaged before its last line, so that `read_log` ends there; None where it is whole."""
+    if not path.exists():
+        return None
+    lines = path.read_bytes().splitlines()
+    read = len(read_log(path))
+    return None if read >= len(lines) - 1 else f"{path.name} is damaged in line {read + 1} of {len(lines)}"
 
 
 def draw(logs: Mapping[str, Path], picture: Path) -> bool:

@@ -25,6 +25,8 @@ def naming_disk_faults(folder: Path) -> Iterator[None]:
         number = _errno(error)
         name = getattr(error, "filename", None)
         place = folder if name is None else Path(os.fsdecode(name))
+        if not place.is_absolute() and not place.is_relative_to(folder):
+            place = folder / place  # shutil.rmtree names what is in a folder without the folder
         remedy = "continue with --resume; checkpoints written before are unchanged"
         if number in _FULL:
             fault = f"{os.strerror(number)} ({_free(place)} free)"

@@ -109,7 +109,8 @@ class Quarantine:
         if self._log is not None:
             self._log.close()
         if self._writes and len(self):
-            logger.warning("%d bad clips were left out; %s lists them", len(self), self.path)
+            clips = "1 bad clip was" if len(self) == 1 else f"{len(self)} bad clips were"
+            logger.warning("%s left out; %s lists them", clips, self.path)
 
 
 def _counted(clips: int) -> str:

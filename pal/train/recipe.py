@@ -338,7 +338,11 @@ def _read(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"recipe {path}: {error.strerror}; give the path of a YAML file") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"recipe {path}: not UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8"
+        ) from None
+    except yaml.YAMLError as error:
         raise ConfigError(f"recipe {path}: not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(data, dict):
         raise ConfigError(f"recipe {path}: has no keys; known: {', '.join(sorted(Recipe.model_fields))}")

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
+from pal import files
 from pal.errors import ConfigError
 from pal.files import write_text
 from pal.train import checkpoint
 from pal.train.recipe import Recipe
+
+logger = logging.getLogger(__name__)
 
 
 def is_finished(out: Path) -> bool:
@@ -18,13 +23,36 @@ def is_finished(out: Path) -> bool:
     return (out / "train.json").exists()
 
 
+def locked(out: Path, needed: bool = True) -> AbstractContextManager[None]:
+    """Keep other processes from training into the folder; where `needed` is False, do nothing.
+
+    Raises:
+        ConfigError: another process trains into it.
+    """
+    if not needed:
+        return nullcontext()
+    refusal = f"{out}: another pal train is writing into it; wait for its end, or give another --out"
+    return files.locked(out / ".lock", refusal)
+
+
 def claim(out: Path, recipe: Recipe, resume: bool, overwrite: bool) -> None:
     """Make `out` the output folder of a recipe's run.
 
     Raises:
-        ConfigError: it holds a run and neither `resume` nor `overwrite` is set, or a run of another recipe.
+        ConfigError: it is a file; it holds a run and neither `resume` nor `overwrite` is set, or a run of another
+            recipe; another process trains into it.
     """
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"{out}: is a file; give a folder as --out")
+    out.mkdir(parents=True, exist_ok=True)
+    with locked(out):
+        _claim(out, recipe, resume, overwrite)
+
+
+def _claim(out: Path, recipe: Recipe, resume: bool, overwrite: bool) -> None:
     marker = out / "recipe.json"
+    if resume and not marker.exists():
+        logger.warning("%s holds no run to resume; a new one begins", out)
     if marker.exists() and overwrite and not resume:
         for name in ("checkpoints", "best", "data", "tokenizer", "model", "tensorboard"):
             shutil.rmtree(out / name, ignore_errors=True)

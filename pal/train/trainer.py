@@ -169,7 +169,7 @@ class Trainer:
             SystemExit: with status 130, after `stop`.
         """
         if not self.finished:
-            with naming_disk_faults(self.out):
+            with naming_disk_faults(self.out), run_folder.locked(self.out, self.accelerator.is_main_process):
                 yield from self._stages()
 
     def _stages(self) -> Iterator[int]:

@@ -227,8 +227,10 @@ def test_lists_that_cannot_be_divided(tmp_path, text, message):
 def test_empty_list_and_missing_file(tmp_path):
     (tmp_path / "m.json").write_text(" [ ] ")
     assert list(Manifest(tmp_path / "m.json")) == []
-    assert fault(tmp_path / "none.jsonl") == "cannot be read: No such file or directory"
-    assert fault(tmp_path) == "cannot be read: Is a directory"
+    assert fault(tmp_path / "none.jsonl").startswith("cannot be read: No such file or directory; give the path of")
+    assert fault(tmp_path).startswith("cannot be read: Is a directory; give the path of a manifest")
+    (tmp_path / "void.jsonl").write_text("")
+    assert fault(tmp_path / "void.jsonl").startswith("is empty; write a record into each of its lines")
 
 
 def test_a_manifest_that_changes_is_noticed(tmp_path):

@@ -113,10 +113,11 @@ def test_a_stopped_run_goes_on(manifest: Path, tmp_path: Path, monkeypatch: pyte
         with pytest.raises(ConfigError, match="not complete"):
             check_shards(out)
         monkeypatch.setattr(pal.audio, "clip_bytes", lambda path, seen=seen: seen.append(path) or read(path))
-        left = len(seen)
+        written = {path: path.stat().st_mtime_ns for path in out.glob("*.tar.index.npy")}
+        assert written or stop < 2
         shard(manifest, out, 4000)
         assert {path.name: path.read_bytes() for path in out.iterdir()} == files
-        assert len(seen) - left <= 5 - max(0, stop - 1)  # whole shards are not written again
+        assert all(path.stat().st_mtime_ns == at for path, at in written.items())  # whole shards are not written again
     with pytest.raises(ConfigError, match="another 'size'"):
         shard(manifest, whole, 5000)
     with pytest.raises(ConfigError, match="no folder of shards"):
@@ -127,18 +128,55 @@ def test_a_shard_whose_clips_changed_is_written_again(manifest: Path, tmp_path: 
     out = tmp_path / "out"
     shard(manifest, out, 100_000)
     (out / "manifest.jsonl").unlink()  # as after a stop
-    soundfile.write(tmp_path / "in" / "a.wav", np.zeros(900), RATE)
-    shard(manifest, out, 100_000)
-    assert check_shards(out).ok
-    moved, old = Manifest(out / "manifest.jsonl")[0], Manifest(manifest)[0]
-    assert pal.audio.clip_bytes(moved.clips[0]) == Path(old.clips[0]).read_bytes()
+    changed, size = tmp_path / "in" / "a.wav", (tmp_path / "in" / "a.wav").stat().st_size
+    for samples in (np.zeros(900), np.zeros(800)):  # with another number of bytes, and with the same
+        soundfile.write(changed, samples, RATE)
+        shard(manifest, out, 100_000)
+        assert check_shards(out).ok
+        moved, old = Manifest(out / "manifest.jsonl")[0], Manifest(manifest)[0]
+        assert pal.audio.clip_bytes(moved.clips[0]) == Path(old.clips[0]).read_bytes()
+    assert changed.stat().st_size == size
+
+
+def test_a_damaged_shard_is_written_again(manifest: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    shard(manifest, out, 4000)
+    files = {path.name: path.read_bytes() for path in out.iterdir()}
+    entry = 128 + tar_shards.ENTRY.itemsize  # behind numpy's header
+    places = {"00001.tar": 600, "00001.tar.index.npy": entry - 33, "manifest.jsonl": 50}  # a sample, the length, a name
+    for name, at in places.items():
+        damaged = bytearray(files[name])
+        damaged[at] ^= 1
+        (out / name).write_bytes(damaged)
+        report = check_shards(out)
+        assert name.removesuffix(".index.npy") in report.bad[0] and "run pal data shard again" in report.to_text()
+        shard(manifest, out, 4000)
+        assert check_shards(out).ok and {path.name: path.read_bytes() for path in out.iterdir()} == files
+
+
+def test_any_flipped_bit_of_an_index_s_header_is_said(manifest: Path, tmp_path: Path) -> None:
+    shard(manifest, tmp_path / "out", 100_000)
+    index = tmp_path / "out" / "00000.tar.index.npy"
+    whole = index.read_bytes()
+    for at in range(128):
+        damaged = bytearray(whole)
+        damaged[at] ^= 1
+        index.write_bytes(damaged)
+        report = check_shards(tmp_path / "out")
+        assert report.ok or "00000.tar" in report.bad[0]
+
+
+def test_a_summary_counts(manifest: Path, tmp_path: Path) -> None:
+    assert ": 7 records, 5 clips, " in shard(manifest, tmp_path / "out", 4000).to_text()
+    done = shard(manifest, tmp_path / "one", 1 << 20)
+    assert done.to_text().endswith(" MB in 1 shard")
 
 
 def test_missing_clips_are_named_before_anything_is_written(manifest: Path, tmp_path: Path) -> None:
     (tmp_path / "in" / "a.wav").unlink()
     with pytest.raises(ManifestError, match=r"line 1: no audio file '.*a\.wav'"):
         shard(manifest, tmp_path / "out", 4000)
-    assert not list((tmp_path / "out").iterdir())
+    assert not (tmp_path / "out").exists()
 
 
 @settings(deadline=None, max_examples=50)

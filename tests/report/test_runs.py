@@ -68,8 +68,30 @@ def test_all_runs_below_a_folder_are_listed_and_the_rest_with_a_reason(folder):
     assert (two.finished, two.steps, two.loss, two.seconds, two.device) == (False, 2, 2.25, 4.0, "")
     assert two.validation_accuracy is None and not two.scores and not two.reasons
     assert "recipe.json" in found["cut"].reasons[0]
-    assert "not those of a run" in found["other"].reasons[0]
+    assert "train.json is damaged, or not of pal train" in found["other"].reasons[0]
     assert "no run of pal train" in found["pictures"].reasons[0]
+
+
+def test_no_run_is_no_run(tmp_path):
+    assert find_runs([tmp_path]).summaries == ()
+
+
+def test_damage_of_a_run_that_can_be_listed_is_said(folder):
+    log = folder / "one" / "log.jsonl"
+    first, second, third = log.read_text().splitlines()
+    log.write_text(f"{first}\n{second[:9]}\n{third}\n")
+    (folder / "one" / "recipe.json").write_text("{")
+    (folder / "one" / "provenance.json").write_bytes(b'{"starts": "\xe9"}')
+    one = next(one for one in find_runs([folder]).summaries if one.name == "one")
+    assert one.finished and one.steps == 1
+    assert one.reasons == (
+        "log.jsonl is damaged in line 2 of 3; its steps from there on are not shown",
+        "recipe.json is damaged; copy it again",
+        "provenance.json is damaged; copy it again",
+    )
+    log.write_text(f"{first}\n{second}\n{third[:9]}")  # as a kill leaves it
+    one = next(one for one in find_runs([folder]).summaries if one.name == "one")
+    assert one.steps == 2 and not any("log" in reason for reason in one.reasons)
 
 
 def test_runs_are_compared_at_what_differs(tmp_path):

@@ -55,7 +55,16 @@ def test_damage_goes_back_one(tmp_path: Path, name: str, how: str, caplog: pytes
         found = checkpoint.load_newest(tmp_path, recipe())
     assert found is not None
     assert found.state.step == 1
-    assert "step0000002 is damaged" in caplog.text
+    assert "step0000002 is damaged" in caplog.text and "using the one before" in caplog.text
+
+
+def test_without_an_intact_one_it_is_said_where_training_begins(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (save(tmp_path, 1) / "weights.safetensors").unlink()
+    assert checkpoint.load_newest(tmp_path, recipe()) is None
+    assert "there is none before it" in caplog.text and "using the one before" not in caplog.text
+    assert "holds no intact checkpoint; training begins at step 0" in caplog.text
 
 
 def test_left_overs_of_a_kill_are_no_checkpoints(tmp_path: Path) -> None:

@@ -145,6 +145,26 @@ def test_another_run_in_the_folder_is_not_touched(manifest: Path, tmp_path: Path
     assert [line["step"] for line in read_log(tmp_path / "log.jsonl")] == [1, 2]
 
 
+def test_a_folder_has_one_run_at_a_time(
+    manifest: Path, tmp_path: Path, base: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    out = tmp_path / "run"
+    made = recipe(manifest, [stage(steps=2)], model=None, bundle=base, data={"scenes": {"manifest": str(manifest)}})
+    steps = Trainer(made, out, resume=True).steps()
+    assert f"{out} holds no run to resume; a new one begins" in caplog.text
+    next(steps)
+    for options in ({"resume": True}, {"overwrite": True}):
+        with pytest.raises(ConfigError, match="another pal train is writing into it"):
+            run(made, out, **options)
+    assert list(steps) == [2]  # the first goes on, and nothing of it was removed
+    assert [line["step"] for line in read_log(out / "log.jsonl")] == [1, 2]
+    run(made, out, resume=True)
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(ConfigError, match="is a file; give a folder as --out"):
+        run(made, tmp_path / "file", overwrite=True)
+    assert (tmp_path / "file").read_text() == "mine"
+
+
 def test_data_that_changed_is_noticed(manifest: Path, tmp_path: Path, base: Path) -> None:
     copy = tmp_path / "copy.jsonl"
     copy.write_text(manifest.read_text())
