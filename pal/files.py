@@ -109,7 +109,7 @@ def verify(folder: Path, suffixes: Iterable[str] | None = None) -> dict[str, str
         if not (folder / name).is_file():
             raise BundleError(f"{folder}: '{name}' is missing; copy the folder again")
         if sha256(folder / name) != digest:
-            raise BundleError(f"{folder / name}: its SHA-256 is not the manifest's; copy the file again")
+            raise BundleError(f"{folder / name}: its SHA-256 is not the manifest's; copy both again")
     return digests
 
 
@@ -197,8 +197,13 @@ def replacing(path: Path) -> Iterator[Path]:
         yield temporary
         _sync(temporary)
         temporary.replace(path)
+    except OSError as error:
+        if error.filename == str(temporary):
+            error.filename, error.filename2 = str(path), None  # the name that the user knows
+        raise
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:

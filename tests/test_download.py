@@ -115,7 +115,7 @@ def test_what_pip_is_told_and_the_second_call(quick: list[list[str]], index: Pat
     data = bytearray(file.read_bytes())
     data[-1] ^= 1
     file.write_bytes(data)
-    with pytest.raises(BundleError, match=r"model\.safetensors: its SHA-256 is not the manifest's"):
+    with pytest.raises(BundleError, match=r"model\.safetensors: its SHA-256 is not the manifest's; copy both again"):
         download.get("smol")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import time
 from collections.abc import Sequence
@@ -27,6 +28,20 @@ INTERRUPTED = 130
 """Exit status after Ctrl-C, as in shells."""
 
 
+_REMEDIES = {
+    errno.ENOENT: "check the path",
+    errno.ENOTDIR: "check the path",
+    errno.EISDIR: "give a file",
+    errno.EACCES: "allow it, or give another path",
+    errno.EPERM: "allow it, or give another path",
+    errno.EROFS: "give a path on another disk",
+    errno.ENOSPC: "make room, or give a path on another disk",
+    errno.EDQUOT: "make room, or give a path on another disk",
+    errno.ENAMETOOLONG: "give a shorter name",
+}
+"""What a user can do about an error of the system that no command explains."""
+
+
 class _Commands(TyperGroup):
     """Command group that prints errors which the user can fix as one line, and exits with a status."""
 
@@ -41,7 +56,8 @@ class _Commands(TyperGroup):
             raise
         except OSError as error:
             where = f"{error.filename}: " if error.filename else ""
-            _fail(f"{where}{error.strerror or error}", 1)
+            remedy = _REMEDIES.get(error.errno or 0, "")
+            _fail(f"{where}{error.strerror or error}{remedy and f'; {remedy}'}", 1)
 
 
 app = typer.Typer(
