@@ -68,7 +68,7 @@ def request(args: argparse.Namespace, data: str, question: str) -> dict[str, Any
     """A streamed chat of one question about one clip."""
     audio = {"type": "input_audio", "input_audio": {"data": data, "format": "wav"}}
     return {
-        "model": args.model,
+        "model": Path(args.model).name,
         "max_tokens": args.tokens,
         "stream": True,
         "stream_options": {"include_usage": True},

@@ -27,6 +27,8 @@ _BODIES = 8
 """Largest bodies that the store takes at once."""
 _MORE = 10.0
 """Seconds beside those of grace in which the replicas end."""
+_LAST_WORDS = 1.0
+"""Seconds in which clients are told that their answers were given up."""
 _POLL = 0.1
 """Seconds between two looks at whether all answers have ended."""
 
@@ -158,9 +160,10 @@ def _drain(grace: float) -> None:
     until = time.monotonic() + grace
     handle = serve.get_deployment_handle(DEPLOYMENT, APPLICATION)
     handle.broadcast("stop").results(return_exceptions=True)
-    while time.monotonic() < until:
-        left = handle.broadcast("unanswered").results(return_exceptions=True)
-        if not any(one for one in left if isinstance(one, int)):
+    while any(one for one in handle.broadcast("unanswered").results(return_exceptions=True) if isinstance(one, int)):
+        if time.monotonic() > until:
+            handle.broadcast("give_up").results(return_exceptions=True)
+            time.sleep(_LAST_WORDS)
             break
         time.sleep(_POLL)
     serve.delete(APPLICATION)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -11,6 +12,7 @@ import typer
 from pal.app.loading import load_model
 from pal.app.options import OtherWeights
 from pal.app.output import note
+from pal.config import parse
 from pal.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -69,19 +71,20 @@ def serve(
     from pal.probe.when import attention_by_word
     from pal.serve.server_config import ServerConfig
 
-    if api_key is not None and not api_key.strip():
-        raise ConfigError("the API key is empty; give --api-key or PAL_API_KEY a value, or leave it out")
+    if api_key is None and "PAL_API_KEY" in os.environ:
+        api_key = ""  # which the command line takes for none
     sources = named(model, models or [])
-    config = ServerConfig(
-        api_key=api_key,
-        batch=batch,
-        queue=queue,
-        cache_gb=cache_gb,
-        max_seconds=max_seconds,
-        max_body_mb=max_body_mb,
-        max_tokens=max_tokens,
-        decoders=decoders,
-    )
+    given = {
+        "api_key": api_key,
+        "batch": batch,
+        "queue": queue,
+        "cache_gb": cache_gb,
+        "max_seconds": max_seconds,
+        "max_body_mb": max_body_mb,
+        "max_tokens": max_tokens,
+        "decoders": decoders,
+    }
+    config = parse(ServerConfig, given, "pal serve")
     shown = f"[{host}]" if ":" in host else host
     if host not in LOOPBACK and api_key is None:
         note(f"everybody who reaches {shown} can ask; --api-key asks for a key")
@@ -102,7 +105,10 @@ def serve(
             loaded = {shipped.default(): one for one in loaded.values()}
         engines = {name: config.engine(name, one) for name, one in loaded.items()}
         _say(engines, shown, socket.getsockname()[1])
-        make_server(create_app(engines, config.options(), attention_by_word), grace).run(sockets=[socket])
+        server = make_server(create_app(engines, config.options(), attention_by_word), grace)
+        server.run(sockets=[socket])
+        if server.gave_up:
+            raise typer.Exit(1)
 
 
 def _say(models: Iterable[str], host: str, port: int, what: str = "") -> None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from pal.serve.errors import TOO_LARGE, ApiError
+from pal.serve.errors import ApiError, too_large
 
 PROTECTED = ("/v1/", "/metrics", "/page/api/")
 """Beginnings of the paths that need a key; health checks, documentation and the page itself do not."""
@@ -126,7 +126,7 @@ class BodyLimit:
             return
         declared = dict(scope["headers"]).get(b"content-length", b"")
         if declared.isdigit() and int(declared) > self.most:
-            await ApiError(TOO_LARGE, 413).response()(scope, receive, send)
+            await ApiError(too_large(self.most), 413).response()(scope, receive, send)
             return
         body, began = _Body(), asyncio.get_running_loop().time()
 
@@ -146,7 +146,7 @@ class BodyLimit:
             body.taken += size
             self._held += size
             if body.taken > self.most:
-                raise HTTPException(413)
+                raise HTTPException(413, too_large(self.most))
             if self._held > self.at_once:
                 self._make_room(body)
             if not message.get("more_body", False):

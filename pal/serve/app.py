@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
@@ -14,6 +15,7 @@ from fastapi.sse import EventSourceResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.requests import ClientDisconnect
 
+from pal.data.manifest import PLACEHOLDER
 from pal.serve import api_docs
 from pal.serve.access import BearerAuth, BodyLimit, ReadsTheRest
 from pal.serve.client_request import ClientRequest, EventInbox
@@ -32,6 +34,7 @@ from pal.serve.served import HANDLE, Emit, ServedModel, ServeOptions
 TRANSCRIBE = "Transcribe the speech."
 """What a model is asked for a transcription, unless the request has a prompt."""
 _FORM = ("file", "model", "prompt", "response_format", "temperature", "language", "stream")
+_LOG = logging.getLogger(__name__)
 _PREPARED = 2
 """Requests whose audio is decoded at once, at least."""
 
@@ -48,7 +51,8 @@ def create_app(
     `attention` is what the page shows of an answer (`pal.probe.when.attention_by_word`); None shows nothing.
     `processes` decode clips and are closed, too; None starts `options.decoders` of them.
     `replica` is this server where it is one of several; it is named in responses and metrics.
-    `app.state.stopping = True` refuses new requests, while those that run are answered.
+    `app.state.stopping = True` refuses new requests, while those that run are answered; `app.state.give_up()` fails
+    these, and returns whether there were any.
     """
     options = options or ServeOptions()
     if processes is None and options.decoders:
@@ -72,10 +76,19 @@ def create_app(
         title="pal",
         summary="Questions about audio, by OpenAI's protocol.",
         docs_url=None,  # FastAPI's pages load scripts from another server
+        redirect_slashes=False,  # a redirection would name the host that the client's request names
         redoc_url=None,
         lifespan=lifespan,
     )
     app.state.stopping = False
+
+    def give_up() -> bool:
+        left = sum(engine.give_up() for engine in engines.values())
+        if left:
+            _LOG.warning("%s given up, since the time to stop is over", f"{left} answer{'' if left == 1 else 's'}")
+        return left > 0
+
+    app.state.give_up = give_up
     app.add_middleware(BodyLimit, most=options.max_body, at_once=options.max_bodies)
     app.add_middleware(BearerAuth, key=options.api_key)
     if replica is not None:
@@ -132,9 +145,16 @@ def create_app(
         stream: Annotated[bool, Form(description="only false")] = False,
     ) -> Response:
         """Write down what is said in a clip, as far as the model has learned to."""
-        unknown = [name for name in (await http.form()) if name not in _FORM]
-        if unknown:
-            raise ApiError(f"'{unknown[0]}' is not supported; leave it out", 422, unknown[0][:60], "unknown_parameter")
+        given = [name for name, _ in (await http.form()).multi_items()]
+        for name in given:
+            if name not in _FORM:
+                raise ApiError(f"'{name}' is not supported; leave it out", 422, name[:60], "unknown_parameter")
+            if given.count(name) > 1:
+                raise ApiError(
+                    f"'{name}' is there {given.count(name)} times; give one, and ask once for each", 422, name
+                )
+        if PLACEHOLDER in (prompt or ""):
+            raise ApiError(f"'{PLACEHOLDER}' stands for a clip; leave it out", 400, "prompt")
         if response_format not in ("json", "text"):
             raise ApiError("response_format: json or text", 400, "response_format")
         if stream:
@@ -201,12 +221,12 @@ def create_app(
     async def docs() -> Response:
         return HTMLResponse(api_docs.html(app.openapi()), headers=HEADERS)
 
-    @app.get("/health", tags=["operation"])
+    @app.api_route("/health", methods=["GET", "HEAD"], tags=["operation"])
     async def health() -> dict[str, str]:
         """Whether the process answers."""
         return {"status": "ok"}
 
-    @app.get("/ready", tags=["operation"])
+    @app.api_route("/ready", methods=["GET", "HEAD"], tags=["operation"])
     async def ready() -> JSONResponse:
         """Whether new requests are taken."""
         fine = not app.state.stopping and all(engine.ready for engine in engines.values())

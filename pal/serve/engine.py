@@ -83,7 +83,7 @@ class Engine:
         self._encoder = ClipEncoder(model, self.digest, self.cache, self.stats)
         self._seconds_per_id = 0.0
         """Of the prompts that were read last."""
-        self._closing = False
+        self._closing = self._giving_up = False
         self._gave_back = time.monotonic()
         self._thread = Thread(target=self._run, name=f"engine {name}", daemon=True)
         self._thread.start()
@@ -149,6 +149,14 @@ class Engine:
         each = sum(recent) / len(recent)
         return min(60, max(1, math.ceil(each * (1 + self.waiting / max(1, self.batch)))))
 
+    def give_up(self) -> int:
+        """Take no more requests, and fail those that are there; returns their number."""
+        with self._changed:
+            self._closing = self._giving_up = True
+            self._changed.notify()
+            running = {id(choice.request) for decoding in self._decoding for choice in decoding.choices}
+            return len(running) + self.waiting
+
     def close(self, timeout: float | None = None) -> None:
         """Take no more requests, answer those that are there, and end the thread."""
         with self._changed:
@@ -164,6 +172,9 @@ class Engine:
                 taken: list[EngineRequest] = []
                 try:
                     self._leave_cancelled()
+                    if self._giving_up:
+                        taken = self._take_all()
+                        raise ClosingError("the server stops before this is answered; ask another one, or again later")
                     taken = self._take()
                     self._admit(taken)
                     for decoding in self._decoding:
@@ -207,6 +218,12 @@ class Engine:
             decoding.batch.leave(row)
             decoding.choices[row] = decoding.choices[-1]
             decoding.choices.pop()
+
+    def _take_all(self) -> list[EngineRequest]:
+        with self._changed:
+            taken = list(self._waiting)
+            self._waiting.clear()
+        return taken
 
     def _take(self) -> list[EngineRequest]:
         """The next requests in the order of their arrival, as many as there is room for."""

@@ -28,9 +28,17 @@ _KNOWN = {
     503: ("server_error", "stopping"),
 }
 """Type and code of each status."""
-TOO_LARGE = "the request's body is larger than this server takes; send less audio at once"
+_UNREADABLE = "There was an error parsing the body"
+"""FastAPI's words for a body that is no text, too deep, or compressed."""
 TOO_SLOW = "the request's body did not arrive in time; send it faster, or less audio at once"
 BUSY = "the requests that are being answered hold too many bytes; ask again later, or send less audio at once"
+
+
+def too_large(most: int) -> str:
+    """What is said of a body of more than so many bytes."""
+    return (
+        f"the request's body is larger than {most / 1e6:g} MB, the most that this server takes; send less audio at once"
+    )
 
 
 class ApiError(PalError):
@@ -97,12 +105,21 @@ def param_of(where: Sequence[object]) -> str | None:
 def _invalid(error: RequestValidationError) -> ApiError:
     first = max(error.errors(), key=lambda one: len(one["loc"]))  # of alternatives, the one that fits best
     where = [part for part in first["loc"] if part not in ("body", "query", "path", "str")]
+    cause = first.get("ctx", {}).get("error")
+    if isinstance(cause, ApiError):  # of a validator, which knows the field
+        return cause
+    if not where and isinstance(first["input"], bytes):
+        return ApiError("the request's body is not taken for JSON; send it with 'Content-Type: application/json'", 422)
+    if not where and first["type"] == "missing":
+        return ApiError("the request has no body; send JSON, as /docs has it", 422)
     if first["type"] == "json_invalid":
         return ApiError("the request's body is not valid JSON; encode it anew", 400, code="invalid_json")
     param = param_of(where)
     if first["type"] == "extra_forbidden":
         return ApiError(f"'{param}' is not supported; leave it out", 422, param, "unknown_parameter")
     said = str(first["msg"]).removeprefix("Value error, ")
+    if "Expected UploadFile" in said:
+        said = "is no file; send the audio as a file of the form"
     return ApiError(f"{param or 'the request'}: {said}", 422, param)
 
 
@@ -124,9 +141,12 @@ def install_error_handlers(app: FastAPI) -> None:
             404: f"there is nothing at {path}; /docs lists what there is",
             405: f"{path} does not take {request.method}; /docs lists what it takes",
             408: TOO_SLOW,
-            413: TOO_LARGE,
             503: BUSY,
         }.get(error.status_code, str(error.detail))
+        if said == _UNREADABLE:
+            said = "the request's body cannot be read; send valid JSON or a form, as UTF-8 and not compressed"
+        elif error.status_code == 400:
+            said = f"{said.rstrip('.')}; let a client library write the request"
         headers = dict(error.headers) if error.headers else {}
         headers |= {"Retry-After": "1"} if error.status_code == 503 else {}
         code = "busy" if error.status_code == 503 else None

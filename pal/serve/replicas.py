@@ -67,6 +67,11 @@ class ModelReplica:
         assert self._made is not None
         self._made.state.stopping = True
 
+    async def give_up(self) -> None:
+        """Fail what is not answered."""
+        assert self._made is not None
+        self._made.state.give_up()
+
     async def unanswered(self) -> int:
         """Requests and answers that the engines hold."""
         return sum(engine.waiting + engine.running for engine in self.engines.values())

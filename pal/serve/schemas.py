@@ -6,6 +6,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
 
+from pal.serve.errors import ApiError
+
 _HARMLESS = "accepted, and changes nothing"
 
 
@@ -132,11 +134,11 @@ class ChatRequest(_Strict):
     @model_validator(mode="after")
     def _together(self) -> ChatRequest:
         if self.max_tokens is not None and self.max_completion_tokens is not None:
-            raise ValueError("give max_tokens or max_completion_tokens, not both")
+            raise ApiError("give max_tokens or max_completion_tokens, not both", 422, "max_completion_tokens")
         if self.top_logprobs and not self.logprobs:
-            raise ValueError("top_logprobs needs logprobs: true")
+            raise ApiError("top_logprobs needs logprobs: true", 422, "top_logprobs")
         if self.stream_options is not None and not self.stream:
-            raise ValueError("stream_options needs stream: true")
+            raise ApiError("stream_options needs stream: true", 422, "stream_options")
         return self
 
 

@@ -47,7 +47,9 @@ class ServerConfig(StrictConfig):
     @classmethod
     def _some_key(cls, api_key: str | None) -> str | None:
         if api_key is not None and not api_key.strip():
-            raise ValueError("the API key is empty; give it a value, or leave it out")
+            raise ValueError("the API key is empty; give --api-key or PAL_API_KEY a value, or leave it out")
+        if api_key is not None and not (api_key.isascii() and api_key.isprintable()):
+            raise ValueError("the API key has other characters than printable ASCII, which headers cannot hold")
         return api_key
 
     def options(self) -> ServeOptions:
