@@ -251,4 +251,4 @@ def test_where_no_checkpoint_is_intact_a_line_says_so(tmp_path: Path, caplog: py
         (save(tmp_path, step) / "state.json").write_text("{}")
     with caplog.at_level(logging.WARNING):
         assert checkpoint.load_newest(tmp_path, small()) is None
-    assert caplog.messages[-1] == f"{tmp_path} holds no intact checkpoint"
+    assert caplog.messages[-1] == f"{tmp_path} holds no intact checkpoint; training begins at step 0"
