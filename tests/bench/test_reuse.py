@@ -12,7 +12,7 @@ from pal.bench.reuse import ReuseMeasurement, ReuseResult, preset_of
 from pal.bench.reuse_report import goals, to_dict, to_markdown, write
 from pal.errors import ConfigError
 
-SMALL = {"audio_tokens": 120, "question": 16, "answer": 4}
+SMALL = {"audio_tokens": 120, "question": 16, "answer": 2}
 PRESET = preset_of("reuse-small", questions=[1, 4], variants=["text", "plits", "lal", "pal"], **SMALL)
 
 
