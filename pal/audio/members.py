@@ -149,7 +149,4 @@ def clip_sha256(path: str | os.PathLike[str]) -> str:
 
 
 def _is_file(path: str | os.PathLike[str]) -> bool:
-    try:
-        return Path(os.fsdecode(path)).is_file()
-    except OSError:  # too long a name
-        return False
+    return os.path.isfile(path)  # noqa: PTH113 (which takes a fifth of the time of Path's, for each clip that is read)
