@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 import os
 import re
@@ -19,6 +20,8 @@ from pal.errors import BundleError, ConfigError, PalError
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{32}\.tmp")
@@ -247,6 +250,8 @@ def writing(path: Path) -> Iterator[BinaryIO]:
 def locked(path: Path, refusal: str) -> Iterator[None]:
     """Hold a lock file, which the operating system frees when the process ends.
 
+    Where the file system has no locks, a warning says so.
+
     Raises:
         ConfigError: with the text of `refusal`, where another process holds it.
     """
@@ -255,8 +260,10 @@ def locked(path: Path, refusal: str) -> Iterator[None]:
     with path.open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             raise ConfigError(refusal) from None
+        except OSError as error:
+            logger.warning("%s: cannot be locked (%s); let no other process write there", path, error.strerror)
         yield
 
 

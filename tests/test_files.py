@@ -1,12 +1,27 @@
 """Folders that are written whole or not at all."""
 
+import errno
 import json
 import math
+import os
+import shutil
 
 import pytest
 
-from pal.errors import BundleError
-from pal.files import MANIFEST, amend, atomic_folder, jsonable, move_into, recover, unlisted_files, verify, write_text
+from pal.errors import BundleError, ConfigError
+from pal.files import (
+    MANIFEST,
+    amend,
+    atomic_folder,
+    jsonable,
+    locked,
+    move_into,
+    recover,
+    unlisted_files,
+    verify,
+    write_text,
+    writing,
+)
 
 
 def write(folder, text="one"):
@@ -117,3 +132,31 @@ def test_files_move_beside_others(tmp_path):
 
 def test_json_has_no_nan():
     assert jsonable({"a": (math.nan, 1.5), "b": [math.inf]}) == {"a": [None, 1.5], "b": [None]}
+
+
+def test_a_lock_is_held_by_one_and_is_free_afterwards(tmp_path):
+    def both():
+        with locked(tmp_path / "lock", "it is taken"), locked(tmp_path / "lock", "it is taken"):
+            raise AssertionError("two hold it")
+
+    with pytest.raises(ConfigError, match="it is taken"):
+        both()
+    with locked(tmp_path / "lock", "it is taken"):
+        pass
+
+
+def test_a_disk_without_locks_is_no_other_process(tmp_path, monkeypatch, caplog):
+    def flock(file, how):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    with locked(tmp_path / "lock", "it is taken"):
+        assert "cannot be locked (No locks available); let no other process write there" in caplog.text
+
+
+def test_a_place_that_cannot_be_written_is_named_as_it_was_given(tmp_path):
+    place = tmp_path / "folder"
+    place.mkdir()
+    with pytest.raises(FileNotFoundError) as refused, writing(place / "a.txt"):
+        shutil.rmtree(place)
+    assert refused.value.filename == str(place / "a.txt")
