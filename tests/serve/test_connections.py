@@ -140,7 +140,8 @@ def answer_of(connection):
     """The answer on a connection that stays."""
     data = b""
     while b"}}" not in data:
-        data += connection.recv(1 << 16)
+        data += (received := connection.recv(1 << 16))
+        assert received, data
     return int(data.split()[1]), json.loads(data.partition(b"\r\n\r\n")[2])["error"]
 
 
