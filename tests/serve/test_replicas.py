@@ -103,7 +103,7 @@ def replicas(model, tmp_path, monkeypatch):
             return self
 
         def results(self, timeout_s, return_exceptions):
-            return [*self.found, RuntimeError("a replica that has ended")]
+            return [RuntimeError("a replica that has ended"), *self.found]
 
     monkeypatch.setattr(serve, "get_replica_context", Context)
     monkeypatch.setattr(serve, "get_deployment_handle", lambda deployment, app: Handle())
@@ -137,6 +137,8 @@ def test_a_replica_asks_the_others_and_says_when_it_cannot_go_on(replicas, model
         asyncio.run(second.stop())
         assert client.get("/ready").status_code == 503
         second.check_health()
+        asyncio.run(second.give_up())
+        assert not second.engines["tiny"].ready
     # the application's end closes the engines
     with pytest.raises(RuntimeError, match="the engine of tiny has ended"):
         second.check_health()
