@@ -221,12 +221,14 @@ def create_app(
     async def docs() -> Response:
         return HTMLResponse(api_docs.html(app.openapi()), headers=HEADERS)
 
-    @app.api_route("/health", methods=["GET", "HEAD"], tags=["operation"])
+    @app.head("/health", include_in_schema=False)
+    @app.get("/health", tags=["operation"])
     async def health() -> dict[str, str]:
         """Whether the process answers."""
         return {"status": "ok"}
 
-    @app.api_route("/ready", methods=["GET", "HEAD"], tags=["operation"])
+    @app.head("/ready", include_in_schema=False)
+    @app.get("/ready", tags=["operation"])
     async def ready() -> JSONResponse:
         """Whether new requests are taken."""
         fine = not app.state.stopping and all(engine.ready for engine in engines.values())
