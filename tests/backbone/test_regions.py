@@ -102,8 +102,6 @@ def test_by_the_compiler_that_users_get():
     assert counters["stats"]["unique_graphs"] == 1
 
 
-@pytest.mark.torture
-@full_only
 def test_what_is_trained_may_change():
     """Weights that are trained after a graph was made with them frozen get their gradients; a layer without keys."""
     llm, integration = made("plits")
