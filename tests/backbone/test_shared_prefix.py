@@ -64,6 +64,16 @@ def test_continuations_get_the_answers_of_whole_conversations(family, name, side
     torch.testing.assert_close(logits, expected, atol=2e-5, rtol=1e-5)
 
 
+@torch.no_grad()
+def test_continuations_of_one_length_see_no_later_rows():
+    """Without padding they need no mask."""
+    llm, integration = shared("llama", "lal")
+    rows = [Tokens([5, AUDIO, *text], [0]) for text in ([7, 8, 9, 10], [11, 12, 13, 14], [7, 20, 9, 21])]
+    (mine, logits), (theirs, expected) = answered(llm, integration, rows, "left")
+    assert torch.equal(mine, theirs)
+    torch.testing.assert_close(logits, expected, atol=2e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("name", INTEGRATIONS)
 @torch.no_grad()
 def test_several_prompts_of_different_lengths_each_with_its_continuations(name):
