@@ -11,8 +11,9 @@ from pal.backbone.audio_mask import AudioMask
 from pal.backbone.cache_storage import STEP
 from pal.backbone.generate import padded_left
 from pal.backbone.prefill import prepared, prompts_of, read_prompts
+from pal.registry import build
 from pal.types import AUDIO
-from tests.identities.models import INTEGRATIONS, PLACEMENTS, conversation, features, shared
+from tests.identities.models import INTEGRATIONS, PLACEMENTS, E, conversation, features, shared
 
 every_integration = pytest.mark.parametrize("name", INTEGRATIONS)
 EQUAL = [conversation([5, 6, 7, AUDIO, 8, 9, 10], (i,)) for i in range(3)]
@@ -102,6 +103,17 @@ def test_a_step_takes_no_more_operations_than_the_plain_llms(family, name):
         plain_layer = (plain[True] - plain_step(shared(family, name, 3)[0], True).total) / 3
         assert max(per_layer["equal"], per_layer["ragged"], per_layer["fixed"]) <= plain_layer
         assert per_layer["beams"] <= plain_layer + 8
+
+
+def test_a_fixed_storage_is_not_reused_with_another_gate():
+    """A bias on scores adds columns to the keys that are stored."""
+    plans = []
+    for gate in ({}, {"gate": -1.0}, {"gate": -1.0, "gate_by": "head"}):
+        llm, _ = shared("llama", "lal")
+        integration = build("integration", {"name": "lal", "positions": "shared"} | gate, in_width=E, llm=llm)
+        plans.append(read(llm, integration, EQUAL, (7, 7, 7), fixed=True)[0].plan)
+    assert len(set(plans)) == 3
+    assert [max(plan.biases) for plan in plans] == [0, 1, llm.lm.config.num_attention_heads]
 
 
 @pytest.mark.parametrize("name", ["lal", "pal", "flamingo"])
