@@ -160,11 +160,11 @@ def load_newest(folder: Path, recipe: Recipe) -> Checkpoint | None:
             shutil.rmtree(left)
     damaged = False
     found = _folders(folder)
-    for place, path in reversed(list(enumerate(found))):
+    for path in reversed(found):
         try:
             return _load(path, recipe)
         except BundleError as error:
-            instead = "using the one before" if place else "there is none before it"
+            instead = "using the one before" if path != found[0] else "there is none before it"
             logger.warning("checkpoint %s is damaged (%s); %s", path.name, error, instead)
             aside = path.with_name(path.name + ".damaged")
             shutil.rmtree(aside, ignore_errors=True)
